@@ -1,0 +1,1 @@
+"""SkyReels-V2 inference: text encoder, DiT, VAE, samplers."""

@@ -1,0 +1,1 @@
+"""Chunk-wise caching and KV-cache compression for autoregressive video diffusion."""
