@@ -1,0 +1,351 @@
+"""KV compression: scores, kept tokens, and the memory they take."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flowcache.compress import (
+    ImportanceRedundancy,
+    Recent,
+    SinkRecent,
+    TokenLayout,
+    best,
+    gather,
+)
+from flowcache.errors import UserError
+from flowcache.scoring import (
+    WEIGHTINGS,
+    importance,
+    position_weights,
+    redundancy,
+    scoring_bytes,
+    weigh,
+)
+from safetensors import safe_open
+from torch import Tensor
+
+GOLDEN = Path(__file__).parents[1] / "golden/skyreels_v2/kv_compress.safetensors"
+PART_TOLERANCE = 1e-6
+SMALLEST_ORDERED_GAP = 1e-8
+"""Neighbouring scores nearer than this may swap: float32 noise is about 2e-9."""
+
+LAYOUT = TokenLayout(frame_tokens=6, chunk_tokens=12)
+
+
+def golden_outputs(case: dict[str, Any], tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Return all that a case of a kv_compress golden file can hold, computed by our code.
+
+    Args:
+        case: One entry of ``metadata["case"]["cases"]``.
+        tensors: Returns a tensor of the file by its key.
+    """
+    k, v, q = (tensors(f"{case['inputs']}.{name}") for name in "kvq")
+    num_clean, is_token = case["clean_tokens"], case["strategy"] == "token"
+    frame_tokens = case.get("frame_tokens") or case.get("h", 1) * case.get("w", 1)
+    layout = TokenLayout(frame_tokens, case.get("T", 1) * frame_tokens)
+    strategy = ImportanceRedundancy(
+        mix=case["mix_lambda"],
+        kernel=case["kernel_size"],
+        granularity=case["strategy"],
+        queries=case["query_granularity"],
+        weighting=case["weighting"] if is_token else "none",
+        power=case.get("power", 3),
+        order="score",
+    )
+    clean_k = k[:num_clean]
+    seen_q = strategy.seen_queries(q, layout)
+    score = strategy.score(q, clean_k, layout=layout)
+    if is_token and case["weighting"] == "no_weight":
+        score = score - score.amin(dim=1, keepdim=True)  # the file's shift; no effect on ranks
+    indices = strategy.keep(q, clean_k, budget=case["budget"], layout=layout)
+    return {
+        "importance_unpooled": importance(seen_q, clean_k, kernel=1),
+        "importance": importance(seen_q, clean_k, kernel=case["kernel_size"]),
+        "redundancy": redundancy(clean_k),
+        "score": score,
+        "indices": indices,
+        "k_out": torch.cat([gather(clean_k, indices), k[num_clean:]]),
+        "v_out": torch.cat([gather(v[:num_clean], indices), v[num_clean:]]),
+    }
+
+
+def golden_cases() -> list[dict[str, Any]]:
+    with safe_open(GOLDEN, "pt") as file:
+        return json.loads(file.metadata()["case"])["cases"]
+
+
+def random_keys(seed: int, num_tokens: int = 48, heads: int = 3, head_dim: int = 16) -> Tensor:
+    return torch.randn(num_tokens, heads, head_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def peak_extra_bytes(call: Callable[[], object], trace: Path) -> int:
+    """Return the most memory torch held for `call` at a time, kernels' own scratch included."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    profile.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted(
+        (event for event in events if event["name"] == "[memory]"),
+        key=lambda event: event["args"]["Ev Idx"],
+    ):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["name"])
+def test_reference_scores_and_kept_tokens_are_reproduced(case: dict[str, Any]) -> None:
+    with safe_open(GOLDEN, "pt") as file:
+        ours = golden_outputs(case, file.get_tensor)
+        stored = {
+            key.split(".")[1]: file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118
+            if key.startswith(case["name"] + ".")
+        }
+    assert {"indices", "score"} <= set(stored) <= set(ours)
+    for part in {"importance_unpooled", "importance", "redundancy", "score"} & set(stored):
+        torch.testing.assert_close(ours[part], stored[part], rtol=0, atol=PART_TOLERANCE)
+    assert torch.equal(ours["indices"].sort(dim=0).values, stored["indices"].sort(dim=0).values)
+    if case["min_gap"] > SMALLEST_ORDERED_GAP:
+        for part in {"indices", "k_out", "v_out"} & set(stored):
+            assert torch.equal(ours[part], stored[part])
+
+
+def test_position_order_keeps_the_same_tokens_by_age() -> None:
+    q, k = random_keys(0, num_tokens=12), random_keys(1)
+    by_score, by_age = (
+        ImportanceRedundancy(order=order).keep(q, k, budget=20, layout=LAYOUT)
+        for order in ("score", "position")
+    )
+    assert torch.equal(by_score.sort(dim=0).values, by_age)
+    assert not torch.equal(by_score, by_age)
+
+
+def test_linear_redundancy_equals_its_definition_over_all_pairs() -> None:
+    k = random_keys(2)
+    k[7] = 0
+    cosines = torch.nn.functional.cosine_similarity(k[:, None], k[None], dim=-1)
+    cosines *= 1 - torch.eye(len(k)).unsqueeze(-1)
+    direct = (cosines.sum(dim=0) / len(k)).softmax(dim=0).T
+    torch.testing.assert_close(redundancy(k), direct, rtol=0, atol=1e-7)
+
+
+def test_redundancy_of_three_keys_is_that_worked_by_hand() -> None:
+    k = torch.tensor([[5.0, 0.0], [0.1, 0.0], [0.0, 2.0]]).unsqueeze(1)
+    weights = [math.exp(1 / 3), math.exp(1 / 3), 1.0]
+    expected = torch.tensor([[weight / sum(weights) for weight in weights]])
+    torch.testing.assert_close(redundancy(k), expected)
+
+
+def test_importance_of_two_keys_is_that_worked_by_hand() -> None:
+    q, k = torch.ones(1, 1, 1), torch.tensor([0.0, math.log(3)]).view(2, 1, 1)
+    torch.testing.assert_close(importance(q, k, kernel=1), torch.tensor([[0.25, 0.75]]))
+    torch.testing.assert_close(importance(q, k, kernel=3), torch.tensor([[0.75, 0.75]]))
+
+
+def test_the_least_redundant_and_most_attended_key_is_kept() -> None:
+    k = torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [0.0, 4.0]]).unsqueeze(1)
+    q = torch.tensor([[4.0, 0.0]]).unsqueeze(1)
+    unlike = ImportanceRedundancy(mix=0, kernel=1).keep(q, k, budget=1, layout=LAYOUT)
+    attended = ImportanceRedundancy(mix=1, kernel=1).keep(q, k, budget=1, layout=LAYOUT)
+    assert unlike.tolist() == [[3]]
+    assert attended.tolist() == [[0]]
+
+
+def test_query_head_j_scores_for_kv_head_j_over_group() -> None:
+    k = random_keys(3, num_tokens=9, heads=2)
+    q = torch.zeros(1, 4, 16)
+    q[0, 2], q[0, 3] = 3 * k[5, 1], 3 * k[1, 1]
+    received = importance(q, k, kernel=1)
+    torch.testing.assert_close(received[0], torch.full((9,), 1 / 9))
+    logits = (q[0, 2:] @ k[:, 1].T / 4).amax(dim=0)
+    torch.testing.assert_close(received[1], logits.softmax(dim=0))
+
+
+@pytest.mark.parametrize("query_heads", [4, 8])
+@pytest.mark.parametrize("max_bytes", [1, 20_000, 60_000, 400_000])
+def test_importance_in_blocks_equals_importance_at_once(query_heads: int, max_bytes: int) -> None:
+    q, k = random_keys(4, num_tokens=37, heads=query_heads), random_keys(5, heads=4)
+    blocked = importance(q, k, max_bytes=max_bytes)
+    torch.testing.assert_close(blocked, importance(q, k), rtol=0, atol=1e-7)
+
+
+def test_redundancy_head_by_head_equals_redundancy_at_once() -> None:
+    k = random_keys(6)
+    torch.testing.assert_close(redundancy(k, max_bytes=1), redundancy(k), rtol=0, atol=1e-7)
+
+
+def test_half_precision_inputs_are_scored_in_float32() -> None:
+    q, k = random_keys(7, num_tokens=12).bfloat16(), random_keys(8).bfloat16()
+    assert torch.equal(importance(q, k), importance(q.float(), k.float()))
+    assert torch.equal(redundancy(k), redundancy(k.float()))
+    strategy = ImportanceRedundancy()
+    assert strategy.score(q, k, layout=LAYOUT).dtype == torch.float32
+    kept = strategy.keep(q, k, budget=20, layout=LAYOUT)
+    assert torch.equal(kept, strategy.keep(q.float(), k.float(), budget=20, layout=LAYOUT))
+
+
+@pytest.mark.parametrize(
+    "strategy", [ImportanceRedundancy(order="score"), Recent(), SinkRecent()], ids=repr
+)
+@pytest.mark.parametrize("surplus", [0, 5])
+def test_an_ample_budget_keeps_every_token_in_place(
+    strategy: ImportanceRedundancy | Recent | SinkRecent, surplus: int
+) -> None:
+    q, k = random_keys(9, num_tokens=12), random_keys(10, num_tokens=30)
+    kept = strategy.keep(q, k, budget=30 + surplus, layout=LAYOUT)
+    assert torch.equal(gather(k, kept), k)
+
+
+def test_frames_and_chunks_are_kept_whole_and_the_rest_of_the_budget_unused() -> None:
+    q, k = random_keys(11, num_tokens=12), random_keys(12)
+    for granularity, size in (("frame", 6), ("chunk", 12)):
+        kept = ImportanceRedundancy(granularity=granularity).keep(q, k, budget=29, layout=LAYOUT)
+        assert kept.shape == (29 // size * size, 3)
+        groups = kept.T.reshape(3, -1, size)
+        assert torch.equal(groups - groups[..., :1], torch.arange(size).expand_as(groups))
+        assert torch.all(groups[..., 0] % size == 0)
+
+
+def test_last_queries_are_fifty_tokens_or_one_frame() -> None:
+    q = random_keys(13, num_tokens=72)
+    for queries, count in (("token", 50), ("frame", 6), ("chunk", 72)):
+        seen = ImportanceRedundancy(queries=queries).seen_queries(q, LAYOUT)
+        assert torch.equal(seen, q[-count:])
+
+
+def test_best_groups_are_those_worked_by_hand() -> None:
+    score = torch.tensor([[0.2, 0.1, 0.3], [0.5, 0.5, 0.5]])
+    by_age = best(score, 2, group_tokens=2, order="position")
+    by_score = best(score, 2, group_tokens=2, order="score")
+    assert by_age.T.tolist() == [[0, 1, 4, 5], [0, 1, 2, 3]]
+    assert by_score.T.tolist() == [[4, 5, 0, 1], [0, 1, 2, 3]]
+
+
+def test_each_head_gathers_its_own_rows() -> None:
+    x = torch.arange(12.0).view(3, 2, 2)
+    rows = gather(x, torch.tensor([[2, 0], [0, 1]]))
+    assert rows.tolist() == [[[8, 9], [2, 3]], [[0, 1], [6, 7]]]
+
+
+def test_position_weights_meet_their_ends() -> None:
+    ends = {
+        name: [round(value, 6) for value in position_weights(64, name)[[0, -1]].tolist()]
+        for name in WEIGHTINGS
+    }
+    assert ends == {
+        "none": [1, 1],
+        "hard": [1, 1],
+        "exponential": [0.1, 1],
+        "polynomial": [0.1, 1],
+        "upper_convex_polynomial": [0, 2],
+        "gaussian": [1, 0.1],
+    }
+    middle = position_weights(3, "polynomial", power=2)[1]
+    assert middle.item() == pytest.approx(0.325)
+
+
+def test_hard_weighting_never_keeps_the_first_chunk_while_others_remain() -> None:
+    q, k = random_keys(14, num_tokens=12), random_keys(15)
+    k[:12] = random_keys(16, num_tokens=12) * 4
+    kept = ImportanceRedundancy(weighting="hard_code").keep(q, k, budget=36, layout=LAYOUT)
+    assert torch.equal(kept, torch.arange(12, 48).unsqueeze(1).expand(-1, 3))
+
+
+def test_weighing_starts_from_a_non_negative_score_and_spares_its_input() -> None:
+    score = torch.tensor([[-3.0, -1.0, -2.0]])
+    for name in WEIGHTINGS:
+        assert weigh(score, name, chunk_tokens=0).amin() == 0
+    assert weigh(score, "hard", chunk_tokens=1).tolist() == [[-1e6, 2.0, 1.0]]
+    assert score.tolist() == [[-3.0, -1.0, -2.0]]
+
+
+def test_recent_keeps_the_newest_whole_chunks() -> None:
+    k = random_keys(17, num_tokens=25)
+    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
+    kept = Recent().keep(k, k, budget=19, layout=layout)
+    assert torch.equal(kept, torch.arange(15, 25).unsqueeze(1).expand(-1, 3))
+    assert Recent().keep(k, k, budget=0, layout=layout).shape == (0, 3)
+
+
+def test_sink_recent_keeps_the_first_frames_and_the_newest() -> None:
+    k = random_keys(18, num_tokens=30)
+    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
+    kept = SinkRecent().keep(k, k, budget=17, layout=layout)
+    assert kept[:, 2].tolist() == [*range(5), *range(20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ImportanceRedundancy(mix=1.5), "mix must lie in 0..1, got 1.5"),
+        (lambda: ImportanceRedundancy(kernel=4), "kernel must be odd and positive, got 4"),
+        (lambda: ImportanceRedundancy(weighting="linear"), "unknown position weighting 'linear'"),
+        (
+            lambda: ImportanceRedundancy(granularity="chunk", weighting="hard"),
+            "weighting 'hard' needs granularity token",
+        ),
+        (lambda: ImportanceRedundancy(queries="last"), "queries must be one of token, frame"),  # type: ignore[arg-type]
+        (lambda: ImportanceRedundancy(power=0), "power must be above 0, got 0"),
+        (lambda: ImportanceRedundancy(max_bytes=0), "max_bytes must be positive, got 0"),
+        (lambda: SinkRecent(sink_frames=0), "sink_frames must be at least 1, got 0"),
+        (lambda: TokenLayout(4, 6), "multiple of frame_tokens, got 6 and 4"),
+    ],
+)
+def test_a_wrong_setting_is_named(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "budget", "words"),
+    [
+        (ImportanceRedundancy(granularity="chunk"), 11, "a whole chunk of 12 tokens, got 11"),
+        (ImportanceRedundancy(granularity="frame"), 12, "multiples of 6, got 40"),
+        (ImportanceRedundancy(), -1, "got -1"),
+        (Recent(), 11, "a whole chunk of 12 tokens, got 11"),
+        (SinkRecent(sink_frames=2), 17, "does not hold 2 sink frames"),
+    ],
+)
+def test_a_budget_that_fits_no_group_is_refused(
+    strategy: ImportanceRedundancy | Recent | SinkRecent, budget: int, words: str
+) -> None:
+    k = random_keys(19, num_tokens=40)
+    with pytest.raises(UserError, match=words):
+        strategy.keep(k, k, budget=budget, layout=LAYOUT)
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(12, 12), (12, 4)])
+@pytest.mark.parametrize("num_queries", [50, 510])
+@pytest.mark.parametrize("max_bytes", [2**20, 4 * 2**20, 2**25])
+def test_scoring_stays_within_the_memory_it_announces(
+    query_heads: int, kv_heads: int, num_queries: int, max_bytes: int, tmp_path: Path
+) -> None:
+    q = random_keys(20, num_tokens=num_queries, heads=query_heads, head_dim=64).bfloat16()
+    k = random_keys(21, num_tokens=1024, heads=kv_heads, head_dim=64).bfloat16()
+    strategy = ImportanceRedundancy(max_bytes=max_bytes)
+    peak = peak_extra_bytes(
+        lambda: strategy.keep(q, k, budget=512, layout=LAYOUT), tmp_path / "trace.json"
+    )
+    bound = scoring_bytes(
+        num_queries,
+        1024,
+        num_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=64,
+        max_bytes=max_bytes,
+    )
+    assert 0.5 * bound < peak <= bound
+
+
+def test_scoring_at_the_real_sizes_takes_below_a_gigabyte() -> None:
+    skyreels = scoring_bytes(10_200, 20_400, num_heads=12, kv_heads=12, head_dim=128)
+    magi = scoring_bytes(12_150, 60_750, num_heads=24, kv_heads=8, head_dim=128)
+    assert max(skyreels, magi) < 320 * 2**20
