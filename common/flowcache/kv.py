@@ -1,0 +1,150 @@
+"""The key/value cache: one preallocated prefix buffer per layer and guidance branch.
+
+Clean tokens come first, then the active chunks in ascending order, so that what a chunk may see is
+always a prefix of the buffer. A chunk that becomes clean moves a boundary, not data. Compression
+gathers the kept clean tokens and moves the active part down.
+
+Axes: T tokens in the buffer, S tokens of a chunk, G key/value heads, C head width, K kept tokens.
+The batch is 1: guidance branches have caches of their own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowcache.attention import Kernel
+from flowcache.compress import gather
+from flowcache.schedule import Tick
+
+Keep = Callable[[Tensor, Tensor], Tensor]
+"""`(queries [S, H, C], clean keys [T, G, C]) -> indices [K, G]` of the clean tokens to keep."""
+
+
+class KVCache:
+    """Keys and values of one layer and branch.
+
+    Example: capacity 6, chunks of 2 tokens. Chunk 0 is put at offset 0 and settled: clean = 2.
+    Chunks 1 and 2 are active: they are put at offsets 0 and 2 behind the clean tokens, that is at
+    rows 2 and 4; chunk 2 attends to rows 0..5, chunk 1 to rows 0..3.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        num_heads: int,
+        head_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kv = torch.empty(2, capacity, num_heads, head_width, dtype=dtype, device=device)
+        self.clean = 0
+        self.filled = 0
+
+    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor) -> None:
+        """Write a chunk's keys and values `offset` tokens behind the clean ones."""
+        start = self.clean + offset
+        stop = start + len(k_SGC)
+        assert start <= self.filled, f"a gap in the buffer: {self.filled} filled, put at {start}"
+        assert stop <= self.kv.shape[1], f"{stop} tokens do not fit {self.kv.shape[1]}"
+        self.kv[0, start:stop] = k_SGC
+        self.kv[1, start:stop] = v_SGC
+        self.filled = max(self.filled, stop)
+
+    def prefix(self, offset: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the clean tokens and `offset` tokens behind them."""
+        return self.kv[0, : self.clean + offset], self.kv[1, : self.clean + offset]
+
+    def settle(self, num_tokens: int) -> None:
+        """Declare the first `num_tokens` active tokens clean."""
+        self.clean += num_tokens
+        assert self.clean <= self.filled, "a chunk was settled before its keys were put"
+
+    def keep(self, indices_KG: Tensor) -> None:
+        """Keep these clean tokens of each head and drop the other clean ones."""
+        kept = len(indices_KG)
+        active = self.filled - self.clean
+        for half in self.kv:
+            half[:kept] = gather(half[: self.clean], indices_KG)
+            # clone: source and destination overlap when fewer than `active` tokens are dropped
+            half[kept : kept + active] = half[self.clean : self.filled].clone()
+        self.clean, self.filled = kept, kept + active
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A KV budget and the rule that picks which clean tokens stay within it."""
+
+    budget: int
+    """Clean tokens kept per head."""
+    keep: Keep
+
+
+def caches_for(
+    num_layers: int,
+    *,
+    capacity: int,
+    num_heads: int,
+    head_width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[KVCache]:
+    """Allocate the caches of all layers of one branch, `capacity` tokens each."""
+    return [
+        KVCache(capacity, num_heads=num_heads, head_width=head_width, dtype=dtype, device=device)
+        for _ in range(num_layers)
+    ]
+
+
+def cached_attention(
+    caches: Sequence[KVCache],
+    *,
+    offset: int,
+    kernel: Kernel,
+    compression: Compression | None = None,
+    timing: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """Return the self-attention of one chunk: store its keys, attend to all tokens up to its own.
+
+    Clean tokens above the budget are compressed first, scored by this chunk's queries.
+
+    Args:
+        offset: tokens of the active chunks before this one.
+        timing: makes a context in which the compression runs, to measure it.
+    """
+
+    def attend(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
+        cache = caches[layer]
+        cache.put(offset, k_BSGC[0], v_BSGC[0])
+        if compression is not None and cache.clean > compression.budget:
+            with timing():
+                cache.keep(compression.keep(q_BSHC[0], cache.prefix(0)[0]))
+        k, v = cache.prefix(offset + k_BSGC.shape[1])
+        return kernel(q_BSHC, k.unsqueeze(0), v.unsqueeze(0))
+
+    return attend
+
+
+def peak_tokens(
+    ticks: Sequence[Tick], *, chunk_tokens: Mapping[int, int], given: int, budget: int | None
+) -> int:
+    """Return how many tokens a cache must hold at most: clean (or kept) and active ones.
+
+    Compression is counted only where it surely happens, in a tick in which a chunk enters: such a
+    chunk is always computed.
+
+    Args:
+        chunk_tokens: tokens of each chunk to denoise.
+        given: tokens of the given clean chunks (prefix, end image).
+        budget: clean tokens kept, or None without compression.
+    """
+    clean = peak = given
+    for tick in ticks:
+        peak = max(peak, clean + sum(chunk_tokens[chunk] for chunk in tick.steps))
+        if budget is not None and tick.entering:
+            clean = min(clean, budget)
+        clean += sum(chunk_tokens[chunk] for chunk in tick.finishing)
+    return peak

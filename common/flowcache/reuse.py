@@ -1,0 +1,311 @@
+"""When a chunk is recomputed, and what it gets when it is not.
+
+*When* is a policy: at every tick it looks at one cheap signal per chunk and says which chunks must
+be computed. *What* is a predictor: it stores the results of computed steps and fills in for the
+others. Any policy goes with any predictor. Each guidance branch has a policy and a store of its own.
+
+Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowcache.schedule import Tick
+
+Rescale = Callable[[float], float]
+"""Maps a relative distance to the amount that is accumulated (both dimensionless)."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy says about one chunk at one tick."""
+
+    is_computed: bool
+    distance: float | None = None
+    """Relative L1 distance of the signal to the previous tick; None where none was measured."""
+    accumulated: float | None = None
+    """Sum of the rescaled distances since the last computed step, this tick included."""
+
+
+def identity(distance: float) -> float:
+    """Return the distance as it is."""
+    return distance
+
+
+def polynomial(coefficients: Sequence[float]) -> Rescale:
+    """Return TeaCache's rescaling polynomial, highest power first (may be negative)."""
+
+    def rescale(distance: float) -> float:
+        value = 0.0
+        for coefficient in coefficients:
+            value = value * distance + coefficient
+        return value
+
+    return rescale
+
+
+class ReusePolicy(ABC):
+    """Decides for one guidance branch which active chunks are computed at each tick."""
+
+    needs_signals = True
+    """Whether `plan` reads its signals; where not, the caller may pass none."""
+
+    @abstractmethod
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        """Decide for each chunk of `tick.steps`.
+
+        Args:
+            signals: chunk -> its signal now; any shape, the same at every tick.
+            stored: chunks with a stored result; the others have to be computed.
+        """
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:  # noqa: B027
+        """Learn that these chunks were computed although `plan` did not ask for it."""
+
+
+class Vanilla(ReusePolicy):
+    """Compute every step of every chunk."""
+
+    needs_signals = False
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        return {chunk: Decision(True) for chunk in tick.steps}
+
+
+@dataclass
+class Stride(ReusePolicy):
+    """Compute fixed own steps of every chunk: the baseline any adaptive rule has to beat.
+
+    Either an explicit list `steps`, or the `warmup_steps` first ones and from there every
+    `every`-th. The first and the last own step are always computed. Example with 10 steps,
+    warm-up 3, every 3: 0 1 2 3 6 9.
+    """
+
+    every: int = 2
+    warmup_steps: int = 3
+    steps: Collection[int] | None = None
+    needs_signals = False
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        return {
+            chunk: Decision(chunk not in stored or self._is_planned(step, tick.num_steps))
+            for chunk, step in tick.steps.items()
+        }
+
+    def _is_planned(self, step: int, num_steps: int) -> bool:
+        if step == num_steps - 1:
+            return True
+        if self.steps is not None:
+            return step in self.steps
+        return step < self.warmup_steps or (step - self.warmup_steps) % self.every == 0
+
+
+@dataclass
+class FlowCache(ReusePolicy):
+    """Every chunk decides for itself, by the accumulated change of its own signal.
+
+    A chunk is computed in its first `warmup_steps` own steps, in its last one, and when the
+    accumulated rescaled distance reaches `threshold`; each computed step sets the sum to zero.
+
+    Source: FlowCache, section 3.2.
+    """
+
+    threshold: float
+    warmup_steps: int
+    rescale: Rescale = identity
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    accumulated: dict[int, float] = field(default_factory=dict)
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        distances = relative_l1(
+            {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
+        )
+        decisions: dict[int, Decision] = {}
+        for chunk, step in tick.steps.items():
+            decisions[chunk] = self._decide(
+                chunk,
+                distances.get(chunk),
+                is_forced=step < self.warmup_steps
+                or step == tick.num_steps - 1
+                or chunk not in stored,
+            )
+        self.previous = {chunk: signals[chunk] for chunk in tick.steps}
+        return decisions
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        self.accumulated.update(dict.fromkeys(chunks, 0.0))
+
+    def _decide(self, chunk: int, distance: float | None, *, is_forced: bool) -> Decision:
+        total = None
+        if distance is not None:
+            total = self.accumulated.get(chunk, 0.0) + self.rescale(distance)
+        # "not below": a distance that is not a number must lead to a computation
+        is_computed = is_forced or total is None or not total < self.threshold
+        self.accumulated[chunk] = 0.0 if is_computed or total is None else total
+        return Decision(is_computed, distance, total)
+
+
+@dataclass
+class TeaCache(ReusePolicy):
+    """One decision for the whole window: all active chunks are computed, or none.
+
+    The distance is taken over all signals given, in one mean. The first `warmup_ticks` ticks and
+    the last one are computed; a chunk without a stored result is computed alone.
+
+    Source: TeaCache, section 3.3; the baseline of the FlowCache paper.
+    """
+
+    threshold: float
+    warmup_ticks: int
+    rescale: Rescale = identity
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    accumulated: float = 0.0
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        distance = self._distance(signals)
+        total = None if distance is None else self.accumulated + self.rescale(distance)
+        is_forced = tick.index < self.warmup_ticks or tick.is_last
+        is_computed = is_forced or total is None or not total < self.threshold
+        self.accumulated = 0.0 if is_computed or total is None else total
+        self.previous = dict(signals)
+        return {
+            chunk: Decision(is_computed or chunk not in stored, distance, total)
+            for chunk in tick.steps
+        }
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        self.accumulated = 0.0
+
+    def _distance(self, signals: Mapping[int, Tensor]) -> float | None:
+        common = [chunk for chunk in signals if chunk in self.previous]
+        if not common:
+            return None
+        now = torch.cat([signals[c].flatten() for c in common])
+        before = torch.cat([self.previous[c].flatten() for c in common])
+        return relative_l1({0: (now, before)})[0]
+
+
+def compute_together(policy: ReusePolicy, plan: Mapping[int, Decision]) -> dict[int, Decision]:
+    """Compute all chunks of a plan as soon as one must be.
+
+    For attention over the whole window, where chunks can't be computed apart.
+    """
+    is_any = any(decision.is_computed for decision in plan.values())
+    return _compute(policy, plan, plan if is_any else ())
+
+
+def agree(
+    policies: Mapping[str, ReusePolicy], plans: Mapping[str, Mapping[int, Decision]]
+) -> dict[str, dict[int, Decision]]:
+    """Compute a chunk in all branches as soon as one branch must compute it.
+
+    For what is reused after guidance, which needs every branch.
+    """
+    wanted = {c for plan in plans.values() for c, decision in plan.items() if decision.is_computed}
+    return {branch: _compute(policies[branch], plan, wanted) for branch, plan in plans.items()}
+
+
+def _compute(
+    policy: ReusePolicy, plan: Mapping[int, Decision], chunks: Collection[int]
+) -> dict[int, Decision]:
+    extra = [
+        chunk for chunk, decision in plan.items() if chunk in chunks and not decision.is_computed
+    ]
+    if extra:
+        policy.computed_anyway(extra)
+    return {
+        c: replace(decision, is_computed=True) if c in extra else decision
+        for c, decision in plan.items()
+    }
+
+
+def relative_l1(pairs: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
+    """Return mean|now - before| / mean|before| of each pair, with one device-to-host copy.
+
+    Identical signals give 0 even where both are zero; a change from an all-zero signal gives inf.
+    """
+    if not pairs:
+        return {}
+    sums = torch.stack(
+        [
+            torch.stack([(now - before).abs().mean(), before.abs().mean()]).float()
+            for now, before in pairs.values()
+        ]
+    ).tolist()
+    return {key: _ratio(change, size) for key, (change, size) in zip(pairs, sums, strict=True)}
+
+
+def _ratio(change: float, size: float) -> float:
+    if size == 0.0:
+        return 0.0 if change == 0.0 else math.inf
+    return change / size
+
+
+# What a reused chunk gets -------------------------------------------------------------------------
+
+Quantity = Literal["residual", "velocity", "latent_update"]
+"""What is stored of a computed step and put in the place of one that is not:
+
+residual: the change that the blocks made to the tokens; per branch.
+velocity: the model's output; per branch.
+latent_update: the change that the whole step made to the latent, after guidance. As published for
+    MAGI-1: it contains the step size of the step in which it was made.
+"""
+
+
+@dataclass
+class ResultStore:
+    """The last results of computed steps, by unit: a chunk, or the whole window.
+
+    A prediction is the last result, moved on along its linear trend in the noise level by
+    `factor`: 0 holds it, 1 extrapolates the line through the last two results.
+
+    Values have their latent frames on the first axis: `[F, ...]`.
+    """
+
+    factor: float = 0.0
+    history: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def units(self) -> Collection[int]:
+        """Return the units that `predict` can be asked for."""
+        return self.history.keys()
+
+    def put(self, unit: int, value: Tensor, *, sigma: Tensor) -> None:
+        """Store a computed result.
+
+        Args:
+            sigma: noise level of each latent frame at that step, `[F]`.
+        """
+        older = self.history.get(unit, [])[-1:] if self.factor else []
+        self.history[unit] = [*older, (value, sigma)]
+
+    def predict(self, unit: int, *, sigma: Tensor) -> Tensor:
+        """Return the stand-in for the result at noise level `sigma`, `[F]`."""
+        *older, (last, at) = self.history[unit]
+        if not older:
+            return last
+        ((first, start),) = older
+        span = at - start
+        # a frame whose noise level did not change between the two results has no trend
+        share = torch.where(span == 0, 0.0, (sigma - at) / torch.where(span == 0, 1.0, span))
+        return last + self.factor * share.view(-1, *[1] * (last.ndim - 1)) * (last - first)
+
+    def drop(self, unit: int) -> None:
+        """Forget a unit that is clean."""
+        self.history.pop(unit, None)

@@ -1,0 +1,97 @@
+"""When each chunk takes which of its own denoising steps.
+
+One function covers the published schedules: chunk i runs `lag` steps behind chunk i-1.
+`lag = 0` is synchronous diffusion forcing, `lag = ar_step` asynchronous SkyReels-V2,
+`lag = num_steps // window` MAGI-1, `lag = num_steps` strictly one chunk after another.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flowcache.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One pass over the active chunks."""
+
+    index: int
+    num_ticks: int
+    num_steps: int
+    steps: Mapping[int, int]
+    """Active chunk -> its own step, 0..num_steps-1, in ascending chunk order."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_ticks - 1
+
+    @property
+    def entering(self) -> tuple[int, ...]:
+        """Chunks that take their first step in this tick."""
+        return tuple(chunk for chunk, step in self.steps.items() if step == 0)
+
+    @property
+    def finishing(self) -> tuple[int, ...]:
+        """Chunks that take their last step in this tick and are clean after it."""
+        return tuple(chunk for chunk, step in self.steps.items() if step == self.num_steps - 1)
+
+
+def staggered(chunks: Sequence[int], *, num_steps: int, lag: int) -> list[Tick]:
+    """Return the ticks that denoise `chunks`, each `lag` steps behind the one before it.
+
+    A lag above `num_steps` means the same as `num_steps`: a chunk starts when the previous one is
+    clean. With 3 chunks, 4 steps and lag 2 the steps taken per tick are
+
+        tick    0  1  2  3  4  5  6  7
+        chunk 0 0  1  2  3
+        chunk 1       0  1  2  3
+        chunk 2             0  1  2  3
+
+    Args:
+        chunks: ids of the chunks to denoise, ascending (given clean chunks left out).
+        num_steps: denoising steps of one chunk, at least 1.
+        lag: own steps between neighbouring chunks, at least 0.
+
+    Raises:
+        UserError: `num_steps` below 1 or `lag` below 0.
+    """
+    if num_steps < 1:
+        raise UserError(f"the number of denoising steps must be at least 1, not {num_steps}")
+    if lag < 0:
+        raise UserError(f"the lag between chunks must be 0 or more steps, not {lag}")
+    if not chunks:
+        return []
+    stagger = min(lag, num_steps)
+    num_ticks = num_steps + (len(chunks) - 1) * stagger
+    own_step = {chunk: -place * stagger for place, chunk in enumerate(chunks)}
+    return [
+        Tick(
+            index,
+            num_ticks,
+            num_steps,
+            {c: first + index for c, first in own_step.items() if 0 <= first + index < num_steps},
+        )
+        for index in range(num_ticks)
+    ]
+
+
+def visible_intervals(ticks: Sequence[Tick], *, num_chunks: int, window: int) -> list[range]:
+    """Return the chunks that a sliding window of `window` chunks shows at each tick.
+
+    The window starts at chunk 0 and moves on by one chunk in the tick in which the chunk after its
+    end starts.
+
+    Raises:
+        UserError: the window is too short to hold all chunks that are active at once.
+    """
+    end, intervals = min(window, num_chunks), []
+    for tick in ticks:
+        if end < num_chunks and end in tick.steps:
+            end += 1
+        intervals.append(range(max(end - window, 0), end))
+        if tick.steps and (min(tick.steps) < end - window or max(tick.steps) >= end):
+            raise UserError(
+                f"a window of {window} chunks cannot hold the chunks {min(tick.steps)} to "
+                f"{max(tick.steps)} that are active at once; use a longer window or a larger lag"
+            )
+    return intervals
