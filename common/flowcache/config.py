@@ -1,0 +1,330 @@
+"""Typed configuration: YAML layers and command-line overrides into one frozen dataclass.
+
+A schema is a dataclass; nested dataclasses are sections. Its field types say what a value may be
+(`int`, `float | None`, `Literal["full", "causal"]`, an Enum, `tuple[int, int]`, ...) and its
+defaults are the lowest layer. Every later layer changes only the keys it names:
+
+    # base.yaml              # fast.yaml              command line
+    reuse:                   reuse:                   reuse.threshold=0.2
+      policy: vanilla          policy: flowcache
+      threshold: 0.0           threshold: 0.1
+
+    load_config(Run, [Path("base.yaml"), Path("fast.yaml")], overrides=["reuse.threshold=0.2"])
+    -> Run(reuse=Reuse(policy="flowcache", threshold=0.2))
+
+OmegaConf reads the YAML and converts the values. A `${...}` in a string is text, not a reference.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from flowcache.errors import UserError
+
+T = TypeVar("T")
+
+COMMAND_LINE = "command line"
+VALUE_CHARACTERS = 80  # of a wrong value shown in an error
+
+
+def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str] = ()) -> T:
+    """Merge YAML layers, then `a.b=value` overrides, into an instance of the schema.
+
+    Args:
+        schema: a dataclass whose defaults are the lowest layer.
+        layers: YAML files, the later one wins; a list value replaces the earlier list.
+        overrides: `key=value` texts. The value is YAML, but for a text field it is taken as it is.
+
+    Raises:
+        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type, or
+            a key without a default was given no value. One line that names file, key and value.
+    """
+    config: DictConfig = OmegaConf.structured(schema)
+    for path in layers:
+        config = _merged(config, schema, read_yaml(path), source=str(path))
+    for text in overrides:
+        config = _merged(config, schema, parse_override(text, schema), source=COMMAND_LINE)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: set it in a preset or as {missing[0]}=VALUE")
+    return cast(T, OmegaConf.to_object(config))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; an empty file is an empty mapping.
+
+    Raises:
+        UserError: the file is missing, unreadable, not YAML (with the line), or not a mapping.
+    """
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: {line}not valid YAML ({error.problem})") from None
+    except GrammarParseError as error:
+        raise UserError(f"{path}: {error.full_key}: write '$' and '{{' apart") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: expected 'key: value' lines, found a list")
+    return cast("dict[str, Any]", OmegaConf.to_container(content, resolve=False))
+
+
+def parse_override(text: str, schema: type) -> dict[str, Any]:
+    """Turn `a.b=value` into `{"a": {"b": value}}`.
+
+    Raises:
+        UserError: there is no `=`, no key, or the value is not YAML.
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
+    value: Any = raw
+    if not _is_text(_hint_of(schema, key)):
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise UserError(f"{COMMAND_LINE}: {key}={_shown(raw)} is not valid YAML") from None
+        value = cast("dict[str, Any]", value)["value"]
+    elif raw == "null" and _accepts_none(_hint_of(schema, key)):
+        value = None
+    return _nested(key, value)
+
+
+def find_preset(folder: Path, name: str) -> Path:
+    """Return the YAML file of a preset: a name in the folder, or a path to a file.
+
+    Raises:
+        UserError: there is no such preset; the available ones are named.
+    """
+    available = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if name in available:
+        return available[name]
+    if Path(name).suffix in (".yaml", ".yml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise UserError(f"{name}: no such file; presets: {', '.join(available) or 'none'}")
+    close = difflib.get_close_matches(name, available, n=1)
+    hint = f", did you mean {close[0]}?" if close else ";"
+    raise UserError(
+        f"preset {_shown(name)} is unknown{hint} available: {', '.join(available) or 'none'}"
+        f" (in {folder})"
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain values for JSON: an Enum by its name, a tuple as a list."""
+    return cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def describe(schema: type, *, commented: Path | None = None) -> list[str]:
+    """Return one line per key: `key: type = default`, and the comment behind it in a YAML file.
+
+    Args:
+        schema: the dataclass.
+        commented: a YAML file whose trailing `# comments` explain the keys.
+    """
+    comments = {} if commented is None else yaml_comments(commented)
+    defaults = OmegaConf.structured(schema)
+    lines: list[str] = []
+    for key, hint in _leaves(schema):
+        default = OmegaConf.select(defaults, key, throw_on_missing=False)
+        value = _plain(OmegaConf.to_object(default) if OmegaConf.is_config(default) else default)
+        line = f"{key}: {_expected(hint)} = {'null' if value is None else value}"
+        lines.append(f"{line}  # {comments[key]}" if key in comments else line)
+    return lines
+
+
+def yaml_comments(path: Path) -> dict[str, str]:
+    """Return the trailing comment of every key in a YAML file, by dotted key."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    found: dict[str, str] = {}
+
+    def visit(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            is_section = isinstance(value_node, yaml.MappingNode)
+            end = key_node.end_mark if is_section else value_node.end_mark
+            comment = re.match(r"\s*:?\s*#\s*(.*)", lines[end.line][end.column :])
+            if comment:
+                found[key] = comment[1].strip()
+            visit(value_node, f"{key}.")
+
+    visit(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    return found
+
+
+def _merged(
+    config: DictConfig, schema: type, layer: Mapping[str, Any], *, source: str
+) -> DictConfig:
+    """Merge a layer key by key, so that a wrong value can be named with its key and source."""
+    for key, hint, value in _assignments(schema, layer, prefix="", source=source):
+        try:
+            merged = OmegaConf.merge(config, _nested(key, _adapted(hint, value)))
+            _check_meaning(value, OmegaConf.select(merged, key))
+        except (OmegaConfBaseException, ValueError, TypeError):
+            problem = f"{source}: {key} is {_shown(value)}, but must be {_expected(hint)}"
+            raise UserError(problem) from None
+        config = cast(DictConfig, merged)
+    return config
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _assignments(
+    schema: type, layer: Mapping[str, Any], *, prefix: str, source: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Walk a layer along the schema; yield (dotted key, type, value) of every leaf."""
+    hints = typing.get_type_hints(schema)
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise UserError(_unknown_key(key, schema, prefix=prefix, source=source))
+        section = _section(hints[name])
+        if section is None or value is None:
+            yield key, hints[name], value
+        elif isinstance(value, Mapping):
+            yield key, hints[name], {}
+            yield from _assignments(section, value, prefix=f"{key}.", source=source)
+        else:
+            raise UserError(f"{source}: {key} is {_shown(value)}, but must be a section of keys")
+
+
+def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
+    """Name an unknown key and the closest valid one, also when the section was left out."""
+    valid = [f"{prefix}{field.name}" for field in dataclasses.fields(section)]
+    inside = [leaf for leaf, _ in _leaves(section)]
+    leaves = {leaf.rpartition(".")[2]: f"{prefix}{leaf}" for leaf in reversed(inside)}
+    close = difflib.get_close_matches(key, valid, n=1)
+    close = close or [
+        leaves[name] for name in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    ]
+    hint = f", did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
+    return f"{source}: unknown key {_shown(key)}{hint}"
+
+
+def _leaves(schema: type) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every value of a schema, in the order of its fields."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        section = _section(hints[field.name])
+        if section is None:
+            yield field.name, hints[field.name]
+        else:
+            yield from ((f"{field.name}.{key}", hint) for key, hint in _leaves(section))
+
+
+def _hint_of(schema: type, key: str) -> Any:
+    """Return the type at a dotted key, or None for an unknown one."""
+    return dict(_leaves(schema)).get(key)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _section(hint: Any) -> type | None:
+    for option in _options(hint):
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
+            return option
+    return None
+
+
+def _accepts_none(hint: Any) -> bool:
+    return type(None) in _options(hint)
+
+
+def _is_text(hint: Any) -> bool:
+    return all(option in (str, Path, type(None)) for option in _options(hint))
+
+
+def _check_meaning(value: Any, converted: Any) -> None:
+    """Refuse what OmegaConf accepts and no key means: NaN, and a number such as 3 as a boolean."""
+    if isinstance(converted, float) and math.isnan(converted):
+        raise ValueError("NaN")
+    if isinstance(converted, bool) and isinstance(value, (int, float)) and value not in (0, 1):
+        raise ValueError("not a boolean")
+
+
+def _adapted(hint: Any, value: Any) -> Any:
+    """Escape `${` so that it stays text; make 3 a float where the union `float | ...` is asked."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    if isinstance(value, list):
+        return [_adapted(Any, item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {key: _adapted(Any, item) for key, item in cast("dict[str, Any]", value).items()}
+    if type(value) is int and float in _options(hint) and int not in _options(hint):
+        return float(value)
+    return value
+
+
+def _expected(hint: Any) -> str:
+    """Say in words what values a type allows: `int or null`, `one of full, causal`."""
+    return " or ".join(_expected_option(option) for option in _options(hint))
+
+
+def _expected_option(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint) or hint
+    if origin is Literal:
+        return f"one of {', '.join(str(choice) for choice in arguments)}"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(member.name for member in hint)}"
+    if origin is list or (origin is tuple and arguments[-1:] == (Ellipsis,)):
+        return f"a list of {_expected(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(_expected(item) for item in arguments)}]"
+    if origin is dict:
+        return f"a mapping to {_expected(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section of keys"
+    names = {
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        type(None): "null",
+        Any: "anything",
+    }
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= VALUE_CHARACTERS else f"{text[:VALUE_CHARACTERS]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
