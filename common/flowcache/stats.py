@@ -1,0 +1,309 @@
+"""What one run did: reuse decisions, FLOPs, seconds per stage, peak memory.
+
+    stats = RunStats(device)
+    with stats.stage("dit"):
+        ...
+        with stats.stage("kv_compression"):      # inside: part of the seconds of "dit"
+            ...
+    stats.record(tick=0, chunk=1, step=0, branch="cond", is_computed=True, distance=0.31)
+    stats.add_flops(computed=2 * 10**12, without_reuse=6 * 10**12)
+    print(stats.summary())
+
+Recording appends plain numbers: no tensor is kept and nothing waits for the device. On CUDA a stage
+is two events, read when the run is over.
+"""
+
+import importlib.metadata
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
+REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
+GIT_TIMEOUT_SECONDS = 5
+
+
+class Decision(NamedTuple):
+    """What happened to one chunk in one branch at one tick."""
+
+    tick: int
+    chunk: int
+    step: int
+    branch: str
+    is_computed: bool
+    distance: float | None
+    accumulated: float | None
+
+
+class _Span(NamedTuple):
+    """One use of a stage, with its ends as seconds or as CUDA events."""
+
+    name: str
+    parent: str | None
+    start: float | torch.cuda.Event
+    end: float | torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """The time of all uses of a stage."""
+
+    seconds: float
+    num_uses: int
+    parent: str | None  # the stage that this one's seconds are also part of
+
+
+class RunStats:
+    """Collect what a run does. Made at the start of a run, dropped with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start the clock, and on CUDA the count of the peak memory."""
+        self.device = device
+        self.decisions: list[Decision] = []
+        self.num_computed = 0
+        self.num_reused = 0
+        self.computed_flops = 0
+        self.flops_without_reuse = 0
+        self._spans: list[_Span] = []
+        self._open_stages: list[str] = []
+        self._start_seconds = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def record(
+        self,
+        *,
+        tick: int,
+        chunk: int,
+        step: int,
+        branch: str,
+        is_computed: bool,
+        distance: float | None = None,
+        accumulated: float | None = None,
+    ) -> None:
+        """Add one decision.
+
+        Args:
+            tick: the pass over the active chunks, from 0.
+            chunk: the chunk, from 0.
+            step: the chunk's own denoising step, from 0.
+            branch: the guidance pass.
+            is_computed: the blocks ran; otherwise the stored result was reused.
+            distance: change of the signal since the chunk's last step (dimensionless), if measured.
+            accumulated: the sum that was compared with the threshold, if there is one.
+        """
+        if is_computed:
+            self.num_computed += 1
+        else:
+            self.num_reused += 1
+        self.decisions.append(
+            Decision(tick, chunk, step, branch, is_computed, distance, accumulated)
+        )
+
+    def add_flops(self, *, computed: int, without_reuse: int) -> None:
+        """Add the FLOPs of a pass, and what the pass would cost if every chunk were computed."""
+        self.computed_flops += computed
+        self.flops_without_reuse += without_reuse
+
+    @contextmanager
+    def stage(self, name: str, *, is_on_host: bool = False) -> Iterator[None]:
+        """Add the time of the body to a stage.
+
+        Args:
+            name: the stage; a stage inside another one counts in both.
+            is_on_host: the body leaves nothing for the device to do (writing a file, loading), so
+                that the host's clock is the right one.
+        """
+        parent = self._open_stages[-1] if self._open_stages else None
+        self._open_stages.append(name)
+        is_on_device = self.device.type == "cuda" and not is_on_host
+        start = self._now(is_on_device=is_on_device)
+        try:
+            yield
+        finally:
+            self._spans.append(_Span(name, parent, start, self._now(is_on_device=is_on_device)))
+            self._open_stages.pop()
+
+    def stage_times(self) -> dict[str, StageTime]:
+        """Return the time of every stage, in the order of their first end. Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds: dict[str, float] = {}
+        num_uses: Counter[str] = Counter()
+        parents: dict[str, str | None] = {}
+        for span in self._spans:
+            elapsed = _elapsed_seconds(span.start, span.end)
+            seconds[span.name] = seconds.get(span.name, 0.0) + elapsed
+            num_uses[span.name] += 1
+            parents.setdefault(span.name, span.parent)
+        return {
+            name: StageTime(seconds[name], num_uses[name], parent)
+            for name, parent in parents.items()
+        }
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory in use: tensors of this run on CUDA, else the whole process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # ru_maxrss: bytes / KiB
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON; a number that is not finite is None."""
+        per_branch: dict[str, dict[str, int]] = {}
+        for decision in self.decisions:
+            counts = per_branch.setdefault(decision.branch, {"computed": 0, "reused": 0})
+            counts["computed" if decision.is_computed else "reused"] += 1
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "total_seconds": time.perf_counter() - self._start_seconds,
+            "stages": {
+                name: {"seconds": stage.seconds, "num_uses": stage.num_uses, "within": stage.parent}
+                for name, stage in self.stage_times().items()
+            },
+            "passes": {
+                "computed": self.num_computed,
+                "reused": self.num_reused,
+                "computed_share": _ratio(self.num_computed, self.num_computed + self.num_reused),
+                "per_branch": per_branch,
+            },
+            "flops": {
+                "computed": self.computed_flops,
+                "without_reuse": self.flops_without_reuse,
+                "saving_factor": _ratio(self.flops_without_reuse, self.computed_flops),
+            },
+            "peak_memory": {
+                "bytes": self.peak_memory_bytes(),
+                "of": "CUDA tensors" if self.device.type == "cuda" else "process",
+            },
+            "decisions": {
+                "columns": list(Decision._fields),
+                "rows": [[_finite(value) for value in decision] for decision in self.decisions],
+            },
+        }
+
+    def summary(self) -> str:
+        """Return a few lines for people: passes and FLOPs, seconds per stage, peak memory."""
+        lines: list[str] = []
+        num_passes = self.num_computed + self.num_reused
+        if num_passes:
+            share = 100 * self.num_computed / num_passes
+            lines.append(
+                f"chunk passes  {self.num_computed} of {num_passes} computed ({share:.1f} %)"
+            )
+        if self.computed_flops:
+            factor = self.flops_without_reuse / self.computed_flops
+            lines.append(
+                f"FLOPs         {_scaled(self.computed_flops, 'FLOP')}, {factor:.2f}x fewer than "
+                f"without reuse ({_scaled(self.flops_without_reuse, 'FLOP')})"
+            )
+        lines.append(f"time          {self._time_line()}")
+        owner = "tensors on the GPU" if self.device.type == "cuda" else "the whole process"
+        lines.append(f"peak memory   {_scaled(self.peak_memory_bytes(), 'B')} ({owner})")
+        return "\n".join(lines)
+
+    def _time_line(self) -> str:
+        times = self.stage_times()
+        parts: list[str] = []
+        for name, stage in times.items():
+            if stage.parent is not None:
+                continue
+            inside = ", ".join(
+                f"{child} {part.seconds:.1f} s"
+                for child, part in times.items()
+                if part.parent == name
+            )
+            parts.append(f"{name} {stage.seconds:.1f} s" + (f" (with {inside})" if inside else ""))
+        total = time.perf_counter() - self._start_seconds
+        return f"{total:.1f} s" + (f": {', '.join(parts)}" if parts else "")
+
+    def _now(self, *, is_on_device: bool) -> float | torch.cuda.Event:
+        if not is_on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, device and commit as plain values; nothing that names the machine."""
+    versions: dict[str, str | None] = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    is_cuda = device.type == "cuda"
+    return {
+        "commit": _commit(Path(__file__)),
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "cuda": torch.version.cuda if is_cuda else None,
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _commit(file: Path) -> str | None:
+    """Return the commit of the repository that holds a file, with `+` if something changed."""
+    folder = file.resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=GIT_TIMEOUT_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    # An installed copy may lie inside some other repository, whose commit would mean nothing.
+    if git("ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    is_changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return None if commit is None else commit + ("+" if is_changed else "")
+
+
+def _elapsed_seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1000
+    assert isinstance(end, float)
+    return end - start
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Write a count with a decimal prefix: `_scaled(1.13e17, "FLOP")` is `113 PFLOP`."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    power = 0
+    while value >= 1000 and power < len(prefixes) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.3g} {prefixes[power]}{unit}"
