@@ -155,6 +155,8 @@ def _read_safetensors(path: Path) -> Iterator[StoredTensor]:
                 yield StoredTensor(path, key, file.get_tensor(key))
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+    except RuntimeError as error:  # torch's, when the system refuses to map the file
+        raise UserError(f"{path}: {_first_line(error)}; free some memory") from error
 
 
 def _read_pickle(path: Path) -> Iterator[StoredTensor]:
@@ -187,8 +189,11 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             return UserError(f"{path}: is a Git LFS pointer, not the weights; run git lfs pull")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return UserError(f"{path}: cut short or corrupt ({reason}); download it again")
+    return UserError(f"{path}: cut short or corrupt ({_first_line(error)}); download it again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 @dataclass(frozen=True)
