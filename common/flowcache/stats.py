@@ -5,7 +5,7 @@
         ...
         with stats.stage("kv_compression"):      # inside: part of the seconds of "dit"
             ...
-    stats.record(tick=0, chunk=1, step=0, branch="cond", is_computed=True, distance=0.31)
+    stats.record(segment=0, tick=0, chunk=1, step=0, branch="cond", decision=decision)
     stats.add_flops(computed=2 * 10**12, without_reuse=6 * 10**12)
     print(stats.summary())
 
@@ -30,14 +30,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flowcache.reuse import Decision
+
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
 GIT_TIMEOUT_SECONDS = 5
 
 
-class Decision(NamedTuple):
-    """What happened to one chunk in one branch at one tick."""
+class Pass(NamedTuple):
+    """What happened to one chunk in one branch at one tick; see `RunStats.record`."""
 
+    segment: int
     tick: int
     chunk: int
     step: int
@@ -71,7 +74,7 @@ class RunStats:
     def __init__(self, device: torch.device) -> None:
         """Start the clock, and on CUDA the count of the peak memory."""
         self.device = device
-        self.decisions: list[Decision] = []
+        self.passes: list[Pass] = []
         self.num_computed = 0
         self.num_reused = 0
         self.computed_flops = 0
@@ -83,33 +86,33 @@ class RunStats:
             torch.cuda.reset_peak_memory_stats(device)
 
     def record(
-        self,
-        *,
-        tick: int,
-        chunk: int,
-        step: int,
-        branch: str,
-        is_computed: bool,
-        distance: float | None = None,
-        accumulated: float | None = None,
+        self, *, segment: int, tick: int, chunk: int, step: int, branch: str, decision: Decision
     ) -> None:
-        """Add one decision.
+        """Add what a policy decided for one chunk in one guidance branch.
 
         Args:
+            segment: the window of a long video, from 0.
             tick: the pass over the active chunks, from 0.
             chunk: the chunk, from 0.
             step: the chunk's own denoising step, from 0.
             branch: the guidance pass.
-            is_computed: the blocks ran; otherwise the stored result was reused.
-            distance: change of the signal since the chunk's last step (dimensionless), if measured.
-            accumulated: the sum that was compared with the threshold, if there is one.
+            decision: computed or reused, and the distances that led to it.
         """
-        if is_computed:
+        if decision.is_computed:
             self.num_computed += 1
         else:
             self.num_reused += 1
-        self.decisions.append(
-            Decision(tick, chunk, step, branch, is_computed, distance, accumulated)
+        self.passes.append(
+            Pass(
+                segment,
+                tick,
+                chunk,
+                step,
+                branch,
+                decision.is_computed,
+                decision.distance,
+                decision.accumulated,
+            )
         )
 
     def add_flops(self, *, computed: int, without_reuse: int) -> None:
@@ -163,9 +166,9 @@ class RunStats:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; a number that is not finite is None."""
         per_branch: dict[str, dict[str, int]] = {}
-        for decision in self.decisions:
-            counts = per_branch.setdefault(decision.branch, {"computed": 0, "reused": 0})
-            counts["computed" if decision.is_computed else "reused"] += 1
+        for row in self.passes:
+            counts = per_branch.setdefault(row.branch, {"computed": 0, "reused": 0})
+            counts["computed" if row.is_computed else "reused"] += 1
         return {
             "schema_version": SCHEMA_VERSION,
             "total_seconds": time.perf_counter() - self._start_seconds,
@@ -189,8 +192,8 @@ class RunStats:
                 "of": "CUDA tensors" if self.device.type == "cuda" else "process",
             },
             "decisions": {
-                "columns": list(Decision._fields),
-                "rows": [[_finite(value) for value in decision] for decision in self.decisions],
+                "columns": list(Pass._fields),
+                "rows": [[_finite(value) for value in row] for row in self.passes],
             },
         }
 
