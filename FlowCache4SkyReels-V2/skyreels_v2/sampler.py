@@ -52,6 +52,10 @@ class Sampling:
     quantity: Quantity = "residual"
     """What a reused chunk gets again."""
 
+    def ticks(self, window: Window) -> list[Tick]:
+        """Return the passes that denoise a window."""
+        return staggered(window.generated, num_steps=self.num_steps, lag=self.lag)
+
 
 @dataclass
 class Branch:
@@ -121,18 +125,12 @@ class WindowSampler:
         self.rope = dit.rope(positions, latent_height=height, latent_width=width)
         self.frame_tokens = len(self.rope) // window.num_frames
 
-    def ticks(self) -> list[Tick]:
-        """Return the passes this window takes."""
-        return staggered(
-            self.window.generated, num_steps=self.sampling.num_steps, lag=self.sampling.lag
-        )
-
     def run(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
         """Denoise; after every tick yield it and the chunks that became clean in it."""
         is_causal = self.sampling.attention == "causal"
         if is_causal:
             self._feed_given()
-        for tick in self.ticks():
+        for tick in self.sampling.ticks(self.window):
             with self.stats.stage("dit"):
                 velocities = self._causal_tick(tick) if is_causal else self._full_tick(tick)
                 self._advance(tick, velocities)
@@ -201,7 +199,9 @@ class WindowSampler:
                     chunk=chunk,
                     step=tick.steps[chunk],
                     branch=name,
-                    decision=decision,
+                    is_computed=decision.is_computed,
+                    distance=decision.distance,
+                    accumulated=decision.accumulated,
                 )
         return plans
 

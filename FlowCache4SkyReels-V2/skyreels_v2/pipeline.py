@@ -1,0 +1,287 @@
+"""From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowcache.kv import KVCache, caches_for
+from flowcache.reuse import ResultStore
+from flowcache.schedule import Tick
+from flowcache.stats import RunStats
+from skyreels_v2 import flops
+from skyreels_v2.build import (
+    VAE_STRIDE,
+    compression_of,
+    kv_capacity,
+    policy_maker,
+    sampling_of,
+    segments_of,
+    tokens_per_frame,
+    window_of,
+)
+from skyreels_v2.config import RunConfig
+from skyreels_v2.dit import DiT
+from skyreels_v2.layers import ContextKV
+from skyreels_v2.sampler import Branch, WindowSampler
+from skyreels_v2.window import Segment, pixel_frames
+
+LATENT_CHANNELS = 16
+MASK_CHANNELS = 4
+"""Channels that tell an I2V model which latent frames are given."""
+
+Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""`(shape, dtype) -> standard normal noise` on the device of the run."""
+
+
+class LatentDecoder(Protocol):
+    """Turns the latents of one segment into pixels, bit by bit."""
+
+    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+        """Return the pixels of the next latents, `[B, 3, T, H, W]` in -1..1."""
+        ...
+
+
+class LatentCodec(Protocol):
+    """What the pipeline needs of a VAE."""
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        """Return normalised latents `[B, C, F, h, w]`."""
+        ...
+
+    def stream(self) -> LatentDecoder:
+        """Begin to decode one segment."""
+        ...
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the video is made from, encoded or as pixels in -1..1 of the final size."""
+
+    text: Mapping[str, Tensor]
+    """Branch name -> text encoder output `[1, L, D]`; "uncond" only where guidance is on."""
+    image_features: Tensor | None = None
+    """CLIP features `[1, 257, 1280]`, I2V models only."""
+    image: Tensor | None = None
+    """Start image, `[3, 1, H, W]`."""
+    end_image: Tensor | None = None
+    """End image, `[3, 1, H, W]`."""
+    video: Tensor | None = None
+    """Last frames of the video to extend, `[3, T, H, W]`."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What just happened: a tick, and the frames that can be shown after it."""
+
+    segment: Segment
+    num_segments: int
+    tick: Tick
+    frames: Tensor | None
+    """New pixel frames `[3, T, H, W]` in -1..1, or None."""
+
+
+@torch.no_grad()
+def generate(
+    dit: DiT,
+    vae: LatentCodec,
+    config: RunConfig,
+    conditioning: Conditioning,
+    *,
+    stats: RunStats,
+    draw: Draw | None = None,
+) -> Iterator[Progress]:
+    """Make a video; yield after every tick, with the frames that are finished.
+
+    Args:
+        dit: the transformer, on the device of the run.
+        vae: encodes and decodes; it may be elsewhere.
+        draw: makes all noise; default: from a generator seeded with `config.seed`.
+    """
+    device = dit.patch_embedding.weight.device
+    if draw is None:
+        draw = seeded_noise(config.seed, device=device)
+    contexts = _encode_contexts(dit, conditioning, stats=stats)
+    segments = segments_of(config)
+    tail = conditioning.video
+    for segment in segments:
+        maker = _SegmentMaker(
+            dit, vae, config, conditioning, contexts, segment, len(segments), stats, draw
+        )
+        for tick, frames in maker.run(tail):
+            yield Progress(segment, len(segments), tick, frames)
+            if frames is not None and config.overlap_history is not None:
+                known = frames if tail is None else torch.cat([tail, frames], dim=1)
+                tail = known[:, -config.overlap_history :]
+
+
+def seeded_noise(seed: int, *, device: torch.device) -> Draw:
+    """Return a source of normal noise that gives the same sequence for the same seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    return draw
+
+
+def _encode_contexts(
+    dit: DiT, conditioning: Conditioning, *, stats: RunStats
+) -> dict[str, list[ContextKV]]:
+    """Project every branch's prompt to cross-attention keys and values, once per video."""
+    device = dit.patch_embedding.weight.device
+    image = conditioning.image_features
+    contexts: dict[str, list[ContextKV]] = {}
+    with stats.stage("dit"):
+        for name, text in conditioning.text.items():
+            cost = flops.context(dit.config)
+            stats.add_flops(computed=cost, without_reuse=cost)
+            contexts[name] = dit.encode_context(
+                text.to(device), None if image is None else image.to(device)
+            )
+    return contexts
+
+
+@dataclass
+class _SegmentMaker:
+    """Makes one segment: given frames, noise, denoising, decoding."""
+
+    dit: DiT
+    vae: LatentCodec
+    config: RunConfig
+    conditioning: Conditioning
+    contexts: Mapping[str, list[ContextKV]]
+    segment: Segment
+    num_segments: int
+    stats: RunStats
+    draw: Draw
+
+    def __post_init__(self) -> None:
+        self.device = self.dit.patch_embedding.weight.device
+        self.window = window_of(
+            self.config,
+            self.segment,
+            num_segments=self.num_segments,
+            is_i2v=self.dit.config.model_type == "i2v",
+        )
+
+    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Tensor | None]]:
+        """Denoise; yield after every tick the new pixel frames `[3, T, H, W]`, or None.
+
+        Args:
+            tail: the pixel frames before this segment, `[3, T, H, W]`; its last ones are repeated.
+        """
+        num_prefix, skipped = self.window.num_prefix, self.segment.prefix_pixels
+        latents = self._start_latents(tail)
+        sampler = self._sampler(latents)
+        decoder = self.vae.stream()
+        waiting: list[Tensor] = []
+        if num_prefix:
+            waiting = [self._decode(decoder, latents[:, :num_prefix])[:, skipped:]]
+        for tick, finished in sampler.run():
+            for chunk in finished:
+                own = self.window.chunks[chunk]
+                waiting.append(self._decode(decoder, latents[:, own.start : own.stop]))
+            if finished:
+                yield tick, torch.cat(waiting, dim=1)
+                waiting = []
+            else:
+                yield tick, None
+
+    def _start_latents(self, tail: Tensor | None) -> Tensor:
+        """Return noise with the given frames in their places, `[C, F, h, w]` float32.
+
+        Noise is drawn in the model's dtype, so that a seed means the same as upstream.
+        """
+        config, window = self.config, self.window
+        size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+        noise = self.draw((LATENT_CHANNELS, window.num_frames, *size), self.dit.dtype)
+        latents = noise.float()
+        given = self.conditioning.image
+        if self.segment.prefix_pixels:
+            assert tail is not None, "a segment with a prefix needs the frames before it"
+            given = tail[:, -self.segment.prefix_pixels :]
+        if window.num_prefix and given is not None:
+            latents[:, : window.num_prefix] = self._encode(given)
+        end_image = self.conditioning.end_image
+        if window.num_frames > self.segment.num_frames and end_image is not None:
+            latents[:, -1:] = self._encode(end_image)
+        return latents
+
+    def _sampler(self, latents: Tensor) -> WindowSampler:
+        config = self.config
+        make_policy = policy_maker(config, self.dit.config)
+        return WindowSampler(
+            self.dit,
+            latents,
+            window=self.window,
+            sampling=sampling_of(config),
+            branches={
+                name: Branch(
+                    context=context,
+                    policy=make_policy(),
+                    results=ResultStore(config.reuse.extrapolate),
+                    caches=self._caches(),
+                )
+                for name, context in self.contexts.items()
+            },
+            stats=self.stats,
+            segment=self.segment.index,
+            compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
+            updates=ResultStore(config.reuse.extrapolate),
+            condition=self._condition(),
+            draw_noise=lambda like: self.draw(tuple(like.shape), like.dtype),
+        )
+
+    def _caches(self) -> list[KVCache]:
+        if self.config.attention == "full":
+            return []
+        model = self.dit.config
+        return caches_for(
+            model.num_layers,
+            capacity=kv_capacity(self.config, self.window),
+            num_heads=model.num_heads,
+            head_width=model.head_width,
+            dtype=self.dit.dtype,
+            device=self.device,
+        )
+
+    def _condition(self) -> Tensor | None:
+        """Return what an I2V model sees beside the noise: a mask and the encoded start image.
+
+        The image is followed by mid-grey frames, as the model was trained.
+        """
+        image = self.conditioning.image
+        if self.dit.config.model_type != "i2v" or image is None:
+            return None
+        num_pixels = pixel_frames(self.segment.num_frames)
+        clip = torch.zeros(3, num_pixels, self.config.height, self.config.width)
+        clip[:, :1] = image
+        latents = self._encode(clip)
+        mask = latents.new_zeros(MASK_CHANNELS, *latents.shape[1:])
+        mask[:, 0] = 1
+        return torch.cat([mask, latents])
+
+    def _encode(self, pixels_3THW: Tensor) -> Tensor:
+        with self.stats.stage("vae"), self._dit_aside():
+            latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(self.device))
+        return latents[0].to(device=self.device, dtype=torch.float32)
+
+    def _decode(self, decoder: LatentDecoder, latents_CFhw: Tensor) -> Tensor:
+        with self.stats.stage("vae"), self._dit_aside():
+            return decoder.decode(latents_CFhw.unsqueeze(0))[0].float()
+
+    @contextmanager
+    def _dit_aside(self) -> Iterator[None]:
+        """Keep the DiT off the device while the VAE works, if the run is to save memory."""
+        if not self.config.offload:
+            yield
+            return
+        self.dit.to("cpu")
+        try:
+            yield
+        finally:
+            self.dit.to(self.device)
