@@ -1,0 +1,376 @@
+"""Read and write videos, images and the JSON beside them; never overwrite or half-write a result.
+
+Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg (from imageio-ffmpeg)
+encodes and decodes.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import imageio_ffmpeg
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from flowcache.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.uint8]
+
+# HD players read an untagged file as BT.709, ffmpeg writes BT.601 unless told: the colours shift.
+COLOUR = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
+COLOUR += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+# In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
+# and what a killed run has written stays readable.
+FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
+VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
+MAX_FRESH_NAMES = 100_000
+MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a video file holds."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+
+class VideoWriter:
+    """Write an H.264 mp4 frame by frame; the file gets its name only when it is complete.
+
+    with VideoWriter(path, fps=24, size=(544, 960)) as writer:
+        for frames in chunks:
+            writer.append(frames)
+
+    Until the end the frames are in `.NAME.PID.part.mp4` in the same folder. If the body raises (or
+    is interrupted), the frames so far become `STEM.partial.mp4`; see `partial_path`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fps: float,
+        size: tuple[int, int],
+        quality: int = 8,
+        is_lossless: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Check what can be checked before the first frame exists.
+
+        Args:
+            path: the `.mp4` to write.
+            fps: frames per second, above 0.
+            size: (height, width) in pixels, both even unless lossless.
+            quality: 1 (small) to 10 (constant rate factor 0); 8 is factor 10.
+            is_lossless: store the exact RGB values (H.264 4:4:4; few players show it).
+            overwrite: replace an existing file.
+
+        Raises:
+            UserError: the size, rate, quality or name is not possible, the file exists, or the
+                folder is not writable.
+        """
+        if path.suffix.lower() != ".mp4":
+            raise UserError(f"{path}: a video is written as .mp4, not {path.suffix or 'no suffix'}")
+        if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+            raise UserError(f"{path}: a file name has at most {MAX_NAME_BYTES} bytes")
+        if not (math.isfinite(fps) and fps > 0):
+            raise UserError(f"fps must be above 0, got {fps}")
+        if not 1 <= quality <= 10:
+            raise UserError(f"video quality must be between 1 and 10, got {quality}")
+        divisor = 1 if is_lossless else 2
+        if any(length < 1 or length % divisor for length in size):
+            rule = "at least 1" if is_lossless else "even (the mp4 halves the colour planes)"
+            raise UserError(f"video height and width must be {rule}, got {size[0]} x {size[1]}")
+        check_writable(path.parent)
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise UserError(f"{path} exists: choose another name, or allow overwriting")
+        self.path = path
+        self.num_frames = 0
+        self.partial_path: Path | None = None
+        self._size = size
+        self._overwrite = overwrite
+        self._part = path.with_name(f".{path.stem[:40]}.{os.getpid()}.part.mp4")
+        self._encoder = imageio_ffmpeg.write_frames(
+            str(self._part.resolve()),
+            (size[1], size[0]),
+            fps=cast(int, fps),  # any positive number; the library's signature names its default
+            codec="libx264rgb" if is_lossless else "libx264",
+            pix_fmt_out="rgb24" if is_lossless else "yuv420p",
+            quality=cast(int, None if is_lossless else quality),
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=(["-crf", "0"] if is_lossless else COLOUR) + FRAGMENTS,
+        )
+
+    def __enter__(self) -> "VideoWriter":
+        """Return the writer; the encoder starts with the first frame."""
+        return self
+
+    def append(self, frames_THW3: Pixels | torch.Tensor) -> None:
+        """Add frames, uint8 `[T, H, W, 3]`.
+
+        Raises:
+            ValueError: another type or shape than that.
+            UserError: the file can't be written, for example because the disk is full.
+        """
+        frames = _as_array(frames_THW3)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
+            wanted = f"uint8 [T, {self._size[0]}, {self._size[1]}, 3]"
+            raise ValueError(f"frames must be {wanted}, got {frames.dtype} {list(frames.shape)}")
+        try:
+            if self.num_frames == 0 and len(frames):
+                self._encoder.send(None)
+            for frame in frames:
+                self._encoder.send(frame)
+                self.num_frames += 1
+        except OSError as error:
+            raise UserError(self._failure(str(error).partition("\n")[0])) from None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the file and give it its name: the result's, or a partial one after an error."""
+        self._encoder.close()
+        num_written = _num_decodable(self._part) if self._part.exists() else 0
+        if kind is None and self.num_frames == 0:
+            raise UserError(f"{self.path}: no frame was written")
+        if kind is None and num_written == self.num_frames:
+            self.path = _settle(self._part, self.path, overwrite=self._overwrite)
+            return
+        if num_written:
+            partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
+            self.partial_path = _settle(self._part, partial, overwrite=self._overwrite)
+            logger.warning("kept the first %d frames in %s", num_written, self.partial_path)
+        self._part.unlink(missing_ok=True)
+        if kind is None:
+            raise UserError(self._failure("the file holds fewer frames"))
+
+    def _failure(self, reason: str) -> str:
+        done = f"after {self.num_frames} frames"
+        return f"{self.path}: writing failed {done} ({reason}); is the disk full?"
+
+
+def read_video(
+    path: Path, *, max_frames: int | None = None, size: tuple[int, int] | None = None
+) -> tuple[Pixels, float]:
+    """Read frames, uint8 `[T, H, W, 3]`, and the rate in frames per second.
+
+    Args:
+        path: a video file.
+        max_frames: read no more than the first so many.
+        size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
+
+    Raises:
+        UserError: the file is missing, not a video, or holds no frame.
+    """
+    meta, decoder = _open_video(path, max_frames=max_frames)
+    width, height = cast("tuple[int, int]", meta["size"])
+    frames: list[Pixels] = []
+    try:
+        for data in decoder:
+            frame = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+            frames.append(frame if size is None else _scaled(frame, size=size))
+    except RuntimeError:
+        raise UserError(f"{path}: broken after frame {len(frames)}") from None
+    if not frames:
+        raise UserError(f"{path}: holds no frame")
+    return np.stack(frames), float(cast(float, meta["fps"]))
+
+
+def probe(path: Path) -> Probe:
+    """Count the frames of a video and read its rate and size.
+
+    Raises:
+        UserError: the file is missing, not a video, or holds no frame.
+    """
+    meta, decoder = _open_video(path, max_frames=1)
+    decoder.close()
+    num_frames = _num_decodable(path)
+    if num_frames == 0:
+        raise UserError(f"{path}: holds no frame")
+    width, height = cast("tuple[int, int]", meta["size"])
+    return Probe(num_frames, float(cast(float, meta["fps"])), height, width)
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image as RGB, turned upright as its EXIF data say.
+
+    Raises:
+        UserError: the file is missing, empty, or not an image.
+    """
+    _check_file(path)
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports a broken PNG as a SyntaxError.
+        reason = "" if "cannot identify" in str(error) else f" ({_one_line(error)})"
+        raise UserError(f"{path}: not an image that can be read{reason}") from None
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn float pixels in -1..1, `[..., 3, T, H, W]`, into uint8 `[..., T, H, W, 3]`.
+
+    -1 -> 0, 0 -> 127 (127.5 is cut off), 1 -> 255.
+
+    Source: SkyReels-V2, the end of the released pipelines: x / 2 + 0.5, clamped, times 255.
+    """
+    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+    return scaled.to(torch.uint8).movedim(-4, -1)
+
+
+def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
+    """Return a path that does not exist: `stem.mp4`, else `stem-001.mp4`, `stem-002.mp4`, ..."""
+    first = folder / f"{stem}{suffix}"
+    if not first.exists():
+        return first
+    for number in range(1, MAX_FRESH_NAMES):
+        path = folder / f"{stem}-{number:03d}{suffix}"
+        if not path.exists():
+            return path
+    raise UserError(f"{folder} holds {MAX_FRESH_NAMES} files named {stem}: empty it")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if necessary and try to write a file there.
+
+    Raises:
+        UserError: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or _one_line(error)
+        raise UserError(f"cannot write in folder {folder}: {reason}") from None
+
+
+def check_ffmpeg() -> None:
+    """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work.
+
+    Raises:
+        UserError: ffmpeg is missing or can't write what `VideoWriter` asks for.
+    """
+    advice = "unset IMAGEIO_FFMPEG_EXE, or run: pip install --force-reinstall imageio-ffmpeg"
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            VideoWriter(Path(folder) / "trial.mp4", fps=24, size=(16, 16)) as writer,
+        ):
+            writer.append(np.zeros((1, 16, 16, 3), np.uint8))
+    except (UserError, OSError, RuntimeError) as error:
+        raise UserError(f"ffmpeg does not work ({_one_line(error)}): {advice}") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        ValueError: a number is not finite.
+        UserError: the file can't be written.
+    """
+    text = _json(content, indent="") + "\n"
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _json(value: Any, *, indent: str) -> str:
+    """Write a list of plain values on one line, so that a table stays one; else one item a line."""
+    inner = indent + "  "
+    if isinstance(value, Mapping) and value:
+        items = cast("Mapping[str, Any]", value).items()
+        lines = [f"{inner}{_dump(str(key))}: {_json(item, indent=inner)}" for key, item in items]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, (list, tuple)):
+        elements = cast("list[Any]", value)
+        if any(isinstance(item, (list, tuple, Mapping)) for item in elements):
+            lines = [f"{inner}{_json(item, indent=inner)}" for item in elements]
+            return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    return _dump(value)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
+    image = Image.fromarray(frame_HW3).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _open_video(
+    path: Path, *, max_frames: int | None
+) -> tuple[dict[str, object], Generator[bytes, None, None]]:
+    _check_file(path)
+    output = ["-fps_mode", "passthrough"]  # the frames as they are, none doubled or dropped
+    if max_frames is not None:
+        output += ["-frames:v", str(max_frames)]
+    # Without the list ffmpeg takes a text file for a video of text, and follows links in playlists.
+    formats = ["-format_whitelist", VIDEO_FORMATS]
+    decoder = imageio_ffmpeg.read_frames(
+        str(path.resolve()), input_params=formats, output_params=output
+    )
+    try:
+        return cast("dict[str, object]", next(decoder)), decoder
+    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration):
+        raise UserError(f"{path}: not a video that can be read") from None
+
+
+def _num_decodable(path: Path) -> int:
+    """Return the number of frames that decode; 0 if the file can't be read."""
+    try:
+        num_frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path.resolve()))
+    except (OSError, RuntimeError):
+        return 0
+    return int(num_frames or 0)
+
+
+def _settle(part: Path, path: Path, *, overwrite: bool) -> Path:
+    """Give a finished file its name, or a fresh one if that exists by now."""
+    if not overwrite:
+        path = fresh_path(path.parent, path.stem, path.suffix)
+    os.replace(part, path)
+    return path
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+
+
+def _as_array(frames: Pixels | torch.Tensor) -> Pixels:
+    array = frames.cpu().numpy() if isinstance(frames, torch.Tensor) else frames
+    return np.ascontiguousarray(array)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
