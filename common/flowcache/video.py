@@ -319,7 +319,7 @@ def _dump(value: Any) -> str:
 
 
 def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
-    image = Image.fromarray(frame_HW3).resize(size[::-1], Image.Resampling.BICUBIC)
+    image = Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
