@@ -7,7 +7,7 @@ is, and which model, is read from the files, never from the name of the folder.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,20 +202,29 @@ def _require(values: Mapping[str, Any], path: Path, **supported: Any) -> None:
 
 
 def _checked(config: DiTConfig, path: Path) -> DiTConfig:
-    """Check the sizes of a parsed config.
+    """Check the settings of a parsed config.
 
     Raises:
-        UserError: if one is not a positive integer, or the heads do not divide the width.
+        UserError: if one has another type or range than the model can have.
     """
-    for name in (*_SIZES, "dim", "text_dim", "text_len"):
+    rules: dict[str, tuple[bool, str]] = {}
+    for name in (*_SIZES, "dim", "text_dim", "text_len", "image_dim"):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {name} is {value!r}, expected an integer >= 1")
-    if config.model_type not in ("t2v", "i2v"):
-        raise UserError(f"{path}: model_type is {config.model_type!r}, expected t2v or i2v")
+        may_lack = name == "image_dim" and value is None
+        rules[name] = (may_lack or _is_size(value), "an integer >= 1")
+    rules["model_type"] = (config.model_type in ("t2v", "i2v"), "t2v or i2v")
+    rules["inject_sample_info"] = (isinstance(config.inject_sample_info, bool), "true or false")
+    rules["eps"] = (isinstance(config.eps, float) and config.eps > 0, "a number > 0")
+    for name, (is_met, rule) in rules.items():
+        if not is_met:
+            raise UserError(f"{path}: {name} is {getattr(config, name)!r}, expected {rule}")
     if config.dim % config.num_heads:
         raise UserError(f"{path}: {config.num_heads} heads do not divide the width {config.dim}")
     return config
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _parse_original(path: Path) -> DiTConfig:
@@ -239,14 +248,17 @@ def _parse_diffusers(path: Path, *, text_len: int) -> DiTConfig:
     names = (*_SIZES, "text_dim", "image_dim", "inject_sample_info", "eps")
     given = {name: given[name] for name in names if name in given}
     head_width = values.get("attention_head_dim", HEAD_WIDTH)
+    if not _is_size(head_width):
+        raise UserError(f"{path}: attention_head_dim is {head_width!r}, expected an integer >= 1")
+    num_heads = given.get("num_heads", DiTConfig.num_heads)
     config = DiTConfig(
         **given,
         model_type="t2v" if given.get("image_dim") is None else "i2v",
         text_len=text_len,
+        # a number of heads that is none is refused below
+        dim=num_heads * head_width if _is_size(num_heads) else head_width,
     )
-    if not isinstance(config.num_heads, int) or not isinstance(head_width, int):
-        raise UserError(f"{path}: num_attention_heads and attention_head_dim must be integers")
-    return _checked(replace(config, dim=config.num_heads * head_width), path)
+    return _checked(config, path)
 
 
 def diffusers_key(key: str) -> str:

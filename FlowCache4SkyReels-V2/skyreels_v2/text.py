@@ -227,7 +227,7 @@ def _umt5_config(path: Path) -> UMT5Config:
             num_heads=num_heads,
             relative_attention_num_buckets=num_buckets,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a UMT5 encoder: {_reason(error)}") from error
 
 
@@ -248,14 +248,14 @@ def _clip_config(path: Path, *, num_heads: int) -> CLIPVisionConfig:
             hidden_act="gelu",
             layer_norm_eps=1e-5,
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a CLIP vision tower: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"key {error.args[0]} is missing"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_config(kind: type[PretrainedConfig], folder: Path) -> Any:

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowcache.errors import UserError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowcache.errors import UserError
 from skyreels_v2 import vae
 from skyreels_v2.vae import VAE, original_key
-from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2" / "vae.safetensors"
 TOLERANCE = 2e-5
@@ -81,7 +82,7 @@ def test_a_stream_equals_decoding_at_once_bit_for_bit(model: VAE, portions: tupl
 
 
 def test_decoding_equals_that_of_diffusers(model: VAE):
-    """Not bit for bit: diffusers applies the first, pointwise convolution to all latents at once."""
+    """Not bit for bit: diffusers applies the first, pointwise convolution to all latents."""
     latents = torch.randn(2, 16, 6, 3, 2, generator=torch.Generator().manual_seed(0))
     config = model.model.config
     mean, std = torch.tensor([config.latents_mean, config.latents_std]).view(2, 1, 16, 1, 1, 1)

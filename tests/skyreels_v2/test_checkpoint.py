@@ -1,0 +1,401 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SkyReelsV2Transformer3DModel
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from flowcache.errors import UserError
+from skyreels_v2 import checkpoint, vae
+from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
+from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.text import umt5_key
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
+
+SMALL: dict[str, Any] = {"dim": 1536, "num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+LARGE: dict[str, Any] = {"dim": 5120, "num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+RELEASED = [
+    pytest.param(sizes, is_i2v, has_fps, num_keys, num_values, id=name)
+    for name, sizes, is_i2v, has_fps, num_keys, num_values in (
+        ("DF-1.3B-540P", SMALL, False, True, 830, 1_435_525_696),
+        ("DF-14B-540P", LARGE, False, False, 1095, 14_288_491_584),
+        ("DF-14B-720P", LARGE, False, False, 1095, 14_288_491_584),
+        ("T2V-14B-540P", LARGE, False, False, 1095, 14_288_491_584),
+        ("T2V-14B-720P", LARGE, False, False, 1095, 14_288_491_584),
+        ("I2V-1.3B-540P", SMALL, True, False, 983, 1_564_428_608),
+        ("I2V-14B-540P", LARGE, True, False, 1303, 16_394_878_784),
+        ("I2V-14B-720P", LARGE, True, False, 1303, 16_394_878_784),
+    )
+]
+TINY = DiTConfig(dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_dim=32)
+
+
+def _original_json(config: DiTConfig) -> dict[str, Any]:
+    """What `config.json` of the original layout holds for a model."""
+    names = ("model_type", "in_dim", "out_dim", "dim", "ffn_dim", "freq_dim", "text_len", "eps")
+    names = (*names, "num_heads", "num_layers", "inject_sample_info")
+    return {"_class_name": "WanModel"} | {name: getattr(config, name) for name in names}
+
+
+def _diffusers_json(config: DiTConfig) -> dict[str, Any]:
+    """What `transformer/config.json` holds for a model."""
+    return {
+        "_class_name": "SkyReelsV2Transformer3DModel",
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
+        "attention_head_dim": config.dim // config.num_heads,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "image_dim": config.image_dim,
+        "in_channels": config.in_dim,
+        "inject_sample_info": config.inject_sample_info,
+        "num_attention_heads": config.num_heads,
+        "num_frame_per_block": 1,
+        "num_layers": config.num_layers,
+        "out_channels": config.out_dim,
+        "patch_size": [1, 2, 2],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": config.text_dim,
+    }
+
+
+def _clip_weights() -> dict[str, torch.Tensor]:
+    """A CLIP file of the released width with one narrow block and two positions."""
+    shapes = {
+        "patch_embedding.weight": (1280, 3, 14, 14),
+        "cls_embedding": (1, 1, 1280),
+        "pos_embedding": (1, 2, 1280),
+        "head": (1280, 1024),
+        "transformer.0.attn.to_qkv.weight": (3840, 1280),
+        "transformer.0.attn.to_qkv.bias": (3840,),
+        "transformer.0.attn.proj.weight": (1280, 1280),
+        "transformer.0.mlp.0.weight": (8, 1280),
+        "transformer.0.mlp.0.bias": (8,),
+        "transformer.0.mlp.2.weight": (1280, 8),
+        "transformer.0.mlp.2.bias": (1280,),
+        "transformer.0.attn.proj.bias": (1280,),
+    }
+    norms = ("pre_norm", "post_norm", "transformer.0.norm1", "transformer.0.norm2")
+    shapes |= {f"{norm}.{leaf}": (1280,) for norm in norms for leaf in ("weight", "bias")}
+    weights = {f"visual.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+    return weights | {"textual.token_embedding.weight": torch.zeros(2, 2)}
+
+
+def _parts(folder: Path, config: DiTConfig, layout: str) -> None:
+    """Write all parts but the transformer, tiny ones."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    umt5 = UMT5EncoderModel(
+        UMT5Config(vocab_size=9, d_model=config.text_dim, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
+    )
+    if layout == "original":
+        tokenizer.save_pretrained(folder / "google" / "umt5-xxl")
+        golden = load_file(GOLDEN / "vae.safetensors")
+        prefix = "weights."
+        weights = {k[len(prefix) :]: v for k, v in golden.items() if k.startswith(prefix)}
+        torch.save(weights, folder / "Wan2.1_VAE.pth")
+        torch.save(
+            {umt5_key(name): value for name, value in umt5.named_parameters()},
+            folder / "models_t5_umt5-xxl-enc-bf16.pth",
+        )
+        if config.image_dim:
+            torch.save(_clip_weights(), folder / CLIP_FILE)
+        return
+    tokenizer.save_pretrained(folder / "tokenizer")
+    umt5.save_pretrained(folder / "text_encoder")
+    vae.AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
+    if config.image_dim:
+        clip = CLIPVisionConfig(
+            hidden_size=1280,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=14,
+            patch_size=14,
+        )
+        CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
+
+
+def _write(folder: Path, config: DiTConfig, layout: str) -> DiT:
+    """Write a whole tiny checkpoint; returns the transformer that its files hold."""
+    torch.manual_seed(0)
+    dit = DiT(config)
+    state = dit.state_dict()
+    folder.mkdir(exist_ok=True)
+    if layout == "original":
+        (folder / "config.json").write_text(json.dumps(_original_json(config)))
+        half = len(state) // 2
+        names = list(state)
+        for number, part in ((1, names[:half]), (2, names[half:])):
+            path = folder / f"model-0000{number}-of-00002.safetensors"
+            save_file({name: state[name] for name in part}, path)
+    else:
+        (folder / "transformer").mkdir()
+        path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_file({diffusers_key(name): value for name, value in state.items()}, path)
+        (folder / "transformer" / "config.json").write_text(json.dumps(_diffusers_json(config)))
+    _parts(folder, config, layout)
+    return dit
+
+
+def _tiny(layout: str, *, is_i2v: bool = False) -> DiTConfig:
+    config = replace(TINY, text_len=512)
+    if layout == "original":
+        config = replace(config, text_dim=4096)
+    return replace(config, model_type="i2v", in_dim=36, image_dim=1280) if is_i2v else config
+
+
+@pytest.mark.parametrize(("sizes", "is_i2v", "has_fps", "num_keys", "num_values"), RELEASED)
+def test_every_released_model_is_built_from_either_config(
+    tmp_path: Path,
+    sizes: dict[str, Any],
+    is_i2v: bool,
+    has_fps: bool,
+    num_keys: int,
+    num_values: int,
+):
+    released = DiTConfig(
+        **sizes,
+        model_type="i2v" if is_i2v else "t2v",
+        in_dim=36 if is_i2v else 16,
+        inject_sample_info=has_fps,
+        image_dim=1280 if is_i2v else None,
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_original_json(released)))
+    assert checkpoint._parse_original(path) == released
+    path.write_text(json.dumps(_diffusers_json(released)))
+    assert checkpoint._parse_diffusers(path, text_len=512) == released
+    with torch.device("meta"):
+        dit = DiT(released)
+        theirs = SkyReelsV2Transformer3DModel.from_config(_diffusers_json(released))
+    state = dit.state_dict()
+    assert len(state) == num_keys
+    assert sum(value.numel() for value in state.values()) == num_values
+    renamed = {diffusers_key(name): value.shape for name, value in state.items()}
+    expected = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert len(renamed) == num_keys
+    assert renamed == expected
+
+
+@pytest.mark.parametrize(
+    ("original", "renamed"),
+    [
+        ("time_embedding.2.bias", "condition_embedder.time_embedder.linear_2.bias"),
+        ("fps_projection.0.weight", "fps_projection.net.0.proj.weight"),
+        ("fps_embedding.weight", "fps_embedding.weight"),
+        ("blocks.11.modulation", "blocks.11.scale_shift_table"),
+        ("blocks.11.norm3.bias", "blocks.11.norm2.bias"),
+        ("blocks.11.self_attn.o.weight", "blocks.11.attn1.to_out.0.weight"),
+        ("blocks.11.cross_attn.norm_k.weight", "blocks.11.attn2.norm_k.weight"),
+        ("blocks.11.cross_attn.k_img.bias", "blocks.11.attn2.add_k_proj.bias"),
+        ("blocks.11.cross_attn.norm_k_img.weight", "blocks.11.attn2.norm_added_k.weight"),
+        ("blocks.11.ffn.2.weight", "blocks.11.ffn.net.2.weight"),
+        ("head.modulation", "scale_shift_table"),
+        ("head.head.bias", "proj_out.bias"),
+        ("img_emb.proj.4.bias", "condition_embedder.image_embedder.norm2.bias"),
+    ],
+)
+def test_keys_are_renamed_as_published(original: str, renamed: str):
+    assert diffusers_key(original) == renamed
+
+
+def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    defaults = DiTConfig(
+        model_type="t2v",
+        in_dim=16,
+        out_dim=16,
+        dim=2048,
+        ffn_dim=8192,
+        freq_dim=256,
+        num_heads=16,
+        num_layers=32,
+        text_dim=4096,
+        text_len=512,
+        image_dim=None,
+        inject_sample_info=False,
+        eps=1e-6,
+    )
+    assert checkpoint._parse_original(path) == defaults
+    assert checkpoint._parse_diffusers(path, text_len=512) == defaults
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("has_fps", [False, True])
+def test_both_layouts_load_the_same_transformer(tmp_path: Path, layout: str, has_fps: bool):
+    config = replace(_tiny(layout), inject_sample_info=has_fps)
+    dit = _write(tmp_path / "model", config, layout)
+    found = find(tmp_path / "model")
+    assert (found.layout, found.config, found.is_i2v) == (layout, config, False)
+    loaded = load_dit(found, dtype=None, device="cpu").state_dict()
+    assert loaded.keys() == dit.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layout", "image_encoder"), [("original", CLIP_FILE), ("diffusers", "image_encoder")]
+)
+def test_a_whole_checkpoint_passes_the_check(tmp_path: Path, layout: str, image_encoder: str):
+    _write(tmp_path / "t2v", _tiny(layout), layout)
+    check(find(tmp_path / "t2v"))
+    _write(tmp_path / "i2v", _tiny(layout, is_i2v=True), layout)
+    found = find(tmp_path / "i2v")
+    assert found.is_i2v
+    assert found.image_encoder == tmp_path / "i2v" / image_encoder
+    check(found)
+    assert load_dit(found, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+
+
+def test_the_name_of_the_folder_says_nothing(tmp_path: Path):
+    folder = tmp_path / "SkyReels-V2-I2V-14B-720P-Diffusers"
+    _write(folder, _tiny("original"), "original")
+    found = find(folder)
+    assert (found.layout, found.is_i2v, found.config.dim) == ("original", False, 32)
+
+
+@pytest.mark.parametrize(("limit", "text_len"), [(77, 77), (512, 512), (10**30, 512), (1e30, 512)])
+def test_prompt_length_is_the_tokenizers_and_at_most_512(
+    tmp_path: Path, limit: float, text_len: int
+):
+    _write(tmp_path / "model", _tiny("diffusers"), "diffusers")
+    path = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
+    assert find(tmp_path / "model").config.text_len == text_len
+
+
+def _refuses(act: Callable[[], object], *parts: str) -> None:
+    """Require one line of error that holds all the parts."""
+    with pytest.raises(UserError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_neither_a_folder_nor_a_hub_id_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("none", "./org/name", "org/name/more", "", str(tmp_path / "none")):
+        if name:
+            _refuses(lambda name=name: find(name), f"{name}: no such folder", "hub id")
+    _refuses(lambda: find("org/name"), "org/name: no such local folder", "hub")
+    (tmp_path / "file").touch()
+    _refuses(lambda: find(tmp_path / "file"), "is a file")
+    _refuses(lambda: find(tmp_path), str(tmp_path), "no SkyReels-V2 checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"),
+    [
+        ("original", "Wan2.1_VAE.pth"),
+        ("original", "models_t5_umt5-xxl-enc-bf16.pth"),
+        ("original", "google/umt5-xxl"),
+        ("original", "model-00002-of-00002.safetensors"),
+        ("diffusers", "vae"),
+        ("diffusers", "text_encoder"),
+        ("diffusers", "tokenizer"),
+    ],
+)
+def test_a_missing_part_is_named(tmp_path: Path, layout: str, part: str):
+    folder = tmp_path / "model"
+    _write(folder, _tiny(layout), layout)
+    (folder / part).rename(tmp_path / "elsewhere")
+    _refuses(lambda: find(folder), str(folder / part))
+
+
+def test_an_i2v_model_needs_an_image_encoder(tmp_path: Path):
+    _write(tmp_path / "a", _tiny("diffusers", is_i2v=True), "diffusers")
+    (tmp_path / "a" / "image_encoder").rename(tmp_path / "elsewhere")
+    _refuses(lambda: find(tmp_path / "a"), str(tmp_path / "a" / "image_encoder"))
+    _write(tmp_path / "b", _tiny("original", is_i2v=True), "original")
+    (tmp_path / "b" / CLIP_FILE).unlink()
+    _refuses(lambda: find(tmp_path / "b"), CLIP_FILE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "part"),
+    [
+        ("original", {"num_layers": 0}, "num_layers is 0, expected an integer >= 1"),
+        ("original", {"dim": "wide"}, "dim is 'wide', expected an integer >= 1"),
+        ("original", {"model_type": "x2v"}, "model_type is 'x2v', expected t2v or i2v"),
+        ("original", {"num_heads": 5}, "5 heads do not divide the width 32"),
+        ("original", {"qk_norm": False}, "qk_norm is False, only True is supported"),
+        ("original", {"eps": None}, "eps is None"),
+        ("diffusers", {"num_attention_heads": None}, "num_heads is None"),
+        ("diffusers", {"attention_head_dim": "x"}, "attention_head_dim is 'x'"),
+        ("diffusers", {"patch_size": [1, 1, 1]}, "patch_size is [1, 1, 1], only [1, 2, 2]"),
+        ("diffusers", {"pos_embed_seq_len": 514}, "pos_embed_seq_len is 514, only None"),
+        ("diffusers", {"image_dim": "x"}, "image_dim is 'x'"),
+        ("diffusers", {"inject_sample_info": 3}, "inject_sample_info is 3"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(
+    tmp_path: Path, layout: str, change: dict[str, Any], part: str
+):
+    folder = tmp_path / "model"
+    _write(folder, _tiny(layout), layout)
+    path = folder / ("config.json" if layout == "original" else "transformer/config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | change))
+    _refuses(lambda: find(folder), str(path), part)
+    for content in ("{", "[]"):
+        path.write_text(content)
+        _refuses(lambda: find(folder), str(path))
+
+
+def test_weights_of_another_model_name_file_and_key(tmp_path: Path):
+    folder = tmp_path / "model"
+    _write(folder, _tiny("diffusers"), "diffusers")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    good = load_file(path)
+    key = "blocks.0.attn1.to_q.weight"
+    for weights, part in (
+        (good | {key: torch.ones(3, 3)}, f"key {key} has shape [3, 3], expected [32, 32]"),
+        ({k: v for k, v in good.items() if k != key}, f"key {key} is missing"),
+        (good | {"fps_embedding.weight": torch.ones(2, 32)}, "key fps_embedding.weight is unexp"),
+    ):
+        save_file(weights, path)
+        _refuses(lambda: check(find(folder)), str(path), part)
+        _refuses(lambda: load_dit(find(folder), dtype=None, device="cpu"), str(path), part)
+    save_file(good, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    _refuses(lambda: check(find(folder)), str(path), "cut short or corrupt")
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_the_check_reads_every_part(tmp_path: Path, part: str):
+    folder = tmp_path / "model"
+    _write(folder, _tiny("diffusers"), "diffusers")
+    path = folder / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    _refuses(lambda: check(find(folder)), str(path), "cut short or corrupt")
+
+
+def test_a_text_encoder_of_another_width_is_refused(tmp_path: Path):
+    folder = tmp_path / "model"
+    _write(folder, _tiny("diffusers"), "diffusers")
+    path = folder / "text_encoder"
+    config = UMT5Config(vocab_size=9, d_model=64, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
+    UMT5EncoderModel(config).save_pretrained(path)
+    _refuses(lambda: check(find(folder)), f"{path}: width is 64, the transformer takes 32")

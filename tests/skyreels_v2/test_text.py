@@ -1,0 +1,412 @@
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from flowcache.errors import UserError
+from skyreels_v2 import text
+from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
+TOLERANCE = 2e-5
+NUM_HEADS = 4
+"""Heads of the reference's CLIP tower, which its weights do not tell."""
+TEXT_LEN = 8
+
+
+def _weights(golden: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "weights."
+    return {key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def umt5() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "umt5.safetensors")
+
+
+@pytest.fixture(scope="module")
+def clip() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "clip_vision.safetensors")
+
+
+@pytest.fixture(scope="module")
+def umt5_path(umt5: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("umt5") / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save(_weights(umt5), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_path(clip: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "models_clip.pth"
+    text_side = {"textual.head.weight": torch.ones(2, 2), "log_scale": torch.ones([])}
+    torch.save(_weights(clip) | text_side, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of ten words that ends every prompt with an end token, as UMT5's does."""
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "moving", "café", "on", "猫"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(umt5_path: Path, tokenizer: Path) -> TextEncoder:
+    return text.load_encoder(
+        umt5_path, tokenizer=tokenizer, text_len=TEXT_LEN, dtype=None, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def vision(clip_path: Path) -> VisionEncoder:
+    return text.load_vision(clip_path, num_heads=NUM_HEADS, dtype=None, device="cpu")
+
+
+def _differs(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def test_umt5_equals_the_reference(umt5: dict[str, Tensor], encoder: TextEncoder):
+    out = text.encode_tokens(encoder.model, umt5["in.ids"], mask_BL=umt5["in.mask"])
+    assert _differs(out, umt5["out.masked"]) < TOLERANCE
+    assert torch.all(out[umt5["in.mask"] == 0] == 0)
+
+
+def test_clip_and_its_preprocessing_equal_the_reference(
+    clip: dict[str, Tensor], vision: VisionEncoder
+):
+    image = clip["in.video"][:, :, 0]
+    assert _differs(vision.prepare(image), clip["out.pixels"]) < TOLERANCE
+    assert _differs(vision.encode(image), clip["out.features"]) < TOLERANCE
+
+
+def test_image_features_leave_out_the_last_block(clip: dict[str, Tensor], vision: VisionEncoder):
+    last = vision.model.vision_model.encoder.layers[-1]
+    image = clip["in.video"][:, :, 0]
+    before = vision.encode(image)
+    kept = last.mlp.fc2.bias.clone()
+    last.mlp.fc2.bias.fill_(7.0)
+    after = vision.encode(image)
+    last.mlp.fc2.bias.copy_(kept)
+    assert torch.equal(before, after)
+
+
+def test_the_config_of_an_original_file_follows_from_its_shapes(
+    encoder: TextEncoder, vision: VisionEncoder
+):
+    config = encoder.model.config
+    found = (config.vocab_size, config.d_model, config.num_heads, config.d_kv, config.d_ff)
+    assert found == (100, 32, 4, 8, 48)
+    assert (config.num_layers, config.relative_attention_num_buckets) == (3, 32)
+    config = vision.model.config
+    found = (config.image_size, config.patch_size, config.hidden_size, config.intermediate_size)
+    assert found == (28, 14, 32, 128)
+    assert (config.num_hidden_layers, config.projection_dim, config.hidden_act) == (3, 16, "gelu")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        ("  a red\n\n\tcircle  ", "a red circle"),
+        ("a &lt;cat&gt;", "a <cat>"),
+        ("a &amp;lt;cat&amp;gt;", "a <cat>"),
+        ("a&nbsp;&nbsp;cat ", "a cat"),
+        ("schÃ¶n", "schön"),
+        ("“quoted”", '"quoted"'),
+        ("一只猫在钢琴上", "一只猫在钢琴上"),
+        ("🐈 на ковре", "🐈 на ковре"),
+        ("", ""),
+        (" \n ", ""),
+    ],
+)
+def test_prompts_are_cleaned(prompt: str, cleaned: str):
+    assert clean_prompt(prompt) == cleaned
+
+
+def test_a_prompt_is_padded_with_zero_rows(encoder: TextEncoder):
+    out = encoder.encode(["a red  circle", "a 猫"])
+    assert out.shape == (2, TEXT_LEN, 32)
+    # words and end token, then padding
+    assert torch.all(out[0, :4].abs().amax(dim=1) > 0)
+    assert torch.all(out[0, 4:] == 0)
+    assert torch.all(out[1, :3].abs().amax(dim=1) > 0)
+    assert torch.all(out[1, 3:] == 0)
+
+
+def test_padding_does_not_change_the_words(encoder: TextEncoder, tokenizer: Path, umt5_path: Path):
+    wide = text.load_encoder(umt5_path, tokenizer=tokenizer, text_len=20, dtype=None, device="cpu")
+    assert (
+        _differs(wide.encode(["a red circle"])[:, :4], encoder.encode(["a red circle"])[:, :4])
+        < 1e-6
+    )
+
+
+def test_an_empty_prompt_is_an_end_token(encoder: TextEncoder):
+    out = encoder.encode([""])
+    assert encoder.count_tokens("") == 1
+    assert out[0, 0].abs().max() > 0
+    assert torch.all(out[0, 1:] == 0)
+
+
+def test_a_long_prompt_is_cut_and_the_log_says_by_how_much(
+    encoder: TextEncoder, caplog: pytest.LogCaptureFixture
+):
+    fits, long = "a " * (TEXT_LEN - 1), "a " * 50_000
+    with caplog.at_level(logging.WARNING):
+        encoder.encode([fits])
+        assert not caplog.records
+        out = encoder.encode([long])
+    [record] = caplog.records
+    assert "49993 tokens too long" in record.getMessage()
+    assert len(record.getMessage()) < 200
+    # the end token is kept: 7 words and the end, as in the prompt that fits
+    assert torch.equal(out, encoder.encode([fits]))
+
+
+def test_folders_of_transformers_hold_the_same_encoders(
+    encoder: TextEncoder,
+    vision: VisionEncoder,
+    clip: dict[str, Tensor],
+    tokenizer: Path,
+    tmp_path: Path,
+):
+    encoder.model.save_pretrained(tmp_path / "text_encoder")
+    vision.model.save_pretrained(tmp_path / "image_encoder")
+    words = text.load_encoder(
+        tmp_path / "text_encoder",
+        tokenizer=tokenizer,
+        text_len=TEXT_LEN,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    assert torch.equal(words.encode(["a red 猫"]), encoder.encode(["a red 猫"]))
+    image = clip["in.video"][:, :, 0]
+    pixels = text.load_vision(tmp_path / "image_encoder", dtype=torch.float32, device="cpu")
+    assert torch.equal(pixels.encode(image), vision.encode(image))
+    text.check_encoder(tmp_path / "text_encoder", tokenizer=tokenizer, width=32)
+    text.check_vision(tmp_path / "image_encoder", width=32)
+
+
+def test_sharded_and_older_folders_are_read(
+    encoder: TextEncoder, vision: VisionEncoder, tokenizer: Path, tmp_path: Path
+):
+    """Old versions of transformers saved a table of positions; big encoders come in shards."""
+    encoder.model.save_pretrained(tmp_path / "text_encoder", max_shard_size="20KB")
+    assert len(list((tmp_path / "text_encoder").glob("*.safetensors"))) > 1
+    vision.model.save_pretrained(tmp_path / "image_encoder")
+    path = tmp_path / "image_encoder" / "model.safetensors"
+    table = {"vision_model.embeddings.position_ids": torch.arange(5).unsqueeze(0)}
+    save_file(load_file(path) | table, path)
+    text.check_encoder(tmp_path / "text_encoder", tokenizer=tokenizer, width=32)
+    text.check_vision(tmp_path / "image_encoder", width=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_results_have_the_asked_dtype(
+    umt5_path: Path,
+    clip_path: Path,
+    clip: dict[str, Tensor],
+    tokenizer: Path,
+    encoder: TextEncoder,
+    dtype: torch.dtype,
+):
+    words = text.load_encoder(
+        umt5_path, tokenizer=tokenizer, text_len=TEXT_LEN, dtype=dtype, device="cpu"
+    )
+    out = words.encode(["a red circle"])
+    assert out.dtype == dtype
+    cosine = functional.cosine_similarity(
+        out.float().flatten(), encoder.encode(["a red circle"]).flatten(), dim=0
+    )
+    assert cosine > 0.999
+    pixels = text.load_vision(clip_path, num_heads=NUM_HEADS, dtype=dtype, device="cpu")
+    assert pixels.encode(clip["in.video"][:, :, 0]).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("shared.weight", "token_embedding.weight"),
+        ("encoder.embed_tokens.weight", "token_embedding.weight"),
+        ("encoder.block.7.layer.0.layer_norm.weight", "blocks.7.norm1.weight"),
+        ("encoder.block.7.layer.0.SelfAttention.o.weight", "blocks.7.attn.o.weight"),
+        (
+            "encoder.block.7.layer.0.SelfAttention.relative_attention_bias.weight",
+            "blocks.7.pos_embedding.embedding.weight",
+        ),
+        ("encoder.block.7.layer.1.layer_norm.weight", "blocks.7.norm2.weight"),
+        ("encoder.block.7.layer.1.DenseReluDense.wi_0.weight", "blocks.7.ffn.gate.0.weight"),
+        ("encoder.block.7.layer.1.DenseReluDense.wi_1.weight", "blocks.7.ffn.fc1.weight"),
+        ("encoder.block.7.layer.1.DenseReluDense.wo.weight", "blocks.7.ffn.fc2.weight"),
+        ("encoder.final_layer_norm.weight", "norm.weight"),
+    ],
+)
+def test_umt5_keys_are_those_of_the_released_file(name: str, key: str):
+    assert umt5_key(name) == key
+
+
+def test_released_sizes_map_onto_the_keys_of_the_released_files():
+    with torch.device("meta"):
+        words = UMT5EncoderModel(
+            UMT5Config(vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64)
+        )
+        pixels = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_hidden_layers=32,
+                num_attention_heads=16,
+                image_size=224,
+                patch_size=14,
+                projection_dim=1024,
+            )
+        )
+    names = [name for name, _ in words.named_parameters()]
+    assert len({umt5_key(name) for name in names}) == len(names) == 2 + 24 * 10
+    shapes = {
+        "visual.transformer.31.attn.to_qkv.weight": (3840, 1280),
+        "visual.cls_embedding": (1, 1, 1280),
+        "visual.pos_embedding": (1, 257, 1280),
+        "visual.head": (1280, 1024),
+    }
+    keys = set()
+    for name, parameter in pixels.named_parameters():
+        origin = clip_origin(name)
+        keys.add(origin.key)
+        if origin.key in shapes:
+            stored = torch.empty(shapes[origin.key], device="meta")
+            assert origin.take(stored).shape == parameter.shape
+    # patches, class, positions, two norms, head; per block 2 norms, qkv, projection, 2 linear
+    assert len(keys) == 1 + 1 + 1 + 2 * 2 + 1 + 32 * 2 * 6
+    assert shapes.keys() <= keys
+
+
+def _refuses(act: Callable[[], object], *parts: str) -> None:
+    """Require one line of error that holds all the parts."""
+    with pytest.raises(UserError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_misfit_of_an_original_text_encoder_names_file_and_key(
+    umt5: dict[str, Tensor], tokenizer: Path, tmp_path: Path
+):
+    path, good = tmp_path / "t5.pth", _weights(umt5)
+
+    def check() -> None:
+        text.check_encoder(path, tokenizer=tokenizer, width=32)
+
+    _refuses(check, str(path), "no such file")
+    torch.save({"x": torch.ones(1)}, path)
+    _refuses(check, str(path), "key token_embedding.weight is missing")
+    key = "blocks.1.ffn.fc2.weight"
+    torch.save({k: v for k, v in good.items() if k != key}, path)
+    _refuses(check, str(path), f"key {key} is missing")
+    torch.save(good | {key: torch.ones(3, 3)}, path)
+    _refuses(check, str(path), f"key {key} has shape [3, 3], expected [32, 48]")
+    torch.save(good | {"blocks.0.attn.q.bias": torch.ones(3)}, path)
+    _refuses(check, str(path), "key blocks.0.attn.q.bias is unexpected")
+    torch.save(good, path)
+    check()
+    _refuses(
+        lambda: text.check_encoder(path, tokenizer=tokenizer, width=64),
+        f"{path}: width is 32, the transformer takes 64",
+    )
+
+
+def test_a_misfit_of_an_original_image_encoder_names_file_and_key(
+    clip: dict[str, Tensor], tmp_path: Path
+):
+    path, good = tmp_path / "clip.pth", _weights(clip)
+
+    def check() -> None:
+        text.check_vision(path, width=32, num_heads=NUM_HEADS)
+
+    _refuses(check, str(path), "no such file")
+    torch.save({"x": torch.ones(1)}, path)
+    _refuses(check, str(path), "key visual.patch_embedding.weight is missing")
+    key = "visual.transformer.1.attn.to_qkv.bias"
+    torch.save({k: v for k, v in good.items() if k != key}, path)
+    _refuses(check, str(path), f"key {key} is missing")
+    torch.save(good | {key: torch.ones(95)}, path)
+    _refuses(check, str(path), f"key {key} has shape [95], expected [32] for vision_model.encoder")
+    torch.save(good | {"visual.cls_embedding": torch.ones(1)}, path)
+    _refuses(check, str(path), "key visual.cls_embedding has shape [1], expected [32]")
+    torch.save(good | {"visual.extra": torch.ones(1)}, path)
+    _refuses(check, str(path), "key visual.extra is unexpected")
+    _refuses(
+        lambda: text.check_vision(path, width=1280, num_heads=NUM_HEADS),
+        f"{path}: width is 32, the transformer takes 1280",
+    )
+    _refuses(lambda: text.check_vision(path, width=32, num_heads=5), str(path), "heads (5)")
+
+
+def test_a_folder_that_is_no_encoder_is_refused(
+    encoder: TextEncoder, tokenizer: Path, tmp_path: Path
+):
+    def check() -> None:
+        text.check_encoder(tmp_path, tokenizer=tokenizer, width=32)
+
+    config = tmp_path / "config.json"
+    _refuses(check, f"{config}: no such file")
+    _refuses(lambda: text.check_vision(tmp_path, width=32), f"{config}: no such file")
+    encoder.model.save_pretrained(tmp_path)
+    good = json.loads(config.read_text())
+    for content in ("{", "[]", json.dumps(good | {"d_model": "wide"})):
+        config.write_text(content)
+        _refuses(check, f"{config}: not a readable config")
+    config.write_text(json.dumps(good | {"num_layers": 4}))
+    _refuses(check, str(tmp_path / "model.safetensors"), "key encoder.block.3.", "is missing")
+    config.write_text(json.dumps(good | {"d_ff": -1}))
+    _refuses(check, str(tmp_path))
+
+
+def test_a_folder_that_is_no_fitting_tokenizer_is_refused(
+    umt5_path: Path, tokenizer: Path, tmp_path: Path
+):
+    def check(folder: Path) -> None:
+        text.check_encoder(umt5_path, tokenizer=folder, width=32)
+
+    check(tokenizer)
+    for folder in (tmp_path, tmp_path / "none"):
+        _refuses(lambda folder=folder: check(folder), f"{folder}: no readable tokenizer")
+    made = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    made.add_tokens([f"word{i}" for i in range(91)])
+    made.save_pretrained(tmp_path / "large")
+    _refuses(
+        lambda: check(tmp_path / "large"),
+        f"{tmp_path / 'large'}: the tokenizer has 101 tokens, the text encoder knows 100",
+    )
+    PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer).save_pretrained(
+        tmp_path / "bare"
+    )
+    _refuses(lambda: check(tmp_path / "bare"), "the tokenizer has no padding token")
