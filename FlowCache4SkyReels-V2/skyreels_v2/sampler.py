@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
-
 from flowcache.kv import Compression, KVCache, cached_attention
 from flowcache.reuse import (
     Decision,
@@ -21,6 +19,8 @@ from flowcache.reuse import (
 )
 from flowcache.schedule import Tick, staggered
 from flowcache.stats import RunStats
+from torch import Tensor
+
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, Embedded, whole_window
 from skyreels_v2.layers import ContextKV
@@ -199,9 +199,7 @@ class WindowSampler:
                     chunk=chunk,
                     step=tick.steps[chunk],
                     branch=name,
-                    is_computed=decision.is_computed,
-                    distance=decision.distance,
-                    accumulated=decision.accumulated,
+                    decision=decision,
                 )
         return plans
 

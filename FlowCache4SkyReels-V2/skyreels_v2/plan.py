@@ -1,0 +1,222 @@
+"""What a run will cost, by arithmetic: ticks, chunks, tokens, FLOPs, bytes. Nothing is loaded."""
+
+from dataclasses import dataclass
+
+import torch
+from flowcache.scoring import scoring_bytes
+
+from skyreels_v2 import flops
+from skyreels_v2.build import (
+    compression_of,
+    kv_capacity,
+    sampling_of,
+    segments_of,
+    tokens_per_frame,
+    window_of,
+)
+from skyreels_v2.config import RunConfig
+from skyreels_v2.dit import PATCH, DiT, DiTConfig
+from skyreels_v2.window import Window, describe
+
+RESIDUAL_COPIES = 6
+"""Token-wide float32 arrays alive at once inside a block (stream, norms, q, k, their rotations)."""
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """One window of the video."""
+
+    window: Window
+    num_ticks: int
+    num_forwards: int
+    """Chunk forwards of all branches if every step is computed."""
+    flops: int
+    """FLOPs of the window if every step is computed."""
+    kv_tokens: int
+    """Tokens that each layer's KV cache of a branch holds at most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost if every step is computed; reuse only saves."""
+
+    segments: tuple[SegmentPlan, ...]
+    frame_tokens: int
+    num_branches: int
+    context_flops: int
+    """FLOPs of projecting the prompts, once per video."""
+    weight_bytes: int
+    """The transformer's weights."""
+    kv_bytes: int
+    """The KV caches of all layers and branches."""
+    scoring_bytes: int
+    """Extra memory while the KV cache is compressed."""
+    stored_bytes: int
+    """Stored results from which reused steps are made."""
+    activation_bytes: int
+    """Estimate of what one forward needs beside weights and caches."""
+
+    @property
+    def num_ticks(self) -> int:
+        return sum(segment.num_ticks for segment in self.segments)
+
+    @property
+    def flops(self) -> int:
+        return self.context_flops + sum(segment.flops for segment in self.segments)
+
+
+def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
+    """Work out what the run will cost.
+
+    Raises:
+        UserError: frames, chunks or resolution don't fit each other.
+    """
+    num_branches = 2 if config.guidance > 1 else 1
+    frame_tokens = tokens_per_frame(config)
+    segments = segments_of(config)
+    plans: list[SegmentPlan] = []
+    for segment in segments:
+        window = window_of(
+            config, segment, num_segments=len(segments), is_i2v=dit.model_type == "i2v"
+        )
+        plans.append(_plan_segment(config, dit, window, num_branches=num_branches))
+    width = dtype.itemsize
+    largest = max(plans, key=lambda plan: plan.window.num_frames)
+    tokens = largest.window.num_frames * frame_tokens
+    kv_tokens = max(plan.kv_tokens for plan in plans)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in DiT(dit).parameters())
+    queries = max(len(chunk) for chunk in largest.window.chunks) * frame_tokens
+    if config.attention == "full":
+        queries = tokens
+    return Plan(
+        segments=tuple(plans),
+        frame_tokens=frame_tokens,
+        num_branches=num_branches,
+        context_flops=num_branches * flops.context(dit),
+        weight_bytes=weights * width,
+        kv_bytes=2 * kv_tokens * dit.dim * dit.num_layers * num_branches * width,
+        scoring_bytes=_scoring_bytes(config, dit, queries=queries, kv_tokens=kv_tokens),
+        stored_bytes=_stored_bytes(config, dit, tokens=tokens, width=width) * num_branches,
+        activation_bytes=queries * (RESIDUAL_COPIES * 4 * dit.dim + 2 * width * dit.ffn_dim),
+    )
+
+
+def _plan_segment(
+    config: RunConfig, dit: DiTConfig, window: Window, *, num_branches: int
+) -> SegmentPlan:
+    ticks = sampling_of(config).ticks(window)
+    if config.attention == "full":
+        count = _full_flops
+        forwards = len(ticks)
+    else:
+        count = _causal_flops
+        forwards = sum(len(tick.steps) for tick in ticks)
+    total = count(config, dit, window, num_branches=num_branches)
+    return SegmentPlan(
+        window, len(ticks), forwards * num_branches, total, kv_capacity(config, window)
+    )
+
+
+def _full_flops(config: RunConfig, dit: DiTConfig, window: Window, *, num_branches: int) -> int:
+    per_frame = tokens_per_frame(config)
+    tokens = window.num_frames * per_frame
+    forward = flops.blocks(dit, queries=tokens, keys=tokens) + flops.head(dit, queries=tokens)
+    embed = flops.embed(dit, num_frames=window.num_frames, frame_tokens=per_frame)
+    num_ticks = len(sampling_of(config).ticks(window))
+    return num_ticks * (embed + num_branches * forward)
+
+
+def _causal_flops(config: RunConfig, dit: DiTConfig, window: Window, *, num_branches: int) -> int:
+    """Walk through the ticks as the sampler does, with every step computed."""
+    per_frame = tokens_per_frame(config)
+    compression = compression_of(config, frame_tokens=per_frame)
+    clean = embedding = per_branch = 0
+
+    def forward(queries: int, *, offset: int, has_head: bool) -> None:
+        nonlocal clean, per_branch
+        if compression is not None:
+            clean = min(clean, compression.budget)
+        per_branch += flops.blocks(dit, queries=queries, keys=clean + offset + queries)
+        per_branch += flops.head(dit, queries=queries) if has_head else 0
+
+    def embed(num_frames: int) -> None:
+        nonlocal embedding
+        embedding += flops.embed(dit, num_frames=num_frames, frame_tokens=per_frame)
+
+    def feed_clean(chunk: range) -> None:
+        nonlocal clean
+        embed(len(chunk))
+        forward(len(chunk) * per_frame, offset=0, has_head=False)
+        clean += len(chunk) * per_frame
+
+    for chunk in window.chunks[: window.num_given]:
+        feed_clean(chunk)
+    for tick in sampling_of(config).ticks(window):
+        embed(sum(len(window.chunks[chunk]) for chunk in tick.steps))
+        offset = 0
+        for chunk in tick.steps:
+            tokens = len(window.chunks[chunk]) * per_frame
+            forward(tokens, offset=offset, has_head=True)
+            if chunk in tick.finishing and not config.clean_pass:
+                clean += tokens
+            else:
+                offset += tokens
+        if config.clean_pass and not tick.is_last:
+            for chunk in tick.finishing:
+                feed_clean(window.chunks[chunk])
+    return embedding + num_branches * per_branch
+
+
+def _scoring_bytes(config: RunConfig, dit: DiTConfig, *, queries: int, kv_tokens: int) -> int:
+    """Return the extra memory of one compression; only scoring by importance needs any."""
+    kv = config.kv
+    if kv.compress != "importance":
+        return 0
+    seen = {"token": 50, "frame": tokens_per_frame(config), "chunk": queries}[kv.queries]
+    return scoring_bytes(
+        min(seen, queries),
+        kv_tokens,
+        num_heads=dit.num_heads,
+        kv_heads=dit.num_heads,
+        head_dim=dit.head_width,
+    )
+
+
+def _stored_bytes(config: RunConfig, dit: DiTConfig, *, tokens: int, width: int) -> int:
+    """Return the bytes of one branch's stored results, all chunks active."""
+    if config.reuse.policy == "vanilla":
+        return 0
+    copies = 2 if config.reuse.extrapolate else 1
+    if config.reuse.predict == "residual":
+        return copies * tokens * dit.dim * width
+    return copies * tokens * PATCH[1] * PATCH[2] * dit.out_dim * 4
+
+
+def lines(plan: Plan, config: RunConfig) -> list[str]:
+    """Say the plan in a few lines."""
+    first = plan.segments[0]
+    frames = config.num_frames
+    size = f"{config.width}x{config.height}"
+    windows = ", ".join(describe(segment.window) for segment in plan.segments)
+    tokens = first.window.num_frames * plan.frame_tokens
+    return [
+        f"video        {frames} frames of {size} at {config.fps} fps, seed {config.seed}",
+        f"segments     {len(plan.segments)}: {windows}",
+        f"ticks        {plan.num_ticks} of {config.num_steps} steps per chunk, "
+        f"{config.attention} attention, lag {config.ar_step}, {plan.num_branches} branches",
+        f"tokens       {plan.frame_tokens} per latent frame, {tokens} in the first window",
+        f"forwards     {sum(s.num_forwards for s in plan.segments)}, "
+        f"{plan.flops / 1e15:.4g} PFLOPs if every step is computed",
+        f"weights      {gigabytes(plan.weight_bytes)} (transformer)",
+        f"KV cache     {gigabytes(plan.kv_bytes)}, {max(s.kv_tokens for s in plan.segments)} tokens"
+        " per layer and branch",
+        f"KV scoring   {gigabytes(plan.scoring_bytes)} extra while compressing",
+        f"stored       {gigabytes(plan.stored_bytes)} of results for reuse",
+        f"activations  {gigabytes(plan.activation_bytes)} (estimate, one forward)",
+    ]
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Write bytes in GB (10^9)."""
+    return f"{num_bytes / 1e9:.3g} GB"

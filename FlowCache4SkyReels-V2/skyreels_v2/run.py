@@ -1,0 +1,231 @@
+"""One run from its settings to the mp4 and the JSON beside it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flowcache.attention import choose_kernel
+from flowcache.cli import ProgressBar, choose_device, choose_dtype, choose_output
+from flowcache.config import find_preset, load_config, to_dict
+from flowcache.errors import UserError
+from flowcache.stats import RunStats, environment
+from flowcache.video import VideoWriter, check_ffmpeg, check_writable, to_uint8, write_json
+
+from skyreels_v2 import checkpoint as checkpoints
+from skyreels_v2 import text, vae
+from skyreels_v2.build import rescale_for
+from skyreels_v2.checkpoint import Checkpoint
+from skyreels_v2.config import RunConfig
+from skyreels_v2.dit import DiT
+from skyreels_v2.inputs import Media, check_mode, read_media, to_pixels, turn_to_fit
+from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.plan import Plan, lines, make_plan
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).resolve().parent.parent
+PRESETS = FOLDER / "configs"
+DEMO = FOLDER / "demo"
+REAL_MODEL = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
+VIDEO_QUALITY = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for."""
+
+    preset: str = "base"
+    model: str = "auto"
+    """A folder, a hub id, `demo`, or `auto`: the real 1.3B model where there is CUDA, else the demo."""
+    overrides: Sequence[str] = ()
+    out: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was found to be in order; nothing is loaded yet."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    media: Media
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    path: Path
+    overwrite: bool
+    preset: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """The loaded transformer and VAE."""
+
+    dit: DiT
+    vae: vae.VAE
+
+
+def prepare(request: Request) -> Job:
+    """Check everything that can be checked before anything large is loaded.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    preset = find_preset(PRESETS, request.preset)
+    checkpoint = checkpoints.find(_model(request.model))
+    config = load_config(
+        RunConfig, config_layers(preset, checkpoint.folder), overrides=request.overrides
+    )
+    check_mode(config, checkpoint.config)
+    config = turn_to_fit(config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    if config.reuse.policy in ("flowcache", "teacache"):
+        rescale_for(config, checkpoint.config)
+    plan = make_plan(config, checkpoint.config, dtype=dtype)
+    path = choose_output(
+        request.out,
+        folder=Path("result"),
+        stem=f"{preset.stem}-{config.seed}",
+        overwrite=request.overwrite,
+    )
+    check_writable(path.parent)
+    check_ffmpeg()
+    media = read_media(config)
+    checkpoints.check(checkpoint)
+    return Job(config, checkpoint, media, plan, device, dtype, path, request.overwrite, preset.stem)
+
+
+def config_layers(preset: Path, folder: Path) -> list[Path]:
+    """Return the YAML files of a run, lowest first.
+
+    A checkpoint may bring its own values, in `presets/base.yaml` and `presets/<preset>.yaml`.
+    """
+    own = folder / "presets"
+    layers = [PRESETS / "base.yaml", own / "base.yaml"]
+    if preset != layers[0]:
+        layers += [preset, own / preset.name]
+    return [layer for layer in layers if layer.parent != own or layer.is_file()]
+
+
+def describe(job: Job) -> str:
+    """Say what the run will do."""
+    head = [
+        f"model        {job.checkpoint.folder.name}, {job.checkpoint.layout} layout, "
+        f"{str(job.dtype).removeprefix('torch.')} on {job.device}",
+        f"preset       {job.preset}: {job.config.attention} attention, "
+        f"{job.config.reuse.policy} reuse, {job.config.kv.compress} KV compression",
+    ]
+    return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
+
+
+def load_models(job: Job, *, stats: RunStats) -> Models:
+    """Load the transformer and the VAE."""
+    with stats.stage("load", is_on_host=True):
+        dit = checkpoints.load_dit(job.checkpoint, dtype=job.dtype, device=job.device)
+        dit.kernel = choose_kernel(job.device, dtype=job.dtype)
+        dit.eval().requires_grad_(False)
+        decoder = vae.load(job.checkpoint.vae, device=job.device)
+    return Models(dit, decoder)
+
+
+def encode_inputs(job: Job, *, stats: RunStats) -> Conditioning:
+    """Encode prompts and start image; the encoders are gone when this returns."""
+    config, checkpoint = job.config, job.checkpoint
+    prompts = {"cond": config.prompt}
+    if config.guidance > 1:
+        prompts["uncond"] = config.negative_prompt
+    with stats.stage("text"):
+        encoder = text.load_encoder(
+            checkpoint.text_encoder,
+            tokenizer=checkpoint.tokenizer,
+            text_len=checkpoint.config.text_len,
+            dtype=job.dtype,
+            device=job.device,
+        )
+        encoded = encoder.encode(list(prompts.values()))
+        del encoder
+        features = None
+        if checkpoint.image_encoder is not None and job.media.image is not None:
+            vision = text.load_vision(checkpoint.image_encoder, dtype=job.dtype, device=job.device)
+            features = vision.encode(job.media.image.movedim(1, 0))
+    video = None
+    if job.media.video is not None and config.overlap_history is not None:
+        video = to_pixels(job.media.video[-config.overlap_history :]).to(job.device)
+    return Conditioning(
+        text={name: encoded[i : i + 1] for i, name in enumerate(prompts)},
+        image_features=features,
+        image=job.media.image,
+        end_image=job.media.end_image,
+        video=video,
+    )
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Make the video, write it and its JSON, and return what the JSON holds."""
+    stats = RunStats(job.device)
+    conditioning = encode_inputs(job, stats=stats)
+    models = load_models(job, stats=stats)
+    return render(job, models, conditioning, stats=stats)
+
+
+def render(
+    job: Job, models: Models, conditioning: Conditioning, *, stats: RunStats
+) -> dict[str, Any]:
+    """Denoise and write with models that are loaded already."""
+    config = job.config
+    num_chunks = sum(len(segment.window.generated) for segment in job.plan.segments)
+    bar = ProgressBar(num_ticks=job.plan.num_ticks, num_chunks=num_chunks)
+    writer = VideoWriter(
+        job.path,
+        fps=config.fps,
+        size=(config.height, config.width),
+        quality=VIDEO_QUALITY,
+        overwrite=job.overwrite,
+    )
+    try:
+        with writer:
+            if job.media.video is not None:
+                writer.append(job.media.video)
+            for progress in generate(models.dit, models.vae, config, conditioning, stats=stats):
+                bar.update(stats, num_finished=len(progress.tick.finishing))
+                if progress.frames is not None:
+                    with stats.stage("write"):
+                        writer.append(to_uint8(progress.frames).cpu())
+    finally:
+        bar.close()
+    report = {
+        "video": writer.path.name,
+        "num_frames": writer.num_frames,
+        "preset": job.preset,
+        "model": job.checkpoint.folder.name,
+        "attention_kernel": models.dit.kernel.name,
+        "config": to_dict(config),
+        "environment": environment(job.device),
+        "stats": stats.to_dict(),
+    }
+    write_json(writer.path.with_suffix(".json"), report)
+    logger.info("%s", stats.summary())
+    logger.info(
+        "wrote         %s: %d frames of %dx%d at %d fps, and %s",
+        writer.path,
+        writer.num_frames,
+        config.width,
+        config.height,
+        config.fps,
+        writer.path.with_suffix(".json").name,
+    )
+    return report
+
+
+def _model(name: str) -> str | Path:
+    if name == "demo" or (name == "auto" and not torch.cuda.is_available()):
+        if not DEMO.is_dir():
+            raise UserError(
+                f"{DEMO}: the demo checkpoint is missing: restore it from the repository"
+            )
+        return DEMO
+    return REAL_MODEL if name == "auto" else name

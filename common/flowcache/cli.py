@@ -1,0 +1,116 @@
+"""What every model's command line shares: exit codes, device, dtype, output name, progress."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flowcache.errors import UserError
+from flowcache.stats import RunStats
+from flowcache.video import fresh_path
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+LOG_INTERVAL_SECONDS = 15
+"""Between two states of the progress bar where it goes to a file."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command; return its exit code.
+
+    A mistake of the user is one line on standard error and exit code 2.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a run: `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: the name is no device, or there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name} is no device: use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is not supported: use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"device={name} was asked for, but PyTorch sees {count} CUDA devices here: "
+                "use device=cpu, or mend the driver"
+            )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights: `auto` is bfloat16 on CUDA and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def choose_output(out: str | None, *, folder: Path, stem: str, overwrite: bool) -> Path:
+    """Return where the video goes.
+
+    Args:
+        out: a `.mp4` file, or a folder, or None for `folder`. In a folder the name is `stem` and a
+            number, and never that of an existing file.
+
+    Raises:
+        UserError: the file exists and must not be overwritten, or is no `.mp4`.
+    """
+    if out is None or not Path(out).suffix or Path(out).is_dir():
+        return fresh_path(folder if out is None else Path(out), stem, ".mp4")
+    path = Path(out)
+    if path.suffix.lower() != ".mp4":
+        raise UserError(f"{path}: the video is written as .mp4, not {path.suffix}: change the name")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists and is kept: choose another name, or give --overwrite")
+    return path
+
+
+class ProgressBar:
+    """A line that counts ticks and says how many chunks are clean and how many passes reused."""
+
+    def __init__(self, *, num_ticks: int, num_chunks: int) -> None:
+        self.num_chunks = num_chunks
+        self.num_clean = 0
+        interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
+        self.bar = tqdm(total=num_ticks, unit="tick", dynamic_ncols=True, mininterval=interval)
+
+    def update(self, stats: RunStats, *, num_finished: int) -> None:
+        """Count one tick and the chunks that became clean in it."""
+        self.num_clean += num_finished
+        passes = stats.num_computed + stats.num_reused
+        share = 100 * stats.num_reused / passes if passes else 0.0
+        self.bar.set_postfix_str(
+            f"{self.num_clean}/{self.num_chunks} chunks clean, {share:.0f} % reused", refresh=False
+        )
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the line."""
+        self.bar.close()
