@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from flowcache.flops import attention, linear
+
 from skyreels_v2.dit import PATCH, DiTConfig
 
 IMAGE_TOKENS = 257
@@ -53,8 +54,8 @@ def published_forward(config: DiTConfig, *, chunk_tokens: Sequence[int]) -> int:
     """FLOPs of one forward of a whole window as the FlowCache paper counts its vanilla baseline.
 
     Attention is counted block-causally although the baseline's is full, and every chunk projects
-    the prompt's keys and values anew. 5 chunks of 10,200 tokens of the 1.3B model give 420.7 TFLOPs;
-    270 such forwards (70 + 65 ticks, 2 branches) the published 113.6 PFLOPs.
+    the prompt's keys and values anew. 5 chunks of 10,200 tokens of the 1.3B model give 420.7
+    TFLOPs; 270 such forwards (70 + 65 ticks, 2 branches) the published 113.6 PFLOPs.
 
     Source: the published spreadsheet, sheet SkyreelsV2-Chunkwise, without its norms.
     """

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from flowcache.attention import Kernel
+from torch import Tensor, nn
+from torch.nn import functional
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""
@@ -89,7 +88,7 @@ def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
 def linear_f32(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a linear layer in float32 whatever its weights are stored in."""
     bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(x.float(), layer.weight.float(), bias)
+    return functional.linear(x.float(), layer.weight.float(), bias)
 
 
 class RMSNorm(nn.Module):
@@ -101,14 +100,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
 
 
 class LayerNormF32(nn.LayerNorm):
     """Affine layer norm, computed and returned in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
+        return functional.layer_norm(
             x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
         )
 
@@ -209,7 +208,7 @@ def modulate(
     x_BSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, *, num_frames: int, eps: float
 ) -> Tensor:
     """Layer-normalise, then scale by `1 + scale` and shift, one pair of vectors per frame."""
-    normed = F.layer_norm(x_BSD.float(), x_BSD.shape[-1:], eps=eps)
+    normed = functional.layer_norm(x_BSD.float(), x_BSD.shape[-1:], eps=eps)
     normed_BFPD = normed.unflatten(1, (num_frames, -1))
     return torch.addcmul(shift_BF1D, normed_BFPD, 1 + scale_BF1D).flatten(1, 2)
 

@@ -39,7 +39,7 @@ class Request:
 
     preset: str = "base"
     model: str = "auto"
-    """A folder, a hub id, `demo`, or `auto`: the real 1.3B model where there is CUDA, else the demo."""
+    """A folder, a hub id, `demo`, or `auto`: the 1.3B model where there is CUDA, else the demo."""
     overrides: Sequence[str] = ()
     out: str | None = None
     overwrite: bool = False

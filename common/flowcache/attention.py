@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Kernel:
 
 
 def _sdpa(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-    out_BHQD = F.scaled_dot_product_attention(
+    out_BHQD = functional.scaled_dot_product_attention(
         q_BQHD.transpose(1, 2),
         k_BKGD.transpose(1, 2),
         v_BKGD.transpose(1, 2),

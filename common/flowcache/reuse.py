@@ -1,8 +1,8 @@
 """When a chunk is recomputed, and what it gets when it is not.
 
 *When* is a policy: at every tick it looks at one cheap signal per chunk and says which chunks must
-be computed. *What* is a predictor: it stores the results of computed steps and fills in for the
-others. Any policy goes with any predictor. Each guidance branch has a policy and a store of its own.
+be computed. *What* is a store of results of computed steps that fills in for the others. Any policy
+goes with any stored quantity. Each guidance branch has a policy and a store of its own.
 
 Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108).
 """
