@@ -1,0 +1,1 @@
+"""MAGI-1 video generation with FlowCache."""

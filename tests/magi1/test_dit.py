@@ -1,0 +1,226 @@
+"""The transformer against the reference's tensors, and laws that need no reference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache.attention import SDPA
+from flowcache.kv import cached_attention, caches_for
+from magi1.config import ModelConfig
+from magi1.dit import DiT, is_float32, set_precision
+from magi1.layers import SelfAttend, attend_to_text, interleave, rope_table
+
+TOLERANCE = 5e-5
+"""Largest difference to the reference over its largest value."""
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def ranged(
+    past: Sequence[Tensor], ranges: Sequence[Sequence[int]], seen: dict[int, Tensor]
+) -> SelfAttend:
+    """Attend as the reference does: query range i to key range i of cached and current tokens.
+
+    The keys and values of the call are put into `seen`, by layer, as `[S, G, 2 C]`.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen[layer] = torch.cat([k, v], dim=-1)[0]
+        old_k, old_v = past[layer].unsqueeze(0).chunk(2, dim=-1)
+        k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
+        parts = zip(q.chunk(len(ranges), dim=1), ranges, strict=True)
+        return torch.cat([SDPA(part, k[:, a:b], v[:, a:b]) for part, (a, b) in parts], dim=1)
+
+    return attend
+
+
+def test_a_24b_style_model_gives_the_reference_velocities(golden: Callable[[str], Any]):
+    want = golden("dit_24b_style")
+    dit, chunk_tokens = want.dit(), want.case["chunk_tokens"]
+    x, t, text, mask = want["x"], want["t"], want["y"][:, 0], want["mask"][:, 0].bool()
+    past = [want[f"kv_in.{layer}"][:chunk_tokens] for layer in range(2)]
+    seen: dict[int, Tensor] = {}
+    attend = ranged(past, want["kv_range"].tolist(), seen)
+
+    cond = dit(x, t, text, mask_RL=mask, first_frame=6, self_attend=attend)
+    assert difference(cond, want["out_cond"]) < TOLERANCE
+
+    prev = dit(x, t, text, mask_RL=mask, first_frame=6, self_attend=attend, is_null=True)
+    assert difference(prev, want["out_prev"]) < TOLERANCE
+    for layer, kv in seen.items():
+        written = want[f"kv_out.{layer}"][chunk_tokens:]
+        assert difference(kv, written) < TOLERANCE
+
+    separate = x[:, :, 6:].unflatten(2, (2, 6))[0].movedim(1, 0)
+    uncond = dit(separate, t[0, 1:, None], text[1:], mask_RL=mask[1:], is_null=True)
+    assert difference(uncond, want["out_uncond"]) < TOLERANCE
+
+
+def test_the_embeddings_are_the_reference_ones(golden: Callable[[str], Any]):
+    want = golden("dit_24b_style")
+    dit = want.dit()
+    embedded = dit.embed(want["x"], want["t"], is_null=False)
+    assert difference(embedded.tokens[0], want["pre.tokens"][:, 0]) < TOLERANCE
+    assert difference(embedded.condition, want["pre.condition"]) < TOLERANCE
+    height, width = want.case["latent_hw"]
+    rope = dit.rope_table(first_frame=6, num_frames=18, latent_height=height, latent_width=width)
+    assert difference(torch.cat([rope[..., 1], rope[..., 0]], dim=1), want["pre.rope"]) < TOLERANCE
+
+
+def test_a_distilled_model_knows_its_step_width(golden: Callable[[str], Any]):
+    want = golden("dit_distill")
+    dit = want.dit()
+    text, mask = want["y"][1:2, 0], want["mask"][1:2, 0].bool()
+    for key, step_width in (("8_1", 4.0), ("16_1", 8.0), ("64_1", 32.0), ("12_2", 4.0)):
+        velocity = dit(
+            want["x"][:, :, :6], want["t"][:, 1:2], text, mask_RL=mask, step_width=step_width
+        )
+        assert difference(velocity, want[f"dt.{key}"]) < TOLERANCE
+
+
+def test_chunk_by_chunk_through_a_cache_is_the_block_causal_forward(model_tiny: ModelConfig):
+    torch.manual_seed(0)
+    dit = DiT(model_tiny).eval().requires_grad_(False)
+    x, t = torch.randn(1, 16, 6, 4, 4), torch.tensor([[0.7, 0.4, 0.1]])
+    text = torch.randn(3, 5, model_tiny.caption_channels)
+    whole = dit(x, t, text)
+    caches = caches_for(
+        model_tiny.num_layers,
+        capacity=24,
+        num_heads=model_tiny.num_query_groups,
+        head_width=model_tiny.kv_channels,
+        dtype=torch.float32,
+        device=x.device,
+    )
+    parts = [
+        dit(
+            x[:, :, 2 * chunk : 2 * chunk + 2],
+            t[:, chunk : chunk + 1],
+            text[chunk : chunk + 1],
+            first_frame=2 * chunk,
+            self_attend=cached_attention(caches, offset=8 * chunk, kernel=SDPA),
+        )
+        for chunk in range(3)
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_text_equals_shorter_text_and_no_text_gives_nothing(model_tiny: ModelConfig):
+    torch.manual_seed(0)
+    attention = DiT(model_tiny).requires_grad_(False).videodit_blocks.layers[0].self_attention
+    text, q = torch.randn(2, 6, 32), torch.randn(1, 8, 4, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    out = attend_to_text(q, attention.encode(text, mask), kernel=SDPA)
+    short = attend_to_text(q[:, :4], attention.encode(text[:1, :4], None), kernel=SDPA)
+    torch.testing.assert_close(out[:, :4], short)
+    assert torch.equal(out[:, 4:], torch.zeros(1, 4, 4, 8))
+    nothing = attend_to_text(q[:, :4], attention.encode(text[:1, :0], None), kernel=SDPA)
+    assert torch.equal(nothing, torch.zeros(1, 4, 4, 8))
+
+
+def test_attention_outputs_are_joined_in_eight_groups():
+    core, cross = torch.arange(16).view(1, 1, 16), torch.arange(100, 116).view(1, 1, 16)
+    assert interleave(core, cross).flatten()[:8].tolist() == [0, 1, 100, 101, 2, 3, 102, 103]
+
+
+def test_rows_and_columns_are_scaled_to_the_reference_area():
+    # 32 x 8 tokens have the area of 16 x 16: rows run from -15.5 to 15.5, columns -3.5 to 3.5
+    # 64 x 16 have four times the area, r = 2: rows run from -15.5 to 15.5 as well
+    for height, width in ((32, 8), (64, 16)):
+        table = rope_table(torch.ones(1), first_frame=2, num_frames=1, height=height, width=width)
+        angle = torch.tensor([2.0, -15.5, -3.5])
+        torch.testing.assert_close(table[0, :, 1], angle.sin())
+
+
+def test_frames_count_from_the_start_of_the_video():
+    whole = rope_table(torch.ones(2), first_frame=0, num_frames=9, height=2, width=3)
+    tail = rope_table(torch.ones(2), first_frame=6, num_frames=3, height=2, width=3)
+    assert torch.equal(whole[-18:], tail)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fp8", "num_tensors", "num_values"),
+    [
+        ("model_4_5b", False, 898, 4_459_898_128),
+        ("model_4_5b", True, 1410, 4_460_979_760),
+        ("model_24b", False, 1262, 23_899_281_936),
+    ],
+)
+def test_the_real_sizes_have_the_published_tensors(
+    name: str, is_fp8: bool, num_tensors: int, num_values: int, request: pytest.FixtureRequest
+):
+    with torch.device("meta"):
+        state = DiT(request.getfixturevalue(name), is_fp8=is_fp8).state_dict()
+    assert len(state) == num_tensors
+    assert sum(value.numel() for value in state.values()) == num_values
+
+
+def test_only_inner_layers_of_a_quantised_model_are_8_bit(model_tiny: ModelConfig):
+    dit = DiT(model_tiny, is_fp8=True)
+    dtypes = [layer.self_attention.linear_proj.weight.dtype for layer in dit.videodit_blocks.layers]
+    fp8 = torch.float8_e4m3fn
+    assert dtypes == [torch.float32, fp8, fp8, torch.float32]
+    assert dit.videodit_blocks.layers[1].self_attention.linear_kv_xattn.weight.dtype != fp8
+
+
+def test_a_quantised_model_runs_in_bfloat16_and_stays_near_the_unquantised_one(
+    model_tiny: ModelConfig,
+):
+    torch.manual_seed(0)
+    plain = DiT(model_tiny).requires_grad_(False)
+    quantised = DiT(model_tiny, is_fp8=True).requires_grad_(False)
+    state = plain.state_dict()
+    for name, value in quantised.state_dict().items():
+        value.copy_(state[name].view(value.shape) if name in state else torch.ones_like(value))
+    for dit in (plain, quantised):
+        set_precision(dit, torch.bfloat16)
+    x, t = torch.randn(1, 16, 2, 4, 4), torch.full((1, 1), 0.5)
+    text = torch.randn(1, 5, model_tiny.caption_channels)
+    a, b = plain(x, t, text), quantised(x, t, text)
+    assert difference(b, a) < 0.1  # 8 bits hold 3 digits after the leading one: 1/16 per value
+    assert not torch.equal(a, b)
+
+
+def test_half_precision_keeps_the_named_parts_in_float32(model_tiny: ModelConfig):
+    dit = DiT(model_tiny)
+    set_precision(dit, torch.bfloat16)
+    kept = {name for name, value in dit.named_parameters() if value.dtype == torch.float32}
+    layer = "videodit_blocks.layers.0"
+    assert {name for name in kept if name.startswith(layer)} == {
+        f"{layer}.{norm}.{part}"
+        for norm in (
+            "self_attention.q_layernorm",
+            "self_attention.k_layernorm",
+            "self_attn_post_norm",
+            "mlp_post_norm",
+        )
+        for part in ("weight", "bias")
+    }
+    assert is_float32("rope.bands")
+    assert is_float32("videodit_blocks.final_layernorm.weight")
+    assert not is_float32(f"{layer}.self_attention.q_layernorm_xattn.weight")
+    assert dit.dtype == torch.bfloat16
+
+
+def test_a_bfloat16_run_stays_near_the_float32_one(golden: Callable[[str], Any]):
+    want = golden("dit_distill")
+    dit = want.dit()
+    text, mask = want["y"][1:2, 0], want["mask"][1:2, 0].bool()
+    set_precision(dit, torch.bfloat16)
+    velocity = dit(want["x"][:, :, :6], want["t"][:, 1:2], text, mask_RL=mask, step_width=4.0)
+    assert velocity.dtype == torch.float32
+    assert difference(velocity, want["dt.8_1"]) < 0.05
+
+
+def test_the_velocity_of_a_half_channel_model_has_the_latent_channels(model_tiny: ModelConfig):
+    half = replace(model_tiny, half_channel_vae=True, in_channels=8, out_channels=8)
+    dit = DiT(half).requires_grad_(False)
+    velocity = dit(torch.randn(1, 4, 1, 4, 4), torch.zeros(1, 1), torch.randn(1, 2, 12))
+    assert velocity.shape == (1, 4, 1, 4, 4)
