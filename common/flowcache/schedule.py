@@ -75,23 +75,29 @@ def staggered(chunks: Sequence[int], *, num_steps: int, lag: int) -> list[Tick]:
     ]
 
 
-def visible_intervals(ticks: Sequence[Tick], *, num_chunks: int, window: int) -> list[range]:
+def visible_intervals(
+    ticks: Sequence[Tick], *, num_chunks: int, window: int, lag: int
+) -> list[range]:
     """Return the chunks that a sliding window of `window` chunks shows at each tick.
 
     The window starts at chunk 0 and moves on by one chunk in the tick in which the chunk after its
     end starts.
 
+    Args:
+        lag: own steps between neighbouring chunks, as `ticks` were made with.
+
     Raises:
         UserError: the window is too short to hold all chunks that are active at once.
     """
+    if ticks and window < num_chunks and window * lag < ticks[0].num_steps:
+        raise UserError(
+            f"a window of {window} chunks cannot hold all chunks that are active at once: "
+            f"{ticks[0].num_steps} steps must be at most {window} times the lag of {lag}; "
+            "use a longer window or a larger lag"
+        )
     end, intervals = min(window, num_chunks), []
     for tick in ticks:
-        if end < num_chunks and end in tick.steps:
+        if end in tick.steps:
             end += 1
         intervals.append(range(max(end - window, 0), end))
-        if tick.steps and (min(tick.steps) < end - window or max(tick.steps) >= end):
-            raise UserError(
-                f"a window of {window} chunks cannot hold the chunks {min(tick.steps)} to "
-                f"{max(tick.steps)} that are active at once; use a longer window or a larger lag"
-            )
     return intervals

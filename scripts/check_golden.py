@@ -1,0 +1,84 @@
+"""Run every reference case below a folder against this project's code.
+
+    python scripts/check_golden.py DIR
+
+Prints one row per comparison: case, what, largest absolute error, tolerance, and `pass`, `fail`, or
+`known` with the reason (a defect of the reference implementation that ours does not have). The exit
+code is 1 if a check failed or a file is of an unknown kind, 2 if the argument is wrong, else 0.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from golden import skyreels_v2
+from golden.case import Check, Kind, read_case
+
+KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS,)
+ENDINGS = (".safetensors", ".json")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check a folder; return the exit code."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder with case files, searched")
+    folder: Path = parser.parse_args(arguments).dir
+    if not folder.is_dir():
+        parser.error(f"{folder} is no folder; give one that holds case files")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
+    if not paths:
+        parser.error(f"{folder} holds no case files (*.safetensors, *.json)")
+    width = max(len(str(path.relative_to(folder).with_suffix(""))) for path in paths)
+    total: Counter[str] = Counter()
+    for path in paths:
+        name = str(path.relative_to(folder).with_suffix(""))
+        for check in check_file(path, folder=folder):
+            print(row(name, check, width=width), flush=True)
+            total[check.status] += 1
+    counts = ", ".join(f"{total[status]} {status}" for status in ("pass", "known", "fail"))
+    print(f"{len(paths)} files, {total.total()} checks: {counts}")
+    return 1 if total["fail"] else 0
+
+
+@torch.no_grad()
+def check_file(path: Path, *, folder: Path) -> Iterator[Check]:
+    """Compare one file with our code, to the last tensor."""
+    try:
+        case = read_case(path, folder=folder)
+        kinds = [kind for kind in KINDS if kind.recognises(case)]
+        if len(kinds) != 1:
+            found = " or ".join(kind.name for kind in kinds) or "none that is known"
+            yield failure("kind of case", f"it must be one, found: {found}")
+            return
+        yield from kinds[0].run(case)
+        if case.unread:
+            yield failure("whole file", f"not compared: {', '.join(sorted(case.unread)[:5])}")
+    # whatever our code does with a strange file, the other files are checked all the same
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AssertionError) as e:
+        yield failure("run", f"{type(e).__name__}: {e}".splitlines()[0])
+
+
+def failure(what: str, reason: str) -> Check:
+    """Return a check that failed before anything could be compared."""
+    return Check(what, float("nan"), 0.0, "fail", reason)
+
+
+def row(name: str, check: Check, *, width: int) -> str:
+    """Format one line of the table."""
+    columns = f"{name:{width}}  {check.what:38}  {check.error:8.1e}  {check.tolerance:8.1e}"
+    return f"{columns}  {check.status:5}  {check.reason}".rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
