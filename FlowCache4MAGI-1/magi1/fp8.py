@@ -91,7 +91,7 @@ class SmoothFp8Linear(Fp8Linear):
         super().__init__(width_in, width_out)
         self.smooth_scale = nn.Parameter(torch.ones(1, width_in), requires_grad=False)
 
-    def _input_scale(self, width_in: int) -> Tensor:  # noqa: ARG002 (one for all channels)
+    def _input_scale(self, width_in: int) -> Tensor:
         return torch.ones(1)
 
     def quantised(self, x: Tensor) -> Tensor:

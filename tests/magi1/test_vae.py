@@ -1,0 +1,215 @@
+"""The ViT VAE: the reference's numbers, tiles and their seams, and wrong files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowcache.errors import UserError
+from magi1.vae import VAE, Tiling, ViTVAE, check, in_tiles, load, parse_config, standardise
+
+TOLERANCE = 5e-5
+"""Largest difference to the reference over its largest value."""
+
+RELEASED = {
+    "video_size": 256,
+    "video_length": 16,
+    "patch_size": 8,
+    "patch_length": 4,
+    "in_chans": 3,
+    "z_chans": 16,
+    "double_z": True,
+    "embed_dim": 1024,
+    "depth": 24,
+    "num_heads": 16,
+    "mlp_ratio": 4,
+    "qkv_bias": True,
+    "with_cls_token": True,
+    "ln_in_attn": True,
+    "conv_last_layer": True,
+    "norm_code": False,
+    "use_rope": False,
+    "use_final_proj": False,
+}
+TINY = RELEASED | {
+    "video_size": 16,
+    "patch_size": 2,
+    "z_chans": 4,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+}
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def tiny_model() -> ViTVAE:
+    torch.manual_seed(0)
+    return ViTVAE(parse_config(TINY, source="test")).eval().requires_grad_(False)
+
+
+def tiny_vae(tiling: Tiling, *, scale: float = 1.0) -> VAE:
+    return VAE(tiny_model(), scale=scale, tiling=tiling)
+
+
+@pytest.fixture
+def reference(golden: Callable[[str], Any]) -> tuple[Any, VAE]:
+    want = golden("vae")
+    model = ViTVAE(parse_config(want.case["ddconfig"], source="test"))
+    model.load_state_dict(want.under("weights"))
+    return want, VAE(model.eval(), scale=1.0, tiling=Tiling(frames=12, pixels=16, overlap=0.25))
+
+
+def test_tiled_encoding_gives_the_reference_latents(reference: tuple[Any, VAE]):
+    want, vae = reference
+    video = want["video"].float() / 127.5 - 1
+    assert difference(vae.encode(video), want["latents_tiled"]) < TOLERANCE
+    assert difference(vae.encode(video[:, :, :1]), want["latents_image"]) < TOLERANCE
+
+
+def test_the_encoder_gives_the_reference_moments(reference: tuple[Any, VAE]):
+    want, vae = reference
+    with torch.no_grad():
+        moments = vae.model.encoder(want["moments_small_in"])
+    assert difference(moments, want["moments_small"]) < TOLERANCE
+
+
+def test_tiled_decoding_gives_the_reference_frames(reference: tuple[Any, VAE]):
+    want, vae = reference
+    # 4 latents are tiles of 3 and 1, hence 12 + 1 frames
+    frames = vae.decode(want["z"])[0].movedim(0, 1)
+    assert difference(frames, want["decoded"]) < TOLERANCE
+    image = vae.decode(want["z"][:, :, :1])[0].movedim(0, 1)
+    assert difference(image, want["decoded_image"]) < TOLERANCE
+    levels = (frames * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
+    assert (levels.int() - want["decoded_u8"].int()).abs().max() <= 1
+
+
+def test_a_video_of_one_tile_is_coded_as_a_whole():
+    vae = tiny_vae(Tiling(frames=8, pixels=16))
+    torch.manual_seed(1)
+    video, latents = torch.randn(1, 3, 8, 12, 12), torch.randn(1, 4, 2, 6, 6)
+    mean, _ = vae.model.moments(video)
+    torch.testing.assert_close(vae.encode(video), mean)
+    torch.testing.assert_close(vae.decode(latents), vae.model.decoder(latents))
+
+
+def test_the_scale_lies_between_means_and_latents():
+    plain, scaled = (tiny_vae(Tiling(pixels=16), scale=scale) for scale in (1.0, 0.5))
+    torch.manual_seed(1)
+    video, latents = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 4, 1, 4, 4)
+    torch.testing.assert_close(scaled.encode(video), 0.5 * plain.encode(video))
+    torch.testing.assert_close(scaled.decode(0.5 * latents), plain.decode(latents))
+
+
+@pytest.mark.parametrize("blends_blended", [True, False])
+def test_tiles_of_an_unchanged_video_make_the_video_again(blends_blended: bool):
+    torch.manual_seed(0)
+    video = torch.randn(1, 3, 5, 21, 30)
+    joined = in_tiles(
+        video,
+        lambda tile: tile,
+        tile=(2, 8),
+        stride=6,
+        extent=2,
+        limit=6,
+        blends_blended=blends_blended,
+    )
+    torch.testing.assert_close(joined, video)
+
+
+def test_a_seam_fades_linearly_from_one_tile_to_the_next():
+    # two tiles of 4 columns at 0 and 2, worth 0 and 1: columns 2 and 3 are 0/2 and 1/2 of the next
+    values = iter([0.0, 1.0])
+    joined = in_tiles(
+        torch.zeros(1, 1, 1, 2, 4),
+        lambda tile: torch.full_like(tile, next(values)),
+        tile=(1, 4),
+        stride=2,
+        extent=2,
+        limit=2,
+        blends_blended=True,
+    )
+    assert joined[0, 0, 0, 0].tolist() == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_other_grids_get_interpolated_positions():
+    encoder = tiny_model().encoder
+    stored = encoder.pos_embed[:, 1:].unflatten(1, (4, 8, 8))
+    halved = encoder._positions((4, 4, 4))[:, 1:].unflatten(1, (4, 4, 4))
+    means = stored.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean(dim=(3, 5))
+    torch.testing.assert_close(halved, means)
+
+
+def test_standardised_values_have_mean_0_and_deviation_1():
+    x = standardise(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    torch.testing.assert_close(x, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 6, 8, 8), (1, 3, 4, 9, 8)])
+def test_videos_of_broken_latents_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match="multiple"):
+        tiny_vae(Tiling(pixels=16)).encode(torch.zeros(shape))
+
+
+def test_the_released_size_has_the_published_tensors():
+    with torch.device("meta"):
+        state = ViTVAE(parse_config(RELEASED, source="test")).state_dict()
+    assert len(state) == 496
+    assert sum(value.numel() for value in state.values()) == 613_755_239
+
+
+def save(folder: Path, *, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
+    document = {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": settings or TINY}
+    (folder / "config.json").write_text(json.dumps(document | changes))
+    state = tiny_model().state_dict()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def test_a_saved_vae_is_loaded_as_it_was(tmp_path: Path):
+    folder = save(tmp_path)
+    check(folder)
+    vae = load(folder, scale=0.5, dtype=torch.float32, device="cpu")
+    latents = torch.randn(1, 4, 2, 4, 4)
+    with torch.no_grad():
+        want = tiny_model().decoder(latents / 0.5)
+    torch.testing.assert_close(vae.decode(latents), want)
+    assert load(folder, scale=1.0, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (TINY | {"colour": 1}, "unknown setting colour"),
+        (TINY | {"depth": "two"}, "depth is 'two', expected int"),
+        (TINY | {"depth": 0}, "depth is 0, but must be positive"),
+        (TINY | {"use_rope": True}, "use_rope is True, only False is supported"),
+        (TINY | {"embed_dim": 33}, "embed_dim is 33, no multiple of 2"),
+        (TINY | {"depth": 2}, "blocks.1"),
+        (TINY | {"z_chans": 8}, r"has shape \[32, 4\], expected \[32, 8\]"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str, tmp_path: Path):
+    folder = save(tmp_path, settings=settings)
+    with pytest.raises(UserError, match=message):
+        check(folder)
+
+
+def test_another_model_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="_class_name is 'AutoencoderKL', only ViTVAE"):
+        check(save(tmp_path, _class_name="AutoencoderKL"))
+
+
+def test_dropout_rates_are_read_by_training_only():
+    assert parse_config(TINY | {"attn_drop_rate": 0.0}, source="test") == parse_config(
+        TINY, source="test"
+    )
