@@ -199,7 +199,7 @@ class Replay(ReusePolicy):
     is_computed: Sequence[int]
     needs_signals = False
 
-    def plan(self, tick: Any, signals: Any, *, stored: Any) -> dict[int, Decision]:  # noqa: ARG002
+    def plan(self, tick: Any, signals: Any, *, stored: Any) -> dict[int, Decision]:
         return {chunk: Decision(bool(self.is_computed[tick.index])) for chunk in tick.steps}
 
 
