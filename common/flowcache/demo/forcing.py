@@ -1,0 +1,142 @@
+"""Diffusion forcing: draw what a training step looks like and compute its flow-matching loss.
+
+Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowcache.demo.trainer import StepRandomness
+
+# Noise left on given frames half of the time, as generation does with `addnoise_condition: 20`.
+GIVEN_SIGMA = 0.02
+
+Velocity = Callable[[Tensor, Tensor, tuple[tuple[int, int], ...] | None], Tensor]
+
+
+@dataclass(frozen=True)
+class ForcingPlan:
+    """The mixture that training steps are drawn from; shares are of steps or of clips.
+
+    Attributes:
+        num_frames: latent frames of a whole window.
+        chunk_frames: latent frames of a chunk at sampling time.
+        shift: how far noise levels lean to the noisy side, as the sampling shift does.
+        batch_frames: latent frames of a batch, all clips together.
+        largest_batch: most clips in a batch.
+        short_share: steps on a shorter window, which are cheaper.
+        full_share: steps without the block-causal limit.
+        odd_chunk_share: steps with chunks of one frame or of the whole window.
+        image_share: steps whose first frame is a given image.
+        end_image_share: steps of these, without the limit, whose last frame is given too.
+        together_share: clips with one noise level for all chunks.
+        given_share: clips whose first chunks are given.
+        waiting_share: clips whose last chunks still are pure noise.
+    """
+
+    num_frames: int
+    chunk_frames: int
+    shift: float = 4.0
+    batch_frames: int = 200
+    largest_batch: int = 16
+    short_share: float = 0.45
+    full_share: float = 0.3
+    odd_chunk_share: float = 0.12
+    image_share: float = 0.15
+    end_image_share: float = 0.4
+    together_share: float = 0.35
+    given_share: float = 0.25
+    waiting_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a step trains on: chunk bounds in latent frames, and what may be seen and is given."""
+
+    bounds: tuple[tuple[int, int], ...]
+    is_causal: bool
+    starts_with_image: bool
+    ends_with_image: bool
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames of the window."""
+        return self.bounds[-1][1]
+
+
+def draw_window(rng: np.random.Generator, plan: ForcingPlan) -> Window:
+    """Draw the window of a step."""
+    num_frames = plan.num_frames
+    if rng.random() < plan.short_share:
+        num_frames = plan.chunk_frames * int(rng.integers(2, num_frames // plan.chunk_frames))
+    chunk = plan.chunk_frames
+    if rng.random() < plan.odd_chunk_share:
+        chunk = int(rng.choice([1, num_frames]))
+    starts_with_image = bool(rng.random() < plan.image_share)
+    is_causal = bool(rng.random() >= plan.full_share)
+    ends_with_image = (
+        starts_with_image and not is_causal and bool(rng.random() < plan.end_image_share)
+    )
+    edges = list(range(int(starts_with_image), num_frames - int(ends_with_image), chunk))
+    edges += [num_frames - 1] if ends_with_image else []
+    edges = ([0] if starts_with_image else []) + edges
+    bounds = tuple(zip(edges, [*edges[1:], num_frames], strict=True))
+    return Window(bounds, is_causal, starts_with_image, ends_with_image)
+
+
+def draw_levels(rng: np.random.Generator, window: Window, plan: ForcingPlan) -> np.ndarray:
+    """Draw one clip's noise level per chunk, earlier chunks never noisier than later ones.
+
+    Returns:
+        sigma per chunk, 0 (clean) to 1 (noise); given chunks have at most `GIVEN_SIGMA`.
+    """
+    num_chunks = len(window.bounds)
+    uniform = np.sort(rng.random(num_chunks))
+    if rng.random() < plan.together_share:
+        uniform = np.full(num_chunks, uniform[rng.integers(num_chunks)])
+    sigma = plan.shift * uniform / (1 + (plan.shift - 1) * uniform)
+    sigma = np.maximum(sigma, 2 * GIVEN_SIGMA)
+    if num_chunks > 1 and rng.random() < plan.waiting_share:
+        sigma[rng.integers(1, num_chunks) :] = 0.999
+    num_given = int(window.starts_with_image)
+    if num_chunks > 1 + num_given and rng.random() < plan.given_share:
+        num_given += int(rng.integers(1, num_chunks - num_given))
+    sigma[:num_given] = rng.choice([0.0, GIVEN_SIGMA])
+    if window.ends_with_image:
+        sigma[-1] = 0.0
+    return sigma
+
+
+def forcing_loss(
+    velocity: Velocity,
+    data_BCFhw: Tensor,
+    window: Window,
+    *,
+    plan: ForcingPlan,
+    randomness: StepRandomness,
+) -> Tensor:
+    """Compute the squared error of the velocity on all frames that are not given.
+
+    x = (1 - sigma) data + sigma noise, the timestep is 1000 sigma, the velocity noise - data.
+
+    Args:
+        velocity: model; takes x, timesteps `[B, F]` and the chunk bounds (None: see everything).
+        data_BCFhw: clean normalised latents, as many frames as the window has.
+        window: from `draw_window`.
+        plan: see `ForcingPlan`.
+        randomness: streams of the step.
+    """
+    lengths = [stop - start for start, stop in window.bounds]
+    levels = [draw_levels(randomness.numpy, window, plan) for _ in range(len(data_BCFhw))]
+    sigma_BF = torch.from_numpy(np.stack([np.repeat(level, lengths) for level in levels])).float()
+    sigma = sigma_BF[:, None, :, None, None]
+    noise = torch.randn(data_BCFhw.shape, generator=randomness.torch)
+    x = (1 - sigma) * data_BCFhw + sigma * noise
+    predicted = velocity(x, 1000 * sigma_BF, window.bounds if window.is_causal else None)
+    error_BF = (predicted - (noise - data_BCFhw)).square().mean(dim=(1, 3, 4))
+    counts_BF = sigma_BF > GIVEN_SIGMA
+    return error_BF[counts_BF].mean()

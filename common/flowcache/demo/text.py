@@ -1,0 +1,64 @@
+"""The demo's text side: a tokenizer that knows the captions' words, and a tiny UMT5 encoder.
+
+Axes: B batch, L tokens, D text width.
+"""
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from flowcache.demo.clips import all_attributes
+
+PAD, END = "<pad>", "</s>"
+TEXT_LEN = 24
+TEXT_WIDTH = 64
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token per caption word and an end token.
+
+    Every other word, of any language, is dropped, so that a prompt may be anything.
+    Example: "A red Circle, 红色!" becomes the tokens of "a red circle" and the end token.
+    """
+    words = sorted({word for entry in all_attributes() for word in entry.caption.split()})
+    vocabulary = {word: index for index, word in enumerate([PAD, END, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.normalizer = normalizers.Lowercase()
+    # Keep the known words and remove all between them: the model never meets an unknown one.
+    known = Regex(r"\b(?:" + "|".join(words) + r")\b")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(known, behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=TEXT_LEN
+    )
+
+
+def new_text_encoder(*, vocabulary_size: int) -> UMT5EncoderModel:
+    """Make the demo's untrained text encoder: two layers of width 64."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary_size,
+            d_model=TEXT_WIDTH,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def encode_captions(
+    encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]
+) -> Tensor:
+    """Encode captions to `[B, L, D]`; the rows of padding are zero, as at sampling time."""
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=TEXT_LEN, truncation=True, return_tensors="pt"
+    )
+    states_BLD = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return states_BLD * tokens.attention_mask[..., None]
