@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from flowcache.attention import SDPA, Kernel
+from flowcache.errors import UserError
+from flowcache.weights import Origin, check_files, find_shards, load_files, rename
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from flowcache.errors import UserError
-from flowcache.weights import Origin, check_files, find_shards, load_files, rename
 from skyreels_v2 import text, vae
 from skyreels_v2.dit import DiT, DiTConfig
 
@@ -278,9 +279,9 @@ def _origin(checkpoint: Checkpoint) -> Callable[[str], Origin]:
     return Origin if checkpoint.layout == "original" else _diffusers_origin
 
 
-def _empty_dit(config: DiTConfig) -> DiT:
+def _empty_dit(config: DiTConfig, kernel: Kernel = SDPA) -> DiT:
     with torch.device("meta"):
-        return DiT(config)
+        return DiT(config, kernel=kernel)
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -301,17 +302,22 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def load_dit(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device | str
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    kernel: Kernel = SDPA,
 ) -> DiT:
     """Load the transformer, for inference.
 
     Args:
         dtype: type of the weights; None keeps each as stored.
+        kernel: how the transformer attends.
 
     Raises:
         UserError: naming the file and the key, if the files do not fit the config.
     """
-    dit = _empty_dit(checkpoint.config)
+    dit = _empty_dit(checkpoint.config, kernel)
     origin = _origin(checkpoint)
     load_files(dit, checkpoint.dit_files, origin=origin, dtype=dtype, device=device)
     return dit

@@ -12,6 +12,8 @@ from typing import Any
 
 import ftfy
 import torch
+from flowcache.errors import UserError
+from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional
@@ -25,9 +27,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from flowcache.errors import UserError
-from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
-from torch import Tensor
-
 from flowcache.errors import UserError
 from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
+from torch import Tensor
 
 TEMPORAL_STRIDE = 4
 """Frames per latent, after the first."""
@@ -49,8 +48,8 @@ class VAE:
         self.model: Any = model
         shape = (1, -1, 1, 1, 1)
         place = {"dtype": self.dtype, "device": self.device}
-        self._mean = torch.tensor(self.model.config.latents_mean, **place).view(shape)
-        self._std = torch.tensor(self.model.config.latents_std, **place).view(shape)
+        self.mean = torch.tensor(self.model.config.latents_mean, **place).view(shape)
+        self.std = torch.tensor(self.model.config.latents_std, **place).view(shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,7 +69,7 @@ class VAE:
     def to(self, device: torch.device | str) -> "VAE":
         """Move the weights; returns the VAE itself."""
         self.model.to(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     @torch.no_grad()
@@ -89,7 +88,7 @@ class VAE:
             raise ValueError(f"height and width must be multiples of {stride}: {height}x{width}")
         pixels = pixels_B3THW.to(device=self.device, dtype=self.dtype)
         mu_BCFhw = self.model.encode(pixels).latent_dist.mode()
-        return (mu_BCFhw - self._mean) / self._std
+        return (mu_BCFhw - self.mean) / self.std
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode normalised latents to pixels `[B, 3, T, H, W]` in -1..1."""
@@ -97,7 +96,7 @@ class VAE:
 
     def stream(self) -> "VAEStream":
         """Begin to decode one video whose latents come bit by bit."""
-        return VAEStream(self.model, mean=self._mean, std=self._std)
+        return VAEStream(self)
 
 
 class VAEStream:
@@ -107,30 +106,28 @@ class VAEStream:
     Example: 5 latents fed as 2 + 3 come out as 5 + 12 = 17 frames.
     """
 
-    def __init__(self, model: AutoencoderKLWan, *, mean: Tensor, std: Tensor) -> None:
-        self._model = model
-        self._mean = mean
-        self._std = std
-        num_convs = sum(isinstance(part, WanCausalConv3d) for part in model.decoder.modules())
+    def __init__(self, vae: VAE) -> None:
+        self._vae = vae
+        decoder = vae.model.decoder
+        num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
         self._seen: list[Tensor | str | None] = [None] * num_convs
-        self._is_first = True
 
     @torch.no_grad()
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode the next normalised latents to their pixels `[B, 3, T, H, W]` in -1..1."""
-        latents = latents_BCFhw.to(device=self._mean.device, dtype=self._mean.dtype)
-        z_BCFhw = latents * self._std + self._mean
+        vae = self._vae
+        latents = latents_BCFhw.to(device=vae.device, dtype=vae.dtype)
+        z_BCFhw = latents * vae.std + vae.mean
         return torch.cat([self._decode_one(z) for z in z_BCFhw.split(1, dim=2)], dim=2)
 
     def _decode_one(self, z_BC1hw: Tensor) -> Tensor:
-        pixels = self._model.decoder(
-            self._model.post_quant_conv(z_BC1hw),
+        model = self._vae.model
+        pixels = model.decoder(
+            model.post_quant_conv(z_BC1hw),
             feat_cache=self._seen,
             # the decoder counts its convolutions in the list's only entry
             feat_idx=[0],
-            first_chunk=self._is_first,
         )
-        self._is_first = False
         return pixels.clamp(-1, 1)
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flowcache.errors import UserError
 from safetensors.torch import load_file, save_file
+from skyreels_v2 import text
+from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional
@@ -16,10 +19,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from flowcache.errors import UserError
-from skyreels_v2 import text
-from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 TOLERANCE = 2e-5
@@ -136,6 +135,7 @@ def test_the_config_of_an_original_file_follows_from_its_shapes(
         ("  a red\n\n\tcircle  ", "a red circle"),
         ("a &lt;cat&gt;", "a <cat>"),
         ("a &amp;lt;cat&amp;gt;", "a <cat>"),
+        ("<b> tom &amp;amp; jerry", "<b> tom & jerry"),
         ("a&nbsp;&nbsp;cat ", "a cat"),
         ("schÃ¶n", "schön"),
         ("“quoted”", '"quoted"'),
