@@ -1,0 +1,224 @@
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from flowcache.attention import SDPA
+from flowcache.kv import Compression, KVCache, cached_attention, caches_for, peak_tokens
+from flowcache.schedule import staggered
+from torch import Tensor
+
+
+def empty_cache(capacity: int, *, num_heads: int = 1) -> KVCache:
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    return KVCache(capacity, num_heads=num_heads, head_width=1, **place)
+
+
+def rows(values: Sequence[float], *, num_heads: int = 1) -> Tensor:
+    """Return one-number keys `[S, G, 1]`; head g has the values plus 100 g."""
+    return torch.stack([torch.tensor(values) + 100 * g for g in range(num_heads)], 1).unsqueeze(-1)
+
+
+def put(cache: KVCache, offset: int, values: Sequence[float]) -> None:
+    num_heads = cache.kv.shape[2]
+    cache.put(offset, rows(values, num_heads=num_heads), -rows(values, num_heads=num_heads))
+
+
+def keys(cache: KVCache, offset: int = 0, *, head: int = 0) -> list[float]:
+    """Return the keys that a prefix shows to a head; the values must be their negatives."""
+    k, v = cache.prefix(offset)
+    assert torch.equal(v, -k)
+    return k[:, head, 0].tolist()
+
+
+def test_a_clean_chunk_and_two_active_ones_are_a_prefix_each():
+    cache = empty_cache(6)
+    put(cache, 0, [1, 2])
+    assert keys(cache, 2) == [1, 2]
+    cache.settle(2)
+    put(cache, 0, [3, 4])
+    put(cache, 2, [5, 6])
+    assert (cache.clean, cache.filled) == (2, 6)
+    assert keys(cache) == [1, 2]
+    assert keys(cache, 2) == [1, 2, 3, 4]
+    assert keys(cache, 4) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_computed_step_overwrites_the_keys_of_the_last_one():
+    cache = empty_cache(4)
+    put(cache, 0, [1, 2])
+    put(cache, 2, [3, 4])
+    put(cache, 0, [5, 6])
+    assert keys(cache, 4) == [5, 6, 3, 4]
+
+
+def test_settling_moves_a_boundary_and_no_data():
+    cache = empty_cache(4)
+    put(cache, 0, [1, 2])
+    put(cache, 2, [3, 4])
+    before = cache.kv.clone()
+    cache.settle(2)
+    assert torch.equal(cache.kv, before)
+    assert keys(cache) == [1, 2]
+    assert keys(cache, 2) == [1, 2, 3, 4]
+
+
+def test_kept_tokens_come_first_and_active_ones_move_down():
+    cache = empty_cache(7, num_heads=2)
+    put(cache, 0, [0, 1, 2, 3])
+    cache.settle(4)
+    put(cache, 0, [4, 5, 6])
+    cache.keep(torch.tensor([[0, 3], [2, 1], [3, 0]]))
+    assert (cache.clean, cache.filled) == (3, 6)
+    assert keys(cache, 3) == [0, 2, 3, 4, 5, 6]
+    assert keys(cache, 3, head=1) == [103, 101, 100, 104, 105, 106]
+
+
+def test_keeping_nothing_leaves_the_active_tokens():
+    cache = empty_cache(4)
+    put(cache, 0, [1, 2])
+    cache.settle(2)
+    put(cache, 0, [3, 4])
+    cache.keep(torch.empty(0, 1, dtype=torch.int64))
+    assert keys(cache) == []
+    assert keys(cache, 2) == [3, 4]
+
+
+def test_room_that_compression_freed_can_be_filled_again():
+    cache = empty_cache(4)
+    put(cache, 0, [1, 2])
+    cache.settle(2)
+    put(cache, 0, [3, 4])
+    cache.settle(2)
+    cache.keep(torch.tensor([[1], [3]]))
+    put(cache, 0, [5, 6])
+    assert keys(cache, 2) == [2, 4, 5, 6]
+
+
+def test_gaps_overflow_and_settling_too_early_are_caught():
+    cache = empty_cache(4)
+    with pytest.raises(AssertionError, match="a gap in the buffer: 0 filled, put at 1"):
+        put(cache, 1, [1])
+    with pytest.raises(AssertionError, match="5 tokens do not fit 4"):
+        put(cache, 0, [1, 2, 3, 4, 5])
+    with pytest.raises(AssertionError, match="before its keys were put"):
+        cache.settle(1)
+
+
+def test_a_chunk_attends_to_clean_and_older_active_tokens_and_itself():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 2, 4, generator=draw) for _ in range(3))
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    caches = caches_for(3, capacity=6, num_heads=2, head_width=4, **place)
+    outputs = []
+    for chunk, offset in enumerate((0, 0, 2)):  # the first chunk is clean when the others come
+        own = slice(2 * chunk, 2 * chunk + 2)
+        attend = cached_attention(caches, offset=offset, kernel=SDPA)
+        outputs.append(attend(1, q[:, own], k[:, own], v[:, own]))
+        if chunk == 0:
+            caches[1].settle(2)
+    for chunk, out in enumerate(outputs):
+        stop = 2 * chunk + 2
+        expected = SDPA(q[:, 2 * chunk : stop], k[:, :stop], v[:, :stop])
+        assert torch.equal(out, expected)
+    assert [cache.filled for cache in caches] == [0, 6, 0]
+
+
+@pytest.mark.parametrize(("budget", "visible"), [(4, 5), (2, 3)])
+def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: int, visible: int):
+    cache, seen = empty_cache(5), []
+    put(cache, 0, [0.0, 1.0, 2.0, 3.0])
+    cache.settle(4)
+
+    def keep(q_SHC: Tensor, k_TGC: Tensor) -> Tensor:
+        seen.append((q_SHC[:, 0, 0].tolist(), k_TGC[:, 0, 0].tolist()))
+        return torch.tensor([[1], [3]])
+
+    attend = cached_attention([cache], offset=0, kernel=SDPA, compression=Compression(budget, keep))
+    own = rows([9.0]).unsqueeze(0)
+    attend(0, own, own, -own)
+    assert seen == ([] if budget == 4 else [([9], [0, 1, 2, 3])])
+    assert cache.filled == visible
+    assert keys(cache, 1) == ([0, 1, 2, 3, 9] if budget == 4 else [1, 3, 9])
+
+
+def simulate(
+    num_chunks: int,
+    num_steps: int,
+    *,
+    lag: int,
+    given: int,
+    sizes: Sequence[int],
+    budget: int | None,
+    computed: random.Random | None,
+) -> tuple[int, int]:
+    """Run the cache through a whole window, keys only; return most tokens filled, and the plan.
+
+    Args:
+        computed: draws which steps are computed beside every chunk's first; None: no others.
+    """
+    chunks = range(given, num_chunks)
+    ticks = staggered(chunks, num_steps=num_steps, lag=lag)
+    capacity = peak_tokens(
+        ticks,
+        chunk_tokens={chunk: sizes[chunk] for chunk in chunks},
+        given=sum(sizes[:given]),
+        budget=budget,
+    )
+    # far larger than planned, so that a plan that is too small shows as a number
+    cache, peak = empty_cache(1000), 0
+    for chunk in range(given):
+        put(cache, 0, [0.0] * sizes[chunk])
+        cache.settle(sizes[chunk])
+        peak = max(peak, cache.filled)
+    for tick in ticks:
+        offset = 0
+        for chunk, step in tick.steps.items():
+            if step == 0 or (computed is not None and computed.random() < 0.5):
+                put(cache, offset, [0.0] * sizes[chunk])
+                peak = max(peak, cache.filled)
+                if budget is not None and cache.clean > budget:
+                    cache.keep(torch.arange(budget).unsqueeze(1))
+            offset += sizes[chunk]
+        for chunk in tick.finishing:
+            cache.settle(sizes[chunk])
+    return peak, capacity
+
+
+def test_the_planned_capacity_is_never_exceeded():
+    draw = random.Random(0)
+    for _ in range(300):
+        num_chunks, num_steps = draw.randint(1, 6), draw.randint(1, 6)
+        settings = {
+            "lag": draw.randint(0, num_steps + 1),
+            "given": draw.randint(0, num_chunks - 1),
+            "sizes": [draw.randint(1, 3) for _ in range(num_chunks)],
+            "budget": draw.choice([None, 0, 1, 2, 5]),
+        }
+        peak, capacity = simulate(num_chunks, num_steps, **settings, computed=draw)
+        assert peak <= capacity, settings
+
+
+@pytest.mark.parametrize("budget", [None, 0, 2, 4, 100])
+@pytest.mark.parametrize("lag", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_the_planned_capacity_is_reached_where_all_is_reused_that_can_be(
+    budget: int | None, lag: int, given: int
+):
+    peak, capacity = simulate(
+        6, 5, lag=lag, given=given, sizes=[2] * 6, budget=budget, computed=None
+    )
+    assert peak == capacity
+
+
+def test_the_capacity_of_the_published_run_is_that_worked_by_hand():
+    """5 chunks of 10,200 tokens, 50 steps, lag 5: the first becomes clean after the last has begun,
+    so that a budget saves nothing; one chunk after another it saves 2 of 5."""
+    ticks = staggered(range(5), num_steps=50, lag=5)
+    tokens = dict.fromkeys(range(5), 10_200)
+    assert peak_tokens(ticks, chunk_tokens=tokens, given=0, budget=None) == 51_000
+    assert peak_tokens(ticks, chunk_tokens=tokens, given=0, budget=10_200) == 51_000
+    one_by_one = staggered(range(5), num_steps=50, lag=50)
+    assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=None) == 51_000
+    # one kept, one newly clean, one active
+    assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=10_200) == 30_600
