@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ class RunStats:
         self.flops_without_reuse += without_reuse
 
     @contextmanager
-    def stage(self, name: str, *, is_on_host: bool = False) -> Iterator[None]:
+    def stage(self, name: str, *, is_on_host: bool = False) -> Generator[None, None, None]:
         """Add the time of the body to a stage.
 
         Args:

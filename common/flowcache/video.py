@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 Pixels = npt.NDArray[np.uint8]
 
 # HD players read an untagged file as BT.709, ffmpeg writes BT.601 unless told: the colours shift.
-COLOUR = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709"]
-COLOUR += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+COLOUR = [
+    *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+]
 # In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
 # and what a killed run has written stays readable.
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]

@@ -1,0 +1,244 @@
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from flowcache.config import (
+    describe,
+    find_preset,
+    load_config,
+    read_yaml,
+    to_dict,
+    yaml_comments,
+)
+from flowcache.errors import UserError
+
+
+class Colour(Enum):
+    red = 1
+    blue = 2
+
+
+@dataclass(frozen=True)
+class Reuse:
+    policy: Literal["vanilla", "flowcache"] = "vanilla"
+    threshold: float = 0.0
+    steps: tuple[int, ...] = ()
+    rescale: tuple[float, float] = (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    reuse: Reuse = field(default_factory=Reuse)
+    prompt: str = "a cat"
+    negative: str | None = None
+    seed: int = 0
+    offload: bool = False
+    colour: Colour = Colour.red
+    budget: float | Literal["all"] = "all"
+    weights: dict[str, float] = field(default_factory=dict)
+    images: list[str] | None = None
+    output: Path | None = None
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Any:
+    def write(text: str) -> Path:
+        path = tmp_path / f"layer{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def error_of(layers: list[Path], *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(Run, layers, overrides=overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_layers_the_defaults_come_back():
+    assert load_config(Run, []) == Run()
+
+
+def test_a_later_layer_changes_only_the_keys_it_names(layer):
+    base = layer("reuse: {policy: flowcache, threshold: 0.1}\nseed: 3\n")
+    fast = layer("reuse: {threshold: 1e-3}\n")
+    config = load_config(Run, [base, fast], overrides=["seed=7"])
+    assert config == Run(reuse=Reuse(policy="flowcache", threshold=0.001), seed=7)
+    assert isinstance(config.reuse, Reuse)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=12", "seed", 12),
+        ("prompt=a dog: it runs, [fast]", "prompt", "a dog: it runs, [fast]"),
+        ("prompt=${seed} costs \\${x} and ${", "prompt", "${seed} costs \\${x} and ${"),
+        ("prompt=", "prompt", ""),
+        ("prompt=3", "prompt", "3"),
+        ("prompt=null", "prompt", "null"),
+        ("prompt=猫が走る = 速い", "prompt", "猫が走る = 速い"),
+        ("negative=null", "negative", None),
+        ("offload=true", "offload", True),
+        ("colour=blue", "colour", Colour.blue),
+        ("budget=3", "budget", 3.0),
+        ("budget=all", "budget", "all"),
+        ("weights.clip=2", "weights", {"clip": 2.0}),
+        ("images=[a, b]", "images", ["a", "b"]),
+        ("output=x/y z", "output", Path("x/y z")),
+    ],
+)
+def test_an_override_becomes_a_value_of_the_field_type(override, key, value):
+    found = getattr(load_config(Run, [], overrides=[override]), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_lists_become_tuples_and_replace_the_earlier_list(layer):
+    first, second = layer("reuse: {steps: [1, 2, 3]}"), layer("reuse: {steps: [5]}")
+    assert load_config(Run, [first, second]).reuse.steps == (5,)
+
+
+def test_mappings_are_merged(layer):
+    first, second = layer("weights: {a: 1, b: 2}"), layer("weights: {b: 3}")
+    assert load_config(Run, [first, second]).weights == {"a": 1.0, "b": 3.0}
+
+
+def test_text_in_a_file_is_never_a_reference(layer):
+    assert load_config(Run, [layer("prompt: 'costs ${seed}'")]).prompt == "costs ${seed}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seeed: 1", "unknown key 'seeed', did you mean seed?"),
+        ("reuse: {treshold: 1}", "unknown key 'reuse.treshold', did you mean reuse.threshold?"),
+        ("threshold: 1", "unknown key 'threshold', did you mean reuse.threshold?"),
+        ("zzz: 1", "unknown key 'zzz'; valid: reuse, prompt,"),
+        ("seed: abc", "seed is 'abc', but must be int"),
+        ("seed: 2.5", "seed is 2.5, but must be int"),
+        ("seed: true", "seed is True, but must be int"),
+        ("seed: null", "seed is None, but must be int"),
+        ("offload: 3", "offload is 3, but must be true or false"),
+        ("reuse: 3", "reuse is 3, but must be a section of keys"),
+        ("reuse: null", "reuse is None, but must be a section of keys"),
+        ("reuse: {policy: fast}", "reuse.policy is 'fast', but must be one of vanilla, flowcache"),
+        ("reuse: {steps: [1, x]}", "reuse.steps is [1, 'x'], but must be a list of int"),
+        ("reuse: {rescale: [1]}", "reuse.rescale is [1], but must be [float, float]"),
+        ("reuse: {threshold: .nan}", "reuse.threshold is nan, but must be float"),
+        ("reuse: {threshold: '${seed}'}", "reuse.threshold is '${seed}', but must be float"),
+        ("colour: green", "colour is 'green', but must be one of red, blue"),
+        ("budget: some", "budget is 'some', but must be float or one of all"),
+        ("prompt: [a]", "prompt is ['a'], but must be text"),
+        ("seed: 1\nprompt: [a", "line 2: not valid YAML"),
+        ("seed: 1\nseed: 2", "line 2: not valid YAML (found duplicate key seed)"),
+        ("- 1\n- 2", "expected 'key: value' lines, found a list"),
+    ],
+)
+def test_a_wrong_file_names_itself_the_key_and_the_rule(layer, text, said):
+    path = layer(text)
+    message = error_of([path])
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sed=1", "command line: unknown key 'sed', did you mean seed?"),
+        ("seed=1.5", "command line: seed is 1.5, but must be int"),
+        ("seed=", "command line: seed is None, but must be int"),
+        ("seed.x=1", "command line: seed is {'x': 1}, but must be int"),
+        ("seed=[", "command line: seed='[' is not valid YAML"),
+        ("seed", "'seed' is not an override: write key=value"),
+        ("=1", "'=1' is not an override"),
+        ("reuse..policy=1", "is not an override"),
+    ],
+)
+def test_a_wrong_override_names_the_key_and_the_rule(override, said):
+    assert said in error_of([], override)
+
+
+def test_a_very_long_wrong_value_is_cut_in_the_message():
+    assert len(error_of([], f"seed={'x' * 100_000}")) < 200
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    for name, said in [("none.yaml", "no such file"), ("binary.yaml", "cannot be read as text")]:
+        assert error_of([tmp_path / name]).startswith(f"{tmp_path / name}: {said}")
+    assert "cannot be read" in error_of([tmp_path])
+
+
+def test_an_empty_file_changes_nothing(layer):
+    assert read_yaml(layer("# only a comment\n")) == {}
+    assert load_config(Run, [layer("")]) == Run()
+
+
+def test_a_key_without_default_must_be_given():
+    @dataclass(frozen=True)
+    class Model:
+        folder: str = "???"  # OmegaConf's mark of a value that must be given
+
+    with pytest.raises(UserError, match="folder has no value: set it .* as folder=VALUE"):
+        load_config(Model, [])
+    assert load_config(Model, [], overrides=["folder=x"]) == Model("x")
+
+
+def test_a_rule_checked_by_the_dataclass_reaches_the_user():
+    @dataclass(frozen=True)
+    class Sampling:
+        num_steps: int = 1
+
+        def __post_init__(self) -> None:
+            if self.num_steps < 1:
+                raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+
+    with pytest.raises(UserError, match=r"^num_steps must be at least 1, got -4$"):
+        load_config(Sampling, [], overrides=["num_steps=-4"])
+
+
+def test_presets_are_found_by_name_and_by_path(tmp_path):
+    fast = tmp_path / "flowcache_fast.yaml"
+    fast.write_text("seed: 1")
+    (tmp_path / "vanilla.yaml").write_text("")
+    assert find_preset(tmp_path, "flowcache_fast") == fast
+    assert find_preset(tmp_path / "elsewhere", str(fast)) == fast
+    with pytest.raises(UserError, match="did you mean flowcache_fast.*flowcache_fast, vanilla"):
+        find_preset(tmp_path, "flowcache_fats")
+    with pytest.raises(UserError, match="no such file; presets: flowcache_fast, vanilla"):
+        find_preset(tmp_path, "other.yaml")
+
+
+def test_a_config_becomes_json_and_comes_back(layer):
+    config = Run(reuse=Reuse(steps=(1, 2)), colour=Colour.blue, output=Path("a/b"), prompt="${x}")
+    plain = to_dict(config)
+    assert plain["colour"] == "blue"
+    assert plain["reuse"]["steps"] == [1, 2]
+    assert load_config(Run, [layer(json.dumps(plain))]) == config
+
+
+def test_describe_shows_type_default_and_comment_of_every_key(layer):
+    path = layer(
+        "reuse:  # the cache\n"
+        "  threshold: 0.1  # change that is allowed (dimensionless)\n"
+        "  steps: [1, 2]  # own steps\n"
+        "seed: 0\n"
+        "prompt: 'a # b'  # what to show\n"
+    )
+    assert yaml_comments(path) == {
+        "reuse": "the cache",
+        "reuse.threshold": "change that is allowed (dimensionless)",
+        "reuse.steps": "own steps",
+        "prompt": "what to show",
+    }
+    lines = describe(Run, commented=path)
+    assert lines[0] == "reuse.policy: one of vanilla, flowcache = vanilla"
+    assert lines[1] == ("reuse.threshold: float = 0.0  # change that is allowed (dimensionless)")
+    assert "negative: text or null = null" in lines
+    assert len(lines) == 13
