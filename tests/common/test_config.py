@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,8 @@ from flowcache.config import (
     yaml_comments,
 )
 from flowcache.errors import UserError
+
+WriteLayer = Callable[[str], Path]
 
 
 class Colour(Enum):
@@ -44,7 +47,7 @@ class Run:
 
 
 @pytest.fixture
-def layer(tmp_path: Path) -> Any:
+def layer(tmp_path: Path) -> WriteLayer:
     def write(text: str) -> Path:
         path = tmp_path / f"layer{len(list(tmp_path.iterdir()))}.yaml"
         path.write_text(text, encoding="utf-8")
@@ -65,7 +68,7 @@ def test_without_layers_the_defaults_come_back():
     assert load_config(Run, []) == Run()
 
 
-def test_a_later_layer_changes_only_the_keys_it_names(layer):
+def test_a_later_layer_changes_only_the_keys_it_names(layer: WriteLayer):
     base = layer("reuse: {policy: flowcache, threshold: 0.1}\nseed: 3\n")
     fast = layer("reuse: {threshold: 1e-3}\n")
     config = load_config(Run, [base, fast], overrides=["seed=7"])
@@ -93,23 +96,23 @@ def test_a_later_layer_changes_only_the_keys_it_names(layer):
         ("output=x/y z", "output", Path("x/y z")),
     ],
 )
-def test_an_override_becomes_a_value_of_the_field_type(override, key, value):
+def test_an_override_becomes_a_value_of_the_field_type(override: str, key: str, value: Any):
     found = getattr(load_config(Run, [], overrides=[override]), key)
     assert found == value
     assert type(found) is type(value)
 
 
-def test_lists_become_tuples_and_replace_the_earlier_list(layer):
+def test_lists_become_tuples_and_replace_the_earlier_list(layer: WriteLayer):
     first, second = layer("reuse: {steps: [1, 2, 3]}"), layer("reuse: {steps: [5]}")
     assert load_config(Run, [first, second]).reuse.steps == (5,)
 
 
-def test_mappings_are_merged(layer):
+def test_mappings_are_merged(layer: WriteLayer):
     first, second = layer("weights: {a: 1, b: 2}"), layer("weights: {b: 3}")
     assert load_config(Run, [first, second]).weights == {"a": 1.0, "b": 3.0}
 
 
-def test_text_in_a_file_is_never_a_reference(layer):
+def test_text_in_a_file_is_never_a_reference(layer: WriteLayer):
     assert load_config(Run, [layer("prompt: 'costs ${seed}'")]).prompt == "costs ${seed}"
 
 
@@ -135,12 +138,12 @@ def test_text_in_a_file_is_never_a_reference(layer):
         ("colour: green", "colour is 'green', but must be one of red, blue"),
         ("budget: some", "budget is 'some', but must be float or one of all"),
         ("prompt: [a]", "prompt is ['a'], but must be text"),
-        ("seed: 1\nprompt: [a", "line 2: not valid YAML"),
+        ("seed: 1\n\tprompt: a", "line 2: not valid YAML"),
         ("seed: 1\nseed: 2", "line 2: not valid YAML (found duplicate key seed)"),
         ("- 1\n- 2", "expected 'key: value' lines, found a list"),
     ],
 )
-def test_a_wrong_file_names_itself_the_key_and_the_rule(layer, text, said):
+def test_a_wrong_file_names_itself_the_key_and_the_rule(layer: WriteLayer, text: str, said: str):
     path = layer(text)
     message = error_of([path])
     assert message.startswith(f"{path}: ")
@@ -160,7 +163,7 @@ def test_a_wrong_file_names_itself_the_key_and_the_rule(layer, text, said):
         ("reuse..policy=1", "is not an override"),
     ],
 )
-def test_a_wrong_override_names_the_key_and_the_rule(override, said):
+def test_a_wrong_override_names_the_key_and_the_rule(override: str, said: str):
     assert said in error_of([], override)
 
 
@@ -168,14 +171,14 @@ def test_a_very_long_wrong_value_is_cut_in_the_message():
     assert len(error_of([], f"seed={'x' * 100_000}")) < 200
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     for name, said in [("none.yaml", "no such file"), ("binary.yaml", "cannot be read as text")]:
         assert error_of([tmp_path / name]).startswith(f"{tmp_path / name}: {said}")
     assert "cannot be read" in error_of([tmp_path])
 
 
-def test_an_empty_file_changes_nothing(layer):
+def test_an_empty_file_changes_nothing(layer: WriteLayer):
     assert read_yaml(layer("# only a comment\n")) == {}
     assert load_config(Run, [layer("")]) == Run()
 
@@ -185,7 +188,7 @@ def test_a_key_without_default_must_be_given():
     class Model:
         folder: str = "???"  # OmegaConf's mark of a value that must be given
 
-    with pytest.raises(UserError, match="folder has no value: set it .* as folder=VALUE"):
+    with pytest.raises(UserError, match=r"folder has no value: set it .* as folder=VALUE"):
         load_config(Model, [])
     assert load_config(Model, [], overrides=["folder=x"]) == Model("x")
 
@@ -203,19 +206,19 @@ def test_a_rule_checked_by_the_dataclass_reaches_the_user():
         load_config(Sampling, [], overrides=["num_steps=-4"])
 
 
-def test_presets_are_found_by_name_and_by_path(tmp_path):
+def test_presets_are_found_by_name_and_by_path(tmp_path: Path):
     fast = tmp_path / "flowcache_fast.yaml"
     fast.write_text("seed: 1")
     (tmp_path / "vanilla.yaml").write_text("")
     assert find_preset(tmp_path, "flowcache_fast") == fast
     assert find_preset(tmp_path / "elsewhere", str(fast)) == fast
-    with pytest.raises(UserError, match="did you mean flowcache_fast.*flowcache_fast, vanilla"):
+    with pytest.raises(UserError, match=r"did you mean flowcache_fast.*flowcache_fast, vanilla"):
         find_preset(tmp_path, "flowcache_fats")
     with pytest.raises(UserError, match="no such file; presets: flowcache_fast, vanilla"):
         find_preset(tmp_path, "other.yaml")
 
 
-def test_a_config_becomes_json_and_comes_back(layer):
+def test_a_config_becomes_json_and_comes_back(layer: WriteLayer):
     config = Run(reuse=Reuse(steps=(1, 2)), colour=Colour.blue, output=Path("a/b"), prompt="${x}")
     plain = to_dict(config)
     assert plain["colour"] == "blue"
@@ -223,7 +226,7 @@ def test_a_config_becomes_json_and_comes_back(layer):
     assert load_config(Run, [layer(json.dumps(plain))]) == config
 
 
-def test_describe_shows_type_default_and_comment_of_every_key(layer):
+def test_describe_shows_type_default_and_comment_of_every_key(layer: WriteLayer):
     path = layer(
         "reuse:  # the cache\n"
         "  threshold: 0.1  # change that is allowed (dimensionless)\n"
