@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flowcache.cli import run_command
+from flowcache.cli import Parser, run_command
 from flowcache.config import describe as describe_keys
 
 from skyreels_v2.config import RunConfig
@@ -25,7 +25,7 @@ of the cache, seconds per stage).
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (2: something given is wrong)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m skyreels_v2",
         description="Make a video with SkyReels-V2 and FlowCache.",
         epilog=EXAMPLES,
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--list-settings", action="store_true", help="print every setting with type and default"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.list_settings:
         print("\n".join(describe_keys(RunConfig, commented=PRESETS / "base.yaml")))
         return 0

@@ -1,10 +1,12 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from flowcache.errors import UserError
 from flowcache.reuse import Quantity
+
 from skyreels_v2.sampler import Signal
 
 NEGATIVE_PROMPT = (
@@ -17,6 +19,8 @@ NEGATIVE_PROMPT = (
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
 MAX_ADDNOISE = 60
+MAX_STEPS = 1000
+"""Timesteps that the model was trained with; more steps would repeat some."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,13 @@ class RunConfig:
     offload: bool = False
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         _check_prompt("prompt", self.prompt, may_be_empty=False)
         _check_prompt("negative_prompt", self.negative_prompt, may_be_empty=True)
         for name in ("num_frames", "base_num_frames", "num_steps", "causal_block_size", "fps"):
             _at_least(name, getattr(self, name), 1)
+        if self.num_steps > MAX_STEPS:
+            raise UserError(f"num_steps must be at most {MAX_STEPS}, not {self.num_steps}")
         _at_least("ar_step", self.ar_step, 0)
         _at_least("guidance", self.guidance, 0)
         if self.shift <= 0:
@@ -123,9 +130,21 @@ class RunConfig:
             raise UserError("clean_pass=true needs a KV cache: set attention=causal")
 
 
+def _check_finite(section: Any, prefix: str = "") -> None:
+    """Refuse an infinite value in a section or one of its sections."""
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{prefix}{entry.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{entry.name} must be a finite number, not {value:g}")
+
+
 def _check_prompt(name: str, prompt: str, *, may_be_empty: bool) -> None:
     if not may_be_empty and not prompt.strip():
         raise UserError(f"{name} is empty: say what the video shows")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"{name} is not valid UTF-8 text: check the encoding of your terminal")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
             f"{name} has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed "

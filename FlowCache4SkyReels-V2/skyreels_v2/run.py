@@ -42,7 +42,11 @@ class Request:
     """A folder, a hub id, `demo`, or `auto`: the 1.3B model where there is CUDA, else the demo."""
     overrides: Sequence[str] = ()
     out: str | None = None
+    """An `.mp4` file, or a folder in which a fresh name is found; None: `folder`."""
     overwrite: bool = False
+    folder: Path = Path("result")
+    stem: str | None = None
+    """Name of the video in a folder, without number and `.mp4`; None: preset and seed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,11 @@ def prepare(request: Request) -> Job:
         UserError: the first thing that is wrong.
     """
     preset = find_preset(PRESETS, request.preset)
-    checkpoint = checkpoints.find(_model(request.model))
+    model = choose_model(request.model)
+    if not Path(model).expanduser().exists():
+        # a hub id: tell a mistake in the settings before gigabytes are downloaded
+        load_config(RunConfig, config_layers(preset, None), overrides=request.overrides)
+    checkpoint = checkpoints.find(model)
     config = load_config(
         RunConfig, config_layers(preset, checkpoint.folder), overrides=request.overrides
     )
@@ -88,27 +96,36 @@ def prepare(request: Request) -> Job:
     plan = make_plan(config, checkpoint.config, dtype=dtype)
     path = choose_output(
         request.out,
-        folder=Path("result"),
-        stem=f"{preset.stem}-{config.seed}",
+        folder=request.folder,
+        stem=request.stem or f"{preset.stem}-{config.seed}",
         overwrite=request.overwrite,
     )
+    report = path.with_suffix(".json")
+    if report.exists() and not request.overwrite:
+        raise UserError(f"{report} exists and is kept: choose another name, or give --overwrite")
     check_writable(path.parent)
-    check_ffmpeg()
     media = read_media(config)
     checkpoints.check(checkpoint)
+    check_ffmpeg()
     return Job(config, checkpoint, media, plan, device, dtype, path, request.overwrite, preset.stem)
 
 
-def config_layers(preset: Path, folder: Path) -> list[Path]:
+def config_layers(preset: Path, folder: Path | None) -> list[Path]:
     """Return the YAML files of a run, lowest first.
 
     A checkpoint may bring its own values, in `presets/base.yaml` and `presets/<preset>.yaml`.
+
+    Args:
+        folder: the checkpoint; None: it isn't there yet.
     """
-    own = folder / "presets"
-    layers = [PRESETS / "base.yaml", own / "base.yaml"]
+    layers = [PRESETS / "base.yaml"]
     if preset != layers[0]:
-        layers += [preset, own / preset.name]
-    return [layer for layer in layers if layer.parent != own or layer.is_file()]
+        layers.append(preset)
+    if folder is None:
+        return layers
+    own = [folder / "presets" / layer.name for layer in layers]
+    pairs = zip(layers, own, strict=True)
+    return [path for pair in pairs for path in pair if path in layers or path.is_file()]
 
 
 def describe(job: Job) -> str:
@@ -221,7 +238,8 @@ def render(
     return report
 
 
-def _model(name: str) -> str | Path:
+def choose_model(name: str) -> str | Path:
+    """Return the folder or hub id of a model; `demo` and `auto` are names, see `Request`."""
     if name == "demo" or (name == "auto" and not torch.cuda.is_available()):
         if not DEMO.is_dir():
             raise UserError(

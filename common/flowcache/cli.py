@@ -1,10 +1,12 @@
 """What every model's command line shares: exit codes, device, dtype, output name, progress."""
 
+import argparse
 import logging
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -19,6 +21,14 @@ LOG_INTERVAL_SECONDS = 15
 """Between two states of the progress bar where it goes to a file."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit code 2, as all errors of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the arguments, and end."""
+        self.exit(EXIT_USER_ERROR, f"error: {message} (--help says what can be given)\n")
 
 
 def run_command(command: Callable[[], None]) -> int:

@@ -1,0 +1,187 @@
+"""Small seeded transformers, tiny checkpoints on disk, and short runs."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from flowcache.video import VideoWriter
+from skyreels_v2.checkpoint import diffusers_key
+from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.run import DEMO, Job, Request, prepare, run
+
+HEIGHT, WIDTH = 16, 32
+NUM_FRAMES = 17
+
+SMALL = f"""
+height: {HEIGHT}
+width: {WIDTH}
+num_frames: {NUM_FRAMES}
+base_num_frames: {NUM_FRAMES}
+overlap_history: null
+num_steps: 3
+ar_step: 1
+causal_block_size: 2
+seed: 3
+reuse:
+  rescale: none
+"""
+"""What a checkpoint for tests brings: about a second per video."""
+
+MakeDiT = Callable[..., DiT]
+"""`(seed=0, **changes of the tiny config) -> transformer`"""
+
+
+@pytest.fixture
+def make_dit() -> MakeDiT:
+    def make(seed: int = 0, **changes: Any) -> DiT:
+        tiny: dict[str, Any] = {
+            "dim": 32,
+            "ffn_dim": 48,
+            "freq_dim": 16,
+            "num_heads": 2,
+            "num_layers": 2,
+            "text_dim": 12,
+            "text_len": 5,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return DiT(DiTConfig(**tiny | changes)).eval()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random transformer with the demo's VAE and text encoder, which makes tiny videos."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "small"
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("presets", "transformer"))
+    (folder / "presets").mkdir()
+    (folder / "presets/base.yaml").write_text(SMALL)
+    _write_dit(folder, DiTConfig(in_dim=16, inject_sample_info=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_i2v(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random image-to-video checkpoint: the same, with a tiny CLIP."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "small-i2v"
+    shutil.copytree(small, folder, ignore=shutil.ignore_patterns("transformer"))
+    torch.manual_seed(0)
+    clip = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=8,
+        image_size=32,
+        patch_size=2,  # 16 x 16 patches and the class token: 257, as ViT-H/14 at 224
+    )
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
+    _write_dit(folder, DiTConfig(model_type="i2v", in_dim=36, image_dim=32))
+    return folder
+
+
+def _write_dit(folder: Path, kind: DiTConfig) -> None:
+    """Write a random transformer of a kind, in the `*-Diffusers` layout."""
+    text_dim = json.loads((folder / "text_encoder/config.json").read_text())["d_model"]
+    config = replace(
+        kind, dim=48, ffn_dim=64, freq_dim=32, num_heads=4, num_layers=2, text_dim=text_dim
+    )
+    torch.manual_seed(0)
+    weights = DiT(config).state_dict()
+    (folder / "transformer").mkdir()
+    save_file(
+        {diffusers_key(key): value.contiguous() for key, value in weights.items()},
+        folder / "transformer/diffusion_pytorch_model.safetensors",
+    )
+    stored: dict[str, Any] = {
+        "added_kv_proj_dim": None if config.image_dim is None else config.dim,
+        "attention_head_dim": config.head_width,
+        "cross_attn_norm": True,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "image_dim": config.image_dim,
+        "in_channels": config.in_dim,
+        "inject_sample_info": config.inject_sample_info,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_channels": config.out_dim,
+        "patch_size": [1, 2, 2],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "text_dim": config.text_dim,
+    }
+    (folder / "transformer/config.json").write_text(json.dumps(stored))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished run."""
+
+    job: Job
+    report: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.job.path.with_name(self.report["video"])
+
+
+@pytest.fixture
+def make(small: Path, tmp_path: Path) -> Callable[..., Made]:
+    """Return what makes a video in a fresh folder from settings given as `key=value`."""
+
+    def make_video(*settings: str, preset: str = "vanilla", model: Path = small) -> Made:
+        job = prepare(
+            Request(
+                preset=preset,
+                model=str(model),
+                overrides=["prompt=a red circle moving right", *settings],
+                out=str(tmp_path / "videos"),
+            )
+        )
+        return Made(job, run(job))
+
+    return make_video
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A landscape image with a gradient."""
+    path = tmp_path / "picture.png"
+    rows = np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None]
+    Image.fromarray(np.broadcast_to(rows, (40, 60, 3)).copy()).save(path)
+    return path
+
+
+@pytest.fixture
+def portrait(picture: Path, tmp_path: Path) -> Path:
+    """The same, upright."""
+    path = tmp_path / "portrait.png"
+    Image.open(picture).rotate(90, expand=True).save(path)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A video of 20 frames of random noise."""
+    path = tmp_path / "clip.mp4"
+    frames = np.random.default_rng(0).integers(0, 255, (20, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    with VideoWriter(path, fps=24, size=(HEIGHT, WIDTH)) as writer:
+        writer.append(frames)
+    return path

@@ -1,0 +1,354 @@
+"""Whole runs, from settings to the mp4 and its JSON, on tiny checkpoints."""
+
+import gc
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache.cli import EXIT_INTERRUPTED, run_command
+from flowcache.kv import KVCache
+from flowcache.stats import RunStats
+from flowcache.video import probe, read_video
+from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate, seeded_noise
+from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render, run
+
+Make = Callable[..., Any]
+
+LONG = ("num_frames=41", "base_num_frames=25", "overlap_history=9")
+"""11 latent frames in two windows, 7 and 7 with 3 shared."""
+SHORT_END = ("num_frames=33", "base_num_frames=25", "overlap_history=9")
+"""9 latent frames: a window of 7 and a shorter one of 5 with 3 shared."""
+
+
+def frames_of(path: Path) -> np.ndarray:
+    return read_video(path)[0]
+
+
+def check_costs(made: Any) -> None:
+    """Check that the plan said what the run then did."""
+    stats = made.report["stats"]
+    assert stats["flops"]["without_reuse"] == made.job.plan.flops
+    ticks = {(row[0], row[1]) for row in stats["decisions"]["rows"]}
+    assert len(ticks) == made.job.plan.num_ticks
+
+
+# What it makes ------------------------------------------------------------------------------
+
+
+def test_a_run_writes_a_video_that_plays_and_its_json(make: Make):
+    made = make(preset="flowcache_fast")
+    found = probe(made.path)
+    assert (found.num_frames, found.fps) == (17, 24)
+    assert (found.height, found.width) == (16, 32)
+    report = json.loads(made.path.with_suffix(".json").read_text())
+    assert set(report) == {
+        "video",
+        "num_frames",
+        "preset",
+        "model",
+        "attention_kernel",
+        "config",
+        "environment",
+        "stats",
+    }
+    assert report["num_frames"] == 17
+    assert report["preset"] == "flowcache_fast"
+    assert report["model"] == "small"
+    assert report["config"]["seed"] == 3
+    assert report["config"]["prompt"] == "a red circle moving right"
+    assert {"text", "load", "dit", "vae", "write"} <= set(report["stats"]["stages"])
+    assert report["stats"]["peak_memory"]["bytes"] > 0
+    columns = report["stats"]["decisions"]["columns"]
+    assert columns[:5] == ["segment", "tick", "chunk", "step", "branch"]
+    # 3 chunks of 2, 2 and 1 latent frames, 3 steps each, 2 branches
+    assert len(report["stats"]["decisions"]["rows"]) == 3 * 3 * 2
+    assert sorted(path.name for path in made.path.parent.iterdir()) == [
+        "flowcache_fast-3.json",
+        "flowcache_fast-3.mp4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_frames"),
+    [
+        pytest.param(("ar_step=0",), 17, id="synchronous"),
+        pytest.param(("ar_step=2", "causal_block_size=1"), 17, id="asynchronous frame by frame"),
+        pytest.param(("guidance=1",), 17, id="without guidance"),
+        pytest.param(("attention=causal",), 17, id="causal"),
+        pytest.param(("attention=causal", "clean_pass=true"), 17, id="causal with clean pass"),
+        pytest.param(("attention=causal", "causal_block_size=3"), 17, id="chunks of 3 and 2"),
+        pytest.param(("num_steps=1", "ar_step=0"), 17, id="one step"),
+        pytest.param(("num_frames=1", "base_num_frames=1"), 1, id="one frame"),
+        pytest.param(LONG, 41, id="two segments"),
+        pytest.param((*SHORT_END, "attention=causal"), 33, id="a shorter last segment"),
+        pytest.param((*LONG, "kv.compress=importance", "attention=causal"), 41, id="compressed"),
+        pytest.param(("height=32", "width=16"), 17, id="portrait"),
+    ],
+)
+def test_every_mode_makes_a_video_and_the_plan_counts_its_flops(
+    make: Make, settings: tuple[str, ...], num_frames: int
+):
+    made = make(*settings)
+    found = probe(made.path)
+    assert found.num_frames == made.report["num_frames"] == num_frames
+    assert (found.height, found.width) == (made.job.config.height, made.job.config.width)
+    check_costs(made)
+    assert np.ptp(frames_of(made.path)) > 0
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+@pytest.mark.parametrize("given", ["image", "end_image", "both"])
+def test_a_video_starts_and_ends_with_the_given_images(
+    make: Make, picture: Path, attention: str, given: str
+):
+    settings = [f"attention={attention}"]
+    if given != "end_image":
+        settings.append(f"image={picture}")
+    if given != "image":
+        settings.append(f"end_image={picture}")
+    made = make(*settings)
+    assert probe(made.path).num_frames == 17
+    check_costs(made)
+
+
+def test_the_given_prefix_is_shown_unchanged(make: Make, picture: Path):
+    made = make(f"image={picture}", "attention=causal")
+    job = made.job
+    stats = RunStats(job.device)
+    models = load_models(job, stats=stats)
+    image = job.media.image
+    assert image is not None
+    latents = models.vae.encode(image.unsqueeze(0))
+    alone = models.vae.stream().decode(latents)[0]
+    conditioning = encode_inputs(job, stats=stats)
+    shown = [
+        progress.frames
+        for progress in generate(models.dit, models.vae, job.config, conditioning, stats=stats)
+        if progress.frames is not None
+    ]
+    assert torch.equal(shown[0][:, :1], alone)
+
+
+def test_a_portrait_image_turns_the_video(make: Make, portrait: Path):
+    made = make(f"image={portrait}")
+    found = probe(made.path)
+    assert (found.height, found.width) == (32, 16)
+
+
+def test_a_video_is_extended_by_new_frames_only(make: Make, clip: Path):
+    made = make(f"video={clip}", "overlap_history=9", "num_frames=17", "attention=causal")
+    assert probe(made.path).num_frames == 20 + 17 - 9
+    check_costs(made)
+    before, after = frames_of(clip).astype(int), frames_of(made.path)[:20].astype(int)
+    assert np.abs(before - after).mean() < 16  # encoded once more, but the same frames
+
+
+def test_a_long_extension_is_made_in_segments(make: Make, clip: Path):
+    made = make(f"video={clip}", "overlap_history=9", "num_frames=29", "base_num_frames=17")
+    assert len(made.job.plan.segments) == 3
+    assert probe(made.path).num_frames == 20 + 29 - 9
+    check_costs(made)
+
+
+# Laws ---------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_makes_the_same_video_and_another_seed_another(make: Make):
+    first, second, other = (make(f"seed={seed}") for seed in (5, 5, 6))
+    assert first.path != second.path
+    assert np.array_equal(frames_of(first.path), frames_of(second.path))
+    assert not np.array_equal(frames_of(first.path), frames_of(other.path))
+
+
+def test_two_prompts_in_one_process_equal_two_processes(make: Make, small: Path, tmp_path: Path):
+    prompts = ("a blue square moving up", "a green triangle moving left")
+    together = [
+        make(f"prompt={prompt}", "attention=causal", preset="flowcache_fast") for prompt in prompts
+    ]
+    # the first needs no process of its own: nothing came before it
+    alone = tmp_path / "alone.mp4"
+    rest = ["--prompt", prompts[1], "--out", str(alone)]
+    code = (
+        "import sys, torch; torch.set_num_threads(1); "
+        "from skyreels_v2.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "--preset", "flowcache_fast", "--model", str(small), *rest],
+        check=True,
+        capture_output=True,
+    )
+    assert np.array_equal(frames_of(together[1].path), frames_of(alone))
+    assert not np.array_equal(frames_of(together[0].path), frames_of(alone))
+
+
+def test_offload_changes_nothing(make: Make):
+    plain, offloaded = (make(f"offload={value}", *LONG) for value in ("false", "true"))
+    assert np.array_equal(frames_of(plain.path), frames_of(offloaded.path))
+
+
+def test_a_threshold_of_zero_equals_vanilla(make: Make):
+    vanilla = make("attention=causal", "num_steps=4")
+    flowcache = make("reuse.threshold=0", "num_steps=4", preset="flowcache_fast")
+    assert flowcache.report["stats"]["passes"]["reused"] == 0
+    assert np.array_equal(frames_of(vanilla.path), frames_of(flowcache.path))
+
+
+def test_a_high_threshold_reuses_all_steps_between_warmup_and_last(make: Make):
+    made = make(
+        "reuse.threshold=1e9", "reuse.warmup_steps=1", "num_steps=4", preset="flowcache_fast"
+    )
+    # 3 chunks, 2 branches: of 4 steps the first and the last are computed
+    assert made.report["stats"]["passes"]["computed"] == 3 * 2 * 2
+    assert made.report["stats"]["passes"]["reused"] == 3 * 2 * 2
+    flops = made.report["stats"]["flops"]
+    assert flops["computed"] < flops["without_reuse"] == made.job.plan.flops
+
+
+# What it holds ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((), id="asynchronous"),
+        pytest.param(("ar_step=0",), id="synchronous"),
+        pytest.param(("clean_pass=true",), id="with clean pass"),
+        pytest.param(("kv.compress=recent", *LONG), id="compressed, two segments"),
+    ],
+)
+def test_the_planned_kv_bytes_are_allocated_and_filled(small: Path, settings: tuple[str, ...]):
+    job = prepare(
+        Request(
+            preset="vanilla_causal",
+            model=str(small),
+            overrides=["prompt=a red circle", *settings],
+        )
+    )
+    stats = RunStats(job.device)
+    models, conditioning = load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    gc.collect()
+    most_bytes = most_tokens = 0
+    for progress in generate(models.dit, models.vae, job.config, conditioning, stats=stats):
+        caches = [item for item in gc.get_objects() if isinstance(item, KVCache)]
+        assert len(caches) == models.dit.config.num_layers * 2
+        most_bytes = max(most_bytes, sum(cache.kv.nbytes for cache in caches))
+        most_tokens = max(most_tokens, *(cache.filled for cache in caches))
+        window = job.plan.segments[progress.segment.index].window
+        reached = progress.tick.index
+        known = [c for c in window.generated if _entered(c - window.num_given, job, reached)]
+        frames = sum(len(window.chunks[c]) for c in [*range(window.num_given), *known])
+        assert all(cache.filled <= frames * job.plan.frame_tokens for cache in caches)
+        del caches
+    assert most_bytes == job.plan.kv_bytes
+    assert most_tokens == max(segment.kv_tokens for segment in job.plan.segments)
+
+
+def _entered(place: int, job: Job, tick: int) -> bool:
+    """Whether the chunk at a place has had its first step by a tick."""
+    return place * job.config.ar_step <= tick
+
+
+def test_full_attention_holds_no_keys(make: Make):
+    assert make().job.plan.kv_bytes == 0
+
+
+# Interruption -------------------------------------------------------------------------------
+
+
+class InterruptedDecoder:
+    """Decodes once; then the user presses Ctrl-C."""
+
+    def __init__(self, decoder: LatentDecoder) -> None:
+        self.decoder = decoder
+        self.num_calls = 0
+
+    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+        self.num_calls += 1
+        if self.num_calls == 2:
+            raise KeyboardInterrupt
+        return self.decoder.decode(latents_BCFhw)
+
+
+class InterruptedVAE:
+    """A VAE with such a decoder."""
+
+    def __init__(self, vae: LatentCodec) -> None:
+        self.vae = vae
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        return self.vae.encode(pixels_B3THW)
+
+    def stream(self) -> LatentDecoder:
+        return InterruptedDecoder(self.vae.stream())
+
+
+def test_an_interrupted_run_keeps_what_it_made_under_another_name(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "videos"
+    job = prepare(
+        Request(
+            preset="flowcache_fast",
+            model=str(small),
+            overrides=["prompt=a red circle"],
+            out=str(out),
+        )
+    )
+    stats = RunStats(job.device)
+    models = load_models(job, stats=stats)
+    broken = Models(models.dit, InterruptedVAE(models.vae))
+    conditioning = encode_inputs(job, stats=stats)
+    code = run_command(lambda: render(job, broken, conditioning, stats=stats))
+    assert code == EXIT_INTERRUPTED
+    assert [path.name for path in out.iterdir()] == ["flowcache_fast-3.partial.mp4"]
+    assert probe(out / "flowcache_fast-3.partial.mp4").num_frames == 5  # the first 2 latent frames
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_seeded_draw_repeats():
+    first, second = (seeded_noise(7, device=torch.device("cpu")) for _ in range(2))
+    a, b = first((2, 3), torch.float32), first((2, 3), torch.float32)
+    assert torch.equal(a, second((2, 3), torch.float32))
+    assert not torch.equal(a, b)
+
+
+# Image-to-video -----------------------------------------------------------------------------
+
+
+def test_an_image_to_video_model_runs(
+    make: Make, small_i2v: Path, picture: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    made = make(f"image={picture}", model=small_i2v)
+    assert probe(made.path).num_frames == 17
+    check_costs(made)
+    assert any("wrote" in message for message in caplog.messages)
+
+
+def test_the_summary_names_the_video(make: Make, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    made = make()
+    assert str(made.path) in caplog.text
+    assert "17 frames of 32x16 at 24 fps" in caplog.text
+
+
+def test_a_run_can_be_repeated_from_one_job(small: Path, tmp_path: Path):
+    job = prepare(
+        Request(
+            preset="vanilla",
+            model=str(small),
+            overrides=["prompt=a red circle", "num_steps=1"],
+            out=str(tmp_path / "videos"),
+        )
+    )
+    first, second = run(job), run(job)
+    assert (first["video"], second["video"]) == ("vanilla-3.mp4", "vanilla-3-001.mp4")
