@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from flowcache.demo.forcing import (
     GIVEN_SIGMA,
     ForcingPlan,
@@ -11,7 +13,6 @@ from flowcache.demo.forcing import (
     forcing_loss,
 )
 from flowcache.demo.trainer import step_randomness
-from torch import Tensor
 
 PLAN = ForcingPlan(num_frames=25, chunk_frames=5)
 

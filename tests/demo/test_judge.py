@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
+
 from flowcache.demo.clips import Attributes, all_attributes, random_motion, render
 from flowcache.demo.judge import agreement, judge
-from scipy.ndimage import gaussian_filter
 
 WANTED = 0.98
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from flowcache.demo.clips import all_attributes
 from flowcache.demo.text import (
     TEXT_LEN,
@@ -12,7 +14,6 @@ from flowcache.demo.text import (
     encode_captions,
     new_text_encoder,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @pytest.fixture

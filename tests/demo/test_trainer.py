@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from flowcache.demo.optim import Muon, orthogonalize, schedule, split_parameters
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
-from torch import Tensor, nn
 
 PLAN = TrainPlan(num_steps=12, warmup_steps=2, checkpoint_steps=5)
 

@@ -17,6 +17,7 @@ from flowcache.demo.trainer import save_atomically
 
 logger = logging.getLogger(__name__)
 SHARD_CLIPS = 50
+_BATCH_CLIPS = 10
 _BANK_SEED = 1
 
 
@@ -44,7 +45,7 @@ def encode_shards(
     """Draw and encode the shards that `folder` lacks.
 
     Args:
-        encode: maps a clip, uint8 `[T, H, W, 3]`, to its latents `[C, F, h, w]`, not normalised.
+        encode: maps clips, uint8 `[N, T, H, W, 3]`, to latents `[N, C, F, h, w]`, not normalised.
         pool: attributes to draw from.
         num_clips: clips wanted in all, rounded up to whole shards.
         num_frames: length of each clip in pixel frames.
@@ -57,7 +58,9 @@ def encode_shards(
             continue
         rng = np.random.default_rng((_BANK_SEED, index))
         clips = [draw(rng, pool, num_frames=num_frames) for _ in range(SHARD_CLIPS)]
-        latents = torch.stack([encode(frames) for _, frames in clips]).half()
+        frames = np.stack([frames for _, frames in clips])
+        portions = np.split(frames, SHARD_CLIPS // _BATCH_CLIPS)
+        latents = torch.cat([encode(portion) for portion in portions]).half()
         captions = [attributes.caption for attributes, _ in clips]
         save_atomically({"latents": latents, "captions": captions}, path)
         logger.info("encoded %s", path.name)

@@ -16,7 +16,6 @@ from flowcache.demo.trainer import Loss, StepRandomness
 _BATCH_SHAPES = ((2, 9), (2, 17), (4, 5), (2, 17), (2, 9), (2, 17), (4, 5), (2, 33))
 _KL_WEIGHT = 1e-4
 _SQUARE_WEIGHT = 3.0
-_SCENE_SHARE = 0.5
 _BRANCH_GAIN = 0.3
 _TAP_NOISE = 0.1
 # The spread of the posterior is fixed: a learned one starts at 1 and drowns the picture for long.
@@ -96,12 +95,24 @@ def to_signed(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def vae_loss(vae: AutoencoderKLWan, pool: list[Attributes]) -> Loss:
-    """Make the loss of a training step: absolute and squared error, and a little KL divergence."""
+def vae_loss(vae: AutoencoderKLWan, pool: list[Attributes], *, scene_share: float) -> Loss:
+    """Make the loss of a training step: absolute and squared error, and a little KL divergence.
+
+    Args:
+        vae: model to train.
+        pool: attributes that clips are drawn from.
+        scene_share: share of `draw_scene` among the clips.
+    """
 
     def loss(step: int, randomness: StepRandomness) -> Tensor:
         batch, num_frames = _BATCH_SHAPES[step % len(_BATCH_SHAPES)]
-        clips = [_training_clip(randomness.numpy, pool, num_frames) for _ in range(batch)]
+        rng = randomness.numpy
+        clips = [
+            draw_scene(rng, num_frames=num_frames)
+            if rng.random() < scene_share
+            else draw(rng, pool, num_frames=num_frames)[1]
+            for _ in range(batch)
+        ]
         video_B3THW = torch.stack([to_signed(clip) for clip in clips])
         mean_BCFhw = vae.encode(video_B3THW).latent_dist.mean
         noise = torch.randn(mean_BCFhw.shape, generator=randomness.torch)
@@ -111,9 +122,3 @@ def vae_loss(vae: AutoencoderKLWan, pool: list[Attributes]) -> Loss:
         return error.abs().mean() + _SQUARE_WEIGHT * error.square().mean() + _KL_WEIGHT * kl
 
     return loss
-
-
-def _training_clip(rng: np.random.Generator, pool: list[Attributes], num_frames: int) -> np.ndarray:
-    if rng.random() < _SCENE_SHARE:
-        return draw_scene(rng, num_frames=num_frames)
-    return draw(rng, pool, num_frames=num_frames)[1]

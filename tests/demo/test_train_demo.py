@@ -1,0 +1,86 @@
+"""The training script's parts: what it exports is the official layout and computes the same."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from flowcache.demo.text import TEXT_LEN, TEXT_WIDTH
+from flowcache.demo.vae import new_vae
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_demo.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_demo", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def exported(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export untrained parts whose silent layers are filled, so that an output can differ."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "demo"
+    models = script.new_models()
+    generator = torch.Generator().manual_seed(0)
+    for param in models["dit"].parameters():
+        param.data += 0.05 * torch.randn(param.shape, generator=generator)
+    statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
+    torch.save(models["dit"].half().float().state_dict(), folder.with_suffix(".pt"))
+    script.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
+    return folder
+
+
+def test_diffusers_loads_the_transformer_and_computes_the_same(script: ModuleType, exported: Path):
+    theirs, report = SkyReelsV2Transformer3DModel.from_pretrained(
+        exported / "transformer", torch_dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    ours = script.DiT(script.DIT)
+    ours.load_state_dict(torch.load(exported.with_suffix(".pt"), weights_only=True))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, 5, 8, 8, generator=generator)
+    text = torch.randn(1, TEXT_LEN, TEXT_WIDTH, generator=generator)
+    t = torch.tensor([[0, 20, 300, 700, 999]])
+    with torch.inference_mode():
+        expected = theirs(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=text,
+            enable_diffusion_forcing=True,
+            fps=torch.tensor([1]),
+            return_dict=False,
+        )[0]
+        velocity = ours(x, t.float(), text)
+    assert velocity.std() > 0.1
+    assert torch.allclose(velocity, expected, atol=2e-5)
+
+
+def test_the_other_parts_load_with_their_libraries(exported: Path):
+    vae = AutoencoderKLWan.from_pretrained(exported / "vae")
+    assert vae.config.latents_mean == [0.5] * 16
+    assert vae.config.latents_std == [2.0] * 16
+    encoder = UMT5EncoderModel.from_pretrained(exported / "text_encoder")
+    assert encoder.config.d_model == TEXT_WIDTH
+    tokenizer = AutoTokenizer.from_pretrained(exported / "tokenizer")
+    assert len(tokenizer) == encoder.config.vocab_size
+    index = json.loads((exported / "model_index.json").read_text())
+    assert all((exported / name).is_dir() for name in index if not name.startswith("_"))
+
+
+@pytest.mark.parametrize(
+    "words", [["--model", "other"], ["--model", "skyreels_v2", "--out", "x", "--vae-steps", "0"]]
+)
+def test_wrong_options_end_with_code_2(script: ModuleType, words: list[str]):
+    with pytest.raises(SystemExit) as ended:
+        script.main(words)
+    assert ended.value.code == 2
