@@ -1,0 +1,134 @@
+"""Which file may import what, and what may lie in the repository."""
+
+import ast
+import functools
+import re
+import subprocess
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "flowcache": REPOSITORY / "common" / "flowcache",
+    "magi1": REPOSITORY / "FlowCache4MAGI-1" / "magi1",
+    "skyreels_v2": REPOSITORY / "FlowCache4SkyReels-V2" / "skyreels_v2",
+}
+# A package may import itself and these of ours.
+ALLOWED = {"flowcache": set[str](), "magi1": {"flowcache"}, "skyreels_v2": {"flowcache"}}
+OURS = {*PACKAGES, "scripts", "tests"}
+
+# The parts of a model know nothing of what puts them together.
+PARTS = {"dit", "layers", "solver", "text", "vae", "window"}
+ASSEMBLIES = {"__main__", "build", "pipeline", "plan", "run", "upstream"}
+
+# Large or optional libraries, and the only files (of any package) that import them.
+OWNERS = {
+    "diffusers": {"solver.py", "vae.py"},
+    "transformers": {"enhance.py", "text.py"},
+    "flash_attn": {"attention.py"},
+    "flash_attn_interface": {"attention.py"},
+    "omegaconf": {"config.py"},
+    "imageio_ffmpeg": {"video.py"},
+    "imageio": {"video.py"},
+}
+
+MAX_FILE_BYTES = 8_000_000
+MAX_DEMO_BYTES = 12_000_000
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work)/")
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Return the files of a package by module name, as in `flowcache.demo.vae`."""
+    folder = PACKAGES[package]
+    return {
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)): path
+        for path in sorted(folder.rglob("*.py"))
+    }
+
+
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Return the full names that a file imports anywhere, `from a import b` as `a` and `a.b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{path}: relative import"
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(names)
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def repository_files() -> list[Path]:
+    """Return what is, or would be, in git."""
+    listing = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "ls-files", "-coz", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = (REPOSITORY / name for name in listing.stdout.split("\0") if name)
+    return [path for path in paths if path.is_file()]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_packages_on_a_lower_floor(package: str):
+    files = modules(package)
+    assert files
+    for name, path in files.items():
+        higher = top_level(path) & OURS - {package} - ALLOWED[package]
+        assert not higher, f"{name} imports {sorted(higher)}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_around_a_corner(package: str):
+    files = modules(package)
+    graph = {name: (imported(path) & files.keys()) - {name} for name, path in files.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the circle
+    assert len(order) == len(files)
+
+
+@pytest.mark.parametrize("package", ["magi1", "skyreels_v2"])
+def test_the_parts_of_a_model_do_not_import_what_assembles_them(package: str):
+    forbidden = {f"{package}.{name}" for name in ASSEMBLIES}
+    for name, path in modules(package).items():
+        if path.stem in PARTS:
+            assert not imported(path) & forbidden, name
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_large_library_is_imported_in_few_files_only(library: str):
+    for package in PACKAGES:
+        for name, path in modules(package).items():
+            if path.name not in OWNERS[library]:
+                assert library not in top_level(path), f"{name} imports {library}"
+
+
+def test_no_file_names_a_folder_of_somebodys_machine():
+    for path in repository_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights, images, videos
+        found = MACHINE_PATH.search(text)
+        if path != Path(__file__):
+            assert found is None, f"{path.relative_to(REPOSITORY)} holds {found}"
+
+
+def test_files_are_small_enough_for_git():
+    sizes = {path.relative_to(REPOSITORY): path.stat().st_size for path in repository_files()}
+    too_large = {str(path): size for path, size in sizes.items() if size > MAX_FILE_BYTES}
+    assert not too_large
+    for folder in ("FlowCache4SkyReels-V2/demo", "FlowCache4MAGI-1/demo"):
+        total = sum(size for path, size in sizes.items() if path.is_relative_to(folder))
+        assert total <= MAX_DEMO_BYTES, f"{folder} holds {total} bytes"
