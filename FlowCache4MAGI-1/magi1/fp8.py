@@ -58,7 +58,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        weight = torch.empty(1, width_out, width_in, dtype=FP8)
+        weight = torch.zeros(1, width_out, width_in, dtype=FP8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.input_scale = nn.Parameter(self._input_scale(width_in), requires_grad=False)

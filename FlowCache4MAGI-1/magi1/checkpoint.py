@@ -1,0 +1,249 @@
+"""Find an official MAGI-1 checkpoint and load its transformer, compressed shards included.
+
+The config names three folders: one above `inference_weight*`, one above `t5-v1_1-xxl`, and the
+VAE's own. Shards may be compressed (`NAME.safetensors.zst`); they are unpacked one at a time.
+"""
+
+import json
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from flowcache.errors import UserError
+from flowcache.weights import StoredTensor, find_shards, load_into, match, read
+from magi1 import text, vae
+from magi1.config import MagiConfig
+from magi1.dit import DiT, set_precision
+from magi1.fp8 import FP8
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PACKED = ".zst"
+_MAX_HEADER_BYTES = 100 * 2**20
+"""Largest header that the safetensors format allows."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": FP8,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose parts are all there.
+
+    Attributes:
+        config: what it is and how it is run.
+        dit_files: shards of the transformer, packed or not.
+        vae: the VAE's folder.
+        text_encoder: the T5 encoder's folder.
+    """
+
+    config: MagiConfig
+    dit_files: tuple[Path, ...]
+    vae: Path
+    text_encoder: Path
+
+
+def find(config: MagiConfig) -> Checkpoint:
+    """Find the parts of the checkpoint that a config names.
+
+    Raises:
+        UserError: a folder or shard is missing.
+    """
+    run, engine = config.runtime_config, config.engine_config
+    name = "inference_weight"
+    name += ".fp8" * engine.fp8_quant + ".distill" * engine.distill
+    parts = {
+        "load": Path(run.load) / name,
+        "t5_pretrained": Path(run.t5_pretrained) / text.T5_FOLDER,
+        "vae_pretrained": Path(run.vae_pretrained),
+    }
+    for field, folder in parts.items():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, but the config's {field} asks for it")
+    return Checkpoint(
+        config=config,
+        dit_files=find_dit_files(parts["load"]),
+        vae=parts["vae_pretrained"],
+        text_encoder=parts["t5_pretrained"],
+    )
+
+
+def find_dit_files(folder: Path) -> tuple[Path, ...]:
+    """List the shards of a transformer: as they are where there, else packed.
+
+    Raises:
+        UserError: a shard is missing in both forms, or a packed one cannot be unpacked here.
+    """
+    packed = sorted(folder.glob(f"*{PACKED}"))
+    if not packed:
+        return find_shards(folder)
+    names = _read_index(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
+    paths: list[Path] = []
+    for name in names:
+        plain, compressed = folder / name, folder / f"{name}{PACKED}"
+        paths.append(plain if plain.is_file() else compressed)
+        if not paths[-1].is_file():
+            raise UserError(f"{plain}: no such file, nor with {PACKED}; download it again")
+    _zstd()
+    return tuple(paths)
+
+
+def _read_index(path: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable index; download it again") from error
+
+
+def _zstd() -> str:
+    """Return the program that unpacks shards."""
+    program = shutil.which("zstd")
+    if program is None:
+        raise UserError(f"the program zstd is needed to unpack {PACKED} shards; install it")
+    return program
+
+
+def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
+    """Yield every tensor of the shards, unpacking a packed one to a temporary file that is mapped.
+
+    Raises:
+        UserError: a file cannot be read or unpacked.
+    """
+    for path in paths:
+        if path.suffix != PACKED:
+            yield from read([path])
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            unpacked = Path(folder) / path.stem
+            _unpack(path, unpacked)
+            for _, key, tensor in read([unpacked]):
+                yield StoredTensor(path, key, tensor)
+
+
+def _unpack(path: Path, target: Path) -> None:
+    done = subprocess.run(
+        [_zstd(), "-d", "-q", str(path), "-o", str(target)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{path}: cannot be unpacked to {target.parent} ({reason})")
+
+
+def read_headers(paths: Iterable[Path]) -> Iterator[StoredTensor]:
+    """Yield the names, shapes and types of the shards' tensors, the values of packed ones left out.
+
+    Of a packed shard only the first part is unpacked; its tensors are on the meta device.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    for path in paths:
+        if path.suffix != PACKED:
+            yield from read([path])
+            continue
+        for key, entry in _packed_header(path).items():
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise UserError(f"{path}: key {key} has the unsupported type {entry['dtype']}")
+            yield StoredTensor(path, key, torch.empty(entry["shape"], dtype=dtype, device="meta"))
+
+
+def _packed_header(path: Path) -> dict[str, Any]:
+    """Read the header of a packed safetensors file."""
+    command = [_zstd(), "-d", "-q", "-c", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        try:
+            header = _read_header(process.stdout)
+        except (struct.error, ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cut short or corrupt; download it again") from error
+        finally:
+            process.terminate()
+    return {key: entry for key, entry in header.items() if key != "__metadata__"}
+
+
+def _read_header(stream: IO[bytes]) -> dict[str, Any]:
+    (num_bytes,) = struct.unpack("<Q", stream.read(8))
+    if num_bytes > _MAX_HEADER_BYTES:
+        raise ValueError("no safetensors header")
+    return json.loads(stream.read(num_bytes))
+
+
+def _fitting(dit: DiT, tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
+    """Pass tensors on, but refuse an 8-bit one where none is wanted, and the other way round."""
+    is_fp8 = {name: value.dtype == FP8 for name, value in dit.state_dict().items()}
+    for path, key, tensor in tensors:
+        if (tensor.dtype == FP8) != is_fp8.get(key, False) and key in is_fp8:
+            wanted = "8 bits" if is_fp8[key] else "16 or 32 bits"
+            raise UserError(
+                f"{path}: key {key} is stored as {tensor.dtype}, expected {wanted}; "
+                "check fp8_quant in the config"
+            )
+        yield StoredTensor(path, key, tensor)
+
+
+def _empty_dit(config: MagiConfig) -> DiT:
+    with torch.device("meta"):
+        return DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)
+
+
+def check_dit(config: MagiConfig, paths: Iterable[Path]) -> int:
+    """Check from headers alone that shards fill the transformer exactly.
+
+    Returns:
+        Size of the tensors, in bytes as stored.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    dit = _empty_dit(config)
+    matched = match(dit, _fitting(dit, read_headers(paths)))
+    return sum(part.numel() * part.element_size() for _, part in matched)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Check that the weights of all parts are there, whole, and fit; reads headers only.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    check_dit(checkpoint.config, checkpoint.dit_files)
+    vae.check(checkpoint.vae)
+    text.check(checkpoint.text_encoder, width=checkpoint.config.model_config.caption_channels)
+
+
+def load_dit(
+    checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype | None = None
+) -> DiT:
+    """Load the transformer, for inference, in the released mix of types.
+
+    Args:
+        dtype: type inside the blocks; None: the config's `params_dtype`.
+
+    Raises:
+        UserError: naming the file and the key, if the files do not fit the config.
+    """
+    config, paths = checkpoint.config, checkpoint.dit_files
+    check_dit(config, paths)
+    dit = _empty_dit(config)
+    load_into(dit, _fitting(dit, read_shards(paths)), dtype=None, device=device)
+    set_precision(dit, config.model_config.dtype if dtype is None else dtype)
+    return dit

@@ -1,0 +1,198 @@
+"""The official layout: found, checked by headers, loaded strictly, packed shards included."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowcache.errors import UserError
+from magi1.checkpoint import check_dit, find, find_dit_files, load_dit, read_shards
+from magi1.config import MagiConfig, ModelConfig
+from magi1.dit import DiT, is_float32
+
+needs_zstd = pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the program zstd")
+
+
+@pytest.fixture
+def config(golden: Callable[[str], Any], model_tiny: ModelConfig, tmp_path: Path) -> MagiConfig:
+    base = golden("dit_24b_style").config()
+    paths = {
+        "load": str(tmp_path / "4.5B"),
+        "t5_pretrained": str(tmp_path / "t5"),
+        "vae_pretrained": str(tmp_path / "vae"),
+    }
+    run = replace(base.runtime_config, **paths)
+    return replace(
+        base, model_config=replace(model_tiny, params_dtype="torch.bfloat16"), runtime_config=run
+    )
+
+
+def released_state(config: MagiConfig) -> dict[str, Tensor]:
+    """Random weights in the types of the release."""
+    torch.manual_seed(0)
+    state = DiT(config.model_config, is_fp8=config.engine_config.fp8_quant).state_dict()
+    fp8 = torch.float8_e4m3fn
+    return {
+        key: torch.randn(value.shape).to(fp8)
+        if value.dtype == fp8
+        else value.float()
+        if is_float32(key) or "scale" in key
+        else value.bfloat16()
+        for key, value in state.items()
+    }
+
+
+def write_shards(folder: Path, state: dict[str, Tensor]) -> Path:
+    """Store weights as two shards with an index."""
+    folder.mkdir(parents=True)
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = {key: names[place % 2] for place, key in enumerate(state)}
+    for name in names:
+        save_file({k: v for k, v in state.items() if weight_map[k] == name}, folder / name)
+    index = json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return folder
+
+
+def write_checkpoint(config: MagiConfig, state: dict[str, Tensor], *, suffix: str = "") -> Path:
+    run = config.runtime_config
+    (Path(run.t5_pretrained) / "t5-v1_1-xxl").mkdir(parents=True)
+    Path(run.vae_pretrained).mkdir()
+    return write_shards(Path(run.load) / f"inference_weight{suffix}", state)
+
+
+def pack(path: Path) -> None:
+    subprocess.run(["zstd", "-q", "--rm", str(path)], check=True)
+
+
+def assert_loaded(dit: DiT, state: dict[str, Tensor]) -> None:
+    loaded = dit.state_dict()
+    assert loaded.keys() == state.keys()
+    for key, value in state.items():
+        assert loaded[key].dtype == value.dtype, key
+        assert torch.equal(loaded[key].float(), value.float()), key
+
+
+def test_shards_are_loaded_in_the_released_types(config: MagiConfig):
+    state = released_state(config)
+    write_checkpoint(config, state)
+    assert_loaded(load_dit(find(config), device="cpu"), state)
+
+
+def test_another_type_inside_the_blocks_can_be_asked_for(config: MagiConfig):
+    write_checkpoint(config, released_state(config))
+    dit = load_dit(find(config), device="cpu", dtype=torch.float32)
+    assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
+
+
+@needs_zstd
+def test_packed_shards_are_loaded_as_plain_ones(config: MagiConfig):
+    state = released_state(config)
+    folder = write_checkpoint(config, state)
+    plain_bytes = check_dit(config, find_dit_files(folder))
+    pack(folder / "model-00002-of-00002.safetensors")
+    checkpoint = find(config)
+    assert [path.suffix for path in checkpoint.dit_files] == [".safetensors", ".zst"]
+    assert check_dit(config, checkpoint.dit_files) == plain_bytes
+    assert_loaded(load_dit(checkpoint, device="cpu"), state)
+
+
+@needs_zstd
+def test_a_packed_file_without_index_is_loaded(config: MagiConfig, tmp_path: Path):
+    state = released_state(config)
+    save_file(state, tmp_path / "model.safetensors")
+    pack(tmp_path / "model.safetensors")
+    stored = {each.key: each.tensor.clone() for each in read_shards(find_dit_files(tmp_path))}
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[key].float(), state[key].float()) for key in state)
+
+
+@needs_zstd
+def test_a_damaged_packed_shard_is_named(config: MagiConfig):
+    folder = write_checkpoint(config, released_state(config))
+    pack(folder / "model-00001-of-00002.safetensors")
+    packed = folder / "model-00001-of-00002.safetensors.zst"
+    content = packed.read_bytes()
+    packed.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors\.zst: "):
+        load_dit(find(config), device="cpu")
+    packed.write_bytes(b"nothing like it")
+    with pytest.raises(UserError, match=r"\.zst: cut short or corrupt"):
+        check_dit(config, find(config).dit_files)
+
+
+def test_without_the_program_packed_shards_are_refused_at_once(
+    config: MagiConfig, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_checkpoint(config, released_state(config))
+    shard = folder / "model-00001-of-00002.safetensors"
+    shard.rename(f"{shard}.zst")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="the program zstd is needed"):
+        find(config)
+
+
+def test_quantised_checkpoints_are_loaded_as_stored(config: MagiConfig):
+    quantised = replace(
+        config,
+        engine_config=replace(config.engine_config, fp8_quant=True, distill=True),
+        runtime_config=replace(config.runtime_config, cfg_number=1),
+    )
+    state = released_state(quantised)
+    folder = write_checkpoint(quantised, state, suffix=".fp8.distill")
+    assert folder.name == "inference_weight.fp8.distill"
+    assert_loaded(load_dit(find(quantised), device="cpu"), state)
+
+
+def test_weights_that_are_not_quantised_as_announced_are_refused(config: MagiConfig):
+    engine = replace(config.engine_config, fp8_quant=True)
+    quantised = replace(config, engine_config=engine)
+    state = released_state(quantised)
+    key = "videodit_blocks.layers.1.mlp.linear_fc1.weight"
+    state[key] = state[key].bfloat16()
+    folder = write_shards(Path(config.runtime_config.load) / "x", state)
+    with pytest.raises(UserError, match=rf"key {key} is stored as torch\.bfloat16, expected 8"):
+        check_dit(quantised, find_dit_files(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"key rope\.bands is missing"),
+        ("unexpected", "key rope.extra is unexpected"),
+        ("shape", r"key rope\.bands has shape \[2\], expected \[1\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change: str, message: str, config: MagiConfig):
+    state = released_state(config)
+    bands = state.pop("rope.bands")
+    if change == "unexpected":
+        state |= {"rope.bands": bands, "rope.extra": bands.clone()}
+    elif change == "shape":
+        state["rope.bands"] = torch.ones(2)
+    folder = write_shards(Path(config.runtime_config.load) / "x", state)
+    with pytest.raises(UserError, match=message):
+        check_dit(config, find_dit_files(folder))
+
+
+@pytest.mark.parametrize("part", ["load", "t5_pretrained", "vae_pretrained"])
+def test_a_missing_folder_is_named_with_its_field(part: str, config: MagiConfig):
+    write_checkpoint(config, released_state(config))
+    shutil.rmtree(getattr(config.runtime_config, part))
+    with pytest.raises(UserError, match=rf"no such folder, but the config's {part} asks for it"):
+        find(config)
+
+
+def test_a_missing_shard_is_named(config: MagiConfig):
+    folder = write_checkpoint(config, released_state(config))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
+        find(config)
