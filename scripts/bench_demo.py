@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from flowcache.cli import run_command
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
@@ -26,7 +28,6 @@ from flowcache.stats import RunStats, environment
 from flowcache.video import check_writable, to_uint8, write_json
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare
-from torch import Tensor
 
 FIRST_SEED = 5000
 REFERENCE = "vanilla"

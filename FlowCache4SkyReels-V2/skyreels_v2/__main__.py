@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from flowcache.cli import Parser, run_command
 from flowcache.config import describe as describe_keys
-
 from skyreels_v2.config import RunConfig
-from skyreels_v2.run import PRESETS, Request, describe, prepare, run
+from skyreels_v2.released import RELEASED
+from skyreels_v2.run import PRESETS, Request, describe, plan_released, prepare, run
 
 EXAMPLES = """examples:
   python -m skyreels_v2 --preset flowcache_fast --model demo \\
@@ -49,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out file")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, make nothing"
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the plan, make nothing; plans a released model without its "
+        f"files if --model is one of {', '.join(RELEASED)}",
     )
     parser.add_argument(
         "--list-settings", action="store_true", help="print every setting with type and default"
@@ -73,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def execute(request: Request, *, is_dry: bool) -> None:
     """Check, say what will be done, and do it unless the run is dry."""
+    if is_dry and request.model in RELEASED:
+        print(plan_released(request))
+        return
     job = prepare(request)
     print(describe(job), flush=True)
     if not is_dry:

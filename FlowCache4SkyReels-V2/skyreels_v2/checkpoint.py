@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from flowcache.attention import SDPA, Kernel
-from flowcache.errors import UserError
-from flowcache.weights import Origin, check_files, find_shards, load_files, rename
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from flowcache.attention import SDPA, Kernel
+from flowcache.errors import UserError
+from flowcache.weights import Origin, check_files, find_shards, load_files, rename
 from skyreels_v2 import text, vae
 from skyreels_v2.dit import DiT, DiTConfig
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from flowcache.errors import UserError
 from flowcache.reuse import Quantity
-
 from skyreels_v2.sampler import Signal
 
 NEGATIVE_PROMPT = (

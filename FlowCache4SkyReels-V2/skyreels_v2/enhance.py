@@ -1,8 +1,9 @@
 """Write a short prompt out into a detailed one, with any chat model of transformers."""
 
 import torch
-from flowcache.errors import UserError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flowcache.errors import UserError
 
 INSTRUCTION = (
     "You write prompts for a text-to-video model. Rewrite the user's idea as one English paragraph "

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from flowcache.flops import attention, linear
-
 from skyreels_v2.dit import PATCH, DiTConfig
 
 IMAGE_TOKENS = 257

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flowcache.errors import UserError
-from flowcache.video import probe, read_image, read_video
 from PIL import Image
 from torch import Tensor
 
+from flowcache.errors import UserError
+from flowcache.video import probe, read_image, read_video
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiTConfig
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from flowcache.attention import Kernel
 from torch import Tensor, nn
 from torch.nn import functional
+
+from flowcache.attention import Kernel
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""

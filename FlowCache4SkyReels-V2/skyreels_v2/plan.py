@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from flowcache.scoring import scoring_bytes
 
+from flowcache.scoring import scoring_bytes
 from skyreels_v2 import flops
 from skyreels_v2.build import (
     compression_of,

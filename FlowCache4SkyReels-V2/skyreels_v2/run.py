@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from flowcache.attention import choose_kernel
-from flowcache.cli import ProgressBar, choose_device, choose_dtype, choose_output
+from flowcache.cli import DTYPES, ProgressBar, choose_device, choose_dtype, choose_output
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
 from flowcache.stats import RunStats, environment
 from flowcache.video import VideoWriter, check_ffmpeg, check_writable, to_uint8, write_json
-
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import text, vae
 from skyreels_v2.build import rescale_for
@@ -23,6 +23,7 @@ from skyreels_v2.dit import DiT
 from skyreels_v2.inputs import Media, check_mode, read_media, to_pixels, turn_to_fit
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.plan import Plan, lines, make_plan
+from skyreels_v2.released import RELEASED
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +140,31 @@ def describe(job: Job) -> str:
     return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
 
 
+def plan_released(request: Request) -> str:
+    """Say what a run of a released model will cost, by its sizes alone; no file of it is needed.
+
+    Raises:
+        UserError: the settings are wrong.
+    """
+    preset = find_preset(PRESETS, request.preset)
+    config = load_config(RunConfig, config_layers(preset, None), overrides=request.overrides)
+    sizes = RELEASED[request.model]
+    check_mode(config, sizes)
+    config = turn_to_fit(config)
+    dtype = DTYPES.get(config.dtype, torch.bfloat16)
+    if config.reuse.policy in ("flowcache", "teacache"):
+        rescale_for(config, sizes)
+    head = f"model        sizes of the released {request.model}, {config.dtype} = {dtype}; no files"
+    return "\n".join([head, *lines(make_plan(config, sizes, dtype=dtype), config)])
+
+
 def load_models(job: Job, *, stats: RunStats) -> Models:
     """Load the transformer and the VAE."""
     with stats.stage("load", is_on_host=True):
-        dit = checkpoints.load_dit(job.checkpoint, dtype=job.dtype, device=job.device)
-        dit.kernel = choose_kernel(job.device, dtype=job.dtype)
-        dit.eval().requires_grad_(False)
+        kernel = choose_kernel(job.device, dtype=job.dtype)
+        dit = checkpoints.load_dit(
+            job.checkpoint, dtype=job.dtype, device=job.device, kernel=kernel
+        )
         decoder = vae.load(job.checkpoint.vae, device=job.device)
     return Models(dit, decoder)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from flowcache.kv import Compression, KVCache, cached_attention
 from flowcache.reuse import (
     Decision,
@@ -19,8 +21,6 @@ from flowcache.reuse import (
 )
 from flowcache.schedule import Tick, staggered
 from flowcache.stats import RunStats
-from torch import Tensor
-
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, Embedded, whole_window
 from skyreels_v2.layers import ContextKV

@@ -12,8 +12,6 @@ from typing import Any
 
 import ftfy
 import torch
-from flowcache.errors import UserError
-from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +25,9 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from flowcache.errors import UserError
+from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
 
 logger = logging.getLogger(__name__)
 

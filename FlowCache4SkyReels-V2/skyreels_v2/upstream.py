@@ -16,7 +16,6 @@ from typing import Any
 from flowcache.cli import run_command
 from flowcache.config import read_yaml
 from flowcache.errors import UserError
-
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance

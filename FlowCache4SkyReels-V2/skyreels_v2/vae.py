@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
+from torch import Tensor
+
 from flowcache.errors import UserError
 from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
-from torch import Tensor
 
 TEMPORAL_STRIDE = 4
 """Frames per latent, after the first."""

@@ -1,0 +1,27 @@
+"""Sizes of the released models, so that a run can be planned without their weights.
+
+Source: the `config.json` files of the released checkpoints.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from skyreels_v2.dit import DiTConfig
+
+_SMALL = {"dim": 1536, "num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+_LARGE = {"dim": 5120, "num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+_I2V = {"model_type": "i2v", "in_dim": 36, "image_dim": 1280}
+
+RELEASED: Mapping[str, DiTConfig] = MappingProxyType(
+    {
+        "df-1.3b-540p": DiTConfig(**_SMALL, inject_sample_info=True),
+        "df-14b-540p": DiTConfig(**_LARGE),
+        "df-14b-720p": DiTConfig(**_LARGE),
+        "t2v-14b-540p": DiTConfig(**_LARGE),
+        "t2v-14b-720p": DiTConfig(**_LARGE),
+        "i2v-1.3b-540p": DiTConfig(**_SMALL, **_I2V),
+        "i2v-14b-540p": DiTConfig(**_LARGE, **_I2V),
+        "i2v-14b-720p": DiTConfig(**_LARGE, **_I2V),
+    }
+)
+"""By the end of the repository's name, in lower case."""
