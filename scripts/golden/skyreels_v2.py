@@ -6,19 +6,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from flowcache.compress import ImportanceRedundancy, TokenLayout, gather
-from flowcache.errors import UserError
-from flowcache.schedule import Tick, staggered, visible_intervals
-from flowcache.scoring import importance, redundancy
 from safetensors.torch import save_file
-from skyreels_v2 import text, vae
-from skyreels_v2.solver import UniPC, timestep_grid
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from flowcache.compress import ImportanceRedundancy, TokenLayout, gather
+from flowcache.errors import UserError
+from flowcache.schedule import Tick, staggered, visible_intervals
+from flowcache.scoring import importance, redundancy
 from golden.case import Case, Check, Kind, compare, compare_sets
 from golden.skyreels_v2_long import check_long_video
 from golden.skyreels_v2_loops import (
@@ -28,6 +26,8 @@ from golden.skyreels_v2_loops import (
     check_teacache,
     fps_of,
 )
+from skyreels_v2 import text, vae
+from skyreels_v2.solver import UniPC, timestep_grid
 
 FORWARD_TOLERANCE = 2e-5
 SCORE_TOLERANCE = 1e-6

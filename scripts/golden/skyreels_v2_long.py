@@ -5,15 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flowcache.kv import KVCache
-from flowcache.stats import RunStats
-from skyreels_v2.config import KVConfig, ReuseConfig, RunConfig
-from skyreels_v2.dit import DiT
-from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.window import cut_window
 from torch import Tensor
 from torch.nn import functional
 
+from flowcache.kv import KVCache
+from flowcache.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets, known
 from golden.skyreels_v2_loops import (
     LOOP_TOLERANCE,
@@ -28,6 +24,10 @@ from golden.skyreels_v2_loops import (
     texts_of,
     token_layout,
 )
+from skyreels_v2.config import KVConfig, ReuseConfig, RunConfig
+from skyreels_v2.dit import DiT
+from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.window import cut_window
 
 BYTE_TOLERANCE = 1
 STRIDE, FRAMES_PER_LATENT, LATENT_CHANNELS = 8, 4, 16

@@ -6,6 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression, KVCache, peak_tokens
 from flowcache.reuse import (
@@ -18,14 +21,11 @@ from flowcache.reuse import (
     polynomial,
 )
 from flowcache.stats import RunStats
+from golden.case import Case, Check, compare, compare_sets, known
 from skyreels_v2.calibration import COEFFICIENTS
 from skyreels_v2.dit import PATCH, DiT, DiTConfig
 from skyreels_v2.sampler import Branch, Sampling, WindowSampler
 from skyreels_v2.window import Window, cut_window
-from torch import Tensor
-from torch.nn import functional
-
-from golden.case import Case, Check, compare, compare_sets, known
 
 LOOP_TOLERANCE = 1e-4
 BRANCHES = ("cond", "uncond")

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowcache.attention import SDPA, choose_kernel
 from torch import Tensor
+
+from flowcache.attention import SDPA, choose_kernel
 
 CUDA = torch.device("cuda")
 """Only named: nothing is put there."""

@@ -3,10 +3,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
+
 from flowcache.attention import SDPA
 from flowcache.kv import Compression, KVCache, cached_attention, caches_for, peak_tokens
 from flowcache.schedule import staggered
-from torch import Tensor
 
 
 def empty_cache(capacity: int, *, num_heads: int = 1) -> KVCache:

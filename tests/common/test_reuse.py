@@ -3,6 +3,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from torch import Tensor
+
 from flowcache.reuse import (
     Decision,
     FlowCache,
@@ -18,7 +20,6 @@ from flowcache.reuse import (
     relative_l1,
 )
 from flowcache.schedule import Tick, staggered
-from torch import Tensor
 
 
 def signal(*values: float) -> Tensor:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+
 from flowcache.errors import UserError
 from flowcache.schedule import staggered, visible_intervals
-from safetensors import safe_open
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2" / "step_matrix.safetensors"
 

@@ -1,0 +1,68 @@
+import itertools
+
+import pytest
+
+from flowcache.reuse import polynomial
+from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
+from skyreels_v2.dit import DiTConfig
+from skyreels_v2.sampler import Signal
+
+
+@pytest.mark.parametrize(
+    ("name", "at_zero"),
+    [
+        ("t2v-1.3b-ret", -0.050),
+        ("t2v-14b-ret", -0.316),
+        ("t2v-1.3b", 0.138),
+        ("t2v-14b", -13.02),
+        ("i2v-540p-ret", 0.133),
+        ("i2v-720p-ret", -0.042),
+        ("i2v-540p", -0.202),
+        ("i2v-720p", -0.234),
+    ],
+)
+def test_every_polynomial_has_its_published_value_at_zero(name: str, at_zero: float):
+    assert polynomial(COEFFICIENTS[name])(0.0) == pytest.approx(at_zero, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "roots"),
+    [
+        ("t2v-1.3b-ret", [0.0043, 0.102]),
+        ("t2v-14b-ret", [0.0077, 0.082]),
+        ("t2v-1.3b", [0.185, 0.310]),
+        ("t2v-14b", [0.130, 0.406]),
+        ("i2v-540p-ret", []),
+        ("i2v-720p-ret", [0.0027]),
+        ("i2v-540p", [0.057, 0.436]),
+        ("i2v-720p", [0.058, 0.396]),
+    ],
+)
+def test_every_polynomial_changes_sign_where_the_specification_says(name: str, roots: list[float]):
+    value = polynomial(COEFFICIENTS[name])
+    grid = [step / 100_000 for step in range(50_000)]
+    crossings = [at for at, after in itertools.pairwise(grid) if value(at) * value(after) <= 0]
+    assert crossings == pytest.approx(roots, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dim", "model_type", "signal", "size", "name"),
+    [
+        (1536, "t2v", "timestep", (544, 960), "t2v-1.3b-ret"),
+        (1536, "t2v", "timestep_embedding", (720, 1280), "t2v-1.3b"),
+        (5120, "t2v", "timestep", (720, 1280), "t2v-14b-ret"),
+        (5120, "t2v", "timestep_embedding", (544, 960), "t2v-14b"),
+        (1536, "i2v", "timestep", (544, 960), "i2v-540p-ret"),
+        (5120, "i2v", "timestep", (720, 1280), "i2v-720p-ret"),
+        (5120, "i2v", "timestep_embedding", (1280, 720), "i2v-720p"),
+        (5120, "i2v", "timestep_embedding", (960, 544), "i2v-540p"),
+        (5120, "t2v", "content", (544, 960), None),
+        (64, "t2v", "timestep", (544, 960), None),
+        (64, "i2v", "timestep", (544, 960), None),
+    ],
+)
+def test_the_polynomial_follows_from_the_model_the_signal_and_the_resolution(
+    dim: int, model_type: str, signal: Signal, size: tuple[int, int], name: str | None
+):
+    config = DiTConfig(model_type=model_type, dim=dim)
+    assert coefficients_for(config, signal=signal, height=size[0], width=size[1]) == name

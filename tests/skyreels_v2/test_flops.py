@@ -1,0 +1,192 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowcache.compress import Recent, TokenLayout
+from flowcache.kv import Compression, caches_for
+from flowcache.reuse import FlowCache, Quantity, ResultStore, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.stats import RunStats
+from skyreels_v2 import flops
+from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.sampler import Branch, Sampling, WindowSampler
+from skyreels_v2.window import cut_window
+
+MakeDiT = Callable[..., DiT]
+
+REAL_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, inject_sample_info=True)
+KINDS: dict[str, dict[str, Any]] = {
+    "t2v": {},
+    "t2v with fps embedding": {"inject_sample_info": True},
+    "i2v": {"model_type": "i2v", "in_dim": 36, "image_dim": 20},
+}
+FRAMES, HEIGHT, WIDTH = 5, 4, 6
+FRAME_TOKENS = 6
+IMAGE_TOKENS = 257
+
+
+def counted(call: Callable[[], object]) -> int:
+    """Return the FLOPs that torch counts; its fused CPU attention kernel is left out by torch."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def image_inputs(config: DiTConfig) -> dict[str, Any]:
+    if config.model_type == "t2v":
+        return {}
+    return {
+        "y_BCFhw": torch.randn(1, 20, FRAMES, HEIGHT, WIDTH),
+        "image_BLD": torch.randn(1, IMAGE_TOKENS, 20),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bounds", [None, [(0, 2), (2, 4), (4, 5)]], ids=["full", "causal"])
+def test_one_forward_costs_what_torch_counts(
+    make_dit: MakeDiT, kind: str, bounds: list[tuple[int, int]] | None
+):
+    dit = make_dit(**KINDS[kind])
+    config = dit.config
+    x = torch.randn(1, 16, FRAMES, HEIGHT, WIDTH)
+    t = torch.arange(FRAMES).unsqueeze(0)
+    text = torch.randn(1, config.text_len, config.text_dim)
+    total = counted(lambda: dit(x, t, text, causal_chunks=bounds, **image_inputs(config)))
+    chunks = bounds or [(0, FRAMES)]
+    blocks = sum(
+        flops.blocks(config, queries=(b - a) * FRAME_TOKENS, keys=b * FRAME_TOKENS)
+        for a, b in chunks
+    )
+    assert total == (
+        flops.embed(config, num_frames=FRAMES, frame_tokens=FRAME_TOKENS)
+        + flops.context(config)
+        + blocks
+        + flops.head(config, queries=FRAMES * FRAME_TOKENS)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_costs_what_torch_counts(make_dit: MakeDiT, kind: str):
+    dit = make_dit(**KINDS[kind])
+    text = torch.randn(1, dit.config.text_len, dit.config.text_dim)
+    image = image_inputs(dit.config).get("image_BLD")
+    assert flops.context(dit.config) == counted(lambda: dit.encode_context(text, image))
+
+
+POLICIES: dict[str, Callable[[], ReusePolicy]] = {
+    "vanilla": Vanilla,
+    "flowcache": lambda: FlowCache(5.0, 1),
+    "teacache": lambda: TeaCache(5.0, 1),
+    "stride": lambda: Stride(2, warmup_steps=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "attention", "clean_pass", "budget"),
+    [
+        ("t2v", "vanilla", "full", False, None),
+        ("t2v", "flowcache", "causal", False, None),
+        ("t2v", "stride", "causal", True, 12),
+        ("t2v with fps embedding", "teacache", "full", False, None),
+        ("t2v with fps embedding", "flowcache", "causal", True, None),
+        ("i2v", "teacache", "full", False, None),
+        ("i2v", "stride", "causal", False, 12),
+    ],
+)
+def test_a_run_costs_what_torch_counts(
+    make_dit: MakeDiT,
+    kind: str,
+    policy: str,
+    attention: Any,
+    clean_pass: bool,
+    budget: int | None,
+):
+    total, stats = run_counted(
+        make_dit(**KINDS[kind]), POLICIES[policy], attention, clean_pass, budget, "residual"
+    )
+    assert stats.computed_flops == total
+    assert (stats.num_reused > 0) == (policy != "vanilla")
+
+
+@pytest.mark.parametrize("quantity", ["residual", "velocity", "latent_update"])
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_what_is_reused_decides_whether_the_head_is_read(
+    make_dit: MakeDiT, attention: Any, quantity: Quantity
+):
+    total, stats = run_counted(make_dit(), POLICIES["teacache"], attention, False, None, quantity)
+    assert stats.computed_flops == total
+    without, vanilla = run_counted(
+        make_dit(), POLICIES["vanilla"], attention, False, None, quantity
+    )
+    assert stats.flops_without_reuse == vanilla.flops_without_reuse == without
+    assert total < without
+
+
+def run_counted(
+    dit: DiT,
+    make_policy: Callable[[], ReusePolicy],
+    attention: Any,
+    clean_pass: bool,
+    budget: int | None,
+    quantity: Quantity,
+) -> tuple[int, RunStats]:
+    """Denoise a window with a given frame; return torch's count and ours."""
+    config, draw = dit.config, torch.Generator().manual_seed(0)
+    window = cut_window(FRAMES, chunk_frames=2, num_prefix=1)
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    image = image_inputs(config)
+    branches = {}
+    for name in ("cond", "uncond"):
+        text = torch.randn(1, config.text_len, config.text_dim, generator=draw)
+        caches = caches_for(
+            config.num_layers if attention == "causal" else 0,
+            capacity=FRAMES * FRAME_TOKENS,
+            num_heads=config.num_heads,
+            head_width=config.head_width,
+            **place,
+        )
+        context = dit.encode_context(text, image.get("image_BLD"))
+        branches[name] = Branch(context, make_policy(), ResultStore(), caches)
+    compression = None
+    if budget is not None:
+        layout = TokenLayout(FRAME_TOKENS, FRAME_TOKENS)
+        compression = Compression(
+            budget, lambda q, k: Recent().keep(q, k, budget=budget, layout=layout)
+        )
+    stats = RunStats(torch.device("cpu"))
+    sampler = WindowSampler(
+        dit,
+        torch.randn(16, FRAMES, HEIGHT, WIDTH, generator=draw),
+        window=window,
+        sampling=Sampling(4, 8.0, 3.0, 1, attention, clean_pass, 24, quantity=quantity),
+        branches=branches,
+        stats=stats,
+        compression=compression,
+        condition=image["y_BCFhw"][0] if image else None,
+    )
+    return counted(lambda: list(sampler.run())), stats
+
+
+def test_the_published_vanilla_run_costs_113_6_petaflops():
+    forward = flops.published_forward(REAL_1_3B, chunk_tokens=[10_200] * 5)
+    assert round(forward / 1e12, 1) == 420.7
+    num_forwards = 2 * (70 + 65)
+    assert round(forward * num_forwards / 1e15, 1) == 113.6
+
+
+def test_a_real_forward_with_full_attention_costs_612_teraflops():
+    tokens = 5 * 10_200
+    forward = flops.blocks(REAL_1_3B, queries=tokens, keys=tokens)
+    forward += flops.head(REAL_1_3B, queries=tokens)
+    forward += flops.embed(REAL_1_3B, num_frames=25, frame_tokens=2040)
+    assert round(forward / 1e12) == 612
+    assert round(forward * 270 / 1e15) == 165
+
+
+def test_active_chunks_through_the_cache_cost_79_7_petaflops_without_reuse():
+    """50 steps of 5 and of 4 chunks, two branches, every chunk seeing those before it."""
+    chunks = [flops.blocks(REAL_1_3B, queries=10_200, keys=10_200 * n) for n in range(1, 6)]
+    assert 2 * 50 * (sum(chunks) + sum(chunks[1:])) / 1e15 == pytest.approx(79.7, abs=0.4)
