@@ -1,0 +1,225 @@
+"""The command that compares reference cases with our code: it passes, and it can fail."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "skyreels_v2"
+
+Main = Callable[[list[str]], int]
+Contents = tuple[dict[str, Any], dict[str, Tensor]]
+"""Settings and tensors of a case file."""
+
+SMALL: dict[str, tuple[str, str]] = {
+    "dit_t2v": ("", "out.ar.fps1"),
+    "dit_i2v": ("", "out.frames"),
+    "schedule": ("5", "5.trajectory"),
+    "step_matrix": ("2", "2.update"),
+    "df_loop": ("drop_tail", "drop_tail.final"),
+    "teacache_upstream": ("sync_noret", "sync_noret.final"),
+    "fork_segment0": ("compress_ret_a", "compress_ret_a.final"),
+    "fork_long_2seg": ("kvrange_ret_a", "kvrange_ret_a.seg1"),
+    "kv_compress": ("mha0", "mha0.score"),
+    "vae": ("", "out.video"),
+    "umt5": ("", "out.masked"),
+    "clip_vision": ("", "out.features"),
+}
+"""Case file -> the one entry of its list that is kept, and a tensor that our code must meet."""
+
+
+@pytest.fixture(name="main")
+def _main(monkeypatch: pytest.MonkeyPatch) -> Main:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("check_golden").main
+
+
+def read(name: str) -> Contents:
+    """Return a case file, cut down to one entry of its list."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        case = json.loads(file.metadata()["case"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    kept = SMALL[name][0]
+    for key in {"runs", "sets", "cases"} & set(case):
+        named = {str(entry.get("name", entry.get("i"))): entry for entry in case[key]}
+        case[key] = [named.pop(kept)]
+        tensors = {k: v for k, v in tensors.items() if k.split(".")[0] not in named}
+    if name == "kv_compress":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("gqa")}
+    return case, tensors
+
+
+def write(folder: Path, name: str, contents: Contents) -> str:
+    case, tensors = contents
+    path = folder / f"{name}.safetensors"
+    save_file(tensors, path, metadata={"case": json.dumps(case), "about": ""})
+    return str(folder)
+
+
+def failures(text: str) -> list[str]:
+    """Return the printed rows of failed checks."""
+    *rows, _total = text.splitlines()
+    return [row for row in rows if "  fail" in row]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_kind_of_case_passes_and_fails_with_one_wrong_number(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    case, tensors = read(name)
+    assert main([write(tmp_path, name, (case, tensors))]) == 0
+    assert failures(capsys.readouterr().out) == []
+    wrong = tensors[SMALL[name][1]].flatten().clone()
+    wrong[len(wrong) // 3] += 1 if wrong.dtype == torch.int64 else 0.01
+    wrong = wrong.view_as(tensors[SMALL[name][1]])
+    assert main([write(tmp_path, name, (case, tensors | {SMALL[name][1]: wrong}))]) == 1
+    (failed,) = failures(capsys.readouterr().out)
+    assert SMALL[name][1] in failed
+
+
+def test_known_differences_are_listed_with_their_reason(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("df_loop", "teacache_upstream", "fork_long_2seg"):
+        write(tmp_path, name, read(name))
+    assert main([str(tmp_path)]) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if "  known  " in row]
+    what = {row.split()[1]: row.split("  known  ")[1] for row in rows}
+    assert "still its noise" in what["drop_tail.final,"]
+    assert "counter wraps" in what["sync_noret.computed"]
+    assert "hides the prefix" in what["kvrange_ret_a.seg1,"]
+
+
+Damage = Callable[[dict[str, Any], dict[str, Tensor]], None]
+
+
+def wrong_call(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["sync_noret.computed"][2] = 1
+
+
+def wrong_call_after_the_wrap(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["sync_noret.computed"][-1] = 1
+
+
+def wrong_step(case: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+    case["runs"][0]["skipped_own_steps"][1].pop()
+
+
+def wrong_rejection(case: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
+    case["sets"][0]["raises"] = True
+
+
+def wrong_kept_token(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    kept = tensors["mha0.indices"]
+    kept[0, 0] = next(i for i in range(90) if i not in kept[:, 0])
+
+
+def tail_that_is_no_noise(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["drop_tail.final"][0, -1, 0, 0] += 1
+
+
+def not_a_number(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["out.features"][0, 0, 0] = float("nan")
+
+
+def another_shape(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["out.features"] = tensors["out.features"][:, :-1].contiguous()
+
+
+def missing_output(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors["out.features"], tensors["out.pixels"]
+
+
+def missing_weight(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors["weights.visual.head"]
+
+
+def output_nobody_compares(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["out.more"] = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("teacache_upstream", wrong_call, "computed up to the wrap"),
+        ("teacache_upstream", wrong_call_after_the_wrap, "computed after the wrap"),
+        ("fork_segment0", wrong_step, "skipped_own_steps"),
+        ("step_matrix", wrong_rejection, "raises"),
+        ("kv_compress", wrong_kept_token, "indices"),
+        ("df_loop", tail_that_is_no_noise, "tail"),
+        ("clip_vision", not_a_number, "nan"),
+        ("clip_vision", another_shape, "ours is"),
+        ("clip_vision", missing_output, "none that is known"),
+        ("clip_vision", missing_weight, "visual.head"),
+        ("clip_vision", output_nobody_compares, "not compared: out.more"),
+    ],
+)
+def test_damage_other_than_a_wrong_output_fails_too(
+    main: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Damage,
+    reason: str,
+):
+    case, tensors = read(name)
+    damage(case, tensors)
+    assert main([write(tmp_path, name, (case, tensors))]) == 1
+    assert any(reason in row for row in failures(capsys.readouterr().out))
+
+
+def test_the_kind_is_read_from_the_contents_and_not_from_the_name(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path, "vae", read("clip_vision"))
+    (tmp_path / "deeper").mkdir()
+    write(tmp_path / "deeper", "any name", read("kv_compress"))
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "deeper/any name" in out
+    assert "out.pixels" in out
+
+
+@pytest.mark.parametrize(
+    ("file_name", "content", "reason"),
+    [
+        ("a.safetensors", b"no tensors", "can't be read"),
+        ("b.json", b'{"prompts": []}', "none that is known"),
+        ("c.json", b"[]", "holds no settings"),
+        ("d.json", b"{", "no JSON"),
+    ],
+)
+def test_a_file_that_is_no_known_case_fails_and_the_others_are_checked(
+    main: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file_name: str,
+    content: bytes,
+    reason: str,
+):
+    (tmp_path / file_name).write_bytes(content)
+    write(tmp_path, "last", read("kv_compress"))
+    assert main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert [reason in row for row in failures(out)] == [True]
+    assert any("mha0.score" in row and row.endswith("pass") for row in out.splitlines())
+
+
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "file"
+    file.touch()
+    for arguments in ([], [str(tmp_path / "none")], [str(tmp_path)], [str(file)], ["a", "b"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
