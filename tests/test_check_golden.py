@@ -70,32 +70,33 @@ def failures(text: str) -> list[str]:
     return [row for row in rows if "  fail" in row]
 
 
+def test_all_reference_cases_pass_but_for_listed_defects_of_the_reference(
+    main: Main, capsys: pytest.CaptureFixture[str]
+):
+    assert main([str(GOLDEN)]) == 0
+    *rows, _total = capsys.readouterr().out.splitlines()
+    assert {row.split()[0] for row in rows} == set(SMALL)
+    reasons = {row.split("  known  ")[1]: row.split()[0] for row in rows if "  known  " in row}
+    for words, name in (
+        ("still its noise", "df_loop"),
+        ("counter wraps", "teacache_upstream"),
+        ("hides the prefix", "fork_long_2seg"),
+    ):
+        assert {found for reason, found in reasons.items() if words in reason} == {name}
+    assert len([row for row in rows if "  pass" in row]) > 10 * len(reasons)
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_every_kind_of_case_passes_and_fails_with_one_wrong_number(
+def test_one_wrong_number_fails_one_check_in_every_kind_of_case(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ):
     case, tensors = read(name)
-    assert main([write(tmp_path, name, (case, tensors))]) == 0
-    assert failures(capsys.readouterr().out) == []
     wrong = tensors[SMALL[name][1]].flatten().clone()
     wrong[len(wrong) // 3] += 1 if wrong.dtype == torch.int64 else 0.01
     wrong = wrong.view_as(tensors[SMALL[name][1]])
     assert main([write(tmp_path, name, (case, tensors | {SMALL[name][1]: wrong}))]) == 1
     (failed,) = failures(capsys.readouterr().out)
     assert SMALL[name][1] in failed
-
-
-def test_known_differences_are_listed_with_their_reason(
-    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    for name in ("df_loop", "teacache_upstream", "fork_long_2seg"):
-        write(tmp_path, name, read(name))
-    assert main([str(tmp_path)]) == 0
-    rows = [row for row in capsys.readouterr().out.splitlines() if "  known  " in row]
-    what = {row.split()[1]: row.split("  known  ")[1] for row in rows}
-    assert "still its noise" in what["drop_tail.final,"]
-    assert "counter wraps" in what["sync_noret.computed"]
-    assert "hides the prefix" in what["kvrange_ret_a.seg1,"]
 
 
 Damage = Callable[[dict[str, Any], dict[str, Tensor]], None]

@@ -1,4 +1,4 @@
-"""Small seeded transformers, tiny checkpoints on disk, and short runs."""
+"""Small seeded transformers, windows denoised with them, tiny checkpoints, and short runs."""
 
 import json
 import shutil
@@ -12,12 +12,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from flowcache.kv import Compression, caches_for
+from flowcache.reuse import ResultStore, ReusePolicy, Vanilla
+from flowcache.stats import RunStats
 from flowcache.video import VideoWriter
 from skyreels_v2.checkpoint import diffusers_key
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.run import DEMO, Job, Request, prepare, run
+from skyreels_v2.sampler import Branch, Sampling, WindowSampler
+from skyreels_v2.window import Window
 
 HEIGHT, WIDTH = 16, 32
 NUM_FRAMES = 17
@@ -39,6 +45,81 @@ reuse:
 
 MakeDiT = Callable[..., DiT]
 """`(seed=0, **changes of the tiny config) -> transformer`"""
+
+
+@dataclass
+class Run:
+    """What came out of denoising a window."""
+
+    rows: list[Tensor]
+    stats: RunStats
+    branches: dict[str, Branch]
+    updates: ResultStore
+
+    @property
+    def latents(self) -> Tensor:
+        return self.rows[-1]
+
+
+def denoise_window(
+    dit: DiT,
+    latents: Tensor,
+    *,
+    window: Window,
+    sampling: Sampling,
+    policy: Callable[[], ReusePolicy] = Vanilla,
+    compression: Compression | None = None,
+    seed: int = 2,
+    texts: dict[str, Tensor] | None = None,
+    draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    condition: Tensor | None = None,
+    image: Tensor | None = None,
+) -> Run:
+    """Denoise with random prompts, or the given ones; everything but the weights is made here."""
+    config, draw = dit.config, torch.Generator().manual_seed(seed)
+    if texts is None:
+        texts = {
+            name: torch.randn(1, config.text_len, config.text_dim, generator=draw)
+            for name in ("cond", "uncond")
+        }
+    if sampling.guidance <= 1:
+        texts = {"cond": texts["cond"]}
+    per_frame = latents.shape[-2] * latents.shape[-1] // 4
+    branches = {
+        name: Branch(
+            dit.encode_context(text, image),
+            policy(),
+            ResultStore(),
+            caches_for(
+                config.num_layers if sampling.attention == "causal" else 0,
+                capacity=window.num_frames * per_frame,
+                num_heads=config.num_heads,
+                head_width=config.head_width,
+                dtype=dit.dtype,
+                device=latents.device,
+            ),
+        )
+        for name, text in texts.items()
+    }
+    stats, updates, moving = RunStats(latents.device), ResultStore(), latents.clone()
+    sampler = WindowSampler(
+        dit,
+        moving,
+        window=window,
+        sampling=sampling,
+        branches=branches,
+        stats=stats,
+        compression=compression,
+        updates=updates,
+        condition=condition,
+        draw_noise=draw_noise,
+    )
+    return Run([moving.clone() for _ in sampler.run()], stats, branches, updates)
+
+
+@pytest.fixture
+def denoise() -> Callable[..., Run]:
+    return denoise_window
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""What a chunk gets that is not computed, on small models with random weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache.attention import SDPA
+from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride
+from skyreels_v2.dit import DiT
+from skyreels_v2.sampler import Sampling
+from skyreels_v2.solver import UniPC, timestep_grid
+from skyreels_v2.window import cut_window
+
+MakeDiT = Callable[..., DiT]
+Denoise = Callable[..., Any]
+"""`denoise_window` of conftest.py"""
+MakePolicy = Callable[[], ReusePolicy]
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
+LOOP_TOLERANCE = 1e-4
+HEIGHT, WIDTH, FRAME_TOKENS = 4, 6, 6
+
+FULL = Sampling(6, 8.0, 3.0, 2, "full", clean_pass=False, fps=24)
+CAUSAL = replace(FULL, attention="causal")
+CLEAN = replace(CAUSAL, clean_pass=True)
+LOOPS = {"full": FULL, "causal": CAUSAL, "causal with clean pass": CLEAN}
+QUANTITIES: tuple[Quantity, ...] = ("residual", "velocity", "latent_update")
+
+
+def noise(num_frames: int, *, seed: int = 1) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(16, num_frames, HEIGHT, WIDTH, generator=draw)
+
+
+WINDOW = cut_window(5, chunk_frames=2)
+"""Three chunks, the last one shorter."""
+
+
+# What a reused chunk gets -------------------------------------------------------------------------
+
+ONE_CHUNK = cut_window(2, chunk_frames=2)
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_a_reused_update_moves_the_latent_as_the_computed_step_did(
+    denoise: Denoise, make_dit: MakeDiT, attention: Any
+):
+    """Steps 0, 1, 3, 5 of 6 are computed: steps 2 and 4 repeat the moves of steps 1 and 3."""
+    sampling = replace(FULL, attention=attention, quantity="latent_update")
+    z = noise(2)
+    run = denoise(
+        make_dit(), z, window=ONE_CHUNK, sampling=sampling, policy=lambda: Stride(steps=[1, 3])
+    )
+    moves = [after - before for before, after in zip([z, *run.rows], run.rows, strict=False)]
+    for computed, reused in ((1, 2), (3, 4)):
+        torch.testing.assert_close(moves[reused], moves[computed], rtol=0, atol=1e-5)
+    assert not torch.allclose(moves[3], moves[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_a_reused_velocity_takes_the_solver_step_of_the_last_computed_one(
+    denoise: Denoise, make_dit: MakeDiT, attention: Any
+):
+    """The model's answers are recorded by hand; step 2 steps with the velocity of step 1."""
+    dit, z = make_dit(), noise(2)
+    sampling = replace(FULL, attention=attention, quantity="velocity", guidance=1.0)
+    draw = torch.Generator().manual_seed(2)
+    text = torch.randn(1, dit.config.text_len, dit.config.text_dim, generator=draw)
+    run = denoise(
+        dit,
+        z,
+        window=ONE_CHUNK,
+        sampling=sampling,
+        policy=lambda: Stride(steps=[1]),
+        texts={"cond": text},
+    )
+    timesteps, _ = timestep_grid(6, shift=8.0)
+    solver, expected, velocity = UniPC(6, shift=8.0), z.clone(), torch.empty(0)
+    for step, t in enumerate(timesteps):
+        if step in (0, 1, 5):
+            velocity = dit(expected.unsqueeze(0), torch.full((1, 2), t), text)[0]
+        solver.advance_(expected, velocity=velocity)
+        torch.testing.assert_close(run.rows[step], expected, rtol=0, atol=1e-5)
+
+
+def test_a_reused_residual_is_added_to_the_fresh_embedding(denoise: Denoise, make_dit: MakeDiT):
+    dit, z = make_dit(), noise(2)
+    draw = torch.Generator().manual_seed(2)
+    text = torch.randn(1, dit.config.text_len, dit.config.text_dim, generator=draw)
+    run = denoise(
+        dit,
+        z,
+        window=ONE_CHUNK,
+        sampling=replace(CAUSAL, guidance=1.0),
+        policy=lambda: Stride(steps=[1]),
+        texts={"cond": text},
+    )
+    timesteps, _ = timestep_grid(6, shift=8.0)
+    size = {"latent_height": HEIGHT, "latent_width": WIDTH}
+    solver, expected, change = UniPC(6, shift=8.0), z.clone(), torch.empty(0)
+    context, rope = dit.encode_context(text), dit.rope(torch.arange(2), **size)
+    for step, t in enumerate(timesteps):
+        embedded = dit.embed(expected.unsqueeze(0), torch.full((1, 2), t), fps=[24])
+        if step in (0, 1, 5):
+            hidden = dit.run_blocks(
+                embedded, rope, context, self_attend=lambda _layer, q, k, v: SDPA(q, k, v)
+            )
+            change = hidden - embedded.tokens
+        velocity = dit.velocity(embedded.tokens + change, embedded, **size)[0]
+        solver.advance_(expected, velocity=velocity)
+        torch.testing.assert_close(run.rows[step], expected, rtol=0, atol=1e-5)
+
+
+def test_branches_decide_alike_where_the_guided_update_is_reused(
+    denoise: Denoise, make_dit: MakeDiT
+):
+    run = denoise(
+        make_dit(),
+        noise(5),
+        window=WINDOW,
+        sampling=replace(CAUSAL, quantity="latent_update", signal="content"),
+        policy=lambda: FlowCache(0.3, 1),
+    )
+    decisions = {
+        branch: [(p.tick, p.chunk, p.is_computed) for p in run.stats.passes if p.branch == branch]
+        for branch in ("cond", "uncond")
+    }
+    assert decisions["cond"] == decisions["uncond"]
