@@ -1,7 +1,7 @@
 """The reference cases of SkyReels-V2 that make a long video of two or more segments."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ BLIND = (
     "the fork hides the prefix in the first tick of a segment, ours shows it; equal with the prefix"
     " hidden there"
 )
+BLIND_WITHOUT_REUSE = BLIND.replace("the first tick of a segment", "every tick")
 
 
 @dataclass
@@ -106,53 +107,56 @@ def check_long_video(case: Case) -> Iterator[Check]:
         vae, stats = StandInVAE(), RunStats(torch.device("cpu"))
         frames = _make_video(case, run, dit=dit, vae=vae, stats=stats)
         name, stored_frames = run["name"], case.tensor(f"{run['name']}.frames")
-        is_blind = run["engine"] == "fork" and bool(
-            run["budget_block"] or run["kvrange"] is not None
-        )
-        num_equal = case.settings["args"]["base_num_frames"] if is_blind else len(frames)
-        for index, segment in enumerate(vae.segments[: 1 if is_blind else None]):
+        is_compressed = bool(run["budget_block"]) or run["kvrange"] is not None
+        # what a segment without the fork's defect has in common with it
+        num_equal = 1 if is_compressed else None
+        segments = [segment.latents for segment in vae.segments]
+        for index, latents in enumerate(segments[:num_equal]):
             stored = case.tensor(f"{name}.seg{index}")
-            yield compare(f"{name}.seg{index}", segment.latents, stored, tolerance=LOOP_TOLERANCE)
-        for index, prefix in enumerate(vae.encoded[: 1 if is_blind else None], start=1):
+            yield compare(f"{name}.seg{index}", latents, stored, tolerance=LOOP_TOLERANCE)
+        for index, prefix in enumerate(vae.encoded[:num_equal], start=1):
             stored = case.tensor(f"{name}.prefix{index}")
             yield compare(f"{name}.prefix{index}", prefix, stored, tolerance=LOOP_TOLERANCE)
+        shown = case.settings["args"]["base_num_frames"] if is_compressed else len(stored_frames)
         yield compare(
-            f"{name}.frames, first {num_equal}",
-            frames[:num_equal],
-            stored_frames[:num_equal] if is_blind else stored_frames,
+            f"{name}.frames, first {shown}",
+            frames[:shown] if is_compressed else frames,
+            stored_frames[:shown],
             tolerance=BYTE_TOLERANCE,
         )
         if run["skipped_own_steps"] is not None:
-            ours = {
-                (p.segment, p.branch, p.chunk, p.step) for p in stats.passes if not p.is_computed
-            }
-            skipped = {
-                (segment, branch, chunk, step)
-                for branch in ("cond", "uncond")
-                for segment, chunks in enumerate(run["skipped_own_steps"])
-                for chunk, steps in enumerate(chunks)
-                for step in steps
-            }
-            yield compare_sets(f"{name}.skipped_own_steps", ours, skipped)
-        if is_blind:
-            blind = _blind_segment(case, run, dit=dit)
-            differs = (vae.segments[1].latents - case.tensor(f"{name}.seg1")).abs().max().item()
-            check = compare(
-                f"{name}.seg1, prefix hidden",
-                blind.latents,
-                case.tensor(f"{name}.seg1"),
-                tolerance=LOOP_TOLERANCE,
-            )
-            yield known(check, f"ours differs by {differs:.2g}: {BLIND}")
-            decoded = _to_bytes(StandInDecoder().decode(blind.latents.unsqueeze(0))[0])
-            overlap = case.settings["args"]["overlap_pixel_frames"]
-            check = compare(
-                f"{name}.frames from {num_equal}, hidden",
-                decoded[overlap:],
-                stored_frames[num_equal:],
-                tolerance=BYTE_TOLERANCE,
-            )
-            yield known(check, BLIND)
+            yield _check_skipped(run, stats=stats)
+        if is_compressed:
+            yield from _check_blind(case, run, dit=dit, ours=segments[1])
+
+
+def _check_skipped(run: dict[str, Any], *, stats: RunStats) -> Check:
+    ours = {(p.segment, p.branch, p.chunk, p.step) for p in stats.passes if not p.is_computed}
+    skipped = {
+        (segment, branch, chunk, step)
+        for branch in ("cond", "uncond")
+        for segment, chunks in enumerate(run["skipped_own_steps"])
+        for chunk, steps in enumerate(chunks)
+        for step in steps
+    }
+    return compare_sets(f"{run['name']}.skipped_own_steps", ours, skipped)
+
+
+def _check_blind(case: Case, run: dict[str, Any], *, dit: DiT, ours: Tensor) -> Iterator[Check]:
+    """Compare the second segment with the fork's defect put into our loop."""
+    name, arguments = run["name"], case.settings["args"]
+    blind, stored = _blind_segment(case, run, dit=dit), case.tensor(f"{name}.seg1")
+    reason = BLIND if run["reuse"] else BLIND_WITHOUT_REUSE
+    check = compare(f"{name}.seg1, prefix hidden", blind.latents, stored, tolerance=LOOP_TOLERANCE)
+    yield known(check, f"ours differs by {(ours - stored).abs().max().item():.2g}: {reason}")
+    start, decoded = arguments["base_num_frames"], StandInDecoder().decode(blind.latents[None])
+    check = compare(
+        f"{name}.frames from {start}, hidden",
+        _to_bytes(decoded[0])[arguments["overlap_pixel_frames"] :],
+        case.tensor(f"{name}.frames")[start:],
+        tolerance=BYTE_TOLERANCE,
+    )
+    yield known(check, reason)
 
 
 def _make_video(
@@ -212,20 +216,29 @@ def _run_config(arguments: dict[str, Any], run: dict[str, Any]) -> RunConfig:
 
 
 def _blind_segment(case: Case, run: dict[str, Any], *, dit: DiT) -> Denoised:
-    """Denoise the second segment from the stored prefix, hidden in the first tick."""
+    """Denoise the second segment from the stored prefix, hidden as the fork hides it.
+
+    In the first tick; without reuse always, as its prefix then never counts as clean.
+    """
     arguments, size = case.settings["args"], case.settings["args"]["causal_block_size"]
     latents, prefix = case.tensor("in.noise.1").clone(), case.tensor(f"{run['name']}.prefix1")
-    num_prefix = prefix.shape[1]
-    latents[:, :num_prefix] = prefix
+    latents[:, : prefix.shape[1]] = prefix
+    window = cut_window(latents.shape[1], chunk_frames=size, num_prefix=prefix.shape[1])
+    if not run["reuse"]:
+        window = replace(window, chunks=window.chunks[window.num_given :], num_given=0)
+    drawn: tuple[Tensor, ...] = ()
+    if run["addnoise"]:
+        drawn = case.tensor(f"{run['name']}.condition_noise")[0].split(size, dim=1)
     return denoise(
         dit,
         texts_of(case, dit.config, guidance=arguments["guidance"]),
         latents,
-        window=cut_window(latents.shape[1], chunk_frames=size, num_prefix=num_prefix),
+        window=window,
         sampling=fork_sampling(arguments, run=run),
         policy=lambda _branch: fork_policy(run, coefficients=arguments["coefficients"]),
         compression=fork_compression(run, layout=token_layout(latents, chunk_frames=size)),
-        make_cache=PrefixBlindCache,
+        condition_noise=drawn,
+        make_cache=PrefixBlindCache if run["reuse"] else KVCache,
     )
 
 
