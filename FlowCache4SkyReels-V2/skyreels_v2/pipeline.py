@@ -199,7 +199,7 @@ class _SegmentMaker:
         config, window = self.config, self.window
         size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
         noise = self.draw((LATENT_CHANNELS, window.num_frames, *size), self.dit.dtype)
-        latents = noise.float()
+        latents = noise.to(torch.float32, copy=True)
         given = self.conditioning.image
         if self.segment.prefix_pixels:
             assert tail is not None, "a segment with a prefix needs the frames before it"
