@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = Request(
         preset=options.preset,
         model=options.model,
-        overrides=[*options.settings, *given],
+        overrides=[*given, *options.settings],
         out=options.out,
         overwrite=options.overwrite,
     )

@@ -176,7 +176,7 @@ def _merged(
     """Merge a layer key by key, so that a wrong value can be named with its key and source."""
     for key, hint, value in _assignments(schema, layer, prefix="", source=source):
         try:
-            merged = OmegaConf.merge(config, _nested(key, _adapted(hint, value)))
+            merged = OmegaConf.unsafe_merge(config, _nested(key, _adapted(hint, value)))
             _check_meaning(value, OmegaConf.select(merged, key))
         except (OmegaConfBaseException, ValueError, TypeError):
             problem = f"{source}: {key} is {_shown(value)}, but must be {_expected(hint)}"

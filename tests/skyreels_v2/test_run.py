@@ -19,7 +19,7 @@ from flowcache.kv import KVCache
 from flowcache.stats import RunStats
 from flowcache.video import probe, read_video
 from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate, seeded_noise
-from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render, run
+from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render
 
 Make = Callable[..., Any]
 
@@ -238,7 +238,7 @@ def test_the_planned_kv_bytes_are_allocated_and_filled(small: Path, settings: tu
     gc.collect()
     most_bytes = most_tokens = 0
     for progress in generate(models.dit, models.vae, job.config, conditioning, stats=stats):
-        caches = [item for item in gc.get_objects() if isinstance(item, KVCache)]
+        caches = [item for item in gc.get_objects() if type(item) is KVCache]
         assert len(caches) == models.dit.config.num_layers * 2
         most_bytes = max(most_bytes, sum(cache.kv.nbytes for cache in caches))
         most_tokens = max(most_tokens, *(cache.filled for cache in caches))
@@ -249,7 +249,9 @@ def test_the_planned_kv_bytes_are_allocated_and_filled(small: Path, settings: tu
         assert all(cache.filled <= frames * job.plan.frame_tokens for cache in caches)
         del caches
     assert most_bytes == job.plan.kv_bytes
-    assert most_tokens == max(segment.kv_tokens for segment in job.plan.segments)
+    planned = max(segment.kv_tokens for segment in job.plan.segments)
+    # what compression drops within a tick is no longer there after it
+    assert most_tokens == planned if job.config.kv.compress == "none" else most_tokens <= planned
 
 
 def _entered(place: int, job: Job, tick: int) -> bool:
@@ -339,16 +341,3 @@ def test_the_summary_names_the_video(make: Make, caplog: pytest.LogCaptureFixtur
     made = make()
     assert str(made.path) in caplog.text
     assert "17 frames of 32x16 at 24 fps" in caplog.text
-
-
-def test_a_run_can_be_repeated_from_one_job(small: Path, tmp_path: Path):
-    job = prepare(
-        Request(
-            preset="vanilla",
-            model=str(small),
-            overrides=["prompt=a red circle", "num_steps=1"],
-            out=str(tmp_path / "videos"),
-        )
-    )
-    first, second = run(job), run(job)
-    assert (first["video"], second["video"]) == ("vanilla-3.mp4", "vanilla-3-001.mp4")

@@ -1,0 +1,335 @@
+"""The command line: what it takes, and one clear line for everything it can't take."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowcache.video import probe
+from skyreels_v2.__main__ import main
+
+Refused = Callable[..., str]
+Arguments = list[str]
+
+
+@pytest.fixture
+def base(small: Path, tmp_path: Path) -> Arguments:
+    """Arguments that are in order."""
+    return ["--model", str(small), "--prompt", "a red circle", "--out", str(tmp_path / "videos")]
+
+
+@pytest.fixture
+def refused(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Return what runs the command line and gives its one line of error.
+
+    Nothing may be printed or made before: the plan is printed before any weights are loaded.
+    """
+
+    def run(*arguments: str) -> str:
+        assert main([*base, *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        line = captured.err.removesuffix("\n")
+        assert line.startswith("error: ")
+        assert "\n" not in line
+        assert "Traceback" not in line
+        assert not list(tmp_path.rglob("videos/*"))
+        return line
+
+    return run
+
+
+# Mistakes in settings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("treshold=1", "unknown key 'treshold', did you mean reuse.threshold?"),
+        ("reuse.polcy=vanilla", "did you mean reuse.policy?"),
+        ("reuse.policy=magic", "must be one of vanilla, teacache, flowcache, stride"),
+        ("reuse.predict=future", "must be one of"),
+        ("attention=sparse", "must be one of full, causal"),
+        ("num_steps=many", "num_steps is 'many', but must be int"),
+        ("num_steps=2.5", "num_steps"),
+        ("offload=maybe", "must be true or false"),
+        ("num_steps", "is not an override: write key=value"),
+        ("=3", "is not an override"),
+        ("num_frames=18", "num_frames must be 4 n + 1"),
+        ("num_frames=0", "num_frames must be 1 or more"),
+        ("num_frames=-3", "num_frames must be 1 or more"),
+        ("base_num_frames=20", "base_num_frames must be 4 n + 1"),
+        ("num_frames=41", "give overlap_history"),
+        ("causal_block_size=0", "causal_block_size must be 1 or more"),
+        ("causal_block_size=-2", "causal_block_size must be 1 or more"),
+        ("height=20", "height must be a multiple of 16 pixels, not 20; use 16 or 32"),
+        ("width=0", "width must be a multiple of 16"),
+        ("width=-16", "width must be a multiple of 16"),
+        ("num_steps=0", "num_steps must be 1 or more, not 0"),
+        ("num_steps=-5", "num_steps must be 1 or more, not -5"),
+        ("num_steps=1001", "num_steps must be at most 1000"),
+        ("reuse.threshold=-0.1", "reuse.threshold must be 0 or more, not -0.1"),
+        ("reuse.threshold=nan", "reuse.threshold"),
+        ("reuse.threshold=.inf", "reuse.threshold must be a finite number"),
+        ("reuse.warmup_steps=0", "reuse.warmup_steps must be 1 or more"),
+        ("reuse.every=0", "reuse.every must be 1 or more"),
+        ("reuse.steps=[0,99]", "99 is none"),
+        ("reuse.rescale=cubic", "reuse.rescale=cubic is unknown"),
+        ("reuse.extrapolate=.inf", "reuse.extrapolate must be a finite number"),
+        ("seed=-1", "seed must be in 0.."),
+        ("seed=9223372036854775808", "seed"),
+        ("seed=1.5", "seed"),
+        ("ar_step=-1", "ar_step must be 0 or more"),
+        ("guidance=-1", "guidance must be 0 or more"),
+        ("guidance=.inf", "guidance must be a finite number"),
+        ("shift=0", "shift must be above 0"),
+        ("shift=.inf", "shift must be a finite number"),
+        ("shift=.nan", "shift"),
+        ("fps=0", "fps must be 1 or more"),
+        ("addnoise_condition=61", "addnoise_condition must be a timestep in 0..60"),
+        ("addnoise_condition=-1", "addnoise_condition must be a timestep in 0..60"),
+        ("prompt=", "prompt is empty"),
+        ("prompt= \t ", "prompt is empty"),
+        ("prompt=caf\udce9", "prompt is not valid UTF-8 text"),
+        ("device=gpu", "device=gpu"),
+        ("device=mps", "device=mps is not supported"),
+        ("dtype=int8", "must be one of auto, bfloat16, float16, float32"),
+        ("clean_pass=true", "clean_pass=true needs a KV cache: set attention=causal"),
+        ("kv.compress=importance", "needs a KV cache"),
+        ("kv.compress=zip", "must be one of"),
+        ("kv.mix=2", "kv.mix is a share"),
+        ("kv.budget_chunks=-1", "kv.budget_chunks must be 0 or more"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(refused: Refused, setting: str, message: str):
+    assert message in refused("--preset", "teacache_fast", setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("num_frames=41", "overlap_history=8"), "overlap_history must be 4 n + 1"),
+        (("num_frames=41", "overlap_history=17"), "overlap_history 17 must be below"),
+        (("kv.kernel=4", "kv.compress=importance"), "kernel must be odd"),
+        (("kv.weighting=heavy", "kv.compress=importance"), "heavy"),
+        (("kv.power=-1", "kv.weighting=polynomial", "kv.compress=importance"), "power"),
+        (("kv.compress=recent", "kv.budget_chunks=-0.5"), "kv.budget_chunks must be 0 or more"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_one_line(
+    refused: Refused, settings: tuple[str, ...], message: str
+):
+    assert message in refused("--preset", "vanilla_causal", *settings)
+
+
+def test_an_unknown_preset_names_the_nearest_one(refused: Refused):
+    assert "did you mean flowcache_fast?" in refused("--preset", "flowcach_fast")
+    assert "no such file" in refused("--preset", "mine.yaml")
+
+
+def test_a_preset_file_with_an_unknown_key_is_named(refused: Refused, tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("reuse:\n  treshold: 1\n")
+    line = refused("--preset", str(mine))
+    assert str(mine) in line
+    assert "reuse.threshold" in line
+
+
+def test_a_prompt_of_100000_characters_is_refused(refused: Refused):
+    line = refused("--prompt", "a" * 100_000)
+    assert "prompt has 100000 characters, at most 10000" in line
+    assert len(line) < 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_that_is_not_there_is_refused(refused: Refused):
+    assert "PyTorch sees 0 CUDA devices" in refused("device=cuda")
+    assert "PyTorch sees 0 CUDA devices" in refused("device=cuda:3")
+
+
+def test_arguments_that_no_flag_takes_are_one_line(capsys: pytest.CaptureFixture[str]):
+    for arguments in (["--frobnicate"], ["--preset"], ["--prompt", "a", "--seed"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+
+
+# Mistakes in files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--image", "--end-image", "--video"])
+def test_a_given_file_that_is_none_is_named(refused: Refused, tmp_path: Path, flag: str):
+    settings = ("overlap_history=9",) if flag == "--video" else ()
+    missing, folder = tmp_path / "missing.png", tmp_path / "folder"
+    empty, text = tmp_path / "empty.png", tmp_path / "text.png"
+    folder.mkdir()
+    empty.touch()
+    text.write_text("no picture at all\n" * 20)
+    kind = "not a video" if flag == "--video" else "not an image"
+    for path, message in (
+        (missing, "no such file"),
+        (folder, "a folder, not a file"),
+        (empty, "the file is empty"),
+        (text, kind),
+    ):
+        line = refused(flag, str(path), *settings)
+        assert str(path) in line
+        assert message in line
+
+
+def test_a_video_needs_an_overlap_and_enough_frames(refused: Refused, clip: Path):
+    assert "give overlap_history" in refused("--video", str(clip))
+    line = refused(
+        "--video", str(clip), "overlap_history=21", "num_frames=41", "base_num_frames=41"
+    )
+    assert "has 20 frames, fewer than overlap_history 21" in line
+    assert "must be above it" in refused(
+        "--video", str(clip), "overlap_history=13", "num_frames=13"
+    )
+
+
+def test_a_video_and_an_image_cannot_both_be_the_start(refused: Refused, clip: Path, picture: Path):
+    line = refused("--video", str(clip), "--image", str(picture), "overlap_history=9")
+    assert "video cannot be combined with image" in line
+
+
+def test_a_checkpoint_that_is_none_is_named(refused: Refused, tmp_path: Path, picture: Path):
+    assert "no such folder" in refused("--model", str(tmp_path / "missing"))
+    assert "is a file" in refused("--model", str(picture))
+    assert "no SkyReels-V2 checkpoint" in refused("--model", str(tmp_path))
+    assert "not to be had from the hub" in refused("--model", "nobody/nothing")
+
+
+def test_a_hub_id_is_fetched_only_after_the_settings_are_checked(refused: Refused):
+    assert "prompt is empty" in refused("--model", "nobody/nothing", "--prompt", "")
+    assert "seed must be" in refused("--model", "nobody/nothing", "--seed", "-1")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_damaged_shard_is_named(refused: Refused, small: Path, tmp_path: Path, part: str):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(small, damaged)
+    (shard,) = (damaged / part).glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert shard.name in refused("--model", str(damaged))
+    shard.write_bytes(b"no weights" * 100)
+    assert shard.name in refused("--model", str(damaged))
+    shard.unlink()
+    assert part in refused("--model", str(damaged))
+
+
+def test_a_missing_part_of_a_checkpoint_is_named(refused: Refused, small: Path, tmp_path: Path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(small, damaged)
+    shutil.rmtree(damaged / "vae")
+    assert "vae: is missing" in refused("--model", str(damaged))
+
+
+# The output ---------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_named(refused: Refused, picture: Path):
+    assert "cannot write in folder" in refused("--out", str(picture / "videos"))
+    assert "cannot write in folder" in refused("--out", str(picture / "videos" / "a.mp4"))
+    assert "cannot write in folder /proc" in refused("--out", "/proc/flowcache")
+
+
+def test_another_format_is_refused(refused: Refused, tmp_path: Path):
+    assert "written as .mp4" in refused("--out", str(tmp_path / "a.avi"))
+
+
+def test_an_existing_output_is_kept(refused: Refused, tmp_path: Path):
+    video, report = tmp_path / "mine.mp4", tmp_path / "other.json"
+    video.write_bytes(b"precious")
+    report.write_text("precious")
+    assert "mine.mp4 exists and is kept" in refused("--out", str(video))
+    assert "other.json exists and is kept" in refused("--out", str(tmp_path / "other.mp4"))
+    assert video.read_bytes() == b"precious"
+    assert report.read_text() == "precious"
+
+
+def test_overwrite_replaces_an_existing_output(base: Arguments, tmp_path: Path):
+    video = tmp_path / "mine.mp4"
+    video.write_bytes(b"old")
+    arguments = [*base, "--preset", "vanilla", "--out", str(video), "--overwrite", "num_steps=1"]
+    assert main(arguments) == 0
+    assert probe(video).num_frames == 17
+
+
+# What works ---------------------------------------------------------------------------------
+
+
+def test_a_preset_run_twice_gets_fresh_names_and_any_prompt_works(
+    base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompts = (
+        "eine Möwe, 一只红色的鸟, красный круг, دائرة, 🎩",
+        "-- \"quotes\" & 'more' $HOME `x`",
+    )
+    for prompt in prompts:
+        arguments = [
+            "num_steps=1",
+            "--preset",
+            "vanilla_causal",
+            f"--prompt={prompt}",
+            "guidance=1",
+        ]
+        assert main([*base, *arguments]) == 0
+    out = tmp_path / "videos"
+    stems = ["vanilla_causal-3", "vanilla_causal-3-001"]
+    assert sorted(path.stem for path in out.glob("*.mp4")) == stems
+    for stem, prompt in zip(stems, prompts, strict=True):
+        report = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
+        assert report["config"]["prompt"] == prompt
+    assert "causal attention, vanilla reuse" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*base, "--dry-run", "num_frames=13", "--seed", "9", "guidance=1"]) == 0
+    out = capsys.readouterr().out
+    assert "small, diffusers layout" in out
+    assert "13 frames of 32x16 at 24 fps, seed 9" in out
+    assert "flowcache_fast-9.mp4" in out
+    assert not list(tmp_path.rglob("videos/*"))
+
+
+def test_settings_may_stand_before_and_after_flags(
+    base: Arguments, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["num_frames=5", *base, "fps=8", "--dry-run", "num_frames=9"]
+    assert main(arguments) == 0
+    assert "9 frames of 32x16 at 8 fps" in capsys.readouterr().out
+
+
+def test_a_preset_may_be_a_file(
+    base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("num_frames: 5\n")
+    assert main([*base, "--preset", str(mine), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "5 frames of" in out
+    assert "mine-3.mp4" in out
+
+
+def test_help_and_the_list_of_settings_name_everything(capsys: pytest.CaptureFixture[str]):
+    assert main(["--list-settings"]) == 0
+    listed = capsys.readouterr().out
+    for key in ("prompt", "reuse.threshold", "kv.budget_chunks", "addnoise_condition"):
+        assert f"{key}: " in listed
+    assert "accumulated distance" in listed
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("--dry-run", "--overwrite", "--model", "flowcache_fast", "key=value", "examples"):
+        assert word in text

@@ -1,0 +1,107 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowcache.errors import UserError
+from skyreels_v2.config import RunConfig
+from skyreels_v2.dit import DiTConfig
+from skyreels_v2.inputs import check_mode, fit_image, read_media, to_pixels, turn_to_fit
+
+CONFIG = RunConfig(prompt="a red circle", height=16, width=32, num_frames=17, base_num_frames=17)
+DF = DiTConfig()
+I2V = DiTConfig(model_type="i2v", in_dim=36, image_dim=32)
+
+
+def picture_of(height: int, width: int) -> Image.Image:
+    """An image whose red value is its column and whose green value is its row."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(width)
+    pixels[..., 1] = np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def test_an_image_of_the_right_size_is_taken_as_it_is():
+    pixels = fit_image(picture_of(16, 32), height=16, width=32)
+    assert pixels.shape == (3, 1, 16, 32)
+    assert torch.equal(pixels[0, 0, 0], torch.arange(32) / 127.5 - 1)
+    assert torch.equal(pixels[1, 0, :, 0], torch.arange(16) / 127.5 - 1)
+    assert torch.equal(pixels[2], torch.full((1, 16, 32), -1.0))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "first_column", "first_row"),
+    [(16, 64, 16, 0), (16, 48, 8, 0), (32, 32, 0, 8)],
+)
+def test_the_middle_of_an_image_of_another_aspect_is_used(
+    height: int, width: int, first_column: int, first_row: int
+):
+    pixels = fit_image(picture_of(height, width), height=16, width=32)
+    columns = torch.arange(first_column, first_column + 32) / 127.5 - 1
+    rows = torch.arange(first_row, first_row + 16) / 127.5 - 1
+    assert torch.equal(pixels[0, 0, 0], columns)
+    assert torch.equal(pixels[1, 0, :, 0], rows)
+
+
+def test_a_larger_image_is_scaled():
+    pixels = fit_image(picture_of(160, 320).convert("L").convert("RGB"), height=16, width=32)
+    assert pixels.shape == (3, 1, 16, 32)
+
+
+def test_pixels_run_from_minus_one_to_one():
+    frames = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 4, 4, 3)
+    pixels = to_pixels(frames)
+    assert pixels.shape == (3, 2, 4, 4)
+    assert pixels[:, 0].unique().tolist() == [-1]
+    assert pixels[:, 1].unique().tolist() == [1]
+
+
+def test_size_turns_only_for_a_portrait_picture_in_a_landscape_video(
+    picture: Path, portrait: Path, clip: Path
+):
+    assert turn_to_fit(CONFIG) == CONFIG
+    assert turn_to_fit(replace(CONFIG, image=str(picture))).height == 16
+    turned = turn_to_fit(replace(CONFIG, image=str(portrait)))
+    assert (turned.height, turned.width) == (32, 16)
+    upright = replace(CONFIG, image=str(portrait), height=32, width=16)
+    assert turn_to_fit(upright) == upright
+    assert turn_to_fit(replace(CONFIG, video=str(clip))).height == 16
+
+
+def test_the_whole_video_is_read_at_the_size_of_the_run(clip: Path):
+    config = replace(CONFIG, video=str(clip), overlap_history=9, height=32, width=48)
+    video = read_media(config).video
+    assert video is not None
+    assert video.dtype == torch.uint8
+    assert video.shape == (20, 32, 48, 3)
+
+
+def test_a_video_shorter_than_the_overlap_is_refused(clip: Path):
+    with pytest.raises(UserError, match=r"has 20 frames, fewer than overlap_history 21"):
+        read_media(replace(CONFIG, video=str(clip), overlap_history=21))
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "message"),
+    [
+        ({"video": "a.mp4", "image": "b.png"}, DF, "cannot be combined"),
+        ({"video": "a.mp4", "end_image": "b.png"}, DF, "cannot be combined"),
+        ({}, I2V, "give image"),
+        ({"image": "b.png", "end_image": "c.png"}, I2V, "starts from image alone"),
+        ({"image": "b.png", "num_frames": 21}, I2V, "makes one window"),
+    ],
+)
+def test_pictures_that_the_model_cannot_use_are_refused(
+    changes: dict[str, str], model: DiTConfig, message: str
+):
+    with pytest.raises(UserError, match=message):
+        check_mode(replace(CONFIG, **changes), model)
+
+
+def test_a_forcing_model_takes_images_and_an_i2v_model_one():
+    check_mode(replace(CONFIG, image="a.png", end_image="b.png"), DF)
+    check_mode(replace(CONFIG, end_image="b.png"), DF)
+    check_mode(replace(CONFIG, image="a.png"), I2V)

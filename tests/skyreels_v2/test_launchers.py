@@ -1,0 +1,165 @@
+"""The bash launchers: what they hand to the command line, and that it makes videos."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowcache.video import probe
+from skyreels_v2.__main__ import main
+from skyreels_v2.run import FOLDER
+
+NAMES = (
+    "flowcache_fast",
+    "flowcache_slow",
+    "flowcache_kvcompress",
+    "teacache_slow",
+    "teacache_fast",
+    "vanilla",
+)
+VARIABLES = ("MODEL", "PROMPT", "IMAGE", "END_IMAGE", "VIDEO", "HEIGHT", "WIDTH", "NUM_FRAMES")
+VARIABLES += ("NUM_STEPS", "THRESHOLD", "SEED", "OUT")
+
+Launch = Callable[..., list[str]]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the launchers in a path with blanks, whose set-up enters `bin` in `tmp_path`."""
+    folder = tmp_path / "a copy" / "model"
+    folder.mkdir(parents=True)
+    for name in NAMES:
+        shutil.copy(FOLDER / f"run_{name}.sh", folder)
+    setup = folder.parent / "scripts" / "setup.sh"
+    setup.parent.mkdir()
+    setup.write_text(f'export PATH="{tmp_path}/bin:$PATH"\n')
+    (tmp_path / "bin").mkdir()
+    return folder
+
+
+def run_launcher(
+    folder: Path, name: str, *arguments: str, cwd: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    return subprocess.run(
+        ["bash", str(folder / f"run_{name}.sh"), *arguments],
+        cwd=cwd,
+        env=clean | variables | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def use_python(folder: Path, *, script: str) -> None:
+    """Put a script in place of the environment's Python."""
+    path = folder / "bin" / "python"
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def launch(copy: Path, tmp_path: Path) -> Launch:
+    """Return what runs a launcher from elsewhere and gives what it hands to Python."""
+    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
+
+    def run(name: str, *arguments: str, **variables: str) -> list[str]:
+        done = run_launcher(copy, name, *arguments, cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        handed = (tmp_path / "arguments").read_text().removesuffix("\0").split("\0")
+        assert handed[:2] == ["-m", "skyreels_v2"]
+        return handed[2:]
+
+    return run
+
+
+def test_there_is_a_launcher_per_published_preset():
+    assert {path.name for path in FOLDER.glob("run_*.sh")} == {f"run_{name}.sh" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launcher_uses_its_preset_and_hands_on_no_empty_variable(
+    launch: Launch, copy: Path, name: str
+):
+    prompt = "a red circle moving right on a black background"
+    expected = ["--preset", name, "--model", "auto", "--prompt", prompt]
+    assert launch(name) == [*expected, "--out", f"{copy}/result"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launcher_hands_on_its_variables_and_arguments(launch: Launch, name: str):
+    handed = launch(
+        name,
+        "guidance=5",
+        "--dry-run",
+        MODEL="my models/one",
+        PROMPT='two "words" and $more',
+        IMAGE="a b.png",
+        END_IMAGE="c.png",
+        VIDEO="d.mp4",
+        HEIGHT="64",
+        WIDTH="32",
+        NUM_FRAMES="49",
+        NUM_STEPS="7",
+        THRESHOLD="0.3",
+        SEED="8",
+        OUT="my out/x.mp4",
+    )
+    threshold = [] if name == "vanilla" else ["reuse.threshold=0.3"]
+    assert handed == [
+        *("--preset", name, "--model", "my models/one", "--prompt", 'two "words" and $more'),
+        *("--out", "my out/x.mp4", "--image", "a b.png", "--end-image", "c.png"),
+        *("--video", "d.mp4", "height=64", "width=32", "num_frames=49", "num_steps=7"),
+        *(*threshold, "seed=8", "guidance=5", "--dry-run"),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_launcher_hands_on_is_in_order(
+    launch: Launch, small: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    handed = launch(name, "--dry-run", MODEL=str(small), SEED="8")
+    assert main(handed) == 0
+    out = capsys.readouterr().out
+    assert f"preset       {name}: " in out
+    assert f"{name}-8.mp4" in out
+
+
+def test_an_empty_prompt_is_handed_on_and_refused(
+    launch: Launch, small: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(launch("vanilla", MODEL=str(small), PROMPT="")) == 2
+    assert "prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_launcher_plans_on_the_demo_checkpoint(
+    launch: Launch, name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(launch(name, "--dry-run", MODEL="demo")) == 0
+    assert "model        demo, diffusers layout" in capsys.readouterr().out
+
+
+def test_a_launcher_makes_videos_with_fresh_names_and_reports_mistakes(
+    copy: Path, small: Path, tmp_path: Path
+):
+    use_python(tmp_path, script=f'exec "{sys.executable}" "$@"')
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run_launcher(
+        copy, "flowcache_kvcompress", "num_steps=1", cwd=elsewhere, MODEL=str(small)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wrote " in done.stderr
+    assert probe(copy / "result" / "flowcache_kvcompress-3.mp4").num_frames == 17
+    assert not list(elsewhere.iterdir())
+    refused = run_launcher(
+        copy, "flowcache_fast", cwd=elsewhere, MODEL=str(small), IMAGE="missing.png"
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == "error: missing.png: no such file\n"
+    assert refused.stdout == ""

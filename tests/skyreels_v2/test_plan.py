@@ -1,0 +1,139 @@
+from dataclasses import replace
+from itertools import product
+from typing import get_args
+
+import pytest
+import torch
+
+from flowcache.config import find_preset, load_config
+from flowcache.reuse import Quantity
+from skyreels_v2 import flops
+from skyreels_v2.build import compression_of, policy_maker, tokens_per_frame
+from skyreels_v2.config import RunConfig
+from skyreels_v2.dit import DiTConfig
+from skyreels_v2.plan import Plan, lines, make_plan
+from skyreels_v2.run import PRESETS
+
+DF_13B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, inject_sample_info=True)
+"""The 1.3B diffusion forcing model."""
+TWO_LAYERS = replace(DF_13B, num_layers=2)
+
+FRAME = 34 * 60
+"""Tokens of a latent frame at 540P."""
+NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def config_of(preset: str, *settings: str) -> RunConfig:
+    layers = [PRESETS / "base.yaml", find_preset(PRESETS, preset)]
+    return load_config(RunConfig, layers, overrides=["prompt=a swan", *settings])
+
+
+def plan_of(preset: str, *settings: str, model: DiTConfig = DF_13B) -> Plan:
+    return make_plan(config_of(preset, *settings), model, dtype=torch.bfloat16)
+
+
+def test_the_kv_cache_of_97_frames_at_540p_stays_below_18_9_gigabytes():
+    plan = plan_of("flowcache_slow", "num_frames=97")
+    # keys and values, 25 latent frames, 30 layers, 2 branches, 2 bytes
+    assert plan.kv_bytes == 2 * 25 * FRAME * 1536 * 30 * 2 * 2
+    assert plan.kv_bytes <= 18.9e9
+
+
+def test_scoring_the_kv_cache_at_540p_takes_less_than_a_gigabyte():
+    plan = plan_of("flowcache_kvcompress", "num_frames=97")
+    assert 0 < plan.scoring_bytes < 1e9
+
+
+def test_a_kv_cache_never_holds_more_than_clean_and_active_chunks():
+    # chunks of 5 with lag 5 and 50 steps: all five are active at once, one chunk enters per 5 ticks
+    assert plan_of("vanilla_causal", "num_frames=97").segments[0].kv_tokens == 25 * FRAME
+    # 2 steps, lag 2: one after the other, so at most the clean ones and the active one
+    one_by_one = plan_of("vanilla_causal", "num_frames=97", "num_steps=2", "ar_step=2")
+    assert one_by_one.segments[0].kv_tokens == 25 * FRAME
+    kept = plan_of(
+        "vanilla_causal",
+        *("num_frames=97", "num_steps=2", "ar_step=2", "kv.compress=recent", "kv.budget_chunks=1"),
+    )
+    # a chunk enters while the budget's chunk and the one that just became clean are still there
+    assert kept.segments[0].kv_tokens == 3 * 5 * FRAME
+
+
+def test_full_attention_has_no_kv_cache():
+    plan = plan_of("vanilla", model=TWO_LAYERS)
+    assert plan.kv_bytes == plan.scoring_bytes == plan.stored_bytes == 0
+
+
+def test_weights_are_counted_in_the_dtype_of_the_run():
+    assert plan_of("vanilla").weight_bytes == 2 * 1_435_525_696
+
+
+def test_a_synchronous_window_costs_its_forwards():
+    plan = plan_of("vanilla", "num_frames=97", "ar_step=0", "num_steps=10", model=TWO_LAYERS)
+    tokens = 25 * FRAME
+    forward = flops.blocks(TWO_LAYERS, queries=tokens, keys=tokens)
+    forward += flops.head(TWO_LAYERS, queries=tokens)
+    embed = flops.embed(TWO_LAYERS, num_frames=25, frame_tokens=FRAME)
+    assert plan.num_ticks == 10
+    assert plan.flops == 10 * (embed + 2 * forward) + 2 * flops.context(TWO_LAYERS)
+    assert plan.segments[0].num_forwards == 10 * 2
+
+
+def test_causal_chunks_cost_what_they_see():
+    plan = plan_of(
+        "vanilla_causal",
+        *("num_frames=17", "causal_block_size=2", "ar_step=0", "num_steps=4", "guidance=1"),
+        model=TWO_LAYERS,
+    )
+    # 5 latent frames: chunks of 2, 2 and 1, each sees itself and the ones before
+    seen = {2: [2, 4], 1: [5]}
+    tick = flops.embed(TWO_LAYERS, num_frames=5, frame_tokens=FRAME)
+    for queries, keys in ((size, k) for size, all_keys in seen.items() for k in all_keys):
+        tick += flops.blocks(TWO_LAYERS, queries=queries * FRAME, keys=keys * FRAME)
+        tick += flops.head(TWO_LAYERS, queries=queries * FRAME)
+    assert plan.flops == 4 * tick + flops.context(TWO_LAYERS)
+
+
+def test_a_long_video_is_planned_in_segments():
+    plan = plan_of("vanilla", model=TWO_LAYERS)  # 177 frames, windows of 97, 17 shared
+    assert [segment.window.num_frames for segment in plan.segments] == [25, 25]
+    # 50 steps, 5 and 4 chunks to denoise, each 5 steps behind the one before: the published 70, 65
+    assert [segment.num_ticks for segment in plan.segments] == [70, 65]
+
+
+def test_a_second_branch_doubles_all_but_the_embedding():
+    settings = ("num_frames=97", "attention=causal")
+    one = plan_of("vanilla", *settings, "guidance=1", model=TWO_LAYERS)
+    two = plan_of("vanilla", *settings, model=TWO_LAYERS)
+    assert (one.num_branches, two.num_branches) == (1, 2)
+    assert two.kv_bytes == 2 * one.kv_bytes
+    assert two.context_flops == 2 * one.context_flops
+    assert one.flops < two.flops < 2 * one.flops
+
+
+@pytest.mark.parametrize("preset", NAMES)
+def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
+    policies = ("vanilla", "teacache", "flowcache", "stride")
+    base = config_of(preset)
+    for policy, quantity in product(policies, get_args(Quantity)):
+        config = replace(base, reuse=replace(base.reuse, policy=policy, predict=quantity))
+        plan = make_plan(config, TWO_LAYERS, dtype=torch.bfloat16)
+        assert plan.num_ticks == 135
+        assert (plan.kv_bytes > 0) == (config.attention == "causal")
+        assert (plan.stored_bytes > 0) == (policy != "vanilla")
+        compression = compression_of(config, frame_tokens=tokens_per_frame(config))
+        assert (compression is None) == (config.kv.compress == "none")
+        made = policy_maker(config, TWO_LAYERS)
+        assert made() is not made()  # no state is shared
+
+
+@pytest.mark.parametrize("preset", NAMES)
+def test_the_plan_is_told_in_lines(preset: str):
+    config = config_of(preset)
+    plan = make_plan(config, TWO_LAYERS, dtype=torch.bfloat16)
+    text = "\n".join(lines(plan, config))
+    assert "177 frames of 960x544 at 24 fps, seed 1024" in text
+    assert "2: 5 chunks (5 of 5 latent frames), 4 chunks (4 of 5 latent frames)" in text
+    assert "2040 per latent frame, 51000 in the first window" in text
+    for word in ("ticks", "PFLOPs", "weights", "KV cache", "KV scoring", "stored", "activations"):
+        assert word in text
+    assert f"{plan.flops / 1e15:.4g} PFLOPs" in text
