@@ -214,12 +214,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python scripts/bench_demo.py --prompts 16 --out result/bench",
+        epilog="examples:\n"
+        "  python scripts/bench_demo.py --prompts 16 --out result/bench\n"
+        "  python scripts/bench_demo.py --prompts 64 --out result/judge --methods vanilla",
     )
     parser.add_argument("--model", default="demo", help="checkpoint (default: demo)")
     parser.add_argument("--prompts", type=int, default=16, help="clips per method (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("result/bench_demo"), help="result folder")
-    parser.add_argument("--only", help="methods whose name holds this text, and the two vanillas")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help=f"rows of the table (default: all): {'; '.join(m.name for m in METHODS)}",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all methods")
     options = parser.parse_args()
 
@@ -227,11 +234,11 @@ def main() -> int:
         if options.prompts < 1:
             raise UserError(f"--prompts must be 1 or more, not {options.prompts}")
         check_writable(options.out)
-        methods = [
-            method
-            for method in METHODS
-            if not options.only or options.only in method.name or method.name in REFERENCES
-        ]
+        names = options.methods or [method.name for method in METHODS]
+        unknown = set(names) - {method.name for method in METHODS}
+        if unknown:
+            raise UserError(f"--methods: {unknown.pop()!r} is no row of the table: see --help")
+        methods = [m for m in METHODS if m.name in (REFERENCE, *names)]
         rows = run_all(
             methods,
             unseen_prompts(options.prompts),
