@@ -1,5 +1,7 @@
 """Write a short prompt out into a detailed one, with any chat model of transformers."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,8 +29,9 @@ def enhance(prompt: str, *, model: str, device: torch.device) -> str:
         UserError: the model can't be loaded, is no chat model, or answers nothing.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        writer = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        # Any: transformers types its methods as untyped wrappers
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        writer: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
