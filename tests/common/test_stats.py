@@ -1,0 +1,156 @@
+import json
+import time
+
+import pytest
+import torch
+
+from flowcache.reuse import Decision
+from flowcache.stats import RunStats, environment
+
+CPU = torch.device("cpu")
+
+
+def record(stats: RunStats, *, chunk: int, is_computed: bool, branch: str = "cond") -> None:
+    decision = Decision(is_computed, distance=0.25, accumulated=float("inf"))
+    stats.record(segment=0, tick=3, chunk=chunk, step=2, branch=branch, decision=decision)
+
+
+def test_decisions_are_counted_in_all_and_per_branch():
+    stats = RunStats(CPU)
+    for chunk in range(3):
+        record(stats, chunk=chunk, is_computed=chunk == 0)
+    record(stats, chunk=0, is_computed=True, branch="uncond")
+    passes = stats.to_dict()["passes"]
+    assert passes["computed"] == 2
+    assert passes["reused"] == 2
+    assert passes["computed_share"] == 0.5
+    assert passes["per_branch"] == {
+        "cond": {"computed": 1, "reused": 2},
+        "uncond": {"computed": 1, "reused": 0},
+    }
+
+
+def test_every_decision_is_a_row_and_infinity_is_null():
+    stats = RunStats(CPU)
+    record(stats, chunk=1, is_computed=False)
+    decisions = stats.to_dict()["decisions"]
+    row = dict(zip(decisions["columns"], decisions["rows"][0], strict=True))
+    assert row == {
+        "segment": 0,
+        "tick": 3,
+        "chunk": 1,
+        "step": 2,
+        "branch": "cond",
+        "is_computed": False,
+        "distance": 0.25,
+        "accumulated": None,
+    }
+
+
+def test_the_dictionary_of_an_empty_and_of_a_used_run_is_strict_json():
+    stats = RunStats(CPU)
+    empty = stats.to_dict()
+    assert empty["passes"]["computed_share"] is None
+    assert empty["flops"]["saving_factor"] is None
+    record(stats, chunk=0, is_computed=True)
+    stats.add_flops(computed=10, without_reuse=30)
+    with stats.stage("dit"):
+        pass
+    for content in (empty, stats.to_dict()):
+        assert json.loads(json.dumps(content, allow_nan=False)) == content
+
+
+def test_a_nested_stage_is_part_of_the_outer_one():
+    stats = RunStats(CPU)
+    for _ in range(2):
+        with stats.stage("dit"):
+            time.sleep(0.02)
+            with stats.stage("kv_compression"):
+                time.sleep(0.03)
+    times = stats.stage_times()
+    assert times["dit"].parent is None
+    assert times["kv_compression"].parent == "dit"
+    assert times["dit"].num_uses == times["kv_compression"].num_uses == 2
+    assert times["kv_compression"].seconds >= 0.06
+    assert times["dit"].seconds >= times["kv_compression"].seconds + 0.04
+
+
+def test_a_stage_that_raises_is_still_counted_and_closed():
+    stats = RunStats(CPU)
+    with pytest.raises(KeyboardInterrupt), stats.stage("vae"):
+        raise KeyboardInterrupt
+    with stats.stage("write"):
+        pass
+    assert {name: stage.parent for name, stage in stats.stage_times().items()} == {
+        "vae": None,
+        "write": None,
+    }
+
+
+def test_the_summary_says_passes_flops_times_and_memory():
+    stats = RunStats(CPU)
+    for chunk in range(8):
+        record(stats, chunk=chunk, is_computed=chunk < 3)
+    stats.add_flops(computed=113_600 * 10**12, without_reuse=306_000 * 10**12)
+    with stats.stage("dit"), stats.stage("kv_compression"):
+        pass
+    lines = stats.summary().splitlines()
+    assert lines[0] == "chunk passes  3 of 8 computed (37.5 %)"
+    assert lines[1] == "FLOPs         114 PFLOP, 2.69x fewer than without reuse (306 PFLOP)"
+    assert lines[2].startswith("time          0.")
+    assert lines[2].endswith("s: dit 0.0 s (with kv_compression 0.0 s)")
+    assert lines[3].startswith("peak memory   ")
+
+
+def test_peak_memory_of_the_process_grows_with_what_it_touches():
+    stats = RunStats(CPU)
+    before = stats.peak_memory_bytes()
+    block = torch.ones(before // 4 + 50_000_000)  # 4 bytes each: more than all before
+    assert stats.peak_memory_bytes() >= block.numel() * 4
+
+
+def test_recording_keeps_no_tensor():
+    stats = RunStats(CPU)
+    record(stats, chunk=0, is_computed=True)
+    assert not any(isinstance(value, torch.Tensor) for value in stats.passes[0])
+
+
+def test_recording_a_step_of_the_real_model_costs_below_a_millisecond():
+    stats = RunStats(CPU)
+    start = time.perf_counter()
+    for _ in range(20):
+        with stats.stage("dit"):
+            for chunk in range(25):
+                record(stats, chunk=chunk, is_computed=True)
+            stats.add_flops(computed=1, without_reuse=1)
+    # A tick of the 1.3B model takes more than a second: 1 % is 10 ms.
+    assert (time.perf_counter() - start) / 20 < 0.01
+
+
+def test_the_environment_is_json_and_names_no_machine():
+    facts = environment(CPU)
+    text = json.dumps(facts)
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["device"] == "cpu"
+    assert "/" not in text
+    assert facts["commit"] is None or len(facts["commit"].rstrip("+")) == 40
+
+
+@pytest.mark.gpu
+def test_cuda_stages_measure_the_work_queued_in_them():
+    device = torch.device("cuda")
+    matrix = torch.randn(4096, 4096, device=device)
+    matrix @ matrix  # the library's own start-up is not part of the measure
+    torch.cuda.synchronize()
+    stats = RunStats(device)
+    with stats.stage("dit"):
+        for _ in range(50):
+            matrix @ matrix
+    queued = time.perf_counter()
+    times = stats.stage_times()
+    waited = time.perf_counter() - queued
+    assert times["dit"].seconds >= waited / 2
+    with stats.stage("write", is_on_host=True):
+        time.sleep(0.05)
+    assert stats.stage_times()["write"].seconds >= 0.05
+    assert stats.peak_memory_bytes() >= matrix.numel() * 4

@@ -1,0 +1,311 @@
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowcache.errors import UserError
+from flowcache.video import (
+    Pixels,
+    Probe,
+    VideoWriter,
+    check_ffmpeg,
+    check_writable,
+    fresh_path,
+    probe,
+    read_image,
+    read_video,
+    to_uint8,
+    write_json,
+)
+
+HEIGHT, WIDTH = 48, 64
+
+
+def smooth_clip(num_frames: int) -> Pixels:
+    """Make a clip that H.264 keeps well: a gradient whose colours drift."""
+    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
+    frames = [
+        np.stack([rows * 4, columns * 3, np.full_like(rows, 40 + 4 * t)], axis=-1)
+        for t in range(num_frames)
+    ]
+    return np.stack(frames).astype(np.uint8)
+
+
+def write(path: Path, frames: Pixels, **options: Any) -> Path:
+    with VideoWriter(path, fps=24, size=(HEIGHT, WIDTH), **options) as writer:
+        writer.append(frames[:2])
+        writer.append(torch.from_numpy(frames[2:]))
+    return writer.path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_a_written_video_has_its_frames_rate_size_and_colours(tmp_path: Path):
+    frames = smooth_clip(25)
+    path = write(tmp_path / "new folder" / "ü clip.mp4", frames)
+    assert probe(path) == Probe(num_frames=25, fps=24.0, height=HEIGHT, width=WIDTH)
+    read, fps = read_video(path)
+    assert fps == 24.0
+    assert read.shape == frames.shape
+    assert np.abs(read.astype(int) - frames).mean() < 2
+    assert files(path.parent) == ["ü clip.mp4"]
+
+
+def test_primary_colours_survive_the_codec(tmp_path: Path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)]
+    frames = np.zeros((5, HEIGHT, WIDTH, 3), np.uint8)
+    for frame, colour in zip(frames, colours, strict=True):
+        frame[:] = colour
+    read, _ = read_video(write(tmp_path / "a.mp4", frames))
+    assert np.abs(read.astype(int) - frames).max() <= 4
+
+
+def test_a_lossless_video_gives_back_every_pixel(tmp_path: Path):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 15, 33, 3), dtype=np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", fps=12.5, size=(15, 33), is_lossless=True) as writer:
+        writer.append(frames)
+    read, fps = read_video(tmp_path / "a.mp4")
+    assert fps == 12.5
+    assert np.array_equal(read, frames)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_an_interrupted_video_keeps_its_frames_under_another_name(
+    tmp_path: Path, error: BaseException, caplog: pytest.LogCaptureFixture
+):
+    frames = smooth_clip(9)
+    writer = VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH))
+    with pytest.raises(type(error)), caplog.at_level(logging.WARNING), writer:
+        writer.append(frames)
+        raise error
+    assert files(tmp_path) == ["clip.partial.mp4"]
+    assert writer.partial_path == tmp_path / "clip.partial.mp4"
+    assert "kept the first 9 frames" in caplog.text
+    assert probe(writer.partial_path).num_frames == 9
+
+
+def test_a_second_interruption_does_not_replace_the_first_partial_video(tmp_path: Path):
+    for num_frames in (4, 6):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer,
+        ):
+            writer.append(smooth_clip(num_frames))
+            raise KeyboardInterrupt
+    assert probe(tmp_path / "clip.partial.mp4").num_frames == 4
+    assert probe(tmp_path / "clip.partial-001.mp4").num_frames == 6
+
+
+def test_an_interruption_before_the_first_frame_leaves_nothing(tmp_path: Path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)),
+    ):
+        raise KeyboardInterrupt
+    assert files(tmp_path) == []
+
+
+def test_the_name_of_the_result_appears_only_at_the_end(tmp_path: Path):
+    with VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer:
+        writer.append(smooth_clip(3))
+        assert not (tmp_path / "clip.mp4").exists()
+    assert files(tmp_path) == ["clip.mp4"]
+
+
+def test_an_existing_file_is_kept_unless_overwriting_is_allowed(tmp_path: Path):
+    path = write(tmp_path / "clip.mp4", smooth_clip(3))
+    with pytest.raises(UserError, match=r"clip\.mp4 exists"):
+        write(path, smooth_clip(5))
+    assert probe(path).num_frames == 3
+    write(path, smooth_clip(5), overwrite=True)
+    assert probe(path).num_frames == 5
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path):
+    with VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer:
+        writer.append(smooth_clip(3))
+        (tmp_path / "clip.mp4").write_text("from another run")
+    assert writer.path == tmp_path / "clip-001.mp4"
+    assert (tmp_path / "clip.mp4").read_text() == "from another run"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("a.mp4", {"size": (47, 64)}, "must be even .* got 47 x 64"),
+        ("a.mp4", {"size": (0, 64)}, "must be even .* got 0 x 64"),
+        ("a.mp4", {"fps": 0}, "fps must be above 0, got 0"),
+        ("a.mp4", {"fps": float("nan")}, "fps must be above 0, got nan"),
+        ("a.mp4", {"quality": 11}, "quality must be between 1 and 10, got 11"),
+        ("a.avi", {}, "written as .mp4, not .avi"),
+        ("a" * 250 + ".mp4", {}, "at most 240 bytes"),
+    ],
+)
+def test_impossible_settings_are_refused_before_the_first_frame(
+    tmp_path: Path, name: str, options: dict[str, Any], said: str
+):
+    settings: dict[str, Any] = {"fps": 24, "size": (HEIGHT, WIDTH), **options}
+    with pytest.raises(UserError, match=said):
+        VideoWriter(tmp_path / name, **settings)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((1, HEIGHT, WIDTH, 3), np.float32),
+        np.zeros((HEIGHT, WIDTH, 3), np.uint8),
+        np.zeros((1, WIDTH, HEIGHT, 3), np.uint8),
+    ],
+)
+def test_frames_of_another_kind_are_refused(tmp_path: Path, frames: Any):
+    with (
+        pytest.raises(ValueError, match=r"must be uint8 \[T, 48, 64, 3\]"),
+        VideoWriter(tmp_path / "a.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer,
+    ):
+        writer.append(frames)
+
+
+def test_a_video_without_frames_is_an_error(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match="no frame was written"),
+        VideoWriter(tmp_path / "a.mp4", fps=24, size=(HEIGHT, WIDTH)),
+    ):
+        pass
+
+
+def test_reading_can_stop_early_and_scale(tmp_path: Path):
+    frames = smooth_clip(12)
+    path = write(tmp_path / "a.mp4", frames)
+    read, _ = read_video(path, max_frames=5, size=(24, 32))
+    assert read.shape == (5, 24, 32, 3)
+    assert np.abs(read.mean(axis=(1, 2)) - frames[:5].mean(axis=(1, 2))).max() < 2
+
+
+def test_what_is_not_a_video_is_named_in_one_line(tmp_path: Path):
+    video = write(tmp_path / "whole.mp4", smooth_clip(8)).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(video[: len(video) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("a story\n" * 50)
+    (tmp_path / "notes.txt").write_text("a story\n" * 50)  # ffmpeg would draw it as a video
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    expected = {
+        "cut.mp4": "not a video",
+        "empty.mp4": "the file is empty",
+        "text.mp4": "not a video",
+        "notes.txt": "not a video",
+        "image.png": "not a video",
+        "missing.mp4": "no such file",
+        ".": "a folder",
+    }
+    for name, said in expected.items():
+        for read in (read_video, probe):
+            with pytest.raises(UserError) as caught:
+                read(tmp_path / name)
+            assert str(caught.value).startswith(f"{tmp_path / name}: {said}")
+            assert "\n" not in str(caught.value)
+
+
+def test_an_image_is_read_upright_and_as_rgb(tmp_path: Path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0, 0] = (250, 10, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    image = read_image(tmp_path / "turned.png")
+    assert image.mode == "RGB"
+    assert image.size == (4, 6)
+    assert image.getpixel((3, 0)) == (250, 10, 20)
+
+
+def test_what_is_not_an_image_is_named_in_one_line(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    png = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(png[: len(png) // 2])
+    broken = bytearray(png)
+    broken[30] ^= 0xFF  # inside the checksum of the header
+    (tmp_path / "broken.png").write_bytes(broken)
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    expected = {
+        "cut.png": "not an image that can be read",
+        "broken.png": "not an image that can be read",
+        "text.png": "not an image that can be read",
+        "empty.png": "the file is empty",
+        "missing.png": "no such file",
+    }
+    for name, said in expected.items():
+        with pytest.raises(UserError) as caught:
+            read_image(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: {said}")
+        assert "\n" not in str(caught.value)
+
+
+def test_float_pixels_are_clamped_scaled_and_cut_off():
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 2.0])
+    pixels = values.view(1, 1, 1, 1, 6).expand(2, 3, 4, 1, 6)
+    converted = to_uint8(pixels)
+    assert converted.shape == (2, 4, 1, 6, 3)
+    assert converted.dtype == torch.uint8
+    assert converted[1, 2, 0, :, 1].tolist() == [0, 0, 127, 254, 255, 255]
+    assert to_uint8(pixels[0].bfloat16()).shape == (4, 1, 6, 3)
+
+
+def test_colours_move_to_the_last_axis_in_order():
+    pixels = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)
+    assert to_uint8(pixels).flatten().tolist() == [0, 127, 255]
+
+
+def test_fresh_paths_count_up(tmp_path: Path):
+    assert fresh_path(tmp_path, "clip", ".mp4") == tmp_path / "clip.mp4"
+    (tmp_path / "clip.mp4").touch()
+    assert fresh_path(tmp_path, "clip", ".mp4") == tmp_path / "clip-001.mp4"
+    (tmp_path / "clip-001.mp4").touch()
+    assert fresh_path(tmp_path, "clip", ".mp4") == tmp_path / "clip-002.mp4"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
+    check_writable(tmp_path / "a" / "b")
+    assert files(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"cannot write in folder {folder}: "):
+            check_writable(folder)
+
+
+def test_ffmpeg_is_checked_by_encoding(monkeypatch: pytest.MonkeyPatch):
+    check_ffmpeg()
+    for program in ("/nonexistent/ffmpeg", "/bin/false"):
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
+        with pytest.raises(UserError, match="ffmpeg does not work"):
+            check_ffmpeg()
+
+
+def test_json_is_readable_with_tables_in_rows(tmp_path: Path):
+    content = {"name": "猫", "rows": [[1, "a", None], [2, "b", 0.5]], "none": [], "empty": {}}
+    write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert text == (
+        '{\n  "name": "猫",\n  "rows": [\n    [1, "a", null],\n    [2, "b", 0.5]\n  ],\n'
+        '  "none": [],\n  "empty": {}\n}\n'
+    )
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert files(tmp_path) == ["a.json"]
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json(tmp_path / "a.json" / "b.json", {})
