@@ -27,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 DEFAULTS = {"num_steps": 30, "shift": 8.0, "guidance": 6.0, "fps": 24}
 """Upstream's values for what a checkpoint of its own kind, such as the demo, may know better."""
+ENGLISH_NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, "
+    "images, static, overall gray, worst quality, low quality, JPEG compression residue, ugly, "
+    "incomplete, extra fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured, "
+    "misshapen limbs, fused fingers, still picture, messy background, three legs, many people in "
+    "the background, walking backwards"
+)
+"""With which upstream's generate_video.py is used; generate_video_df.py has the Chinese original."""
 MAX_SEED = 4294967293
 """The largest seed that upstream draws."""
 NAME_CHARACTERS = 100
@@ -78,7 +86,7 @@ def request_of(script: Script, options: Namespace) -> Request:
         expname = options.expname
     else:
         settings += [
-            *_one_window_settings(options),
+            *_one_window_settings(options, own),
             *_reuse_settings(options, policy=_policy(options)),
         ]
         expname = None
@@ -140,13 +148,15 @@ def _forcing_settings(options: Namespace) -> Iterator[str]:
             raise UserError("--video_path needs --overlap_history: 17 or 37 frames are recommended")
 
 
-def _one_window_settings(options: Namespace) -> Iterator[str]:
+def _one_window_settings(options: Namespace, own: set[str]) -> Iterator[str]:
     """One window of any length, denoised as one chunk with full attention."""
     if options.guidance is not None and options.guidance < 1:
         raise UserError(
             f"--guidance_scale must be 1 (none) or more, not {options.guidance:g}: below 1 the "
             "video would follow the negative prompt"
         )
+    if "negative_prompt" not in own:
+        yield f"negative_prompt={ENGLISH_NEGATIVE_PROMPT}"
     yield f"num_frames={options.num_frames}"
     yield f"base_num_frames={options.num_frames}"
     yield "overlap_history=null"
