@@ -34,7 +34,7 @@ ENGLISH_NEGATIVE_PROMPT = (
     "misshapen limbs, fused fingers, still picture, messy background, three legs, many people in "
     "the background, walking backwards"
 )
-"""With which upstream's generate_video.py is used; generate_video_df.py has the Chinese original."""
+"""What upstream's generate_video.py leads away from; generate_video_df.py has the Chinese text."""
 MAX_SEED = 4294967293
 """The largest seed that upstream draws."""
 NAME_CHARACTERS = 100
