@@ -8,124 +8,20 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, L text tokens
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
 from flowcache.errors import UserError
 from flowcache.kv import KVCache, caches_for
 from flowcache.reuse import ResultStore, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
-from magi1.config import MagiConfig
+from magi1 import flops
 from magi1.dit import DiT
 from magi1.layers import ContextKV, SelfAttend
+from magi1.sampling import Branch, KVBudget, Sampling
 from magi1.schedule import Clip, Clock
-
-Quantity = Literal["latent_update", "velocity"]
-"""What a reused chunk gets again: the last change of its latents, as published, with the step size
-of then; or the last velocity, times the step size of now."""
-
-PREV_CHUNKS_SHARE = 0.7
-"""Share of the chunk that saw the ones before it; the rest is of the copy that saw none."""
-RANGE_SLACK = 1e-7
-"""A timestep this little below a range's lower end belongs to it."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How the three passes of a base model are weighted, by timestep.
-
-    `(1 - prev) * alone + (prev - text) * no_text + text * with_text`: the chunk alone and without
-    text, with the chunks before it, and with its text as well.
-
-    Attributes:
-        t_range: lower ends of the ranges of timesteps.
-        prev_scales: `prev` in each range.
-        text_scales: `text` in each range.
-    """
-
-    t_range: tuple[float, ...]
-    prev_scales: tuple[float, ...]
-    text_scales: tuple[float, ...]
-
-    def scales(self, t: float) -> tuple[float, float]:
-        """Return `prev` and `text` at a timestep."""
-        place = sum(low - RANGE_SLACK < t for low in self.t_range) - 1
-        return self.prev_scales[place], self.text_scales[place]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a clip is denoised.
-
-    Attributes:
-        guidance: three passes with these weights; None: one pass (distilled models).
-        is_distilled: whether the model is told the step size.
-        clean_t: timestep at which clean chunks are shown to the model.
-        clean_pass: whether a chunk that became clean goes through the model once more, without its
-            text, for its keys. Else they stay those of its last computed step, as in FlowCache.
-        nearly_clean_pass: whether the oldest chunk, once nearly clean, is computed a second time
-            without the chunks before it (one pass only).
-        quantity: see `Quantity`.
-    """
-
-    guidance: Guidance | None
-    is_distilled: bool
-    clean_t: float = 0.9999
-    clean_pass: bool = True
-    nearly_clean_pass: bool = True
-    quantity: Quantity = "latent_update"
-
-    @classmethod
-    def of(cls, config: MagiConfig) -> "Sampling":
-        """Return what a config of the release describes."""
-        run = config.runtime_config
-        guidance = Guidance(run.cfg_t_range, run.prev_chunk_scales, run.text_scales)
-        return cls(
-            guidance=guidance if run.cfg_number > 1 else None,
-            is_distilled=config.engine_config.distill,
-            clean_t=run.clean_t,
-        )
-
-
-@dataclass(frozen=True)
-class KVBudget:
-    """A bound on the KV cache and the rule that picks which clean tokens stay.
-
-    Attributes:
-        total_chunks: chunks that the cache holds, active ones included.
-        strategy: picks the tokens.
-        layout: tokens of a frame and a chunk.
-    """
-
-    total_chunks: int
-    strategy: CompressionStrategy
-    layout: TokenLayout
-
-    def seen_queries(self, q_SHC: Tensor) -> Tensor:
-        """Return a copy of the queries that the strategy looks at (none, if it looks at none)."""
-        if isinstance(self.strategy, ImportanceRedundancy):
-            return self.strategy.seen_queries(q_SHC, self.layout).clone()
-        return q_SHC[:0]
-
-
-@dataclass
-class Branch:
-    """One guidance pass through the KV cache.
-
-    Attributes:
-        is_null: whether the caption counts as dropped.
-        caches: keys and values, by layer.
-        queries: of the chunk computed last, by layer; empty without a KV budget.
-    """
-
-    is_null: bool
-    caches: list[KVCache]
-    queries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class ClipSampler:
@@ -179,6 +75,7 @@ class ClipSampler:
         self.timesteps = clock.timesteps().tolist()
         self.contexts: dict[int, list[ContextKV]] = {}
         self.null_context = dit.encode_context(null_caption.unsqueeze(0))
+        self._count_both(flops.context(dit.config, text=len(null_caption)))
         self.waiting: tuple[int, ...] = ()
         """Chunks that became clean in the last tick; the next one settles their keys."""
         self.num_unshared = 0
@@ -229,7 +126,9 @@ class ClipSampler:
             if chunk not in self.contexts:
                 text = self.captions[chunk].unsqueeze(0)
                 self.contexts[chunk] = self.dit.encode_context(text)
+                self._count_both(flops.context(self.dit.config, text=text.shape[1]))
         steps = {chunk: tick.steps[chunk] for chunk in self._computed(tick)}
+        self._count(tick, steps)
         passes = {name: self._through_cache(branch, tick, steps) for name, branch in self._named()}
         guided = passes["cond"]
         if self.sampling.guidance is not None:
@@ -240,7 +139,8 @@ class ClipSampler:
         oldest = min(tick.steps)
         if oldest in steps and self._is_computed_twice(tick.steps[oldest]):
             alone = self._alone(tick, oldest, position=max(tick.steps) + 1)
-            guided[oldest] = PREV_CHUNKS_SHARE * guided[oldest] + (1 - PREV_CHUNKS_SHARE) * alone
+            share = self.sampling.prev_share
+            guided[oldest] = share * guided[oldest] + (1 - share) * alone
         return guided
 
     def _computed(self, tick: Tick) -> list[int]:
@@ -262,6 +162,8 @@ class ClipSampler:
 
     def _signal(self, tick: Tick, chunk: int) -> Tensor:
         x, t = self._frames(chunk).unsqueeze(0), self._t(self.timesteps[tick.steps[chunk]])
+        tokens = flops.embed(self.dit.config, tokens=self.chunk_tokens, is_distilled=False)
+        self.stats.add_flops(computed=tokens, without_reuse=0)
         return self.dit.embed(x, t, is_null=False).tokens
 
     def _through_cache(
@@ -295,7 +197,7 @@ class ClipSampler:
         step = tick.steps[chunk]
         prev, text = self.sampling.guidance.scales(self.timesteps[step])
         guided = (prev - text) * passes["prev"] + text * passes["cond"]
-        if prev == 1:
+        if not self._has_pass_alone(step):
             return guided
         hidden = self._hidden(
             self._frames(chunk),
@@ -308,7 +210,13 @@ class ClipSampler:
         )
         return (1 - prev) * self._read(hidden) + guided
 
+    def _has_pass_alone(self, step: int) -> bool:
+        """Tell whether the pass of a chunk alone has any weight in the guidance."""
+        guidance = self.sampling.guidance
+        return guidance is not None and guidance.scales(self.timesteps[step])[0] != 1
+
     def _is_computed_twice(self, step: int) -> bool:
+        """Tell whether the oldest chunk is also computed without the chunks before it."""
         sampling = self.sampling
         is_wanted = sampling.nearly_clean_pass and sampling.guidance is None
         return is_wanted and self.clock.is_nearly_clean(step)
@@ -412,6 +320,8 @@ class ClipSampler:
 
     def _feed(self, chunk: int, branch: Branch, *, tick: Tick, reach: int | None) -> None:
         """Send a clean chunk through the model, without its text, for the sake of its keys."""
+        keys = self._num_keys(branch, offset=0, reach=reach)
+        self._count_both(self._pass_flops(keys, self.null_context))
         self._hidden(
             self._fixed(chunk),
             t=self.sampling.clean_t,
@@ -475,6 +385,38 @@ class ClipSampler:
     def _own_tokens(self, _layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let a chunk attend to itself alone."""
         return self.dit.kernel(q, k, v)
+
+    # FLOPs ------------------------------------------------------------------------------------
+
+    def _count(self, tick: Tick, computed: Mapping[int, int]) -> None:
+        """Add the FLOPs of a tick, as done and as without reuse."""
+        head = flops.head(self.dit.config, queries=self.chunk_tokens)
+        for place, (chunk, step) in enumerate(tick.steps.items()):
+            cost = 0
+            for _, branch in self._named():
+                keys = self._num_keys(
+                    branch, offset=place * self.chunk_tokens, reach=self.clock.reach(step)
+                )
+                context = self.null_context if branch.is_null else self.contexts[chunk]
+                cost += self._pass_flops(keys, context) + head
+            if self._has_pass_alone(step):
+                cost += self._pass_flops(self.chunk_tokens, self.null_context) + head
+            if place == 0 and self._is_computed_twice(step):
+                cost += self._pass_flops(self.chunk_tokens, self.contexts[chunk]) + head
+            self.stats.add_flops(computed=cost if chunk in computed else 0, without_reuse=cost)
+
+    def _pass_flops(self, keys: int, context: Sequence[ContextKV]) -> int:
+        """Return the FLOPs of one chunk through embedding and layers."""
+        config, tokens = self.dit.config, self.chunk_tokens
+        cost = flops.embed(config, tokens=tokens, is_distilled=self.sampling.is_distilled)
+        return cost + flops.blocks(config, queries=tokens, keys=keys, text=context[0].k.shape[1])
+
+    def _num_keys(self, branch: Branch, *, offset: int, reach: int | None) -> int:
+        seen = branch.caches[0].clean + offset + self.chunk_tokens
+        return seen if reach is None else min(seen, reach * self.chunk_tokens)
+
+    def _count_both(self, cost: int) -> None:
+        self.stats.add_flops(computed=cost, without_reuse=cost)
 
     # Small things -----------------------------------------------------------------------------
 

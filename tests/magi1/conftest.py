@@ -35,10 +35,14 @@ class Golden:
     def config(self) -> MagiConfig:
         """Return the case's configuration; the files leave out the three paths."""
         parts = self.case["config"]
+        runtime = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in parts["runtime_config"].items()
+        }
         paths = {"load": "", "t5_pretrained": "", "vae_pretrained": ""}
         return MagiConfig(
             ModelConfig(**parts["model_config"]),
-            RuntimeConfig(**parts["runtime_config"], **paths),
+            RuntimeConfig(**runtime, **paths),
             EngineConfig(**parts["engine_config"]),
         )
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.errors import UserError
-from magi1.vae import VAE, Tiling, ViTVAE, check, in_tiles, load, parse_config, standardise
+from magi1.vae import VAE, Tiling, check, in_tiles, load, parse_config
+from magi1.vit import ViTVAE, standardise
 
 TOLERANCE = 5e-5
 """Largest difference to the reference over its largest value."""

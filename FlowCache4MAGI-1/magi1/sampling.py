@@ -1,0 +1,116 @@
+"""How a clip is denoised: guidance passes, clean passes, the bound of the KV cache.
+
+Axes: S tokens of a chunk, H query heads, C head width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
+from flowcache.kv import KVCache
+from magi1.config import MagiConfig
+
+Quantity = Literal["latent_update", "velocity"]
+"""What a reused chunk gets again: the last change of its latents, as published, with the step size
+of then; or the last velocity, times the step size of now."""
+
+RANGE_SLACK = 1e-7
+"""A timestep this little below a range's lower end belongs to it."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the three passes of a base model are weighted, by timestep.
+
+    `(1 - prev) * alone + (prev - text) * no_text + text * with_text`: the chunk alone and without
+    text, with the chunks before it, and with its text as well.
+
+    Attributes:
+        t_range: lower ends of the ranges of timesteps.
+        prev_scales: `prev` in each range.
+        text_scales: `text` in each range.
+    """
+
+    t_range: tuple[float, ...]
+    prev_scales: tuple[float, ...]
+    text_scales: tuple[float, ...]
+
+    def scales(self, t: float) -> tuple[float, float]:
+        """Return `prev` and `text` at a timestep."""
+        place = sum(low - RANGE_SLACK < t for low in self.t_range) - 1
+        return self.prev_scales[place], self.text_scales[place]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a clip is denoised.
+
+    Attributes:
+        guidance: three passes with these weights; None: one pass (distilled models).
+        is_distilled: whether the model is told the step size.
+        clean_t: timestep at which clean chunks are shown to the model.
+        clean_pass: whether a chunk that became clean goes through the model once more, without its
+            text, for its keys. Else they stay those of its last computed step, as in FlowCache.
+        nearly_clean_pass: whether the oldest chunk, once nearly clean, is computed a second time
+            without the chunks before it (one pass only).
+        prev_share: weight of the chunk that saw the ones before it in the mean with the copy that
+            saw none.
+        quantity: see `Quantity`.
+    """
+
+    guidance: Guidance | None
+    is_distilled: bool
+    clean_t: float = 0.9999
+    clean_pass: bool = True
+    nearly_clean_pass: bool = True
+    prev_share: float = 0.7
+    quantity: Quantity = "latent_update"
+
+    @classmethod
+    def of(cls, config: MagiConfig) -> "Sampling":
+        """Return what a config of the release describes."""
+        run = config.runtime_config
+        guidance = Guidance(run.cfg_t_range, run.prev_chunk_scales, run.text_scales)
+        return cls(
+            guidance=guidance if run.cfg_number > 1 else None,
+            is_distilled=config.engine_config.distill,
+            clean_t=run.clean_t,
+        )
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """A bound on the KV cache and the rule that picks which clean tokens stay.
+
+    Attributes:
+        total_chunks: chunks that the cache holds, active ones included.
+        strategy: picks the tokens.
+        layout: tokens of a frame and a chunk.
+    """
+
+    total_chunks: int
+    strategy: CompressionStrategy
+    layout: TokenLayout
+
+    def seen_queries(self, q_SHC: Tensor) -> Tensor:
+        """Return a copy of the queries that the strategy looks at (none, if it looks at none)."""
+        if isinstance(self.strategy, ImportanceRedundancy):
+            return self.strategy.seen_queries(q_SHC, self.layout).clone()
+        return q_SHC[:0]
+
+
+@dataclass
+class Branch:
+    """One guidance pass through the KV cache.
+
+    Attributes:
+        is_null: whether the caption counts as dropped.
+        caches: keys and values, by layer.
+        queries: of the chunk computed last, by layer; empty without a KV budget.
+    """
+
+    is_null: bool
+    caches: list[KVCache]
+    queries: dict[int, Tensor] = field(default_factory=dict)

@@ -1,0 +1,318 @@
+"""The denoising loop: the reference's clips, and laws that need no reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
+from flowcache.errors import UserError
+from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.stats import RunStats
+from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
+from magi1.config import ModelConfig
+from magi1.dit import DiT
+from magi1.sampler import ClipSampler
+from magi1.sampling import Guidance, KVBudget, Sampling
+from magi1.schedule import Clip, Clock
+
+LOOP_TOLERANCE = 2e-4
+"""Largest difference to the reference after a whole loop over its largest value."""
+
+BASE = Guidance((0.0, 0.3), prev_scales=(1.5, 1.0), text_scales=(7.5, 0.0))
+DISTILLED = Sampling(guidance=None, is_distilled=True)
+LAYOUT = TokenLayout(frame_tokens=4, chunk_tokens=8)
+"""Of the tiny clips: 2 latents of 4 x 4 in a chunk, 4 tokens in a latent."""
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def reference_sampler(want: Any, policy: ReusePolicy, sampling: Sampling) -> ClipSampler:
+    """Build the sampler of a reference case that has no prefix."""
+    config, dit = want.config(), want.dit()
+    clip = Clip(config.runtime_config.num_frames)
+    special = want.under("special")
+    tokens = SpecialTokens(
+        *(special[f"{name}"] for name in ("caption_token", "logo_token")), special["other_tokens"]
+    )
+    captions = chunk_captions(
+        want["emb"][0, 0][want["mask"][0].bool()],
+        num_chunks=clip.num_chunks,
+        tokens=tokens,
+        choice=TokenChoice(),
+        max_length=config.model_config.caption_max_length,
+    )
+    return ClipSampler(
+        dit,
+        want["noise"][0].clone(),
+        clip=clip,
+        clock=Clock.of(config),
+        sampling=sampling,
+        captions=dict(enumerate(captions)),
+        null_caption=null_caption(dit.null_caption),
+        policy=policy,
+        stats=RunStats(torch.device("cpu")),
+    )
+
+
+def test_three_passes_give_the_reference_clip(golden: Callable[[str], Any]):
+    want = golden("gen_base_t2v")
+    sampler = reference_sampler(want, Vanilla(), Sampling.of(want.config()))
+    for tick, finished in sampler.run():
+        assert difference(sampler.latents, want["x_after"][tick.index]) < LOOP_TOLERANCE
+        for chunk in finished:
+            own = sampler.clip.shown(chunk)
+            chunk_latents = sampler.latents[:, own.start : own.stop]
+            assert difference(chunk_latents, want[f"chunk.{chunk}"][0]) < LOOP_TOLERANCE
+
+
+def test_chunk_wise_reuse_gives_the_reference_decisions_and_clip(golden: Callable[[str], Any]):
+    want = golden("flow_reuse_keep_nearly_clean")
+    policy = FlowCache(threshold=want.case["rel_l1_thresh"], warmup_steps=want.case["warmup_steps"])
+    sampler = reference_sampler(want, policy, replace(DISTILLED, clean_pass=False))
+    for _ in sampler.run():
+        pass
+    reused = [each for each in sampler.stats.passes if not each.is_computed]
+    assert len(reused) == want.case["reused"] > 0
+    for each in sampler.stats.passes:
+        assert want["reuse"][each.tick, each.chunk] == int(not each.is_computed)
+    for chunk in range(sampler.clip.num_chunks):
+        own = sampler.clip.latents(chunk)
+        chunk_latents = sampler.latents[:, own.start : own.stop]
+        assert difference(chunk_latents, want[f"chunk.{chunk}"][0]) < LOOP_TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def dit() -> DiT:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        model_name="videodit_ardf",
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=8,
+        layernorm_epsilon=1e-6,
+        apply_layernorm_1p=True,
+        x_rescale_factor=1.0,
+        half_channel_vae=False,
+        params_dtype="torch.float32",
+        patch_size=2,
+        t_patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        cond_hidden_ratio=0.5,
+        caption_channels=6,
+        caption_max_length=12,
+        xattn_cond_hidden_ratio=1.0,
+        cond_gating_ratio=1.0,
+        gated_linear_unit=False,
+    )
+    return DiT(config).eval().requires_grad_(False)
+
+
+def make(
+    dit: DiT,
+    *,
+    num_chunks: int = 6,
+    num_prefix: int = 0,
+    policy: ReusePolicy | None = None,
+    sampling: Sampling = DISTILLED,
+    clock: Clock | None = None,
+    budget: KVBudget | None = None,
+) -> ClipSampler:
+    """Build a sampler of chunks of two latents, eight tokens each; always the same noise."""
+    clip = Clip(8 * num_chunks, num_prefix=num_prefix, chunk_width=2)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(4, 2 * clip.num_chunks, 4, 4, generator=generator)
+    text = torch.randn(5, 6, generator=generator)
+    return ClipSampler(
+        dit,
+        noise,
+        clip=clip,
+        clock=clock or Clock(num_steps=8, window=4),
+        sampling=sampling,
+        captions={chunk: text[: 2 + chunk % 3] for chunk in clip.generated},
+        null_caption=dit.null_caption[:3],
+        policy=policy or Vanilla(),
+        stats=RunStats(torch.device("cpu")),
+        prefix=torch.randn(4, num_prefix, 4, 4, generator=generator) if num_prefix else None,
+        budget=budget,
+    )
+
+
+def finished(sampler: ClipSampler) -> Tensor:
+    for _ in sampler.run():
+        pass
+    assert sampler.latents.isfinite().all()
+    return sampler.latents
+
+
+@pytest.fixture(scope="module")
+def vanilla(dit: DiT) -> Callable[[Sampling], Tensor]:
+    """Give the clip of a sampling without any reuse or budget, made once."""
+    clips: dict[Sampling, Tensor] = {}
+
+    def clip(sampling: Sampling) -> Tensor:
+        if sampling not in clips:
+            clips[sampling] = finished(make(dit, sampling=sampling))
+        return clips[sampling]
+
+    return clip
+
+
+def keep(total_chunks: int) -> KVBudget:
+    return KVBudget(total_chunks, ImportanceRedundancy(queries="frame"), LAYOUT)
+
+
+SAMPLINGS = {
+    "base": Sampling(guidance=BASE, is_distilled=False),
+    "distilled": DISTILLED,
+    "published": replace(DISTILLED, clean_pass=False, nearly_clean_pass=False),
+}
+each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+
+
+@each_sampling
+def test_threshold_zero_computes_what_vanilla_does(
+    dit: DiT, sampling: Sampling, vanilla: Callable[[Sampling], Tensor]
+):
+    zero = FlowCache(threshold=0, warmup_steps=0)
+    assert torch.equal(finished(make(dit, sampling=sampling, policy=zero)), vanilla(sampling))
+
+
+@each_sampling
+def test_an_ample_budget_changes_nothing(
+    dit: DiT, sampling: Sampling, vanilla: Callable[[Sampling], Tensor]
+):
+    budgeted = finished(make(dit, sampling=sampling, budget=keep(6)))
+    assert torch.equal(budgeted, vanilla(sampling))
+
+
+@each_sampling
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+def test_a_small_budget_bounds_the_cache(dit: DiT, sampling: Sampling, num_prefix: int):
+    clock = Clock(num_steps=8, window=4, reaches=(5, 4, 3, 2), clean_reach=1)
+    policy = FlowCache(threshold=0.5, warmup_steps=2)
+    sampler = make(
+        dit,
+        num_prefix=num_prefix,
+        sampling=sampling,
+        clock=clock,
+        policy=policy,
+        budget=keep(5),
+    )
+    finished(sampler)
+    assert sampler.stats.num_reused > 0
+    for branch in sampler.branches.values():
+        assert {cache.kv.shape[1] for cache in branch.caches} == {5 * LAYOUT.chunk_tokens}
+
+
+def test_the_newest_chunks_can_be_kept_instead(dit: DiT, vanilla: Callable[[Sampling], Tensor]):
+    budget = KVBudget(5, Recent(), LAYOUT)
+    sampler = make(dit, budget=budget)
+    recent, whole = finished(sampler), vanilla(DISTILLED)
+    # the first two chunks are clean when the sixth enters and only one of them can stay
+    assert torch.equal(recent[:, :4], whole[:, :4])
+    assert not torch.equal(recent[:, 4:6], whole[:, 4:6])
+
+
+@each_sampling
+def test_no_key_is_read_before_it_is_written(dit: DiT, sampling: Sampling):
+    policy = TeaCache(threshold=0.5, warmup_ticks=2)
+    sampler = make(dit, sampling=sampling, policy=policy, num_chunks=5)
+    for branch in sampler.branches.values():
+        for cache in branch.caches:
+            cache.kv.fill_(float("nan"))
+    assert finished(sampler).isfinite().all()
+    assert sampler.stats.num_reused > 0
+
+
+def test_two_runs_with_the_same_prefix_are_equal(dit: DiT):
+    first, second = (finished(make(dit, num_prefix=5, num_chunks=2)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_given_latents_stay_in_their_places_and_matter(dit: DiT):
+    sampler = make(dit, num_prefix=3, num_chunks=3)
+    before = sampler.latents.clone()
+    assert sampler.clip.num_given == 1
+    latents = finished(sampler)
+    assert torch.equal(latents[:, :2], before[:, :2])
+    other = make(dit, num_prefix=3, num_chunks=3)
+    assert other.prefix is not None
+    other.prefix[:, :2] = 0
+    assert not torch.equal(finished(other)[:, 2:], latents[:, 2:])
+
+
+def test_a_window_of_one_chunk_denoises_one_after_the_other(dit: DiT):
+    sampler = make(dit, num_chunks=3, clock=Clock(num_steps=4, window=1))
+    order = [chunk for _, chunks in sampler.run() for chunk in chunks]
+    assert order == [0, 1, 2]
+    assert sampler.latents.isfinite().all()
+
+
+def test_a_window_that_reaches_all_chunks_is_no_window(
+    dit: DiT, vanilla: Callable[[Sampling], Tensor]
+):
+    wide = Clock(num_steps=8, window=4, reaches=(9, 9), clean_reach=9)
+    assert torch.equal(finished(make(dit, clock=wide)), vanilla(DISTILLED))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "is_rescaled"), [("latent_update", False), ("velocity", True)]
+)
+def test_a_reused_step_takes_the_published_or_the_current_step_size(
+    dit: DiT, quantity: Any, is_rescaled: bool
+):
+    sampler = make(
+        dit,
+        num_chunks=1,
+        policy=Stride(steps=[0]),
+        sampling=replace(DISTILLED, quantity=quantity),
+    )
+    states = [sampler.latents.clone()]
+    for _ in sampler.run():
+        states.append(sampler.latents.clone())
+    first, second = states[1] - states[0], states[2] - states[1]
+    t = sampler.timesteps
+    factor = (t[2] - t[1]) / (t[1] - t[0]) if is_rescaled else 1.0
+    torch.testing.assert_close(second, factor * first, rtol=1e-3, atol=1e-5)
+
+
+@each_sampling
+def test_the_closed_form_flops_are_those_torch_counts(dit: DiT, sampling: Sampling):
+    policy = FlowCache(threshold=0.9, warmup_steps=1)
+    clock = Clock(num_steps=4, window=2, reaches=(3, 2), clean_reach=1)
+    # the fused attention kernel of a CPU is left out by torch's counter
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sampler = make(
+            dit, sampling=sampling, policy=policy, clock=clock, num_prefix=3, num_chunks=2
+        )
+        finished(sampler)
+    assert sampler.stats.computed_flops == counter.get_total_flops()
+    assert sampler.stats.computed_flops < sampler.stats.flops_without_reuse
+    assert sampler.stats.num_reused > 0
+
+
+def test_guidance_scales_change_at_the_lower_ends_of_their_ranges():
+    guidance = Guidance((0.0, 0.1, 0.3), prev_scales=(1.5, 1.2, 1.0), text_scales=(7.5, 7.0, 0.0))
+    assert guidance.scales(0.0) == (1.5, 7.5)
+    assert guidance.scales(0.0999) == (1.5, 7.5)
+    assert guidance.scales(0.100000001) == (1.2, 7.0)
+    assert guidance.scales(0.29999999) == (1.0, 0.0)
+    assert guidance.scales(1.0) == (1.0, 0.0)
+
+
+def test_a_budget_within_the_window_is_refused(dit: DiT):
+    with pytest.raises(UserError, match="KV budget is 4 chunks, but must be above the window of 4"):
+        make(dit, budget=keep(4))
