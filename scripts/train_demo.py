@@ -33,7 +33,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from flowcache.demo.clips import draw, split_attributes
+from flowcache.demo.clips import split_attributes
 from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
 from flowcache.demo.latents import LatentBank, encode_shards, load_bank, measure_channels
 from flowcache.demo.optim import Muon, split_parameters
@@ -45,12 +45,13 @@ from flowcache.demo.text import (
     new_text_encoder,
 )
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
-from flowcache.demo.vae import new_vae, to_signed, vae_loss, vae_optimizers
+from flowcache.demo.vae import encode, new_vae, to_signed, vae_loss, vae_optimizers, vae_psnr
 from skyreels_v2.checkpoint import diffusers_key
 from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.layers import Block
 
 logger = logging.getLogger("train_demo")
-ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = Path(__file__).resolve().parents[1] / "FlowCache4SkyReels-V2" / "demo"
 STAGES = ("tokenizer", "vae", "decoder", "latents", "dit", "export", "all")
 CLIP_FRAMES = 97
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
@@ -72,7 +73,6 @@ DECODER_SCENES = 0.1
 # Clips the latent statistics are measured on: the first shards of the bank.
 STATISTICS_CLIPS = 200
 VAE_TEST_CLIPS = 24
-_VAE_TEST_SEED = 2
 # Steps the final loss is averaged over.
 _FINAL_STEPS = 100
 RECORD = "training.json"
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         elif stage == "tokenizer":
             build_tokenizer().save_pretrained(options.out / "tokenizer")
         else:
-            export(work, options.export_to or ROOT / "FlowCache4SkyReels-V2" / "demo")
+            export(work, options.export_to or SHIPPED, note=options.note)
     return 0
 
 
@@ -154,8 +154,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             f"--{name}-steps", type=_positive, default=default, help=f"{what} (default {default})"
         )
     parser.add_argument(
-        "--num-clips", type=_positive, default=1200, help="clips the transformer sees (1200)"
+        "--num-clips", type=_positive, default=1350, help="clips the transformer sees (1350)"
     )
+    parser.add_argument("--note", default="", help="a remark that training.json keeps")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")
     return parser.parse_args(argv)
 
@@ -198,44 +199,57 @@ def encode_latents(work: Work) -> None:
     vae = train_vae(work)
     seen, _ = split_attributes()
 
-    def encode(clips: np.ndarray) -> Tensor:
+    def encode_clips(clips: np.ndarray) -> Tensor:
         with torch.inference_mode():
             video_B3THW = torch.stack([to_signed(frames) for frames in clips])
-            return vae.encode(video_B3THW).latent_dist.mean
+            return encode(vae, video_B3THW)
 
     statistics = work.out / "statistics.json"
     for num_clips in (STATISTICS_CLIPS, work.num_clips):
-        encode_shards(encode, seen, num_clips=num_clips, num_frames=CLIP_FRAMES, folder=work.bank)
+        encode_shards(
+            encode_clips, seen, num_clips=num_clips, num_frames=CLIP_FRAMES, folder=work.bank
+        )
         if not statistics.exists():
             raw = load_bank(work.bank, mean=[0.0] * 16, std=[1.0] * 16)
             mean, std = measure_channels(raw.latents[:STATISTICS_CLIPS])
             statistics.write_text(json.dumps({"latents_mean": mean, "latents_std": std}))
 
 
-def new_models() -> nn.ModuleDict:
-    """Make the untrained transformer (silent at first: zero gates and head) and text encoder."""
+class DemoModels(nn.Module):
+    """The transformer and the text encoder, which are trained together.
+
+    Untrained, the transformer is silent: its gates, its cross-attention and its head are zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = DiT(DIT)
+        self.text = new_text_encoder(vocabulary_size=len(build_tokenizer()))
+        silent = [self.dit.time_projection[1], self.dit.fps_projection[2], self.dit.head.head]
+        for block in self.dit.blocks:
+            assert isinstance(block, Block)
+            block.modulation.data.zero_()
+            silent.append(block.cross_attn.o)
+        for param in [param for layer in silent for param in layer.parameters()]:
+            param.data.zero_()
+
+
+def new_models() -> DemoModels:
+    """Make the untrained models, the same every time."""
     torch.manual_seed(0)
-    dit = DiT(DIT)
-    silent = [dit.time_projection[1], dit.fps_projection[2], dit.head.head]
-    for block in dit.blocks:
-        silent.append(block.cross_attn.o)
-        nn.init.zeros_(block.modulation)
-    for layer in silent:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    text = new_text_encoder(vocabulary_size=len(build_tokenizer()))
-    return nn.ModuleDict({"dit": dit, "text": text})
+    return DemoModels()
 
 
-def train_dit(work: Work) -> nn.ModuleDict:
+def train_dit(work: Work) -> DemoModels:
     """Train transformer and text encoder, or load them if that is done; averaged weights."""
     models = new_models()
     bank = load_bank(work.bank, **_bank_statistics(work))
-    matrices, rest = split_parameters(models["dit"].named_parameters(), matrices_under=("blocks.",))
+    logger.info("%d clips", len(bank.captions))
+    matrices, rest = split_parameters(models.dit.named_parameters(), matrices_under=("blocks.",))
     optimizers = [
         Muon(matrices, 0.02),
         torch.optim.AdamW(
-            [{"params": rest, "lr": 3e-3}, {"params": models["text"].parameters(), "lr": 1e-3}],
+            [{"params": rest, "lr": 3e-3}, {"params": models.text.parameters(), "lr": 1e-3}],
             betas=(0.9, 0.95),
             weight_decay=0,
         ),
@@ -249,7 +263,7 @@ def train_dit(work: Work) -> nn.ModuleDict:
 class _DitLoss:
     """The loss of a training step of the transformer."""
 
-    def __init__(self, models: nn.ModuleDict, bank: LatentBank) -> None:
+    def __init__(self, models: DemoModels, bank: LatentBank) -> None:
         self.models, self.bank = models, bank
         self.tokenizer = build_tokenizer()
 
@@ -260,10 +274,10 @@ class _DitLoss:
         latents_BCFhw, captions = self.bank.batch(rng, size)
         is_dropped = rng.random(size) < CAPTION_DROP
         captions = ["" if drop else text for text, drop in zip(captions, is_dropped, strict=True)]
-        text_BLD = encode_captions(self.models["text"], self.tokenizer, captions)
+        text_BLD = encode_captions(self.models.text, self.tokenizer, captions)
 
         def velocity(x: Tensor, t_BF: Tensor, bounds: tuple[tuple[int, int], ...] | None) -> Tensor:
-            return self.models["dit"](x, t_BF, text_BLD, causal_chunks=bounds)
+            return self.models.dit(x, t_BF, text_BLD, causal_chunks=bounds)
 
         return forcing_loss(
             velocity,
@@ -279,15 +293,16 @@ def _bank_statistics(work: Work) -> dict[str, list[float]]:
     return {"mean": measured["latents_mean"], "std": measured["latents_std"]}
 
 
-def export(work: Work, folder: Path) -> None:
+def export(work: Work, folder: Path, *, note: str) -> None:
     """Write the checkpoint folder from the trained parts, and the record of the training."""
     vae, models = train_decoder(work), train_dit(work)
-    psnr = vae_psnr(vae)
+    _, unseen = split_attributes()
+    psnr = vae_psnr(vae, unseen, num_clips=VAE_TEST_CLIPS, num_frames=CLIP_FRAMES)
     logger.info("VAE: %.2f dB PSNR on %d unseen clips", psnr, VAE_TEST_CLIPS)
     num_parameters = {
         "vae": _count(vae),
-        "transformer": _count(models["dit"]),
-        "text_encoder": _count(models["text"]),
+        "transformer": _count(models.dit),
+        "text_encoder": _count(models.text),
     }
     write_checkpoint(vae, models, statistics=_bank_statistics(work), folder=folder)
     files = {
@@ -306,29 +321,16 @@ def export(work: Work, folder: Path) -> None:
         "vae_psnr_db_on_unseen_clips": round(psnr, 2),
         "transformer": _training_record(work.dit_file),
         "mixture": asdict(FORCING),
+        "note": note,
         "sha256": files,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     logger.info("wrote %s", folder)
 
 
-def vae_psnr(vae: AutoencoderKLWan) -> float:
-    """Measure the mean PSNR in dB of the VAE on unseen clips of 97 frames (posterior mean)."""
-    _, unseen = split_attributes()
-    values = []
-    for index in range(VAE_TEST_CLIPS):
-        rng = np.random.default_rng((_VAE_TEST_SEED, index))
-        video = to_signed(draw(rng, unseen, num_frames=CLIP_FRAMES)[1])[None]
-        with torch.inference_mode():
-            decoded = vae.decode(vae.encode(video).latent_dist.mean).sample.clamp(-1, 1)
-        # the range -1..1 is 2 wide, so the peak's square is 4
-        values.append(10 * np.log10(4 / float((decoded - video).square().mean())))
-    return float(np.mean(values))
-
-
 def write_checkpoint(
     vae: AutoencoderKLWan,
-    models: nn.ModuleDict,
+    models: DemoModels,
     *,
     statistics: dict[str, list[float]],
     folder: Path,
@@ -345,8 +347,8 @@ def write_checkpoint(
     )
     parts = {
         "vae": vae.half(),
-        "transformer": as_diffusers(models["dit"]).half(),
-        "text_encoder": models["text"].half(),
+        "transformer": as_diffusers(models.dit).half(),
+        "text_encoder": models.text.half(),
         "tokenizer": build_tokenizer(),
         "scheduler": scheduler,
     }

@@ -32,10 +32,10 @@ def exported(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
     models = script.new_models()
     generator = torch.Generator().manual_seed(0)
-    for param in models["dit"].parameters():
+    for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
     statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
-    torch.save(models["dit"].half().float().state_dict(), folder.with_suffix(".pt"))
+    torch.save(models.dit.half().float().state_dict(), folder.with_suffix(".pt"))
     script.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
     return folder
 

@@ -40,7 +40,7 @@ class ForcingPlan:
 
     num_frames: int
     chunk_frames: int
-    shift: float = 4.0
+    shift: float = 3.0
     batch_frames: int = 200
     largest_batch: int = 16
     short_share: float = 0.45

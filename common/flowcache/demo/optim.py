@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply one update to every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
@@ -70,6 +70,7 @@ class Muon(torch.optim.Optimizer):
     def _step_shape(self, shape: tuple[int, int], params: list[Tensor], group: dict) -> None:
         directions = []
         for param in params:
+            assert param.grad is not None
             state = self.state[param]
             if not state:
                 state["running"] = torch.zeros_like(param)

@@ -6,7 +6,7 @@ holds: weights, averaged weights, optimizers, step, seconds, and the record of l
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         module: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.Optimizer],
         *,
         plan: TrainPlan,
         checkpoint: Path,

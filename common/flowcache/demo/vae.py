@@ -21,6 +21,7 @@ _TAP_NOISE = 0.1
 # The spread of the posterior is fixed: a learned one starts at 1 and drowns the picture for long.
 # Generation uses the posterior's mean only.
 _POSTERIOR_STD = 0.05
+_TEST_SEED = 2
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -41,8 +42,8 @@ def _initialize(name: str, conv: nn.Conv3d | nn.Conv2d) -> None:
     """
     # The norms run over channels: half the time of a forward pass on a CPU.
     is_3d = isinstance(conv, nn.Conv3d)
-    conv.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
-    weight = conv.weight.data
+    layout = torch.channels_last_3d if is_3d else torch.channels_last
+    conv.weight.data = weight = conv.weight.data.contiguous(memory_format=layout)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     if name.endswith((".conv1", ".conv2")):
@@ -95,6 +96,18 @@ def to_signed(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
+def encode(vae: AutoencoderKLWan, video_B3THW: Tensor) -> Tensor:
+    """Encode pixels in -1..1 to latents `[B, C, F, h, w]`, the posterior's mean, not normalised."""
+    (posterior,) = vae.encode(video_B3THW, return_dict=False)
+    return posterior.mode()
+
+
+def decode(vae: AutoencoderKLWan, latents_BCFhw: Tensor) -> Tensor:
+    """Decode latents that are not normalised to pixels `[B, 3, T, H, W]` in -1..1."""
+    (video_B3THW,) = vae.decode(latents_BCFhw, return_dict=False)
+    return video_B3THW
+
+
 def vae_loss(vae: AutoencoderKLWan, pool: list[Attributes], *, scene_share: float) -> Loss:
     """Make the loss of a training step: absolute and squared error, and a little KL divergence.
 
@@ -114,11 +127,26 @@ def vae_loss(vae: AutoencoderKLWan, pool: list[Attributes], *, scene_share: floa
             for _ in range(batch)
         ]
         video_B3THW = torch.stack([to_signed(clip) for clip in clips])
-        mean_BCFhw = vae.encode(video_B3THW).latent_dist.mean
+        mean_BCFhw = encode(vae, video_B3THW)
         noise = torch.randn(mean_BCFhw.shape, generator=randomness.torch)
-        decoded_B3THW = vae.decode(mean_BCFhw + _POSTERIOR_STD * noise).sample
+        decoded_B3THW = decode(vae, mean_BCFhw + _POSTERIOR_STD * noise)
         error = decoded_B3THW - video_B3THW
         kl = mean_BCFhw.square().mean() / 2
         return error.abs().mean() + _SQUARE_WEIGHT * error.square().mean() + _KL_WEIGHT * kl
 
     return loss
+
+
+def vae_psnr(
+    vae: AutoencoderKLWan, pool: list[Attributes], *, num_clips: int, num_frames: int
+) -> float:
+    """Measure the mean PSNR in dB of drawn clips that were encoded (posterior mean) and decoded."""
+    values = []
+    for index in range(num_clips):
+        rng = np.random.default_rng((_TEST_SEED, index))
+        video_B3THW = to_signed(draw(rng, pool, num_frames=num_frames)[1])[None]
+        with torch.inference_mode():
+            decoded_B3THW = decode(vae, encode(vae, video_B3THW))
+        # the range -1..1 is 2 wide: a peak's square is 4
+        values.append(10 * np.log10(4 / float((decoded_B3THW - video_B3THW).square().mean())))
+    return float(np.mean(values))
