@@ -9,6 +9,7 @@ Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, N ch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -23,7 +24,6 @@ from magi1.layers import (
     Layer,
     SelfAttend,
     ZeroCentredLayerNorm,
-    linear_f32,
     rope_table,
     sinusoid,
 )
@@ -68,13 +68,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(SINUSOID_WIDTH, width), nn.SiLU(), nn.Linear(width, width)
+            F32Linear(SINUSOID_WIDTH, width, bias=True),
+            nn.SiLU(),
+            F32Linear(width, width, bias=True),
         )
 
     def forward(self, t: Tensor, *, dtype: torch.dtype) -> Tensor:
-        first, act, second = self.mlp
-        s = sinusoid(t, width=SINUSOID_WIDTH).to(dtype)
-        return linear_f32(second, act(linear_f32(first, s)))
+        return self.mlp(sinusoid(t, width=SINUSOID_WIDTH).to(dtype))
 
 
 class CaptionEmbedder(nn.Module):
@@ -86,8 +86,10 @@ class CaptionEmbedder(nn.Module):
         self.null_caption_embedding = nn.Parameter(
             torch.randn(config.caption_max_length, channels) / channels**0.5
         )
-        self.y_proj_xattn = nn.Sequential(nn.Linear(channels, config.hidden_size), nn.SiLU())
-        self.y_proj_adaln = nn.Sequential(nn.Linear(channels, config.condition_width))
+        self.y_proj_xattn = nn.Sequential(
+            F32Linear(channels, config.hidden_size, bias=True), nn.SiLU()
+        )
+        self.y_proj_adaln = nn.Sequential(F32Linear(channels, config.condition_width, bias=True))
 
 
 class Rope(nn.Module):
@@ -146,7 +148,11 @@ class DiT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights inside the blocks (8-bit ones aside)."""
-        return self.videodit_blocks.layers[0].self_attention.linear_kv_xattn.weight.dtype
+        return self._layers[0].self_attention.linear_kv_xattn.weight.dtype
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return cast("list[Layer]", list(self.videodit_blocks.layers))
 
     @property
     def null_caption(self) -> Tensor:
@@ -179,7 +185,7 @@ class DiT(nn.Module):
             width = torch.tensor(step_width, device=t_BN.device)
             condition = condition + self.t_embedder(width, dtype=self.dtype)
         row = self.null_caption[DROPPED_ROW if is_null else GIVEN_ROW]
-        condition = condition + linear_f32(self.y_embedder.y_proj_adaln[0], row)
+        condition = condition + self.y_embedder.y_proj_adaln(row)
         return Embedded(tokens, condition.to(self.dtype))
 
     def encode_context(self, text_RLC: Tensor, mask_RL: Tensor | None = None) -> list[ContextKV]:
@@ -189,11 +195,8 @@ class DiT(nn.Module):
             text_RLC: text features, one row per chunk, or one for all chunks of the batch.
             mask_RL: which tokens count (bool); None: all.
         """
-        project, act = self.y_embedder.y_proj_xattn
-        text_RLD = act(linear_f32(project, text_RLC)).to(self.dtype)
-        return [
-            layer.self_attention.encode(text_RLD, mask_RL) for layer in self.videodit_blocks.layers
-        ]
+        text_RLD = self.y_embedder.y_proj_xattn(text_RLC).to(self.dtype)
+        return [layer.self_attention.encode(text_RLD, mask_RL) for layer in self._layers]
 
     def rope_table(
         self, *, first_frame: int, num_frames: int, latent_height: int, latent_width: int
@@ -222,7 +225,7 @@ class DiT(nn.Module):
             self_attend: decides what the tokens may see, see `SelfAttend`.
         """
         x = embedded.tokens
-        for index, layer in enumerate(self.videodit_blocks.layers):
+        for index, layer in enumerate(self._layers):
             x = layer(
                 x,
                 embedded.condition,

@@ -48,7 +48,7 @@ def product(x_MI: Tensor, weight_OI: Tensor, *, x_scale: Tensor, w_scale: Tensor
 
 def native_product(x_MI: Tensor, weight_OI: Tensor, *, x_scale: Tensor, w_scale: Tensor) -> Tensor:
     """Multiply 8-bit matrices with PyTorch's own kernel, accumulating in float32: `[M, O]`."""
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
         x_MI, weight_OI.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=torch.bfloat16
     )
 

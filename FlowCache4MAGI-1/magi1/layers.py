@@ -99,10 +99,16 @@ def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
 
-def linear_f32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer in float32 whatever its weights are stored in."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return functional.linear(x.float(), layer.weight.float(), bias)
+class F32Linear(nn.Linear):
+    """A linear layer that computes and returns float32 whatever its weights are stored in."""
+
+    def __init__(self, width_in: int, width_out: int, *, bias: bool = False) -> None:
+        super().__init__(width_in, width_out, bias=bias)
+        self.has_bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        bias = self.bias.float() if self.has_bias else None
+        return functional.linear(x.float(), self.weight.float(), bias)
 
 
 class ZeroCentredLayerNorm(nn.Module):
@@ -243,16 +249,6 @@ class Layer(nn.Module):
         )
         x_BSD = add_gated(x_BSD, y, gate_attention, norm=self.self_attn_post_norm)
         return add_gated(x_BSD, self.mlp(x_BSD), gate_mlp, norm=self.mlp_post_norm)
-
-
-class F32Linear(nn.Linear):
-    """A linear layer without bias that computes and returns float32."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__(width_in, width_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return linear_f32(self, x)
 
 
 def _plain_linear(width_in: int, width_out: int) -> nn.Linear:

@@ -20,7 +20,7 @@ from flowcache.stats import RunStats
 from magi1 import flops
 from magi1.dit import DiT
 from magi1.layers import ContextKV, SelfAttend
-from magi1.sampling import Branch, KVBudget, Sampling
+from magi1.sampling import Branch, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip, Clock
 
 
@@ -87,10 +87,9 @@ class ClipSampler:
             self.branches["prev"] = Branch(is_null=True, caches=self._caches())
 
     def _caches(self) -> list[KVCache]:
-        config, num_chunks = self.dit.config, self.clip.num_chunks
-        if self.budget is not None:
-            # given chunks go in all at once
-            num_chunks = max(self.clip.num_given, min(num_chunks, self.budget.total_chunks))
+        config = self.dit.config
+        total = None if self.budget is None else self.budget.total_chunks
+        num_chunks = cache_chunks(self.clip, total_chunks=total)
         return caches_for(
             config.num_layers,
             capacity=num_chunks * self.chunk_tokens,

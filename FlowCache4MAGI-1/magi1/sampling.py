@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
 from flowcache.kv import KVCache
-from magi1.config import MagiConfig
+from magi1.config import MagiConfig, ModelConfig
+from magi1.schedule import Clip
 
 Quantity = Literal["latent_update", "velocity"]
 """What a reused chunk gets again: the last change of its latents, as published, with the step size
@@ -99,6 +100,38 @@ class KVBudget:
         if isinstance(self.strategy, ImportanceRedundancy):
             return self.strategy.seen_queries(q_SHC, self.layout).clone()
         return q_SHC[:0]
+
+
+def cache_chunks(clip: Clip, *, total_chunks: int | None) -> int:
+    """Return how many chunks a KV cache must hold.
+
+    Args:
+        total_chunks: the budget; None: all chunks stay.
+    """
+    if total_chunks is None:
+        return clip.num_chunks
+    # given chunks go in all at once
+    return max(clip.num_given, min(clip.num_chunks, total_chunks))
+
+
+def cache_bytes(
+    config: ModelConfig,
+    *,
+    clip: Clip,
+    chunk_tokens: int,
+    total_chunks: int | None,
+    num_branches: int = 1,
+) -> int:
+    """Return the size of the keys and values of a run, in bytes.
+
+    Args:
+        chunk_tokens: tokens of a chunk.
+        total_chunks: see `cache_chunks`.
+        num_branches: guidance passes with a cache: 1 for distilled models, 2 for base models.
+    """
+    tokens = cache_chunks(clip, total_chunks=total_chunks) * chunk_tokens
+    values = 2 * tokens * config.num_query_groups * config.kv_channels
+    return num_branches * config.num_layers * values * config.dtype.itemsize
 
 
 @dataclass

@@ -228,13 +228,13 @@ def parse_config(values: dict[str, Any], *, source: str) -> VAEConfig:
     Raises:
         UserError: a setting is unknown, unsupported, or sizes do not fit together.
     """
-    known = {field.name: field.type for field in fields(VAEConfig)}
+    known = {field.name: type(field.default) for field in fields(VAEConfig)}
     given = {key: value for key, value in values.items() if not key.endswith("drop_rate")}
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{source}: unknown setting {key}; not the released VAE")
-        expected = {int: int, bool: bool, float: (int, float)}[known[key]]
-        if not isinstance(value, expected) or isinstance(value, bool) != (known[key] is bool):
+        is_number = isinstance(value, int | float if known[key] is float else known[key])
+        if not is_number or isinstance(value, bool) != (known[key] is bool):
             raise UserError(f"{source}: {key} is {value!r}, expected {known[key].__name__}")
         if known[key] is not bool and value <= 0:
             raise UserError(f"{source}: {key} is {value!r}, but must be positive")

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from flowcache.errors import UserError
-from magi1.config import ModelConfig, read_config
+from magi1.config import (
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    check_model,
+    check_runtime,
+    read_config,
+)
 
 RUNTIME = {
     "cfg_number": 3,
@@ -101,26 +108,43 @@ def test_an_unknown_field_is_named(document: dict[str, Any], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("section", "change", "message"),
     [
-        ("runtime_config.num_steps=30", "num_steps is 30, but must divide by 4"),
-        ("runtime_config.video_size_w=728", "video_size_w is 728, but must be a positive multiple"),
-        ("runtime_config.cfg_number=2", "cfg_number is 2, but must be 3 for a base model"),
-        ("engine_config.distill=true", "cfg_number is 3, but must be 1 for a distilled model"),
-        ("runtime_config.noise2clean_kvrange=[5,4,3]", "the 3 entries of noise2clean_kvrange"),
-        ("runtime_config.clean_chunk_kvrange=0", "clean_chunk_kvrange is 0, but must be a count"),
-        ("runtime_config.text_scales=[7.5]", "text_scales is (7.5,), but needs 5 entries"),
-        ("model_config.num_query_groups=5", "num_query_groups is 5, but must divide 24 heads"),
-        ("model_config.kv_channels=64", "kv_channels is 64, but 24 heads must make 3072"),
-        ("model_config.apply_layernorm_1p=false", "apply_layernorm_1p is False, but only True"),
-        ("model_config.num_layers=0", "num_layers is 0, but must be positive"),
-        ("model_config.num_layers=many", "model_config.num_layers is 'many', but must be int"),
+        ("run", {"num_steps": 30}, "num_steps is 30, but must divide by 4"),
+        ("run", {"video_size_w": 728}, "video_size_w is 728, but must be a positive multiple"),
+        ("run", {"cfg_number": 2}, "cfg_number is 2, but must be 3 for a base model"),
+        ("engine", {"distill": True}, "cfg_number is 3, but must be 1 for a distilled model"),
+        ("run", {"noise2clean_kvrange": (5, 4, 3)}, "the 3 entries of noise2clean_kvrange"),
+        ("run", {"clean_chunk_kvrange": 0}, "clean_chunk_kvrange is 0, but must be a count"),
+        ("run", {"text_scales": (7.5,)}, "text_scales is (7.5,), but needs 5 entries"),
+        ("run", {"window_size": 0}, "window_size is 0, but must be positive"),
+        ("model", {"num_query_groups": 5}, "num_query_groups is 5, but must divide 24 heads"),
+        ("model", {"kv_channels": 64}, "kv_channels is 64, but 24 heads must make 3072"),
+        ("model", {"apply_layernorm_1p": False}, "apply_layernorm_1p is False, but only True"),
+        ("model", {"num_layers": 0}, "num_layers is 0, but must be positive"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_named_with_the_rule(
-    override: str, message: str, document: dict[str, Any], tmp_path: Path
+    section: str, change: dict[str, Any], message: str, model_4_5b: ModelConfig
 ):
+    runtime = {k: tuple(v) if isinstance(v, list) else v for k, v in RUNTIME.items()}
+    parts: dict[str, Any] = {
+        "model": model_4_5b,
+        "run": RuntimeConfig(**runtime),
+        "engine": EngineConfig(**ENGINE),
+    }
+    parts[section] = dataclasses.replace(parts[section], **change)
     with pytest.raises(UserError) as caught:
-        read_config(write(tmp_path, document), overrides=[override])
+        check_model(parts["model"], source="4.5B.json")
+        check_runtime(parts["run"], parts["engine"], source="4.5B.json")
+    assert str(caught.value).startswith("4.5B.json: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_checks_apply_to_files_and_overrides(document: dict[str, Any], tmp_path: Path):
+    path = write(tmp_path, document)
+    with pytest.raises(UserError, match="num_steps is 30, but must divide by 4"):
+        read_config(path, overrides=["runtime_config.num_steps=30"])
+    with pytest.raises(UserError, match=r"model_config\.num_layers is 'many', but must be int"):
+        read_config(path, overrides=["model_config.num_layers=many"])

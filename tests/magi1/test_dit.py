@@ -218,7 +218,7 @@ def test_a_bfloat16_run_stays_near_the_float32_one(golden: Callable[[str], Any])
     set_precision(dit, torch.bfloat16)
     velocity = dit(x, t, text, mask_RL=mask)
     assert velocity.dtype == torch.float32
-    assert difference(velocity, want["out_first"]) < 0.05
+    assert difference(velocity, want["out_first"]) < 0.1
 
 
 def test_the_velocity_of_a_half_channel_model_has_the_latent_channels(model_tiny: ModelConfig):

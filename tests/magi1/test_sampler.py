@@ -18,7 +18,7 @@ from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_capt
 from magi1.config import ModelConfig
 from magi1.dit import DiT
 from magi1.sampler import ClipSampler
-from magi1.sampling import Guidance, KVBudget, Sampling
+from magi1.sampling import Guidance, KVBudget, Sampling, cache_bytes
 from magi1.schedule import Clip, Clock
 
 LOOP_TOLERANCE = 2e-4
@@ -302,6 +302,27 @@ def test_the_closed_form_flops_are_those_torch_counts(dit: DiT, sampling: Sampli
     assert sampler.stats.computed_flops == counter.get_total_flops()
     assert sampler.stats.computed_flops < sampler.stats.flops_without_reuse
     assert sampler.stats.num_reused > 0
+
+
+def test_the_cache_of_the_real_size_does_not_grow_with_the_video(model_4_5b: ModelConfig):
+    short, long = (
+        cache_bytes(model_4_5b, clip=Clip(frames), chunk_tokens=12150, total_chunks=5)
+        for frames in (240, 1000)
+    )
+    # 5 chunks, keys and values of 8 heads of 128 in 34 layers, two bytes each
+    assert short == long == 5 * 12150 * 2 * 8 * 128 * 34 * 2
+    whole = cache_bytes(model_4_5b, clip=Clip(240), chunk_tokens=12150, total_chunks=None)
+    assert whole == 2 * short
+
+
+def test_the_planned_cache_is_the_one_allocated(dit: DiT):
+    for budget, total in ((None, None), (keep(5), 5)):
+        sampler = make(dit, sampling=SAMPLINGS["base"], budget=budget)
+        planned = cache_bytes(
+            dit.config, clip=sampler.clip, chunk_tokens=8, total_chunks=total, num_branches=2
+        )
+        caches = [cache for branch in sampler.branches.values() for cache in branch.caches]
+        assert planned == sum(cache.kv.nbytes for cache in caches)
 
 
 def test_guidance_scales_change_at_the_lower_ends_of_their_ranges():
