@@ -268,6 +268,7 @@ class ClipSampler:
             for _, branch in others:
                 for cache, source in zip(branch.caches, last.caches, strict=True):
                     cache.put(0, *source.kv[:, source.clean - self.chunk_tokens : source.clean])
+                branch.queries.update(last.queries)
                 self._settle(branch)
 
     def _settle_waiting(self, tick: Tick) -> None:

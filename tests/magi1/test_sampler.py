@@ -199,7 +199,7 @@ def test_an_ample_budget_changes_nothing(
 
 
 @each_sampling
-@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+@pytest.mark.parametrize("num_prefix", [0, 1, 11])
 def test_a_small_budget_bounds_the_cache(dit: DiT, sampling: Sampling, num_prefix: int):
     clock = Clock(num_steps=8, window=4, reaches=(5, 4, 3, 2), clean_reach=1)
     policy = FlowCache(threshold=0.5, warmup_steps=2)
