@@ -2,8 +2,10 @@
 
 import ast
 import functools
+import importlib.metadata
 import re
 import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,6 +35,9 @@ OWNERS = {
     "imageio_ffmpeg": {"video.py"},
     "imageio": {"video.py"},
 }
+
+OPTIONAL = {"flash_attn", "flash_attn_interface"}  # the extra "flash", for CUDA only
+LOCAL = [REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "FlowCache4SkyReels-V2"]
 
 MAX_FILE_BYTES = 8_000_000
 MAX_DEMO_BYTES = 12_000_000
@@ -112,6 +117,36 @@ def test_a_large_library_is_imported_in_few_files_only(library: str):
         for name, path in modules(package).items():
             if path.name not in OWNERS[library]:
                 assert library not in top_level(path), f"{name} imports {library}"
+
+
+def declared(*, with_extras: bool) -> set[str]:
+    """Return the distributions that pyproject.toml names, as the installed metadata tell."""
+    lines = importlib.metadata.requires("flowcache") or []
+    wanted = [line for line in lines if with_extras or "extra ==" not in line]
+    return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in wanted}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize(
+    ("folder", "with_extras"),
+    [*((path, False) for path in PACKAGES.values()), (REPOSITORY / "tests", True)],
+)
+def test_every_imported_library_is_a_declared_dependency(folder: Path, with_extras: bool):
+    distributions = importlib.metadata.packages_distributions()
+    declared_names = declared(with_extras=with_extras)
+    for path in sorted(folder.rglob("*.py")):
+        for name in top_level(path) - OURS - sys.stdlib_module_names - OPTIONAL:
+            if name in distributions:
+                found = {normal(distribution) for distribution in distributions[name]}
+                assert found & declared_names, f"{path.name} imports {name}: not in pyproject.toml"
+            else:
+                is_local = any(
+                    (root / f"{name}.py").exists() or (root / name).is_dir() for root in LOCAL
+                )
+                assert is_local, f"{path.name} imports {name}, which is not installed"
 
 
 def test_no_file_names_a_folder_of_somebodys_machine():
