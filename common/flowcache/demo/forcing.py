@@ -14,6 +14,9 @@ from flowcache.demo.trainer import StepRandomness
 
 # Noise left on given frames half of the time, as generation does with `addnoise_condition: 20`.
 GIVEN_SIGMA = 0.02
+_PURE_NOISE = 0.999
+# Lags as shares of all steps; 5 of 30 is what the presets use.
+_LAG_RANGE = (0.08, 0.4)
 
 Velocity = Callable[[Tensor, Tensor, tuple[tuple[int, int], ...] | None], Tensor]
 
@@ -33,7 +36,8 @@ class ForcingPlan:
         odd_chunk_share: steps with chunks of one frame or of the whole window.
         image_share: steps whose first frame is a given image.
         end_image_share: steps of these, without the limit, whose last frame is given too.
-        together_share: clips with one noise level for all chunks.
+        staggered_share: clips whose chunks run a fixed lag behind each other, as generation does.
+        together_share: of the others, clips with one noise level for all chunks.
         given_share: clips whose first chunks are given.
         waiting_share: clips whose last chunks still are pure noise.
     """
@@ -44,11 +48,12 @@ class ForcingPlan:
     batch_frames: int = 200
     largest_batch: int = 16
     short_share: float = 0.45
-    full_share: float = 0.3
+    full_share: float = 0.45
     odd_chunk_share: float = 0.12
     image_share: float = 0.15
     end_image_share: float = 0.4
-    together_share: float = 0.35
+    staggered_share: float = 0.5
+    together_share: float = 0.4
     given_share: float = 0.25
     waiting_share: float = 0.2
 
@@ -95,20 +100,44 @@ def draw_levels(rng: np.random.Generator, window: Window, plan: ForcingPlan) -> 
         sigma per chunk, 0 (clean) to 1 (noise); given chunks have at most `GIVEN_SIGMA`.
     """
     num_chunks = len(window.bounds)
+    if not window.ends_with_image and rng.random() < plan.staggered_share:
+        sigma = _staggered_levels(rng, num_chunks, plan)
+        if window.starts_with_image:
+            sigma[0] = 0.0
+        return sigma
     uniform = np.sort(rng.random(num_chunks))
     if rng.random() < plan.together_share:
         uniform = np.full(num_chunks, uniform[rng.integers(num_chunks)])
-    sigma = plan.shift * uniform / (1 + (plan.shift - 1) * uniform)
-    sigma = np.maximum(sigma, 2 * GIVEN_SIGMA)
+    sigma = np.maximum(_shifted(uniform, plan), 2 * GIVEN_SIGMA)
     if num_chunks > 1 and rng.random() < plan.waiting_share:
-        sigma[rng.integers(1, num_chunks) :] = 0.999
+        sigma[rng.integers(1, num_chunks) :] = _PURE_NOISE
     num_given = int(window.starts_with_image)
-    if num_chunks > 1 + num_given and rng.random() < plan.given_share:
+    is_open = num_chunks > 1 + num_given and not window.ends_with_image
+    if is_open and rng.random() < plan.given_share:
         num_given += int(rng.integers(1, num_chunks - num_given))
     sigma[:num_given] = rng.choice([0.0, GIVEN_SIGMA])
     if window.ends_with_image:
         sigma[-1] = 0.0
     return sigma
+
+
+def _staggered_levels(rng: np.random.Generator, num_chunks: int, plan: ForcingPlan) -> np.ndarray:
+    """Draw a moment of a generation in which each chunk runs a fixed lag behind the one before.
+
+    Example: with a lag of 0.4 of all steps and the first chunk 0.7 through, the next is 0.3 through
+    and all others wait as pure noise; chunks that are through are clean.
+    """
+    lag = rng.uniform(*_LAG_RANGE)
+    through = rng.uniform(0, 1 + lag * (num_chunks - 1)) - lag * np.arange(num_chunks)
+    sigma = np.maximum(_shifted(1 - through.clip(0, 1), plan), 2 * GIVEN_SIGMA)
+    sigma[through <= 0] = _PURE_NOISE
+    sigma[through >= 1] = rng.choice([0.0, GIVEN_SIGMA])
+    return sigma
+
+
+def _shifted(uniform: np.ndarray, plan: ForcingPlan) -> np.ndarray:
+    """Lean evenly spread levels to the noisy side, as the sampling shift does."""
+    return plan.shift * uniform / (1 + (plan.shift - 1) * uniform)
 
 
 def forcing_loss(
