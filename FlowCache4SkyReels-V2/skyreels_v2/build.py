@@ -68,6 +68,7 @@ def sampling_of(config: RunConfig) -> Sampling:
         addnoise=config.addnoise_condition,
         signal=config.reuse.signal,
         quantity=config.reuse.predict,
+        batch_branches=config.batch_branches,
     )
 
 

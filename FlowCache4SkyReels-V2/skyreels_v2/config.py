@@ -81,6 +81,7 @@ class RunConfig:
     kv: KVConfig = field(default_factory=KVConfig)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
+    batch_branches: bool = False
     offload: bool = False
 
     def __post_init__(self) -> None:

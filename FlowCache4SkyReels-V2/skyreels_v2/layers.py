@@ -7,7 +7,7 @@ Axes: B batch, S tokens, F latent frames, P tokens of one frame (S = F * P), D m
 H heads, C head width, L context tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,24 @@ class ContextKV:
     v: Tensor
     k_img: Tensor | None = None
     v_img: Tensor | None = None
+
+
+def join_contexts(branches: Sequence[Sequence[ContextKV]]) -> list[ContextKV]:
+    """Put the contexts of several branches (one list of layers each) into one batch."""
+
+    def join(parts: Sequence[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    return [
+        ContextKV(
+            torch.cat([c.k for c in layer]),
+            torch.cat([c.v for c in layer]),
+            join([c.k_img for c in layer]),
+            join([c.v_img for c in layer]),
+        )
+        for layer in zip(*branches, strict=True)
+    ]
 
 
 def sinusoid(t: Tensor, *, width: int) -> Tensor:

@@ -98,7 +98,9 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
         kv_bytes=2 * kv_tokens * dit.dim * dit.num_layers * num_branches * width,
         scoring_bytes=_scoring_bytes(config, dit, queries=queries, kv_tokens=kv_tokens),
         stored_bytes=_stored_bytes(config, dit, tokens=tokens, width=width) * num_branches,
-        activation_bytes=queries * (RESIDUAL_COPIES * 4 * dit.dim + 2 * width * dit.ffn_dim),
+        activation_bytes=(num_branches if config.batch_branches else 1)
+        * queries
+        * (RESIDUAL_COPIES * 4 * dit.dim + 2 * width * dit.ffn_dim),
     )
 
 

@@ -23,7 +23,7 @@ from flowcache.schedule import Tick, staggered
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, Embedded, whole_window
-from skyreels_v2.layers import ContextKV
+from skyreels_v2.layers import ContextKV, join_contexts
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import Window
 
@@ -51,6 +51,8 @@ class Sampling:
     signal: Signal = "timestep"
     quantity: Quantity = "residual"
     """What a reused chunk gets again."""
+    batch_branches: bool = False
+    """Compute the guidance branches in one batch: fewer, larger operations, more memory."""
 
     def ticks(self, window: Window) -> list[Tick]:
         """Return the passes that denoise a window."""
@@ -120,6 +122,9 @@ class WindowSampler:
             chunk: UniPC(sampling.num_steps, shift=sampling.shift) for chunk in window.generated
         }
         self.clean = set(range(window.num_given))
+        self.batched_context: list[ContextKV] = []
+        if sampling.batch_branches and len(branches) > 1:
+            self.batched_context = join_contexts([branch.context for branch in branches.values()])
         height, width = latents.shape[-2:]
         positions = torch.arange(window.num_frames, device=latents.device)
         self.rope = dit.rope(positions, latent_height=height, latent_width=width)
@@ -226,49 +231,41 @@ class WindowSampler:
             settles: chunks in their last step. Without a clean pass their keys are final as soon as
                 they are put, so that the chunks behind them see them as clean in this tick already.
         """
-        by_branch: dict[str, dict[int, Tensor]] = {}
-        for name, branch in self.branches.items():
-            by_branch[name], offset = {}, 0
-            for unit in units:
-                part = embedded.frames(*unit.frames)
-                velocity = self._evaluate(
-                    branch,
-                    unit,
-                    part,
-                    sigmas[slice(*unit.frames)],
-                    offset=offset,
-                    is_computed=_is_computed(plans[name], unit),
-                )
+        by_branch: dict[str, dict[int, Tensor]] = {name: {} for name in self.branches}
+        offset = 0
+        for unit in units:
+            part, sigma = embedded.frames(*unit.frames), sigmas[slice(*unit.frames)]
+            computed = [name for name in self.branches if _is_computed(plans[name], unit)]
+            for name, branch in self.branches.items():
+                self._count_blocks(branch, part, offset=offset, is_computed=name in computed)
+            hidden = self._run_branches(computed, unit, part, offset=offset)
+            for name, branch in self.branches.items():
+                velocity = self._velocity(branch, unit, part, sigma, hidden=hidden.get(name))
                 if velocity is not None:
                     by_branch[name][unit.id] = velocity
-                if unit.id in settles and not self.sampling.clean_pass:
-                    self._settle(branch, unit.id)
-                else:
-                    offset += part.tokens.shape[1]
+            if unit.id in settles and not self.sampling.clean_pass:
+                self._settle(unit.id)
+            else:
+                offset += part.tokens.shape[1]
         cond, uncond = by_branch["cond"], by_branch.get("uncond")
         if uncond is None:
             return cond
         scale = self.sampling.guidance
         return {unit: uncond[unit] + scale * (v - uncond[unit]) for unit, v in cond.items()}
 
-    def _evaluate(
-        self,
-        branch: Branch,
-        unit: Unit,
-        part: Embedded,
-        sigma: Tensor,
-        *,
-        offset: int,
-        is_computed: bool,
+    def _velocity(
+        self, branch: Branch, unit: Unit, part: Embedded, sigma: Tensor, *, hidden: Tensor | None
     ) -> Tensor | None:
-        """Compute one unit in one branch, or predict it from its stored results."""
-        quantity, num_frames = self.sampling.quantity, len(sigma)
-        self._count_blocks(branch, part, offset=offset, is_computed=is_computed)
-        if is_computed:
-            hidden = self._run_blocks(branch, unit, part, offset=offset)
+        """Read one unit's velocity in one branch, or predict it from its stored results.
+
+        Args:
+            hidden: what the blocks gave, `[1, S, D]`; None if the unit was not computed.
+        """
+        quantity = self.sampling.quantity
+        if hidden is not None:
             velocity = self._read_velocity(hidden, part)
             if quantity == "residual":
-                change = (hidden - part.tokens)[0].unflatten(0, (num_frames, -1))
+                change = (hidden - part.tokens)[0].unflatten(0, (len(sigma), -1))
                 branch.results.put(unit.id, change, sigma=sigma)
             elif quantity == "velocity":
                 branch.results.put(unit.id, velocity.movedim(1, 0), sigma=sigma)
@@ -305,8 +302,7 @@ class WindowSampler:
             if self.sampling.attention == "causal" and self.sampling.clean_pass:
                 if not tick.is_last:
                     self._feed_clean(chunk, timestep=0)
-                for branch in self.branches.values():
-                    self._settle(branch, chunk)
+                self._settle(chunk)
 
     # The model --------------------------------------------------------------------------------
 
@@ -316,8 +312,7 @@ class WindowSampler:
             for chunk in range(self.window.num_given):
                 is_prefix = self.window.chunks[chunk].start < self.window.num_prefix
                 self._feed_clean(chunk, timestep=self.sampling.addnoise if is_prefix else 0)
-                for branch in self.branches.values():
-                    self._settle(branch, chunk)
+                self._settle(chunk)
 
     def _feed_clean(self, chunk: int, *, timestep: int) -> None:
         """Forward a clean chunk for the sake of its keys, noised up to `timestep` if above 0."""
@@ -327,13 +322,13 @@ class WindowSampler:
             latents = self._noised(latents)
         embedded = self._embed(latents, list(frames), [timestep] * len(frames))
         for branch in self.branches.values():
-            unit = Unit(chunk, (0, len(frames)))
             self._count_blocks(branch, embedded, offset=0, is_computed=True, has_head=False)
-            self._run_blocks(branch, unit, embedded, offset=0)
+        self._run_branches(list(self.branches), Unit(chunk, (0, len(frames))), embedded, offset=0)
 
-    def _settle(self, branch: Branch, chunk: int) -> None:
-        for cache in branch.caches:
-            cache.settle(len(self.window.chunks[chunk]) * self.frame_tokens)
+    def _settle(self, chunk: int) -> None:
+        for branch in self.branches.values():
+            for cache in branch.caches:
+                cache.settle(len(self.window.chunks[chunk]) * self.frame_tokens)
 
     def _embed(self, latents: Tensor, frames: list[int], times: list[int]) -> Embedded:
         config, condition = self.dit.config, self.condition
@@ -346,19 +341,50 @@ class WindowSampler:
             y_BCFhw=None if condition is None else condition[:, frames].unsqueeze(0),
         )
 
-    def _run_blocks(self, branch: Branch, unit: Unit, part: Embedded, *, offset: int) -> Tensor:
+    def _run_branches(
+        self, names: list[str], unit: Unit, part: Embedded, *, offset: int
+    ) -> dict[str, Tensor]:
+        """Run the blocks for some branches; return each one's `[1, S, D]`."""
+        if self.batched_context and len(names) == len(self.branches):
+            branches = list(self.branches.values())
+            tokens = part.tokens.expand(len(branches), -1, -1)
+            modulation = part.modulation.expand(len(branches), -1, -1, -1)
+            hidden = self._run_blocks(
+                branches,
+                self.batched_context,
+                unit,
+                Embedded(tokens, part.time, modulation),
+                offset=offset,
+            )
+            return dict(zip(names, hidden.split(1), strict=True))
+        return {
+            name: self._run_blocks([branch], branch.context, unit, part, offset=offset)
+            for name, branch in self.branches.items()
+            if name in names
+        }
+
+    def _run_blocks(
+        self,
+        branches: list[Branch],
+        context: list[ContextKV],
+        unit: Unit,
+        part: Embedded,
+        *,
+        offset: int,
+    ) -> Tensor:
+        """Run the blocks on one batch entry per branch, each with its own cache."""
         if unit.id == WHOLE_WINDOW:
             attend, rope = whole_window(self.dit.kernel), self.rope
         else:
             attend = cached_attention(
-                branch.caches,
+                [branch.caches for branch in branches],
                 offset=offset,
                 kernel=self.dit.kernel,
                 compression=self.compression,
                 timing=lambda: self.stats.stage("kv_compression"),
             )
             rope = self.rope[self._tokens(unit.id)]
-        return self.dit.run_blocks(part, rope, branch.context, self_attend=attend)
+        return self.dit.run_blocks(part, rope, context, self_attend=attend)
 
     def _read_velocity(self, hidden: Tensor, part: Embedded) -> Tensor:
         height, width = self.latents.shape[-2:]

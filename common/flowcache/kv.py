@@ -5,7 +5,7 @@ always a prefix of the buffer. A chunk that becomes clean moves a boundary, not 
 gathers the kept clean tokens and moves the active part down.
 
 Axes: T tokens in the buffer, S tokens of a chunk, G key/value heads, C head width, K kept tokens.
-The batch is 1: guidance branches have caches of their own.
+Guidance branches have caches of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +100,7 @@ def caches_for(
 
 
 def cached_attention(
-    caches: Sequence[KVCache],
+    caches: Sequence[Sequence[KVCache]],
     *,
     offset: int,
     kernel: Kernel,
@@ -112,18 +112,22 @@ def cached_attention(
     Clean tokens above the budget are compressed first, scored by this chunk's queries.
 
     Args:
+        caches: per batch entry (guidance branch) the caches of its layers.
         offset: tokens of the active chunks before this one.
         timing: makes a context in which the compression runs, to measure it.
     """
 
     def attend(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
-        cache = caches[layer]
-        cache.put(offset, k_BSGC[0], v_BSGC[0])
-        if compression is not None and cache.clean > compression.budget:
-            with timing():
-                cache.keep(compression.keep(q_BSHC[0], cache.prefix(0)[0]))
-        k, v = cache.prefix(offset + k_BSGC.shape[1])
-        return kernel(q_BSHC, k.unsqueeze(0), v.unsqueeze(0))
+        outputs: list[Tensor] = []
+        for entry, layers in enumerate(caches):
+            cache, q_1SHC = layers[layer], q_BSHC[entry : entry + 1]
+            cache.put(offset, k_BSGC[entry], v_BSGC[entry])
+            if compression is not None and cache.clean > compression.budget:
+                with timing():
+                    cache.keep(compression.keep(q_1SHC[0], cache.prefix(0)[0]))
+            k, v = cache.prefix(offset + k_BSGC.shape[1])
+            outputs.append(kernel(q_1SHC, k.unsqueeze(0), v.unsqueeze(0)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     return attend
 

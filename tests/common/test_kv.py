@@ -114,7 +114,7 @@ def test_a_chunk_attends_to_clean_and_older_active_tokens_and_itself():
     outputs = []
     for chunk, offset in enumerate((0, 0, 2)):  # the first chunk is clean when the others come
         own = slice(2 * chunk, 2 * chunk + 2)
-        attend = cached_attention(caches, offset=offset, kernel=SDPA)
+        attend = cached_attention([caches], offset=offset, kernel=SDPA)
         outputs.append(attend(1, q[:, own], k[:, own], v[:, own]))
         if chunk == 0:
             caches[1].settle(2)
@@ -135,7 +135,7 @@ def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: i
         seen.append((q_SHC[:, 0, 0].tolist(), k_TGC[:, 0, 0].tolist()))
         return torch.tensor([[1], [3]])
 
-    attend = cached_attention([cache], offset=0, kernel=SDPA, compression=Compression(budget, keep))
+    attend = cached_attention([[cache]], offset=0, kernel=SDPA, compression=Compression(budget, keep))
     own = rows([9.0]).unsqueeze(0)
     attend(0, own, own, -own)
     assert seen == ([] if budget == 4 else [([9], [0, 1, 2, 3])])
