@@ -103,14 +103,14 @@ def measure(
 
 def run_all(
     methods: Sequence[Method],
-    prompts: Sequence[tuple[Attributes, int]],
+    prompts: Mapping[int, tuple[Attributes, int]],
     *,
     model: str,
     settings: Sequence[str],
     log: Path,
-) -> list[dict[str, Any]]:
-    """Render and measure what the log does not hold yet; return all rows."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+) -> None:
+    """Render and measure what the log does not hold yet."""
+    rows = read_rows([log] if log.is_file() else [])
     done = {(row["method"], row["index"]) for row in rows}
     jobs = {
         method.name: prepare(
@@ -122,7 +122,7 @@ def run_all(
     }
     models = load_models(jobs[REFERENCE], stats=RunStats(jobs[REFERENCE].device))
     with log.open("a") as stream:
-        for index, (attributes, seed) in enumerate(prompts):
+        for index, (attributes, seed) in prompts.items():
             missing = [m for m in methods if (m.name, index) not in done]
             if not missing:
                 continue
@@ -135,11 +135,15 @@ def run_all(
                     references[method.name] = frames
                 if method in missing:
                     figures = measure(frames, stats, attributes, references)
-                    rows.append({"method": method.name, "index": index, "seed": seed, **figures})
-                    stream.write(json.dumps(rows[-1]) + "\n")
+                    row = {"method": method.name, "index": index, "seed": seed, **figures}
+                    stream.write(json.dumps(row) + "\n")
                     stream.flush()
-            sys.stderr.write(f"prompt {index + 1}/{len(prompts)}: {attributes.caption}\n")
-    return rows
+            sys.stderr.write(f"clip {index}: {attributes.caption}\n")
+
+
+def read_rows(logs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the rows of some logs."""
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:
@@ -203,10 +207,22 @@ def _shown(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def unseen_prompts(count: int) -> list[tuple[Attributes, int]]:
+def unseen_prompts(count: int) -> dict[int, tuple[Attributes, int]]:
     """Return captions that the demo was not trained on, each with a seed of its own."""
     _, held_out = split_attributes()
-    return [(held_out[i % len(held_out)], FIRST_SEED + i) for i in range(count)]
+    return {i: (held_out[i % len(held_out)], FIRST_SEED + i) for i in range(count)}
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Turn `2/4` into (2, 4).
+
+    Raises:
+        UserError: it isn't that, or not one of the parts.
+    """
+    part, _, num_parts = text.partition("/")
+    if not (part.isdecimal() and num_parts.isdecimal() and 1 <= int(part) <= int(num_parts)):
+        raise UserError(f"--part is {text!r}, but must be I/N with I in 1..N, as in 1/2")
+    return int(part), int(num_parts)
 
 
 def main() -> int:
@@ -227,6 +243,13 @@ def main() -> int:
         metavar="NAME",
         help=f"rows of the table (default: all): {'; '.join(m.name for m in METHODS)}",
     )
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="render every N-th clip only, from the I-th: several processes share the work, the "
+        "last one to finish writes the table",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all methods")
     options = parser.parse_args()
 
@@ -239,15 +262,21 @@ def main() -> int:
         if unknown:
             raise UserError(f"--methods: {unknown.pop()!r} is no row of the table: see --help")
         methods = [m for m in METHODS if m.name in (REFERENCE, *names)]
-        rows = run_all(
+        part, num_parts = parse_part(options.part)
+        prompts = unseen_prompts(options.prompts)
+        run_all(
             methods,
-            unseen_prompts(options.prompts),
+            {i: prompt for i, prompt in prompts.items() if i % num_parts == part - 1},
             model=options.model,
             settings=options.settings,
-            log=options.out / "rows.jsonl",
+            log=options.out / f"rows-{part}.jsonl",
         )
+        rows = read_rows(sorted(options.out.glob("rows-*.jsonl")))
+        if len(rows) < len(methods) * len(prompts):
+            print(f"{len(rows)} clips are there: the other parts are still missing")
+            return
         table = summarize(rows, methods)
-        report = {
+        report: dict[str, Any] = {
             "command": " ".join(["python", *sys.argv]),
             "environment": environment(torch.device("cpu")),
             "table": table,
