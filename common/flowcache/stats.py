@@ -248,6 +248,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # names the build, too: 2.13.0+cpu
     is_cuda = device.type == "cuda"
     return {
         "commit": _commit(Path(__file__)),
