@@ -147,8 +147,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, default, what in (
         ("vae", 850, "steps of the VAE"),
-        ("decoder", 800, "further steps of its decoder alone"),
-        ("dit", 2600, "steps of the transformer"),
+        ("decoder", 1650, "further steps of its decoder alone"),
+        ("dit", 3000, "steps of the transformer"),
     ):
         parser.add_argument(
             f"--{name}-steps", type=_positive, default=default, help=f"{what} (default {default})"
