@@ -63,7 +63,6 @@ METHODS = (
     *with_predictors("FlowCache-slow", "flowcache_slow"),
     *with_predictors("FlowCache-fast", "flowcache_fast"),
     *with_predictors("FlowCache-slow + KV compression", "flowcache_kvcompress"),
-    *with_predictors("stride (FlowCache-slow's FLOPs)", "stride_slow"),
     *with_predictors("stride (FlowCache-fast's FLOPs)", "stride"),
 )
 
