@@ -214,7 +214,7 @@ def _checked(config: DiTConfig, path: Path) -> DiTConfig:
         may_lack = name == "image_dim" and value is None
         rules[name] = (may_lack or _is_size(value), "an integer >= 1")
     rules["model_type"] = (config.model_type in ("t2v", "i2v"), "t2v or i2v")
-    rules["inject_sample_info"] = (isinstance(config.inject_sample_info, bool), "true or false")
+    rules["inject_sample_info"] = (config.inject_sample_info in (True, False), "true or false")
     rules["eps"] = (isinstance(config.eps, float) and config.eps > 0, "a number > 0")
     for name, (is_met, rule) in rules.items():
         if not is_met:

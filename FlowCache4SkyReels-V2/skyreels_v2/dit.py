@@ -185,7 +185,11 @@ class DiT(nn.Module):
         """
         text = self.text_embedding(text_BLD.to(self.dtype))
         image = None if image_BLD is None else self.img_emb(image_BLD.to(self.dtype))
-        return [block.cross_attn.encode(text, image) for block in self.blocks]
+        contexts: list[ContextKV] = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            contexts.append(block.cross_attn.encode(text, image))
+        return contexts
 
     def rope(self, frames: Tensor, *, latent_height: int, latent_width: int) -> Tensor:
         """Rotary angles of latent frames at the given positions inside the window."""

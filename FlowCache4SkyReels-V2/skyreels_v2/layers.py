@@ -104,10 +104,10 @@ def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def linear_f32(layer: nn.Linear, x: Tensor) -> Tensor:
+def linear_f32(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a linear layer in float32 whatever its weights are stored in."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return functional.linear(x.float(), layer.weight.float(), bias)
+    assert isinstance(layer, nn.Linear)
+    return functional.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
 class RMSNorm(nn.Module):
@@ -125,9 +125,9 @@ class RMSNorm(nn.Module):
 class LayerNormF32(nn.LayerNorm):
     """Affine layer norm, computed and returned in float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         return functional.layer_norm(
-            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+            input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
         )
 
 

@@ -1,6 +1,6 @@
 """From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -275,7 +275,7 @@ class _SegmentMaker:
             return decoder.decode(latents_CFhw.unsqueeze(0))[0].float()
 
     @contextmanager
-    def _dit_aside(self) -> Iterator[None]:
+    def _dit_aside(self) -> Generator[None, None, None]:
         """Keep the DiT off the device while the VAE works, if the run is to save memory."""
         if not self.config.offload:
             yield

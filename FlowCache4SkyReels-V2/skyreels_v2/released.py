@@ -4,24 +4,29 @@ Source: the `config.json` files of the released checkpoints.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from skyreels_v2.dit import DiTConfig
 
-_SMALL = {"dim": 1536, "num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-_LARGE = {"dim": 5120, "num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
-_I2V = {"model_type": "i2v", "in_dim": 36, "image_dim": 1280}
+_SMALL = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+_LARGE = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+
+
+def _i2v(config: DiTConfig) -> DiTConfig:
+    return replace(config, model_type="i2v", in_dim=36, image_dim=1280)
+
 
 RELEASED: Mapping[str, DiTConfig] = MappingProxyType(
     {
-        "df-1.3b-540p": DiTConfig(**_SMALL, inject_sample_info=True),
-        "df-14b-540p": DiTConfig(**_LARGE),
-        "df-14b-720p": DiTConfig(**_LARGE),
-        "t2v-14b-540p": DiTConfig(**_LARGE),
-        "t2v-14b-720p": DiTConfig(**_LARGE),
-        "i2v-1.3b-540p": DiTConfig(**_SMALL, **_I2V),
-        "i2v-14b-540p": DiTConfig(**_LARGE, **_I2V),
-        "i2v-14b-720p": DiTConfig(**_LARGE, **_I2V),
+        "df-1.3b-540p": replace(_SMALL, inject_sample_info=True),
+        "df-14b-540p": _LARGE,
+        "df-14b-720p": _LARGE,
+        "t2v-14b-540p": _LARGE,
+        "t2v-14b-720p": _LARGE,
+        "i2v-1.3b-540p": _i2v(_SMALL),
+        "i2v-14b-540p": _i2v(_LARGE),
+        "i2v-14b-720p": _i2v(_LARGE),
     }
 )
 """By the end of the repository's name, in lower case."""

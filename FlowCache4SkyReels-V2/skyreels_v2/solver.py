@@ -3,6 +3,8 @@
 Source: UniPC (arXiv 2302.04867), order 2, variant bh2, on x0 predictions of a flow model.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -64,7 +66,8 @@ class UniPC:
             use_flow_sigmas=True,
             flow_shift=self.shift,
         )
-        scheduler.set_timesteps(sigmas=np.linspace(SIGMA_MAX, 0.0, self.num_steps + 1)[:-1])
+        grid: Any = np.linspace(SIGMA_MAX, 0.0, self.num_steps + 1)[:-1]
+        scheduler.set_timesteps(sigmas=grid)
         scheduler.set_begin_index(step)
         return scheduler
 

@@ -48,9 +48,9 @@ class VAE:
         # Any: diffusers types its config as a dict, and its methods as untyped wrappers
         self.model: Any = model
         shape = (1, -1, 1, 1, 1)
-        place = {"dtype": self.dtype, "device": self.device}
-        self.mean = torch.tensor(self.model.config.latents_mean, **place).view(shape)
-        self.std = torch.tensor(self.model.config.latents_std, **place).view(shape)
+        like = self.model.quant_conv.weight
+        self.mean = like.new_tensor(self.model.config.latents_mean).view(shape)
+        self.std = like.new_tensor(self.model.config.latents_std).view(shape)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -48,11 +48,15 @@ def choose_kernel(device: torch.device, *, dtype: torch.dtype) -> Kernel:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return SDPA
     if importlib.util.find_spec("flash_attn_interface") is not None:
-        from flash_attn_interface import flash_attn_func as flash3
+        from flash_attn_interface import (  # pyright: ignore[reportMissingImports]
+            flash_attn_func as flash3,
+        )
 
         return Kernel("flash-attn 3", lambda q, k, v: _first(flash3(q, k, v)))
     if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_func as flash2
+        from flash_attn import (  # pyright: ignore[reportMissingImports]
+            flash_attn_func as flash2,
+        )
 
         return Kernel("flash-attn 2", flash2)
     return SDPA

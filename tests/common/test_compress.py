@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from flowcache.compress import (
     ImportanceRedundancy,
     Recent,
@@ -25,8 +28,6 @@ from flowcache.scoring import (
     scoring_bytes,
     weigh,
 )
-from safetensors import safe_open
-from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden/skyreels_v2/kv_compress.safetensors"
 PART_TOLERANCE = 1e-6

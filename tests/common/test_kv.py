@@ -135,7 +135,9 @@ def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: i
         seen.append((q_SHC[:, 0, 0].tolist(), k_TGC[:, 0, 0].tolist()))
         return torch.tensor([[1], [3]])
 
-    attend = cached_attention([[cache]], offset=0, kernel=SDPA, compression=Compression(budget, keep))
+    attend = cached_attention(
+        [[cache]], offset=0, kernel=SDPA, compression=Compression(budget, keep)
+    )
     own = rows([9.0]).unsqueeze(0)
     attend(0, own, own, -own)
     assert seen == ([] if budget == 4 else [([9], [0, 1, 2, 3])])

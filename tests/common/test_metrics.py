@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from flowcache.errors import UserError
-from flowcache.metrics import psnr, psnr_per_frame, ssim, ssim_per_frame
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.metrics import psnr, psnr_per_frame, ssim, ssim_per_frame
 
 
 def textured_clip(seed: int, *, num_frames: int = 3, height: int = 24, width: int = 37) -> Tensor:

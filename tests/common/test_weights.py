@@ -5,6 +5,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from flowcache.errors import UserError
 from flowcache.weights import (
     Origin,
@@ -16,8 +19,6 @@ from flowcache.weights import (
     read,
     rename,
 )
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 
 class Tied(nn.Module):

@@ -7,13 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
-from flowcache.errors import UserError
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from skyreels_v2 import checkpoint, vae
-from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
-from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.text import umt5_key
 from tokenizers import Tokenizer, models
 from transformers import (
     CLIPVisionConfig,
@@ -22,6 +17,12 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from flowcache.errors import UserError
+from skyreels_v2 import checkpoint, vae
+from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
+from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.text import umt5_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 

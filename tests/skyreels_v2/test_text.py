@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowcache.errors import UserError
 from safetensors.torch import load_file, save_file
-from skyreels_v2 import text
-from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +16,10 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from flowcache.errors import UserError
+from skyreels_v2 import text
+from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 TOLERANCE = 2e-5

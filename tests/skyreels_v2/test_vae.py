@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowcache.errors import UserError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowcache.errors import UserError
 from skyreels_v2 import vae
 from skyreels_v2.vae import VAE, original_key
-from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2" / "vae.safetensors"
 TOLERANCE = 2e-5

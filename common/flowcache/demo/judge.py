@@ -28,8 +28,9 @@ _MASK_DISTANCE = 60.0
 _AREA_RANGE = (0.045, 0.28)
 # Largest distance of a colour from the one it is named after.
 _COLOR_DISTANCE = 90.0
-# Smallest overlap (intersection over union) of the averaged shape with its template.
-_SMALLEST_OVERLAP = 0.72
+# Smallest overlap (intersection over union) of the averaged shape with its template. Drawn shapes
+# reach 0.85 and more with their own, at most 0.66 with a triangle for another or the other way.
+_SMALLEST_OVERLAP = 0.6
 # A clip moves when it covers at least this many pixels per frame, mostly along one axis.
 _SLOWEST = 0.2
 _LARGEST_DRIFT = 0.4
