@@ -1,7 +1,7 @@
 """The training script's parts: what it exports is the official layout and computes the same."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,17 +13,10 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from flowcache.demo.text import TEXT_LEN, TEXT_WIDTH
 from flowcache.demo.vae import new_vae
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_demo.py"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_demo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("train_demo")
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ _MASK_DISTANCE = 60.0
 _AREA_RANGE = (0.045, 0.28)
 # Largest distance of a colour from the one it is named after.
 _COLOR_DISTANCE = 90.0
-# Smallest overlap (intersection over union) of the averaged shape with its template. Drawn shapes
-# reach 0.85 and more with their own, at most 0.66 with a triangle for another or the other way.
+# The shape is the template it overlaps most (intersection over union), if that is enough to speak
+# of a shape. Drawn ones reach 0.9 with their own template, 0.84 or less with another.
 _SMALLEST_OVERLAP = 0.6
 # A clip moves when it covers at least this many pixels per frame, mostly along one axis.
 _SLOWEST = 0.2

@@ -1,0 +1,71 @@
+"""The judging command reads videos through the codec and says which attribute is wrong."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from flowcache.demo.clips import Attributes, random_motion, render, split_attributes
+from flowcache.demo.judge import judge
+from flowcache.video import VideoWriter, read_video
+
+FRAMES = 33
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("judge_demo")
+
+
+def _write(path: Path, attributes: Attributes, *, said: str) -> None:
+    frames = render(attributes, random_motion(np.random.default_rng(0)), num_frames=FRAMES)
+    with VideoWriter(path, fps=24, size=(64, 64)) as writer:
+        writer.append(frames)
+    path.with_suffix(".json").write_text(json.dumps({"config": {"prompt": said}}))
+
+
+def test_clips_are_readable_after_the_codec(tmp_path: Path):
+    for index, attributes in enumerate(split_attributes()[1][::3]):
+        path = tmp_path / f"{index}.mp4"
+        _write(path, attributes, said="")
+        frames, _ = read_video(path)
+        assert len(frames) == FRAMES
+        assert all(judge(frames).agrees(attributes).values()), attributes
+
+
+def test_the_command_counts_agreement(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    drawn = Attributes("red", "circle", "right", "black")
+    _write(tmp_path / "a.mp4", drawn, said=drawn.caption)
+    _write(tmp_path / "b.mp4", drawn, said="a red square moving right on a black background")
+    monkeypatch.setattr(sys, "argv", ["judge_demo.py", str(tmp_path)])
+    assert script.main() == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][-1] == "agrees"
+    assert lines[1][-2:] == ["wrong:", "shape"]
+    assert ["color", "2", "of", "2"] in lines
+    assert ["shape", "1", "of", "2"] in lines
+    assert ["all", "1", "of", "2"] in lines
+
+
+def test_a_folder_without_videos_is_an_error(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["judge_demo.py", str(tmp_path)])
+    assert script.main() == 2
+
+
+def test_a_prompt_that_is_no_caption_is_an_error(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _write(tmp_path / "a.mp4", Attributes("red", "circle", "up", "gray"), said="a cat")
+    monkeypatch.setattr(sys, "argv", ["judge_demo.py", str(tmp_path)])
+    assert script.main() == 2
