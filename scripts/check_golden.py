@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from golden import skyreels_v2
+from golden import magi1, skyreels_v2
 from golden.case import Check, Kind, read_case
 
-KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS,)
+KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS)
 ENDINGS = (".safetensors", ".json")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import SDPA
+from flowcache.compress import Recent, TokenLayout
+from flowcache.kv import Compression
 from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride
 from skyreels_v2.dit import DiT
 from skyreels_v2.sampler import Sampling
@@ -131,3 +134,36 @@ def test_branches_decide_alike_where_the_guided_update_is_reused(
         for branch in ("cond", "uncond")
     }
     assert decisions["cond"] == decisions["uncond"]
+
+
+# Guidance branches in one batch -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_branches_in_one_batch_give_what_they_give_one_by_one(
+    loop: str, model_type: str, make_dit: MakeDiT, denoise: Denoise
+) -> None:
+    extra: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    if model_type == "i2v":
+        changes = {"model_type": "i2v", "in_dim": 36, "image_dim": 8}
+        extra = {"condition": torch.ones(20, 5, HEIGHT, WIDTH), "image": torch.ones(1, 257, 8)}
+    layout = TokenLayout(FRAME_TOKENS, 2 * FRAME_TOKENS)
+    keep = partial(Recent().keep, budget=2 * FRAME_TOKENS, layout=layout)
+    compression = Compression(2 * FRAME_TOKENS, keep) if loop != "full" else None
+
+    def latents(*, batch_branches: bool) -> Tensor:
+        return denoise(
+            make_dit(**changes),
+            noise(5),
+            window=WINDOW,
+            sampling=replace(LOOPS[loop], batch_branches=batch_branches),
+            policy=partial(Stride, every=2, warmup_steps=2),
+            compression=compression,
+            **extra,
+        ).latents
+
+    torch.testing.assert_close(
+        latents(batch_branches=True), latents(batch_branches=False), rtol=0, atol=1e-5
+    )
