@@ -51,6 +51,10 @@ echo "entered $VIRTUAL_ENV with $(command -v python)"
 """
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Sandbox:
     """A copy of the scripts beside small pins, and the stand-in interpreter."""
@@ -67,6 +71,8 @@ class Sandbox:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a test run in the background ignores SIGINT, and so would the launcher
+            preexec_fn=_heed_interrupts,
         )
 
     def run(self, **variables: str) -> tuple[int, str, str]:
