@@ -8,7 +8,7 @@ here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/../scripts/setup.sh" # makes and enters the Python environment the first time
 
 MODEL=${MODEL:-auto}           # auto: the 1.3B model on a CUDA machine, else the demo; or a folder, or a hub id
-PROMPT=${PROMPT-a red circle moving right on a black background}
+PROMPT=${PROMPT-a blue triangle moving up on a black background}
 IMAGE=${IMAGE:-}               # path of a start image
 END_IMAGE=${END_IMAGE:-}       # path of an end image
 VIDEO=${VIDEO:-}               # path of a video to extend

@@ -85,7 +85,7 @@ def test_there_is_a_launcher_per_published_preset():
 def test_a_launcher_uses_its_preset_and_hands_on_no_empty_variable(
     launch: Launch, copy: Path, name: str
 ):
-    prompt = "a red circle moving right on a black background"
+    prompt = "a blue triangle moving up on a black background"
     expected = ["--preset", name, "--model", "auto", "--prompt", prompt]
     assert launch(name) == [*expected, "--out", f"{copy}/result"]
 
