@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Text to video without caching: every step of every chunk is computed.
+# Edit the variables, or set them:      PROMPT="a cat" SEED=7 bash scripts/single_run/vanilla_t2v.sh
+# Everything else follows as key=value: bash scripts/single_run/vanilla_t2v.sh kv.compress=recent
+# --dry-run checks and prints the plan, --help and --list-settings say what there is.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" # enters the Python environment
+
+MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; or a name, folder, config
+PROMPT=${PROMPT-a blue triangle moving up on a black background}
+HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the preset's, or the demo's own
+WIDTH=${WIDTH:-}
+NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the preset's
+NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the preset's
+WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: 4
+SEED=${SEED:-}                     # of all noise; empty: 1234
+SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
+OUT=${OUT:-$root/result/t2v}       # an .mp4 file, or a folder in which a fresh name is found
+
+generate --preset vanilla "$@"
