@@ -10,6 +10,7 @@ MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; 
 PRESET=${PRESET:-fast}             # slow or fast: the published thresholds 0.01 and 0.015
 PROMPT=${PROMPT-a blue triangle moving up on a black background}
 VIDEO=${VIDEO:-$(newest_video "$root/result/t2v")} # path of the video to continue
+PREFIX_FRAMES=${PREFIX_FRAMES:-}   # how many of its first frames; null: its last seconds, up to 5; empty: 32
 HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the preset's, or the demo's own
 WIDTH=${WIDTH:-}
 NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the preset's
@@ -21,4 +22,4 @@ SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the chec
 OUT=${OUT:-$root/result/v2v}       # an .mp4 file, or a folder in which a fresh name is found
 
 generate --preset "teacache_$PRESET" --video "$VIDEO" \
-    ${THRESHOLD:+reuse.threshold="$THRESHOLD"} "$@"
+    ${PREFIX_FRAMES:+prefix_frames="$PREFIX_FRAMES"} ${THRESHOLD:+reuse.threshold="$THRESHOLD"} "$@"

@@ -9,6 +9,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" # enters the Python environ
 MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; or a name, folder, config
 PROMPT=${PROMPT-a blue triangle moving up on a black background}
 VIDEO=${VIDEO:-$(newest_video "$root/result/t2v")} # path of the video to continue
+PREFIX_FRAMES=${PREFIX_FRAMES:-}   # how many of its first frames; null: its last seconds, up to 5; empty: 32
 HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the preset's, or the demo's own
 WIDTH=${WIDTH:-}
 NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the preset's
@@ -18,4 +19,4 @@ SEED=${SEED:-}                     # of all noise; empty: 1234
 SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
 OUT=${OUT:-$root/result/v2v}       # an .mp4 file, or a folder in which a fresh name is found
 
-generate --preset vanilla --video "$VIDEO" "$@"
+generate --preset vanilla --video "$VIDEO" ${PREFIX_FRAMES:+prefix_frames="$PREFIX_FRAMES"} "$@"
