@@ -1,0 +1,1 @@
+"""Plan which own steps of a chunk are computed, from one calibration of a model."""

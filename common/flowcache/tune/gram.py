@@ -1,0 +1,256 @@
+"""Record what planning needs of a model: inner products of the velocities of a chunk's own steps.
+
+    collector = GramCollector(num_steps=30)
+    ... in every branch at every computed step ...
+    collector.observe(segment=0, tick=7, chunk=1, step=2, branch="cond", velocity=v, sigma=s)
+    calibration = collector.finish()
+    model = calibration.error_model({"cond": 4.0, "uncond": -3.0})
+
+The velocities of a chunk are held only while it is active, as they are or as a random sketch of
+fixed width. Every step must be computed while this is recorded.
+
+Axes: N own steps, M = branches x N, the steps of the first branch first.
+"""
+
+import math
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.tune.gap import Array, ErrorModel
+
+SKETCHING_BYTES = 8 + 4 + 2 * 4
+"""Per element of a velocity that is sketched: its place (int64) and its sign, and the element in
+float32 before and after the sign."""
+
+
+class Sketch:
+    """A random linear map to `width` numbers that keeps inner products on average.
+
+    Every element goes, with a random sign, to a random place. The squared norm of a sketch has a
+    relative standard deviation of about ``sqrt(2 / width)``; the map is linear, so this holds for
+    differences of velocities, too.
+
+    Source: Charikar, Chen, Farach-Colton 2002 (count sketch); Weinberger et al. 2009
+    (arXiv 0902.2206), the same for inner products.
+    """
+
+    def __init__(self, width: int, *, seed: int) -> None:
+        if width < 1:
+            raise UserError(f"a sketch must be 1 or more numbers wide, not {width}")
+        self.width = width
+        self.seed = seed
+        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return the sketch of a flat tensor, float32 `[width]`."""
+        places, signs = self._map(values)
+        result = torch.zeros(self.width, device=values.device)
+        return result.index_add_(0, places, values.float() * signs)
+
+    def _map(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        size = values.numel()
+        if size not in self._maps:
+            # drawn on the CPU, so that a seed means the same everywhere
+            generator = torch.Generator().manual_seed(self.seed)
+            places = torch.randint(self.width, (size,), generator=generator)
+            signs = torch.randint(2, (size,), generator=generator).float() * 2 - 1
+            self._maps[size] = (places.to(values.device), signs.to(values.device))
+        return self._maps[size]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean inner products of a model's velocities, by chunk position.
+
+    Attributes:
+        sigmas: noise level of each step and the last one, `[N + 1]`.
+        branches: guidance passes, in the order of the matrix.
+        gram: chunk -> mean inner products per element of the latent, `[M, M]`.
+        num_clips: chunk -> clips in the mean.
+    """
+
+    sigmas: Array
+    branches: tuple[str, ...]
+    gram: Mapping[int, Array]
+    num_clips: Mapping[int, int]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def guided(self, weights: Mapping[str, float]) -> dict[int, Array]:
+        """Return the matrix of a weighted sum of the branches, by chunk, `[N, N]`.
+
+        Args:
+            weights: branch -> weight, as in cond 4, uncond -3 for guidance 4.
+        """
+        if set(weights) != set(self.branches):
+            raise ValueError(f"weights are needed for {self.branches}, not {tuple(weights)}")
+        weight_B = np.array([weights[name] for name in self.branches])
+        shape = (len(self.branches), self.num_steps) * 2
+        return {
+            chunk: np.einsum("anbm,a,b->nm", gram_MM.reshape(shape), weight_B, weight_B)
+            for chunk, gram_MM in self.gram.items()
+        }
+
+    def error_model(
+        self, weights: Mapping[str, float], *, chunks: Collection[int] | None = None
+    ) -> ErrorModel:
+        """Return the errors of some chunk positions, on average; None: of all of them."""
+        guided = self.guided(weights)
+        chosen = [guided[chunk] for chunk in (guided if chunks is None else chunks)]
+        return ErrorModel(np.mean(chosen, axis=0), self.sigmas)
+
+    def save(self, path: Path) -> None:
+        """Write it as .npz."""
+        chunks = sorted(self.gram)
+        arrays: dict[str, Any] = {
+            "sigmas": self.sigmas,
+            "branches": np.array(self.branches),
+            "chunks": np.array(chunks),
+            "num_clips": np.array([self.num_clips[chunk] for chunk in chunks]),
+            "gram": np.stack([self.gram[chunk] for chunk in chunks]),
+        }
+        np.savez_compressed(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is none.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                chunks: list[int] = stored["chunks"].tolist()
+                return cls(
+                    sigmas=stored["sigmas"],
+                    branches=tuple(stored["branches"].tolist()),
+                    gram=dict(zip(chunks, stored["gram"], strict=True)),
+                    num_clips=dict(zip(chunks, stored["num_clips"].tolist(), strict=True)),
+                )
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            raise UserError(f"{path} is no calibration, or damaged: calibrate again") from None
+
+
+@dataclass
+class _Active:
+    """A chunk that is being denoised: what was seen of it so far."""
+
+    gram: Array
+    held: dict[int, Tensor] = field(default_factory=dict)
+    """Row of the matrix -> velocity, or its sketch."""
+
+
+class GramCollector:
+    """Watches clips being made; see the top of the file.
+
+    Args:
+        num_steps: own steps of a chunk.
+        branches: guidance passes.
+        final_sigma: noise level behind the last step.
+        sketch: what is held of a velocity; None: all of it.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        branches: Collection[str],
+        *,
+        final_sigma: float = 0.0,
+        sketch: Sketch | None = None,
+    ) -> None:
+        self.num_steps = num_steps
+        self.branches = tuple(branches)
+        self.final_sigma = final_sigma
+        self.sketch = sketch
+        self._active: dict[tuple[int, int], _Active] = {}
+        self._sigmas: dict[int, float] = {}
+        self._sums: dict[int, Array] = {}
+        self._num_clips: dict[int, int] = {}
+
+    def observe(
+        self,
+        *,
+        segment: int,
+        tick: int,
+        chunk: int,
+        step: int,
+        branch: str,
+        velocity: Tensor,
+        sigma: float,
+    ) -> None:
+        """Take in the velocity of one branch of one chunk in one own step.
+
+        Args:
+            velocity: of the chunk's latent; any shape, the same in every step.
+            sigma: noise level of the step.
+        """
+        active = self._active.setdefault((segment, chunk), _Active(self._zeros()))
+        flat = velocity.detach().flatten()
+        kept = flat.float() if self.sketch is None else self.sketch(flat)
+        row = self.branches.index(branch) * self.num_steps + step
+        active.held[row] = kept
+        # what counts later is the small difference of large products: float32 sums would lose it
+        exact = kept.double()
+        sums = torch.stack([torch.dot(other.double(), exact) for other in active.held.values()])
+        rows = list(active.held)
+        active.gram[row, rows] = active.gram[rows, row] = sums.cpu() / flat.numel()
+        self._sigmas[step] = sigma
+        if len(rows) == len(active.gram):
+            self._sums[chunk] = self._sums.get(chunk, self._zeros()) + active.gram
+            self._num_clips[chunk] = self._num_clips.get(chunk, 0) + 1
+            del self._active[segment, chunk]
+
+    def finish(self) -> Calibration:
+        """Return the means.
+
+        Raises:
+            ValueError: a chunk was not seen in all its steps and branches.
+        """
+        if self._active or not self._sums:
+            missing = sorted(self._active) or "no chunk"
+            raise ValueError(f"every step of a chunk must be observed; incomplete: {missing}")
+        sigmas = [*(self._sigmas[step] for step in range(self.num_steps)), self.final_sigma]
+        return Calibration(
+            sigmas=np.array(sigmas),
+            branches=self.branches,
+            gram={chunk: self._sums[chunk] / n for chunk, n in sorted(self._num_clips.items())},
+            num_clips=dict(self._num_clips),
+        )
+
+    def _zeros(self) -> Array:
+        size = len(self.branches) * self.num_steps
+        return np.zeros((size, size))
+
+
+def calibration_bytes(
+    *, num_elements: int, num_steps: int, num_branches: int, num_active: int, width: int | None
+) -> int:
+    """Return the most memory that collecting needs beside the run itself.
+
+    Args:
+        num_elements: numbers in the latent of a chunk.
+        num_active: chunks that are active at once.
+        width: of the sketch; None: velocities are held as they are.
+    """
+    held, rows = num_elements if width is None else width, num_steps * num_branches
+    velocities = num_active * rows * held * 4
+    doubles = 2 * held * 8
+    sketching = 0 if width is None else num_elements * SKETCHING_BYTES
+    return velocities + doubles + sketching + num_active * rows**2 * 8
+
+
+def most_active(num_chunks: int, *, num_steps: int, lag: int) -> int:
+    """Return how many chunks are active at once at most."""
+    return num_chunks if lag == 0 else min(num_chunks, math.ceil(num_steps / lag))

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from flowcache.reuse import ResultStore
+from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients
+
+SIGMAS = np.array([1.0, 0.9, 0.75, 0.6, 0.4, 0.25, 0.1, 0.0])
+NUM_STEPS = len(SIGMAS) - 1
+
+
+def random_model(seed: int = 0) -> tuple[ErrorModel, np.ndarray]:
+    velocities_ND = np.random.default_rng(seed).normal(size=(NUM_STEPS, 40))
+    return ErrorModel(velocities_ND @ velocities_ND.T, SIGMAS), velocities_ND
+
+
+def test_the_gap_in_the_example_costs_what_the_example_says():
+    model = ErrorModel(np.eye(3), np.array([1.0, 0.8, 0.5, 0.0]))
+    c_N = gap_coefficients([0], 2, sigmas=model.sigmas, predictor=Predictor())
+    np.testing.assert_allclose(c_N, [0.3, -0.3, 0.0])
+    assert model.gap([0], 2, Predictor()) == pytest.approx(0.18)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
+def test_the_gram_form_equals_the_error_of_an_euler_step_by_step_run(order: int, factor: float):
+    model, velocities_ND = random_model()
+    computed = [0, 2, 3, 6]
+    predictor = Predictor(order, factor)
+    exact = reused = np.zeros(40)
+    errors = []
+    for step in range(NUM_STEPS):
+        step_size = SIGMAS[step + 1] - SIGMAS[step]
+        exact = exact + step_size * velocities_ND[step]
+        if step in computed:
+            errors.append(float(((exact - reused - step_size * velocities_ND[step]) ** 2).sum()))
+            reused = exact
+        else:
+            known = [s for s in computed if s < step][-order - 1 :]
+            polynomial = np.polyfit(SIGMAS[known], velocities_ND[known], len(known) - 1)
+            extrapolated = sum(
+                c * SIGMAS[step] ** p for p, c in enumerate(reversed(list(polynomial)))
+            )
+            last = velocities_ND[known[-1]]
+            reused = reused + step_size * (last + factor * (extrapolated - last))
+    gaps = [model.gap(computed[:i], computed[i], predictor) for i in range(1, len(computed))]
+    assert gaps == pytest.approx(errors[1:], rel=1e-5, abs=1e-9)
+    assert model.plan(computed, predictor) == pytest.approx(sum(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_the_weights_are_those_of_the_store_that_fills_in_for_reused_steps(factor: float):
+    weights = Predictor(1, factor).weights([0, 1, 3], 5, sigmas=SIGMAS)
+    store = ResultStore(factor)
+    values = torch.randn(NUM_STEPS, 2, 3, generator=torch.Generator().manual_seed(1))
+    for step in (0, 1, 3):
+        store.put(0, values[step], sigma=torch.full((2,), float(SIGMAS[step])))
+    predicted = store.predict(0, sigma=torch.full((2,), float(SIGMAS[5])))
+    expected = sum(weight * values[step] for step, weight in weights.items())
+    torch.testing.assert_close(predicted, expected)
+
+
+def test_weights_add_up_to_one():
+    for order in (0, 1, 2):
+        weights = Predictor(order, 0.7).weights([0, 1, 2, 4], 6, sigmas=SIGMAS)
+        assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_velocities_that_follow_a_line_cost_nothing_with_a_full_linear_trend():
+    start, slope = np.random.default_rng(2).normal(size=(2, 9))
+    velocities_ND = start + SIGMAS[:-1, None] * slope
+    model = ErrorModel(velocities_ND @ velocities_ND.T, SIGMAS)
+    assert model.plan([0, 1, 6], Predictor(1, 1.0)) == pytest.approx(0, abs=1e-12)
+    assert model.plan([0, 1, 6], Predictor(0)) > 1e-3
+
+
+def test_no_factor_does_better_than_the_fitted_one():
+    model, _ = random_model(3)
+    steps = [0, 1, 4, 6]
+    best = model.best_factor(steps, order=1)
+    error = model.plan(steps, Predictor(1, best))
+    for other in (best - 0.1, best + 0.1, 0.0, 1.0):
+        assert model.plan(steps, Predictor(1, other)) > error
+
+
+def test_a_plan_of_all_steps_has_no_error():
+    model, _ = random_model()
+    assert model.plan(range(NUM_STEPS), Predictor(1)) == 0.0
+
+
+def test_a_matrix_of_the_wrong_size_or_rising_noise_levels_are_refused():
+    with pytest.raises(ValueError, match="7 x 7"):
+        ErrorModel(np.eye(6), SIGMAS)
+    with pytest.raises(ValueError, match="fall"):
+        ErrorModel(np.eye(7), SIGMAS[::-1].copy())
+    with pytest.raises(ValueError, match="order"):
+        Predictor(3)

@@ -1,0 +1,182 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.tune.gap import Predictor
+from flowcache.tune.gram import (
+    Calibration,
+    GramCollector,
+    Sketch,
+    calibration_bytes,
+    most_active,
+)
+
+NUM_STEPS = 6
+SIGMAS = [1.0, 0.85, 0.7, 0.5, 0.3, 0.1]
+WEIGHTS = {"cond": 4.0, "uncond": -3.0}
+
+
+def velocities(seed: int, size: tuple[int, ...] = (4, 3, 8, 8)) -> dict[str, Tensor]:
+    """Return the velocities of all steps of a chunk, which change little: `[N, C, F, h, w]`."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for branch in WEIGHTS:
+        changes = 0.05 * torch.randn(NUM_STEPS, *size, generator=generator)
+        result[branch] = torch.randn(size, generator=generator) + changes.cumsum(0)
+    return result
+
+
+def observe_chunk(collector: GramCollector, chunk: int, seen: dict[str, Tensor]) -> None:
+    for step in range(NUM_STEPS):
+        for branch, values in seen.items():
+            collector.observe(
+                segment=0,
+                tick=step,
+                chunk=chunk,
+                step=step,
+                branch=branch,
+                velocity=values[step],
+                sigma=SIGMAS[step],
+            )
+
+
+def direct_error(seen: dict[str, Tensor], computed: list[int], factor: float) -> float:
+    """Return the squared error per element that reuse leaves, from the velocities themselves."""
+    guided = sum(weight * seen[branch].double() for branch, weight in WEIGHTS.items())
+    assert isinstance(guided, Tensor)
+    sigmas, total = [*SIGMAS, 0.0], 0.0
+    for i, stop in enumerate(computed[1:], start=1):
+        error = torch.zeros_like(guided[0])
+        for k in range(computed[i - 1] + 1, stop):
+            last = guided[computed[i - 1]]
+            predicted = last
+            if i > 1:
+                s0, s1 = computed[i - 2], computed[i - 1]
+                share = (sigmas[k] - sigmas[s1]) / (sigmas[s1] - sigmas[s0])
+                predicted = last + factor * share * (last - guided[s0])
+            error += (sigmas[k + 1] - sigmas[k]) * (guided[k] - predicted)
+        total += error.square().mean().item()
+    return total
+
+
+def test_the_gram_matrix_gives_the_direct_error_of_the_guided_velocity():
+    collector = GramCollector(NUM_STEPS, WEIGHTS)
+    clips = [velocities(seed) for seed in range(3)]
+    for seen in clips:
+        observe_chunk(collector, 0, seen)
+    model = collector.finish().error_model(WEIGHTS)
+    for computed, factor in (([0, 2, 5], 0.0), ([0, 1, 4, 5], 0.5), ([0, 2, 3, 5], 1.0)):
+        expected = np.mean([direct_error(seen, computed, factor) for seen in clips])
+        found = model.plan(computed, Predictor(1, factor))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunks_that_are_active_at_once_are_kept_apart():
+    seen = {0: velocities(0), 1: velocities(1)}
+    together, apart = (GramCollector(NUM_STEPS, WEIGHTS) for _ in range(2))
+    for chunk, values in seen.items():
+        observe_chunk(apart, chunk, values)
+    for tick in range(NUM_STEPS + 2):
+        for chunk, values in seen.items():
+            step = tick - 2 * chunk
+            if 0 <= step < NUM_STEPS:
+                for branch in WEIGHTS:
+                    together.observe(
+                        segment=0,
+                        tick=tick,
+                        chunk=chunk,
+                        step=step,
+                        branch=branch,
+                        velocity=values[branch][step],
+                        sigma=SIGMAS[step],
+                    )
+    one, other = together.finish(), apart.finish()
+    for chunk in seen:
+        np.testing.assert_allclose(one.gram[chunk], other.gram[chunk])
+    assert one.num_clips == {0: 1, 1: 1}
+
+
+def test_a_sketch_gives_nearly_the_same_errors_and_the_same_ones_for_a_seed():
+    seen = velocities(0, size=(16, 5, 16, 16))
+    models = []
+    for sketch in (None, Sketch(8192, seed=0), Sketch(8192, seed=0), Sketch(8192, seed=1)):
+        collector = GramCollector(NUM_STEPS, WEIGHTS, sketch=sketch)
+        observe_chunk(collector, 0, seen)
+        models.append(collector.finish().error_model(WEIGHTS))
+    exact, first, again, other = (m.plan([0, 1, 4, 5], Predictor(1, 0.5)) for m in models)
+    assert first == pytest.approx(exact, rel=5 * (2 / 8192) ** 0.5)
+    assert first == again
+    assert first != other
+
+
+def test_a_sketch_keeps_inner_products_on_average():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 500, generator=generator)
+    products = [
+        torch.dot(sketch(a), sketch(b)).item()
+        for sketch in (Sketch(64, seed=s) for s in range(400))
+    ]
+    spread = np.std(products) / 400**0.5
+    assert np.mean(products) == pytest.approx(torch.dot(a, b).item(), abs=4 * spread)
+
+
+def test_a_calibration_comes_back_from_its_file(tmp_path: Path):
+    collector = GramCollector(NUM_STEPS, WEIGHTS)
+    for chunk in (0, 2):
+        observe_chunk(collector, chunk, velocities(chunk))
+    saved = collector.finish()
+    saved.save(tmp_path / "c.npz")
+    loaded = Calibration.load(tmp_path / "c.npz")
+    assert loaded.branches == ("cond", "uncond")
+    assert loaded.num_clips == {0: 1, 2: 1}
+    np.testing.assert_array_equal(loaded.sigmas, saved.sigmas)
+    np.testing.assert_array_equal(loaded.gram[2], saved.gram[2])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
+def test_a_damaged_calibration_is_refused_in_one_line(tmp_path: Path, content: bytes):
+    path = tmp_path / "c.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        Calibration.load(path)
+
+
+def test_a_step_that_was_not_observed_is_an_error():
+    collector = GramCollector(NUM_STEPS, WEIGHTS)
+    with pytest.raises(ValueError, match="no chunk"):
+        collector.finish()
+    collector.observe(
+        segment=0, tick=0, chunk=3, step=0, branch="cond", velocity=torch.ones(2), sigma=1.0
+    )
+    with pytest.raises(ValueError, match=r"\(0, 3\)"):
+        collector.finish()
+
+
+def test_the_collector_holds_no_more_than_the_arithmetic_says():
+    size = (16, 5, 68, 120)  # a chunk of the 1.3B model at 540P: 652,800 numbers
+    exact = calibration_bytes(
+        num_elements=652_800, num_steps=50, num_branches=2, num_active=5, width=None
+    )
+    sketched = calibration_bytes(
+        num_elements=652_800, num_steps=50, num_branches=2, num_active=5, width=16384
+    )
+    assert np.prod(size) == 652_800
+    assert exact > 1e9 > 100e6 > sketched
+    assert sketched == 5 * 100 * 16384 * 4 + 2 * 16384 * 8 + 652_800 * 20 + 5 * 100**2 * 8
+
+
+def test_a_collector_lets_go_of_a_finished_chunk():
+    collector = GramCollector(NUM_STEPS, WEIGHTS)
+    observe_chunk(collector, 0, velocities(0))
+    assert not collector._active
+
+
+def test_the_chunks_that_are_active_at_once_follow_from_the_lag():
+    assert most_active(5, num_steps=50, lag=5) == 5
+    assert most_active(20, num_steps=50, lag=5) == 10
+    assert most_active(20, num_steps=64, lag=16) == 4
+    assert most_active(3, num_steps=10, lag=0) == 3
