@@ -8,12 +8,13 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, L text tokens
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.kv import KVCache, caches_for
+from flowcache.kv import KVCache, cached_attention, caches_for
 from flowcache.reuse import ResultStore, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -267,7 +268,8 @@ class ClipSampler:
             self._settle(last)
             for _, branch in others:
                 for cache, source in zip(branch.caches, last.caches, strict=True):
-                    cache.put(0, *source.kv[:, source.clean - self.chunk_tokens : source.clean])
+                    keys, values = source.prefix(0, reach_tokens=self.chunk_tokens)
+                    cache.put(0, keys, values)
                 branch.queries.update(last.queries)
                 self._settle(branch)
 
@@ -296,8 +298,7 @@ class ClipSampler:
         *others, (_, last) = self._named()
         for _, branch in others:
             for cache, source in zip(branch.caches, last.caches, strict=True):
-                rows = slice(source.clean - tokens, source.clean)
-                cache.kv[:, rows] = source.kv[:, rows]
+                cache.copy_last_clean(source, tokens)
 
     def _compress(self, tick: Tick) -> None:
         """Drop clean tokens where the caches have no room for the chunk that enters."""
@@ -307,14 +308,11 @@ class ClipSampler:
         if self.branches["cond"].caches[0].clean <= kept:
             return
         self._share_clean()
+        keep = partial(self.budget.strategy.keep, budget=kept, layout=self.budget.layout)
         with self.stats.stage("kv_compression"):
             for _, branch in self._named():
                 for layer, cache in enumerate(branch.caches):
-                    keys, _ = cache.prefix(0)
-                    indices = self.budget.strategy.keep(
-                        branch.queries[layer], keys, budget=kept, layout=self.budget.layout
-                    )
-                    cache.keep(indices)
+                    cache.compress(branch.queries[layer], keep)
 
     # The model --------------------------------------------------------------------------------
 
@@ -370,17 +368,19 @@ class ClipSampler:
             reach: chunks of the cache that are seen, this one included; None: all.
             keeps_queries: whether the queries are kept for the compression of the cache.
         """
+        budget = self.budget
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = branch.caches[layer]
-            cache.put(offset, k[0], v[0])
-            if keeps_queries and self.budget is not None:
-                branch.queries[layer] = self.budget.seen_queries(q[0])
-            keys, values = cache.prefix(offset + k.shape[1])
-            start = 0 if reach is None else max(0, len(keys) - reach * self.chunk_tokens)
-            return self.dit.kernel(q, keys[start:].unsqueeze(0), values[start:].unsqueeze(0))
+        def remember(layer: int, q_BSHC: Tensor) -> None:
+            if budget is not None:
+                branch.queries[layer] = budget.seen_queries(q_BSHC[0])
 
-        return attend
+        return cached_attention(
+            [branch.caches],
+            offset=offset,
+            kernel=self.dit.kernel,
+            reach_tokens=None if reach is None else reach * self.chunk_tokens,
+            remember=remember if keeps_queries else None,
+        )
 
     def _own_tokens(self, _layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let a chunk attend to itself alone."""

@@ -4,8 +4,8 @@ Clean tokens come first, then the active chunks in ascending order, so that what
 always a prefix of the buffer. A chunk that becomes clean moves a boundary, not data. Compression
 gathers the kept clean tokens and moves the active part down.
 
-Axes: T tokens in the buffer, S tokens of a chunk, G key/value heads, C head width, K kept tokens.
-Guidance branches have caches of their own.
+Axes: T tokens in the buffer, S tokens of a chunk, H query heads, G key/value heads, C head width,
+K kept tokens. Guidance branches have caches of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,10 @@ Keep = Callable[[Tensor, Tensor], Tensor]
 class KVCache:
     """Keys and values of one layer and branch.
 
+    The buffer may lie elsewhere than where attention runs, in the memory of the host: reading it
+    copies the part that is seen. All copies then go through the stream of the device, so that a
+    row is never overwritten before a copy that was asked for earlier has left.
+
     Example: capacity 6, chunks of 2 tokens. Chunk 0 is put at offset 0 and settled: clean = 2.
     Chunks 1 and 2 are active: they are put at offsets 0 and 2 behind the clean tokens, that is at
     rows 2 and 4; chunk 2 attends to rows 0..5, chunk 1 to rows 0..3.
@@ -39,8 +43,25 @@ class KVCache:
         head_width: int,
         dtype: torch.dtype,
         device: torch.device,
+        storage: torch.device | None = None,
     ) -> None:
-        self.kv = torch.empty(2, capacity, num_heads, head_width, dtype=dtype, device=device)
+        """Allocate the buffer.
+
+        Args:
+            device: where keys and values are read.
+            storage: where the buffer lies; None: there, too.
+        """
+        self.device = device
+        self.kv = torch.empty(
+            2,
+            capacity,
+            num_heads,
+            head_width,
+            dtype=dtype,
+            device=storage or device,
+            # pinned: copies to and from CUDA are several times faster
+            pin_memory=storage is not None and storage.type == "cpu" and device.type == "cuda",
+        )
         self.clean = 0
         self.filled = 0
 
@@ -54,9 +75,22 @@ class KVCache:
         self.kv[1, start:stop] = v_SGC
         self.filled = max(self.filled, stop)
 
-    def prefix(self, offset: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the clean tokens and `offset` tokens behind them."""
-        return self.kv[0, : self.clean + offset], self.kv[1, : self.clean + offset]
+    def prefix(self, offset: int, *, reach_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the clean tokens and `offset` tokens behind them.
+
+        Args:
+            reach_tokens: how many of these, the last ones, are wanted; None: all.
+        """
+        stop = self.clean + offset
+        start = 0 if reach_tokens is None else max(0, stop - reach_tokens)
+        return self._read(0, start, stop), self._read(1, start, stop)
+
+    def copy_last_clean(self, source: "KVCache", num_tokens: int) -> None:
+        """Replace the last clean tokens by those of another cache of the same layer."""
+        assert self.clean == source.clean, f"{self.clean} clean tokens, {source.clean} in the other"
+        start = self.clean - num_tokens
+        for half in (0, 1):
+            self.kv[half, start : self.clean] = source._read(half, start, source.clean)
 
     def settle(self, num_tokens: int) -> None:
         """Declare the first `num_tokens` active tokens clean."""
@@ -67,11 +101,20 @@ class KVCache:
         """Keep these clean tokens of each head and drop the other clean ones."""
         kept = len(indices_KG)
         active = self.filled - self.clean
-        for half in self.kv:
-            half[:kept] = gather(half[: self.clean], indices_KG)
+        for half in (0, 1):
+            rows = self._read(half, 0, self.filled)
+            self.kv[half, :kept] = gather(rows[: self.clean], indices_KG)
             # clone: source and destination overlap when fewer than `active` tokens are dropped
-            half[kept : kept + active] = half[self.clean : self.filled].clone()
+            self.kv[half, kept : kept + active] = rows[self.clean :].clone()
         self.clean, self.filled = kept, kept + active
+
+    def compress(self, q_SHC: Tensor, keep: Keep) -> None:
+        """Keep the clean tokens that a rule picks by these queries."""
+        self.keep(keep(q_SHC, self._read(0, 0, self.clean)))
+
+    def _read(self, half: int, start: int, stop: int) -> Tensor:
+        """Return rows of the keys (0) or values (1), `[T, G, C]`: a view, or a copy."""
+        return self.kv[half, start:stop].to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -91,10 +134,18 @@ def caches_for(
     head_width: int,
     dtype: torch.dtype,
     device: torch.device,
+    storage: torch.device | None = None,
 ) -> list[KVCache]:
-    """Allocate the caches of all layers of one branch, `capacity` tokens each."""
+    """Allocate the caches of all layers of one branch, `capacity` tokens each; see `KVCache`."""
     return [
-        KVCache(capacity, num_heads=num_heads, head_width=head_width, dtype=dtype, device=device)
+        KVCache(
+            capacity,
+            num_heads=num_heads,
+            head_width=head_width,
+            dtype=dtype,
+            device=device,
+            storage=storage,
+        )
         for _ in range(num_layers)
     ]
 
@@ -104,28 +155,35 @@ def cached_attention(
     *,
     offset: int,
     kernel: Kernel,
+    reach_tokens: int | None = None,
     compression: Compression | None = None,
     timing: Callable[[], AbstractContextManager[object]] = nullcontext,
+    remember: Callable[[int, Tensor], None] | None = None,
 ) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
     """Return the self-attention of one chunk: store its keys, attend to all tokens up to its own.
-
-    Clean tokens above the budget are compressed first, scored by this chunk's queries.
 
     Args:
         caches: per batch entry (guidance branch) the caches of its layers.
         offset: tokens of the active chunks before this one.
+        reach_tokens: how many tokens are seen, the last ones, own ones included; None: all.
+        compression: bounds the clean tokens: those above the budget are compressed before they
+            are seen, scored by this chunk's queries.
         timing: makes a context in which the compression runs, to measure it.
+        remember: is given each layer's index and queries `[B, S, H, C]`, for a compression apart
+            from attention.
     """
 
     def attend(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
         outputs: list[Tensor] = []
+        if remember is not None:
+            remember(layer, q_BSHC)
         for entry, layers in enumerate(caches):
             cache, q_1SHC = layers[layer], q_BSHC[entry : entry + 1]
             cache.put(offset, k_BSGC[entry], v_BSGC[entry])
             if compression is not None and cache.clean > compression.budget:
                 with timing():
-                    cache.keep(compression.keep(q_1SHC[0], cache.prefix(0)[0]))
-            k, v = cache.prefix(offset + k_BSGC.shape[1])
+                    cache.compress(q_1SHC[0], compression.keep)
+            k, v = cache.prefix(offset + k_BSGC.shape[1], reach_tokens=reach_tokens)
             outputs.append(kernel(q_1SHC, k.unsqueeze(0), v.unsqueeze(0)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

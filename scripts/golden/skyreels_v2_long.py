@@ -91,8 +91,8 @@ class PrefixBlindCache(KVCache):
 
     num_reads = 0
 
-    def prefix(self, offset: int) -> tuple[Tensor, Tensor]:
-        k, v = super().prefix(offset)
+    def prefix(self, offset: int, *, reach_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        k, v = super().prefix(offset, reach_tokens=reach_tokens)
         if offset == 0:  # compression looks at the clean tokens
             return k, v
         self.num_reads += 1
