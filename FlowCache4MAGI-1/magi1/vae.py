@@ -23,7 +23,6 @@ _ONLY = {
     "conv_last_layer": True,
     "norm_code": False,
     "use_rope": False,
-    "use_final_proj": False,
 }
 """Settings that the released VAE has and that no other value is supported for."""
 
@@ -242,10 +241,9 @@ def parse_config(values: dict[str, Any], *, source: str) -> VAEConfig:
     for key, wanted in _ONLY.items():
         if getattr(config, key) != wanted:
             raise UserError(f"{source}: {key} is {not wanted}, only {wanted} is supported")
-    volume = config.patch_length * config.patch_size**2
     for key, divisor in (
         ("embed_dim", config.num_heads),
-        ("embed_dim", volume),
+        *(() if config.use_final_proj else (("embed_dim", config.patch_volume),)),
         ("video_size", config.patch_size),
         ("video_length", config.patch_length),
     ):

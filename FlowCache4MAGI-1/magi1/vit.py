@@ -15,6 +15,8 @@ from torch.nn import functional
 from flowcache.attention import SDPA
 
 NORM_EPS = 1e-5
+FINAL_CHANNELS = 4
+"""Channels that each pixel has before the last convolution, with `use_final_proj`."""
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -44,6 +46,17 @@ class VAEConfig:
     norm_code: bool = False
     use_rope: bool = False
     use_final_proj: bool = False
+    """Whether the decoder widens its tokens before it spreads them (narrow models)."""
+
+    @property
+    def patch_volume(self) -> int:
+        """Pixels of a latent, frames included."""
+        return self.patch_length * self.patch_size**2
+
+    @property
+    def decoded_width(self) -> int:
+        """Features of a token that the decoder spreads over its patch."""
+        return FINAL_CHANNELS * self.patch_volume if self.use_final_proj else self.embed_dim
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -174,14 +187,18 @@ class Decoder(Transformer):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__(config)
-        volume = config.patch_length * config.patch_size**2
-        channels = config.embed_dim // volume
+        channels = config.decoded_width // config.patch_volume
         self.proj_in = nn.Linear(config.z_chans, config.embed_dim)
+        self.final_proj, self.final_norm = nn.Identity(), nn.Identity()
+        if config.use_final_proj:
+            self.final_proj = nn.Linear(config.embed_dim, config.decoded_width)
+            self.final_norm = nn.LayerNorm(config.decoded_width, eps=NORM_EPS)
         self.last_layer = nn.Conv3d(channels, config.in_chans, 3, padding=1)
 
     def forward(self, z_BCFhw: Tensor) -> Tensor:
         num_latents, height, width = z_BCFhw.shape[2:]
         tokens = self.run(self.proj_in(z_BCFhw.movedim(1, -1)).movedim(-1, 1))
+        tokens = self.final_norm(self.final_proj(tokens))
         video = rearrange(
             tokens,
             "B (F h w) (t p q C) -> B C (F t) (h p) (w q)",

@@ -9,6 +9,7 @@ from flowcache.demo.forcing import (
     ForcingPlan,
     Window,
     draw_levels,
+    draw_noisy,
     draw_window,
     forcing_loss,
 )
@@ -70,3 +71,30 @@ def test_the_true_velocity_has_no_loss_and_given_frames_do_not_count():
 
     loss = forcing_loss(velocity, data, window, plan=PLAN, randomness=step_randomness(0, 0))
     assert float(loss) < 1e-6
+
+
+def test_fixed_frames_are_clean_and_do_not_count_though_their_chunk_is_noisy():
+    plan = ForcingPlan(num_frames=12, chunk_frames=6, given_share=0.0, staggered_share=0.0)
+    window = Window(((0, 6), (6, 12)), True, False, False)
+    data = torch.randn(3, 16, 12, 4, 4, generator=torch.Generator().manual_seed(2))
+    clips = draw_noisy(data, window, plan=plan, randomness=step_randomness(0, 0), num_fixed=2)
+    assert torch.equal(clips.x[:, :, :2], data[:, :, :2])
+    assert not clips.counts[:, :2].any()
+    assert clips.counts[:, 2:].all()
+    assert torch.equal(clips.sigma[:, 0], clips.sigma[:, 5]), "the chunk's level is told"
+    assert not torch.equal(clips.x[:, :, 2], data[:, :, 2])
+
+
+def test_the_squared_table_is_that_of_magi1():
+    plan = ForcingPlan(num_frames=6, chunk_frames=6, warp=2.0, lag_range=(0.25, 0.25))
+    window = Window(((0, 6), (6, 12)), True, False, False)
+    rng = np.random.default_rng(0)
+    pairs = [draw_levels(rng, window, plan) for _ in range(200)]
+    moving = [(a, b) for a, b in pairs if 0.1 < a < 0.9 and b < 0.99]
+    assert moving
+    # t = s^2 / (3 - 2 s^2): from a noise level back to the share of the steps that are done
+    for first, second in moving:
+        done = [np.sqrt(3 * (1 - x) / (1 + 2 * (1 - x))) for x in (first, second)]
+        if abs(done[0] - done[1] - 0.25) < 1e-6:
+            return
+    raise AssertionError("no pair lags by a quarter of the steps")

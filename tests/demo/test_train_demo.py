@@ -1,5 +1,6 @@
-"""The training script's parts: what it exports is the official layout and computes the same."""
+"""The SkyReels-V2 recipe: what it exports is the official layout and computes the same."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,34 +12,34 @@ from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from flowcache.demo.text import TEXT_LEN, TEXT_WIDTH
-from flowcache.demo.vae import new_vae
+from flowcache.demo.wan_vae import new_vae
 
 
 @pytest.fixture(scope="module")
-def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("train_demo")
+def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("skyreels_v2")
 
 
 @pytest.fixture(scope="module")
-def exported(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export untrained parts whose silent layers are filled, so that an output can differ."""
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = script.new_models()
+    models = recipe.new_models()
     generator = torch.Generator().manual_seed(0)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
     statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
     torch.save(models.dit.half().float().state_dict(), folder.with_suffix(".pt"))
-    script.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
+    recipe.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
     return folder
 
 
-def test_diffusers_loads_the_transformer_and_computes_the_same(script: ModuleType, exported: Path):
+def test_diffusers_loads_the_transformer_and_computes_the_same(recipe: ModuleType, exported: Path):
     theirs, report = SkyReelsV2Transformer3DModel.from_pretrained(
         exported / "transformer", torch_dtype=torch.float32, output_loading_info=True
     )
     assert not any(report.values())
-    ours = script.DiT(script.DIT)
+    ours = recipe.DiT(recipe.DIT)
     ours.load_state_dict(torch.load(exported.with_suffix(".pt"), weights_only=True))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 16, 5, 8, 8, generator=generator)
@@ -71,9 +72,17 @@ def test_the_other_parts_load_with_their_libraries(exported: Path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--model", "other"], ["--model", "skyreels_v2", "--out", "x", "--vae-steps", "0"]]
+    "words",
+    [
+        ["--model", "other"],
+        ["--model", "skyreels_v2", "--out", "x", "--vae-steps", "0"],
+        ["--model", "skyreels_v2", "--out", "x", "--distill-steps", "5"],
+        ["--model", "magi1", "--out", "x", "--stage", "scheduler"],
+    ],
 )
-def test_wrong_options_end_with_code_2(script: ModuleType, words: list[str]):
+def test_wrong_options_end_with_code_2(load_recipe: Callable[[str], ModuleType], words: list[str]):
+    load_recipe("work")
+    script = importlib.import_module("train_demo")
     with pytest.raises(SystemExit) as ended:
         script.main(words)
     assert ended.value.code == 2

@@ -61,6 +61,23 @@ def tiny_vae(tiling: Tiling, *, scale: float = 1.0) -> VAE:
     return VAE(tiny_model(), scale=scale, tiling=tiling)
 
 
+def test_a_narrow_decoder_widens_its_tokens_before_it_spreads_them():
+    narrow = TINY | {"embed_dim": 6, "num_heads": 2}
+    with pytest.raises(UserError, match="embed_dim is 6, no multiple of 16"):
+        parse_config(narrow, source="test")
+    torch.manual_seed(0)
+    decoder = ViTVAE(parse_config(narrow | {"use_final_proj": True}, source="test")).decoder
+    assert decoder.last_layer.weight.shape == (3, 4, 3, 3, 3)
+    z = torch.randn(1, 4, 2, 8, 8)
+    first = decoder(z)
+    assert first.shape == (1, 3, 8, 16, 16)
+    # the norm behind the projection makes its scale irrelevant
+    with torch.no_grad():
+        decoder.final_proj.weight *= 2
+        decoder.final_proj.bias *= 2
+    assert torch.allclose(decoder(z), first, atol=1e-4)
+
+
 @pytest.fixture
 def reference(golden: Callable[[str], Any]) -> tuple[Any, VAE]:
     want = golden("vae")

@@ -15,8 +15,6 @@ from flowcache.demo.trainer import StepRandomness
 # Noise left on given frames half of the time, as generation does with `addnoise_condition: 20`.
 GIVEN_SIGMA = 0.02
 _PURE_NOISE = 0.999
-# Lags as shares of all steps; 5 of 30 is what the presets use.
-_LAG_RANGE = (0.08, 0.4)
 
 Velocity = Callable[[Tensor, Tensor, tuple[tuple[int, int], ...] | None], Tensor]
 
@@ -29,6 +27,9 @@ class ForcingPlan:
         num_frames: latent frames of a whole window.
         chunk_frames: latent frames of a chunk at sampling time.
         shift: how far noise levels lean to the noisy side, as the sampling shift does.
+        warp: power of the progress that the shift is applied to: 1, or 2 with MAGI-1's table.
+        lag_range: shares of all steps by which a chunk lags behind the one before it.
+        fewest_chunks: chunks of the shortest window.
         batch_frames: latent frames of a batch, all clips together.
         largest_batch: most clips in a batch.
         short_share: steps on a shorter window, which are cheaper.
@@ -45,6 +46,9 @@ class ForcingPlan:
     num_frames: int
     chunk_frames: int
     shift: float = 3.0
+    warp: float = 1.0
+    lag_range: tuple[float, float] = (0.08, 0.4)
+    fewest_chunks: int = 2
     batch_frames: int = 200
     largest_batch: int = 16
     short_share: float = 0.45
@@ -77,7 +81,8 @@ def draw_window(rng: np.random.Generator, plan: ForcingPlan) -> Window:
     """Draw the window of a step."""
     num_frames = plan.num_frames
     if rng.random() < plan.short_share:
-        num_frames = plan.chunk_frames * int(rng.integers(2, num_frames // plan.chunk_frames))
+        num_chunks = rng.integers(plan.fewest_chunks, num_frames // plan.chunk_frames)
+        num_frames = plan.chunk_frames * int(num_chunks)
     chunk = plan.chunk_frames
     if rng.random() < plan.odd_chunk_share:
         chunk = int(rng.choice([1, num_frames]))
@@ -127,7 +132,7 @@ def _staggered_levels(rng: np.random.Generator, num_chunks: int, plan: ForcingPl
     Example: with a lag of 0.4 of all steps and the first chunk 0.7 through, the next is 0.3 through
     and all others wait as pure noise; chunks that are through are clean.
     """
-    lag = rng.uniform(*_LAG_RANGE)
+    lag = rng.uniform(*plan.lag_range)
     through = rng.uniform(0, 1 + lag * (num_chunks - 1)) - lag * np.arange(num_chunks)
     sigma = np.maximum(_shifted(1 - through.clip(0, 1), plan), 2 * GIVEN_SIGMA)
     sigma[through <= 0] = _PURE_NOISE
@@ -136,8 +141,61 @@ def _staggered_levels(rng: np.random.Generator, num_chunks: int, plan: ForcingPl
 
 
 def _shifted(uniform: np.ndarray, plan: ForcingPlan) -> np.ndarray:
-    """Lean evenly spread levels to the noisy side, as the sampling shift does."""
+    """Turn evenly spread shares of the steps still to go into noise levels, as sampling does."""
+    uniform = 1 - (1 - uniform) ** plan.warp
     return plan.shift * uniform / (1 + (plan.shift - 1) * uniform)
+
+
+@dataclass(frozen=True)
+class NoisyClips:
+    """Clips of a training step, noised.
+
+    Attributes:
+        x: `(1 - sigma) data + sigma noise`, `[B, C, F, h, w]`.
+        target: the velocity, noise - data.
+        sigma: noise level of each frame's chunk, `[B, F]`.
+        counts: frames whose velocity is to be learned, `[B, F]` bool.
+    """
+
+    x: Tensor
+    target: Tensor
+    sigma: Tensor
+    counts: Tensor
+
+    def mean_square(self, error_BCFhw: Tensor) -> Tensor:
+        """Return the mean square of an error over the frames that count."""
+        return error_BCFhw.square().mean(dim=(1, 3, 4))[self.counts].mean()
+
+
+def draw_noisy(
+    data_BCFhw: Tensor,
+    window: Window,
+    *,
+    plan: ForcingPlan,
+    randomness: StepRandomness,
+    num_fixed: int = 0,
+) -> NoisyClips:
+    """Noise clips, each chunk of each clip to a level of its own.
+
+    Args:
+        data_BCFhw: clean normalised latents, as many frames as the window has.
+        window: from `draw_window`.
+        plan: see `ForcingPlan`.
+        randomness: streams of the step.
+        num_fixed: first frames that are given without noise, though their chunk has a noise level.
+    """
+    lengths = [stop - start for start, stop in window.bounds]
+    levels = [draw_levels(randomness.numpy, window, plan) for _ in range(len(data_BCFhw))]
+    sigma_BF = torch.from_numpy(np.stack([np.repeat(level, lengths) for level in levels])).float()
+    is_fixed_F = torch.arange(data_BCFhw.shape[2]) < num_fixed
+    sigma = sigma_BF.masked_fill(is_fixed_F, 0)[:, None, :, None, None]
+    noise = torch.randn(data_BCFhw.shape, generator=randomness.torch)
+    return NoisyClips(
+        x=(1 - sigma) * data_BCFhw + sigma * noise,
+        target=noise - data_BCFhw,
+        sigma=sigma_BF,
+        counts=(sigma_BF > GIVEN_SIGMA) & ~is_fixed_F,
+    )
 
 
 def forcing_loss(
@@ -150,22 +208,14 @@ def forcing_loss(
 ) -> Tensor:
     """Compute the squared error of the velocity on all frames that are not given.
 
-    x = (1 - sigma) data + sigma noise, the timestep is 1000 sigma, the velocity noise - data.
-
     Args:
-        velocity: model; takes x, timesteps `[B, F]` and the chunk bounds (None: see everything).
+        velocity: model; takes x, timesteps (1000 sigma) `[B, F]` and the chunk bounds (None: see
+            everything).
         data_BCFhw: clean normalised latents, as many frames as the window has.
         window: from `draw_window`.
         plan: see `ForcingPlan`.
         randomness: streams of the step.
     """
-    lengths = [stop - start for start, stop in window.bounds]
-    levels = [draw_levels(randomness.numpy, window, plan) for _ in range(len(data_BCFhw))]
-    sigma_BF = torch.from_numpy(np.stack([np.repeat(level, lengths) for level in levels])).float()
-    sigma = sigma_BF[:, None, :, None, None]
-    noise = torch.randn(data_BCFhw.shape, generator=randomness.torch)
-    x = (1 - sigma) * data_BCFhw + sigma * noise
-    predicted = velocity(x, 1000 * sigma_BF, window.bounds if window.is_causal else None)
-    error_BF = (predicted - (noise - data_BCFhw)).square().mean(dim=(1, 3, 4))
-    counts_BF = sigma_BF > GIVEN_SIGMA
-    return error_BF[counts_BF].mean()
+    clips = draw_noisy(data_BCFhw, window, plan=plan, randomness=randomness)
+    bounds = window.bounds if window.is_causal else None
+    return clips.mean_square(velocity(clips.x, 1000 * clips.sigma, bounds) - clips.target)

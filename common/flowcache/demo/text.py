@@ -1,11 +1,17 @@
-"""The demo's text side: a tokenizer that knows the captions' words, and a tiny UMT5 encoder.
+"""The demo's text side: a tokenizer that knows the captions' words, and tiny T5 encoders.
 
 Axes: B batch, L tokens, D text width.
 """
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from flowcache.demo.clips import all_attributes
 
@@ -35,22 +41,28 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+_ENCODER = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Sizes of the untrained text encoders: two layers of width 64."""
+
+
 def new_text_encoder(*, vocabulary_size: int) -> UMT5EncoderModel:
-    """Make the demo's untrained text encoder: two layers of width 64."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary_size,
-            d_model=TEXT_WIDTH,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    """Make the untrained text encoder of the SkyReels-V2 demo."""
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary_size, **_ENCODER))
+
+
+def new_t5_encoder(*, vocabulary_size: int) -> T5EncoderModel:
+    """Make the untrained text encoder of the MAGI-1 demo."""
+    return T5EncoderModel(T5Config(vocab_size=vocabulary_size, **_ENCODER))
 
 
 def encode_captions(

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from flowcache.demo.autoencoder import to_signed
 from flowcache.demo.clips import draw_scene
-from flowcache.demo.vae import decode, encode, new_vae, to_signed, vae_optimizers
+from flowcache.demo.wan_vae import WanCodec, new_vae, vae_optimizers
 
 
 def _explained(vae: AutoencoderKLWan) -> float:
@@ -13,8 +14,9 @@ def _explained(vae: AutoencoderKLWan) -> float:
     rng = np.random.default_rng(0)
     video = torch.stack([to_signed(draw_scene(rng, num_frames=5)) for _ in range(6)])
     with torch.inference_mode():
-        latents = encode(vae, video)
-        assert decode(vae, latents).shape == video.shape
+        codec = WanCodec(vae)
+        latents = codec.encode(video)
+        assert codec.decode(latents).shape == video.shape
     assert latents.shape == (6, 16, 2, 8, 8)
     # every latent stands for 8 x 8 pixels, and for one frame or four
     spread = latents[:, :, [0, 1, 1, 1, 1]].repeat_interleave(8, 3).repeat_interleave(8, 4)

@@ -1,27 +1,22 @@
-"""Train a small Wan VAE on the demo's clips and measure its latents.
+"""The demo's Wan VAE: how it begins, and what trains it.
 
 Axes: B batch, T frames, H rows, W columns, C latent channels, F latent frames.
 """
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from flowcache.demo.clips import Attributes, draw, draw_scene
+from flowcache.demo.autoencoder import BatchShape
 from flowcache.demo.optim import Muon, split_parameters
-from flowcache.demo.trainer import Loss, StepRandomness
 
-# (batch, frames); frames are 1 + 4 k. Long ones teach that a clip goes on as it began.
-_BATCH_SHAPES = ((2, 9), (2, 17), (4, 5), (2, 17), (2, 9), (2, 17), (4, 5), (2, 33))
-_KL_WEIGHT = 1e-4
-_SQUARE_WEIGHT = 3.0
+# Frames are 1 + 4 k. Long clips teach that a clip goes on as it began.
+BATCH_SHAPES = tuple(
+    BatchShape(*shape)
+    for shape in ((2, 9), (2, 17), (4, 5), (2, 17), (2, 9), (2, 17), (4, 5), (2, 33))
+)
 _BRANCH_GAIN = 0.3
 _TAP_NOISE = 0.1
-# The spread of the posterior is fixed: a learned one starts at 1 and drowns the picture for long.
-# Generation uses the posterior's mean only.
-_POSTERIOR_STD = 0.05
-_TEST_SEED = 2
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -91,62 +86,18 @@ def vae_optimizers(vae: AutoencoderKLWan, *, rate: float = 1.0) -> list[torch.op
     ]
 
 
-def to_signed(frames: np.ndarray) -> Tensor:
-    """Turn uint8 `[T, H, W, 3]` into float `[3, T, H, W]` in -1..1."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+class WanCodec:
+    """The VAE's two directions, with latents that are not normalised."""
 
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
 
-def encode(vae: AutoencoderKLWan, video_B3THW: Tensor) -> Tensor:
-    """Encode pixels in -1..1 to latents `[B, C, F, h, w]`, the posterior's mean, not normalised."""
-    (posterior,) = vae.encode(video_B3THW, return_dict=False)
-    return posterior.mode()
+    def encode(self, video_B3THW: Tensor) -> Tensor:
+        """Encode pixels in -1..1 to the posterior's mean, `[B, C, F, h, w]`."""
+        (posterior,) = self.vae.encode(video_B3THW, return_dict=False)
+        return posterior.mode()
 
-
-def decode(vae: AutoencoderKLWan, latents_BCFhw: Tensor) -> Tensor:
-    """Decode latents that are not normalised to pixels `[B, 3, T, H, W]` in -1..1."""
-    (video_B3THW,) = vae.decode(latents_BCFhw, return_dict=False)
-    return video_B3THW
-
-
-def vae_loss(vae: AutoencoderKLWan, pool: list[Attributes], *, scene_share: float) -> Loss:
-    """Make the loss of a training step: absolute and squared error, and a little KL divergence.
-
-    Args:
-        vae: model to train.
-        pool: attributes that clips are drawn from.
-        scene_share: share of `draw_scene` among the clips.
-    """
-
-    def loss(step: int, randomness: StepRandomness) -> Tensor:
-        batch, num_frames = _BATCH_SHAPES[step % len(_BATCH_SHAPES)]
-        rng = randomness.numpy
-        clips = [
-            draw_scene(rng, num_frames=num_frames)
-            if rng.random() < scene_share
-            else draw(rng, pool, num_frames=num_frames)[1]
-            for _ in range(batch)
-        ]
-        video_B3THW = torch.stack([to_signed(clip) for clip in clips])
-        mean_BCFhw = encode(vae, video_B3THW)
-        noise = torch.randn(mean_BCFhw.shape, generator=randomness.torch)
-        decoded_B3THW = decode(vae, mean_BCFhw + _POSTERIOR_STD * noise)
-        error = decoded_B3THW - video_B3THW
-        kl = mean_BCFhw.square().mean() / 2
-        return error.abs().mean() + _SQUARE_WEIGHT * error.square().mean() + _KL_WEIGHT * kl
-
-    return loss
-
-
-def vae_psnr(
-    vae: AutoencoderKLWan, pool: list[Attributes], *, num_clips: int, num_frames: int
-) -> float:
-    """Measure the mean PSNR in dB of drawn clips that were encoded (posterior mean) and decoded."""
-    values = []
-    for index in range(num_clips):
-        rng = np.random.default_rng((_TEST_SEED, index))
-        video_B3THW = to_signed(draw(rng, pool, num_frames=num_frames)[1])[None]
-        with torch.inference_mode():
-            decoded_B3THW = decode(vae, encode(vae, video_B3THW))
-        # the range -1..1 is 2 wide: a peak's square is 4
-        values.append(10 * np.log10(4 / float((decoded_B3THW - video_B3THW).square().mean())))
-    return float(np.mean(values))
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+        """Decode latents to pixels `[B, 3, T, H, W]` in -1..1."""
+        (video_B3THW,) = self.vae.decode(latents_BCFhw, return_dict=False)
+        return video_B3THW

@@ -1,0 +1,271 @@
+"""The recipe of the SkyReels-V2 demo: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
+
+Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run beside the next two),
+`latents` (encodes the clips the transformer learns from), `dit` (transformer and text encoder).
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor, nn
+
+from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
+from flowcache.demo.latents import LatentBank
+from flowcache.demo.optim import Muon, split_parameters
+from flowcache.demo.text import (
+    TEXT_LEN,
+    TEXT_WIDTH,
+    build_tokenizer,
+    encode_captions,
+    new_text_encoder,
+)
+from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
+from flowcache.demo.wan_vae import BATCH_SHAPES, WanCodec, new_vae, vae_optimizers
+from skyreels_v2.checkpoint import diffusers_key
+from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.layers import Block
+from training.work import (
+    Recipe,
+    Work,
+    count,
+    drop_some,
+    encode_bank,
+    measured_psnr,
+    move_over,
+    new_temporary,
+    read_bank,
+    read_statistics,
+    train_autoencoder,
+    training_record,
+    write_tokenizer,
+)
+
+CLIP_FRAMES = 97
+LATENT_CHANNELS = 16
+FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
+DIT = DiTConfig(
+    dim=128,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=6,
+    text_dim=TEXT_WIDTH,
+    text_len=TEXT_LEN,
+    inject_sample_info=True,
+)
+# Share of the VAE's learning rates that its decoder begins its further training with.
+DECODER_RATE = 0.5
+# Shares of many-shaped scenes among the clips: they teach fast, the real clips teach exactly.
+VAE_SCENES = 0.5
+DECODER_SCENES = 0.1
+
+
+def train_vae(work: Work) -> AutoencoderKLWan:
+    """Train the VAE, or load it if that is done; returns it with averaged weights."""
+    torch.manual_seed(0)
+    vae = new_vae()
+    train_autoencoder(
+        vae,
+        WanCodec(vae),
+        vae_optimizers(vae),
+        plan=TrainPlan(num_steps=work.steps["vae"]),
+        checkpoint=work.checkpoint("vae"),
+        shapes=BATCH_SHAPES,
+        scene_share=VAE_SCENES,
+    )
+    return vae
+
+
+def train_decoder(work: Work) -> AutoencoderKLWan:
+    """Train only the VAE's decoder on, or load it if that is done; returns the whole VAE.
+
+    The latents stay what they are, so this can go on while the transformer learns from them.
+    """
+    vae = train_vae(work)
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    decoder.requires_grad_(True)
+    train_autoencoder(
+        decoder,
+        WanCodec(vae),
+        vae_optimizers(vae, rate=DECODER_RATE),
+        plan=TrainPlan(num_steps=work.steps["decoder"], decay_share=0.6, seed=1),
+        checkpoint=work.checkpoint("decoder"),
+        shapes=BATCH_SHAPES,
+        scene_share=DECODER_SCENES,
+    )
+    return vae.eval()
+
+
+def encode_latents(work: Work) -> None:
+    """Encode the clips that the transformer learns from."""
+    codec = WanCodec(train_vae(work))
+    encode_bank(work, codec.encode, num_frames=CLIP_FRAMES, num_channels=LATENT_CHANNELS)
+
+
+class DemoModels(nn.Module):
+    """The transformer and the text encoder, which are trained together.
+
+    Untrained, the transformer is silent: its gates, its cross-attention and its head are zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = DiT(DIT)
+        self.text = new_text_encoder(vocabulary_size=len(build_tokenizer()))
+        silent = [self.dit.time_projection[1], self.dit.fps_projection[2], self.dit.head.head]
+        for block in self.dit.blocks:
+            assert isinstance(block, Block)
+            block.modulation.data.zero_()
+            silent.append(block.cross_attn.o)
+        for param in [param for layer in silent for param in layer.parameters()]:
+            param.data.zero_()
+
+
+def new_models() -> DemoModels:
+    """Make the untrained models, the same every time."""
+    torch.manual_seed(0)
+    return DemoModels()
+
+
+def train_dit(work: Work) -> DemoModels:
+    """Train transformer and text encoder, or load them if that is done; averaged weights."""
+    models = new_models()
+    bank = read_bank(work, **read_statistics(work))
+    matrices, rest = split_parameters(models.dit.named_parameters(), matrices_under=("blocks.",))
+    optimizers = [
+        Muon(matrices, 0.02),
+        torch.optim.AdamW(
+            [{"params": rest, "lr": 3e-3}, {"params": models.text.parameters(), "lr": 1e-3}],
+            betas=(0.9, 0.95),
+            weight_decay=0,
+        ),
+    ]
+    plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
+    trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
+    trainer.run(_DitLoss(models, bank))
+    return models.eval().requires_grad_(False)
+
+
+class _DitLoss:
+    """The loss of a training step of the transformer."""
+
+    def __init__(self, models: DemoModels, bank: LatentBank) -> None:
+        self.models, self.bank = models, bank
+        self.tokenizer = build_tokenizer()
+
+    def __call__(self, _step: int, randomness: StepRandomness) -> Tensor:
+        rng = randomness.numpy
+        window = draw_window(rng, FORCING)
+        size = min(FORCING.largest_batch, FORCING.batch_frames // window.num_frames)
+        latents_BCFhw, captions = self.bank.batch(rng, size)
+        text_BLD = encode_captions(self.models.text, self.tokenizer, drop_some(rng, captions))
+
+        def velocity(x: Tensor, t_BF: Tensor, bounds: tuple[tuple[int, int], ...] | None) -> Tensor:
+            return self.models.dit(x, t_BF, text_BLD, causal_chunks=bounds)
+
+        return forcing_loss(
+            velocity,
+            latents_BCFhw[:, :, : window.num_frames],
+            window,
+            plan=FORCING,
+            randomness=randomness,
+        )
+
+
+def export(work: Work, folder: Path) -> dict[str, Any]:
+    """Write the checkpoint folder from the trained parts; return what the record says of them."""
+    vae, models = train_decoder(work), train_dit(work)
+    psnr = measured_psnr(WanCodec(vae), num_frames=CLIP_FRAMES)
+    num_parameters = {
+        "vae": count(vae),
+        "transformer": count(models.dit),
+        "text_encoder": count(models.text),
+    }
+    write_checkpoint(vae, models, statistics=read_statistics(work), folder=folder)
+    return {
+        "num_parameters": num_parameters,
+        "vae": training_record(work, "vae"),
+        "decoder": training_record(work, "decoder"),
+        "vae_psnr_db_on_unseen_clips": psnr,
+        "transformer": training_record(work, "dit"),
+        "mixture": asdict(FORCING),
+    }
+
+
+def write_checkpoint(
+    vae: AutoencoderKLWan,
+    models: DemoModels,
+    *,
+    statistics: dict[str, list[float]],
+    folder: Path,
+) -> None:
+    """Write all parts in float16 in the `*-Diffusers` layout; a reader never sees half a file.
+
+    The transformer is saved by diffusers' own class, so the layout is the official one.
+    """
+    temporary = new_temporary(folder)
+    vae.register_to_config(latents_mean=statistics["mean"], latents_std=statistics["std"])
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
+    )
+    parts = {
+        "vae": vae.half(),
+        "transformer": as_diffusers(models.dit).half(),
+        "text_encoder": models.text.half(),
+        "tokenizer": build_tokenizer(),
+        "scheduler": scheduler,
+    }
+    for name, part in parts.items():
+        part.save_pretrained(temporary / name)
+    index = {
+        "_class_name": "SkyReelsV2DiffusionForcingPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "SkyReelsV2Transformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    move_over(temporary, folder)
+
+
+def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
+    """Copy our transformer into diffusers' class."""
+    config = dit.config
+    model = SkyReelsV2Transformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_width,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        eps=config.eps,
+        inject_sample_info=config.inject_sample_info,
+    )
+    model.load_state_dict({diffusers_key(key): value for key, value in dit.state_dict().items()})
+    return model
+
+
+RECIPE = Recipe(
+    shipped=Path(__file__).resolve().parents[2] / "FlowCache4SkyReels-V2" / "demo",
+    default_steps={"vae": 850, "decoder": 1650, "dit": 3000},
+    stages={
+        "tokenizer": write_tokenizer,
+        "vae": train_vae,
+        "decoder": train_decoder,
+        "latents": encode_latents,
+        "dit": train_dit,
+    },
+    export=export,
+)
