@@ -1,4 +1,4 @@
-"""Compare a clip with a reference clip of the same prompt and seed.
+"""Compare a clip with a reference clip of the same prompt and seed: PSNR and SSIM.
 
 Axes: T frames, H rows, W columns, 3 colours. Clips are uint8 pixels; one frame at a time is turned
 into float, so a long clip needs no more memory than a short one.
@@ -8,6 +8,7 @@ and SSIM with data range 1.
 """
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -36,12 +37,31 @@ def psnr(clip_THW3: Tensor, reference_THW3: Tensor) -> float:
     Raises:
         UserError: The clips differ in shape, are empty, or are not uint8 [T, H, W, 3].
     """
-    return _decibel(_squared_errors(clip_THW3, reference_THW3).mean()).item()
+    return decibel(mse_per_frame(clip_THW3, reference_THW3).mean()).item()
 
 
 def psnr_per_frame(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of every frame in dB, float64 [T]; see `psnr`."""
-    return _decibel(_squared_errors(clip_THW3, reference_THW3))
+    return decibel(mse_per_frame(clip_THW3, reference_THW3))
+
+
+def mse_per_frame(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
+    """Return the mean squared error of every frame in squared pixel levels, float64 [T].
+
+    Raises:
+        UserError: As `psnr`.
+    """
+    check_comparable(clip_THW3, reference_THW3)
+    sums = [
+        (frame.int() - reference.int()).square().sum()
+        for frame, reference in zip(clip_THW3, reference_THW3, strict=True)
+    ]
+    return torch.stack(sums).double().cpu() / math.prod(clip_THW3.shape[1:])
+
+
+def decibel(mse: Tensor) -> Tensor:
+    """Return the signal-to-noise ratio in dB of mean squared errors in squared pixel levels."""
+    return 10 * torch.log10(PIXEL_MAX**2 / mse)
 
 
 def ssim(clip_THW3: Tensor, reference_THW3: Tensor) -> float:
@@ -65,7 +85,7 @@ def ssim_per_frame(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
     Source: Wang et al. 2004, Image Quality Assessment: From Error Visibility to Structural
     Similarity.
     """
-    _check_comparable(clip_THW3, reference_THW3)
+    check_comparable(clip_THW3, reference_THW3)
     window = 2 * SSIM_BORDER + 1
     if min(clip_THW3.shape[1:3]) < window:
         height, width = clip_THW3.shape[1:3]
@@ -73,8 +93,14 @@ def ssim_per_frame(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
             f"SSIM needs frames of at least {window} x {window} pixels, got {width} x {height}; "
             "compare larger clips or use PSNR"
         )
-    frames = [_frame_ssim(*pair) for pair in zip(clip_THW3, reference_THW3, strict=True)]
+    with exact_convolutions():
+        frames = [_frame_ssim(*pair) for pair in zip(clip_THW3, reference_THW3, strict=True)]
     return torch.stack(frames).cpu()
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Keep CUDA from rounding the inputs of convolutions to 10 bits (TF32), its default."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _frame_ssim(frame_HW3: Tensor, reference_HW3: Tensor) -> Tensor:
@@ -90,21 +116,12 @@ def _frame_ssim(frame_HW3: Tensor, reference_HW3: Tensor) -> Tensor:
     return map_13HW[..., inner, inner].double().mean()
 
 
-def _squared_errors(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
-    """Return the mean squared error of every frame in squared pixel levels, float64 [T]."""
-    _check_comparable(clip_THW3, reference_THW3)
-    sums = [
-        (frame.int() - reference.int()).square().sum()
-        for frame, reference in zip(clip_THW3, reference_THW3, strict=True)
-    ]
-    return torch.stack(sums).double().cpu() / math.prod(clip_THW3.shape[1:])
+def check_comparable(clip_THW3: Tensor, reference_THW3: Tensor) -> None:
+    """Refuse clips that differ in shape, are empty, or are not uint8 [T, H, W, 3].
 
-
-def _decibel(mse: Tensor) -> Tensor:
-    return 10 * torch.log10(PIXEL_MAX**2 / mse)
-
-
-def _check_comparable(clip_THW3: Tensor, reference_THW3: Tensor) -> None:
+    Raises:
+        UserError: One of these.
+    """
     for name, pixels in (("clip", clip_THW3), ("reference", reference_THW3)):
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise UserError(

@@ -36,6 +36,7 @@ COLOUR = [
 # In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
 # and what a killed run has written stays readable.
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
+STRICT = ["-xerror", "-err_detect", "explode"]  # damaged data end the stream
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
 MAX_FRESH_NAMES = 100_000
 MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
@@ -184,17 +185,36 @@ def read_video(
         UserError: the file is missing, not a video, or holds no frame.
     """
     meta, decoder = _open_video(path, max_frames=max_frames)
-    width, height = cast("tuple[int, int]", meta["size"])
-    frames: list[Pixels] = []
-    try:
-        for data in decoder:
-            frame = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-            frames.append(frame if size is None else _scaled(frame, size=size))
-    except RuntimeError:
-        raise UserError(f"{path}: broken after frame {len(frames)}") from None
+    frames = [
+        frame if size is None else _scaled(frame, size=size)
+        for frame in _decoded(path, meta, decoder)
+    ]
     if not frames:
         raise UserError(f"{path}: holds no frame")
     return np.stack(frames), float(cast(float, meta["fps"]))
+
+
+def stream_video(path: Path) -> tuple[tuple[int, int], Generator[Pixels, None, None]]:
+    """Return the size (height, width) of a video and its frames one by one, uint8 `[H, W, 3]`.
+
+    Strict: where `read_video` goes on with what ffmpeg makes of damaged data, the frames end with
+    an error.
+
+    Raises:
+        UserError: the file is missing or not a video; while reading, it is damaged.
+    """
+    meta, decoder = _open_video(path, max_frames=None, is_strict=True)
+    width, height = cast("tuple[int, int]", meta["size"])
+
+    def frames() -> Generator[Pixels, None, None]:
+        count = 0
+        for frame in _decoded(path, meta, decoder):
+            count += 1
+            yield frame
+        if count == 0 or count < _num_decodable(path):
+            raise UserError(f"{path}: broken after frame {count}")
+
+    return (height, width), frames()
 
 
 def probe(path: Path) -> Probe:
@@ -237,6 +257,11 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """
     scaled = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
     return scaled.to(torch.uint8).movedim(-4, -1)
+
+
+def to_pixels(frames_THW3: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 frames `[T, H, W, 3]` into float pixels `[3, T, H, W]` in -1..1."""
+    return frames_THW3.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
@@ -290,7 +315,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ValueError: a number is not finite.
         UserError: the file can't be written.
     """
-    text = _json(content, indent="") + "\n"
+    write_text(path, _json(content, indent="") + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in one step, as `write_json`."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -326,21 +355,36 @@ def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
 
 
 def _open_video(
-    path: Path, *, max_frames: int | None
+    path: Path, *, max_frames: int | None, is_strict: bool = False
 ) -> tuple[dict[str, object], Generator[bytes, None, None]]:
     _check_file(path)
     output = ["-fps_mode", "passthrough"]  # the frames as they are, none doubled or dropped
     if max_frames is not None:
         output += ["-frames:v", str(max_frames)]
     # Without the list ffmpeg takes a text file for a video of text, and follows links in playlists.
-    formats = ["-format_whitelist", VIDEO_FORMATS]
+    options = ["-format_whitelist", VIDEO_FORMATS] + (STRICT if is_strict else [])
     decoder = imageio_ffmpeg.read_frames(
-        str(path.resolve()), input_params=formats, output_params=output
+        str(path.resolve()), input_params=options, output_params=output
     )
     try:
         return cast("dict[str, object]", next(decoder)), decoder
     except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration):
         raise UserError(f"{path}: not a video that can be read") from None
+
+
+def _decoded(
+    path: Path, meta: Mapping[str, object], decoder: Generator[bytes, None, None]
+) -> Generator[Pixels, None, None]:
+    """Yield the frames of an open video, uint8 `[H, W, 3]`."""
+    width, height = cast("tuple[int, int]", meta["size"])
+    count = 0
+    with contextlib.closing(decoder):
+        try:
+            for data in decoder:
+                yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+                count += 1
+        except RuntimeError:
+            raise UserError(f"{path}: broken after frame {count}") from None
 
 
 def _num_decodable(path: Path) -> int:

@@ -20,6 +20,7 @@ from flowcache.video import (
     probe,
     read_image,
     read_video,
+    stream_video,
     to_uint8,
     write_json,
 )
@@ -309,3 +310,27 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path):
     assert files(tmp_path) == ["a.json"]
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "a.json" / "b.json", {})
+
+
+def test_a_stream_gives_the_frames_of_the_whole_video(tmp_path: Path):
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, fps=24, size=(32, 48)) as writer:
+        writer.append(np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8))
+    size, frames = stream_video(path)
+    assert size == (32, 48)
+    assert np.array_equal(np.stack(list(frames)), read_video(path)[0])
+
+
+def test_a_stream_of_damaged_data_ends_with_the_frame_it_broke_at(tmp_path: Path):
+    path = tmp_path / "clip.mp4"
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    with VideoWriter(path, fps=24, size=(64, 96)) as writer:
+        writer.append(np.concatenate([np.roll(noise, shift, axis=2) for shift in range(49)]))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = random.bytes(400)
+    path.write_bytes(data)
+    _, frames = stream_video(path)
+    with pytest.raises(UserError, match=r"clip\.mp4: broken after frame \d+$"):
+        list(frames)
