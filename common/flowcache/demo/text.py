@@ -3,6 +3,8 @@
 Axes: B batch, L tokens, D text width.
 """
 
+from typing import Any
+
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -41,7 +43,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-_ENCODER = {
+_ENCODER: dict[str, Any] = {
     "d_model": TEXT_WIDTH,
     "d_kv": 16,
     "d_ff": 128,
