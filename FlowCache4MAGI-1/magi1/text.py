@@ -151,6 +151,17 @@ def check(folder: str | Path, *, width: int) -> None:
     _load_tokenizer(folder, vocab_size=model.config.vocab_size)
 
 
+def count_tokens(folder: str | Path, prompt: str, *, max_length: int) -> int:
+    """Count the tokens that a prompt will have, without the encoder's weights.
+
+    Raises:
+        UserError: the folder holds no tokenizer.
+    """
+    folder = Path(folder)
+    tokenizer = _load_tokenizer(folder, vocab_size=_build(folder).config.vocab_size)
+    return min(len(tokenizer(clean(prompt), verbose=False).input_ids), max_length)
+
+
 def load(
     folder: str | Path,
     *,

@@ -1,10 +1,9 @@
 """The command line: `python -m skyreels_v2`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from flowcache.cli import Parser, run_command
+from flowcache.cli import overrides_of, run_command, run_parser
 from flowcache.config import describe as describe_keys
 from skyreels_v2.config import RunConfig
 from skyreels_v2.released import RELEASED
@@ -25,49 +24,26 @@ of the cache, seconds per stage).
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (2: something given is wrong)."""
-    parser = Parser(
-        prog="python -m skyreels_v2",
+    parser = run_parser(
+        "python -m skyreels_v2",
         description="Make a video with SkyReels-V2 and FlowCache.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        presets=PRESETS,
+        model="checkpoint folder (original or *-Diffusers layout), hub id, demo, or auto: the real "
+        "1.3B model where there is CUDA, else the demo",
+        dry_run="plans a released model without its files if --model is one of "
+        + ", ".join(RELEASED),
     )
-    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-    parser.add_argument("--preset", default="flowcache_fast", help=f"name or YAML file ({presets})")
-    parser.add_argument(
-        "--model",
-        default="auto",
-        help="checkpoint folder (original or *-Diffusers layout), hub id, demo, or auto: the real "
-        "1.3B model where there is CUDA, else the demo (default: auto)",
-    )
-    parser.add_argument("--prompt", help="what the video shows")
-    parser.add_argument("--image", help="start image")
     parser.add_argument("--end-image", dest="end_image", help="end image")
-    parser.add_argument("--video", help="video to extend")
-    parser.add_argument("--seed", help="seed of all noise")
-    parser.add_argument(
-        "--out", help="an .mp4 file, or a folder in which a fresh name is found (default: result)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out file")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything, print the plan, make nothing; plans a released model without its "
-        f"files if --model is one of {', '.join(RELEASED)}",
-    )
-    parser.add_argument(
-        "--list-settings", action="store_true", help="print every setting with type and default"
-    )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
     options = parser.parse_intermixed_args(arguments)
     if options.list_settings:
         print("\n".join(describe_keys(RunConfig, commented=PRESETS / "base.yaml")))
         return 0
-    named = ("prompt", "image", "end_image", "video", "seed")
-    given = [f"{key}={getattr(options, key)}" for key in named if getattr(options, key) is not None]
+    named = {name: name for name in ("prompt", "image", "end_image", "video", "seed")}
     request = Request(
         preset=options.preset,
         model=options.model,
-        overrides=[*given, *options.settings],
+        overrides=overrides_of(options, named),
         out=options.out,
         overwrite=options.overwrite,
     )

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.video import probe, read_image, read_video
+from flowcache.video import probe, read_image, read_video, to_pixels
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiTConfig
 
@@ -103,11 +103,6 @@ def fit_image(image: Image.Image, *, height: int, width: int) -> Tensor:
     cut = image.crop((left, top, left + cut_width, top + cut_height))
     scaled = cut.resize((width, height), Image.Resampling.BICUBIC)
     return to_pixels(torch.from_numpy(np.array(scaled)).unsqueeze(0))
-
-
-def to_pixels(frames_THW3: Tensor) -> Tensor:
-    """Turn uint8 frames into float pixels `[3, T, H, W]` in -1..1."""
-    return frames_THW3.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def _read_fitted(path: str | None, size: tuple[int, int]) -> Tensor | None:

@@ -1,6 +1,6 @@
 """From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
+from flowcache.noise import Draw, seeded_noise
 from flowcache.reuse import ResultStore
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -26,15 +27,13 @@ from skyreels_v2.build import (
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT
 from skyreels_v2.layers import ContextKV
-from skyreels_v2.sampler import Branch, WindowSampler
+from skyreels_v2.sampler import WindowSampler
+from skyreels_v2.sampling import Branch
 from skyreels_v2.window import Segment, pixel_frames
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4
 """Channels that tell an I2V model which latent frames are given."""
-
-Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""`(shape, dtype) -> standard normal noise` on the device of the run."""
 
 
 class LatentDecoder(Protocol):
@@ -116,16 +115,6 @@ def generate(
             if frames is not None and config.overlap_history is not None:
                 known = frames if tail is None else torch.cat([tail, frames], dim=1)
                 tail = known[:, -config.overlap_history :]
-
-
-def seeded_noise(seed: int, *, device: torch.device) -> Draw:
-    """Return a source of normal noise that gives the same sequence for the same seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
-
-    return draw
 
 
 def _encode_contexts(

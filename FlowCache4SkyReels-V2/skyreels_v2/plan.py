@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flowcache.cli import gigabytes
 from flowcache.scoring import scoring_bytes
 from skyreels_v2 import flops
 from skyreels_v2.build import (
@@ -217,8 +218,3 @@ def lines(plan: Plan, config: RunConfig) -> list[str]:
         f"stored       {gigabytes(plan.stored_bytes)} of results for reuse",
         f"activations  {gigabytes(plan.activation_bytes)} (estimate, one forward)",
     ]
-
-
-def gigabytes(num_bytes: int) -> str:
-    """Write bytes in GB (10^9)."""
-    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,7 +1,5 @@
 """One run from its settings to the mp4 and the JSON beside it."""
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,45 +7,28 @@ from typing import Any
 import torch
 
 from flowcache.attention import choose_kernel
-from flowcache.cli import DTYPES, ProgressBar, choose_device, choose_dtype, choose_output
+from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
-from flowcache.stats import RunStats, environment
-from flowcache.video import VideoWriter, check_ffmpeg, check_writable, to_uint8, write_json
+from flowcache.job import Request, Target, claim_output, config_layers, write_run
+from flowcache.stats import RunStats
+from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import text, vae
 from skyreels_v2.build import rescale_for
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT
-from skyreels_v2.inputs import Media, check_mode, read_media, to_pixels, turn_to_fit
+from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.plan import Plan, lines, make_plan
 from skyreels_v2.released import RELEASED
 
-logger = logging.getLogger(__name__)
-
 FOLDER = Path(__file__).resolve().parent.parent
 PRESETS = FOLDER / "configs"
+BASE = PRESETS / "base.yaml"
 DEMO = FOLDER / "demo"
 REAL_MODEL = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
-VIDEO_QUALITY = 8
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a command line asks for."""
-
-    preset: str = "base"
-    model: str = "auto"
-    """A folder, a hub id, `demo`, or `auto`: the 1.3B model where there is CUDA, else the demo."""
-    overrides: Sequence[str] = ()
-    out: str | None = None
-    """An `.mp4` file, or a folder in which a fresh name is found; None: `folder`."""
-    overwrite: bool = False
-    folder: Path = Path("result")
-    stem: str | None = None
-    """Name of the video in a folder, without number and `.mp4`; None: preset and seed."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +64,14 @@ def prepare(request: Request) -> Job:
     model = choose_model(request.model)
     if not Path(model).expanduser().exists():
         # a hub id: tell a mistake in the settings before gigabytes are downloaded
-        load_config(RunConfig, config_layers(preset, None), overrides=request.overrides)
+        load_config(
+            RunConfig, config_layers(BASE, preset, checkpoint=None), overrides=request.overrides
+        )
     checkpoint = checkpoints.find(model)
     config = load_config(
-        RunConfig, config_layers(preset, checkpoint.folder), overrides=request.overrides
+        RunConfig,
+        config_layers(BASE, preset, checkpoint=checkpoint.folder),
+        overrides=request.overrides,
     )
     check_mode(config, checkpoint.config)
     config = turn_to_fit(config)
@@ -95,38 +80,11 @@ def prepare(request: Request) -> Job:
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
     plan = make_plan(config, checkpoint.config, dtype=dtype)
-    path = choose_output(
-        request.out,
-        folder=request.folder,
-        stem=request.stem or f"{preset.stem}-{config.seed}",
-        overwrite=request.overwrite,
-    )
-    report = path.with_suffix(".json")
-    if report.exists() and not request.overwrite:
-        raise UserError(f"{report} exists and is kept: choose another name, or give --overwrite")
-    check_writable(path.parent)
+    path = claim_output(request, stem=f"{preset.stem}-{config.seed}")
     media = read_media(config)
     checkpoints.check(checkpoint)
     check_ffmpeg()
     return Job(config, checkpoint, media, plan, device, dtype, path, request.overwrite, preset.stem)
-
-
-def config_layers(preset: Path, folder: Path | None) -> list[Path]:
-    """Return the YAML files of a run, lowest first.
-
-    A checkpoint may bring its own values, in `presets/base.yaml` and `presets/<preset>.yaml`.
-
-    Args:
-        folder: the checkpoint; None: it isn't there yet.
-    """
-    layers = [PRESETS / "base.yaml"]
-    if preset != layers[0]:
-        layers.append(preset)
-    if folder is None:
-        return layers
-    own = [folder / "presets" / layer.name for layer in layers]
-    pairs = zip(layers, own, strict=True)
-    return [path for pair in pairs for path in pair if path in layers or path.is_file()]
 
 
 def describe(job: Job) -> str:
@@ -147,7 +105,9 @@ def plan_released(request: Request) -> str:
         UserError: the settings are wrong.
     """
     preset = find_preset(PRESETS, request.preset)
-    config = load_config(RunConfig, config_layers(preset, None), overrides=request.overrides)
+    config = load_config(
+        RunConfig, config_layers(BASE, preset, checkpoint=None), overrides=request.overrides
+    )
     sizes = RELEASED[request.model]
     check_mode(config, sizes)
     config = turn_to_fit(config)
@@ -215,47 +175,20 @@ def render(
     """Denoise and write with models that are loaded already."""
     config = job.config
     num_chunks = sum(len(segment.window.generated) for segment in job.plan.segments)
-    bar = ProgressBar(num_ticks=job.plan.num_ticks, num_chunks=num_chunks)
-    writer = VideoWriter(
-        job.path,
-        fps=config.fps,
-        size=(config.height, config.width),
-        quality=VIDEO_QUALITY,
-        overwrite=job.overwrite,
+    return write_run(
+        generate(models.dit, models.vae, config, conditioning, stats=stats),
+        Target(job.path, job.overwrite, fps=config.fps, size=(config.height, config.width)),
+        stats=stats,
+        num_ticks=job.plan.num_ticks,
+        num_chunks=num_chunks,
+        before=job.media.video,
+        facts={
+            "preset": job.preset,
+            "model": job.checkpoint.folder.name,
+            "attention_kernel": models.dit.kernel.name,
+            "config": to_dict(config),
+        },
     )
-    try:
-        with writer:
-            if job.media.video is not None:
-                writer.append(job.media.video)
-            for progress in generate(models.dit, models.vae, config, conditioning, stats=stats):
-                bar.update(stats, num_finished=len(progress.tick.finishing))
-                if progress.frames is not None:
-                    with stats.stage("write"):
-                        writer.append(to_uint8(progress.frames).cpu())
-    finally:
-        bar.close()
-    report = {
-        "video": writer.path.name,
-        "num_frames": writer.num_frames,
-        "preset": job.preset,
-        "model": job.checkpoint.folder.name,
-        "attention_kernel": models.dit.kernel.name,
-        "config": to_dict(config),
-        "environment": environment(job.device),
-        "stats": stats.to_dict(),
-    }
-    write_json(writer.path.with_suffix(".json"), report)
-    logger.info("%s", stats.summary())
-    logger.info(
-        "wrote         %s: %d frames of %dx%d at %d fps, and %s",
-        writer.path,
-        writer.num_frames,
-        config.width,
-        config.height,
-        config.fps,
-        writer.path.with_suffix(".json").name,
-    )
-    return report
 
 
 def choose_model(name: str) -> str | Path:

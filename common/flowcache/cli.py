@@ -1,10 +1,10 @@
-"""What every model's command line shares: exit codes, device, dtype, output name, progress."""
+"""What every model's command line shares: arguments, exit codes, device, output name, progress."""
 
 import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,56 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and end."""
         self.exit(EXIT_USER_ERROR, f"error: {message} (--help says what can be given)\n")
+
+
+def run_parser(
+    prog: str, *, description: str, examples: str, presets: Path, model: str, dry_run: str
+) -> Parser:
+    """Return the arguments that every model's command line takes.
+
+    Args:
+        presets: folder of the presets.
+        model: what --model may be.
+        dry_run: what --dry-run can do beside checking and printing.
+    """
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    parser.add_argument("--preset", default="flowcache_fast", help=f"name or YAML file ({names})")
+    parser.add_argument("--model", default="auto", help=f"{model} (default: auto)")
+    parser.add_argument("--prompt", help="what the video shows")
+    parser.add_argument("--image", help="start image")
+    parser.add_argument("--video", help="video to extend")
+    parser.add_argument("--seed", help="seed of all noise")
+    parser.add_argument(
+        "--out", help="an .mp4 file, or a folder in which a fresh name is found (default: result)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out file")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help=f"check everything, print the plan, make nothing; {dry_run}",
+    )
+    parser.add_argument(
+        "--list-settings", action="store_true", help="print every setting with type and default"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
+    return parser
+
+
+def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[str]:
+    """Return the settings that arguments of their own give, then those given as key=value.
+
+    Args:
+        keys: argument -> setting.
+    """
+    given = {key: getattr(options, argument) for argument, key in keys.items()}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return [*named, *options.settings]
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -80,6 +130,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Write bytes in GB (10^9)."""
+    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def choose_output(out: str | None, *, folder: Path, stem: str, overwrite: bool) -> Path:

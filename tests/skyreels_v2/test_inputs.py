@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
+from flowcache.video import to_pixels
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiTConfig
-from skyreels_v2.inputs import check_mode, fit_image, read_media, to_pixels, turn_to_fit
+from skyreels_v2.inputs import check_mode, fit_image, read_media, turn_to_fit
 
 CONFIG = RunConfig(prompt="a red circle", height=16, width=32, num_frames=17, base_num_frames=17)
 DF = DiTConfig()

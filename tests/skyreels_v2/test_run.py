@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flowcache.cli import EXIT_INTERRUPTED, run_command
 from flowcache.kv import KVCache
+from flowcache.noise import seeded_noise
 from flowcache.stats import RunStats
 from flowcache.video import probe, read_video
-from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate, seeded_noise
+from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate
 from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render
 
 Make = Callable[..., Any]

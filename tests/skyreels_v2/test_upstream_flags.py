@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flowcache.config import load_config
 from flowcache.errors import UserError
+from flowcache.job import config_layers
 from flowcache.video import probe
 from skyreels_v2.checkpoint import find
 from skyreels_v2.config import RunConfig
 from skyreels_v2.enhance import MAX_NEW_TOKENS, enhance
-from skyreels_v2.run import PRESETS, Request, config_layers
+from skyreels_v2.run import BASE, Request
 from skyreels_v2.upstream import main, request_of
 from skyreels_v2.upstream_flags import Script, parser_of
 
@@ -35,7 +36,7 @@ def request(script: Script, *arguments: str) -> Request:
 def config(script: Script, *arguments: str) -> RunConfig:
     """The settings that a command line means."""
     asked = request(script, *arguments)
-    layers = config_layers(PRESETS / "base.yaml", find(asked.model).folder)
+    layers = config_layers(BASE, BASE, checkpoint=find(asked.model).folder)
     return load_config(RunConfig, layers, overrides=asked.overrides)
 
 

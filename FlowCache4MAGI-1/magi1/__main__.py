@@ -1,0 +1,77 @@
+"""The command line: `python -m magi1`."""
+
+import sys
+from collections.abc import Sequence
+
+from flowcache.cli import overrides_of, run_command, run_parser
+from flowcache.config import describe as describe_keys
+from magi1.config import MagiConfig
+from magi1.released import CONFIGS, RELEASED
+from magi1.run import BASE, PRESETS, Request, describe, plan_released, prepare, run
+from magi1.settings import RunConfig
+
+EXAMPLES = """examples:
+  python -m magi1 --preset flowcache_fast --model demo \\
+      --prompt "a red circle moving right on a black background"
+  python -m magi1 --preset vanilla --model /data/4.5B_distill_config.json \\
+      --prompt "a cat sitting on the grass" runtime_config.num_frames=240 reuse.threshold=0.02
+  python -m magi1 --preset flowcache_fast --model 4.5B_distill --prompt "..." --dry-run
+
+Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
+progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
+of the cache, seconds per stage).
+"""
+
+FIELDS = CONFIGS / "fields.yaml"
+"""What the fields of the release's JSON files mean."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code (2: something given is wrong)."""
+    parser = run_parser(
+        "python -m magi1",
+        description="Make a video with MAGI-1 and FlowCache.",
+        examples=EXAMPLES,
+        presets=PRESETS,
+        model="JSON config of the release, folder that holds one, demo, demo-base (three guidance "
+        f"passes), {', '.join(RELEASED)}, or auto: 4.5B_distill where there is CUDA, else the demo",
+        dry_run="plans a released model without its files",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the released --model from the hub"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.list_settings:
+        print("\n".join(list_settings()))
+        return 0
+    named = {name: name for name in ("prompt", "image", "video")}
+    request = Request(
+        preset=options.preset,
+        model=options.model,
+        overrides=overrides_of(options, {**named, "seed": "runtime_config.seed"}),
+        out=options.out,
+        overwrite=options.overwrite,
+        download=options.download,
+    )
+    return run_command(lambda: execute(request, is_dry=options.dry_run))
+
+
+def list_settings() -> list[str]:
+    """Return one line per setting: the release's fields, then the others."""
+    release = describe_keys(MagiConfig, commented=FIELDS)
+    return [*release, *describe_keys(RunConfig, commented=BASE)[len(release) :]]
+
+
+def execute(request: Request, *, is_dry: bool) -> None:
+    """Check, say what will be done, and do it unless the run is dry."""
+    if is_dry and request.model in RELEASED:
+        print(plan_released(request))
+        return
+    job = prepare(request)
+    print(describe(job), flush=True)
+    if not is_dry:
+        run(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
+
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowcache.noise import Draw, seeded_noise
+from flowcache.reuse import ResultStore
+from flowcache.schedule import Tick
+from flowcache.stats import RunStats
+from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
+from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
+from magi1.dit import DiT
+from magi1.sampler import ClipSampler
+from magi1.schedule import Clip, Clock
+from magi1.settings import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+class LatentCodec(Protocol):
+    """What the pipeline needs of a VAE."""
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        """Return scaled latents `[B, C, F, h, w]`."""
+        ...
+
+    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+        """Return pixels `[B, 3, T, H, W]`, about -1..1."""
+        ...
+
+    def to(self, device: torch.device | str, /) -> "LatentCodec":
+        """Move the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the video is made from."""
+
+    text: Tensor
+    """The encoded prompt, `[L, C]`."""
+    tokens: SpecialTokens | None = None
+    """Learned tokens that go before the prompt; None: none do."""
+    prefix: Tensor | None = None
+    """Given frames, `[3, T, H, W]` in -1..1 of the final size."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What just happened: a tick, and the frames that can be shown after it."""
+
+    tick: Tick
+    frames: Tensor | None
+    """New pixel frames `[3, T, H, W]`, about -1..1, or None."""
+
+
+@torch.no_grad()
+def generate(
+    dit: DiT,
+    vae: LatentCodec,
+    config: RunConfig,
+    conditioning: Conditioning,
+    *,
+    stats: RunStats,
+    draw: Draw | None = None,
+) -> Iterator[Progress]:
+    """Make a video; yield after every tick, with the frames that are finished.
+
+    Args:
+        dit: the transformer, on the device of the run.
+        vae: encodes and decodes; it may be elsewhere.
+        draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
+    """
+    codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats)
+    if draw is None:
+        draw = seeded_noise(config.runtime_config.seed, device=codec.device)
+    prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
+    clip = clip_of(config, num_prefix=0 if prefix is None else prefix.shape[1])
+    shape = (dit.config.latent_channels, clip.num_latents, *latent_size(config))
+    captions = chunk_captions(
+        conditioning.text.to(codec.device),
+        num_chunks=len(clip.generated),
+        tokens=conditioning.tokens,
+        choice=config.tokens if conditioning.tokens else NO_TOKENS,
+        max_length=dit.config.caption_max_length,
+    )
+    sampler = ClipSampler(
+        dit,
+        draw(shape, torch.float32),
+        clip=clip,
+        clock=Clock.of(config),
+        sampling=sampling_of(config),
+        captions=dict(zip(clip.generated, captions, strict=True)),
+        null_caption=null_caption(
+            dit.null_caption, tokens=conditioning.tokens, choice=config.tokens
+        ),
+        policy=policy_of(config),
+        stats=stats,
+        results=ResultStore(config.reuse.extrapolate),
+        prefix=prefix,
+        budget=budget_of(config),
+    )
+    for tick, finished in sampler.run():
+        shown = [
+            _decode_chunk(codec, sampler.latents, clip=clip, chunk=chunk) for chunk in finished
+        ]
+        yield Progress(tick, torch.cat(shown, dim=1) if shown else None)
+
+
+def _decode_chunk(codec: "_Codec", latents: Tensor, *, clip: Clip, chunk: int) -> Tensor:
+    """Decode a clean chunk and return the frames of it that are new, `[3, T, H, W]`.
+
+    Given latents are decoded with the others and cut off afterwards. The release cuts first; what
+    remains is then no whole number of decoder tiles, and a video may lose three frames at the seam.
+    """
+    own, shown = clip.latents(chunk), clip.shown(chunk)
+    frames = codec.decode(latents[:, own.start : own.stop])
+    return frames[:, (shown.start - own.start) * clip.temporal_stride :]
+
+
+@dataclass(frozen=True)
+class _Codec:
+    """The VAE, which may have to take turns on the device with the transformer."""
+
+    dit: DiT
+    vae: LatentCodec
+    is_offloaded: bool
+    stats: RunStats
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.x_embedder.weight.device
+
+    def encode(self, pixels_3THW: Tensor) -> Tensor:
+        """Return float32 latents `[C, F, h, w]`."""
+        with self._at_work() as device:
+            latents = self.vae.encode(pixels_3THW.unsqueeze(0))[0]
+        return latents.to(device=device, dtype=torch.float32)
+
+    def decode(self, latents_CFhw: Tensor) -> Tensor:
+        """Return float32 pixels `[3, T, H, W]`."""
+        with self._at_work():
+            return self.vae.decode(latents_CFhw.unsqueeze(0))[0].float()
+
+    @contextmanager
+    def _at_work(self) -> Generator[torch.device, None, None]:
+        """Put the VAE on the device of the run, and the transformer off it, if memory is scarce."""
+        device = self.device
+        with self.stats.stage("vae"):
+            if not self.is_offloaded:
+                yield device
+                return
+            self.dit.to("cpu")
+            self.vae.to(device)
+            try:
+                yield device
+            finally:
+                self.vae.to("cpu")
+                self.dit.to(device)

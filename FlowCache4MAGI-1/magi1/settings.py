@@ -1,0 +1,106 @@
+"""Every setting of a run: the release's JSON config, and what the release has no field for."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowcache.errors import UserError
+from flowcache.settings import (
+    KVRule,
+    ReuseRule,
+    check_finite,
+    check_least,
+    check_mix,
+    check_prompt,
+    check_reuse,
+    check_seed,
+    strategy_of,
+)
+from magi1.captions import TokenChoice
+from magi1.config import MagiConfig, check_model, check_runtime
+from magi1.sampling import Quantity
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """Passes through the model beside those that denoise."""
+
+    clean_pass: bool = True
+    nearly_clean_pass: bool = True
+    prev_share: float = 0.7
+
+
+@dataclass(frozen=True)
+class ReuseConfig(ReuseRule):
+    """When a chunk is recomputed, and what it gets when it is not."""
+
+    threshold: float = 0.01
+    predict: Quantity = "latent_update"
+
+
+@dataclass(frozen=True)
+class KVConfig(KVRule):
+    """How many chunks the KV cache holds, and which clean tokens stay."""
+
+    total_chunks: int = 5
+
+
+@dataclass(frozen=True)
+class RunConfig(MagiConfig):
+    """One video: a JSON config of the release, under its own names, and more."""
+
+    prompt: str = ""
+    image: str | None = None
+    video: str | None = None
+    prefix_frames: int | None = 32
+    special_tokens: str | None = None
+    tokens: TokenChoice = field(default_factory=TokenChoice)
+    passes: PassConfig = field(default_factory=PassConfig)
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_model(self.model_config, source="model_config")
+        check_runtime(self.runtime_config, self.engine_config, source="runtime_config")
+        check_prompt("prompt", self.prompt, may_be_empty=False)
+        check_seed("runtime_config.seed", self.runtime_config.seed)
+        check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
+        self._check_given()
+        self._check_kv()
+        if not 0 <= self.passes.prev_share <= 1:
+            raise UserError(
+                f"passes.prev_share is a share and must be in 0..1, not {self.passes.prev_share:g}"
+            )
+        if self.engine_config.fp8_quant and self.dtype not in ("auto", "bfloat16"):
+            raise UserError(
+                f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
+                "leave dtype at auto"
+            )
+
+    def _check_given(self) -> None:
+        stride = self.runtime_config.temporal_downsample_factor
+        check_least("runtime_config.temporal_downsample_factor", stride, 1)
+        if self.image is not None and self.video is not None:
+            raise UserError(
+                "image and video cannot both be the start: give image for a first frame, or video "
+                "for a clip that goes on"
+            )
+        if self.prefix_frames is not None and (
+            self.prefix_frames < stride or self.prefix_frames % stride
+        ):
+            raise UserError(
+                f"prefix_frames must be a positive multiple of {stride} (the frames of a latent) "
+                f"or null, not {self.prefix_frames}"
+            )
+
+    def _check_kv(self) -> None:
+        check_mix(self.kv)
+        window = self.runtime_config.window_size
+        if strategy_of(self.kv) is not None and self.kv.total_chunks <= window:
+            raise UserError(
+                f"kv.total_chunks must be above runtime_config.window_size {window}, so that a "
+                f"clean chunk stays beside the active ones, not {self.kv.total_chunks}"
+            )

@@ -1,0 +1,163 @@
+"""From a checked request to the mp4 and its JSON: what every model's run shares."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flowcache.cli import ProgressBar, choose_output
+from flowcache.errors import UserError
+from flowcache.schedule import Tick
+from flowcache.stats import RunStats, environment
+from flowcache.video import VideoWriter, check_writable, to_uint8, write_json
+
+logger = logging.getLogger(__name__)
+
+VIDEO_QUALITY = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for."""
+
+    preset: str = "base"
+    model: str = "auto"
+    """A checkpoint, by its place or by a name that the model's command line explains."""
+    overrides: Sequence[str] = ()
+    out: str | None = None
+    """An `.mp4` file, or a folder in which a fresh name is found; None: `folder`."""
+    overwrite: bool = False
+    folder: Path = Path("result")
+    stem: str | None = None
+    """Name of the video in a folder, without number and `.mp4`; None: preset and seed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The video that is to be written."""
+
+    path: Path
+    overwrite: bool
+    fps: int
+    size: tuple[int, int]
+    """Height and width in pixels."""
+
+
+class Shown(Protocol):
+    """What a pipeline yields after each tick."""
+
+    @property
+    def tick(self) -> Tick:
+        """The pass that was just made."""
+        ...
+
+    @property
+    def frames(self) -> Tensor | None:
+        """New frames `[3, T, H, W]` in -1..1, or None."""
+        ...
+
+
+def claim_output(request: Request, *, stem: str) -> Path:
+    """Return where the video goes, after a look at what is there.
+
+    Args:
+        stem: name in a folder, if the request has none.
+
+    Raises:
+        UserError: the video or its JSON exists and is to be kept, or the folder is not writable.
+    """
+    path = choose_output(
+        request.out,
+        folder=request.folder,
+        stem=request.stem or stem,
+        overwrite=request.overwrite,
+    )
+    report = path.with_suffix(".json")
+    if report.exists() and not request.overwrite:
+        raise UserError(f"{report} exists and is kept: choose another name, or give --overwrite")
+    check_writable(path.parent)
+    return path
+
+
+def config_layers(
+    base: Path, preset: Path, *, checkpoint: Path | None, model: Sequence[Path] = ()
+) -> list[Path]:
+    """Return the YAML files of a run, lowest first.
+
+    A checkpoint may bring its own values, in `presets/base.yaml` and `presets/PRESET.yaml`.
+
+    Args:
+        base: the settings under all presets; may be the preset itself.
+        checkpoint: its folder; None: it isn't there yet.
+        model: files of the model itself, right above `base`.
+    """
+    layers = [base, *model]
+    for layer in dict.fromkeys([base, preset]):
+        if layer != base:
+            layers.append(layer)
+        own = None if checkpoint is None else checkpoint / "presets" / layer.name
+        if own is not None and own.is_file():
+            layers.append(own)
+    return layers
+
+
+def write_run(
+    shown: Iterable[Shown],
+    target: Target,
+    *,
+    stats: RunStats,
+    num_ticks: int,
+    num_chunks: int,
+    facts: Mapping[str, Any],
+    before: Tensor | None = None,
+) -> dict[str, Any]:
+    """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds.
+
+    Args:
+        shown: the pipeline.
+        num_ticks: ticks that it will make.
+        num_chunks: chunks that it will make.
+        facts: what the JSON says of the run beside frames, environment and statistics.
+        before: frames that the video begins with, uint8 `[T, H, W, 3]`.
+    """
+    bar = ProgressBar(num_ticks=num_ticks, num_chunks=num_chunks)
+    writer = VideoWriter(
+        target.path,
+        fps=target.fps,
+        size=target.size,
+        quality=VIDEO_QUALITY,
+        overwrite=target.overwrite,
+    )
+    try:
+        with writer:
+            if before is not None:
+                writer.append(before)
+            for progress in shown:
+                bar.update(stats, num_finished=len(progress.tick.finishing))
+                if progress.frames is not None:
+                    with stats.stage("write"):
+                        writer.append(to_uint8(progress.frames).cpu())
+    finally:
+        bar.close()
+    report = {
+        "video": writer.path.name,
+        "num_frames": writer.num_frames,
+        **facts,
+        "environment": environment(stats.device),
+        "stats": stats.to_dict(),
+    }
+    write_json(writer.path.with_suffix(".json"), report)
+    logger.info("%s", stats.summary())
+    logger.info(
+        "wrote         %s: %d frames of %dx%d at %d fps, and %s",
+        writer.path,
+        writer.num_frames,
+        target.size[1],
+        target.size[0],
+        target.fps,
+        writer.path.with_suffix(".json").name,
+    )
+    return report

@@ -1,0 +1,175 @@
+"""Settings that every model's run has, with their checks and what they stand for."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any, Literal
+
+from flowcache.compress import (
+    CompressionStrategy,
+    Granularity,
+    ImportanceRedundancy,
+    Order,
+    Recent,
+    SinkRecent,
+)
+from flowcache.errors import UserError
+from flowcache.reuse import (
+    FlowCache,
+    Rescale,
+    ReusePolicy,
+    Stride,
+    TeaCache,
+    Vanilla,
+    identity,
+)
+
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ReuseRule:
+    """When a chunk is computed; each model adds what it compares and what it reuses."""
+
+    policy: Literal["vanilla", "teacache", "flowcache", "stride"] = "vanilla"
+    threshold: float = 0.1
+    warmup_steps: int = 5
+    every: int = 2
+    steps: list[int] | None = None
+    extrapolate: float = 0.0
+
+
+@dataclass(frozen=True)
+class KVRule:
+    """Which clean tokens the KV cache keeps; each model adds how many."""
+
+    compress: Literal["none", "importance", "recent", "sink_recent"] = "none"
+    mix: float = 0.07
+    kernel: int = 7
+    granularity: Granularity = "token"
+    queries: Granularity = "chunk"
+    weighting: str = "none"
+    power: float = 3.0
+    order: Order = "position"
+    sink_frames: int = 1
+
+
+def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[], ReusePolicy]:
+    """Return what makes a reuse policy.
+
+    Args:
+        rescale: from a distance of signals to what is accumulated.
+    """
+    if rule.policy == "vanilla":
+        return Vanilla
+    if rule.policy == "stride":
+        return partial(Stride, every=rule.every, warmup_steps=rule.warmup_steps, steps=rule.steps)
+    if rule.policy == "teacache":
+        return partial(TeaCache, rule.threshold, rule.warmup_steps, rescale)
+    return partial(FlowCache, rule.threshold, rule.warmup_steps, rescale)
+
+
+def strategy_of(rule: KVRule) -> CompressionStrategy | None:
+    """Return what picks the clean tokens that stay, or None where all do.
+
+    Raises:
+        UserError: a setting of the strategy is not possible.
+    """
+    if rule.compress == "none":
+        return None
+    if rule.compress == "recent":
+        return Recent()
+    if rule.compress == "sink_recent":
+        return SinkRecent(sink_frames=rule.sink_frames)
+    return ImportanceRedundancy(
+        mix=rule.mix,
+        kernel=rule.kernel,
+        granularity=rule.granularity,
+        queries=rule.queries,
+        weighting=rule.weighting,
+        power=rule.power,
+        order=rule.order,
+    )
+
+
+def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
+    """Check when chunks are to be computed.
+
+    Args:
+        num_steps: steps of a chunk.
+        least_warmup: least number of warm-up steps.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    check_least("reuse.threshold", rule.threshold, 0)
+    check_least("reuse.warmup_steps", rule.warmup_steps, least_warmup)
+    check_least("reuse.every", rule.every, 1)
+    wrong = [step for step in rule.steps or () if not 0 <= step < num_steps]
+    if wrong:
+        raise UserError(
+            f"reuse.steps are own steps of a chunk, 0..{num_steps - 1}: {wrong[0]} is none"
+        )
+
+
+def check_mix(rule: KVRule) -> None:
+    """Check the share of importance.
+
+    Raises:
+        UserError: it is no share.
+    """
+    if not 0 <= rule.mix <= 1:
+        raise UserError(f"kv.mix is a share and must be in 0..1, not {rule.mix:g}")
+
+
+def check_finite(section: Any, *, prefix: str = "") -> None:
+    """Refuse an infinite value in a section or one of its sections.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            check_finite(value, prefix=f"{prefix}{entry.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{entry.name} must be a finite number, not {value:g}")
+
+
+def check_prompt(name: str, prompt: str, *, may_be_empty: bool) -> None:
+    """Check that a prompt says something, is text, and is not a book.
+
+    Raises:
+        UserError: it is not so.
+    """
+    if not may_be_empty and not prompt.strip():
+        raise UserError(f"{name} is empty: say what the video shows")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"{name} is not valid UTF-8 text: check the encoding of your terminal")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(
+            f"{name} has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed "
+            "(the model reads some hundred tokens): shorten it"
+        )
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Check that a seed fits a random number generator.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"{name} must be in 0..{MAX_SEED}, not {seed}")
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Check that a number is not below its least value.
+
+    Raises:
+        UserError: it is, or it is no number.
+    """
+    if not value >= least:
+        raise UserError(f"{name} must be {least:g} or more, not {value:g}")
