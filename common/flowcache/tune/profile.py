@@ -1,0 +1,197 @@
+"""A tuned plan on disk: a small YAML file that says what it was made for.
+
+write_profile(profile, Path("profile.yaml"))
+profile = read_profile(Path("profile.yaml"))
+check_fits(profile, setting, path=Path("profile.yaml"))
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from flowcache.config import load_config
+from flowcache.errors import UserError
+
+VERSION = 1
+SIGNIFICANT_DIGITS = 6
+FINGERPRINT_TENSORS = 8
+FINGERPRINT_NUMBERS = 4096
+"""Numbers of each of these tensors that are read."""
+HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here: tune again.\n"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan depends on: it serves runs with the same values only."""
+
+    fingerprint: str
+    """Of the model; see `fingerprint`."""
+    num_steps: int
+    shift: float
+    lag: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What is computed, and what stands for the rest."""
+
+    plans: list[list[int]]
+    """Computed own steps by chunk position; chunks behind the last entry use that one."""
+    predict: Literal["velocity"]
+    order: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was expected when the plan was made."""
+
+    error: float
+    """Squared error of the latent, per element."""
+    psnr: float
+    """dB against the same run with every step computed."""
+    flops: float
+    """Share of the FLOPs with every step computed."""
+    pixel_scale: float
+    """Squared pixel levels per squared latent error."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the calibration clips had in common, by own step."""
+
+    magnitude_ratios: list[float]
+    distance_low: list[float]
+    distance_high: list[float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the calibration was made."""
+
+    model: str
+    preset: str
+    date: str
+    prompts: list[str]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A tuned plan."""
+
+    version: int
+    setting: Setting
+    reuse: Reuse
+    predicted: Prediction
+    observed: Observed
+    source: Source
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise UserError(f"version is {self.version}, but this program reads {VERSION}")
+        num_steps, plans = self.setting.num_steps, self.reuse.plans
+        if not plans:
+            raise UserError("reuse.plans is empty")
+        for plan in plans:
+            is_ascending = plan == sorted(set(plan))
+            if not is_ascending or plan[:1] != [0] or plan[-1] != num_steps - 1:
+                raise UserError(f"reuse.plans must run from 0 to {num_steps - 1}, found {plan}")
+        for name, values in dataclasses.asdict(self.observed).items():
+            if len(values) != num_steps:
+                raise UserError(f"observed.{name} needs {num_steps} values, found {len(values)}")
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    content = _rounded(dataclasses.asdict(profile))
+    text = HEADER + yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile; every key must be there and no other.
+
+    Raises:
+        UserError: the file is missing, or no whole profile.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such profile: make one with scripts/tune.py --out {path}")
+    try:
+        return load_config(Profile, [path])
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(
+            f"{path} is no profile, or damaged ({reason}): make it again with scripts/tune.py"
+        ) from None
+
+
+def check_fits(profile: Profile, setting: Setting, *, path: Path) -> None:
+    """Refuse a profile that was made for another model or other settings.
+
+    Raises:
+        UserError: it was; the line says what to do.
+    """
+    tuned = profile.setting
+    if setting.fingerprint != tuned.fingerprint:
+        raise UserError(
+            f"{path} was tuned for another model ({profile.source.model}): tune this one with "
+            "scripts/tune.py, or choose a preset without a profile"
+        )
+    for entry in dataclasses.fields(Setting):
+        wanted, found = getattr(tuned, entry.name), getattr(setting, entry.name)
+        if wanted != found:
+            raise UserError(
+                f"{path} was tuned with {entry.name} {wanted:g}, but this run has {found:g}: use "
+                f"{wanted:g}, tune again with scripts/tune.py, or choose a preset without a profile"
+            )
+
+
+def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of a model's sizes and of the start of a few of its weights.
+
+    The weights are rounded to bfloat16, so that a model loaded in bfloat16 or float32 is the same.
+
+    Args:
+        config: sizes, as plain values for JSON.
+        tensors: name -> weight; `FINGERPRINT_TENSORS` of them, evenly spread by name, are read.
+    """
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    names = sorted(tensors)
+    stride = max(len(names) // FINGERPRINT_TENSORS, 1)
+    for name in names[::stride]:
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        start = tensor.flatten()[:FINGERPRINT_NUMBERS].to(torch.bfloat16).cpu()
+        digest.update(start.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
