@@ -1,0 +1,8 @@
+"""Make a video with MAGI-1, by upstream's flags; see --help."""
+
+import sys
+
+from magi1.upstream import main
+
+if __name__ == "__main__":
+    sys.exit(main())
