@@ -1,0 +1,230 @@
+#!/usr/bin/env python
+"""Count FLOPs by closed forms: the published figures, or a run of a released model.
+
+A multiply-add counts 2. No weights are read and nothing is rendered.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flowcache.cli import Parser, run_command
+from flowcache.errors import UserError
+from flowcache.flops import attention
+from flowcache.schedule import staggered
+from magi1 import flops as magi1_flops
+from magi1.config import ModelConfig
+from magi1.schedule import Clip, Clock
+from skyreels_v2 import flops as skyreels_flops
+from skyreels_v2.released import RELEASED
+from skyreels_v2.run import Request, plan_released
+
+EXAMPLES = f"""examples:
+  python scripts/flops.py --paper
+  python scripts/flops.py df-1.3b-540p --preset flowcache_slow
+  python scripts/flops.py df-14b-540p --preset vanilla num_frames=97 base_num_frames=97
+
+Models of SkyReels-V2: {", ".join(RELEASED)}. A run of MAGI-1 is
+planned without files by the --dry-run of its own command.
+"""
+
+MAGI1_CHUNK_TOKENS = 6 * 45 * 45
+"""Of 6 latent frames of 720 x 720 pixels."""
+MAGI1_WINDOWS = (5, 4, 3, 2)
+"""The released KV window: chunks seen in each quarter of a chunk's steps."""
+MAGI1_4_5B = ModelConfig(
+    model_name="videodit_ardf",
+    num_layers=34,
+    hidden_size=3072,
+    ffn_hidden_size=12288,
+    num_attention_heads=24,
+    num_query_groups=8,
+    kv_channels=128,
+    layernorm_epsilon=1e-6,
+    apply_layernorm_1p=True,
+    x_rescale_factor=1.0,
+    half_channel_vae=False,
+    params_dtype="torch.bfloat16",
+    patch_size=2,
+    t_patch_size=1,
+    in_channels=16,
+    out_channels=16,
+    cond_hidden_ratio=0.25,
+    caption_channels=4096,
+    caption_max_length=800,
+    xattn_cond_hidden_ratio=1.0,
+    cond_gating_ratio=1.0,
+    gated_linear_unit=False,
+)
+"""Source: the released 4.5B_distill configuration of MAGI-1."""
+
+SKYREELS_1_3B = RELEASED["df-1.3b-540p"]
+SKYREELS_FRAME_TOKENS = 34 * 60
+"""Of a latent frame of 544 x 960 pixels."""
+SKYREELS_CHUNK_TOKENS = 5 * SKYREELS_FRAME_TOKENS
+SKYREELS_SEGMENTS = (range(5), range(1, 5))
+"""Chunks that are denoised in each window of 177 frames; the second one's first chunk is given."""
+SKYREELS_STEPS, SKYREELS_LAG, SKYREELS_BRANCHES = 50, 5, 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One counted quantity, and what was published for it."""
+
+    model: str
+    quantity: str
+    flops: float
+    unit: str
+    published: str = ""
+    """The published figure, rounded as printed there, in the same unit."""
+
+
+def magi1_clip(
+    *, num_frames: int = 240, reaches: Sequence[int] = (), nearly_clean_pass: bool
+) -> int:
+    """Count one clip of the distilled 4.5B model, 720 x 720, 64 steps, window of 4 chunks."""
+    return magi1_flops.published_clip(
+        MAGI1_4_5B,
+        clip=Clip(num_frames),
+        clock=Clock(num_steps=64, window=4, reaches=tuple(reaches)),
+        chunk_tokens=MAGI1_CHUNK_TOKENS,
+        nearly_clean_pass=nearly_clean_pass,
+    )
+
+
+def skyreels_ticks() -> int:
+    """Count the ticks of both windows: 70 and 65."""
+    return sum(
+        len(staggered(chunks, num_steps=SKYREELS_STEPS, lag=SKYREELS_LAG))
+        for chunks in SKYREELS_SEGMENTS
+    )
+
+
+def skyreels_causal(num_chunks: int) -> int:
+    """Count one forward of so many chunks, each seeing itself and those before it."""
+    return skyreels_flops.published_forward(
+        SKYREELS_1_3B, chunk_tokens=[SKYREELS_CHUNK_TOKENS] * num_chunks
+    )
+
+
+def skyreels_full() -> int:
+    """Count one forward of a window of 5 chunks with full attention.
+
+    As published, every chunk projects the prompt's keys and values anew.
+    """
+    chunk, window = SKYREELS_CHUNK_TOKENS, 5 * SKYREELS_CHUNK_TOKENS
+    text = skyreels_causal(1) - skyreels_flops.blocks(SKYREELS_1_3B, queries=chunk, keys=chunk)
+    return skyreels_flops.blocks(SKYREELS_1_3B, queries=window, keys=window) + 5 * text
+
+
+def skyreels_active_only() -> int:
+    """Count a run that forwards active chunks only, and the given one once per branch."""
+    steps = sum(
+        skyreels_causal(chunk + 1) - skyreels_causal(chunk)
+        for chunks in SKYREELS_SEGMENTS
+        for chunk in chunks
+    )
+    return SKYREELS_BRANCHES * (SKYREELS_STEPS * steps + skyreels_causal(1))
+
+
+def paper_rows() -> list[Row]:
+    """Return the published figures and what they are made of."""
+    alone = magi1_flops.published_blocks(MAGI1_4_5B, queries=MAGI1_CHUNK_TOKENS, keys=0)
+    seen = MAGI1_4_5B.num_layers * attention(
+        MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=MAGI1_4_5B.hidden_size
+    )
+    forward, full = skyreels_causal(5), skyreels_full()
+    num_forwards = SKYREELS_BRANCHES * skyreels_ticks()
+    magi1, skyreels = "MAGI-1 4.5B", "SkyReels-V2 1.3B"
+    windows = list(MAGI1_WINDOWS)
+    return [
+        Row(magi1, "a chunk's forward, without its attention", alone, "TF"),
+        Row(magi1, "its attention, per chunk that it sees", seen, "TF"),
+        Row(
+            magi1,
+            "240 frames, all chunks seen, nearly-clean pass (Vanilla)",
+            magi1_clip(nearly_clean_pass=True),
+            "PF",
+            "306",
+        ),
+        Row(magi1, "... without the nearly-clean pass", magi1_clip(nearly_clean_pass=False), "PF"),
+        Row(
+            magi1,
+            f"240 frames, KV window {windows}, nearly-clean pass",
+            magi1_clip(reaches=MAGI1_WINDOWS, nearly_clean_pass=True),
+            "PF",
+        ),
+        Row(
+            magi1,
+            "... without it: before any step is reused",
+            magi1_clip(reaches=MAGI1_WINDOWS, nearly_clean_pass=False),
+            "PF",
+        ),
+        Row(
+            magi1,
+            f"168 frames, KV window {windows}, nearly-clean pass (MotionCache's Vanilla)",
+            magi1_clip(num_frames=168, reaches=MAGI1_WINDOWS, nearly_clean_pass=True),
+            "PF",
+            "139",
+        ),
+        Row(skyreels, "a window's forward, counted causally", forward, "TF"),
+        Row(skyreels, "a window's forward, full attention as it runs", full, "TF"),
+        Row(
+            skyreels,
+            f"177 frames, {num_forwards} causal forwards (Vanilla)",
+            forward * num_forwards,
+            "PF",
+            "113",
+        ),
+        Row(skyreels, "... with full attention as it runs", full * num_forwards, "PF"),
+        Row(skyreels, "active chunks only, causal, before any reuse", skyreels_active_only(), "PF"),
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = ["| model | what is counted | counted | published |", "|---|---|---:|---:|"]
+    for row in rows:
+        scale, digits = (1e12, 2) if row.unit == "TF" else (1e15, 1)
+        published = f"{row.published} {row.unit}" if row.published else ""
+        counted = f"{row.flops / scale:.{digits}f} {row.unit}"
+        lines.append(f"| {row.model} | {row.quantity} | {counted} | {published} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = Parser(
+        prog="python scripts/flops.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", help="a released model of SkyReels-V2")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--preset", default="vanilla", help="name or YAML file (default: vanilla)")
+    parser.add_argument(
+        "--paper", action="store_true", help="print the published figures and their parts"
+    )
+    options = parser.parse_intermixed_args(arguments)
+
+    def command() -> None:
+        if options.paper == (options.model is not None):
+            raise UserError("give either --paper or a model (--help shows examples)")
+        if options.paper:
+            print(markdown(paper_rows()))
+        elif options.model in RELEASED:
+            settings = ["prompt=-", *options.settings]
+            print(plan_released(Request(options.preset, options.model, settings)))
+        else:
+            raise UserError(
+                f"{options.model} is no released model of SkyReels-V2: use one of "
+                f"{', '.join(RELEASED)}"
+            )
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

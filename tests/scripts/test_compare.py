@@ -1,0 +1,270 @@
+"""The command that compares videos: figures, files, and inputs that can't be compared."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from flowcache.comparison import average
+from flowcache.lpips import BACKBONE_FILE, LAYERS, LPIPS
+from flowcache.metrics import psnr, ssim_per_frame
+from flowcache.video import VideoWriter, read_video
+
+PATH = Path(__file__).parents[2] / "scripts" / "compare.py"
+Pixels = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(name="script", scope="module")
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_script", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder, without the weights of this machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def clip(seed: int = 0, *, num_frames: int = 6, height: int = 32, width: int = 48) -> Pixels:
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (num_frames, height // 8, width // 8, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def noisy(frames: Pixels, level: float) -> Pixels:
+    noise = np.random.default_rng(9).normal(0, level, frames.shape)
+    return (frames + noise).clip(0, 255).astype(np.uint8)
+
+
+def write(path: Path, frames: Pixels) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(path, fps=24, size=(frames.shape[1], frames.shape[2])) as writer:
+        writer.append(frames)
+
+
+def write_weights(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    pairs = zip(LAYERS, LPIPS().convolutions, strict=True)
+    tensors = {
+        f"{layer.name}.{part}": getattr(convolution, part).detach()
+        for layer, convolution in pairs
+        for part in ("weight", "bias")
+    }
+    torch.save(tensors, folder / BACKBONE_FILE)
+
+
+def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    write(Path("ours.mp4"), noisy(clip(), 20))
+    write(Path("vanilla.mp4"), clip())
+    write_weights(Path("weights"))
+    arguments = ["ours.mp4", "vanilla.mp4", "--lpips-weights", "weights", "--out", "out"]
+    assert script.main(arguments) == 0
+    ours, vanilla = (torch.from_numpy(read_video(Path(f"{n}.mp4"))[0]) for n in ("ours", "vanilla"))
+    result = json.loads(Path("out/compare.json").read_text())
+    figures = result["clips"]["ours"]
+    assert figures["num_frames"] == 6
+    assert figures["clip"]["psnr"] == pytest.approx(psnr(ours, vanilla))
+    expected = ssim_per_frame(ours, vanilla)
+    assert figures["frames"]["ssim"] == pytest.approx(expected.tolist())
+    assert figures["clip"]["ssim"] == pytest.approx(expected.mean().item())
+    assert 0 < figures["clip"]["lpips"] == pytest.approx(np.mean(figures["frames"]["lpips"]))
+    assert result["worst"]["ssim"][0] == ["ours", int(expected.argmin()), expected.min().item()]
+    worst = int(np.argmax(figures["frames"]["lpips"]))
+    assert result["worst"]["lpips"][0][:2] == ["ours", worst]
+    assert "not the released AlexNet" in result["lpips"]["note"]
+    out = capsys.readouterr().out
+    assert f"{psnr(ours, vanilla):.2f}" in out
+    assert f"worst SSIM: ours #{int(expected.argmin())}" in out
+    with Path("out/compare.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["frame"] for row in rows] == [*"012345", "all"]
+    assert float(rows[-1]["psnr"]) == figures["clip"]["psnr"]
+    assert "| ours | 6 |" in Path("out/compare.md").read_text()
+
+
+def test_results_are_replaced_only_if_that_is_asked_for(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    np.save("a.npy", clip())
+    arguments = ["a.npy", "a.npy", "--metrics", "psnr", "--out", "out"]
+    assert script.main(arguments) == 0
+    assert script.main(arguments) == 2
+    assert "exists and is kept" in capsys.readouterr().err
+    assert script.main([*arguments, "--overwrite"]) == 0
+    assert sorted(os.listdir("out")) == ["compare.csv", "compare.json", "compare.md"]
+    result = json.loads(Path("out/compare.json").read_text())
+    assert result["clips"]["a"]["clip"] == {"psnr": "inf"}
+    assert "1 of 1 clips equal their references" in capsys.readouterr().out
+
+
+def test_arrays_and_png_files_are_compared_without_a_codec(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    frames = clip(num_frames=11)
+    np.save("frames.npy", frames)
+    np.savez_compressed("frames.npz", noisy(frames, 5))
+    Path("png").mkdir()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(f"png/frame_{index}.png")  # frame_10 comes after frame_9
+    assert script.main(["png", "frames.npy", "--metrics", "psnr,ssim"]) == 0
+    assert "inf" in capsys.readouterr().out
+    assert script.main(["frames.npz", "png", "--metrics", "psnr", "--out", "out"]) == 0
+    result = json.loads(Path("out/compare.json").read_text())
+    expected = psnr(torch.from_numpy(noisy(frames, 5)), torch.from_numpy(frames))
+    assert result["clips"]["frames"]["clip"]["psnr"] == pytest.approx(expected)
+
+
+def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    for name, level in (("one", 4.0), ("two", 8.0), ("three", 16.0)):
+        np.save(f"{name}.npy", noisy(clip(), level))
+        for folder, frames in (("a", noisy(clip(), level)), ("b", clip())):
+            Path(folder).mkdir(exist_ok=True)
+            np.save(f"{folder}/{name}.npy", frames)
+    np.save("a/short.npy", clip(num_frames=4))
+    np.save("b/short.npy", clip(num_frames=5))
+    np.save("a/small.npy", clip(width=40))
+    np.save("b/small.npy", clip())
+    np.save("a/lonely.npy", clip())
+    noise = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    rolled = np.concatenate([np.roll(noise, shift, axis=2) for shift in range(49)])
+    for folder in "ab":
+        write(Path(folder, "corrupt.mp4"), rolled)
+    data = bytearray(Path("a/corrupt.mp4").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 400] = np.random.default_rng(0).bytes(400)
+    Path("a/corrupt.mp4").write_bytes(data)
+    Path("b/corrupt.mp4").rename("b/corrupt.mkv")
+    Path("a/.hidden.mp4").touch()
+    assert script.main(["a", "b", "--metrics", "psnr", "--out", "out"]) == 1
+    captured = capsys.readouterr()
+    for words in (
+        "a/short.npy has 4 frames and b/short.npy 5",
+        "a/small.npy is 40x32 pixels and b/small.npy 48x32",
+        "lonely: not in b",
+        "a/corrupt.mp4: broken after frame",
+    ):
+        assert words in captured.err
+    assert len(captured.err.splitlines()) == 4
+    result = json.loads(Path("out/compare.json").read_text())
+    assert set(result["failures"]) == {"short", "small", "lonely", "corrupt"}
+    values = [result["clips"][name]["clip"]["psnr"] for name in ("one", "two", "three")]
+    assert values == sorted(values, reverse=True)
+    over = result["averages"]["psnr"]
+    assert over["mean"] == pytest.approx(np.mean(values))
+    assert over["half_width"] == pytest.approx(4.302653 * np.std(values, ddof=1) / math.sqrt(3))
+    assert over["num_clips"] == 3
+    assert result["worst"]["psnr"][0][0] == "three"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["short.npy", "full.npy"], "short.npy has 4 frames and full.npy 6"),
+        (["full.npy", "short.npy"], "full.npy has 6 frames and short.npy 4"),
+        (["wide.npy", "full.npy"], "wide.npy is 56x32 pixels and full.npy 48x32"),
+        (["text.mp4", "full.npy"], "text.mp4: not a video"),
+        (["full.npy", "gone.mp4"], "gone.mp4: no such file"),
+        (["float.npy", "full.npy"], "must hold uint8 pixels"),
+        (["text.npy", "full.npy"], "text.npy: not an array file"),
+        (["full.npy", "."], "two clips or two folders"),
+        (["full.npy", "full.npy", "--metrics", "mse"], "--metrics is 'mse'"),
+        (["full.npy", "full.npy", "--metrics", "lpips"], "download https://"),
+        (["full.npy", "full.npy", "--lpips-weights", "gone"], "gone/alexnet"),
+        (["full.npy", "full.npy", "--device", "tpu"], "device=tpu"),
+    ],
+)
+def test_a_pair_that_cannot_be_compared_is_one_line_and_exit_code_2(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+):
+    np.save("full.npy", clip())
+    np.save("short.npy", clip()[:4])
+    np.save("wide.npy", clip(width=56))
+    np.save("float.npy", clip().astype(np.float32))
+    Path("text.mp4").write_text("no video")
+    Path("text.npy").write_text("no array")
+    assert script.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_without_weights_the_column_is_empty_and_one_line_says_why(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    np.save("a.npy", clip())
+    np.save("b.npy", noisy(clip(), 5))
+    assert script.main(["a.npy", "b.npy"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-1] == "-"
+    (note,) = [line for line in lines if line.startswith("note:")]
+    assert "LPIPS is empty" in note
+    assert "torch/hub/checkpoints/alexnet-owt-7be5be79.pth" in note
+    assert "download https://" in note
+
+
+def test_the_interval_is_that_of_student():
+    assert average([1.0, 2.0, 3.0]).half_width == pytest.approx(2.484, abs=1e-3)
+    assert average([1.0, 3.0]).half_width == pytest.approx(12.706, abs=1e-3)
+    assert average([1.0]).half_width is None
+    over = average([math.inf, 2.0, 4.0])
+    assert (over.mean, over.num_clips, over.num_infinite) == (3, 2, 1)
+
+
+def test_every_example_of_the_help_runs(script: ModuleType, capsys: pytest.CaptureFixture[str]):
+    for name, frames in (("flowcache", noisy(clip(), 9)), ("vanilla", clip())):
+        np.save(f"{name}.npy", frames)
+        write(Path(f"{name}.mp4"), frames)
+        write(Path(f"result/{name}/swan.mp4"), frames)
+    write_weights(Path("weights"))
+    lines = [line.strip() for line in script.EXAMPLES.splitlines() if "scripts/compare" in line]
+    assert len(lines) >= 4
+    for line in lines:
+        assert script.main(shlex.split(line)[2:]) == 0, line
+    assert "swan" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--help"])
+    assert ended.value.code == 0
+    assert all(line in capsys.readouterr().out for line in lines[:1])
+
+
+@pytest.mark.slow
+def test_97_frames_of_540p_need_less_than_4_gigabytes():
+    frames = np.random.default_rng(0).integers(0, 256, (17, 30, 97, 3), dtype=np.uint8)
+    still = frames.transpose(2, 0, 1, 3).repeat(32, axis=1).repeat(32, axis=2)
+    for name, pixels in (("a.mp4", still), ("b.mp4", noisy(still[:, :, :, :], 5))):
+        write(Path(name), np.ascontiguousarray(pixels))
+    write_weights(Path("weights"))
+    command = [sys.executable, str(PATH), "a.mp4", "b.mp4", "--lpips-weights", "weights"]
+    process = subprocess.Popen([*command, "--device", "cpu"])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 < 4e9
+    sys.stdout.write(f"peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB\n")
