@@ -124,4 +124,5 @@ def _open_array(path: Path) -> FrameStream:
             f"{path}: must hold uint8 pixels [T, H, W, 3], found {pixels.dtype} "
             f"{list(pixels.shape)}"
         )
-    return FrameStream(path, pixels.shape[1:3], (np.array(frame) for frame in pixels))
+    _, height, width, _ = pixels.shape
+    return FrameStream(path, (height, width), (np.array(frame) for frame in pixels))
