@@ -9,13 +9,13 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" # enters the Python environ
 MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; or a name, folder, config
 PRESET=${PRESET:-fast}             # slow or fast: the published thresholds 0.01 and 0.015
 PROMPT=${PROMPT-a blue triangle moving up on a black background}
-HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the preset's, or the demo's own
+HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the model's own
 WIDTH=${WIDTH:-}
-NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the preset's
-NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the preset's
-WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: 4
+NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the model's own
+NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the model's own
+WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: the model's own
 THRESHOLD=${THRESHOLD:-}           # accumulated change at which a step is computed; empty: the preset's
-SEED=${SEED:-}                     # of all noise; empty: 1234
+SEED=${SEED:-}                     # of all noise; empty: the model's own
 SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
 OUT=${OUT:-$root/result/t2v}       # an .mp4 file, or a folder in which a fresh name is found
 

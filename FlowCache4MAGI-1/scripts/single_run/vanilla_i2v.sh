@@ -9,12 +9,12 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" # enters the Python environ
 MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; or a name, folder, config
 PROMPT=${PROMPT-a blue circle moving right on a black background}
 IMAGE=${IMAGE:-$root/assets/blue_circle.png} # path of the picture that the video starts with
-HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the preset's, or the demo's own
+HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the model's own
 WIDTH=${WIDTH:-}
-NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the preset's
-NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the preset's
-WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: 4
-SEED=${SEED:-}                     # of all noise; empty: 1234
+NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the model's own
+NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the model's own
+WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: the model's own
+SEED=${SEED:-}                     # of all noise; empty: the model's own
 SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
 OUT=${OUT:-$root/result/i2v}       # an .mp4 file, or a folder in which a fresh name is found
 

@@ -10,12 +10,12 @@ MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; 
 PROMPT=${PROMPT-a blue triangle moving up on a black background}
 VIDEO=${VIDEO:-$(newest_video "$root/result/t2v")} # path of the video to continue
 PREFIX_FRAMES=${PREFIX_FRAMES:-}   # how many of its first frames; null: its last seconds, up to 5; empty: 32
-HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the preset's, or the demo's own
+HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the model's own
 WIDTH=${WIDTH:-}
-NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the preset's
-NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the preset's
-WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: 4
-SEED=${SEED:-}                     # of all noise; empty: 1234
+NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the model's own
+NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the model's own
+WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: the model's own
+SEED=${SEED:-}                     # of all noise; empty: the model's own
 SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
 OUT=${OUT:-$root/result/v2v}       # an .mp4 file, or a folder in which a fresh name is found
 
