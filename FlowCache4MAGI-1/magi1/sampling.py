@@ -69,6 +69,15 @@ class Sampling:
     prev_share: float = 0.7
     quantity: Quantity = "latent_update"
 
+    @property
+    def has_nearly_clean_pass(self) -> bool:
+        """Whether a nearly clean chunk is ever computed a second time."""
+        return self.nearly_clean_pass and self.guidance is None
+
+    def has_pass_alone(self, t: float) -> bool:
+        """Tell whether the pass of a chunk alone has any weight in the guidance at a timestep."""
+        return self.guidance is not None and self.guidance.scales(t)[0] != 1
+
     @classmethod
     def of(cls, config: MagiConfig) -> "Sampling":
         """Return what a config of the release describes."""
@@ -147,3 +156,8 @@ class Branch:
     is_null: bool
     caches: list[KVCache]
     queries: dict[int, Tensor] = field(default_factory=dict)
+
+    def settle(self, num_tokens: int, *, chunk: int) -> None:
+        """Declare the keys of the oldest active chunk final."""
+        for cache in self.caches:
+            cache.settle(num_tokens, chunk=chunk)

@@ -5,7 +5,7 @@ always a prefix of the buffer. A chunk that becomes clean moves a boundary, not 
 gathers the kept clean tokens and moves the active part down.
 
 Axes: T tokens in the buffer, S tokens of a chunk, H query heads, G key/value heads, C head width,
-K kept tokens. Guidance branches have caches of their own.
+K kept tokens, N chunks. Guidance branches have caches of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,29 @@ from flowcache.schedule import Tick
 
 Keep = Callable[[Tensor, Tensor], Tensor]
 """`(queries [S, H, C], clean keys [T, G, C]) -> indices [K, G]` of the clean tokens to keep."""
+
+
+class TokenOrigins:
+    """Which chunk each clean token of a cache comes from, for a record; nothing waits for it."""
+
+    def __init__(
+        self, capacity: int, *, num_heads: int, num_chunks: int, device: torch.device
+    ) -> None:
+        self.chunk_TG = torch.zeros(capacity, num_heads, dtype=torch.int64, device=device)
+        self.count_GN = torch.zeros(num_heads, num_chunks, dtype=torch.int64, device=device)
+
+    def settle(self, start: int, stop: int, *, chunk: int) -> None:
+        """Note that the tokens from one row to another are those of a chunk."""
+        self.chunk_TG[start:stop] = chunk
+        self.count_GN[:, chunk] += stop - start
+
+    def keep(self, indices_KG: Tensor) -> None:
+        """Note which tokens of each head stay."""
+        kept_KG = self.chunk_TG.gather(0, indices_KG)
+        self.chunk_TG[: len(kept_KG)] = kept_KG
+        kept_GK = kept_KG.transpose(0, 1)
+        none_GN = torch.zeros_like(self.count_GN)
+        self.count_GN = none_GN.scatter_add(1, kept_GK, torch.ones_like(kept_GK))
 
 
 class KVCache:
@@ -64,6 +87,15 @@ class KVCache:
         )
         self.clean = 0
         self.filled = 0
+        self.origins: TokenOrigins | None = None
+
+    def track(self, num_chunks: int) -> None:
+        """Follow from now on which chunk each clean token comes from."""
+        assert self.clean == 0, f"{self.clean} clean tokens are of unknown chunks"
+        _, capacity, num_heads, _ = self.kv.shape
+        self.origins = TokenOrigins(
+            capacity, num_heads=num_heads, num_chunks=num_chunks, device=self.device
+        )
 
     def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor) -> None:
         """Write a chunk's keys and values `offset` tokens behind the clean ones."""
@@ -92,10 +124,17 @@ class KVCache:
         for half in (0, 1):
             self.kv[half, start : self.clean] = source._read(half, start, source.clean)
 
-    def settle(self, num_tokens: int) -> None:
-        """Declare the first `num_tokens` active tokens clean."""
+    def settle(self, num_tokens: int, *, chunk: int | None = None) -> None:
+        """Declare the first `num_tokens` active tokens clean.
+
+        Args:
+            chunk: whose they are; needed where origins are tracked.
+        """
         self.clean += num_tokens
         assert self.clean <= self.filled, "a chunk was settled before its keys were put"
+        if self.origins is not None:
+            assert chunk is not None, "origins are tracked, but the chunk is not named"
+            self.origins.settle(self.clean - num_tokens, self.clean, chunk=chunk)
 
     def keep(self, indices_KG: Tensor) -> None:
         """Keep these clean tokens of each head and drop the other clean ones."""
@@ -107,6 +146,8 @@ class KVCache:
             # clone: source and destination overlap when fewer than `active` tokens are dropped
             self.kv[half, kept : kept + active] = rows[self.clean :].clone()
         self.clean, self.filled = kept, kept + active
+        if self.origins is not None:
+            self.origins.keep(indices_KG)
 
     def compress(self, q_SHC: Tensor, keep: Keep) -> None:
         """Keep the clean tokens that a rule picks by these queries."""
@@ -115,6 +156,15 @@ class KVCache:
     def _read(self, half: int, start: int, stop: int) -> Tensor:
         """Return rows of the keys (0) or values (1), `[T, G, C]`: a view, or a copy."""
         return self.kv[half, start:stop].to(self.device, non_blocking=True)
+
+
+def tokens_per_chunk(caches: Sequence[KVCache]) -> Tensor:
+    """Return the clean tokens of each chunk `[N]`, mean over layers and heads, on the device.
+
+    The caches must be tracked, see `KVCache.track`.
+    """
+    counts = [cache.origins.count_GN for cache in caches if cache.origins is not None]
+    return torch.stack(counts).double().mean(dim=(0, 1))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from flowcache.errors import UserError
 from flowcache.schedule import Tick
 
 Rescale = Callable[[float], float]
@@ -201,6 +202,46 @@ class TeaCache(ReusePolicy):
         return relative_l1({0: (now, before)})[0]
 
 
+@dataclass
+class Replay(ReusePolicy):
+    """Compute exactly what a recorded run computed.
+
+    `ticks` holds its decisions: tick -> chunk -> (own step, whether it was computed).
+    """
+
+    ticks: Mapping[int, Mapping[int, tuple[int, bool]]]
+    needs_signals = False
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        """Decide as recorded; see `ReusePolicy.plan`.
+
+        Raises:
+            UserError: the record is of another schedule, or reuses what is not there.
+        """
+        if len(self.ticks) != tick.num_ticks:
+            raise _unfit(f"it has {len(self.ticks)} ticks, the run {tick.num_ticks}")
+        recorded = self.ticks.get(tick.index, {})
+        steps = {chunk: step for chunk, (step, _) in recorded.items()}
+        if steps != dict(tick.steps):
+            raise _unfit(
+                f"in tick {tick.index} it has the chunks and steps {steps}, the run "
+                f"{dict(tick.steps)}"
+            )
+        decisions = {chunk: Decision(is_computed) for chunk, (_, is_computed) in recorded.items()}
+        for chunk, decision in decisions.items():
+            if not decision.is_computed and chunk not in stored:
+                raise _unfit(f"it reuses chunk {chunk} in tick {tick.index}, but nothing is stored")
+        return decisions
+
+
+def _unfit(reason: str) -> UserError:
+    return UserError(
+        f"the record does not fit this run: {reason}; replay it with the settings it was made with"
+    )
+
+
 def compute_together(policy: ReusePolicy, plan: Mapping[int, Decision]) -> dict[int, Decision]:
     """Compute all chunks of a plan as soon as one must be.
 
@@ -267,6 +308,30 @@ velocity: the model's output; per branch.
 latent_update: the change that the whole step made to the latent, after guidance. As published for
     MAGI-1: it contains the step size of the step in which it was made.
 """
+
+
+class Observe(Protocol):
+    """Is shown the velocity of each computed step of a chunk, for calibration."""
+
+    def __call__(
+        self,
+        *,
+        segment: int,
+        tick: int,
+        chunk: int,
+        step: int,
+        branch: str,
+        velocity: Tensor,
+        sigma: float,
+    ) -> None:
+        """Look at a velocity; it must not be changed.
+
+        Args:
+            branch: the guidance pass; "guided": what guidance makes of all.
+            velocity: the model's output, `[C, F, h, w]`.
+            sigma: noise level of the step, 1 noise to 0 clean.
+        """
+        ...
 
 
 @dataclass

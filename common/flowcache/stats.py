@@ -10,7 +10,8 @@
     print(stats.summary())
 
 Recording appends plain numbers: no tensor is kept and nothing waits for the device. On CUDA a stage
-is two events, read when the run is over.
+is two events, read when the run is over. With `records=True` every pass is traced as well, see
+`flowcache.trace`.
 """
 
 import importlib.metadata
@@ -22,15 +23,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flowcache.reuse import Decision
+from flowcache.trace import Moment, PassId, TickId, Trace, elapsed_seconds, now
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
@@ -55,8 +58,8 @@ class _Span(NamedTuple):
 
     name: str
     parent: str | None
-    start: float | torch.cuda.Event
-    end: float | torch.cuda.Event
+    start: Moment
+    end: Moment
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,14 @@ class StageTime:
 class RunStats:
     """Collect what a run does. Made at the start of a run, dropped with it."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Start the clock, and on CUDA the count of the peak memory."""
+    def __init__(self, device: torch.device, *, records: bool = False) -> None:
+        """Start the clock, and on CUDA the count of the peak memory.
+
+        Args:
+            records: whether every pass is traced.
+        """
         self.device = device
+        self.trace = Trace(device) if records else None
         self.passes: list[Pass] = []
         self.num_computed = 0
         self.num_reused = 0
@@ -115,10 +123,35 @@ class RunStats:
             )
         )
 
-    def add_flops(self, *, computed: int, without_reuse: int) -> None:
-        """Add the FLOPs of a pass, and what the pass would cost if every chunk were computed."""
+    def add_flops(
+        self, *, computed: int, without_reuse: int, passes: Sequence[PassId] = ()
+    ) -> None:
+        """Add the FLOPs of a pass, and what the pass would cost if every chunk were computed.
+
+        Args:
+            passes: the chunks' passes that the trace adds them to, in equal parts.
+        """
         self.computed_flops += computed
         self.flops_without_reuse += without_reuse
+        if self.trace is not None:
+            self.trace.add_flops(passes, computed=computed, without_reuse=without_reuse)
+
+    def timed_pass(self, passes: Sequence[PassId]) -> AbstractContextManager[None]:
+        """Return a context whose time the trace adds to some passes, in equal parts."""
+        return nullcontext() if self.trace is None else self.trace.timed_pass(passes)
+
+    def timed_tick(self, segment: int, tick: int) -> AbstractContextManager[None]:
+        """Return a context whose time the trace keeps as that of a tick."""
+        if self.trace is None:
+            return nullcontext()
+        return self.trace.timed_tick(TickId(segment, tick))
+
+    def keep_tokens(
+        self, segment: int, tick: int, *, branch: str, tokens: Callable[[], Tensor]
+    ) -> None:
+        """Trace the clean tokens of each chunk in a branch after a tick; see `tokens_per_chunk`."""
+        if self.trace is not None:
+            self.trace.keep_tokens(TickId(segment, tick), branch, tokens())
 
     @contextmanager
     def stage(self, name: str, *, is_on_host: bool = False) -> Generator[None, None, None]:
@@ -131,12 +164,12 @@ class RunStats:
         """
         parent = self._open_stages[-1] if self._open_stages else None
         self._open_stages.append(name)
-        is_on_device = self.device.type == "cuda" and not is_on_host
-        start = self._now(is_on_device=is_on_device)
+        clock = torch.device("cpu") if is_on_host else self.device
+        start = now(clock)
         try:
             yield
         finally:
-            self._spans.append(_Span(name, parent, start, self._now(is_on_device=is_on_device)))
+            self._spans.append(_Span(name, parent, start, now(clock)))
             self._open_stages.pop()
 
     def stage_times(self) -> dict[str, StageTime]:
@@ -147,7 +180,7 @@ class RunStats:
         num_uses: Counter[str] = Counter()
         parents: dict[str, str | None] = {}
         for span in self._spans:
-            elapsed = _elapsed_seconds(span.start, span.end)
+            elapsed = elapsed_seconds(span.start, span.end)
             seconds[span.name] = seconds.get(span.name, 0.0) + elapsed
             num_uses[span.name] += 1
             parents.setdefault(span.name, span.parent)
@@ -232,13 +265,6 @@ class RunStats:
         total = time.perf_counter() - self._start_seconds
         return f"{total:.1f} s" + (f": {', '.join(parts)}" if parts else "")
 
-    def _now(self, *, is_on_device: bool) -> float | torch.cuda.Event:
-        if not is_on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return versions, device and commit as plain values; nothing that names the machine."""
@@ -285,14 +311,6 @@ def _commit(file: Path) -> str | None:
     commit = git("rev-parse", "HEAD")
     is_changed = bool(git("status", "--porcelain", "--untracked-files=no"))
     return None if commit is None else commit + ("+" if is_changed else "")
-
-
-def _elapsed_seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(start, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1000
-    assert isinstance(end, float)
-    return end - start
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -22,7 +22,8 @@ from flowcache.video import VideoWriter
 from skyreels_v2.checkpoint import diffusers_key
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.run import DEMO, Job, Request, prepare, run
-from skyreels_v2.sampler import Branch, Sampling, WindowSampler
+from skyreels_v2.sampler import WindowSampler
+from skyreels_v2.sampling import Branch, Sampling
 from skyreels_v2.window import Window
 
 HEIGHT, WIDTH = 16, 32

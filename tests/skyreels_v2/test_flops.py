@@ -12,7 +12,7 @@ from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride, TeaCache, 
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.sampler import Sampling
+from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import cut_window
 
 MakeDiT = Callable[..., DiT]

@@ -17,7 +17,7 @@ from flowcache.kv import Compression, KVCache, cached_attention, caches_for
 from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride, TeaCache, Vanilla
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.sampler import Sampling
+from skyreels_v2.sampling import Sampling
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import cut_window
 

@@ -15,7 +15,7 @@ from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
 from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride
 from skyreels_v2.dit import DiT
-from skyreels_v2.sampler import Sampling
+from skyreels_v2.sampling import Sampling
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import cut_window
 

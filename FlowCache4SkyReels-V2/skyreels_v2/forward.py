@@ -1,0 +1,158 @@
+"""One window's way through the transformer: embedding, blocks with KV caches, head, FLOPs.
+
+Axes: B batch, S tokens, D width, C latent channels, F latent frames, h/w latent rows/columns.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowcache.kv import Compression, cached_attention
+from flowcache.stats import RunStats
+from flowcache.trace import PassId
+from skyreels_v2 import flops
+from skyreels_v2.dit import DiT, Embedded, whole_window
+from skyreels_v2.layers import ContextKV, join_contexts
+from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Sampling, Unit
+from skyreels_v2.window import Window
+
+
+class WindowForward:
+    """Sends parts of one window through the transformer and counts what that costs.
+
+    Args:
+        size: latent rows and columns.
+        branches: by name.
+        condition: `[C, F, h, w]` start image condition of an I2V model.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        *,
+        window: Window,
+        size: tuple[int, int],
+        device: torch.device,
+        sampling: Sampling,
+        branches: Mapping[str, Branch],
+        stats: RunStats,
+        compression: Compression | None = None,
+        condition: Tensor | None = None,
+    ) -> None:
+        self.dit = dit
+        self.window = window
+        self.size = size
+        self.device = device
+        self.sampling = sampling
+        self.branches = branches
+        self.stats = stats
+        self.compression = compression
+        self.condition = condition
+        self.batched_context: list[ContextKV] = []
+        if sampling.batch_branches and len(branches) > 1:
+            self.batched_context = join_contexts([branch.context for branch in branches.values()])
+        positions = torch.arange(window.num_frames, device=device)
+        self.rope = dit.rope(positions, latent_height=size[0], latent_width=size[1])
+        self.frame_tokens = len(self.rope) // window.num_frames
+
+    def embed(self, latents_CFhw: Tensor, *, frames: list[int], times: list[int]) -> Embedded:
+        """Embed some frames of the window, each at its own timestep."""
+        config, condition = self.dit.config, self.condition
+        cost = flops.embed(config, num_frames=len(frames), frame_tokens=self.frame_tokens)
+        self.stats.add_flops(computed=cost, without_reuse=cost)
+        return self.dit.embed(
+            latents_CFhw.unsqueeze(0),
+            torch.tensor([times], dtype=torch.float32, device=self.device),
+            fps=[self.sampling.fps],
+            y_BCFhw=None if condition is None else condition[:, frames].unsqueeze(0),
+        )
+
+    def run(
+        self, names: Sequence[str], unit: Unit, part: Embedded, *, offset: int
+    ) -> dict[str, Tensor]:
+        """Run the blocks for some branches; return each one's `[1, S, D]`.
+
+        Args:
+            offset: tokens of the active chunks before the unit.
+        """
+        if self.batched_context and len(names) == len(self.branches):
+            branches = list(self.branches.values())
+            tokens = part.tokens.expand(len(branches), -1, -1)
+            modulation = part.modulation.expand(len(branches), -1, -1, -1)
+            hidden = self._run_blocks(
+                branches,
+                self.batched_context,
+                unit,
+                Embedded(tokens, part.time, modulation),
+                offset=offset,
+            )
+            return dict(zip(names, hidden.split(1), strict=True))
+        return {
+            name: self._run_blocks([branch], branch.context, unit, part, offset=offset)
+            for name, branch in self.branches.items()
+            if name in names
+        }
+
+    def velocity(self, hidden_BSD: Tensor, part: Embedded) -> Tensor:
+        """Read the velocity `[C, F, h, w]` out of what the blocks gave."""
+        height, width = self.size
+        return self.dit.velocity(hidden_BSD, part, latent_height=height, latent_width=width)[0]
+
+    def settle(self, chunk: int) -> None:
+        """Declare the keys of the oldest active chunk final."""
+        num_tokens = len(self.window.chunks[chunk]) * self.frame_tokens
+        for branch in self.branches.values():
+            for cache in branch.caches:
+                cache.settle(num_tokens, chunk=chunk)
+
+    def count(
+        self,
+        branch: Branch,
+        part: Embedded,
+        *,
+        offset: int,
+        is_computed: bool,
+        has_head: bool = True,
+        passes: Sequence[PassId] = (),
+    ) -> None:
+        """Add the FLOPs of the blocks and the head, as done and as without reuse."""
+        config, queries = self.dit.config, part.tokens.shape[1]
+        keys = queries
+        if branch.caches:
+            clean = branch.caches[0].clean
+            if self.compression is not None:
+                clean = min(clean, self.compression.budget)
+            keys += clean + offset
+        full = flops.blocks(config, queries=queries, keys=keys)
+        head = flops.head(config, queries=queries) if has_head else 0
+        reads_head = is_computed or self.sampling.quantity == "residual"
+        self.stats.add_flops(
+            computed=(full if is_computed else 0) + (head if reads_head else 0),
+            without_reuse=full + head,
+            passes=passes,
+        )
+
+    def _run_blocks(
+        self,
+        branches: list[Branch],
+        context: list[ContextKV],
+        unit: Unit,
+        part: Embedded,
+        *,
+        offset: int,
+    ) -> Tensor:
+        """Run the blocks on one batch entry per branch, each with its own cache."""
+        if unit.id == WHOLE_WINDOW:
+            attend, rope = whole_window(self.dit.kernel), self.rope
+        else:
+            attend = cached_attention(
+                [branch.caches for branch in branches],
+                offset=offset,
+                kernel=self.dit.kernel,
+                compression=self.compression,
+                timing=lambda: self.stats.stage("kv_compression"),
+            )
+            own = self.window.chunks[unit.id]
+            rope = self.rope[own.start * self.frame_tokens : own.stop * self.frame_tokens]
+        return self.dit.run_blocks(part, rope, context, self_attend=attend)
