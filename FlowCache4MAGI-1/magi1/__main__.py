@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides=overrides_of(options, {**named, "seed": "runtime_config.seed"}),
         out=options.out,
         overwrite=options.overwrite,
+        record=options.record,
         download=options.download,
     )
     return run_command(lambda: execute(request, is_dry=options.dry_run))

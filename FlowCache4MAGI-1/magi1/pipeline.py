@@ -105,6 +105,7 @@ def generate(
         results=ResultStore(config.reuse.extrapolate),
         prefix=prefix,
         budget=budget_of(config),
+        kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
     )
     for tick, finished in sampler.run():
         shown = [

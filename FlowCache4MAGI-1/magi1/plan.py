@@ -211,6 +211,18 @@ def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_active: int) -> 
     return num_active * (copies * latents + signals)
 
 
+def shown_frames(clip: Clip) -> list[list[int]]:
+    """Return for each chunk the frames `[first, stop)` of the video that show it."""
+    rows: list[list[int]] = []
+    stop = 0
+    for chunk in range(clip.num_chunks):
+        first = stop
+        if chunk in clip.generated:
+            stop += len(clip.shown(chunk)) * clip.temporal_stride
+        rows.append([first, stop])
+    return rows
+
+
 def lines(plan: Plan, config: RunConfig) -> list[str]:
     """Say the plan in a few lines."""
     run, clip = config.runtime_config, plan.clip
@@ -218,6 +230,7 @@ def lines(plan: Plan, config: RunConfig) -> list[str]:
     rounded = "" if asked == made else f" ({asked} asked, {made} made: whole chunks)"
     given = f", {clip.num_prefix} latents given" if clip.num_prefix else ""
     reach = "all chunks" if not run.noise2clean_kvrange else f"{list(run.noise2clean_kvrange)}"
+    place = " (in the CPU's memory)" if config.engine_config.kv_offload else ""
     return [
         f"video        {made} frames of {run.video_size_w}x{run.video_size_h} at {run.fps} fps"
         f"{rounded}, seed {run.seed}",
@@ -229,7 +242,8 @@ def lines(plan: Plan, config: RunConfig) -> list[str]:
         f"{plan.frame_tokens * run.chunk_width} per chunk, text {plan.text_tokens}",
         f"compute      {plan.flops / 1e15:.4g} PFLOPs if every step is computed",
         f"weights      {gigabytes(plan.weight_bytes)} (transformer)",
-        f"KV cache     {gigabytes(plan.kv_bytes)}, {plan.kv_chunks} chunks per layer and branch",
+        f"KV cache     {gigabytes(plan.kv_bytes)}, {plan.kv_chunks} chunks per layer and branch"
+        f"{place}",
         f"KV scoring   {gigabytes(plan.scoring_bytes)} extra while compressing",
         f"stored       {gigabytes(plan.stored_bytes)} of results and signals for reuse",
         f"activations  {gigabytes(plan.activation_bytes)} (estimate, one forward)",

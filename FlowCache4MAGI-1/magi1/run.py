@@ -13,7 +13,8 @@ from flowcache.attention import choose_kernel
 from flowcache.cli import choose_device
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
-from flowcache.job import Target, claim_output, config_layers, write_run
+from flowcache.job import Facts, Target, claim_output, config_layers, write_run
+from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
 from flowcache.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints
@@ -25,7 +26,7 @@ from magi1.dit import DiT
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import num_latents, read_prefix
 from magi1.pipeline import Conditioning, LatentCodec, generate
-from magi1.plan import Plan, lines, make_plan
+from magi1.plan import Plan, lines, make_plan, shown_frames
 from magi1.released import FOLDER, Source, download, find_model, find_path, locate
 from magi1.settings import RunConfig
 
@@ -61,6 +62,7 @@ class Job:
     path: Path
     overwrite: bool
     preset: str
+    record: bool
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def prepare(request: Request) -> Job:
         path=path,
         overwrite=request.overwrite,
         preset=preset.stem,
+        record=request.record,
     )
 
 
@@ -233,7 +236,7 @@ def encode_inputs(job: Job, *, stats: RunStats) -> Conditioning:
 
 def run(job: Job) -> dict[str, Any]:
     """Make the video, write it and its JSON, and return what the JSON holds."""
-    stats = RunStats(job.device)
+    stats = RunStats(job.device, records=job.record)
     conditioning = encode_inputs(job, stats=stats)
     models = load_models(job, stats=stats)
     return render(job, models, conditioning, stats=stats)
@@ -251,10 +254,14 @@ def render(
         stats=stats,
         num_ticks=job.plan.num_ticks,
         num_chunks=len(job.plan.clip.generated),
-        facts={
-            "preset": job.preset,
-            "model": job.source.name,
-            "attention_kernel": models.dit.kernel.name,
-            "config": to_dict(job.config),
-        },
+        facts=Facts(
+            preset=job.preset,
+            model=job.source.name,
+            attention_kernel=models.dit.kernel.name,
+            config=to_dict(job.config),
+            policy=job.config.reuse.policy,
+            threshold=threshold_of(job.config.reuse),
+            num_steps=run_config.num_steps,
+            chunk_frames={0: shown_frames(job.plan.clip)},
+        ),
     )

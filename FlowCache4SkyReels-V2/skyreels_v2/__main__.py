@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides=overrides_of(options, named),
         out=options.out,
         overwrite=options.overwrite,
+        record=options.record,
     )
     return run_command(lambda: execute(request, is_dry=options.dry_run))
 

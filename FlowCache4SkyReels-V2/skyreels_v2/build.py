@@ -3,29 +3,15 @@
 from collections.abc import Callable
 from functools import partial
 
-from flowcache.compress import (
-    CompressionStrategy,
-    ImportanceRedundancy,
-    Recent,
-    SinkRecent,
-    TokenLayout,
-)
+from flowcache import settings
+from flowcache.compress import TokenLayout
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
-from flowcache.reuse import (
-    FlowCache,
-    Rescale,
-    ReusePolicy,
-    Stride,
-    TeaCache,
-    Vanilla,
-    identity,
-    polynomial,
-)
+from flowcache.reuse import Rescale, ReusePolicy, identity, polynomial
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import PATCH, DiTConfig
-from skyreels_v2.sampler import Sampling
+from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import Segment, Window, cut_segments, cut_window, latent_frames
 
 VAE_STRIDE = 8
@@ -100,17 +86,10 @@ def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
 
 def policy_maker(config: RunConfig, dit: DiTConfig) -> Callable[[], ReusePolicy]:
     """Return what makes the reuse policy of one branch of one window."""
-    reuse = config.reuse
-    if reuse.policy == "vanilla":
-        return Vanilla
-    if reuse.policy == "stride":
-        return partial(
-            Stride, every=reuse.every, warmup_steps=reuse.warmup_steps, steps=reuse.steps
-        )
+    if config.reuse.policy not in ("flowcache", "teacache"):
+        return settings.policy_maker(config.reuse)
     _, rescale = rescale_for(config, dit)
-    if reuse.policy == "teacache":
-        return partial(TeaCache, reuse.threshold, reuse.warmup_steps, rescale)
-    return partial(FlowCache, reuse.threshold, reuse.warmup_steps, rescale)
+    return settings.policy_maker(config.reuse, rescale=rescale)
 
 
 def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
@@ -119,28 +98,13 @@ def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | Non
     Raises:
         UserError: the budget is below what the rule needs.
     """
-    kv = config.kv
-    if kv.compress == "none":
+    strategy = settings.strategy_of(config.kv)
+    if strategy is None:
         return None
     layout = TokenLayout(
         frame_tokens=frame_tokens, chunk_tokens=frame_tokens * config.causal_block_size
     )
-    strategy: CompressionStrategy
-    if kv.compress == "recent":
-        strategy = Recent()
-    elif kv.compress == "sink_recent":
-        strategy = SinkRecent(sink_frames=kv.sink_frames)
-    else:
-        strategy = ImportanceRedundancy(
-            mix=kv.mix,
-            kernel=kv.kernel,
-            granularity=kv.granularity,
-            queries=kv.queries,
-            weighting=kv.weighting,
-            power=kv.power,
-            order=kv.order,
-        )
-    budget = int(kv.budget_chunks * layout.chunk_tokens)
+    budget = int(config.kv.budget_chunks * layout.chunk_tokens)
     return Compression(budget, partial(strategy.keep, budget=budget, layout=layout))
 
 

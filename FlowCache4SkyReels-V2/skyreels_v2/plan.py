@@ -17,7 +17,7 @@ from skyreels_v2.build import (
 )
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import PATCH, DiT, DiTConfig
-from skyreels_v2.window import Window, describe
+from skyreels_v2.window import Window, describe, pixel_frames
 
 RESIDUAL_COPIES = 6
 """Token-wide float32 arrays alive at once inside a block (stream, norms, q, k, their rotations)."""
@@ -194,6 +194,27 @@ def _stored_bytes(config: RunConfig, dit: DiTConfig, *, tokens: int, width: int)
     if config.reuse.predict == "residual":
         return copies * tokens * dit.dim * width
     return copies * tokens * PATCH[1] * PATCH[2] * dit.out_dim * 4
+
+
+def shown_frames(config: RunConfig, plan: Plan, *, num_before: int) -> dict[int, list[list[int]]]:
+    """Return for each segment and chunk the frames `[first, stop)` of the video that show it.
+
+    Args:
+        num_before: frames that the video begins with.
+    """
+    rows: dict[int, list[list[int]]] = {}
+    first = num_before
+    for segment, planned in zip(segments_of(config), plan.segments, strict=True):
+        repeated = segment.prefix_pixels
+        new = pixel_frames(segment.num_frames) - repeated
+
+        def place(latent: int, *, start: int = first, cut: int = repeated, most: int = new) -> int:
+            return start + min(max((pixel_frames(latent) if latent else 0) - cut, 0), most)
+
+        chunks = planned.window.chunks
+        rows[segment.index] = [[place(chunk.start), place(chunk.stop)] for chunk in chunks]
+        first += new
+    return rows
 
 
 def lines(plan: Plan, config: RunConfig) -> list[str]:

@@ -10,7 +10,8 @@ from flowcache.attention import choose_kernel
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
-from flowcache.job import Request, Target, claim_output, config_layers, write_run
+from flowcache.job import Facts, Request, Target, claim_output, config_layers, write_run
+from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
 from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
@@ -21,7 +22,7 @@ from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.plan import Plan, lines, make_plan
+from skyreels_v2.plan import Plan, lines, make_plan, shown_frames
 from skyreels_v2.released import RELEASED
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ class Job:
     path: Path
     overwrite: bool
     preset: str
+    record: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,18 @@ def prepare(request: Request) -> Job:
     media = read_media(config)
     checkpoints.check(checkpoint)
     check_ffmpeg()
-    return Job(config, checkpoint, media, plan, device, dtype, path, request.overwrite, preset.stem)
+    return Job(
+        config,
+        checkpoint,
+        media,
+        plan,
+        device,
+        dtype,
+        path,
+        overwrite=request.overwrite,
+        preset=preset.stem,
+        record=request.record,
+    )
 
 
 def describe(job: Job) -> str:
@@ -163,7 +176,7 @@ def encode_inputs(job: Job, *, stats: RunStats) -> Conditioning:
 
 def run(job: Job) -> dict[str, Any]:
     """Make the video, write it and its JSON, and return what the JSON holds."""
-    stats = RunStats(job.device)
+    stats = RunStats(job.device, records=job.record)
     conditioning = encode_inputs(job, stats=stats)
     models = load_models(job, stats=stats)
     return render(job, models, conditioning, stats=stats)
@@ -182,12 +195,20 @@ def render(
         num_ticks=job.plan.num_ticks,
         num_chunks=num_chunks,
         before=job.media.video,
-        facts={
-            "preset": job.preset,
-            "model": job.checkpoint.folder.name,
-            "attention_kernel": models.dit.kernel.name,
-            "config": to_dict(config),
-        },
+        facts=Facts(
+            preset=job.preset,
+            model=job.checkpoint.folder.name,
+            attention_kernel=models.dit.kernel.name,
+            config=to_dict(config),
+            policy=config.reuse.policy,
+            threshold=threshold_of(config.reuse),
+            num_steps=config.num_steps,
+            chunk_frames=shown_frames(
+                config,
+                job.plan,
+                num_before=0 if job.media.video is None else len(job.media.video),
+            ),
+        ),
     )
 
 

@@ -59,6 +59,11 @@ def run_parser(
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out file")
     parser.add_argument(
+        "--record",
+        action="store_true",
+        help="write NAME.record.json, too: what each pass cost and what the KV caches held",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help=f"check everything, print the plan, make nothing; {dry_run}",

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.errors import UserError
+from flowcache.record import build_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
 from flowcache.video import VideoWriter, check_writable, to_uint8, write_json
 
 logger = logging.getLogger(__name__)
 
+RECORD_SUFFIX = ".record.json"
 VIDEO_QUALITY = 8
 
 
@@ -33,6 +35,8 @@ class Request:
     folder: Path = Path("result")
     stem: str | None = None
     """Name of the video in a folder, without number and `.mp4`; None: preset and seed."""
+    record: bool = False
+    """Whether `NAME.record.json` is written, too: what each pass cost, what the caches held."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,23 @@ class Target:
     fps: int
     size: tuple[int, int]
     """Height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the JSON files say of a run beside frames, environment and statistics."""
+
+    preset: str
+    model: str
+    attention_kernel: str
+    config: Mapping[str, Any]
+    policy: str
+    threshold: float | None
+    """Of an adaptive policy; None: the policy has none."""
+    num_steps: int
+    """Denoising steps of a chunk."""
+    chunk_frames: Mapping[int, list[list[int]]]
+    """Segment -> for each chunk the frames `[first, stop)` of the video that show it."""
 
 
 class Shown(Protocol):
@@ -75,9 +96,12 @@ def claim_output(request: Request, *, stem: str) -> Path:
         stem=request.stem or stem,
         overwrite=request.overwrite,
     )
-    report = path.with_suffix(".json")
-    if report.exists() and not request.overwrite:
-        raise UserError(f"{report} exists and is kept: choose another name, or give --overwrite")
+    for suffix in (".json", RECORD_SUFFIX) if request.record else (".json",):
+        beside = path.with_suffix(suffix)
+        if beside.exists() and not request.overwrite:
+            raise UserError(
+                f"{beside} exists and is kept: choose another name, or give --overwrite"
+            )
     check_writable(path.parent)
     return path
 
@@ -111,7 +135,7 @@ def write_run(
     stats: RunStats,
     num_ticks: int,
     num_chunks: int,
-    facts: Mapping[str, Any],
+    facts: Facts,
     before: Tensor | None = None,
 ) -> dict[str, Any]:
     """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds.
@@ -120,7 +144,7 @@ def write_run(
         shown: the pipeline.
         num_ticks: ticks that it will make.
         num_chunks: chunks that it will make.
-        facts: what the JSON says of the run beside frames, environment and statistics.
+        stats: with a trace, a record is written, too.
         before: frames that the video begins with, uint8 `[T, H, W, 3]`.
     """
     bar = ProgressBar(num_ticks=num_ticks, num_chunks=num_chunks)
@@ -142,14 +166,32 @@ def write_run(
                         writer.append(to_uint8(progress.frames).cpu())
     finally:
         bar.close()
+    surroundings = environment(stats.device)
     report = {
         "video": writer.path.name,
         "num_frames": writer.num_frames,
-        **facts,
-        "environment": environment(stats.device),
+        "preset": facts.preset,
+        "model": facts.model,
+        "attention_kernel": facts.attention_kernel,
+        "config": facts.config,
+        "environment": surroundings,
         "stats": stats.to_dict(),
     }
     write_json(writer.path.with_suffix(".json"), report)
+    if stats.trace is not None:
+        record = build_record(
+            stats,
+            video=writer.path.name,
+            model=facts.model,
+            preset=facts.preset,
+            policy=facts.policy,
+            threshold=facts.threshold,
+            num_steps=facts.num_steps,
+            config=facts.config,
+            environment=surroundings,
+            chunk_frames=facts.chunk_frames,
+        )
+        write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
     logger.info("%s", stats.summary())
     logger.info(
         "wrote         %s: %d frames of %dx%d at %d fps, and %s",

@@ -71,6 +71,11 @@ def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[]
     return partial(FlowCache, rule.threshold, rule.warmup_steps, rescale)
 
 
+def threshold_of(rule: ReuseRule) -> float | None:
+    """Return the threshold of an adaptive policy, or None."""
+    return rule.threshold if rule.policy in ("teacache", "flowcache") else None
+
+
 def strategy_of(rule: KVRule) -> CompressionStrategy | None:
     """Return what picks the clean tokens that stay, or None where all do.
 

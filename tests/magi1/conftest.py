@@ -16,10 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from flowcache.config import find_preset, load_config
+from flowcache.job import config_layers
 from flowcache.video import VideoWriter
 from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi1.dit import DiT, set_precision
-from magi1.run import Job, Request, prepare, run
+from magi1.released import find_model
+from magi1.run import BASE, PRESETS, Job, Request, prepare, run
+from magi1.settings import RunConfig
 from magi1.vae import parse_config
 from magi1.vit import ViTVAE
 
@@ -73,6 +77,25 @@ def load_golden(name: str) -> Golden:
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
     return load_golden
+
+
+Configure = Callable[..., RunConfig]
+"""`(preset, *settings, model) -> settings of a run of a released model`"""
+
+
+@pytest.fixture(scope="session")
+def configure() -> Configure:
+    def settings_of(preset: str = "base", *settings: str, model: str = "4.5B_distill") -> RunConfig:
+        source = find_model(model)
+        layers = config_layers(
+            BASE,
+            find_preset(PRESETS, preset),
+            checkpoint=source.config_file.parent,
+            model=[source.config_file],
+        )
+        return load_config(RunConfig, layers, overrides=["prompt=a cat", *settings])
+
+    return settings_of
 
 
 MODEL_4_5B = ModelConfig(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flowcache.cli import EXIT_INTERRUPTED, run_command
 from flowcache.kv import KVCache
-from flowcache.noise import seeded_noise
 from flowcache.stats import RunStats
 from flowcache.video import probe, read_video
 from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate
@@ -315,13 +314,6 @@ def test_an_interrupted_run_keeps_what_it_made_under_another_name(
     assert [path.name for path in out.iterdir()] == ["flowcache_fast-3.partial.mp4"]
     assert probe(out / "flowcache_fast-3.partial.mp4").num_frames == 5  # the first 2 latent frames
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_seeded_draw_repeats():
-    first, second = (seeded_noise(7, device=torch.device("cpu")) for _ in range(2))
-    a, b = first((2, 3), torch.float32), first((2, 3), torch.float32)
-    assert torch.equal(a, second((2, 3), torch.float32))
-    assert not torch.equal(a, b)
 
 
 # Image-to-video -----------------------------------------------------------------------------

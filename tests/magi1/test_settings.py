@@ -1,0 +1,147 @@
+"""Settings: one line for every mistake, and presets with the published values."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowcache.errors import UserError
+from flowcache.settings import strategy_of
+from magi1.build import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
+from magi1.config import read_config
+from magi1.dit import DiT
+from magi1.released import CONFIGS, DEMOS, RELEASED, find_model, find_path
+from magi1.run import PRESETS
+from magi1.settings import RunConfig
+
+Configure = Callable[..., RunConfig]
+NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("runtime_config.num_steps=30", "num_steps is 30, but must divide by 4"),
+        ("runtime_config.video_size_h=700", "video_size_h is 700, but must be a positive multiple"),
+        ("runtime_config.seed=-1", "runtime_config.seed must be in 0"),
+        ("runtime_config.cfg_number=3", "cfg_number is 3, but must be 1 for a distilled model"),
+        ("model_config.kv_channels=64", "kv_channels is 64, but 24 heads must make 3072"),
+        ("model_config.layernorm_epsilon=.inf", "layernorm_epsilon must be a finite number"),
+        ("prompt= ", "prompt is empty"),
+        ("prefix_frames=30", "prefix_frames must be a positive multiple of 4"),
+        ("passes.prev_share=1.5", "passes.prev_share is a share"),
+        ("reuse.threshold=-1", "reuse.threshold must be 0 or more"),
+        ("reuse.warmup_steps=-1", "reuse.warmup_steps must be 0 or more"),
+        ("reuse.every=0", "reuse.every must be 1 or more"),
+        ("reuse.steps=[64]", "reuse.steps are own steps of a chunk, 0..63: 64 is none"),
+        ("kv.mix=2", "kv.mix is a share"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(configure: Configure, setting: str, message: str):
+    with pytest.raises(UserError) as caught:
+        configure("base", setting)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_within_the_window_is_refused_before_anything_is_loaded(configure: Configure):
+    with pytest.raises(UserError, match=r"kv\.total_chunks must be above .*window_size 4"):
+        configure("flowcache_fast", "kv.total_chunks=4")
+    configure("flowcache_fast_nocompress", "kv.total_chunks=4")
+
+
+def test_image_and_video_exclude_each_other(configure: Configure):
+    with pytest.raises(UserError, match="image and video cannot both be the start"):
+        configure("base", "image=a.png", "video=b.mp4")
+
+
+def test_8_bit_checkpoints_work_in_bfloat16(configure: Configure):
+    config = configure(model="4.5B_distill_quant")
+    assert dtype_of(config, torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(UserError, match="works in bfloat16"):
+        configure("base", "dtype=float32", model="4.5B_distill_quant")
+
+
+def test_the_cpu_computes_in_float32_unless_told_otherwise(configure: Configure):
+    assert dtype_of(configure(), torch.device("cpu")) == torch.float32
+    assert dtype_of(configure(), torch.device("cuda")) == torch.bfloat16
+    assert dtype_of(configure("base", "dtype=float16"), torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("preset", NAMES)
+def test_every_preset_is_in_order_for_every_released_model(configure: Configure, preset: str):
+    for model in RELEASED:
+        config = configure(preset, model=model)
+        assert policy_of(config) is not None
+        assert sampling_of(config).guidance is None or "base" in model
+
+
+def test_the_published_values_are_set(configure: Configure):
+    for name, threshold in (("slow", 0.01), ("fast", 0.015)):
+        for preset in (f"flowcache_{name}", f"teacache_{name}"):
+            config = configure(preset)
+            run = config.runtime_config
+            assert (run.video_size_h, run.video_size_w, run.num_frames) == (720, 720, 240)
+            assert (run.num_steps, run.window_size, run.seed) == (64, 4, 1234)
+            assert run.noise2clean_kvrange == ()
+            assert (config.reuse.threshold, config.reuse.warmup_steps) == (threshold, 5)
+        kv = configure(f"flowcache_{name}").kv
+        assert (kv.compress, kv.total_chunks, kv.mix, kv.kernel) == ("importance", 5, 0.07, 7)
+        assert (kv.granularity, kv.queries, kv.order) == ("token", "frame", "score")
+    assert configure("vanilla_window").runtime_config.noise2clean_kvrange == (5, 4, 3, 2)
+
+
+def test_a_window_and_a_compressed_cache_have_their_budget(configure: Configure):
+    config = configure("flowcache_fast")
+    budget = budget_of(config)
+    assert budget is not None
+    assert budget.total_chunks == 5
+    # 45 x 45 tokens, 6 latents in a chunk
+    assert layout_of(config).chunk_tokens == 12150
+    assert budget_of(configure("vanilla")) is None
+    assert strategy_of(configure("vanilla").kv) is None
+    assert clip_of(config, num_prefix=0).num_chunks == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        ("4.5B_base", 4_459_898_128),
+        ("4.5B_distill_quant", 4_460_979_760),
+        ("24B_base", 23_899_281_936),
+    ],
+)
+def test_the_released_configs_describe_the_released_weights(model: str, count: int):
+    config = read_config(CONFIGS / f"{model}.json")
+    with torch.device("meta"):
+        dit = DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)
+    assert sum(parameter.numel() for parameter in dit.parameters()) == count
+
+
+def test_a_model_that_is_none_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="5B: no such file or folder"):
+        find_model("5B")
+    with pytest.raises(UserError, match=r"must hold one \*config\.json, found none"):
+        find_model(str(tmp_path))
+    for name in ("a_config.json", "b_config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"found a_config\.json, b_config\.json"):
+        find_model(str(tmp_path))
+    assert find_model(str(tmp_path / "a_config.json")).config_file == tmp_path / "a_config.json"
+    assert not set(DEMOS) & set(RELEASED)
+
+
+def test_a_path_is_looked_for_from_here_and_then_beside_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, here = tmp_path / "model", tmp_path / "here"
+    for folder in (model / "ckpt", here / "ckpt"):
+        folder.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    source = find_model(str(model))
+    monkeypatch.chdir(tmp_path)
+    assert find_path("ckpt", source) == str(model / "ckpt")
+    monkeypatch.chdir(here)
+    assert find_path("ckpt", source) == "ckpt"
+    assert find_path("other", source) == "other"
