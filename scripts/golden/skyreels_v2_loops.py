@@ -24,7 +24,8 @@ from flowcache.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets, known
 from skyreels_v2.calibration import COEFFICIENTS
 from skyreels_v2.dit import PATCH, DiT, DiTConfig
-from skyreels_v2.sampler import Branch, Sampling, WindowSampler
+from skyreels_v2.sampler import WindowSampler
+from skyreels_v2.sampling import Branch, Sampling
 from skyreels_v2.window import Window, cut_window
 
 LOOP_TOLERANCE = 1e-4
