@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import SDPA
-from flowcache.kv import Compression, KVCache, cached_attention, caches_for, peak_tokens
+from flowcache.kv import (
+    Compression,
+    KVCache,
+    cached_attention,
+    caches_for,
+    peak_tokens,
+    tokens_per_chunk,
+)
 from flowcache.schedule import staggered
 
 
@@ -143,6 +150,95 @@ def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: i
     assert seen == ([] if budget == 4 else [([9], [0, 1, 2, 3])])
     assert cache.filled == visible
     assert keys(cache, 1) == ([0, 1, 2, 3, 9] if budget == 4 else [1, 3, 9])
+
+
+def test_a_chunk_with_a_reach_sees_only_the_last_tokens():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 2, 4, generator=draw) for _ in range(3))
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    (cache,) = caches = caches_for(1, capacity=6, num_heads=2, head_width=4, **place)
+    cache.put(0, k[0, :4], v[0, :4])
+    cache.settle(4)
+    for reach, start in ((3, 3), (6, 0), (9, 0)):
+        attend = cached_attention([caches], offset=0, kernel=SDPA, reach_tokens=reach)
+        out = attend(0, q[:, 4:], k[:, 4:], v[:, 4:])
+        assert torch.equal(out, SDPA(q[:, 4:], k[:, start:], v[:, start:]))
+
+
+def test_the_queries_are_remembered_on_request():
+    cache, seen = empty_cache(2), {}
+    attend = cached_attention([[cache]], offset=0, kernel=SDPA, remember=seen.__setitem__)
+    own = rows([1.0, 2.0]).unsqueeze(0)
+    attend(0, own, own, own)
+    assert torch.equal(seen[0], own)
+
+
+def test_the_last_clean_tokens_of_another_cache_are_taken_over():
+    ours, theirs = empty_cache(4), empty_cache(4)
+    for cache, values in ((ours, [1, 2, 3, 4]), (theirs, [5, 6, 7, 8])):
+        put(cache, 0, values)
+        cache.settle(4)
+    ours.copy_last_clean(theirs, 2)
+    assert keys(ours) == [1, 2, 7, 8]
+
+
+def test_the_chunk_of_every_kept_token_is_known():
+    cache = empty_cache(6, num_heads=2)
+    cache.track(3)
+    for chunk in range(2):
+        put(cache, 0, [1, 2])
+        cache.settle(2, chunk=chunk)
+    assert tokens_per_chunk([cache]).tolist() == [2, 2, 0]
+    # head 0 keeps tokens 0, 1, 3, head 1 tokens 1, 2, 3
+    cache.keep(torch.tensor([[0, 1], [1, 2], [3, 3]]))
+    put(cache, 0, [3, 4])
+    cache.settle(2, chunk=2)
+    assert tokens_per_chunk([cache]).tolist() == [1.5, 1.5, 2]
+    # head 0 holds tokens of chunks 0 0 1 2 2, head 1 of 0 1 1 2 2: rows 0, 3 and 2, 4 stay
+    cache.keep(torch.tensor([[0, 2], [3, 4]]))
+    assert tokens_per_chunk([cache]).tolist() == [0.5, 0.5, 1]
+
+
+def test_tracked_tokens_must_be_named():
+    cache = empty_cache(2)
+    cache.track(1)
+    put(cache, 0, [1, 2])
+    with pytest.raises(AssertionError, match="the chunk is not named"):
+        cache.settle(2)
+
+
+@pytest.mark.gpu
+def test_a_cache_in_host_memory_gives_what_one_on_the_device_gives():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    outputs: list[Tensor] = []
+    for storage in (cuda, cpu):
+        draw = torch.Generator(cuda).manual_seed(0)
+        caches = caches_for(
+            1,
+            capacity=96,
+            num_heads=2,
+            head_width=8,
+            dtype=torch.float32,
+            device=cuda,
+            storage=storage,
+        )
+        assert caches[0].kv.device.type == storage.type
+        assert caches[0].kv.is_pinned() == (storage == cpu)
+        for chunk in range(6):
+            q, k, v = (torch.randn(1, 32, 2, 8, generator=draw, device=cuda) for _ in range(3))
+            attend = cached_attention(
+                [caches],
+                offset=0,
+                kernel=SDPA,
+                compression=Compression(
+                    32,
+                    lambda _q, k: torch.arange(16, 48, device=k.device).unsqueeze(1).expand(-1, 2),
+                ),
+            )
+            outputs.append(attend(0, q, k, v))
+            caches[0].settle(32, chunk=chunk)
+    for on_device, on_host in zip(outputs[:6], outputs[6:], strict=True):
+        assert torch.equal(on_device, on_host)
 
 
 def simulate(

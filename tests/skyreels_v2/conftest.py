@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from flowcache.kv import Compression, caches_for
-from flowcache.reuse import ResultStore, ReusePolicy, Vanilla
+from flowcache.reuse import Observe, ResultStore, ReusePolicy, Vanilla
 from flowcache.stats import RunStats
 from flowcache.video import VideoWriter
 from skyreels_v2.checkpoint import diffusers_key
@@ -75,6 +75,10 @@ def denoise_window(
     draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
     condition: Tensor | None = None,
     image: Tensor | None = None,
+    policies: dict[str, ReusePolicy] | None = None,
+    records: bool = False,
+    observe: Observe | None = None,
+    storage: torch.device | None = None,
 ) -> Run:
     """Denoise with random prompts, or the given ones; everything but the weights is made here."""
     config, draw = dit.config, torch.Generator().manual_seed(seed)
@@ -89,7 +93,7 @@ def denoise_window(
     branches = {
         name: Branch(
             dit.encode_context(text, image),
-            policy(),
+            policy() if policies is None else policies[name],
             ResultStore(),
             caches_for(
                 config.num_layers if sampling.attention == "causal" else 0,
@@ -98,11 +102,13 @@ def denoise_window(
                 head_width=config.head_width,
                 dtype=dit.dtype,
                 device=latents.device,
+                storage=storage,
             ),
         )
         for name, text in texts.items()
     }
-    stats, updates, moving = RunStats(latents.device), ResultStore(), latents.clone()
+    stats = RunStats(latents.device, records=records)
+    updates, moving = ResultStore(), latents.clone()
     sampler = WindowSampler(
         dit,
         moving,
@@ -114,6 +120,7 @@ def denoise_window(
         updates=updates,
         condition=condition,
         draw_noise=draw_noise,
+        observe=observe,
     )
     return Run([moving.clone() for _ in sampler.run()], stats, branches, updates)
 
