@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.errors import UserError
+from flowcache.record import build_record, replay_policies
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.stats import RunStats
 from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
@@ -129,6 +130,8 @@ def make(
     sampling: Sampling = DISTILLED,
     clock: Clock | None = None,
     budget: KVBudget | None = None,
+    records: bool = False,
+    **options: Any,
 ) -> ClipSampler:
     """Build a sampler of chunks of two latents, eight tokens each; always the same noise."""
     clip = Clip(8 * num_chunks, num_prefix=num_prefix, chunk_width=2)
@@ -144,9 +147,10 @@ def make(
         captions={chunk: text[: 2 + chunk % 3] for chunk in clip.generated},
         null_caption=dit.null_caption[:3],
         policy=policy or Vanilla(),
-        stats=RunStats(torch.device("cpu")),
+        stats=RunStats(torch.device("cpu"), records=records),
         prefix=torch.randn(4, num_prefix, 4, 4, generator=generator) if num_prefix else None,
         budget=budget,
+        **options,
     )
 
 
@@ -332,6 +336,66 @@ def test_guidance_scales_change_at_the_lower_ends_of_their_ranges():
     assert guidance.scales(0.100000001) == (1.2, 7.0)
     assert guidance.scales(0.29999999) == (1.0, 0.0)
     assert guidance.scales(1.0) == (1.0, 0.0)
+
+
+def record_of(sampler: ClipSampler) -> dict[str, Any]:
+    return build_record(
+        sampler.stats,
+        video="a.mp4",
+        model="tiny",
+        preset="test",
+        policy="flowcache",
+        threshold=0.5,
+        num_steps=8,
+        config={},
+        environment={},
+    )
+
+
+@each_sampling
+def test_a_replayed_record_gives_the_same_clip_bit_for_bit(dit: DiT, sampling: Sampling):
+    def run(policy: ReusePolicy) -> ClipSampler:
+        return make(dit, sampling=sampling, policy=policy, budget=keep(5), records=True)
+
+    first = run(FlowCache(threshold=0.5, warmup_steps=2))
+    latents, record = finished(first), record_of(first)
+    assert first.stats.num_reused > 0
+    again = run(replay_policies(record, segment=0, branch="all"))
+    assert torch.equal(finished(again), latents)
+    # the signals, which a replay does not need, are paid for whatever is decided
+    saved = sum(row["flops_saved"] for row in record["decisions"])
+    assert saved == again.stats.flops_without_reuse - again.stats.computed_flops > 0
+    for row in record["decisions"]:
+        assert (row["seconds"] is None) == (not row["computed"])
+    *_, last = (row for row in record["kv"] if row["branch"] == "cond")
+    assert set(last["tokens"]) > {"3", "4"}
+    assert all(0 < count <= LAYOUT.chunk_tokens for count in last["tokens"].values())
+    # what the budget left of the first chunks
+    assert sum(last["tokens"].values()) < 5 * LAYOUT.chunk_tokens
+
+
+@each_sampling
+def test_observing_and_the_place_of_the_cache_change_nothing(
+    dit: DiT, sampling: Sampling, vanilla: Callable[[Sampling], Tensor]
+):
+    seen: list[dict[str, Any]] = []
+    sampler = make(
+        dit,
+        sampling=sampling,
+        observe=lambda **row: seen.append(row),
+        kv_storage=torch.device("cpu"),
+    )
+    assert torch.equal(finished(sampler), vanilla(sampling))
+    shown = {(row["tick"], row["chunk"], row["branch"]): row for row in seen}
+    assert len(shown) == len(seen)
+    for each in sampler.stats.passes:
+        guided = shown[each.tick, each.chunk, "guided"]
+        cond = shown[each.tick, each.chunk, "cond"]
+        assert guided["velocity"].shape == (4, 2, 4, 4)
+        assert guided["sigma"] == cond["sigma"] == 1 - sampler.timesteps[each.step]
+    passes = {row["branch"] for row in seen} - {"guided"}
+    names = {"base": {"cond", "prev", "alone"}, "distilled": {"cond", "nearly_clean"}}
+    assert passes == names["base"] if sampling.guidance else passes <= names["distilled"]
 
 
 def test_a_budget_within_the_window_is_refused(dit: DiT):
