@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Show what the cache did in one run, or in two runs side by side.
+
+A run is named by its record, or by the video or the report beside it; a record is written when the
+run is started with --record. Prints a summary and writes one HTML page that needs no network:
+decisions per chunk and tick, distances against the threshold, tokens in the KV cache, times, key
+frames; of two runs also how the figures, the settings and the pixels differ.
+
+It raises an alarm where the cache is on but never used, or always, where a distance is not a
+number or never changes, and where no distance reaches the threshold.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from explain_page.compare import Metrics, figure_rows, measure
+from explain_page.frames import read_clip
+from explain_page.page import headline, write_page
+from explain_page.run import SUFFIX, Run, find_record, load_run
+
+from flowcache.cli import Parser, run_command
+from flowcache.errors import UserError
+from flowcache.video import check_writable, fresh_path
+
+EXIT_ALARM = 1
+MAX_PAGE_BYTES = 5_000_000
+EXAMPLES = """examples:
+  python scripts/explain.py result/clip.mp4
+  python scripts/explain.py result/clip.record.json --out clip.html --strict
+  python scripts/explain.py result/vanilla.mp4 result/flowcache.mp4 --out both.html
+
+exit code: 0; 1 with --strict if there is an alarm; 2 if something given is wrong
+"""
+
+
+def summary(runs: Sequence[Run], metrics: Metrics | str | None) -> str:
+    """Return what the page says in a few lines: settings, figures, alarms."""
+    lines: list[str] = []
+    for run in runs:
+        letter = f"{run.letter}: " if len(runs) == 2 else ""
+        lines.append(f"{letter}{run.name}: {headline(run)}")
+    rows = figure_rows(runs, metrics)
+    if len(runs) == 2:
+        rows = [("", "A", "B", "B / A"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    if isinstance(metrics, str):
+        lines.append(metrics)
+    found = [(run, alarm) for run in runs for alarm in run.alarms]
+    for run, alarm in found:
+        lines.append(f"ALARM {run.name}: {alarm}")
+    if not found:
+        lines.append("no alarm")
+    return "\n".join(lines)
+
+
+def choose_page(out: Path | None, records: Sequence[Path], *, overwrite: bool) -> Path:
+    """Return where the page goes: `out`, or a fresh name beside the first record.
+
+    Raises:
+        UserError: the name is no `.html`, exists already, or its folder can't be written.
+    """
+    names = [path.name.removesuffix(SUFFIX) for path in records]
+    if out is None:
+        check_writable(records[0].parent)
+        return fresh_path(records[0].parent, "-and-".join(names), ".html")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out}: the page is written as .html: change the name")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} exists and is kept: choose another name, or give --overwrite")
+    check_writable(out.parent)
+    return out
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a page in one step.
+
+    Raises:
+        UserError: it is larger than a page may be, or can't be written.
+    """
+    data = content.encode("utf-8")
+    if len(data) > MAX_PAGE_BYTES:
+        raise UserError(
+            f"{path}: the page would have {len(data)} bytes, more than {MAX_PAGE_BYTES}; "
+            "explain a shorter run, or one run instead of two"
+        )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = Parser(
+        prog="explain.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="NAME.record.json, or the NAME.mp4 or NAME.json beside it; one or two",
+    )
+    parser.add_argument("--out", type=Path, help="page to write; without it a new one beside RUN")
+    parser.add_argument("--overwrite", action="store_true", help="replace the page of --out")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if there is an alarm")
+    options = parser.parse_args(arguments)
+    found: list[str] = []
+
+    def command() -> None:
+        if len(options.runs) > 2:
+            raise UserError(f"one run or two can be explained, {len(options.runs)} were given")
+        records = [find_record(path) for path in options.runs]
+        path = choose_page(options.out, records, overwrite=options.overwrite)
+        runs = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
+        clips = [read_clip(run.video) for run in runs]
+        metrics = measure(clips) if len(runs) == 2 else None
+        write_whole(path, write_page(runs, clips, metrics))
+        print(summary(runs, metrics))
+        print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
+        found.extend(alarm for run in runs for alarm in run.alarms)
+
+    code = run_command(command)
+    return EXIT_ALARM if code == 0 and options.strict and found else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""The page: its sections in order, for one run or for two side by side."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from explain_page import charts, compare
+from explain_page.compare import Metrics
+from explain_page.frames import POSITIONS, Clip, Shown, pictures, shown_frames
+from explain_page.markup import Child, append, element, table, to_html
+from explain_page.palette import chunk_styles
+from explain_page.plot import chunk_legend
+from explain_page.run import Panel, Run
+from explain_page.units import percent, scaled, seconds_text
+
+FOLDER = Path(__file__).parent
+FULL_WIDTH, HALF_WIDTH = 1120.0, 545.0
+"""Of a chart in CSS pixels, alone in its row or one of two."""
+
+Draw = Callable[..., Element | None]
+
+
+def write_page(runs: Sequence[Run], clips: Sequence[Clip], metrics: Metrics | str | None) -> str:
+    """Return the whole page as HTML; `metrics` is what `compare.measure` says of two runs."""
+    limits = charts.limits_of(runs)
+    chunks = sorted({chunk for run in runs for chunk in run.chunks})
+    main = element(
+        "main",
+        _header(runs),
+        _alarms(runs),
+        _figures(runs, metrics),
+        _branch_choice(runs),
+        _decisions(runs, limits),
+        _distances(runs, limits, chunks),
+        _cache(runs, limits, chunks),
+        _times(runs, limits),
+        _key_frames(runs, clips),
+        _metrics(metrics),
+        _settings(runs),
+    )
+    title = " and ".join(run.name for run in runs)
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", f"{title}: what the cache did"),
+        element("link", rel="icon", href="data:,"),
+        element("style", _read("page.css") + chunk_styles(1 + max(chunks))),
+    )
+    body = element(
+        "body", main, element("div", id="tip", hidden=""), element("script", _read("page.js"))
+    )
+    return to_html(element("html", head, body, lang="en"))
+
+
+def headline(run: Run) -> str:
+    """Say which run it is in one line."""
+    record = run.record
+    threshold = "" if run.threshold is None else f", threshold {run.threshold:g}"
+    preset = f", preset {record['preset']}" if record["preset"] else ""
+    return (
+        f"model {record['model']}{preset}, policy {record['policy']}{threshold}, "
+        f"{record['num_steps']} steps"
+    )
+
+
+def _header(runs: Sequence[Run]) -> Element:
+    made = element("header", element("h1", "What the cache did"))
+    for run in runs:
+        environment = run.record["environment"]
+        packages = environment.get("packages") or {}
+        where = [str(environment.get("device") or "")]
+        where += [f"torch {packages['torch']}"] if packages.get("torch") else []
+        where += [f"commit {environment['commit'][:12]}"] if environment.get("commit") else []
+        name = element("strong", run.name)
+        said = f" {headline(run)}. {', '.join(part for part in where if part)}"
+        append(made, element("p", _badge(run) if len(runs) == 2 else None, name, said))
+        if run.record["config"].get("prompt"):
+            append(made, element("blockquote", str(run.record["config"]["prompt"])))
+    return made
+
+
+def _alarms(runs: Sequence[Run]) -> Element:
+    found = [(run, alarm) for run in runs for alarm in run.alarms]
+    if not found:
+        return element("p", "✓ No alarm.", class_="quiet", id="alarms")
+    lines = [element("li", _badge(run) if len(runs) == 2 else None, alarm) for run, alarm in found]
+    title = "⚠ 1 alarm" if len(found) == 1 else f"⚠ {len(found)} alarms"
+    return element(
+        "div", element("strong", title), element("ul", *lines), class_="alarm", id="alarms"
+    )
+
+
+def _figures(runs: Sequence[Run], metrics: Metrics | str | None) -> Element:
+    if len(runs) == 1:
+        return element("section", _cards(runs[0]), aria_label="figures")
+    header = ("", *(f"{run.letter}: {run.name}" for run in runs), "B / A")
+    return _section("Figures", table(header, compare.figure_rows(runs, metrics)))
+
+
+def _cards(run: Run) -> Element:
+    total = run.flops + run.flops_saved
+    factor = f"{total / run.flops:.2f}× fewer than without reuse" if run.flops else ""
+    cards = [
+        (percent(run.computed_share), "computed", f"{run.num_computed} of {len(run.rows)} passes"),
+        (scaled(run.flops, "FLOP"), "spent", factor),
+        (scaled(run.flops_saved, "FLOP"), "saved by reuse", ""),
+    ]
+    if run.seconds is not None:
+        cards.append((seconds_text(run.seconds), "in all stages", ""))
+    if run.peak_tokens is not None:
+        cards.append((f"{run.peak_tokens:.0f}", "clean tokens at most", "in the KV cache"))
+    made = [
+        element("div", element("b", value), element("span", name), element("small", more))
+        for value, name, more in cards
+    ]
+    return element("div", *made, class_="cards")
+
+
+def _branch_choice(runs: Sequence[Run]) -> Element | None:
+    branches = list(dict.fromkeys(panel.branch for run in runs for panel in run.panels))
+    if len(branches) == 1:
+        return None
+    choices = [
+        element(
+            "label",
+            element("input", type="radio", name="branch", value=branch),
+            f" {branch or 'all'}",
+        )
+        for branch in (*branches, "")
+    ]
+    return element("fieldset", element("legend", "Guidance branch"), *choices, id="branches")
+
+
+def _decisions(runs: Sequence[Run], limits: charts.Limits) -> Element:
+    keys = [
+        element("span", element("i", class_=f"swatch {kind}"), name, class_="key")
+        for kind, name in (
+            ("computed", "computed"),
+            ("reused", "reused"),
+            ("ground", "not active"),
+        )
+    ]
+    legend = element("div", *keys, class_="legend")
+    note = "A row per chunk, a column per tick; at the right, the share that was computed."
+    if not limits.has_tips:
+        note += f" There are more than {charts.MAX_TIPS} passes: the cells have no texts."
+    grid = _grid(runs, charts.heat_map, limits=limits, num_columns=len(runs))
+    return _section("Decisions", element("p", note), legend, grid)
+
+
+def _distances(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) -> Element:
+    if not any(row.distance is not None for run in runs for row in run.rows):
+        policies = " and ".join(run.record["policy"] for run in runs)
+        return _section("Distances", element("p", f"The policy {policies} measured none."))
+    note = (
+        "Above, how much each chunk's signal changed since the tick before. Below, the sum since "
+        "the chunk was last computed, which is compared with the threshold; a dot where the chunk "
+        "was computed. A cross marks a value that is infinite or not a number."
+    )
+    one = len(runs) == 1
+    if one:
+        note = note.replace("Above", "Left").replace("Below", "Right")
+    return _section(
+        "Distances",
+        element("p", note),
+        chunk_legend(chunks),
+        _grid(runs, charts.distance_chart, charts.accumulated_chart, limits=limits, num_columns=2),
+    )
+
+
+def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) -> Element:
+    if not any(run.record["kv"] for run in runs):
+        return _section("KV cache", element("p", "The record holds no tokens of the cache."))
+    note = (
+        "Clean tokens that are kept after each tick, stacked by chunk, the first one at the "
+        "bottom; mean over layers and heads."
+    )
+    grid = _grid(runs, charts.cache_chart, limits=limits, num_columns=2)
+    return _section("KV cache", element("p", note), chunk_legend(chunks), grid)
+
+
+def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
+    stages = [
+        _figure(charts.stage_chart(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
+        if run.record["stages"]
+        else element("p", f"{run.name}: no stage was timed.")
+        for run in runs
+    ]
+    ticks = [
+        _figure(charts.tick_chart(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
+        if run.record["ticks"]
+        else element("p", f"{run.name}: no tick was timed.")
+        for run in runs
+    ]
+    note = "Seconds of each stage; a pale bar is part of the stage above it. Seconds of each tick."
+    grid = element("div", *stages, *ticks, class_="grid two")
+    return _section("Time", element("p", note), grid)
+
+
+def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
+    notes = [element("p", f"{clip.problem}.") for clip in clips if clip.problem is not None]
+    present = [
+        (run, clip.frames_THW3)
+        for run, clip in zip(runs, clips, strict=True)
+        if clip.frames_THW3 is not None
+    ]
+    if not present:
+        return _section("Key frames", *notes)
+    shown = shown_frames(runs[0].record["chunk_frames"])
+    if not shown:
+        shown = [Shown(0, -1, 0, min(len(frames) for _, frames in present))]
+        said = "The record does not say which frames a chunk shows; these are of the whole video."
+        notes.append(element("p", said))
+    wanted = [at for entry in shown for at in entry.key_frames]
+    uris = pictures([frames for _, frames in present], wanted)
+    several = len({entry.segment for entry in shown}) > 1
+    cards: list[Element] = []
+    for entry in shown:
+        where = "video" if entry.chunk < 0 else f"chunk {entry.chunk}"
+        where = f"segment {entry.segment}, {where}" if several else where
+        rows = [
+            _strip(entry, found, badge=_badge(run) if len(runs) == 2 else None)
+            for (run, _), found in zip(present, uris, strict=True)
+        ]
+        caption = element("figcaption", f"{where}: frames {entry.first} to {entry.stop - 1}")
+        cards.append(element("figure", *rows, caption))
+    note = element("p", "First, middle and last frame of every chunk.")
+    return _section("Key frames", note, *notes, element("div", *cards, class_="frames"))
+
+
+def _strip(entry: Shown, uris: dict[int, str], *, badge: Element | None) -> Element:
+    images = [
+        element("img", src=uris[at], alt=f"{name} frame, {at}", title=f"frame {at}")
+        if at in uris
+        else element("span", f"no frame {at}")
+        for name, at in zip(POSITIONS, entry.key_frames, strict=True)
+    ]
+    return element("div", badge, *images, class_="strip")
+
+
+def _metrics(metrics: Metrics | str | None) -> Element | None:
+    if metrics is None:
+        return None
+    if isinstance(metrics, str):
+        return _section("Pixels of B against A", element("p", metrics))
+    num_equal = sum(value == float("inf") for value in metrics.psnr_T)
+    note = (
+        f"PSNR {compare.decibel(metrics.psnr)} from one error over the whole clip, mean SSIM "
+        f"{metrics.ssim:.4f}, on the frames as the mp4 holds them."
+    )
+    if num_equal:
+        note += f" {num_equal} of {len(metrics.psnr_T)} frames are equal: their PSNR is infinite."
+    drawn = [
+        _figure(charts.metric_chart(values, name=name, width=HALF_WIDTH), name)
+        for name, values in (("PSNR in dB", metrics.psnr_T), ("SSIM", metrics.ssim_T))
+    ]
+    grid = element("div", *drawn, class_="grid two")
+    return _section("Pixels of B against A", element("p", note), grid)
+
+
+def _settings(runs: Sequence[Run]) -> Element:
+    parts: list[Child] = []
+    if len(runs) == 2:
+        rows = compare.setting_rows(runs)
+        header = ("differs", *(run.letter for run in runs))
+        parts.append(table(header, rows) if rows else element("p", "All settings are equal."))
+    for run in runs:
+        title = "All settings and the environment"
+        title += f" of {run.letter}" if len(runs) == 2 else ""
+        listed = table(("setting", "value"), compare.all_settings(run))
+        parts.append(element("details", element("summary", title), listed))
+    return _section("Settings", *parts)
+
+
+def _grid(runs: Sequence[Run], *draws: Draw, limits: charts.Limits, num_columns: int) -> Element:
+    """Draw every panel of every run; two runs stand side by side, A left and B right."""
+    width = FULL_WIDTH if num_columns == 1 else HALF_WIDTH
+    panels = sorted(
+        dict.fromkeys(panel for run in runs for panel in run.panels), key=lambda p: p.segment
+    )
+    cells: list[Element] = []
+    for panel in panels:
+        for draw in draws:
+            for run in runs:
+                drawn = draw(run, panel, limits=limits, width=width)
+                if drawn is None:
+                    drawn = element("p", "Nothing was recorded here.", class_="nothing")
+                figure = _figure(drawn, _caption(run, runs, panel=panel))
+                figure.set("data-branch", panel.branch)
+                cells.append(figure)
+    return element("div", *cells, class_="grid" if num_columns == 1 else "grid two")
+
+
+def _figure(drawn: Element, caption: str) -> Element:
+    return element("figure", element("figcaption", caption), drawn)
+
+
+def _caption(run: Run, runs: Sequence[Run], *, panel: Panel | None = None) -> str:
+    parts = [f"{run.letter}: {run.name}"] if len(runs) == 2 else []
+    if panel is not None:
+        if any(found.segment for other in runs for found in other.panels):
+            parts.append(f"segment {panel.segment}")
+        parts.append(f"branch {panel.branch}")
+    return ", ".join(parts) or run.name
+
+
+def _badge(run: Run) -> Element:
+    return element("span", run.letter, class_="badge")
+
+
+def _section(title: str, *children: Child) -> Element:
+    return element("section", element("h2", title), *children)
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")

@@ -1,0 +1,157 @@
+"""A run as the page shows it: its record, its video if that is there, its alarms."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowcache.errors import UserError
+from flowcache.record import alarms, read_record
+
+SUFFIX = ".record.json"
+STAGE_FIELDS = {"seconds", "num_uses", "within"}
+
+
+class Row(NamedTuple):
+    """What happened to one chunk in one branch at one tick."""
+
+    segment: int
+    tick: int
+    chunk: int
+    step: int
+    branch: str
+    computed: bool
+    distance: float | None
+    """None where none was measured; may be infinite or not a number."""
+    accumulated: float | None
+    flops: int
+    flops_saved: int
+    seconds: float | None
+
+
+class Panel(NamedTuple):
+    """One chart's share of a run: a window of the video, and a guidance pass."""
+
+    segment: int
+    branch: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record and what belongs to it."""
+
+    letter: str
+    """A or B: what the page calls it beside another run."""
+    record: Mapping[str, Any]
+    rows: Sequence[Row]
+    alarms: Sequence[str]
+    video: Path
+
+    @property
+    def name(self) -> str:
+        """The name of the video without its suffix."""
+        return self.video.stem
+
+    @property
+    def threshold(self) -> float | None:
+        """The accumulated distance from which a chunk is computed."""
+        return self.record["threshold"]
+
+    @property
+    def panels(self) -> list[Panel]:
+        """The segments, and in each the branches in order of their first pass."""
+        found = dict.fromkeys(Panel(row.segment, row.branch) for row in self.rows)
+        return sorted(found, key=lambda panel: panel.segment)
+
+    @property
+    def chunks(self) -> list[int]:
+        """All chunks with a pass or with tokens in the cache, in order."""
+        cached = (int(chunk) for entry in self.record["kv"] for chunk in entry["tokens"])
+        return sorted({row.chunk for row in self.rows}.union(cached))
+
+    @property
+    def num_computed(self) -> int:
+        """Passes of a chunk that were computed, not reused."""
+        return sum(row.computed for row in self.rows)
+
+    @property
+    def computed_share(self) -> float:
+        """Computed passes / all passes."""
+        return self.num_computed / len(self.rows)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs spent on all passes."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def flops_saved(self) -> int:
+        """FLOPs that reuse saved; below 0 where looking cost more than it saved."""
+        return sum(row.flops_saved for row in self.rows)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of all stages, or None if no stage was timed."""
+        stages = self.record["stages"].values()
+        return sum(stage["seconds"] for stage in stages if not stage["within"]) if stages else None
+
+    @property
+    def peak_tokens(self) -> float | None:
+        """The most clean tokens in the cache of one branch, mean over layers and heads."""
+        return max((sum(entry["tokens"].values()) for entry in self.record["kv"]), default=None)
+
+    def of(self, panel: Panel) -> list[Row]:
+        """Return the rows of a panel."""
+        return [row for row in self.rows if (row.segment, row.branch) == panel]
+
+    def distances(self) -> list[float]:
+        """Return all measured distances that are numbers."""
+        return [
+            row.distance
+            for row in self.rows
+            if row.distance is not None and math.isfinite(row.distance)
+        ]
+
+
+def find_record(path: Path) -> Path:
+    """Return the record that is meant by its own name, or by that of its video or report.
+
+    Raises:
+        UserError: it is not there, or the name is of none of the three kinds.
+    """
+    if path.name.endswith(SUFFIX):
+        record = path
+    elif path.suffix in (".mp4", ".json"):
+        record = path.with_name(path.stem + SUFFIX)
+    else:
+        raise UserError(f"{path}: give NAME{SUFFIX}, or the NAME.mp4 or NAME.json beside it")
+    if not record.is_file():
+        raise UserError(f"{record}: no such record; make the video again with --record")
+    return record
+
+
+def load_run(source: Path, letter: str) -> Run:
+    """Read the record of a run.
+
+    Raises:
+        UserError: the record is missing, broken, or holds no decision.
+    """
+    record = read_record(source)
+    for name, stage in record["stages"].items():
+        if not isinstance(stage, dict) or set(stage) != STAGE_FIELDS:
+            fields = ", ".join(sorted(STAGE_FIELDS))
+            raise UserError(f"{source}: stages.{name} must be an object of {fields}")
+    rows = [_row(**decision) for decision in record["decisions"]]
+    if not rows:
+        raise UserError(f"{source}: holds no decision of the cache: nothing to explain")
+    return Run(letter, record, rows, alarms(record), source.parent / Path(record["video"]).name)
+
+
+def _row(*, distance: Any, accumulated: Any, **others: Any) -> Row:
+    """Return a row; JSON has no words for numbers that are not finite: they come as text."""
+    return Row(distance=_number(distance), accumulated=_number(accumulated), **others)
+
+
+def _number(value: float | str | None) -> float | None:
+    return float(value) if isinstance(value, str) else value
