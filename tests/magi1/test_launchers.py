@@ -1,0 +1,273 @@
+"""The bash launchers: what they hand to the command line, and that it makes videos."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowcache.demo.clips import Attributes, Motion, render
+from flowcache.video import probe
+from magi1.__main__ import main
+from magi1.released import DEMO, FOLDER
+
+METHODS = ("vanilla", "teacache", "flowcache")
+MODES = ("t2v", "i2v", "v2v")
+NAMES = tuple(f"{method}_{mode}" for method in METHODS for mode in MODES)
+VARIABLES = ("MODEL", "PRESET", "PROMPT", "IMAGE", "VIDEO", "HEIGHT", "WIDTH", "NUM_FRAMES")
+VARIABLES += (
+    "PREFIX_FRAMES",
+    "NUM_STEPS",
+    "WINDOW",
+    "THRESHOLD",
+    "TOTAL_CHUNKS",
+    "SEED",
+    "SPECIAL_TOKENS",
+)
+VARIABLES += ("OUT",)
+PROMPTS = {
+    "t2v": "a blue triangle moving up on a black background",
+    "i2v": "a blue circle moving right on a black background",
+    "v2v": "a blue triangle moving up on a black background",
+}
+
+needs_demo = pytest.mark.skipif(
+    not (DEMO / "distill_config.json").is_file(), reason="needs the trained demo checkpoint"
+)
+
+Launch = Callable[..., list[str]]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the launchers in a path with blanks, whose set-up enters `bin` in `tmp_path`."""
+    folder = tmp_path / "a copy" / "model"
+    shutil.copytree(FOLDER / "scripts", folder / "scripts")
+    shutil.copytree(FOLDER / "assets", folder / "assets")
+    setup = folder.parent / "scripts" / "setup.sh"
+    setup.parent.mkdir()
+    setup.write_text(f'export PATH="{tmp_path}/bin:$PATH"\n')
+    (tmp_path / "bin").mkdir()
+    return folder
+
+
+def run_launcher(
+    folder: Path, name: str, *arguments: str, cwd: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    return subprocess.run(
+        ["bash", str(folder / "scripts" / "single_run" / f"{name}.sh"), *arguments],
+        cwd=cwd,
+        env=clean | variables | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def use_python(folder: Path, *, script: str) -> None:
+    """Put a script in place of the environment's Python."""
+    path = folder / "bin" / "python"
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def launch(copy: Path, tmp_path: Path) -> Launch:
+    """Return what runs a launcher from elsewhere and gives what it hands to Python."""
+    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
+
+    def run(name: str, *arguments: str, **variables: str) -> list[str]:
+        done = run_launcher(copy, name, *arguments, cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        handed = (tmp_path / "arguments").read_text().removesuffix("\0").split("\0")
+        assert handed[:2] == ["-m", "magi1"]
+        return handed[2:]
+
+    return run
+
+
+def put_video(copy: Path, name: str, *, age: int) -> Path:
+    """Make a file that looks like a finished text-to-video run, so many seconds old."""
+    path = copy / "result" / "t2v" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (path.stat().st_mtime - age,) * 2)
+    return path
+
+
+def preset_of(name: str, speed: str = "fast") -> str:
+    method = name.partition("_")[0]
+    return method if method == "vanilla" else f"{method}_{speed}"
+
+
+# What is handed on ------------------------------------------------------------------------------
+
+
+def test_there_is_a_launcher_per_method_and_mode():
+    found = {path.stem for path in (FOLDER / "scripts" / "single_run").glob("*.sh")}
+    assert found == {*NAMES, "common"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launcher_uses_its_preset_and_mode_and_hands_on_no_empty_variable(
+    launch: Launch, copy: Path, name: str
+):
+    mode = name.partition("_")[2]
+    newest = put_video(copy, "newest.mp4", age=0)
+    given = {
+        "t2v": [],
+        "i2v": ["--image", f"{copy}/assets/blue_circle.png"],
+        "v2v": ["--video", str(newest)],
+    }
+    assert launch(name) == [
+        *("--model", "auto", "--prompt", PROMPTS[mode], "--out", f"{copy}/result/{mode}"),
+        *("--preset", preset_of(name), *given[mode]),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launcher_hands_on_its_variables_and_arguments(launch: Launch, name: str):
+    method, _, mode = name.partition("_")
+    handed = launch(
+        name,
+        "kv.mix=0.1",
+        "--dry-run",
+        MODEL="my models/one",
+        PRESET="slow",
+        PROMPT='two "words" and $more',
+        IMAGE="a b.png",
+        VIDEO="c d.mp4",
+        PREFIX_FRAMES="null",
+        HEIGHT="64",
+        WIDTH="32",
+        NUM_FRAMES="48",
+        NUM_STEPS="8",
+        WINDOW="2",
+        THRESHOLD="0.3",
+        TOTAL_CHUNKS="6",
+        SEED="8",
+        SPECIAL_TOKENS="my tokens.npz",
+        OUT="my out/x.mp4",
+    )
+    given = {"t2v": [], "i2v": ["--image", "a b.png"], "v2v": ["--video", "c d.mp4"]}
+    assert handed == [
+        *("--model", "my models/one", "--prompt", 'two "words" and $more'),
+        *("--out", "my out/x.mp4"),
+        *("runtime_config.video_size_h=64", "runtime_config.video_size_w=32"),
+        *("runtime_config.num_frames=48", "runtime_config.num_steps=8"),
+        *("runtime_config.window_size=2", "runtime_config.seed=8"),
+        *("special_tokens=my tokens.npz", "--preset", preset_of(name, "slow"), *given[mode]),
+        *(["prefix_frames=null"] if mode == "v2v" else []),
+        *(["reuse.threshold=0.3"] if method != "vanilla" else []),
+        *(["kv.total_chunks=6"] if method == "flowcache" else []),
+        *("kv.mix=0.1", "--dry-run"),
+    ]
+
+
+def test_the_newest_finished_text_to_video_clip_is_continued(launch: Launch, copy: Path):
+    put_video(copy, "a.mp4", age=300)
+    newest = put_video(copy, "b c.mp4", age=100)
+    put_video(copy, "d.mp4", age=200)
+    put_video(copy, "e.part.mp4", age=0)
+    handed = launch("flowcache_v2v")
+    assert handed[handed.index("--video") + 1] == str(newest)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_clip_to_continue_a_launcher_says_how_to_make_one(
+    copy: Path, tmp_path: Path, method: str
+):
+    refused = run_launcher(copy, f"{method}_v2v", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: no video to continue: set VIDEO=clip.mp4, or make one first: "
+        "bash scripts/single_run/flowcache_t2v.sh\n"
+    )
+    assert refused.stdout == ""
+
+
+def test_the_shipped_picture_is_a_frame_of_the_demos_clips():
+    attributes = Attributes("blue", "circle", "right", "black")
+    motion = Motion(x=24, y=32, radius=12.5, speed=0.5)
+    drawn = render(attributes, motion, num_frames=1)[0]
+    with Image.open(FOLDER / "assets" / "blue_circle.png") as image:
+        assert np.array_equal(np.array(image), drawn)
+
+
+# What comes of it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("speed", ["slow", "fast"])
+def test_what_a_launcher_hands_on_is_in_order(
+    launch: Launch,
+    distilled: Path,
+    clip: Path,
+    name: str,
+    speed: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    handed = launch(
+        name, "--dry-run", MODEL=str(distilled), PRESET=speed, SEED="8", VIDEO=str(clip)
+    )
+    assert main(handed) == 0
+    out = capsys.readouterr().out
+    preset = preset_of(name, speed)
+    assert f"preset       {preset}: " in out
+    assert f"{preset}-8.mp4" in out
+    given = {"t2v": "", "i2v": ", 1 latents given", "v2v": ", 8 latents given"}
+    chunks = next(line for line in out.splitlines() if line.startswith("chunks "))
+    assert given[name.partition("_")[2]] in chunks
+    assert ("given" in chunks) == (not name.endswith("t2v"))
+
+
+@needs_demo
+@pytest.mark.parametrize("name", NAMES)
+def test_every_launcher_plans_on_the_demo_checkpoint(
+    launch: Launch, clip: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(launch(name, "--dry-run", MODEL="demo", VIDEO=str(clip))) == 0
+    out = capsys.readouterr().out
+    assert "model        demo (distilled)" in out
+    assert f"preset       {preset_of(name)}: " in out
+
+
+def test_an_unknown_preset_and_an_empty_prompt_are_refused(
+    launch: Launch, distilled: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(launch("flowcache_t2v", MODEL=str(distilled), PRESET="faster")) == 2
+    assert "preset 'flowcache_faster' is unknown" in capsys.readouterr().err
+    assert main(launch("vanilla_t2v", MODEL=str(distilled), PROMPT="")) == 2
+    assert "prompt is empty" in capsys.readouterr().err
+
+
+def test_launchers_make_videos_one_continues_the_other_and_mistakes_are_one_line(
+    copy: Path, distilled: Path, tmp_path: Path
+):
+    use_python(tmp_path, script=f'exec "{sys.executable}" "$@"')
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def run(name: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        short = {"MODEL": str(distilled), "NUM_FRAMES": "36", "NUM_STEPS": "2", "SEED": "3"}
+        return run_launcher(copy, name, cwd=elsewhere, **short, **variables)
+
+    num_frames = {"t2v": 36, "i2v": 48, "v2v": 40}
+    for name in ("flowcache_t2v", "teacache_i2v", "vanilla_v2v"):
+        done = run(name)
+        assert done.returncode == 0, done.stderr
+        assert "wrote " in done.stderr
+        mode = name.partition("_")[2]
+        path = copy / "result" / mode / f"{preset_of(name)}-3.mp4"
+        assert probe(path).num_frames == num_frames[mode]
+        assert path.with_suffix(".json").is_file()
+    assert not list(elsewhere.iterdir())
+    refused = run("flowcache_i2v", IMAGE="missing.png")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "error: missing.png: no such file\n"
