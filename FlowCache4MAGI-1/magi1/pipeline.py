@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
-from flowcache.reuse import ResultStore
+from flowcache.reuse import Observe, ResultStore
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
@@ -69,6 +69,7 @@ def generate(
     *,
     stats: RunStats,
     draw: Draw | None = None,
+    observe: Observe | None = None,
 ) -> Iterator[Progress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
@@ -76,6 +77,7 @@ def generate(
         dit: the transformer, on the device of the run.
         vae: encodes and decodes; it may be elsewhere.
         draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
+        observe: is shown the velocities of computed steps.
     """
     codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats)
     if draw is None:
@@ -106,6 +108,7 @@ def generate(
         prefix=prefix,
         budget=budget_of(config),
         kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
+        observe=observe,
     )
     for tick, finished in sampler.run():
         shown = [

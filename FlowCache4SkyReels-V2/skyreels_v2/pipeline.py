@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
-from flowcache.reuse import ResultStore
+from flowcache.reuse import Observe, ResultStore
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
@@ -92,6 +92,7 @@ def generate(
     *,
     stats: RunStats,
     draw: Draw | None = None,
+    observe: Observe | None = None,
 ) -> Iterator[Progress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
@@ -99,6 +100,7 @@ def generate(
         dit: the transformer, on the device of the run.
         vae: encodes and decodes; it may be elsewhere.
         draw: makes all noise; default: from a generator seeded with `config.seed`.
+        observe: is shown the velocities of computed steps.
     """
     device = dit.patch_embedding.weight.device
     if draw is None:
@@ -108,7 +110,7 @@ def generate(
     tail = conditioning.video
     for segment in segments:
         maker = _SegmentMaker(
-            dit, vae, config, conditioning, contexts, segment, len(segments), stats, draw
+            dit, vae, config, conditioning, contexts, segment, len(segments), stats, draw, observe
         )
         for tick, frames in maker.run(tail):
             yield Progress(segment, len(segments), tick, frames)
@@ -147,6 +149,7 @@ class _SegmentMaker:
     num_segments: int
     stats: RunStats
     draw: Draw
+    observe: Observe | None
 
     def __post_init__(self) -> None:
         self.device = self.dit.patch_embedding.weight.device
@@ -222,6 +225,7 @@ class _SegmentMaker:
             compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
             updates=ResultStore(config.reuse.extrapolate),
             condition=self._condition(),
+            observe=self.observe,
             draw_noise=lambda like: self.draw(tuple(like.shape), like.dtype),
         )
 

@@ -133,17 +133,24 @@ def to_dict(config: Any) -> dict[str, Any]:
 def describe(schema: type, *, commented: Path | None = None) -> list[str]:
     """Return one line per key: `key: type = default`, and the comment behind it in a YAML file.
 
+    A key without a default has no `= default`.
+
     Args:
         schema: the dataclass.
         commented: a YAML file whose trailing `# comments` explain the keys.
     """
     comments = {} if commented is None else yaml_comments(commented)
     defaults = OmegaConf.structured(schema)
+    required = OmegaConf.missing_keys(defaults)  # sections too: their keys have no default either
     lines: list[str] = []
     for key, hint in _leaves(schema):
-        default = OmegaConf.select(defaults, key, throw_on_missing=False)
-        value = _plain(OmegaConf.to_object(default) if OmegaConf.is_config(default) else default)
-        line = f"{key}: {_expected(hint)} = {'null' if value is None else value}"
+        line = f"{key}: {_expected(hint)}"
+        if key not in required and key.partition(".")[0] not in required:
+            default = OmegaConf.select(defaults, key)
+            value = _plain(
+                OmegaConf.to_object(default) if OmegaConf.is_config(default) else default
+            )
+            line += f" = {'null' if value is None else value}"
         lines.append(f"{line}  # {comments[key]}" if key in comments else line)
     return lines
 

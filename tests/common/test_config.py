@@ -227,6 +227,21 @@ def test_a_config_becomes_json_and_comes_back(layer: WriteLayer):
     assert load_config(Run, [layer(json.dumps(plain))]) == config
 
 
+@dataclass(frozen=True)
+class Whole:
+    size: int
+    part: "Part"
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+
+
+def test_describe_shows_no_default_where_there_is_none():
+    assert describe(Whole) == ["size: int", "part.name: str"]
+
+
 def test_describe_shows_type_default_and_comment_of_every_key(layer: WriteLayer):
     path = layer(
         "reuse:  # the cache\n"
