@@ -228,18 +228,18 @@ def test_a_config_becomes_json_and_comes_back(layer: WriteLayer):
 
 
 @dataclass(frozen=True)
-class Whole:
-    size: int
-    part: "Part"
-
-
-@dataclass(frozen=True)
 class Part:
     name: str
 
 
+@dataclass(frozen=True)
+class Whole:
+    size: int
+    part: Part
+
+
 def test_describe_shows_no_default_where_there_is_none():
-    assert describe(Whole) == ["size: int", "part.name: str"]
+    assert describe(Whole) == ["size: int", "part.name: text"]
 
 
 def test_describe_shows_type_default_and_comment_of_every_key(layer: WriteLayer):
