@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 from xml.etree.ElementTree import Element
 
 from explain_page.markup import element, number, svg
@@ -340,5 +341,5 @@ def _nested(stages: dict[str, dict], *, parent: str | None, depth: int) -> list[
     return found
 
 
-def _is_number(value: float | None) -> bool:
+def _is_number(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
