@@ -91,7 +91,7 @@ def _figures(run: Run) -> dict[str, tuple[float | None, str]]:
     return {
         "chunk passes": (len(run.rows), str(len(run.rows))),
         "computed": (run.num_computed, f"{run.num_computed} ({percent(run.computed_share)})"),
-        "FLOPs spent": (run.flops, scaled(run.flops, "FLOP")),
+        "FLOPs spent on chunk passes": (run.flops, scaled(run.flops, "FLOP")),
         "FLOPs saved by reuse": (run.flops_saved, scaled(run.flops_saved, "FLOP")),
         "seconds of all stages": (
             run.seconds,

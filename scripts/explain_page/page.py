@@ -104,7 +104,7 @@ def _cards(run: Run) -> Element:
     factor = f"{total / run.flops:.2f}× fewer than without reuse" if run.flops else ""
     cards = [
         (percent(run.computed_share), "computed", f"{run.num_computed} of {len(run.rows)} passes"),
-        (scaled(run.flops, "FLOP"), "spent", factor),
+        (scaled(run.flops, "FLOP"), "spent on chunk passes", factor),
         (scaled(run.flops_saved, "FLOP"), "saved by reuse", ""),
     ]
     if run.seconds is not None:

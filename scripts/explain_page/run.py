@@ -82,7 +82,7 @@ class Run:
 
     @property
     def flops(self) -> int:
-        """FLOPs spent on all passes."""
+        """FLOPs spent on chunk passes, without embeddings and clean passes."""
         return sum(row.flops for row in self.rows)
 
     @property
