@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from flowcache.tune.gram import (
     GramCollector,
     Sketch,
     calibration_bytes,
+    merge,
     most_active,
 )
 
@@ -143,6 +145,36 @@ def test_a_damaged_calibration_is_refused_in_one_line(tmp_path: Path, content: b
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         Calibration.load(path)
+
+
+def test_calibrations_of_single_clips_add_up_to_one_of_all():
+    together = GramCollector(NUM_STEPS, WEIGHTS)
+    single = []
+    for seed in range(3):
+        alone = GramCollector(NUM_STEPS, WEIGHTS)
+        for chunk in range(1 + seed % 2):
+            observe_chunk(together, chunk, velocities(seed))
+            observe_chunk(alone, chunk, velocities(seed))
+        single.append(alone.finish())
+    merged, expected = merge(single), together.finish()
+    assert merged.num_clips == expected.num_clips == {0: 3, 1: 1}
+    for chunk in (0, 1):
+        np.testing.assert_allclose(merged.gram[chunk], expected.gram[chunk])
+
+
+def test_calibrations_of_different_schedules_are_not_merged():
+    collector = GramCollector(NUM_STEPS, WEIGHTS)
+    observe_chunk(collector, 0, velocities(0))
+    calibration = collector.finish()
+    other = replace(calibration, sigmas=calibration.sigmas * 0.9)
+    with pytest.raises(ValueError, match="merged"):
+        merge([calibration, other])
+
+
+def test_a_branch_that_was_not_asked_for_is_passed_over():
+    collector = GramCollector(NUM_STEPS, ["cond"])
+    observe_chunk(collector, 0, velocities(0))
+    assert collector.finish().gram[0].shape == (NUM_STEPS, NUM_STEPS)
 
 
 def test_a_step_that_was_not_observed_is_an_error():

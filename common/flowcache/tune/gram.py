@@ -1,6 +1,6 @@
 """Record what planning needs of a model: inner products of the velocities of a chunk's own steps.
 
-    collector = GramCollector(num_steps=30)
+    collector = GramCollector(30, ["cond", "uncond"])
     ... in every branch at every computed step ...
     collector.observe(segment=0, tick=7, chunk=1, step=2, branch="cond", velocity=v, sigma=s)
     calibration = collector.finish()
@@ -14,7 +14,7 @@ Axes: N own steps, M = branches x N, the steps of the first branch first.
 
 import math
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,10 +192,14 @@ class GramCollector:
     ) -> None:
         """Take in the velocity of one branch of one chunk in one own step.
 
+        A branch that was not asked for is passed over.
+
         Args:
             velocity: of the chunk's latent; any shape, the same in every step.
             sigma: noise level of the step.
         """
+        if branch not in self.branches:
+            return
         active = self._active.setdefault((segment, chunk), _Active(self._zeros()))
         flat = velocity.detach().flatten()
         kept = flat.float() if self.sketch is None else self.sketch(flat)
@@ -232,6 +236,21 @@ class GramCollector:
     def _zeros(self) -> Array:
         size = len(self.branches) * self.num_steps
         return np.zeros((size, size))
+
+
+def merge(calibrations: Sequence[Calibration]) -> Calibration:
+    """Return the means over the clips of several calibrations of one model."""
+    first = calibrations[0]
+    gram: dict[int, Array] = {}
+    num_clips: dict[int, int] = {}
+    for each in calibrations:
+        if each.branches != first.branches or not np.array_equal(each.sigmas, first.sigmas):
+            raise ValueError("calibrations with other branches or noise levels cannot be merged")
+        for chunk, count in each.num_clips.items():
+            gram[chunk] = gram.get(chunk, 0.0) + count * each.gram[chunk]
+            num_clips[chunk] = num_clips.get(chunk, 0) + count
+    means = {chunk: gram[chunk] / num_clips[chunk] for chunk in sorted(gram)}
+    return Calibration(first.sigmas, first.branches, means, num_clips)
 
 
 def calibration_bytes(

@@ -1,0 +1,270 @@
+#!/usr/bin/env python
+"""Plan which steps to compute: calibrate, plan, write a profile, check it on unseen prompts.
+
+    python scripts/tune.py --model demo --preset flowcache_fast --target flops=0.35
+
+A few clips are made with every step computed, and the inner products of their velocities are kept.
+From these the error of any plan is known without making a clip, so the best plan for every number
+of computed steps is found at once. Two plans are measured to tell what an error means in dB; the
+plan that meets the target is written as a profile and then compared with all other policies on
+prompts that it was not tuned on.
+
+Results are kept row by row under --work; a second start goes on where the first one stopped.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tuning import skyreels_v2
+from tuning.findings import MEASURED_SHARES, NUM_MEASURED_CLIPS, Found, investigate
+from tuning.methods import (
+    Method,
+    adaptive,
+    closest_threshold,
+    held,
+    planned,
+    strides,
+    whole_window,
+)
+from tuning.prompts import choose_prompts
+from tuning.rows import Rows
+from tuning.study import Prompt, measure, random_plans
+from tuning.subject import Subject
+from tuning.table import markdown, summarize
+
+from flowcache.cli import Parser, run_command
+from flowcache.errors import UserError
+from flowcache.tune.forecast import choose, parse_target
+from flowcache.tune.plan import Constraints, Plan
+from flowcache.tune.policies import distance_band, magnitude_ratios
+from flowcache.tune.profile import (
+    VERSION,
+    Observed,
+    Prediction,
+    Profile,
+    Reuse,
+    Source,
+    write_profile,
+)
+from flowcache.video import check_writable, write_json
+
+TABLE_SHARES = (0.27, 0.5)
+"""Shares of the steps at which methods are compared, beside the target's."""
+NUM_CHECK_PLANS = 24
+CHECK_PLANS_SEED = 0
+GIGA = 1e9
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    options = parse_options(argv)
+    return run_command(lambda: command(options))
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="checkpoint, as for a run (default: demo)")
+    parser.add_argument(
+        "--preset", default="flowcache_fast", help="whose attention and KV cache are tuned for"
+    )
+    parser.add_argument(
+        "--target",
+        default="flops=0.35",
+        help="speedup=3 or flops=0.35 (share) or psnr=32 (dB), against the same preset with every "
+        "step computed; or seconds=60 in the transformer (default: flops=0.35)",
+    )
+    parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
+    parser.add_argument(
+        "--check-prompts", type=int, default=4, help="unseen clips per method (default: 4)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help="text file, a prompt per line; the demo has prompts of its own"
+    )
+    parser.add_argument("--most-reuses", type=int, default=8, help="in a row (default: 8)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("result/tune"), help="folder of the measured rows"
+    )
+    parser.add_argument("--out", type=Path, help="profile to write (default: WORK/profile.yaml)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing profile")
+    parser.add_argument("--dry-run", action="store_true", help="say what it will cost, and end")
+    parser.add_argument(
+        "--store-check",
+        type=Path,
+        metavar="FOLDER",
+        help="measure random plans and keep them with the calibration, for the test",
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all runs")
+    return parser.parse_intermixed_args(argv)
+
+
+def command(options: argparse.Namespace) -> None:
+    """Do what the options ask for."""
+    target = parse_target(options.target)
+    constraints = Constraints(most_reuses=options.most_reuses)
+    subject = skyreels_v2.SkyReels(
+        options.model, options.preset, options.settings, folder=options.work
+    )
+    out = options.out or options.work / "profile.yaml"
+    if options.dry_run:
+        print("\n".join(describe(subject, options)))
+        return
+    if out.exists() and not options.overwrite:
+        raise UserError(f"{out} exists and is kept: choose another --out, or give --overwrite")
+    calibrating, unseen = choose_prompts(
+        options.prompts,
+        model=options.model,
+        num_clips=options.clips,
+        num_checks=options.check_prompts,
+    )
+    check_writable(options.work)
+    check_writable(out.parent)
+    identity = {
+        "model": options.model,
+        "preset": options.preset,
+        "settings": list(options.settings),
+        "prompts": None if options.prompts is None else options.prompts.name,
+    }
+    rows = Rows(options.work, identity=identity)
+    subject.load()
+    found = investigate(subject, rows, calibrating, constraints)
+    if options.store_check is not None:
+        store_check(subject, rows, calibrating, found, constraints, folder=options.store_check)
+        return
+    chosen = choose(target, found.forecasts())
+    plan = found.plans[chosen.num_computed]
+    write_profile(make_profile(subject, options, calibrating, found, plan), out)
+    print(f"profile      {out}: {plan.num_computed} of {found.model.num_steps} steps are computed")
+    print(f"plan         {' '.join(map(str, plan.steps))}; factor {plan.predictor.factor:.2f}")
+    check(subject, rows, unseen, found, plan, work=options.work)
+
+
+def describe(subject: Subject, options: argparse.Namespace) -> list[str]:
+    """Say what tuning will cost, by arithmetic."""
+    work = subject.work()
+    width = work.sketch_width
+    held_as = "as they are" if width is None else f"as sketches of {width} numbers"
+    clips = options.clips + NUM_MEASURED_CLIPS * (1 + len(MEASURED_SHARES))
+    return [
+        f"clips        {options.clips} to calibrate on, {clips - options.clips} to measure what an "
+        f"error means, {options.check_prompts} with every method to compare",
+        f"FLOPs        {work.flops / 1e15:.4g} PFLOPs per clip with every step computed",
+        f"velocities   {work.num_elements} numbers per chunk and step, {work.num_active} chunks at "
+        f"once, held {held_as}",
+        f"memory       {work.calibration_bytes / GIGA:.3g} GB more than the run itself",
+    ]
+
+
+def make_profile(
+    subject: Subject,
+    options: argparse.Namespace,
+    prompts: Sequence[Prompt],
+    found: Found,
+    plan: Plan,
+) -> Profile:
+    """Return what is written."""
+    forecast = found.forecast(plan)
+    low, high = distance_band(found.distances, num_steps=found.model.num_steps)
+    return Profile(
+        version=VERSION,
+        setting=subject.setting(),
+        reuse=Reuse(
+            plans=[list(plan.steps)],
+            predict="velocity",
+            order=plan.predictor.order,
+            factor=plan.predictor.factor,
+        ),
+        predicted=Prediction(
+            error=plan.error, psnr=forecast.psnr, flops=forecast.flops, pixel_scale=found.scale
+        ),
+        observed=Observed(
+            magnitude_ratios=magnitude_ratios(found.model.gram),
+            distance_low=low,
+            distance_high=high,
+        ),
+        source=Source(
+            model=options.model,
+            preset=options.preset,
+            date=datetime.date.today().isoformat(),
+            prompts=[prompt.text for prompt in prompts],
+            seeds=[prompt.seed for prompt in prompts],
+        ),
+    )
+
+
+def check(
+    subject: Subject,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    found: Found,
+    plan: Plan,
+    *,
+    work: Path,
+) -> None:
+    """Compare the plan with everything else on unseen prompts, and print the table."""
+    if not prompts:
+        return
+    num_steps = found.model.num_steps
+    methods: list[Method] = whole_window()
+    expected = dict[str, float]()
+    for count in sorted({plan.num_computed, *table_counts(found.plans, num_steps=num_steps)}):
+        own = found.plans[count]
+        threshold, computed = closest_threshold(
+            found.increments, num_computed=count, warmup_steps=subject.work().warmup_steps
+        )
+        print(
+            f"threshold    {threshold:.4g} makes FlowCache compute {computed:.1f} own steps, "
+            f"the nearest to {count}"
+        )
+        methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
+        methods += adaptive(threshold)
+        expected[planned(own).name] = found.forecast(own).psnr
+    measured = measure(subject, rows, prompts, methods, kind="check")
+    table = summarize(measured, expected)
+    print(f"\n{markdown(table)}")
+    (work / "table.md").write_text(markdown(table), encoding="utf-8")
+    write_json(work / "table.json", {"command": ["python", *sys.argv], "table": table})
+
+
+def table_counts(plans: Mapping[int, Plan], *, num_steps: int) -> list[int]:
+    """Return the numbers of computed steps at which methods are compared."""
+    return [min(plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES]
+
+
+def store_check(
+    subject: Subject,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    found: Found,
+    constraints: Constraints,
+    *,
+    folder: Path,
+) -> None:
+    """Measure random plans on the first calibration clips; keep them with the calibration."""
+    check_writable(folder)
+    plans = random_plans(
+        found.model, count=NUM_CHECK_PLANS, constraints=constraints, seed=CHECK_PLANS_SEED
+    )
+    methods = [Method(f"random {i}", planned(plan).settings) for i, plan in enumerate(plans)]
+    measured = measure(subject, rows, prompts[:NUM_MEASURED_CLIPS], methods, kind="random")
+    found.calibration.save(folder / "calibration.npz")
+    kept = [
+        {
+            "steps": list(plan.steps),
+            "order": plan.predictor.order,
+            "factor": plan.predictor.factor,
+            "mse": [row["mse"] for row in measured[method.name]],
+        }
+        for plan, method in zip(plans, methods, strict=True)
+    ]
+    text = ",\n".join(json.dumps(row) for row in kept)
+    (folder / "measured.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    print(f"{len(kept)} plans measured on {NUM_MEASURED_CLIPS} clips: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

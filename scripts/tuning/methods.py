@@ -1,0 +1,113 @@
+"""What is compared: each a policy with a predictor, as settings of a run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flowcache.tune.plan import Plan
+
+REFERENCE = "every step computed"
+NUM_THRESHOLDS = 400
+"""Thresholds among which the one is sought that computes a given number of steps."""
+
+OWN_SIGNAL = ("reuse.policy=flowcache", "reuse.warmup_steps=1000", "reuse.predict=velocity")
+"""Every step is computed, and the distance of the preset's own signal is recorded."""
+CONTENT = (*OWN_SIGNAL, "reuse.signal=content")
+"""Every step is computed, and the distance of every chunk's content is recorded."""
+
+PREDICTORS: Mapping[str, tuple[str, ...]] = {
+    "residual": ("reuse.predict=residual", "reuse.extrapolate=0"),
+    "velocity": ("reuse.predict=velocity", "reuse.extrapolate=0"),
+    "velocity + 0.5": ("reuse.predict=velocity", "reuse.extrapolate=0.5"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    settings: tuple[str, ...]
+    preset: str | None = None
+    """Instead of the one that is tuned."""
+
+
+def planned(plan: Plan) -> Method:
+    """Return a plan with its own predictor."""
+    factor = plan.predictor.factor if plan.predictor.order else 0.0
+    return Method(
+        f"planned {plan.num_computed}, velocity + {factor:.2f}",
+        (*_steps(plan.steps), "reuse.predict=velocity", f"reuse.extrapolate={factor:.6g}"),
+    )
+
+
+def held(plan: Plan) -> Method:
+    """Return a plan whose reused steps hold the last velocity."""
+    return Method(
+        f"planned {plan.num_computed}, velocity",
+        (*_steps(plan.steps), *PREDICTORS["velocity"]),
+    )
+
+
+def strides(num_computed: int, *, num_steps: int) -> list[Method]:
+    """Return an even spacing of so many steps, with each velocity predictor."""
+    span = num_steps - 1
+    steps = [round(i * span / (num_computed - 1)) for i in range(num_computed)]
+    return [
+        Method(f"even {num_computed}, {name}", (*_steps(steps), *PREDICTORS[name]))
+        for name in ("velocity", "velocity + 0.5")
+    ]
+
+
+def adaptive(threshold: float) -> list[Method]:
+    """Return FlowCache with a threshold, with each predictor."""
+    settings = ("reuse.policy=flowcache", f"reuse.threshold={threshold:.4g}")
+    return [
+        Method(f"FlowCache {threshold:.4g}, {name}", (*settings, *predictor))
+        for name, predictor in PREDICTORS.items()
+    ]
+
+
+def whole_window() -> list[Method]:
+    """Return TeaCache at the threshold of its preset, with two predictors."""
+    return [
+        Method(f"TeaCache, {name}", PREDICTORS[name], preset="teacache_causal")
+        for name in ("residual", "velocity + 0.5")
+    ]
+
+
+def closest_threshold(
+    increments: Sequence[Sequence[float]], *, num_computed: int, warmup_steps: int
+) -> tuple[float, float]:
+    """Return FlowCache's threshold that computes nearest to so many own steps of a chunk.
+
+    Args:
+        increments: by chunk, what each own step from the second one adds to the accumulator.
+
+    Returns:
+        the threshold, and the mean number of steps that it computes.
+    """
+    most = max(sum(abs(value) for value in chunk) for chunk in increments)
+    grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
+    counts = {
+        threshold: math.fsum(_count(chunk, threshold, warmup_steps) for chunk in increments)
+        / len(increments)
+        for threshold in grid
+    }
+    best = min(counts, key=lambda threshold: abs(counts[threshold] - num_computed))
+    return best, counts[best]
+
+
+def _count(increments: Sequence[float], threshold: float, warmup_steps: int) -> int:
+    """Count the own steps that FlowCache computes, the first and the last one included."""
+    computed, total = 1, 0.0
+    for step, increment in enumerate(increments, start=1):
+        total += increment
+        is_last = step == len(increments)
+        if step < warmup_steps or is_last or not total < threshold:
+            computed, total = computed + 1, 0.0
+    return computed
+
+
+def _steps(steps: Sequence[int]) -> tuple[str, ...]:
+    return ("reuse.policy=stride", f"reuse.steps=[{','.join(map(str, steps))}]")

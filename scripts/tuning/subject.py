@@ -1,0 +1,96 @@
+"""What tuning needs of a model, whichever it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from flowcache.reuse import Observe
+from flowcache.stats import RunStats
+from flowcache.tune.gram import calibration_bytes
+from flowcache.tune.profile import Setting
+
+EXACT_BYTES = 256_000_000
+"""Up to this much memory, velocities are held as they are; above, as sketches."""
+SKETCH_WIDTH = 16_384
+"""Numbers of a sketch: squared errors are right to about 1 %."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video that was made, and what it cost."""
+
+    frames: Tensor
+    """uint8 `[T, H, W, 3]`."""
+    stats: RunStats
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of one clip, by arithmetic."""
+
+    num_steps: int
+    warmup_steps: int
+    """First own steps that an adaptive policy of the preset always computes."""
+    num_elements: int
+    """Numbers in the latent of the largest chunk."""
+    num_active: int
+    """Chunks that are active at once at most."""
+    flops: int
+    """Of a clip with every step computed."""
+
+    @property
+    def sketch_width(self) -> int | None:
+        """Return how wide sketches must be; None: velocities fit as they are."""
+        return None if self._bytes(None) <= EXACT_BYTES else SKETCH_WIDTH
+
+    @property
+    def calibration_bytes(self) -> int:
+        """Return the memory that calibrating needs beside the run."""
+        return self._bytes(self.sketch_width)
+
+    def _bytes(self, width: int | None) -> int:
+        return calibration_bytes(
+            num_elements=self.num_elements,
+            num_steps=self.num_steps,
+            num_branches=1,  # the guided velocity is what moves the latent
+            num_active=self.num_active,
+            width=width,
+        )
+
+
+class Subject(Protocol):
+    """A model with its preset: makes clips with any reuse policy."""
+
+    preset: str
+
+    def work(self) -> Work:
+        """Return the size of one clip."""
+        ...
+
+    def load(self) -> None:
+        """Load the model; nothing of it is needed before."""
+        ...
+
+    def setting(self) -> Setting:
+        """Return what a profile must fit."""
+        ...
+
+    def render(
+        self,
+        settings: Sequence[str],
+        *,
+        prompt: str,
+        seed: int,
+        preset: str | None = None,
+        observe: Observe | None = None,
+    ) -> Clip:
+        """Make a clip.
+
+        Args:
+            settings: `key=value` changes.
+            preset: instead of the subject's own.
+            observe: is shown every computed velocity.
+        """
+        ...

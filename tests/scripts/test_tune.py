@@ -1,0 +1,225 @@
+"""The command that tunes: on a made-up model whose clips are an Euler sum of drawn velocities."""
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from flowcache.reuse import Decision, Observe
+from flowcache.stats import RunStats
+from flowcache.tune.gap import Predictor
+from flowcache.tune.gram import Calibration
+from flowcache.tune.profile import Setting, read_profile
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NUM_STEPS = 12
+SIGMAS = np.linspace(1, 0, NUM_STEPS + 1)
+
+
+class Toy:
+    """A model with one chunk, whose velocity changes fast in its last steps."""
+
+    def __init__(self, subject: Any) -> None:
+        self.preset = "toy"
+        self.module = subject
+        self.num_renders = 0
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def work(self) -> Any:
+        return self.module.Work(
+            num_steps=NUM_STEPS, warmup_steps=2, num_elements=48, num_active=1, flops=120
+        )
+
+    def setting(self) -> Setting:
+        return Setting("toy", num_steps=NUM_STEPS, shift=1.0, lag=5, guidance=1.0)
+
+    def render(
+        self,
+        settings: Sequence[str],
+        *,
+        prompt: str,
+        seed: int,
+        preset: str | None = None,
+        observe: Observe | None = None,
+    ) -> Any:
+        self.num_renders += 1
+        values = dict(setting.split("=", 1) for setting in settings)
+        computed = set(range(NUM_STEPS))
+        if values.get("reuse.policy") == "stride":
+            computed = set(json.loads(values["reuse.steps"]))
+        elif preset == "teacache_causal" or float(values.get("reuse.threshold", 0)) > 0:
+            computed = {0, 1, 3, 6, 9, NUM_STEPS - 1}
+        predictor = Predictor(1, float(values.get("reuse.extrapolate", 0)))
+        stats = RunStats(torch.device("cpu"))
+        latent, drift = torch.zeros(4, 1, 4, 3), self._velocities(seed)
+        history: list[int] = []
+        for step in range(NUM_STEPS):
+            decision = Decision(step in computed, 0.1 if step else None, 0.1 if step else None)
+            stats.record(segment=0, tick=step, chunk=0, step=step, branch="cond", decision=decision)
+            if step in computed:
+                history.append(step)
+                velocity = drift[step]
+                if observe is not None:
+                    observe(
+                        segment=0,
+                        tick=step,
+                        chunk=0,
+                        step=step,
+                        branch="guided",
+                        velocity=velocity,
+                        sigma=float(SIGMAS[step]),
+                    )
+            else:
+                weights = predictor.weights(history, step, sigmas=SIGMAS)
+                velocity = torch.stack([w * drift[s] for s, w in weights.items()]).sum(0)
+            latent = latent + float(SIGMAS[step + 1] - SIGMAS[step]) * velocity
+        with stats.stage("dit"):
+            stats.add_flops(computed=10 * len(computed), without_reuse=10 * NUM_STEPS)
+        pixels = (128 + 40 * latent).clamp(0, 255).to(torch.uint8)
+        return self.module.Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
+
+    def _velocities(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        growth = torch.linspace(0.1, 1.0, NUM_STEPS).view(-1, 1, 1, 1, 1) ** 2
+        return (growth * torch.randn(NUM_STEPS, 4, 1, 4, 3, generator=generator)).cumsum(0)
+
+
+@pytest.fixture(name="modules")
+def _modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("tune")
+
+
+@pytest.fixture(name="toy")
+def _toy(modules: Any, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    toy = Toy(importlib.import_module("tuning.subject"))
+    monkeypatch.setattr(modules.skyreels_v2, "SkyReels", lambda *_, **__: toy)
+    return toy
+
+
+Tune = Callable[..., int]
+
+
+@pytest.fixture(name="tune")
+def _tune(modules: Any, toy: Toy, tmp_path: Path) -> Tune:
+    assert toy.num_renders == 0
+
+    def run(*arguments: str) -> int:
+        return modules.main(["--work", str(tmp_path / "work"), "--clips", "3", *arguments])
+
+    return run
+
+
+def test_a_target_in_flops_gives_a_profile_that_meets_it(tune: Tune, tmp_path: Path):
+    assert tune("--target", "flops=0.5", "--check-prompts", "0") == 0
+    profile = read_profile(tmp_path / "work" / "profile.yaml")
+    (plan,) = profile.reuse.plans
+    assert 2 < len(plan) <= NUM_STEPS / 2
+    assert profile.predicted.flops == pytest.approx(len(plan) / NUM_STEPS)
+    assert profile.setting == Setting("toy", num_steps=NUM_STEPS, shift=1.0, lag=5, guidance=1.0)
+    assert profile.source.seeds == [7000, 7001, 7002]
+    # the velocity changes most in the last steps: more of them are computed
+    assert sum(step >= NUM_STEPS // 2 for step in plan) > len(plan) / 2
+
+
+def test_the_table_holds_every_policy_and_predicts_what_it_measures(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert tune("--target", "flops=0.5", "--check-prompts", "3") == 0
+    printed = capsys.readouterr().out
+    for name in ("planned", "even", "FlowCache", "TeaCache"):
+        assert f"| {name}" in printed
+    assert "threshold" in printed
+    report = json.loads((tmp_path / "work" / "table.json").read_text())
+    predicted = [row for row in report["table"] if row["predicted_psnr"] is not None]
+    assert len(predicted) >= 2
+    for row in predicted:
+        assert row["num_clips"] == 3
+        assert row["psnr"] == pytest.approx(row["predicted_psnr"], abs=4)
+
+
+def test_a_second_start_measures_nothing_again(tune: Tune, toy: Toy):
+    assert tune("--check-prompts", "1") == 0
+    count = toy.num_renders
+    assert tune("--check-prompts", "1", "--overwrite") == 0
+    assert toy.num_renders == count
+    assert tune("--check-prompts", "2", "--overwrite") == 0
+    assert toy.num_renders > count
+
+
+def test_an_existing_profile_is_kept(tune: Tune, capsys: pytest.CaptureFixture[str]):
+    assert tune("--check-prompts", "0") == 0
+    assert tune("--check-prompts", "0") == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_rows_of_other_settings_are_not_mixed_in(tune: Tune, capsys: pytest.CaptureFixture[str]):
+    assert tune("--check-prompts", "0") == 0
+    assert tune("--check-prompts", "0", "--overwrite", "seed=3") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "psnr=500"], "cannot be reached"),
+        (["--target", "quality=3"], "must be one of the kinds"),
+        (["--most-reuses", "0"], "nothing can be reused"),
+        (["--clips", "0"], "--clips must be 1 or more"),
+        (["--model", "some/model"], "--prompts FILE"),
+        (["--prompts", "missing.txt"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    tune: Tune, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+):
+    assert tune("--check-prompts", "0", *arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert words in errors[0]
+
+
+def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):
+    assert tune("--store-check", str(tmp_path / "kept")) == 0
+    rows = json.loads((tmp_path / "kept" / "measured.json").read_text())
+    assert len(rows) == 24
+    assert rank_correlation(tmp_path / "kept") > 0.9
+
+
+def test_the_dry_run_says_what_a_real_model_needs_beside_the_run(
+    modules: Any, capsys: pytest.CaptureFixture[str]
+):
+    assert modules.main(["--dry-run", "--model", "df-14b-720p", "height=720", "width=1280"]) == 0
+    found = re.search(r"memory +([\d.e-]+) GB", capsys.readouterr().out)
+    assert found is not None
+    assert 0 < float(found[1]) < 1
+
+
+@pytest.mark.usefixtures("modules")
+def test_the_threshold_that_computes_a_number_of_steps_is_found():
+    methods = importlib.import_module("tuning.methods")
+    threshold, computed = methods.closest_threshold(
+        [[0.1] * 11, [0.1] * 11], num_computed=6, warmup_steps=2
+    )
+    # of 12 steps 0 1 4 7 10 11: computed where 3 steps have added up
+    assert computed == 6
+    assert 0.2 < threshold <= 0.31
+
+
+def rank_correlation(folder: Path) -> float:
+    """Compare the order of predicted errors with that of the measured ones."""
+    model = Calibration.load(folder / "calibration.npz").error_model({"guided": 1.0})
+    rows = json.loads((folder / "measured.json").read_text())
+    predicted = [model.plan(row["steps"], Predictor(row["order"], row["factor"])) for row in rows]
+    measured = [float(np.mean(np.log(row["mse"]))) for row in rows]
+    return float(spearmanr(predicted, measured).statistic)
