@@ -23,9 +23,10 @@ from flowcache.cli import run_command
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
 from flowcache.errors import UserError
+from flowcache.files import check_writable, write_json
 from flowcache.metrics import psnr, ssim
 from flowcache.stats import RunStats, environment
-from flowcache.video import check_writable, to_uint8, write_json
+from flowcache.video import to_uint8
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare
 

@@ -33,10 +33,10 @@ from flowcache.comparison import (
     worst_frames,
 )
 from flowcache.errors import UserError
+from flowcache.files import check_writable, write_json, write_text
 from flowcache.frames import is_clip, list_clips
 from flowcache.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
 from flowcache.stats import environment
-from flowcache.video import check_writable, write_json, write_text
 
 EXIT_SOME_FAILED = 1
 FILES = ("compare.json", "compare.csv", "compare.md")

@@ -23,7 +23,7 @@ from explain_page.run import SUFFIX, Run, find_record, load_run
 
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.video import check_writable, fresh_path
+from flowcache.files import check_writable, fresh_path
 
 EXIT_ALARM = 1
 MAX_PAGE_BYTES = 5_000_000

@@ -38,6 +38,7 @@ from tuning.table import markdown, summarize
 
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
+from flowcache.files import check_writable, write_json
 from flowcache.tune.forecast import choose, parse_target
 from flowcache.tune.plan import Constraints, Plan
 from flowcache.tune.policies import distance_band, magnitude_ratios
@@ -50,7 +51,6 @@ from flowcache.tune.profile import (
     Source,
     write_profile,
 )
-from flowcache.video import check_writable, write_json
 
 TABLE_SHARES = (0.27, 0.5)
 """Shares of the steps at which methods are compared, beside the target's."""

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from flowcache.errors import UserError
+from flowcache.files import fresh_path
 from flowcache.stats import RunStats
-from flowcache.video import fresh_path
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

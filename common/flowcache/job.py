@@ -10,10 +10,11 @@ from torch import Tensor
 
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.errors import UserError
+from flowcache.files import check_writable, write_json
 from flowcache.record import build_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
-from flowcache.video import VideoWriter, check_writable, to_uint8, write_json
+from flowcache.video import VideoWriter, to_uint8
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from flowcache.errors import UserError
+from flowcache.files import write_json
 from flowcache.reuse import Replay
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
-from flowcache.video import write_json
 
 RECORD_SCHEMA_VERSION = 1
 NOT_FINITE = ("nan", "inf", "-inf")

@@ -1,11 +1,10 @@
-"""Read and write videos, images and the JSON beside them; never overwrite or half-write a result.
+"""Read videos and images, write videos; never overwrite or half-write a result.
 
 Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg (from imageio-ffmpeg)
 encodes and decodes.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import cast
 
 import imageio_ffmpeg
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 from flowcache.errors import UserError
+from flowcache.files import check_writable, fresh_path
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ COLOUR = [
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
 STRICT = ["-xerror", "-err_detect", "explode"]  # damaged data end the stream
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
-MAX_FRESH_NAMES = 100_000
 MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
 
 
@@ -264,33 +263,6 @@ def to_pixels(frames_THW3: torch.Tensor) -> torch.Tensor:
     return frames_THW3.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
-    """Return a path that does not exist: `stem.mp4`, else `stem-001.mp4`, `stem-002.mp4`, ..."""
-    first = folder / f"{stem}{suffix}"
-    if not first.exists():
-        return first
-    for number in range(1, MAX_FRESH_NAMES):
-        path = folder / f"{stem}-{number:03d}{suffix}"
-        if not path.exists():
-            return path
-    raise UserError(f"{folder} holds {MAX_FRESH_NAMES} files named {stem}: empty it")
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder if necessary and try to write a file there.
-
-    Raises:
-        UserError: it can't be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or _one_line(error)
-        raise UserError(f"cannot write in folder {folder}: {reason}") from None
-
-
 def check_ffmpeg() -> None:
     """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work.
 
@@ -306,47 +278,6 @@ def check_ffmpeg() -> None:
             writer.append(np.zeros((1, 16, 16, 3), np.uint8))
     except (UserError, OSError, RuntimeError) as error:
         raise UserError(f"ffmpeg does not work ({_one_line(error)}): {advice}") from None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in one step: a reader sees the old file or the whole new one.
-
-    Raises:
-        ValueError: a number is not finite.
-        UserError: the file can't be written.
-    """
-    write_text(path, _json(content, indent="") + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text in one step, as `write_json`."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _json(value: Any, *, indent: str) -> str:
-    """Write a list of plain values on one line, so that a table stays one; else one item a line."""
-    inner = indent + "  "
-    if isinstance(value, Mapping) and value:
-        items = cast("Mapping[str, Any]", value).items()
-        lines = [f"{inner}{_dump(str(key))}: {_json(item, indent=inner)}" for key, item in items]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, (list, tuple)):
-        elements = cast("list[Any]", value)
-        if any(isinstance(item, (list, tuple, Mapping)) for item in elements):
-            lines = [f"{inner}{_json(item, indent=inner)}" for item in elements]
-            return "[\n" + ",\n".join(lines) + f"\n{indent}]"
-    return _dump(value)
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:

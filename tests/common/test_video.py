@@ -1,4 +1,3 @@
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,14 +14,11 @@ from flowcache.video import (
     Probe,
     VideoWriter,
     check_ffmpeg,
-    check_writable,
-    fresh_path,
     probe,
     read_image,
     read_video,
     stream_video,
     to_uint8,
-    write_json,
 )
 
 HEIGHT, WIDTH = 48, 64
@@ -266,50 +262,12 @@ def test_colours_move_to_the_last_axis_in_order():
     assert to_uint8(pixels).flatten().tolist() == [0, 127, 255]
 
 
-def test_fresh_paths_count_up(tmp_path: Path):
-    assert fresh_path(tmp_path, "clip", ".mp4") == tmp_path / "clip.mp4"
-    (tmp_path / "clip.mp4").touch()
-    assert fresh_path(tmp_path, "clip", ".mp4") == tmp_path / "clip-001.mp4"
-    (tmp_path / "clip-001.mp4").touch()
-    assert fresh_path(tmp_path, "clip", ".mp4") == tmp_path / "clip-002.mp4"
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
-    check_writable(tmp_path / "a" / "b")
-    assert files(tmp_path / "a" / "b") == []
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=f"cannot write in folder {folder}: "):
-            check_writable(folder)
-
-
 def test_ffmpeg_is_checked_by_encoding(monkeypatch: pytest.MonkeyPatch):
     check_ffmpeg()
     for program in ("/nonexistent/ffmpeg", "/bin/false"):
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
         with pytest.raises(UserError, match="ffmpeg does not work"):
             check_ffmpeg()
-
-
-def test_json_is_readable_with_tables_in_rows(tmp_path: Path):
-    content = {"name": "猫", "rows": [[1, "a", None], [2, "b", 0.5]], "none": [], "empty": {}}
-    write_json(tmp_path / "a.json", content)
-    text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == content
-    assert text == (
-        '{\n  "name": "猫",\n  "rows": [\n    [1, "a", null],\n    [2, "b", 0.5]\n  ],\n'
-        '  "none": [],\n  "empty": {}\n}\n'
-    )
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path):
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "a.json", {"x": float("nan")})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-    assert files(tmp_path) == ["a.json"]
-    with pytest.raises(UserError, match="cannot be written"):
-        write_json(tmp_path / "a.json" / "b.json", {})
 
 
 def test_a_stream_gives_the_frames_of_the_whole_video(tmp_path: Path):

@@ -1,0 +1,81 @@
+"""Results on the disk: fresh names, folders that can be written, files written in one step."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from flowcache.errors import UserError
+
+MAX_FRESH_NAMES = 100_000
+
+
+def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
+    """Return a path that does not exist: `stem.mp4`, else `stem-001.mp4`, `stem-002.mp4`, ..."""
+    first = folder / f"{stem}{suffix}"
+    if not first.exists():
+        return first
+    for number in range(1, MAX_FRESH_NAMES):
+        path = folder / f"{stem}-{number:03d}{suffix}"
+        if not path.exists():
+            return path
+    raise UserError(f"{folder} holds {MAX_FRESH_NAMES} files named {stem}: empty it")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if necessary and try to write a file there.
+
+    Raises:
+        UserError: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write in folder {folder}: {reason}") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        ValueError: a number is not finite.
+        UserError: the file can't be written.
+    """
+    write_text(path, _json(content, indent="") + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in one step, as `write_json`."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _json(value: Any, *, indent: str) -> str:
+    """Write a list of plain values on one line, so that a table stays one; else one item a line."""
+    inner = indent + "  "
+    if isinstance(value, Mapping) and value:
+        items = cast("Mapping[str, Any]", value).items()
+        lines = [f"{inner}{_dump(str(key))}: {_json(item, indent=inner)}" for key, item in items]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, (list, tuple)):
+        elements = cast("list[Any]", value)
+        if any(isinstance(item, (list, tuple, Mapping)) for item in elements):
+            lines = [f"{inner}{_json(item, indent=inner)}" for item in elements]
+            return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    return _dump(value)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
