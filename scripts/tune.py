@@ -5,22 +5,21 @@
 
 A few clips are made with every step computed, and the inner products of their velocities are kept.
 From these the error of any plan is known without making a clip, so the best plan for every number
-of computed steps is found at once. Two plans are measured to tell what an error means in dB; the
-plan that meets the target is written as a profile and then compared with all other policies on
-prompts that it was not tuned on.
+of computed steps is found at once. Some plans are measured to tell what an error means in dB, made
+early or late. The plan that meets the target is written as a profile and then compared with all
+other policies on prompts that it was not tuned on.
 
 Results are kept row by row under --work; a second start goes on where the first one stopped.
 """
 
 import argparse
 import datetime
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tuning import skyreels_v2
-from tuning.findings import MEASURED_SHARES, NUM_MEASURED_CLIPS, Found, investigate
+from tuning.findings import MEASURED_SHARES, NUM_MEASURED_CLIPS, NUM_PROBES, Found, investigate
 from tuning.methods import (
     Method,
     adaptive,
@@ -148,7 +147,7 @@ def describe(subject: Subject, options: argparse.Namespace) -> list[str]:
     work = subject.work()
     width = work.sketch_width
     held_as = "as they are" if width is None else f"as sketches of {width} numbers"
-    clips = options.clips + NUM_MEASURED_CLIPS * (1 + len(MEASURED_SHARES))
+    clips = options.clips + NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
     return [
         f"clips        {options.clips} to calibrate on, {clips - options.clips} to measure what an "
         f"error means, {options.check_prompts} with every method to compare",
@@ -261,8 +260,9 @@ def store_check(
         }
         for plan, method in zip(plans, methods, strict=True)
     ]
-    text = ",\n".join(json.dumps(row) for row in kept)
-    (folder / "measured.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    gains = found.model.gains
+    content = {"gains": None if gains is None else gains.tolist(), "plans": kept}
+    write_json(folder / "measured.json", content)
     print(f"{len(kept)} plans measured on {NUM_MEASURED_CLIPS} clips: {folder}")
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from flowcache.errors import UserError
 from flowcache.tune.forecast import Costs, Forecast, fit_costs, fit_pixel_scale, to_psnr
-from flowcache.tune.gap import ErrorModel
+from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
 from flowcache.tune.gram import Calibration
 from flowcache.tune.plan import Constraints, Plan, fitted_plans
-from tuning.methods import REFERENCE, planned
+from tuning.methods import REFERENCE, Method, held, planned
 from tuning.rows import Rows, geometric_mean, mean
 from tuning.study import GUIDED, Prompt, calibrate, measure
 from tuning.subject import Subject
@@ -16,8 +16,11 @@ from tuning.subject import Subject
 ORDER = 1
 """Of the extrapolation: what the samplers' stores carry out."""
 MEASURED_SHARES = (1 / 3, 1 / 2)
-"""Shares of the steps that the plans compute from which an error's meaning in dB is measured."""
+"""Shares of the steps in the plans that tell what steps cost and what an error means in dB."""
 NUM_MEASURED_CLIPS = 2
+NUM_PROBES = 6
+PROBE_SHARE = 1 / 8
+"""Steps of a probe's gap, as a share of all."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def investigate(
         UserError: nothing can be reused.
     """
     calibration, distances = calibrate(subject, rows, prompts)
-    model = calibration.error_model({GUIDED: 1.0})
+    plain = calibration.error_model({GUIDED: 1.0})
+    model = with_gains(subject, rows, prompts[:NUM_MEASURED_CLIPS], plain)
     plans = fitted_plans(model, order=ORDER, constraints=constraints)
     sample = sample_plans(plans, num_steps=model.num_steps)
     measured = measure(
@@ -77,6 +81,39 @@ def investigate(
         costs=fit_costs(costs, num_steps=model.num_steps),
         increments=[chunk for row in reference for chunk in row["increments"]],
     )
+
+
+def with_gains(
+    subject: Subject, rows: Rows, prompts: Sequence[Prompt], model: ErrorModel
+) -> ErrorModel:
+    """Measure by how much errors grow that are made early or late; one short gap at a time."""
+    probes = probe_plans(model)
+    methods = {name: Method(name, held(plan).settings) for name, (_, plan) in probes.items()}
+    measured = measure(subject, rows, prompts, list(methods.values()), kind="probe")
+    gains: dict[float, float] = {}
+    for name, (middle, plan) in probes.items():
+        mse = geometric_mean(measured[name], "mse")
+        if mse > 0 and plan.error > 0:
+            gains[middle] = mse / plan.error
+    if not gains:
+        return model
+    return ErrorModel(
+        model.gram, model.sigmas, interpolated_gains(gains, num_steps=model.num_steps)
+    )
+
+
+def probe_plans(model: ErrorModel) -> dict[str, tuple[float, Plan]]:
+    """Return name -> the middle of a gap, and the plan that computes all but it; evenly spread."""
+    num_steps = model.num_steps
+    width = max(round(PROBE_SHARE * num_steps), 1)
+    most = max(num_steps - 1 - width, 1)
+    probes: dict[str, tuple[float, Plan]] = {}
+    for start in sorted({round(1 + i * (most - 1) / (NUM_PROBES - 1)) for i in range(NUM_PROBES)}):
+        stop = min(start + width, num_steps - 1)
+        steps = (*range(start), *range(stop, num_steps))
+        plan = Plan(steps, Predictor(0), model.plan(steps, Predictor(0)))
+        probes[f"gap {start}-{stop - 1}"] = ((start + stop - 1) / 2, plan)
+    return probes
 
 
 def sample_plans(plans: Mapping[int, Plan], *, num_steps: int) -> list[Plan]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from flowcache.reuse import ResultStore
-from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients
+from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
 
 SIGMAS = np.array([1.0, 0.9, 0.75, 0.6, 0.4, 0.25, 0.1, 0.0])
 NUM_STEPS = len(SIGMAS) - 1
@@ -81,6 +81,30 @@ def test_no_factor_does_better_than_the_fitted_one():
     error = model.plan(steps, Predictor(1, best))
     for other in (best - 0.1, best + 0.1, 0.0, 1.0):
         assert model.plan(steps, Predictor(1, other)) > error
+
+
+def test_a_gain_weights_the_squared_error_of_its_steps():
+    model, _ = random_model()
+    gains = np.array([9.0, 9, 9, 4, 4, 4, 1])
+    weighted = ErrorModel(model.gram, SIGMAS, gains)
+    held = Predictor(0)
+    assert weighted.gap([0], 3, held) == pytest.approx(9 * model.gap([0], 3, held))
+    assert weighted.gap([3], 6, held) == pytest.approx(4 * model.gap([3], 6, held))
+
+
+def test_a_constant_gain_changes_neither_order_nor_factor():
+    model, _ = random_model(5)
+    scaled = ErrorModel(model.gram, SIGMAS, np.full(NUM_STEPS, 7.0))
+    steps = [0, 1, 4, 6]
+    assert scaled.plan(steps, Predictor(1, 0.4)) == pytest.approx(
+        7 * model.plan(steps, Predictor(1, 0.4))
+    )
+    assert scaled.best_factor(steps, order=1) == pytest.approx(model.best_factor(steps, order=1))
+
+
+def test_gains_between_measured_ones_follow_their_logarithms():
+    gains = interpolated_gains({1.0: 100.0, 3.0: 1.0}, num_steps=5)
+    assert gains.tolist() == pytest.approx([100, 100, 10, 1, 1])
 
 
 def test_a_plan_of_all_steps_has_no_error():

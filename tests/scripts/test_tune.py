@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowcache.reuse import Decision, Observe
 from flowcache.stats import RunStats
-from flowcache.tune.gap import Predictor
+from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration
 from flowcache.tune.profile import Setting, read_profile
 
@@ -191,8 +191,6 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):
     assert tune("--store-check", str(tmp_path / "kept")) == 0
-    rows = json.loads((tmp_path / "kept" / "measured.json").read_text())
-    assert len(rows) == 24
     assert rank_correlation(tmp_path / "kept") > 0.9
 
 
@@ -218,8 +216,12 @@ def test_the_threshold_that_computes_a_number_of_steps_is_found():
 
 def rank_correlation(folder: Path) -> float:
     """Compare the order of predicted errors with that of the measured ones."""
-    model = Calibration.load(folder / "calibration.npz").error_model({"guided": 1.0})
-    rows = json.loads((folder / "measured.json").read_text())
-    predicted = [model.plan(row["steps"], Predictor(row["order"], row["factor"])) for row in rows]
-    measured = [float(np.mean(np.log(row["mse"]))) for row in rows]
+    kept = json.loads((folder / "measured.json").read_text())
+    plain = Calibration.load(folder / "calibration.npz").error_model({"guided": 1.0})
+    model = ErrorModel(plain.gram, plain.sigmas, np.array(kept["gains"]))
+    predicted = [
+        model.plan(row["steps"], Predictor(row["order"], row["factor"])) for row in kept["plans"]
+    ]
+    measured = [float(np.mean(np.log(row["mse"]))) for row in kept["plans"]]
+    assert len(predicted) >= 20
     return float(spearmanr(predicted, measured).statistic)

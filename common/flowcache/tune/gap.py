@@ -3,7 +3,8 @@
 A chunk's latent moves by ``(sigma_{k+1} - sigma_k) v_k`` in step k (Euler). Where step k is reused,
 a prediction from earlier computed steps stands for v_k. Both are linear in the velocities, so the
 error of the latent behind a gap is ``sum_n c_n v_n``, and its squared norm ``c^T G c`` with the
-Gram matrix ``G_nm = <v_n, v_m>``.
+Gram matrix ``G_nm = <v_n, v_m>``. What a model makes of an error depends on when it is made: early
+ones change what is drawn. A measured gain per step weights the squared error of that step.
 
 Example: noise levels 1.0 0.8 0.5 0.0; step 0 is computed and held in step 1, step 2 is computed.
 The error is ``-0.3 (v_1 - v_0)``, so c = (0.3, -0.3, 0); if the velocities are unit vectors at
@@ -12,7 +13,7 @@ right angles, c^T G c = 0.18.
 Axes: N own steps of a chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,10 +73,12 @@ class ErrorModel:
     Attributes:
         gram: mean inner products of the velocities, `[N, N]`.
         sigmas: noise level of each step and the last one, `[N + 1]`.
+        gains: by how much a squared error made in each step grows until the end, `[N]`; None: 1.
     """
 
     gram: Array
     sigmas: Array
+    gains: Array | None = None
 
     def __post_init__(self) -> None:
         size = len(self.sigmas) - 1
@@ -95,7 +98,9 @@ class ErrorModel:
             history: computed steps up to the gap, ascending, at least one.
             stop: the next computed step.
         """
-        c_N = gap_coefficients(history, stop, sigmas=self.sigmas, predictor=predictor)
+        c_N = gap_coefficients(
+            history, stop, sigmas=self.sigmas, predictor=predictor, gains=self.gains
+        )
         return self._norm(c_N, c_N)
 
     def plan(self, steps: Sequence[int], predictor: Predictor) -> float:
@@ -116,7 +121,11 @@ class ErrorModel:
         for i, stop in enumerate(steps[1:]):
             a_N, full_N = (
                 gap_coefficients(
-                    steps[: i + 1], stop, sigmas=self.sigmas, predictor=Predictor(order, factor)
+                    steps[: i + 1],
+                    stop,
+                    sigmas=self.sigmas,
+                    predictor=Predictor(order, factor),
+                    gains=self.gains,
                 )
                 for factor in (0.0, 1.0)
             )
@@ -129,13 +138,31 @@ class ErrorModel:
 
 
 def gap_coefficients(
-    history: Sequence[int], stop: int, *, sigmas: Array, predictor: Predictor
+    history: Sequence[int],
+    stop: int,
+    *,
+    sigmas: Array,
+    predictor: Predictor,
+    gains: Array | None = None,
 ) -> Array:
     """Return the weight of every velocity in the error that a gap leaves, `[N]`; see the top."""
     c_N = np.zeros(len(sigmas) - 1)
     for step in range(history[-1] + 1, stop):
-        step_size = sigmas[step + 1] - sigmas[step]
-        c_N[step] += step_size
+        size = sigmas[step + 1] - sigmas[step]
+        if gains is not None:
+            size *= gains[step] ** 0.5
+        c_N[step] += size
         for source, weight in predictor.weights(history, step, sigmas=sigmas).items():
-            c_N[source] -= step_size * weight
+            c_N[source] -= size * weight
     return c_N
+
+
+def interpolated_gains(measured: Mapping[float, float], *, num_steps: int) -> Array:
+    """Return the gain of every step, `[N]`, from measured ones: their logarithms between them.
+
+    Args:
+        measured: own step, or a place between two, -> gain, above 0.
+    """
+    places = sorted(measured)
+    logs = [np.log(measured[place]) for place in places]
+    return np.exp(np.interp(np.arange(num_steps), places, logs))
