@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
+from flowcache.precision import linear_in_float32
 from magi1.config import PROJECTION_GROUPS, ModelConfig
 from magi1.fp8 import Fp8Linear, SmoothFp8Linear
 
@@ -104,11 +105,9 @@ class F32Linear(nn.Linear):
 
     def __init__(self, width_in: int, width_out: int, *, bias: bool = False) -> None:
         super().__init__(width_in, width_out, bias=bias)
-        self.has_bias = bias
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        bias = self.bias.float() if self.has_bias else None
-        return functional.linear(x.float(), self.weight.float(), bias)
+        return linear_in_float32(self, x)
 
 
 class ZeroCentredLayerNorm(nn.Module):

@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flowcache.attention import SDPA, Kernel
+from flowcache.precision import linear_in_float32
 from skyreels_v2.layers import (
     Block,
     ContextKV,
     SelfAttend,
-    linear_f32,
     modulate,
     rope_table,
     sinusoid,
@@ -86,7 +86,7 @@ class Head(nn.Module):
     def forward(self, x_BSD: Tensor, e_BFD: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + e_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
         x = modulate(x_BSD, shift, scale, num_frames=e_BFD.shape[1], eps=self.eps)
-        return linear_f32(self.head, x)
+        return linear_in_float32(self.head, x)
 
 
 class ImageMLP(nn.Module):
@@ -165,13 +165,15 @@ class DiT(nn.Module):
         # The released model rounds the sinusoid to the weight dtype, then goes on in float32.
         s = sinusoid(t_BF, width=self.config.freq_dim).to(self.dtype)
         first, act, second = self.time_embedding
-        e_BFD = linear_f32(second, act(linear_f32(first, s)))
+        e_BFD = linear_in_float32(second, act(linear_in_float32(first, s)))
         act, project = self.time_projection
-        e0 = linear_f32(project, act(e_BFD)).unflatten(-1, (6, -1))
+        e0 = linear_in_float32(project, act(e_BFD)).unflatten(-1, (6, -1))
         if self.config.inject_sample_info:
             row = torch.tensor([0 if rate == 16 else 1 for rate in fps], device=e0.device)
             first, act, second = self.fps_projection
-            by_rate = linear_f32(second, act(linear_f32(first, self.fps_embedding(row))))
+            by_rate = linear_in_float32(
+                second, act(linear_in_float32(first, self.fps_embedding(row)))
+            )
             e0 = e0 + by_rate.unflatten(-1, (6, -1)).unsqueeze(1)
         return e_BFD, e0
 

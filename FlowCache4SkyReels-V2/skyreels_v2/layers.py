@@ -104,12 +104,6 @@ def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def linear_f32(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a linear layer in float32 whatever its weights are stored in."""
-    assert isinstance(layer, nn.Linear)
-    return functional.linear(x.float(), layer.weight.float(), layer.bias.float())
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed and returned in float32."""
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from flowcache.reuse import Decision
 from flowcache.trace import Moment, PassId, TickId, Trace, elapsed_seconds, now
+from flowcache.units import scaled
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
@@ -189,6 +190,10 @@ class RunStats:
             for name, parent in parents.items()
         }
 
+    def elapsed_seconds(self) -> float:
+        """Return the time since this was made, by the host's clock."""
+        return time.perf_counter() - self._start_seconds
+
     def peak_memory_bytes(self) -> int:
         """Return the most memory in use: tensors of this run on CUDA, else the whole process."""
         if self.device.type == "cuda":
@@ -204,7 +209,7 @@ class RunStats:
             counts["computed" if row.is_computed else "reused"] += 1
         return {
             "schema_version": SCHEMA_VERSION,
-            "total_seconds": time.perf_counter() - self._start_seconds,
+            "total_seconds": self.elapsed_seconds(),
             "stages": {
                 name: {"seconds": stage.seconds, "num_uses": stage.num_uses, "within": stage.parent}
                 for name, stage in self.stage_times().items()
@@ -242,12 +247,12 @@ class RunStats:
         if self.computed_flops:
             factor = self.flops_without_reuse / self.computed_flops
             lines.append(
-                f"FLOPs         {_scaled(self.computed_flops, 'FLOP')}, {factor:.2f}x fewer than "
-                f"without reuse ({_scaled(self.flops_without_reuse, 'FLOP')})"
+                f"FLOPs         {scaled(self.computed_flops, 'FLOP')}, {factor:.2f}x fewer than "
+                f"without reuse ({scaled(self.flops_without_reuse, 'FLOP')})"
             )
         lines.append(f"time          {self._time_line()}")
         owner = "tensors on the GPU" if self.device.type == "cuda" else "the whole process"
-        lines.append(f"peak memory   {_scaled(self.peak_memory_bytes(), 'B')} ({owner})")
+        lines.append(f"peak memory   {scaled(self.peak_memory_bytes(), 'B')} ({owner})")
         return "\n".join(lines)
 
     def _time_line(self) -> str:
@@ -262,7 +267,7 @@ class RunStats:
                 if part.parent == name
             )
             parts.append(f"{name} {stage.seconds:.1f} s" + (f" (with {inside})" if inside else ""))
-        total = time.perf_counter() - self._start_seconds
+        total = self.elapsed_seconds()
         return f"{total:.1f} s" + (f": {', '.join(parts)}" if parts else "")
 
 
@@ -319,13 +324,3 @@ def _ratio(part: int, whole: int) -> float | None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scaled(value: float, unit: str) -> str:
-    """Write a count with a decimal prefix: `_scaled(1.13e17, "FLOP")` is `113 PFLOP`."""
-    prefixes = ["", "k", "M", "G", "T", "P", "E"]
-    power = 0
-    while value >= 1000 and power < len(prefixes) - 1:
-        value /= 1000
-        power += 1
-    return f"{value:.3g} {prefixes[power]}{unit}"

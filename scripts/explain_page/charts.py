@@ -24,7 +24,8 @@ from explain_page.plot import (
     vertical,
 )
 from explain_page.run import Panel, Row, Run
-from explain_page.units import percent, scaled, seconds_text
+from explain_page.units import percent, seconds_text
+from flowcache.units import scaled
 
 PLOT_HEIGHT = 250.0
 SHARE_WIDTH = 52.0

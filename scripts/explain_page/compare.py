@@ -9,9 +9,10 @@ import torch
 
 from explain_page.frames import Clip
 from explain_page.run import Run
-from explain_page.units import percent, scaled, seconds_text
+from explain_page.units import percent, seconds_text
 from flowcache.errors import UserError
 from flowcache.metrics import psnr, psnr_per_frame, ssim_per_frame
+from flowcache.units import scaled
 
 NOTHING = "–"
 

@@ -1,15 +1,4 @@
-"""Write quantities for people."""
-
-PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-
-
-def scaled(value: float, unit: str) -> str:
-    """Write a count with a decimal prefix: `scaled(1.13e17, "FLOP")` is `113 PFLOP`."""
-    power = 0
-    while abs(value) >= 999.5 and power < len(PREFIXES) - 1:
-        value /= 1000
-        power += 1
-    return f"{value:.3g} {PREFIXES[power]}{unit}"
+"""Write shares and times for people."""
 
 
 def percent(share: float, *, digits: int = 1) -> str:
