@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Judge the demo's videos: does each show what its prompt says?
 
-Reads every NAME.mp4 of a folder that has a NAME.json beside it (as `python -m skyreels_v2` writes
-them), reads colour, shape, direction and background from the pixels, and compares them with the
-prompt in the JSON. Prints a row per video and the share of agreement per attribute.
+Reads every NAME.mp4 of a folder that has a NAME.json beside it (as `python -m skyreels_v2` and
+`python -m magi1` write them), reads colour, shape, direction and background from the pixels, and
+compares them with the prompt in the JSON. Prints a row per video and the share of agreement per
+attribute.
 """
 
 import argparse

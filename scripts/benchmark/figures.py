@@ -1,0 +1,114 @@
+"""The figures of a clip, their averages over the prompts, and the table of these."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from benchmark.family import REFERENCE, Clip, Method
+from flowcache.demo.clips import Attributes
+from flowcache.demo.judge import judge
+from flowcache.metrics import psnr, ssim
+
+
+def measure(
+    clip: Clip, attributes: Attributes, *, reference: Tensor | None, base: Tensor | None
+) -> dict[str, Any]:
+    """Return the figures of one clip.
+
+    Args:
+        reference: frames of the method that all are compared with; None: this is it.
+        base: frames of the second method that this one is compared with, if there is one.
+    """
+    stats, agrees = clip.stats, judge(clip.frames.numpy()).agrees(attributes)
+    times = stats.stage_times()
+    compressing = times.get("kv_compression")
+    row: dict[str, Any] = {
+        "flops": stats.computed_flops,
+        "dit_seconds": times["dit"].seconds,
+        "vae_seconds": times["vae"].seconds,
+        "computed_share": stats.num_computed / (stats.num_computed + stats.num_reused),
+        "num_compressions": 0 if compressing is None else compressing.num_uses,
+        "judge": agrees,
+        "judge_all": all(agrees.values()),
+    }
+    for suffix, other in (("", reference), ("_base", base)):
+        if other is not None:
+            value = psnr(clip.frames, other)
+            row[f"psnr{suffix}"] = value if math.isfinite(value) else None
+            row[f"ssim{suffix}"] = ssim(clip.frames, other)
+    return row
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Average the figures of each method over the prompts."""
+    by_method = {m: [row for row in rows if row["method"] == m.name] for m in methods}
+    base_seconds = statistics.fmean(
+        row["dit_seconds"] for row in rows if row["method"] == REFERENCE
+    )
+    return [_average(method, own, base_seconds) for method, own in by_method.items()]
+
+
+def _average(
+    method: Method, rows: Sequence[Mapping[str, Any]], base_seconds: float
+) -> dict[str, Any]:
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        return statistics.fmean(values) if values else None
+
+    seconds = statistics.fmean(row["dit_seconds"] for row in rows)
+    return {
+        "method": method.name,
+        "preset": method.preset,
+        "overrides": list(method.overrides),
+        "base": method.base,
+        "num_clips": len(rows),
+        "gflops": statistics.fmean(row["flops"] for row in rows) / 1e9,
+        "computed_share": mean("computed_share"),
+        "num_compressions": mean("num_compressions"),
+        "dit_seconds": seconds,
+        "speedup": base_seconds / seconds,
+        "judge_accuracy": statistics.fmean(float(row["judge_all"]) for row in rows),
+        "judge": {
+            key: statistics.fmean(float(row["judge"][key]) for row in rows)
+            for key in rows[0]["judge"]
+        },
+        **{f"{key}{of}": mean(f"{key}{of}") for of in ("", "_base") for key in ("psnr", "ssim")},
+        **{f"num_equal{of}": _num_equal(rows, of) for of in ("", "_base")},
+    }
+
+
+def _num_equal(rows: Sequence[Mapping[str, Any]], suffix: str) -> int:
+    """Count the clips that equal what they are compared with; their PSNR is in no mean."""
+    key = f"psnr{suffix}"
+    return sum(key in row and row[key] is None for row in rows)
+
+
+def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
+    """Return the averages as a Markdown table."""
+    lines = [
+        "| method | GFLOPs | computed | DiT s | speed-up | judge | PSNR | SSIM "
+        f"| PSNR ({base_label}) | SSIM ({base_label}) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        cells: list[str] = [
+            row["method"],
+            _shown(row["gflops"], ".0f"),
+            _shown(100 * row["computed_share"], ".0f") + " %",
+            _shown(row["dit_seconds"], ".2f"),
+            _shown(row["speedup"], ".2f") + "x",
+            _shown(100 * row["judge_accuracy"], ".0f") + " %",
+        ]
+        for of in ("", "_base"):
+            is_equal = row[f"num_equal{of}"] == row["num_clips"]
+            cells.append("equal" if is_equal else _shown(row[f"psnr{of}"], ".2f"))
+            cells.append(_shown(row[f"ssim{of}"], ".3f"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

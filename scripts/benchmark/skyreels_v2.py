@@ -1,0 +1,56 @@
+"""SkyReels-V2's methods: full and causal attention, each reuse rule with two predictors."""
+
+from dataclasses import replace
+
+from benchmark.family import REFERENCE, Clip, Family, Method, Source, collect
+from flowcache.job import Request
+from flowcache.stats import RunStats
+from skyreels_v2.pipeline import generate
+from skyreels_v2.run import Job, Models, encode_inputs, load_models, prepare
+
+CAUSAL = "vanilla-causal"
+BEST = ("reuse.predict=velocity", "reuse.extrapolate=0.5")
+"""The predictor that serves best on the demo, beside the published one (block residual)."""
+
+
+def with_predictors(name: str, preset: str) -> list[Method]:
+    """Return a method with the published predictor and with the best one."""
+    return [
+        Method(f"{name}, residual", preset, base=CAUSAL),
+        Method(f"{name}, velocity + 0.5", preset, BEST, base=CAUSAL),
+    ]
+
+
+METHODS = (
+    Method(REFERENCE, "vanilla"),
+    Method(CAUSAL, "vanilla_causal"),
+    *with_predictors("TeaCache-slow", "teacache_slow"),
+    *with_predictors("TeaCache-fast", "teacache_fast"),
+    *with_predictors("TeaCache, causal (FlowCache-fast's FLOPs)", "teacache_causal"),
+    *with_predictors("FlowCache-slow", "flowcache_slow"),
+    *with_predictors("FlowCache-fast", "flowcache_fast"),
+    *with_predictors("FlowCache-slow + KV compression", "flowcache_kvcompress"),
+    *with_predictors("stride (FlowCache-fast's FLOPs)", "stride"),
+)
+
+
+def prepare_method(method: Method, source: Source) -> Job:
+    """Check a method's settings."""
+    overrides = source.overrides(method)
+    return prepare(Request(method.preset, source.checkpoint, overrides, str(source.folder)))
+
+
+def load(job: Job) -> Models:
+    """Load transformer and VAE."""
+    return load_models(job, stats=RunStats(job.device))
+
+
+def render(job: Job, models: Models, prompt: str, seed: int) -> Clip:
+    """Make a clip in memory."""
+    job = replace(job, config=replace(job.config, prompt=prompt, seed=seed))
+    stats = RunStats(job.device)
+    inputs = encode_inputs(job, stats=stats)
+    return collect(generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
+
+
+FAMILY = Family(METHODS, base_label="causal", prepare=prepare_method, load=load, render=render)
