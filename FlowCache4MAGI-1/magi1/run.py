@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ from flowcache.attention import choose_kernel
 from flowcache.cli import choose_device
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
-from flowcache.job import Facts, Target, claim_output, config_layers, write_run
+from flowcache.job import (
+    Facts,
+    Target,
+    claim_output,
+    config_layers,
+    recorded_run,
+    replay_lines,
+    write_run,
+)
+from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
 from flowcache.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints
 from magi1 import text, vae
-from magi1.build import VAE_STRIDE, dtype_of
+from magi1.build import VAE_STRIDE, clip_of, dtype_of
 from magi1.captions import SpecialTokens, load_special_tokens
 from magi1.checkpoint import Checkpoint
 from magi1.dit import DiT
@@ -28,6 +38,8 @@ from magi1.inputs import num_latents, read_prefix
 from magi1.pipeline import Conditioning, LatentCodec, generate
 from magi1.plan import Plan, lines, make_plan, shown_frames
 from magi1.released import FOLDER, Source, download, find_model, find_path, locate
+from magi1.sampler import ALL_BRANCHES
+from magi1.schedule import Clock
 from magi1.settings import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -63,6 +75,7 @@ class Job:
     overwrite: bool
     preset: str
     record: bool
+    replay: Record | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ def prepare(request: Request) -> Job:
     dtype = dtype_of(config, device)
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
     prefix = read_prefix(config)
+    replay = _read_replay(request, config, num_prefix=_num_prefix(config, prefix))
     if request.download:
         config = download(config, source)
     checkpoint = checkpoints.find(config)
@@ -114,6 +128,7 @@ def prepare(request: Request) -> Job:
         overwrite=request.overwrite,
         preset=preset.stem,
         record=request.record,
+        replay=replay,
     )
 
 
@@ -124,6 +139,14 @@ def _read_settings(request: Request) -> tuple[Path, Source, RunConfig]:
     )
     config = load_config(RunConfig, layers, overrides=request.overrides)
     return preset, source, locate(config, source)
+
+
+def _read_replay(request: Request, config: RunConfig, *, num_prefix: int) -> Record | None:
+    record = recorded_run(request)
+    if record is not None:
+        ticks = Clock.of(config).ticks(clip_of(config, num_prefix=num_prefix))
+        check_replay(record, ticks={0: ticks}, branches=[ALL_BRANCHES])
+    return record
 
 
 def _read_tokens(config: RunConfig, source: Source) -> SpecialTokens | None:
@@ -155,6 +178,7 @@ def _check_vae(config: RunConfig, folder: Path) -> None:
 def describe(job: Job) -> str:
     """Say what the run will do."""
     head = _head(job.source, job.config, job.preset, where=f"{_name(job.dtype)} on {job.device}")
+    head += replay_lines(job.replay)
     return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
 
 
@@ -166,15 +190,18 @@ def plan_released(request: Request) -> str:
     """
     preset, source, config = _read_settings(request)
     dtype = dtype_of(config, torch.device("cuda"))
+    num_prefix = _num_prefix(config, read_prefix(config))
+    replay = _read_replay(request, config, num_prefix=num_prefix)
     plan = make_plan(
         config,
-        num_prefix=_num_prefix(config, read_prefix(config)),
+        num_prefix=num_prefix,
         prompt_tokens=ASSUMED_TOKENS,
         has_special_tokens=_read_tokens(config, source) is not None,
         dtype=dtype,
     )
     where = f"{_name(dtype)}, by its sizes alone, for a prompt of {ASSUMED_TOKENS} tokens"
-    return "\n".join([*_head(source, config, preset.stem, where=where), *lines(plan, config)])
+    head = [*_head(source, config, preset.stem, where=where), *replay_lines(replay)]
+    return "\n".join([*head, *lines(plan, config)])
 
 
 def _head(source: Source, config: RunConfig, preset: str, *, where: str) -> list[str]:
@@ -213,8 +240,26 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
     return Models(dit, codec)
 
 
-def encode_inputs(job: Job, *, stats: RunStats) -> Conditioning:
-    """Encode the prompt; the encoder is gone when this returns."""
+def load_text(job: Job) -> text.TextEncoder:
+    """Load the text encoder."""
+    config = job.config
+    # the release says by t5_device only whether the encoder shares the GPU
+    device = job.device if config.runtime_config.t5_device != "cpu" else torch.device("cpu")
+    return text.load(
+        job.checkpoint.text_encoder,
+        max_length=config.model_config.caption_max_length,
+        device=device,
+    )
+
+
+def encode_inputs(
+    job: Job, *, stats: RunStats, encoder: text.TextEncoder | None = None
+) -> Conditioning:
+    """Encode the prompt; an encoder that is loaded for it is gone when this returns.
+
+    Args:
+        encoder: where it is loaded already.
+    """
     config = job.config
     choice = config.tokens
     if job.tokens is None and (choice.names() or choice.duration or choice.negative):
@@ -222,15 +267,8 @@ def encode_inputs(job: Job, *, stats: RunStats) -> Conditioning:
             "no special tokens: the model is not told of quality and duration; set special_tokens "
             "to the path of special_tokens.npz"
         )
-    # the release says by t5_device only whether the encoder shares the GPU
-    device = job.device if config.runtime_config.t5_device != "cpu" else torch.device("cpu")
     with stats.stage("text"):
-        encoder = text.load(
-            job.checkpoint.text_encoder,
-            max_length=config.model_config.caption_max_length,
-            device=device,
-        )
-        encoded = encoder.encode(config.prompt)
+        encoded = (encoder or load_text(job)).encode(config.prompt)
     return Conditioning(encoded, tokens=job.tokens, prefix=job.prefix)
 
 
@@ -249,7 +287,14 @@ def render(
     run_config = job.config.runtime_config
     size = (run_config.video_size_h, run_config.video_size_w)
     return write_run(
-        generate(models.dit, models.vae, job.config, conditioning, stats=stats),
+        generate(
+            models.dit,
+            models.vae,
+            job.config,
+            conditioning,
+            stats=stats,
+            policies=None if job.replay is None else partial(replay_policies, job.replay),
+        ),
         Target(job.path, job.overwrite, fps=run_config.fps, size=size),
         stats=stats,
         num_ticks=job.plan.num_ticks,
@@ -261,6 +306,7 @@ def render(
             config=to_dict(job.config),
             policy=job.config.reuse.policy,
             threshold=threshold_of(job.config.reuse),
+            replay=job.replay,
             num_steps=run_config.num_steps,
             chunk_frames={0: shown_frames(job.plan.clip)},
         ),

@@ -1,6 +1,7 @@
 """One run from its settings to the mp4 and the JSON beside it."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,23 @@ from flowcache.attention import choose_kernel
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
-from flowcache.job import Facts, Request, Target, claim_output, config_layers, write_run
+from flowcache.job import (
+    Facts,
+    Request,
+    Target,
+    claim_output,
+    config_layers,
+    recorded_run,
+    replay_lines,
+    write_run,
+)
+from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
 from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import text, vae
-from skyreels_v2.build import rescale_for
+from skyreels_v2.build import branches_of, rescale_for, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT
@@ -46,6 +57,7 @@ class Job:
     overwrite: bool
     preset: str
     record: bool
+    replay: Record | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ def prepare(request: Request) -> Job:
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
     plan = make_plan(config, checkpoint.config, dtype=dtype)
+    replay = read_replay(request, config, plan)
     path = claim_output(request, stem=f"{preset.stem}-{config.seed}")
     media = read_media(config)
     checkpoints.check(checkpoint)
@@ -97,7 +110,26 @@ def prepare(request: Request) -> Job:
         overwrite=request.overwrite,
         preset=preset.stem,
         record=request.record,
+        replay=replay,
     )
+
+
+def read_replay(request: Request, config: RunConfig, plan: Plan) -> Record | None:
+    """Return the record that a request replays, or None.
+
+    Raises:
+        UserError: it is no record, or does not fit the run.
+    """
+    record = recorded_run(request)
+    if record is not None:
+        sampling = sampling_of(config)
+        check_replay(
+            record,
+            ticks={i: sampling.ticks(own.window) for i, own in enumerate(plan.segments)},
+            branches=branches_of(config),
+            is_whole_window=config.attention == "full",
+        )
+    return record
 
 
 def describe(job: Job) -> str:
@@ -108,6 +140,7 @@ def describe(job: Job) -> str:
         f"preset       {job.preset}: {job.config.attention} attention, "
         f"{job.config.reuse.policy} reuse, {job.config.kv.compress} KV compression",
     ]
+    head += replay_lines(job.replay)
     return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
 
 
@@ -128,7 +161,9 @@ def plan_released(request: Request) -> str:
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, sizes)
     head = f"model        sizes of the released {request.model}, {config.dtype} = {dtype}; no files"
-    return "\n".join([head, *lines(make_plan(config, sizes, dtype=dtype), config)])
+    plan = make_plan(config, sizes, dtype=dtype)
+    replay = read_replay(request, config, plan)
+    return "\n".join([head, *replay_lines(replay), *lines(plan, config)])
 
 
 def load_models(job: Job, *, stats: RunStats) -> Models:
@@ -142,22 +177,31 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
     return Models(dit, decoder)
 
 
-def encode_inputs(job: Job, *, stats: RunStats) -> Conditioning:
-    """Encode prompts and start image; the encoders are gone when this returns."""
+def load_text(job: Job) -> text.TextEncoder:
+    """Load the text encoder."""
+    return text.load_encoder(
+        job.checkpoint.text_encoder,
+        tokenizer=job.checkpoint.tokenizer,
+        text_len=job.checkpoint.config.text_len,
+        dtype=job.dtype,
+        device=job.device,
+    )
+
+
+def encode_inputs(
+    job: Job, *, stats: RunStats, encoder: text.TextEncoder | None = None
+) -> Conditioning:
+    """Encode prompts and start image; what is loaded for it is gone when this returns.
+
+    Args:
+        encoder: of texts, where it is loaded already.
+    """
     config, checkpoint = job.config, job.checkpoint
     prompts = {"cond": config.prompt}
     if config.guidance > 1:
         prompts["uncond"] = config.negative_prompt
     with stats.stage("text"):
-        encoder = text.load_encoder(
-            checkpoint.text_encoder,
-            tokenizer=checkpoint.tokenizer,
-            text_len=checkpoint.config.text_len,
-            dtype=job.dtype,
-            device=job.device,
-        )
-        encoded = encoder.encode(list(prompts.values()))
-        del encoder
+        encoded = (encoder or load_text(job)).encode(list(prompts.values()))
         features = None
         if checkpoint.image_encoder is not None and job.media.image is not None:
             vision = text.load_vision(checkpoint.image_encoder, dtype=job.dtype, device=job.device)
@@ -189,7 +233,14 @@ def render(
     config = job.config
     num_chunks = sum(len(segment.window.generated) for segment in job.plan.segments)
     return write_run(
-        generate(models.dit, models.vae, config, conditioning, stats=stats),
+        generate(
+            models.dit,
+            models.vae,
+            config,
+            conditioning,
+            stats=stats,
+            policies=None if job.replay is None else partial(replay_policies, job.replay),
+        ),
         Target(job.path, job.overwrite, fps=config.fps, size=(config.height, config.width)),
         stats=stats,
         num_ticks=job.plan.num_ticks,
@@ -202,6 +253,7 @@ def render(
             config=to_dict(config),
             policy=config.reuse.policy,
             threshold=threshold_of(config.reuse),
+            replay=job.replay,
             num_steps=config.num_steps,
             chunk_frames=shown_frames(
                 config,

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
-from flowcache.record import build_record, write_record
+from flowcache.record import REPLAY, Record, build_record, read_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
 from flowcache.video import VideoWriter, to_uint8
@@ -38,6 +38,8 @@ class Request:
     """Name of the video in a folder, without number and `.mp4`; None: preset and seed."""
     record: bool = False
     """Whether `NAME.record.json` is written, too: what each pass cost, what the caches held."""
+    replay: str | None = None
+    """The record of a run whose decisions are made again."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Facts:
     policy: str
     threshold: float | None
     """Of an adaptive policy; None: the policy has none."""
+    replay: Record | None
+    """What was replayed instead of the policy's decisions."""
     num_steps: int
     """Denoising steps of a chunk."""
     chunk_frames: Mapping[int, list[list[int]]]
@@ -105,6 +109,22 @@ def claim_output(request: Request, *, stem: str) -> Path:
             )
     check_writable(path.parent)
     return path
+
+
+def recorded_run(request: Request) -> Record | None:
+    """Return the record that a request replays, or None.
+
+    Raises:
+        UserError: the file can't be read or is no record.
+    """
+    return None if request.replay is None else read_record(Path(request.replay))
+
+
+def replay_lines(replay: Record | None) -> list[str]:
+    """Say what is replayed, in a line of a run's description; [] if nothing is."""
+    if replay is None:
+        return []
+    return [f"replay       the decisions of {replay['video']} ({replay['policy']})"]
 
 
 def config_layers(
@@ -156,6 +176,7 @@ def write_run(
         quality=VIDEO_QUALITY,
         overwrite=target.overwrite,
     )
+    first_frames_seconds: float | None = None
     try:
         with writer:
             if before is not None:
@@ -165,16 +186,20 @@ def write_run(
                 if progress.frames is not None:
                     with stats.stage("write"):
                         writer.append(to_uint8(progress.frames).cpu())
+                    if first_frames_seconds is None:
+                        first_frames_seconds = stats.elapsed_seconds()
     finally:
         bar.close()
     surroundings = environment(stats.device)
     report = {
         "video": writer.path.name,
         "num_frames": writer.num_frames,
+        "first_frames_seconds": first_frames_seconds,
         "preset": facts.preset,
         "model": facts.model,
         "attention_kernel": facts.attention_kernel,
         "config": facts.config,
+        "replay": None if facts.replay is None else facts.replay["video"],
         "environment": surroundings,
         "stats": stats.to_dict(),
     }
@@ -185,8 +210,8 @@ def write_run(
             video=writer.path.name,
             model=facts.model,
             preset=facts.preset,
-            policy=facts.policy,
-            threshold=facts.threshold,
+            policy=facts.policy if facts.replay is None else REPLAY,
+            threshold=facts.threshold if facts.replay is None else None,
             num_steps=facts.num_steps,
             config=facts.config,
             environment=surroundings,
