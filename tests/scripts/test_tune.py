@@ -20,6 +20,8 @@ from flowcache.tune.gram import Calibration
 from flowcache.tune.profile import Setting, read_profile
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tune"
+"""Random plans measured on the demo, as `scripts/tune.py --store-check` keeps them."""
 NUM_STEPS = 12
 SIGMAS = np.linspace(1, 0, NUM_STEPS + 1)
 
@@ -225,3 +227,7 @@ def rank_correlation(folder: Path) -> float:
     measured = [float(np.mean(np.log(row["mse"]))) for row in kept["plans"]]
     assert len(predicted) >= 20
     return float(spearmanr(predicted, measured).statistic)
+
+
+def test_predicted_errors_are_in_the_order_of_those_measured_on_the_demo():
+    assert rank_correlation(GOLDEN / "skyreels_v2") >= 0.9

@@ -5,11 +5,9 @@ profile = read_profile(Path("profile.yaml"))
 check_fits(profile, setting, path=Path("profile.yaml"))
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from flowcache.config import load_config
 from flowcache.errors import UserError
+from flowcache.files import write_text
 
 VERSION = 1
 SIGNIFICANT_DIGITS = 6
@@ -121,14 +120,7 @@ def write_profile(profile: Profile, path: Path) -> None:
     """
     content = _rounded(dataclasses.asdict(profile))
     text = HEADER + yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    write_text(path, text)
 
 
 def read_profile(path: Path) -> Profile:
