@@ -53,6 +53,7 @@ def test_a_run_writes_a_video_that_plays_and_its_json(make: Make):
     assert set(report) == {
         "video",
         "num_frames",
+        "first_frames_seconds",
         "preset",
         "model",
         "attention_kernel",

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Make a table from the videos of a protocol, or check one that was made before.
+
+The videos come from `scripts/sample.py --protocol`; reproduce_skyreels_v2.sh and
+reproduce_magi1.sh do both. Written are table.json (everything), table.csv and table.md.
+
+--verify reads every video and receipt again, compares all videos anew, and says what contradicts
+the stored table: SHA-256 of videos, receipts and protocol, and every figure but times.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from compare import make_network
+from sampling.evidence import Evidence, read_table, verify, write_table
+from sampling.figures import Judge
+from sampling.protocol import VIDEOS, keep_protocol, read_protocol
+from sampling.table import markdown
+
+from flowcache.cli import Parser, choose_device, run_command
+from flowcache.comparison import METRICS
+from flowcache.errors import UserError
+
+EXIT_CONTRADICTION = 1
+
+EXAMPLES = """examples:
+  bash scripts/reproduce_skyreels_v2.sh
+  bash scripts/reproduce_magi1.sh
+  python scripts/reproduce.py --protocol scripts/protocols/skyreels_v2_demo.yaml --out result/table
+  python scripts/reproduce.py --verify result/table
+
+Exit code: 0; 1 if --verify finds a contradiction; 2 if something given is wrong or missing.
+"""
+
+
+def make_judge(
+    metrics: Sequence[str], weights: Path | None, *, device: str
+) -> tuple[Judge, list[str]]:
+    """Return what compares videos, and what people should know about it.
+
+    Raises:
+        UserError: the device or the weights can't be used.
+    """
+    place = choose_device(device)
+    network = make_network(metrics, weights, device=place)
+    has_lpips = network.network is not None
+    usable = tuple(metric for metric in metrics if metric != "lpips" or has_lpips)
+    judge = Judge(usable, network.network, network.digests, place)
+    return judge, [network.note] if network.note else []
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Write a table or check one; return the exit code."""
+    if options.verify is not None:
+        return check(options.verify, options.lpips_weights, device=options.device)
+    if options.protocol is None or options.out is None:
+        raise UserError("give --protocol and --out, or --verify (--help shows examples)")
+    protocol = read_protocol(options.protocol)
+    keep_protocol(options.protocol, options.out)
+    judge, notes = make_judge(METRICS, options.lpips_weights, device=options.device)
+    tasks = protocol.tasks(options.model)
+    evidence = Evidence(protocol, tasks, options.out, judge, notes)
+    print(markdown(write_table(evidence, model=options.model)))
+    return 0
+
+
+def check(out: Path, weights: Path | None, *, device: str) -> int:
+    """Verify a result folder; return the exit code.
+
+    Raises:
+        UserError: it is none, or LPIPS can't be computed as it was.
+    """
+    report = read_table(out)
+    judge, _ = make_judge(report["metrics"], weights, device=device)
+    if judge.digests != report["lpips_sha256"]:
+        raise UserError("LPIPS was computed with other weights: give those by --lpips-weights")
+    found = verify(out, report, judge=judge)
+    for line in found:
+        sys.stderr.write(f"{line}\n")
+    if found:
+        sys.stderr.write(f"{len(found)} contradictions in {out}: start its command again\n")
+        return EXIT_CONTRADICTION
+    print(f"{out}: {len(report['receipts'])} videos and all figures fit their receipts")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = Parser(
+        prog="python scripts/reproduce.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--protocol", type=Path, metavar="FILE", help="YAML file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"result folder with {VIDEOS}/")
+    parser.add_argument("--model", help="as it was given to sample.py")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="result folder to check")
+    parser.add_argument("--device", default="cpu", help="of the metrics (default: cpu)")
+    parser.add_argument(
+        "--lpips-weights", type=Path, metavar="PATH", help="AlexNet's file, or its folder"
+    )
+    options = parser.parse_args(arguments)
+    codes: list[int] = []
+    return run_command(lambda: codes.append(execute(options))) or codes[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The table of SkyReels-V2: videos of every method, their cost, their distance from vanilla's.
+# Edit the variables, or set them:      PROTOCOL=scripts/protocols/skyreels_v2_paper.yaml GPUS=8 bash scripts/reproduce_skyreels_v2.sh
+# Start it again after whatever ended it: it makes what is missing. The result is OUT/table.md, .csv
+# and .json; python scripts/reproduce.py --verify OUT checks it against videos and receipts.
+set -euo pipefail
+here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/sampling/launch.sh" # enters the Python environment
+
+PROTOCOL=${PROTOCOL:-$here/protocols/skyreels_v2_demo.yaml} # what is made; skyreels_v2_paper.yaml: as published
+MODEL=${MODEL:-}               # empty: the protocol's; a folder, or a hub id
+GPUS=${GPUS:-}                 # processes; empty: one per GPU, one on a CPU
+OUT=${OUT:-$here/../result/reproduce_skyreels_v2} # result folder
+LPIPS_WEIGHTS=${LPIPS_WEIGHTS:-} # AlexNet's file; empty: torch's cache
+
+sample_videos --protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
+python "$here/reproduce.py" --protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"} \
+    ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}

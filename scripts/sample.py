@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Make many videos, with any number of processes on any number of machines.
+
+Processes share the work through the output folder alone: each takes the next video that nobody has
+claimed, so fast ones make more. Models are loaded once per process. Every NAME.mp4 gets a receipt,
+NAME.json, written last: settings, versions, statistics and the video's SHA-256. A second start
+makes only what has no valid receipt, whatever ended the first one. A video that fails is recorded
+in NAME.error.json, the others go on; the next start tries it again.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate import PartialState
+from sampling.claims import STALE_SECONDS
+from sampling.protocol import VIDEOS, keep_protocol, read_protocol
+from sampling.renderer import Renderer
+from sampling.sources import (
+    VBENCH_DIMENSIONS,
+    Run,
+    from_lines,
+    from_physics_iq,
+    from_vbench,
+)
+from sampling.tasks import FAMILIES, Task, check_names
+from sampling.worker import Worker, say_failures
+
+from flowcache.cli import Parser, run_command
+from flowcache.errors import UserError
+from flowcache.files import check_writable
+
+EXIT_SOME_FAILED = 1
+
+EXAMPLES = """examples:
+  python scripts/sample.py skyreels_v2 --preset flowcache_fast --prompts prompts.txt --out result/a
+  python scripts/sample.py magi1 --vbench VBench/prompts --dimensions color,scene --per-prompt 5 \\
+      --out result/vbench
+  python scripts/sample.py magi1 --physics-iq physics-IQ --out result/physics prefix_frames=72
+  accelerate launch --multi_gpu --num_processes 8 scripts/sample.py skyreels_v2 \\
+      --model /data/SkyReels-V2-DF-1.3B-540P --vbench VBench/prompts --out /shared/vbench
+  python scripts/sample.py --protocol scripts/protocols/skyreels_v2_demo.yaml \\
+      --out result/reproduce_skyreels_v2
+
+Several machines: start the same command on each, with an output folder that all of them see.
+A video of VBench is named PROMPT-I.mp4, I = 0 .. per-prompt - 1, and made with the seed plus I.
+
+Exit code: 0; 1 if a video failed; 2 if something given is wrong or the disk is full.
+"""
+
+
+def make_parser() -> Parser:
+    """Return the arguments."""
+    parser = Parser(
+        prog="python scripts/sample.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("family", nargs="?", help=f"{' or '.join(FAMILIES)}")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt a line")
+    source.add_argument("--vbench", type=Path, metavar="DIR", help="VBench's folder of prompts")
+    source.add_argument("--physics-iq", type=Path, metavar="DIR", help="Physics-IQ's data")
+    source.add_argument("--protocol", type=Path, metavar="FILE", help="all videos of a table")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="output folder; a protocol's videos are in DIR/videos",
+    )
+    parser.add_argument("--preset", default="flowcache_fast", help="default: flowcache_fast")
+    parser.add_argument("--model", help="as the family's own command (default: auto)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first video of a prompt")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="videos per prompt")
+    parser.add_argument(
+        "--dimensions",
+        default=",".join(VBENCH_DIMENSIONS),
+        help="of VBench (default: the 11 of the published tables)",
+    )
+    parser.add_argument(
+        "--stale-after",
+        type=float,
+        default=STALE_SECONDS,
+        metavar="SECONDS",
+        help="after so long without a sign of life somebody else's video is made here "
+        f"(default: {STALE_SECONDS:g})",
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
+    return parser
+
+
+def list_tasks(options: argparse.Namespace) -> list[Task]:
+    """Return everything that is to be made.
+
+    Raises:
+        UserError: something given is wrong.
+    """
+    settings: list[str] = options.settings
+    family: str | None = options.family
+    if options.protocol is not None:
+        if family is not None or settings:
+            raise UserError("--protocol says family and settings: give neither beside it")
+        return read_protocol(options.protocol).tasks(options.model)
+    if family not in FAMILIES:
+        raise UserError(f"the first argument must be {' or '.join(FAMILIES)}, not {family}")
+    if options.per_prompt < 1:
+        raise UserError(f"--per-prompt must be 1 or more, not {options.per_prompt}")
+    template = Task(
+        name="",
+        family=family,
+        model=options.model or "auto",
+        preset=options.preset,
+        prompt="",
+        seed=options.seed,
+        settings=tuple(settings),
+    )
+    run = Run(template, options.per_prompt)
+    if options.prompts is not None:
+        tasks = from_lines(options.prompts, run)
+    elif options.vbench is not None:
+        tasks = from_vbench(options.vbench, run, dimensions=options.dimensions.split(","))
+    else:
+        tasks = from_physics_iq(options.physics_iq, run)
+    check_names(tasks)
+    return tasks
+
+
+def place(options: argparse.Namespace) -> Path:
+    """Return the folder of the videos; that of a protocol gets its copy first.
+
+    Raises:
+        UserError: it can't be written, or holds results of another protocol.
+    """
+    check_writable(options.out)
+    if options.protocol is None:
+        return options.out
+    keep_protocol(options.protocol, options.out)
+    return options.out / VIDEOS
+
+
+def check_kinds(tasks: Sequence[Task], renderer: Renderer) -> None:
+    """Check the settings of every kind of task once, before anything is loaded.
+
+    Raises:
+        UserError: every task of a kind would fail.
+    """
+    kinds = {(task.family, task.model, task.preset, task.settings): task for task in tasks}
+    for task in kinds.values():
+        renderer.check(task)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Make everything; return the exit code."""
+    tasks = list_tasks(options)
+    out = place(options)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    renderer = Renderer(str(state.device))
+    check_kinds(tasks, renderer)
+    worker = Worker(tasks, out, renderer.render, stale_seconds=options.stale_after)
+    try:
+        failures = worker.run(first=state.process_index * len(tasks) // state.num_processes)
+    finally:
+        state.destroy_process_group()
+    if state.is_main_process:
+        done = len(tasks) - len(failures)
+        print(f"{done} of {len(tasks)} videos are complete in {out}")
+        say_failures(failures)
+    return EXIT_SOME_FAILED if failures else 0
+
+
+def stop(_number: int, _frame: object) -> NoReturn:
+    """End as by Ctrl-C, so that claims are given back."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = make_parser().parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, stop)
+    codes: list[int] = []
+    return run_command(lambda: codes.append(execute(options))) or codes[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Claims: how processes share tasks through a folder alone, without talking to each other.
+
+The claim of a task is a file that exactly one process can create. Its owner touches it every few
+seconds. A claim whose owner is gone is *stale*: the next owner creates the file of the next
+generation, which again exactly one process can do, so no file is ever taken from somebody else.
+
+    .claims/5f2c.../0        of a process that was killed
+    .claims/5f2c.../1        of the one that makes the video now
+    .claims/5f2c.../1.work   its folder for unfinished files
+
+A process that was taken for dead by mistake (suspended for minutes) sees the newer generation and
+drops what it made.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+FOLDER = ".claims"
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 120.0
+"""Without a heartbeat, as seen by the clock of who waits: clocks of nodes may differ."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right of this process to make one video."""
+
+    folder: Path
+    generation: int
+
+    @property
+    def path(self) -> Path:
+        """Return the file that is the claim."""
+        return self.folder / str(self.generation)
+
+    @property
+    def work(self) -> Path:
+        """Return the folder for unfinished files."""
+        return self.folder / f"{self.generation}.work"
+
+    def is_valid(self) -> bool:
+        """Tell whether nobody else has taken over."""
+        return _newest(self.folder) == self.generation
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[None, None, None]:
+        """Touch the file while the body runs; remove it and what was left behind at the end."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            self.work.mkdir(exist_ok=True)
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self._remove()
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def _remove(self) -> None:
+        """Remove this generation and those before it; the claim itself goes last."""
+        for generation in range(self.generation + 1):
+            shutil.rmtree(self.folder / f"{generation}.work", ignore_errors=True)
+            (self.folder / str(generation)).unlink(missing_ok=True)
+
+
+@dataclass
+class Claims:
+    """What this process knows of the claims in an output folder."""
+
+    out: Path
+    stale_seconds: float = STALE_SECONDS
+    _seen: dict[Path, tuple[int, float]] = field(default_factory=dict)
+    """Claim -> its last touch (nanoseconds, its own clock), and when that was first seen here."""
+
+    def take(self, label: str) -> Claim | None:
+        """Claim a task; None: somebody else has it."""
+        folder = self._folder(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = _newest(folder)
+        if newest is not None and not self._is_stale(folder / str(newest)):
+            return None
+        claim = Claim(folder, 0 if newest is None else newest + 1)
+        owner = {
+            "task": label,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(timezone.utc).isoformat(),
+        }
+        try:
+            stream = claim.path.open("x", encoding="utf-8")
+        except (FileExistsError, FileNotFoundError):  # lost the race, or the folder was tidied up
+            return None
+        try:
+            with stream:
+                json.dump(owner, stream)
+        except OSError:
+            claim.path.unlink()
+            raise
+        return claim
+
+    def tidy(self, labels: list[str]) -> None:
+        """Remove the empty folders of tasks that are complete."""
+        with contextlib.suppress(OSError):
+            for label in labels:
+                with contextlib.suppress(OSError):
+                    self._folder(label).rmdir()
+            (self.out / FOLDER).rmdir()
+
+    def _folder(self, label: str) -> Path:
+        return self.out / FOLDER / hashlib.sha256(label.encode()).hexdigest()[:24]
+
+    def _is_stale(self, path: Path) -> bool:
+        """Tell whether the owner of a claim is gone."""
+        try:
+            touched = path.stat().st_mtime_ns
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return False  # just given back
+        last, since = self._seen.get(path, (None, 0.0))
+        if last != touched:
+            self._seen[path] = (touched, time.monotonic())
+            since = time.monotonic()
+        if time.monotonic() - since > self.stale_seconds:
+            return True
+        try:
+            owner = json.loads(text)
+            return owner["host"] == socket.gethostname() and not _is_running(owner["pid"])
+        except (ValueError, KeyError):  # half written: killed then, or just now
+            return False
+
+
+def _newest(folder: Path) -> int | None:
+    try:
+        generations = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    except FileNotFoundError:
+        return None
+    return max(generations, default=None)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

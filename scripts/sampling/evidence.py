@@ -1,0 +1,172 @@
+"""The result folder of a table: written, and checked again later."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowcache.errors import UserError
+from flowcache.files import write_json, write_text
+from flowcache.stats import environment
+from sampling.figures import Judge, rows_of
+from sampling.protocol import COPY, VIDEOS, Protocol, read_protocol
+from sampling.table import SCHEMA_VERSION, csv_text, markdown, plain_rows, without_times
+from sampling.tasks import Task, flaws, read_receipt, sha256_of
+
+JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
+GPU_FIELDS = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+GPU_TIMEOUT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a table is made from."""
+
+    protocol: Protocol
+    tasks: Sequence[Task]
+    out: Path
+    judge: Judge
+    notes: Sequence[str] = ()
+
+
+def write_table(evidence: Evidence, *, model: str | None) -> dict[str, Any]:
+    """Measure all videos and write the table in its three forms; return the JSON's content.
+
+    Args:
+        model: as the command line named it; None: the protocol's own.
+
+    Raises:
+        UserError: a video is missing or damaged.
+    """
+    videos, out = evidence.out / VIDEOS, evidence.out
+    missing = flaws(evidence.tasks, videos)
+    if missing:
+        label, reason = next(iter(missing.items()))
+        raise UserError(
+            f"{len(missing)} of {len(evidence.tasks)} videos are not complete ({label}: {reason}): "
+            "start the command again, it makes only those"
+        )
+    protocol = evidence.protocol
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "title": protocol.title,
+        "published_setting": protocol.published_setting,
+        "protocol_sha256": sha256_of(out / COPY),
+        "model": model,
+        "rows": plain_rows(rows_of(protocol, evidence.tasks, out, judge=evidence.judge)),
+        "metrics": list(evidence.judge.metrics),
+        "lpips_sha256": dict(evidence.judge.digests),
+        "notes": list(evidence.notes),
+        "environment": environment(evidence.judge.device),
+        "gpus": describe_gpus(),
+        "made_by": made_by(evidence.tasks, videos),
+        "receipts": {
+            task.label: {
+                "video": read_receipt(task, videos)["sha256"],
+                "receipt": sha256_of(task.path(videos, ".json")),
+            }
+            for task in evidence.tasks
+        },
+    }
+    write_json(out / JSON_FILE, report)
+    write_text(out / CSV_FILE, csv_text(report["rows"]))
+    write_text(out / MARKDOWN_FILE, markdown(report))
+    return report
+
+
+def made_by(tasks: Sequence[Task], videos: Path) -> list[dict[str, Any]]:
+    """Return the different environments in which the videos were made, and how many in each."""
+    counts: dict[str, int] = {}
+    for task in tasks:
+        text = json.dumps(read_receipt(task, videos)["environment"], sort_keys=True)
+        counts[text] = counts.get(text, 0) + 1
+    return [{"num_videos": count, **json.loads(text)} for text, count in counts.items()]
+
+
+def describe_gpus() -> list[dict[str, str]]:
+    """Return what nvidia-smi says of each GPU, clocks included; empty without it."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=GPU_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    names = GPU_FIELDS.split(",")
+    lines = run.stdout.splitlines() if run.returncode == 0 else []
+    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return [dict(zip(names, row, strict=True)) for row in cells if len(row) == len(names)]
+
+
+def read_table(out: Path) -> dict[str, Any]:
+    """Return the JSON of a result folder.
+
+    Raises:
+        UserError: there is none, or it is of another version.
+    """
+    path = out / JSON_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        version = report["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no table: {out} is not the result folder of a table") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version}, this version reads {SCHEMA_VERSION}")
+    return report
+
+
+def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
+    """Check a result folder against its receipts, and its table against its videos.
+
+    Returns: one line per contradiction; empty: everything fits.
+    """
+    copy, videos = out / COPY, out / VIDEOS
+    if not copy.is_file() or sha256_of(copy) != report["protocol_sha256"]:
+        return [f"{copy}: not the protocol of the table (SHA-256 differs)"]
+    protocol = read_protocol(copy)
+    tasks = protocol.tasks(report["model"])
+    found = [f"{label}: {reason}" for label, reason in flaws(tasks, videos).items()]
+    found += _changed_receipts(tasks, videos, report["receipts"])
+    for name, text in (
+        (CSV_FILE, csv_text(report["rows"])),
+        (MARKDOWN_FILE, markdown(report)),
+    ):
+        path = out / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            found.append(f"{path}: not what {JSON_FILE} says")
+    if found:
+        return found
+    rows = plain_rows(rows_of(protocol, tasks, out, judge=judge, is_fresh=True))
+    return _contradictions(without_times(report["rows"]), without_times(rows))
+
+
+def _changed_receipts(
+    tasks: Sequence[Task], videos: Path, stored: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """Compare every receipt with the one that the table was made from."""
+    found: list[str] = []
+    for task in tasks:
+        path = task.path(videos, ".json")
+        wanted = stored.get(task.label, {}).get("receipt")
+        if path.is_file() and sha256_of(path) != wanted:
+            found.append(f"{path}: not the receipt that the table was made from")
+    return found
+
+
+def _contradictions(
+    stored: Sequence[Mapping[str, Any]], computed: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Name every figure that differs."""
+    if [row["folder"] for row in stored] != [row["folder"] for row in computed]:
+        return [f"{JSON_FILE}: its rows are not the protocol's methods"]
+    return [
+        f"{JSON_FILE}: {key} of {row['method']} is {row[key]}, computed anew {again[key]}"
+        for row, again in zip(stored, computed, strict=True)
+        for key in row
+        if row[key] != again[key]
+    ]

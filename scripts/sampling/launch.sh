@@ -1,0 +1,24 @@
+# Launchers source this file. It enters the Python environment (made the first time) and defines:
+#
+#   sample_videos ARGUMENTS...   scripts/sample.py in $GPUS processes
+#
+# On several machines the same launcher is started on each, with one OUT that all of them see: the
+# work is shared by that folder alone.
+
+flowcache_scripts="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$flowcache_scripts/setup.sh"
+
+sample_videos() {
+    local count=${GPUS:-}
+    if [[ -z $count ]]; then
+        count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || count=1
+    fi
+    if [[ $count == 1 ]]; then
+        python "$flowcache_scripts/sample.py" "$@"
+    else
+        # --multi_gpu starts several processes on this machine, without GPUs as well
+        accelerate launch --multi_gpu --num_processes "$count" --num_machines 1 \
+            --main_process_port "${PORT:-29517}" --mixed_precision no --dynamo_backend no \
+            "$flowcache_scripts/sample.py" "$@"
+    fi
+}

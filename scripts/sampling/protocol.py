@@ -1,0 +1,151 @@
+"""A protocol: everything that a table depends on, in one YAML file whose SHA-256 names it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from flowcache.config import load_config
+from flowcache.errors import UserError
+from flowcache.files import write_text
+from flowcache.job import VIDEO_QUALITY
+from sampling.tasks import Task, check_names, sha256_of
+
+VIDEOS = "videos"
+"""Folder of the videos in a result folder."""
+METRICS_FOLDER = "metrics"
+"""Folder of what the comparison of each video gave."""
+COPY = "protocol.yaml"
+"""The protocol in a result folder."""
+
+
+@dataclass
+class Published:
+    """The figures of the paper for a row; null where it has none."""
+
+    pflops: float | None = None
+    speedup: float | None = None
+    latency_seconds: float | None = None
+    vbench: float | None = None
+    lpips: float | None = None
+    ssim: float | None = None
+    psnr: float | None = None
+
+
+@dataclass
+class Method:
+    """A row of the table."""
+
+    name: str = ""
+    """As the table shows it."""
+    folder: str = ""
+    """Of its videos; rows may share one."""
+    preset: str = ""
+    settings: list[str] = field(default_factory=list)
+    """`key=value`, after those of the protocol."""
+    part: Literal["paper", "ingredient", "baseline"] = "paper"
+    """paper: a row of the published table; ingredient: one step from vanilla to FlowCache."""
+    published: Published = field(default_factory=Published)
+
+
+@dataclass
+class Protocol:
+    """What is made, and what it is compared with."""
+
+    title: str = ""
+    family: Literal["skyreels_v2", "magi1"] = "skyreels_v2"
+    model: str = "demo"
+    """The model where the command names none."""
+    codec_quality: int = 0
+    """Of the mp4 files that are compared, as `VideoWriter` counts it."""
+    reference: str = ""
+    """Folder of the method that the others are compared with."""
+    published_setting: str = ""
+    """Model, size, machine of the published figures."""
+    seeds: list[int] = field(default_factory=list)
+    """Every prompt is made with each."""
+    prompts: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    """`key=value` of every method."""
+    methods: list[Method] = field(default_factory=list)
+
+    def check(self, path: Path) -> None:
+        """Check what the types can't say.
+
+        Raises:
+            UserError: naming the file and the key.
+        """
+        if self.codec_quality != VIDEO_QUALITY:
+            raise UserError(
+                f"{path}: codec_quality is {self.codec_quality}, but this version writes videos "
+                f"with {VIDEO_QUALITY}: the figures would be others"
+            )
+        for key in ("prompts", "seeds", "methods"):
+            if not getattr(self, key):
+                raise UserError(f"{path}: {key} is empty: name at least one")
+        kinds: dict[str, tuple[str, list[str]]] = {}
+        for method in self.methods:
+            if not method.name or not method.preset or not method.folder.replace("_", "").isalnum():
+                raise UserError(
+                    f"{path}: method {method.name or method.folder!r} needs name, preset, and a "
+                    "folder of letters, digits and _"
+                )
+            kind = (method.preset, method.settings)
+            if kinds.setdefault(method.folder, kind) != kind:
+                raise UserError(
+                    f"{path}: two methods have the folder {method.folder}, but differ in preset or "
+                    "settings: give each a folder of its own"
+                )
+        if self.reference not in kinds:
+            raise UserError(
+                f"{path}: reference is {self.reference!r}, but must be one of {', '.join(kinds)}"
+            )
+
+    def tasks(self, model: str | None) -> list[Task]:
+        """Return all videos, prompt by prompt, so that a slow hour slows all methods alike.
+
+        Args:
+            model: None: the protocol's own.
+        """
+        kinds = {method.folder: method for method in self.methods}
+        tasks = [
+            Task(
+                name=f"{index:03d}-{seed}",
+                family=self.family,
+                model=model or self.model,
+                preset=method.preset,
+                prompt=prompt,
+                seed=seed,
+                settings=(*self.settings, *method.settings),
+                folder=method.folder,
+            )
+            for index, prompt in enumerate(self.prompts)
+            for seed in self.seeds
+            for method in kinds.values()
+        ]
+        check_names(tasks)
+        return tasks
+
+
+def read_protocol(path: Path) -> Protocol:
+    """Read a protocol.
+
+    Raises:
+        UserError: it is missing or not in order.
+    """
+    protocol = load_config(Protocol, [path])
+    protocol.check(path)
+    return protocol
+
+
+def keep_protocol(path: Path, out: Path) -> None:
+    """Put a copy of the protocol into a result folder.
+
+    Raises:
+        UserError: the folder holds results of another protocol.
+    """
+    copy = out / COPY
+    if not copy.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(copy, path.read_text(encoding="utf-8"))
+    elif sha256_of(copy) != sha256_of(path):
+        raise UserError(f"{out}: holds results of another protocol than {path}: choose another OUT")

@@ -1,0 +1,119 @@
+"""One video to make, and how far it is: missing, complete, or not what its receipt says."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowcache.errors import UserError
+
+FAMILIES = ("skyreels_v2", "magi1")
+MAX_NAME_BYTES = 230
+"""255 on common file systems, less the suffixes of what lies beside a video."""
+
+BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to make."""
+
+    name: str
+    """Of the video, without `.mp4`."""
+    family: str
+    """Import package of the model, one of `FAMILIES`."""
+    model: str
+    preset: str
+    prompt: str
+    seed: int
+    settings: tuple[str, ...] = ()
+    """`key=value`."""
+    video: str | None = None
+    """Path of the clip to continue."""
+    folder: str = ""
+    """Inside the output folder; empty: the output folder itself."""
+
+    @property
+    def label(self) -> str:
+        """Name the video in messages, and tell tasks apart."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
+
+    def path(self, out: Path, suffix: str) -> Path:
+        """Return where a file of this task lies."""
+        return out / self.folder / f"{self.name}{suffix}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task as plain values, as receipts hold it."""
+        return {**dataclasses.asdict(self), "settings": list(self.settings)}
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Check that every task has a file name of its own.
+
+    Raises:
+        UserError: one has not.
+    """
+    seen: set[str] = set()
+    for task in tasks:
+        is_plain = task.name and "/" not in task.name and not task.name.startswith(".")
+        if not is_plain or len(task.name.encode()) > MAX_NAME_BYTES:
+            raise UserError(
+                f"{task.name!r} can't be the name of a video: 1 to {MAX_NAME_BYTES} bytes, "
+                "no /, no dot in front"
+            )
+        if task.label in seen:
+            raise UserError(f"two videos would be named {task.label}: leave one out")
+        seen.add(task.label)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flaw(task: Task, out: Path) -> str | None:
+    """Say why a task is not complete; None: video and receipt are there and belong together.
+
+    Raises:
+        UserError: there is a result of that name which was made otherwise; it is kept.
+    """
+    receipt = task.path(out, ".json")
+    if not receipt.is_file():
+        return "missing"
+    try:
+        report = json.loads(receipt.read_text(encoding="utf-8"))
+        stored, digest = report["task"], report["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{receipt} is no receipt of this command and is kept: choose another output folder"
+        ) from None
+    if stored != task.to_dict():
+        changed = [key for key, value in task.to_dict().items() if stored.get(key) != value]
+        raise UserError(
+            f"{receipt} is of another run ({', '.join(changed)} differ) and is kept: choose "
+            "another output folder"
+        )
+    video = task.path(out, ".mp4")
+    if not video.is_file():
+        return f"{video}: missing beside its receipt"
+    if sha256_of(video) != digest:
+        return f"{video}: not the video of its receipt (SHA-256 differs)"
+    return None
+
+
+def read_receipt(task: Task, out: Path) -> dict[str, Any]:
+    """Return what the JSON beside a complete video holds."""
+    return json.loads(task.path(out, ".json").read_text(encoding="utf-8"))
+
+
+def flaws(tasks: Iterable[Task], out: Path) -> dict[str, str]:
+    """Return for each task that is not complete why, by its label."""
+    found = {task.label: flaw(task, out) for task in tasks}
+    return {label: reason for label, reason in found.items() if reason is not None}

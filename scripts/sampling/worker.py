@@ -1,0 +1,191 @@
+"""Take tasks, make them, write receipts, until none is left: one process of any number."""
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowcache.errors import UserError
+from flowcache.files import write_json
+from sampling.claims import STALE_SECONDS, Claim, Claims
+from sampling.tasks import Task, flaw, sha256_of
+
+logger = logging.getLogger(__name__)
+
+ERROR_SUFFIX = ".error.json"
+POLL_SECONDS = 1.0
+"""Between two looks at tasks that others have claimed."""
+TRIAL_BYTES = 2**22
+"""Written after a failure to tell a full disk from anything else."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How a full disk, a used up quota, and a limit of the file size are reported."""
+
+Render = Callable[[Task, Path], dict[str, Any]]
+"""Makes a video in a folder, and returns what its JSON holds."""
+
+
+class DiskFullError(UserError):
+    """Nothing more can be written; going on would fail every task."""
+
+
+@dataclass
+class Worker:
+    """The work of one process."""
+
+    tasks: Sequence[Task]
+    out: Path
+    render: Render
+    stale_seconds: float = STALE_SECONDS
+    poll_seconds: float = POLL_SECONDS
+    claims: Claims = field(init=False)
+    old_errors: dict[str, str | None] = field(init=False)
+    """What error files held at the start: such tasks are tried once more."""
+
+    def __post_init__(self) -> None:
+        self.claims = Claims(self.out, self.stale_seconds)
+        self.old_errors = {task.label: self._error_text(task) for task in self.tasks}
+
+    def run(self, *, first: int = 0) -> dict[str, str]:
+        """Make what is missing and wait for what others make.
+
+        Args:
+            first: where in the list to begin, so that processes do not all try the same task.
+
+        Returns: for each failed task, by its label, why it failed.
+
+        Raises:
+            DiskFullError: the disk is full; what is complete stays.
+        """
+        try:
+            return self._run(first)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise full_disk(self.out, error) from None
+
+    def _run(self, first: int) -> dict[str, str]:
+        failures: dict[str, str] = {}
+        pending = [*self.tasks[first:], *self.tasks[:first]]
+        while pending:
+            waiting: list[Task] = []
+            for task in pending:
+                if not self._try(task, failures):
+                    waiting.append(task)
+            if len(waiting) == len(pending):
+                time.sleep(self.poll_seconds)
+            pending = waiting
+        self.claims.tidy([task.label for task in self.tasks])
+        return {task.label: failures[task.label] for task in self.tasks if task.label in failures}
+
+    def _try(self, task: Task, failures: dict[str, str]) -> bool:
+        """Bring a task forward; tell whether it is over: complete or failed."""
+        if self._is_over(task, failures):
+            return True
+        claim = self.claims.take(task.label)
+        if claim is None:
+            return False
+        with claim.held():
+            # another process may have ended it between the look and the claim
+            if not self._is_over(task, failures):
+                self._make(task, claim)
+        return self._is_over(task, failures)
+
+    def _is_over(self, task: Task, failures: dict[str, str]) -> bool:
+        reason = flaw(task, self.out)
+        if reason is None:
+            return True
+        text = self._error_text(task)
+        if text is not None and text != self.old_errors[task.label]:
+            failures[task.label] = json.loads(text)["error"]
+            return True
+        return False
+
+    def _make(self, task: Task, claim: Claim) -> None:
+        reason = flaw(task, self.out)
+        if reason != "missing":
+            logger.warning("%s: it is made again", reason)
+            task.path(self.out, ".json").unlink()
+        try:
+            report = self.render(task, claim.work)
+            if claim.is_valid():
+                publish(task, self.out, claim.work, report=report)
+                task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
+        except Exception as error:  # noqa: BLE001 - whatever fails, the other tasks go on
+            check_disk(claim.work)
+            self._record(task, error)
+
+    def _record(self, task: Task, error: Exception) -> None:
+        line = " ".join(f"{error}".split()) or type(error).__name__
+        if not isinstance(error, UserError):
+            line = f"{type(error).__name__}: {line}"
+        logger.error("failed: %s: %s", task.label, line)
+        path = task.path(self.out, ERROR_SUFFIX)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "error": line,
+            "task": task.to_dict(),
+            "traceback": traceback.format_exception(error),
+            "when_ns": time.time_ns(),
+        }
+        write_json(path, content)
+
+    def _error_text(self, task: Task) -> str | None:
+        try:
+            return task.path(self.out, ERROR_SUFFIX).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+
+def publish(task: Task, out: Path, work: Path, *, report: dict[str, Any]) -> None:
+    """Move a finished video to its place and write its receipt, which makes it count."""
+    made = work / str(report["video"])
+    target = task.path(out, ".mp4")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    receipt = {
+        **report,
+        "video": target.name,
+        "task": task.to_dict(),
+        "sha256": sha256_of(made),
+        "num_bytes": made.stat().st_size,
+    }
+    os.replace(made, target)
+    write_json(target.with_suffix(".json"), receipt)
+
+
+def check_disk(folder: Path) -> None:
+    """Try to write a little.
+
+    Raises:
+        DiskFullError: it can't be done.
+    """
+    trial = folder / "trial"
+    try:
+        with trial.open("wb") as stream:
+            stream.write(bytes(TRIAL_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+        trial.unlink()
+    except OSError as error:
+        raise full_disk(folder, error) from None
+
+
+def full_disk(folder: Path, error: OSError) -> DiskFullError:
+    """Say that nothing can be written any more, and why."""
+    return DiskFullError(
+        f"{folder}: nothing more can be written ({error.strerror}): make room and start again; "
+        "what is complete stays"
+    )
+
+
+def say_failures(failures: dict[str, str]) -> None:
+    """List what failed on standard error."""
+    for label, reason in failures.items():
+        sys.stderr.write(f"failed: {label}: {reason}\n")
