@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=options.out,
         overwrite=options.overwrite,
         record=options.record,
+        replay=options.replay,
         download=options.download,
     )
     return run_command(lambda: execute(request, is_dry=options.dry_run))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
-from flowcache.reuse import Observe, ResultStore
+from flowcache.reuse import Observe, Policies, ResultStore
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
 from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
 from magi1.dit import DiT
-from magi1.sampler import ClipSampler
+from magi1.sampler import ALL_BRANCHES, ClipSampler
 from magi1.schedule import Clip, Clock
 from magi1.settings import RunConfig
 
@@ -70,6 +70,7 @@ def generate(
     stats: RunStats,
     draw: Draw | None = None,
     observe: Observe | None = None,
+    policies: Policies | None = None,
 ) -> Iterator[Progress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
@@ -78,6 +79,8 @@ def generate(
         vae: encodes and decodes; it may be elsewhere.
         draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
         observe: is shown the velocities of computed steps.
+        policies: decide what is computed, in segment 0 and branch `ALL_BRANCHES`; default: as the
+            settings say.
     """
     codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats)
     if draw is None:
@@ -102,7 +105,7 @@ def generate(
         null_caption=null_caption(
             dit.null_caption, tokens=conditioning.tokens, choice=config.tokens
         ),
-        policy=policy_of(config),
+        policy=policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES),
         stats=stats,
         results=ResultStore(config.reuse.extrapolate),
         prefix=prefix,

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=options.out,
         overwrite=options.overwrite,
         record=options.record,
+        replay=options.replay,
     )
     return run_command(lambda: execute(request, is_dry=options.dry_run))
 

@@ -58,6 +58,11 @@ def sampling_of(config: RunConfig) -> Sampling:
     )
 
 
+def branches_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the guidance passes by name."""
+    return ("cond", "uncond") if config.guidance > 1 else ("cond",)
+
+
 def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
     """Return the name and the function that turn a distance into what is accumulated.
 

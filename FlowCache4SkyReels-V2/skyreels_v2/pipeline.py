@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
-from flowcache.reuse import Observe, ResultStore
+from flowcache.reuse import Observe, Policies, ResultStore, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
@@ -93,6 +93,7 @@ def generate(
     stats: RunStats,
     draw: Draw | None = None,
     observe: Observe | None = None,
+    policies: Policies | None = None,
 ) -> Iterator[Progress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
@@ -101,6 +102,7 @@ def generate(
         vae: encodes and decodes; it may be elsewhere.
         draw: makes all noise; default: from a generator seeded with `config.seed`.
         observe: is shown the velocities of computed steps.
+        policies: decide what is computed; default: as the settings say.
     """
     device = dit.patch_embedding.weight.device
     if draw is None:
@@ -110,13 +112,32 @@ def generate(
     tail = conditioning.video
     for segment in segments:
         maker = _SegmentMaker(
-            dit, vae, config, conditioning, contexts, segment, len(segments), stats, draw, observe
+            dit,
+            vae,
+            config,
+            conditioning,
+            contexts,
+            segment,
+            len(segments),
+            stats,
+            draw,
+            observe,
+            policies or _settings_policies(config, dit),
         )
         for tick, frames in maker.run(tail):
             yield Progress(segment, len(segments), tick, frames)
             if frames is not None and config.overlap_history is not None:
                 known = frames if tail is None else torch.cat([tail, frames], dim=1)
                 tail = known[:, -config.overlap_history :]
+
+
+def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
+    make_policy = policy_maker(config, dit.config)
+
+    def policy_of(*, segment: int, branch: str) -> ReusePolicy:  # noqa: ARG001
+        return make_policy()
+
+    return policy_of
 
 
 def _encode_contexts(
@@ -150,6 +171,7 @@ class _SegmentMaker:
     stats: RunStats
     draw: Draw
     observe: Observe | None
+    policies: Policies
 
     def __post_init__(self) -> None:
         self.device = self.dit.patch_embedding.weight.device
@@ -205,7 +227,6 @@ class _SegmentMaker:
 
     def _sampler(self, latents: Tensor) -> WindowSampler:
         config = self.config
-        make_policy = policy_maker(config, self.dit.config)
         return WindowSampler(
             self.dit,
             latents,
@@ -214,7 +235,7 @@ class _SegmentMaker:
             branches={
                 name: Branch(
                     context=context,
-                    policy=make_policy(),
+                    policy=self.policies(segment=self.segment.index, branch=name),
                     results=ResultStore(config.reuse.extrapolate),
                     caches=self._caches(),
                 )

@@ -8,6 +8,7 @@ from flowcache.cli import gigabytes
 from flowcache.scoring import scoring_bytes
 from skyreels_v2 import flops
 from skyreels_v2.build import (
+    branches_of,
     compression_of,
     kv_capacity,
     sampling_of,
@@ -72,7 +73,7 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
     Raises:
         UserError: frames, chunks or resolution don't fit each other.
     """
-    num_branches = 2 if config.guidance > 1 else 1
+    num_branches = len(branches_of(config))
     frame_tokens = tokens_per_frame(config)
     segments = segments_of(config)
     plans: list[SegmentPlan] = []

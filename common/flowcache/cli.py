@@ -64,6 +64,11 @@ def run_parser(
         help="write NAME.record.json, too: what each pass cost and what the KV caches held",
     )
     parser.add_argument(
+        "--replay",
+        metavar="RECORD",
+        help="compute what a recorded run of the same settings computed, instead of deciding anew",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help=f"check everything, print the plan, make nothing; {dry_run}",

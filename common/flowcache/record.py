@@ -5,6 +5,7 @@
     write_record(path, build_record(stats, video="a.mp4", ...))
     record = read_record(path)
     for line in alarms(record): ...                           # what looks wrong
+    check_replay(record, ticks={0: ticks}, branches=["cond"])  # that this run can make them, too
     policy = replay_policies(record, segment=0, branch="cond")
 
 `flops` and `seconds` of a decision are those of the chunk's own passes; embeddings and clean passes
@@ -14,22 +15,25 @@ are in the totals of the run only. Distances that are not finite are written as 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from flowcache.errors import UserError
 from flowcache.files import write_json
-from flowcache.reuse import Replay
+from flowcache.reuse import Replay, compute_together
+from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
 
 RECORD_SCHEMA_VERSION = 1
+REPLAY = "replay"
+"""The policy of a run that makes recorded decisions again."""
 NOT_FINITE = ("nan", "inf", "-inf")
 MIN_CONSTANT = 3
 """So many equal distances of one chunk are no accident."""
 
-Record: TypeAlias = "dict[str, Any]"
+Record: TypeAlias = dict[str, Any]
 """Plain values as in the JSON file."""
 
 
@@ -274,10 +278,53 @@ def replay_policies(record: Record, *, segment: int, branch: str) -> Replay:
     return Replay(dict(ticks))
 
 
+def check_replay(
+    record: Record,
+    *,
+    ticks: Mapping[int, Sequence[Tick]],
+    branches: Collection[str],
+    is_whole_window: bool = False,
+) -> None:
+    """Check that a run can make the decisions of a record.
+
+    Args:
+        ticks: segment -> what the run will do.
+        branches: guidance branches of the run that decide.
+        is_whole_window: whether the run computes all chunks of a tick, or none.
+
+    Raises:
+        UserError: the record has other segments, branches, ticks, chunks or steps, or reuses what
+            the run has to compute.
+    """
+    rows = record["decisions"]
+    more = {(row["segment"], row["branch"]) for row in rows}
+    more -= {(segment, branch) for segment in ticks for branch in branches}
+    if more:
+        segment, branch = min(more)
+        raise UserError(
+            f"the record does not fit this run: it has decisions of segment {segment}, branch "
+            f"{branch}, which the run does not make; replay it with the settings it was made with"
+        )
+    for segment, own in ticks.items():
+        for branch in branches:
+            policy = replay_policies(record, segment=segment, branch=branch)
+            stored: set[int] = set()
+            for tick in own:
+                known = tick.steps if is_whole_window and stored else stored
+                plan = policy.plan(tick, {}, stored=known)
+                computed = {chunk for chunk, decision in plan.items() if decision.is_computed}
+                if is_whole_window:
+                    compute_together(policy, plan)
+                stored |= computed
+
+
 def alarms(record: Record) -> list[str]:
-    """Return a line for each sign that a cache did not do what it is for; [] without caching."""
+    """Return a line for each sign that a cache did not do what it is for.
+
+    None without caching, and none of a replay, which decides nothing itself.
+    """
     rows = cast("list[Record]", record["decisions"])
-    if record["policy"] == "vanilla" or not rows:
+    if record["policy"] in ("vanilla", REPLAY) or not rows:
         return []
     threshold = cast("float | None", record["threshold"])
     series: dict[tuple[int, str, int], list[Record]] = defaultdict(list)

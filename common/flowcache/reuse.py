@@ -235,6 +235,22 @@ class Replay(ReusePolicy):
                 raise _unfit(f"it reuses chunk {chunk} in tick {tick.index}, but nothing is stored")
         return decisions
 
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        """Refuse a run that computes more than was recorded.
+
+        Raises:
+            UserError: always.
+        """
+        raise _unfit(f"it reuses chunks {sorted(chunks)} where the run has to compute them")
+
+
+class Policies(Protocol):
+    """Makes the policy of a guidance branch in a segment."""
+
+    def __call__(self, *, segment: int, branch: str) -> ReusePolicy:
+        """Return a new policy."""
+        ...
+
 
 def _unfit(reason: str) -> UserError:
     return UserError(

@@ -9,9 +9,16 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
-from flowcache.record import alarms, build_record, read_record, replay_policies, write_record
+from flowcache.record import (
+    alarms,
+    build_record,
+    check_replay,
+    read_record,
+    replay_policies,
+    write_record,
+)
 from flowcache.reuse import Decision
-from flowcache.schedule import staggered
+from flowcache.schedule import Tick, staggered
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
 
@@ -213,3 +220,48 @@ def test_a_record_of_another_run_is_refused(
 def test_a_record_without_the_segment_or_branch_is_refused(segment: int, branch: str):
     with pytest.raises(UserError, match="the record does not fit this run: it has no decisions"):
         replay_policies(recorded(), segment=segment, branch=branch)
+
+
+def two_chunks() -> list[Tick]:
+    return staggered(range(2), num_steps=NUM_STEPS, lag=2)
+
+
+def test_a_record_that_fits_passes_the_check():
+    check_replay(recorded(), ticks={0: two_chunks()}, branches=["cond"])
+
+
+def test_a_record_of_more_segments_than_the_run_is_refused_before_it_starts():
+    record = recorded()
+    record["decisions"] += [{**row, "segment": 1} for row in record["decisions"]]
+    with pytest.raises(UserError, match="decisions of segment 1, branch cond, which the run does"):
+        check_replay(record, ticks={0: two_chunks()}, branches=["cond"])
+
+
+def test_a_record_of_fewer_branches_than_the_run_is_refused_before_it_starts():
+    with pytest.raises(UserError, match="it has no decisions of segment 0, branch uncond"):
+        check_replay(recorded(), ticks={0: two_chunks()}, branches=["cond", "uncond"])
+
+
+def test_a_record_that_reuses_before_it_computes_is_refused_before_the_run_starts():
+    record = recorded()
+    for row in record["decisions"]:
+        row["computed"] = row["step"] > 0
+    with pytest.raises(UserError, match="it reuses chunk 0 in tick 0, but nothing is stored"):
+        check_replay(record, ticks={0: two_chunks()}, branches=["cond"])
+
+
+def test_a_run_that_computes_all_chunks_together_refuses_decisions_of_single_chunks():
+    record = recorded()
+    with pytest.raises(UserError, match=r"it reuses chunks \[0\] where the run has to compute"):
+        check_replay(record, ticks={0: two_chunks()}, branches=["cond"], is_whole_window=True)
+    for row in record["decisions"]:
+        row["computed"] = row["tick"] in (0, 4)  # chunk 1 enters in tick 2, where all is reused
+    check_replay(record, ticks={0: two_chunks()}, branches=["cond"], is_whole_window=True)
+
+
+def test_a_replay_raises_no_alarm():
+    record = recorded(policy="replay", threshold=None)
+    for row in record["decisions"]:
+        row["computed"], row["distance"], row["accumulated"] = True, None, None
+    assert alarms(record) == []
+    assert alarms({**record, "policy": "stride"}) != []

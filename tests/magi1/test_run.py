@@ -223,7 +223,7 @@ def test_a_vae_of_other_latents_is_refused(distilled: Path, tmp_path: Path):
     for name in ("load", "t5_pretrained", "vae_pretrained"):
         document["runtime_config"][name] = str(distilled / document["runtime_config"][name])
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="patch_length is 4, but the transformer takes 8"):
+    with pytest.raises(UserError, match="the VAE's patch_length is 4, the transformer takes 8"):
         prepare(Request(model=str(tmp_path), overrides=["prompt=a cat"], out=str(tmp_path)))
 
 

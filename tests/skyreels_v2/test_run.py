@@ -58,6 +58,7 @@ def test_a_run_writes_a_video_that_plays_and_its_json(make: Make):
         "model",
         "attention_kernel",
         "config",
+        "replay",
         "environment",
         "stats",
     }
