@@ -124,7 +124,7 @@ MODEL_4_5B = ModelConfig(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model_4_5b() -> ModelConfig:
     """The released 4.5B model."""
     return MODEL_4_5B

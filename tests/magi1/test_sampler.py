@@ -92,31 +92,22 @@ def test_chunk_wise_reuse_gives_the_reference_decisions_and_clip(golden: Callabl
 
 
 @pytest.fixture(scope="module")
-def dit() -> DiT:
+def dit(model_4_5b: ModelConfig) -> DiT:
     torch.manual_seed(0)
-    config = ModelConfig(
-        model_name="videodit_ardf",
+    config = replace(
+        model_4_5b,
         num_layers=2,
         hidden_size=16,
         ffn_hidden_size=24,
         num_attention_heads=2,
         num_query_groups=2,
         kv_channels=8,
-        layernorm_epsilon=1e-6,
-        apply_layernorm_1p=True,
-        x_rescale_factor=1.0,
-        half_channel_vae=False,
         params_dtype="torch.float32",
-        patch_size=2,
-        t_patch_size=1,
         in_channels=4,
         out_channels=4,
         cond_hidden_ratio=0.5,
         caption_channels=6,
         caption_max_length=12,
-        xattn_cond_hidden_ratio=1.0,
-        cond_gating_ratio=1.0,
-        gated_linear_unit=False,
     )
     return DiT(config).eval().requires_grad_(False)
 
