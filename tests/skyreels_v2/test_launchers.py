@@ -144,9 +144,15 @@ def test_every_launcher_plans_on_the_demo_checkpoint(
     assert "model        demo, diffusers layout" in capsys.readouterr().out
 
 
-def test_a_launcher_makes_videos_with_fresh_names_and_reports_mistakes(
-    copy: Path, small: Path, tmp_path: Path
+def test_a_missing_picture_is_told_in_one_line(
+    launch: Launch, small: Path, capsys: pytest.CaptureFixture[str]
 ):
+    assert main(launch("flowcache_fast", MODEL=str(small), IMAGE="missing.png")) == 2
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "error: missing.png: no such file\n")
+
+
+def test_a_launcher_makes_a_video_beside_itself(copy: Path, small: Path, tmp_path: Path):
     use_python(tmp_path, script=f'exec "{sys.executable}" "$@"')
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -157,9 +163,3 @@ def test_a_launcher_makes_videos_with_fresh_names_and_reports_mistakes(
     assert "wrote " in done.stderr
     assert probe(copy / "result" / "flowcache_kvcompress-3.mp4").num_frames == 17
     assert not list(elsewhere.iterdir())
-    refused = run_launcher(
-        copy, "flowcache_fast", cwd=elsewhere, MODEL=str(small), IMAGE="missing.png"
-    )
-    assert refused.returncode == 2
-    assert refused.stderr == "error: missing.png: no such file\n"
-    assert refused.stdout == ""
