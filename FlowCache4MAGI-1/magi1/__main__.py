@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   python -m magi1 --preset vanilla --model /data/4.5B_distill_config.json \\
       --prompt "a cat sitting on the grass" runtime_config.num_frames=240 reuse.threshold=0.02
   python -m magi1 --preset flowcache_fast --model 4.5B_distill --prompt "..." --dry-run
+  python -m magi1 --model demo --prompt "..." --out a.mp4 --record
+  python -m magi1 --model demo --prompt "..." --out b.mp4 --replay a.record.json
 
 Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
 progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision

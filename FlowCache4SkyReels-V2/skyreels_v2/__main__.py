@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   python -m skyreels_v2 --preset vanilla --model /data/SkyReels-V2-DF-1.3B-540P \\
       --prompt "a swan on a lake" num_frames=97 seed=7 reuse.threshold=0.2
   python -m skyreels_v2 --preset flowcache_fast --prompt "..." --dry-run
+  python -m skyreels_v2 --model demo --prompt "..." --out a.mp4 --record
+  python -m skyreels_v2 --model demo --prompt "..." --out b.mp4 --replay a.record.json
 
 Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
 progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
