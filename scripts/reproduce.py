@@ -25,6 +25,15 @@ from flowcache.errors import UserError
 
 EXIT_CONTRADICTION = 1
 
+# in our own words: those of make_network name folders of this machine
+NO_LPIPS = (
+    "LPIPS is empty: the weights of AlexNet were not there; scripts/compare.py --help says where "
+    "they are looked for"
+)
+OTHER_BACKBONE = (
+    "LPIPS is not comparable with published values: its backbone is not the released AlexNet"
+)
+
 EXAMPLES = """examples:
   bash scripts/reproduce_skyreels_v2.sh
   bash scripts/reproduce_magi1.sh
@@ -48,7 +57,9 @@ def make_judge(
     has_lpips = network.network is not None
     usable = tuple(metric for metric in metrics if metric != "lpips" or has_lpips)
     judge = Judge(usable, network.network, network.digests, place)
-    return judge, [network.note] if network.note else []
+    if has_lpips or "lpips" not in metrics:
+        return judge, [OTHER_BACKBONE] if network.note else []
+    return judge, [NO_LPIPS]
 
 
 def execute(options: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says of a method: means over its videos."""
+    """What the table says of a method: means over its videos, medians of times."""
 
     method: Method
     num_videos: int
@@ -86,7 +86,10 @@ def ratio(base: Row, row: Row, key: str) -> float | None:
 
 
 def costs(receipts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Return the means of what receipts say; None where not all have a value."""
+    """Return the means of what receipts say, and the medians of times.
+
+    A process's first video takes longer than the others, and it is always the reference's.
+    """
 
     def stage(name: str) -> Callable[[Mapping[str, Any]], float]:
         return lambda stats: stats["stages"].get(name, {}).get("seconds", 0.0)
@@ -104,18 +107,18 @@ def costs(receipts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
             stats["peak_memory"]["bytes"] if stats["peak_memory"]["of"] == "CUDA tensors" else None
         ),
     }
-    figures = {
-        key: mean([read(receipt["stats"]) for receipt in receipts]) for key, read in reads.items()
-    }
+    values = {key: [read(receipt["stats"]) for receipt in receipts] for key, read in reads.items()}
     for key in ("first_frames_seconds", "kv_cache_bytes"):
-        figures[key] = mean([receipt[key] for receipt in receipts])
-    return figures
+        values[key] = [receipt[key] for receipt in receipts]
+    return {key: middle(key, found) for key, found in values.items()}
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None if a value is missing."""
+def middle(key: str, values: Sequence[float | None]) -> float | None:
+    """Return the median of times, else the mean; None if a value is missing."""
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    if len(known) < len(values):
+        return None
+    return statistics.median(known) if key.endswith("_seconds") else statistics.fmean(known)
 
 
 def compared(

@@ -56,8 +56,8 @@ NOTES = (
     "protocol differs from",
     "PFLOPs: counted by closed forms while the run decides; the published count takes "
     "SkyReels-V2's full attention as if it were causal",
-    "latency: texts, denoising, decoding and writing of one video with loaded models; speed-up: "
-    "the reference's latency by the row's",
+    "latency: texts, denoising, decoding and writing of one video with loaded models; times are "
+    "medians over videos; speed-up: the reference's latency by the row's",
     "LPIPS, SSIM, PSNR: of the mp4 files against the reference's, mean over videos",
     "KV cache: what is reserved for all layers and branches; peak: tensors on the GPU, empty on a "
     "CPU",

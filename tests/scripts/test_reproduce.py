@@ -185,6 +185,13 @@ def test_the_figures_are_those_of_videos_and_receipts(made: Path):
     assert ours["peak_memory_bytes"] is None or torch.cuda.is_available()
 
 
+def test_times_are_medians_so_that_a_slow_first_video_does_not_count():
+    middle = importlib.import_module("sampling.figures").middle
+    assert middle("latency_seconds", [9.0, 2.0, 3.0]) == 3.0
+    assert middle("pflops", [9.0, 2.0, 4.0]) == 5.0
+    assert middle("latency_seconds", [9.0, None]) is None
+
+
 def test_the_csv_holds_the_json_s_numbers_in_full(made: Path):
     with (made / "out" / "table.csv").open() as stream:
         rows = list(csv.DictReader(stream))
