@@ -3,7 +3,7 @@
 import importlib
 import logging
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Renderer:
         loaded = self._load(task, job)
         stats = RunStats(job.device)
         conditioning = run.encode_inputs(job, stats=stats, encoder=loaded.encoder)
-        report = run.render(job, loaded.models, conditioning, stats=stats)
+        report = run.render(_only_new(task, job), loaded.models, conditioning, stats=stats)
         return {**report, "kv_cache_bytes": job.plan.kv_bytes}
 
     def _prepare(self, task: Task, folder: Path) -> Any:
@@ -85,6 +85,13 @@ class Renderer:
 def _module(family: str) -> Any:
     """Import a family's `run`: only the one that is needed."""
     return importlib.import_module(f"{family}.run")
+
+
+def _only_new(task: Task, job: Any) -> Any:
+    """Leave the given clip out of the video, as MAGI-1 does: evaluations want the new frames."""
+    if task.family != "skyreels_v2" or task.video is None:
+        return job
+    return replace(job, media=replace(job.media, video=None))
 
 
 def _identity(task: Task, job: Any) -> Hashable:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from flowcache.video import VideoWriter
+from flowcache.video import VideoWriter, probe
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
@@ -505,7 +505,9 @@ def test_a_broken_clip_fails_alone_and_is_listed(
     last = captured.err.splitlines()[-1]
     assert last.startswith("failed: 0002_perspective-right_trimmed-ball: ")
     assert "not a video that can be read" in last
-    assert list(videos(tmp_path / "out")) == ["0001_perspective-left_trimmed-ball.mp4"]
+    made = tmp_path / "out" / "0001_perspective-left_trimmed-ball.mp4"
+    assert list(videos(tmp_path / "out")) == [made.name]
+    assert probe(made).num_frames == 9 - 5  # the given ones are left out
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Physics-IQ's clips continued without caching: every step of every chunk is computed.
-# The videos begin with the given clip: cut off its frames before the evaluation.
+# The videos hold the new frames only, as the evaluation wants them.
 # Edit the variables, or set them:      DATA=physics-IQ GPUS=8 bash scripts/sample/vanilla_physicsiq.sh
 # Settings follow as key=value. Start it again after whatever ended it: it makes what is missing.
 # On several machines start it on each, with one OUT that all of them see.
