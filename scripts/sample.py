@@ -36,6 +36,9 @@ from flowcache.files import check_writable
 
 EXIT_SOME_FAILED = 1
 
+DEFAULTS = {"preset": "flowcache_fast", "seed": 0, "per_prompt": 1}
+"""What a protocol says itself."""
+
 EXAMPLES = """examples:
   python scripts/sample.py skyreels_v2 --preset flowcache_fast --prompts prompts.txt --out result/a
   python scripts/sample.py magi1 --vbench VBench/prompts --dimensions color,scene --per-prompt 5 \\
@@ -74,10 +77,12 @@ def make_parser() -> Parser:
         metavar="DIR",
         help="output folder; a protocol's videos are in DIR/videos",
     )
-    parser.add_argument("--preset", default="flowcache_fast", help="default: flowcache_fast")
+    parser.add_argument("--preset", help="default: flowcache_fast")
     parser.add_argument("--model", help="as the family's own command (default: auto)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first video of a prompt")
-    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="videos per prompt")
+    parser.add_argument("--seed", type=int, help="of the first video of a prompt (default: 0)")
+    parser.add_argument(
+        "--per-prompt", type=int, metavar="N", help="videos per prompt (default: 1)"
+    )
     parser.add_argument(
         "--dimensions",
         default=",".join(VBENCH_DIMENSIONS),
@@ -91,6 +96,7 @@ def make_parser() -> Parser:
         help="after so long without a sign of life somebody else's video is made here "
         f"(default: {STALE_SECONDS:g})",
     )
+    parser.set_defaults(**DEFAULTS)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
     return parser
 
@@ -106,6 +112,10 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
     if options.protocol is not None:
         if family is not None or settings:
             raise UserError("--protocol says family and settings: give neither beside it")
+        for name, default in DEFAULTS.items():
+            if getattr(options, name) != default:
+                option = name.replace("_", "-")
+                raise UserError(f"--protocol says the {name}: leave out --{option}")
         return read_protocol(options.protocol).tasks(options.model)
     if family not in FAMILIES:
         raise UserError(f"the first argument must be {' or '.join(FAMILIES)}, not {family}")

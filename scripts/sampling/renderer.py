@@ -1,7 +1,7 @@
 """Make videos one after the other with models that are loaded once."""
 
 import importlib
-import logging
+import tempfile
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 from flowcache.cli import choose_device
 from flowcache.stats import RunStats
 from sampling.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 SEED_KEYS = {"skyreels_v2": "seed", "magi1": "runtime_config.seed"}
 """Family -> its setting of the seed."""
@@ -42,7 +40,8 @@ class Renderer:
         """
         choose_device(self.device)
         plain = Task("check", task.family, task.model, task.preset, "-", 0, task.settings)
-        self._prepare(plain, Path())
+        with tempfile.TemporaryDirectory() as folder:
+            self._prepare(plain, Path(folder))
 
     def render(self, task: Task, folder: Path) -> dict[str, Any]:
         """Make one video in a folder; return what its JSON holds.

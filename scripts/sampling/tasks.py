@@ -85,11 +85,11 @@ def flaw(task: Task, out: Path) -> str | None:
         UserError: there is a result of that name which was made otherwise; it is kept.
     """
     receipt = task.path(out, ".json")
-    if not receipt.is_file():
-        return "missing"
     try:
         report = json.loads(receipt.read_text(encoding="utf-8"))
         stored, digest = report["task"], report["sha256"]
+    except FileNotFoundError:
+        return "missing"
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{receipt} is no receipt of this command and is kept: choose another output folder"
@@ -101,11 +101,11 @@ def flaw(task: Task, out: Path) -> str | None:
             "another output folder"
         )
     video = task.path(out, ".mp4")
-    if not video.is_file():
+    try:
+        is_same = sha256_of(video) == digest
+    except FileNotFoundError:
         return f"{video}: missing beside its receipt"
-    if sha256_of(video) != digest:
-        return f"{video}: not the video of its receipt (SHA-256 differs)"
-    return None
+    return None if is_same else f"{video}: not the video of its receipt (SHA-256 differs)"
 
 
 def read_receipt(task: Task, out: Path) -> dict[str, Any]:
