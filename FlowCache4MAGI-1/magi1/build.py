@@ -8,9 +8,10 @@ from flowcache.cli import DTYPES
 from flowcache.compress import TokenLayout
 from flowcache.reuse import ReusePolicy
 from flowcache.settings import policy_maker, strategy_of
+from flowcache.tune.profile import Setting
 from magi1.config import PIXELS_PER_TOKEN
 from magi1.sampling import KVBudget, Sampling
-from magi1.schedule import Clip
+from magi1.schedule import SHIFT, Clip, Clock
 from magi1.settings import RunConfig
 
 VAE_STRIDE = 8
@@ -40,6 +41,17 @@ def sampling_of(config: RunConfig) -> Sampling:
         nearly_clean_pass=config.passes.nearly_clean_pass,
         prev_share=config.passes.prev_share,
         quantity=config.reuse.predict,
+    )
+
+
+def setting_of(config: RunConfig) -> Setting:
+    """Return what a profile must fit."""
+    run, guidance = config.runtime_config, sampling_of(config).guidance
+    scales: list[float] = []
+    if guidance is not None:
+        scales = [*guidance.t_range, *guidance.prev_scales, *guidance.text_scales]
+    return Setting(
+        num_steps=run.num_steps, shift=SHIFT, lag=Clock.of(config).stage, guidance=scales
     )
 
 

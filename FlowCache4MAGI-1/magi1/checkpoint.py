@@ -10,13 +10,14 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from flowcache.errors import UserError
+from flowcache.tune import profile
 from flowcache.weights import StoredTensor, find_shards, load_into, match, read
 from magi1 import text, vae
 from magi1.config import MagiConfig
@@ -228,6 +229,22 @@ def check(checkpoint: Checkpoint) -> None:
     check_dit(checkpoint.config, checkpoint.dit_files)
     vae.check(checkpoint.vae)
     text.check(checkpoint.text_encoder, width=checkpoint.config.model_config.caption_channels)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return a hash of the transformer, see `profile.fingerprint`.
+
+    Little of the files is read; packed shards are unpacked for it, one at a time.
+    """
+    config = checkpoint.config
+    sizes = asdict(config.model_config)
+    del sizes["params_dtype"]  # of the run, not of the weights
+    engine = config.engine_config
+    # the steps that a distilled model was made for are told by its JSON alone
+    sizes |= {"distill": engine.distill, "shortcut_mode": engine.shortcut_mode}
+    dit = _empty_dit(config)
+    weights = match(dit, _fitting(dit, read_shards(checkpoint.dit_files)))
+    return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
 
 
 def load_dit(

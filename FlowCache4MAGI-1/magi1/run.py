@@ -1,6 +1,7 @@
 """One run from its settings to the mp4 and the JSON beside it."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,11 @@ from flowcache.job import (
 from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
+from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
 from flowcache.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints
 from magi1 import text, vae
-from magi1.build import VAE_STRIDE, clip_of, dtype_of
+from magi1.build import VAE_STRIDE, clip_of, dtype_of, setting_of
 from magi1.captions import SpecialTokens, load_special_tokens
 from magi1.checkpoint import Checkpoint
 from magi1.dit import DiT
@@ -92,7 +94,7 @@ def prepare(request: Request) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
-    preset, source, config = _read_settings(request)
+    preset, source, config = read_settings(request)
     device = choose_device(config.device)
     dtype = dtype_of(config, device)
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
@@ -103,6 +105,7 @@ def prepare(request: Request) -> Job:
     checkpoint = checkpoints.find(config)
     tokens = _read_tokens(config, source)
     checkpoints.check(checkpoint)
+    check_tuned_for(config.reuse, partial(checkpoints.fingerprint, checkpoint))
     _check_vae(config, checkpoint.vae)
     prompt_tokens = text.count_tokens(
         checkpoint.text_encoder, config.prompt, max_length=config.model_config.caption_max_length
@@ -132,12 +135,20 @@ def prepare(request: Request) -> Job:
     )
 
 
-def _read_settings(request: Request) -> tuple[Path, Source, RunConfig]:
+def read_settings(request: Request) -> tuple[Path, Source, RunConfig]:
+    """Return the preset, where the model is, and all settings; only small files are read.
+
+    Raises:
+        UserError: a setting is wrong, or the profile that they name can't be used.
+    """
     preset, source = find_preset(PRESETS, request.preset), find_model(request.model)
-    layers = config_layers(
-        BASE, preset, checkpoint=source.config_file.parent, model=[source.config_file]
-    )
-    config = load_config(RunConfig, layers, overrides=request.overrides)
+    folder = source.config_file.parent
+    layers = config_layers(BASE, preset, checkpoint=folder, model=[source.config_file])
+
+    def load(overrides: Sequence[str]) -> RunConfig:
+        return load_config(RunConfig, layers, overrides=overrides)
+
+    config = load_with_profile(load, request.overrides, folder=folder, setting_of=setting_of)
     return preset, source, locate(config, source)
 
 
@@ -178,7 +189,7 @@ def _check_vae(config: RunConfig, folder: Path) -> None:
 def describe(job: Job) -> str:
     """Say what the run will do."""
     head = _head(job.source, job.config, job.preset, where=f"{_name(job.dtype)} on {job.device}")
-    head += replay_lines(job.replay)
+    head += [*profile_lines(job.config.reuse), *replay_lines(job.replay)]
     return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
 
 
@@ -188,7 +199,7 @@ def plan_released(request: Request) -> str:
     Raises:
         UserError: the settings are wrong.
     """
-    preset, source, config = _read_settings(request)
+    preset, source, config = read_settings(request)
     dtype = dtype_of(config, torch.device("cuda"))
     num_prefix = _num_prefix(config, read_prefix(config))
     replay = _read_replay(request, config, num_prefix=num_prefix)
@@ -200,8 +211,8 @@ def plan_released(request: Request) -> str:
         dtype=dtype,
     )
     where = f"{_name(dtype)}, by its sizes alone, for a prompt of {ASSUMED_TOKENS} tokens"
-    head = [*_head(source, config, preset.stem, where=where), *replay_lines(replay)]
-    return "\n".join([*head, *lines(plan, config)])
+    head = [*_head(source, config, preset.stem, where=where), *profile_lines(config.reuse)]
+    return "\n".join([*head, *replay_lines(replay), *lines(plan, config)])
 
 
 def _head(source: Source, config: RunConfig, preset: str, *, where: str) -> list[str]:

@@ -8,6 +8,7 @@ from flowcache.compress import TokenLayout
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
 from flowcache.reuse import Rescale, ReusePolicy, identity, polynomial
+from flowcache.tune.profile import Setting
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import PATCH, DiTConfig
@@ -55,6 +56,16 @@ def sampling_of(config: RunConfig) -> Sampling:
         signal=config.reuse.signal,
         quantity=config.reuse.predict,
         batch_branches=config.batch_branches,
+    )
+
+
+def setting_of(config: RunConfig) -> Setting:
+    """Return what a profile must fit."""
+    return Setting(
+        num_steps=config.num_steps,
+        shift=config.shift,
+        lag=config.ar_step,
+        guidance=[config.guidance] if len(branches_of(config)) > 1 else [],
     )
 
 

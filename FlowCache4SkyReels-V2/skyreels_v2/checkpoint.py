@@ -7,7 +7,7 @@ is, and which model, is read from the files, never from the name of the folder.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.errors import UserError
-from flowcache.weights import Origin, check_files, find_shards, load_files, rename
+from flowcache.tune import profile
+from flowcache.weights import Origin, check_files, find_shards, load_files, match, read, rename
 from skyreels_v2 import text, vae
 from skyreels_v2.dit import DiT, DiTConfig
 
@@ -299,6 +300,16 @@ def check(checkpoint: Checkpoint) -> None:
     )
     if checkpoint.image_encoder is not None:
         text.check_vision(checkpoint.image_encoder, width=config.image_dim)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return a hash of the transformer, see `profile.fingerprint`; little of the files is read."""
+    weights = match(
+        _empty_dit(checkpoint.config), read(checkpoint.dit_files), origin=_origin(checkpoint)
+    )
+    return profile.fingerprint(
+        asdict(checkpoint.config), ((names[0], tensor) for names, tensor in weights)
+    )
 
 
 def load_dit(

@@ -95,6 +95,11 @@ class RunConfig:
                 f"not {self.addnoise_condition}"
             )
         check_reuse(self.reuse, num_steps=self.num_steps, least_warmup=1)
+        if self.reuse.policy == "guarded" and self.reuse.signal != "content":
+            raise UserError(
+                "reuse.policy=guarded compares what profiles are calibrated with: set "
+                f"reuse.signal=content, not {self.reuse.signal}"
+            )
         self._check_kv()
 
     def _check_kv(self) -> None:

@@ -1,5 +1,6 @@
 """One run from its settings to the mp4 and the JSON beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,11 @@ from flowcache.job import (
 from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
+from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
 from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import text, vae
-from skyreels_v2.build import branches_of, rescale_for, sampling_of
+from skyreels_v2.build import branches_of, rescale_for, sampling_of, setting_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT
@@ -82,11 +84,7 @@ def prepare(request: Request) -> Job:
             RunConfig, config_layers(BASE, preset, checkpoint=None), overrides=request.overrides
         )
     checkpoint = checkpoints.find(model)
-    config = load_config(
-        RunConfig,
-        config_layers(BASE, preset, checkpoint=checkpoint.folder),
-        overrides=request.overrides,
-    )
+    config = read_settings(request, preset, folder=checkpoint.folder)
     check_mode(config, checkpoint.config)
     config = turn_to_fit(config)
     device = choose_device(config.device)
@@ -98,6 +96,7 @@ def prepare(request: Request) -> Job:
     path = claim_output(request, stem=f"{preset.stem}-{config.seed}")
     media = read_media(config)
     checkpoints.check(checkpoint)
+    check_tuned_for(config.reuse, partial(checkpoints.fingerprint, checkpoint))
     check_ffmpeg()
     return Job(
         config,
@@ -112,6 +111,23 @@ def prepare(request: Request) -> Job:
         record=request.record,
         replay=replay,
     )
+
+
+def read_settings(request: Request, preset: Path, *, folder: Path | None) -> RunConfig:
+    """Return all settings of a run.
+
+    Args:
+        folder: the checkpoint's; None: it isn't there.
+
+    Raises:
+        UserError: one is wrong, or the profile that they name can't be used.
+    """
+    layers = config_layers(BASE, preset, checkpoint=folder)
+
+    def load(overrides: Sequence[str]) -> RunConfig:
+        return load_config(RunConfig, layers, overrides=overrides)
+
+    return load_with_profile(load, request.overrides, folder=folder, setting_of=setting_of)
 
 
 def read_replay(request: Request, config: RunConfig, plan: Plan) -> Record | None:
@@ -140,7 +156,7 @@ def describe(job: Job) -> str:
         f"preset       {job.preset}: {job.config.attention} attention, "
         f"{job.config.reuse.policy} reuse, {job.config.kv.compress} KV compression",
     ]
-    head += replay_lines(job.replay)
+    head += [*profile_lines(job.config.reuse), *replay_lines(job.replay)]
     return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
 
 
@@ -151,9 +167,7 @@ def plan_released(request: Request) -> str:
         UserError: the settings are wrong.
     """
     preset = find_preset(PRESETS, request.preset)
-    config = load_config(
-        RunConfig, config_layers(BASE, preset, checkpoint=None), overrides=request.overrides
-    )
+    config = read_settings(request, preset, folder=None)
     sizes = RELEASED[request.model]
     check_mode(config, sizes)
     config = turn_to_fit(config)
@@ -163,7 +177,8 @@ def plan_released(request: Request) -> str:
     head = f"model        sizes of the released {request.model}, {config.dtype} = {dtype}; no files"
     plan = make_plan(config, sizes, dtype=dtype)
     replay = read_replay(request, config, plan)
-    return "\n".join([head, *replay_lines(replay), *lines(plan, config)])
+    head_lines = [head, *profile_lines(config.reuse), *replay_lines(replay)]
+    return "\n".join([*head_lines, *lines(plan, config)])
 
 
 def load_models(job: Job, *, stats: RunStats) -> Models:

@@ -24,6 +24,9 @@ from flowcache.reuse import (
     Vanilla,
     identity,
 )
+from flowcache.tune.applied import follows_profile, profile_of
+from flowcache.tune.policies import GuardedPlan, MagCache, Planned
+from flowcache.tune.profile import Profile
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
@@ -33,11 +36,15 @@ MAX_SEED = 2**63 - 1
 class ReuseRule:
     """When a chunk is computed; each model adds what it compares and what it reuses."""
 
-    policy: Literal["vanilla", "teacache", "flowcache", "stride"] = "vanilla"
+    policy: Literal[
+        "vanilla", "teacache", "flowcache", "stride", "planned", "guarded", "magcache"
+    ] = "vanilla"
+    profile: str | None = None
     threshold: float = 0.1
     warmup_steps: int = 5
     every: int = 2
     steps: list[int] | None = None
+    most_reuses: int = 8
     extrapolate: float = 0.0
 
 
@@ -61,7 +68,13 @@ def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[]
 
     Args:
         rescale: from a distance of signals to what is accumulated.
+
+    Raises:
+        UserError: the profile that the policy follows is missing or damaged.
     """
+    if follows_profile(rule):
+        _, profile = profile_of(rule)
+        return _profile_policy(rule, profile)
     if rule.policy == "vanilla":
         return Vanilla
     if rule.policy == "stride":
@@ -71,9 +84,24 @@ def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[]
     return partial(FlowCache, rule.threshold, rule.warmup_steps, rescale)
 
 
+def _profile_policy(rule: ReuseRule, profile: Profile) -> Callable[[], ReusePolicy]:
+    plans, observed = profile.reuse.plans, profile.observed
+    if rule.policy == "planned":
+        return partial(Planned, plans)
+    if rule.policy == "guarded":
+        return partial(GuardedPlan, plans, observed.distance_low, observed.distance_high)
+    return partial(
+        MagCache,
+        observed.magnitude_ratios,
+        threshold=rule.threshold,
+        warmup_steps=rule.warmup_steps,
+        most_reuses=rule.most_reuses,
+    )
+
+
 def threshold_of(rule: ReuseRule) -> float | None:
     """Return the threshold of an adaptive policy, or None."""
-    return rule.threshold if rule.policy in ("teacache", "flowcache") else None
+    return rule.threshold if rule.policy in ("teacache", "flowcache", "magcache") else None
 
 
 def strategy_of(rule: KVRule) -> CompressionStrategy | None:
@@ -112,6 +140,7 @@ def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
     check_least("reuse.threshold", rule.threshold, 0)
     check_least("reuse.warmup_steps", rule.warmup_steps, least_warmup)
     check_least("reuse.every", rule.every, 1)
+    check_least("reuse.most_reuses", rule.most_reuses, 0)
     wrong = [step for step in rule.steps or () if not 0 <= step < num_steps]
     if wrong:
         raise UserError(

@@ -13,6 +13,7 @@ from flowcache.tune.profile import (
     Setting,
     Source,
     check_fits,
+    check_model,
     fingerprint,
     read_profile,
     write_profile,
@@ -20,7 +21,8 @@ from flowcache.tune.profile import (
 
 PROFILE = Profile(
     version=1,
-    setting=Setting("ab12", num_steps=4, shift=5.0, lag=2, guidance=4.0),
+    fingerprint="ab12",
+    setting=Setting(num_steps=4, shift=5.0, lag=2, guidance=[4.0]),
     reuse=Reuse(plans=[[0, 1, 3], [0, 3]], predict="velocity", order=1, factor=0.5),
     predicted=Prediction(error=1.25e-5, psnr=41.5, flops=0.36, pixel_scale=2000.0),
     observed=Observed([1.0, 0.99, 0.98, 0.9], [0.0, 0.1, 0.1, 0.1], [0.0, 0.2, 0.2, 0.3]),
@@ -54,6 +56,7 @@ def test_a_missing_profile_says_how_to_make_one(tmp_path: Path):
         ("num_steps: 4", "num_steps: 5"),
         ("reuse:", "reuse: ["),
         ("predict: velocity", "predict: pixels"),
+        ("order: 1", "order: 2"),
     ],
 )
 def test_a_damaged_profile_is_refused_in_one_line(tmp_path: Path, old: str, new: str):
@@ -96,11 +99,10 @@ def test_a_profile_fits_the_run_it_was_made_for(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"fingerprint": "cd"}, "another model"),
         ({"num_steps": 50}, "num_steps 4, but this run has 50"),
-        ({"shift": 8.0}, "shift 5, but this run has 8"),
+        ({"shift": 8.0}, "shift 5.0, but this run has 8.0"),
         ({"lag": 0}, "lag 2, but"),
-        ({"guidance": 1.0}, "guidance 4, but"),
+        ({"guidance": []}, r"guidance \[4.0\], but this run has \[\]"),
     ],
 )
 def test_a_profile_for_another_run_is_refused_in_a_line_that_says_what_to_do(
@@ -113,14 +115,21 @@ def test_a_profile_for_another_run_is_refused_in_a_line_that_says_what_to_do(
     assert "\n" not in str(caught.value)
 
 
+def test_a_profile_of_another_model_is_refused():
+    check_model(PROFILE, "ab12", path=Path("p.yaml"))
+    with pytest.raises(UserError, match=r"p\.yaml was tuned for another model \(demo\): tune this"):
+        check_model(PROFILE, "cd34", path=Path("p.yaml"))
+
+
 def test_the_fingerprint_tells_models_apart_but_not_dtypes():
     weights = {f"blocks.{i}.q": torch.randn(8, 8, generator=_seed(i)) for i in range(20)}
     rounded = {name: value.bfloat16() for name, value in weights.items()}
     other = {**weights, "blocks.0.q": weights["blocks.0.q"] + 1}
     sizes = {"dim": 8}
-    assert fingerprint(sizes, weights) == fingerprint(sizes, rounded)
-    assert fingerprint(sizes, weights) != fingerprint(sizes, other)
-    assert fingerprint(sizes, weights) != fingerprint({"dim": 9}, weights)
+    found = fingerprint(sizes, weights.items())
+    assert found == fingerprint(sizes, reversed(rounded.items()))
+    assert found != fingerprint(sizes, other.items())
+    assert found != fingerprint({"dim": 9}, weights.items())
 
 
 def test_a_profile_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path):

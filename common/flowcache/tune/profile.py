@@ -3,12 +3,13 @@
 write_profile(profile, Path("profile.yaml"))
 profile = read_profile(Path("profile.yaml"))
 check_fits(profile, setting, path=Path("profile.yaml"))
+check_model(profile, fingerprint(sizes, weights), path=Path("profile.yaml"))
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,22 +24,22 @@ from flowcache.files import write_text
 
 VERSION = 1
 SIGNIFICANT_DIGITS = 6
-FINGERPRINT_TENSORS = 8
-FINGERPRINT_NUMBERS = 4096
-"""Numbers of each of these tensors that are read."""
+MAX_STORED_ORDER = 1
+"""Of the extrapolation that `flowcache.reuse.ResultStore` carries out."""
+FINGERPRINT_NUMBERS = 1024
+"""Numbers of each weight that are read."""
 HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here: tune again.\n"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan depends on: it serves runs with the same values only."""
+    """What a plan depends on beside the model: it serves runs with the same values only."""
 
-    fingerprint: str
-    """Of the model; see `fingerprint`."""
     num_steps: int
     shift: float
     lag: int
-    guidance: float
+    guidance: list[float]
+    """All scales of the guidance passes; empty where there is one pass."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Profile:
     """A tuned plan."""
 
     version: int
+    fingerprint: str
+    """Of the model; see `fingerprint`."""
     setting: Setting
     reuse: Reuse
     predicted: Prediction
@@ -107,6 +110,10 @@ class Profile:
             is_ascending = plan == sorted(set(plan))
             if not is_ascending or plan[:1] != [0] or plan[-1] != num_steps - 1:
                 raise UserError(f"reuse.plans must run from 0 to {num_steps - 1}, found {plan}")
+        if not 0 <= self.reuse.order <= MAX_STORED_ORDER:
+            raise UserError(
+                f"reuse.order must be in 0..{MAX_STORED_ORDER}, found {self.reuse.order}"
+            )
         for name, values in dataclasses.asdict(self.observed).items():
             if len(values) != num_steps:
                 raise UserError(f"observed.{name} needs {num_steps} values, found {len(values)}")
@@ -141,44 +148,56 @@ def read_profile(path: Path) -> Profile:
 
 
 def check_fits(profile: Profile, setting: Setting, *, path: Path) -> None:
-    """Refuse a profile that was made for another model or other settings.
+    """Refuse a profile that was made for other settings.
 
     Raises:
         UserError: it was; the line says what to do.
     """
-    tuned = profile.setting
-    if setting.fingerprint != tuned.fingerprint:
+    tuned, found = (_rounded(dataclasses.asdict(each)) for each in (profile.setting, setting))
+    for name, wanted in tuned.items():
+        if wanted != found[name]:
+            raise UserError(
+                f"{path} was tuned with {name} {wanted}, but this run has {found[name]}: use "
+                f"{wanted}, tune again with scripts/tune.py, or choose a preset without a profile"
+            )
+
+
+def check_model(profile: Profile, found: str, *, path: Path) -> None:
+    """Refuse a profile that was made for another model.
+
+    Args:
+        found: fingerprint of the model of the run.
+
+    Raises:
+        UserError: it was; the line says what to do.
+    """
+    if found != profile.fingerprint:
         raise UserError(
             f"{path} was tuned for another model ({profile.source.model}): tune this one with "
             "scripts/tune.py, or choose a preset without a profile"
         )
-    for entry in dataclasses.fields(Setting):
-        wanted, found = getattr(tuned, entry.name), getattr(setting, entry.name)
-        if wanted != found:
-            raise UserError(
-                f"{path} was tuned with {entry.name} {wanted:g}, but this run has {found:g}: use "
-                f"{wanted:g}, tune again with scripts/tune.py, or choose a preset without a profile"
-            )
 
 
-def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of a model's sizes and of the start of a few of its weights.
+def fingerprint(config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of a model's sizes and of the start of each of its weights.
 
-    The weights are rounded to bfloat16, so that a model loaded in bfloat16 or float32 is the same.
+    The weights are rounded to bfloat16, so that a model stored in bfloat16 or float32 is the same.
 
     Args:
         config: sizes, as plain values for JSON.
-        tensors: name -> weight; `FINGERPRINT_TENSORS` of them, evenly spread by name, are read.
+        tensors: name and weight, in any order; mapped from files, little of them is read.
     """
+    starts = {name: _start(tensor) for name, tensor in tensors}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    names = sorted(tensors)
-    stride = max(len(names) // FINGERPRINT_TENSORS, 1)
-    for name in names[::stride]:
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        start = tensor.flatten()[:FINGERPRINT_NUMBERS].to(torch.bfloat16).cpu()
-        digest.update(start.view(torch.int16).numpy().tobytes())
+    for name in sorted(starts):
+        digest.update(name.encode() + starts[name])
     return digest.hexdigest()
+
+
+def _start(tensor: Tensor) -> bytes:
+    shape = str(list(tensor.shape)).encode()
+    start = tensor.detach().flatten()[:FINGERPRINT_NUMBERS].to(torch.bfloat16)
+    return shape + start.view(torch.int16).numpy().tobytes()
 
 
 def _rounded(value: Any) -> Any:

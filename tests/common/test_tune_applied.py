@@ -1,0 +1,149 @@
+"""Settings that follow a profile."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from flowcache.config import load_config
+from flowcache.errors import UserError
+from flowcache.settings import ReuseRule, policy_maker, threshold_of
+from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
+from flowcache.tune.policies import GuardedPlan, MagCache, Planned
+from flowcache.tune.profile import (
+    Observed,
+    Prediction,
+    Profile,
+    Reuse,
+    Setting,
+    Source,
+    write_profile,
+)
+
+SETTING = Setting(num_steps=4, shift=5.0, lag=2, guidance=[4.0])
+PROFILE = Profile(
+    version=1,
+    fingerprint="ab12",
+    setting=SETTING,
+    reuse=Reuse(plans=[[0, 1, 3], [0, 3]], predict="velocity", order=1, factor=0.625),
+    predicted=Prediction(error=1.25e-5, psnr=41.5, flops=0.36, pixel_scale=2000.0),
+    observed=Observed([1.0, 0.99, 0.98, 0.9], [0.0, 0.1, 0.1, 0.1], [0.0, 0.2, 0.2, 0.3]),
+    source=Source("demo", "flowcache_fast", "2026-01-31", ["a red: circle"], [7]),
+)
+
+
+@dataclass(frozen=True)
+class Rule(ReuseRule):
+    predict: str = "residual"
+
+
+@dataclass(frozen=True)
+class Run:
+    reuse: Rule = field(default_factory=Rule)
+
+
+Load = Callable[..., Run]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Return what loads settings from a folder beside which a profile lies."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (tmp_path / "checkpoint/profiles").mkdir(parents=True)
+    write_profile(PROFILE, tmp_path / "checkpoint/profiles/p.yaml")
+
+    def from_texts(overrides: Sequence[str]) -> Run:
+        return load_config(Run, [], overrides=overrides)
+
+    def load_run(*overrides: str, setting: Setting = SETTING) -> Run:
+        return load_with_profile(
+            from_texts,
+            overrides,
+            folder=tmp_path / "checkpoint",
+            setting_of=lambda _: setting,
+        )
+
+    return load_run
+
+
+def test_the_predictor_of_the_profile_is_used_with_its_plan(load: Load, tmp_path: Path):
+    rule = load("reuse.policy=planned", "reuse.profile=profiles/p.yaml").reuse
+    assert rule.profile == str(tmp_path / "checkpoint/profiles/p.yaml")
+    assert (rule.predict, rule.extrapolate) == ("velocity", 0.625)
+    assert policy_maker(rule)() == Planned([[0, 1, 3], [0, 3]])
+    assert threshold_of(rule) is None
+    assert profile_lines(rule) == [
+        f"profile      {rule.profile}: 2 or 3 of 4 steps planned, 41.5 dB expected"
+    ]
+
+
+def test_a_predictor_on_the_command_line_wins(load: Load):
+    given = ("reuse.policy=planned", "reuse.profile=profiles/p.yaml", "reuse.extrapolate=0.1")
+    rule = load(*given).reuse
+    assert (rule.predict, rule.extrapolate) == ("velocity", 0.1)
+
+
+def test_a_guarded_plan_has_the_calibrated_band(load: Load):
+    rule = load("reuse.policy=guarded", "reuse.profile=profiles/p.yaml").reuse
+    observed = PROFILE.observed
+    policy = policy_maker(rule)()
+    assert policy == GuardedPlan([[0, 1, 3], [0, 3]], observed.distance_low, observed.distance_high)
+    assert policy.needs_signals
+
+
+def test_magcache_takes_the_magnitudes_and_no_factor_that_was_fitted_to_a_plan(load: Load):
+    given = ("reuse.threshold=0.2", "reuse.warmup_steps=1", "reuse.most_reuses=3")
+    rule = load("reuse.policy=magcache", "reuse.profile=profiles/p.yaml", *given).reuse
+    assert (rule.predict, rule.extrapolate) == ("velocity", 0.0)
+    want = MagCache([1.0, 0.99, 0.98, 0.9], threshold=0.2, warmup_steps=1, most_reuses=3)
+    assert policy_maker(rule)() == want
+    assert threshold_of(rule) == 0.2
+
+
+def test_other_policies_read_no_profile(load: Load):
+    rule = load("reuse.profile=profiles/missing.yaml").reuse
+    assert rule == Rule(profile="profiles/missing.yaml")
+    assert profile_lines(rule) == []
+
+
+def test_a_profile_is_found_beside_the_checkpoint_then_from_here(load: Load, tmp_path: Path):
+    write_profile(PROFILE, Path("own.yaml"))
+    assert load("reuse.policy=planned", "reuse.profile=own.yaml").reuse.profile == "own.yaml"
+    write_profile(PROFILE, tmp_path / "checkpoint/own.yaml")
+    found = load("reuse.policy=planned", "reuse.profile=own.yaml").reuse.profile
+    assert found == str(tmp_path / "checkpoint/own.yaml")
+    whole = str(tmp_path / "here/own.yaml")
+    assert load("reuse.policy=planned", f"reuse.profile={whole}").reuse.profile == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change", "message"),
+    [
+        ((), {}, r"^reuse\.policy=planned needs a profile: set reuse\.profile=PATH"),
+        (("reuse.profile=no.yaml",), {}, r"checkpoint/no\.yaml: no such profile: make one with"),
+        (("reuse.profile=profiles/p.yaml",), {"num_steps": 30}, "with num_steps 4, but this run"),
+        (("reuse.profile=profiles/p.yaml",), {"shift": 3.0}, "with shift 5.0, but this run has 3"),
+        (("reuse.profile=profiles/p.yaml",), {"lag": 0}, "with lag 2, but this run has 0"),
+        (("reuse.profile=profiles/p.yaml",), {"guidance": []}, r"guidance \[4\.0\], but this"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_one_line(
+    load: Load, overrides: tuple[str, ...], change: dict[str, object], message: str
+):
+    with pytest.raises(UserError, match=message) as caught:
+        load("reuse.policy=planned", *overrides, setting=replace(SETTING, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_is_asked_for_its_fingerprint_only_where_a_profile_is_followed(load: Load):
+    def refuse() -> str:
+        raise AssertionError
+
+    check_tuned_for(load().reuse, refuse)
+    planned = load("reuse.policy=planned", "reuse.profile=profiles/p.yaml").reuse
+    check_tuned_for(planned, lambda: "ab12")
+    with pytest.raises(UserError, match="was tuned for another model"):
+        check_tuned_for(planned, lambda: "cd34")
