@@ -91,7 +91,7 @@ def draw_tradeoff(path: Path, *, model: str) -> str:
 
 def _point(row: dict[str, Any], whole: float) -> Point | None:
     found = NAME.match(row["method"])
-    decibel = _decibel(row)
+    decibel = None if found is None else _decibel(row)
     if found is None or decibel is None:
         return None
     return Point(

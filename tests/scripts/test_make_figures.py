@@ -1,0 +1,219 @@
+"""The README's figures: what they are drawn from, and that they are the ones in the repository."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "scripts"
+ASSETS = REPOSITORY / "assets"
+MAX_FIGURE_BYTES = 500_000
+SVG = "{http://www.w3.org/2000/svg}"
+DRAWN = ("framework", "distances_skyreels_v2", "tradeoff_skyreels_v2")
+"""Figures without a model's run."""
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    return importlib.import_module("make_figures")
+
+
+def figures_of_the_readme() -> list[str]:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"!\[[^\]]+\]\(assets/([^)]+)\)", text)
+
+
+def decision(tick: int, chunk: int, step: int, distance: float | None) -> dict[str, Any]:
+    return {
+        "segment": 0,
+        "tick": tick,
+        "chunk": chunk,
+        "step": step,
+        "branch": "cond",
+        "computed": True,
+        "distance": distance,
+        "accumulated": distance,
+        "flops": 1,
+        "flops_saved": 0,
+        "seconds": None,
+    }
+
+
+def write_record(path: Path, decisions: list[dict[str, Any]]) -> Path:
+    record = {
+        "schema_version": 1,
+        "video": "a.mp4",
+        "model": "demo",
+        "preset": "flowcache_fast",
+        "policy": "flowcache",
+        "threshold": 0.0,
+        "num_steps": 3,
+        "config": {},
+        "chunk_frames": {},
+        "ticks": [],
+        "decisions": decisions,
+        "kv": [],
+        "stages": {},
+        "environment": {},
+    }
+    path.write_text(json.dumps(record))
+    return path
+
+
+def write_table(path: Path, **methods: dict[str, Any]) -> Path:
+    table = [{"method": "vanilla", "gflops": 200.0, "psnr_base": None}]
+    table += [{"method": name, **row} for name, row in methods.items()]
+    path.write_text(json.dumps({"table": table}))
+    return path
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_drawing_in_the_repository_is_what_the_code_draws_now(
+    script: ModuleType, tmp_path: Path, name: str
+):
+    assert script.main([name, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / f"{name}.svg").read_bytes() == (ASSETS / f"{name}.svg").read_bytes()
+
+
+def test_every_figure_of_the_readme_is_there_small_and_made_by_the_script(script: ModuleType):
+    shown = figures_of_the_readme()
+    assert set(DRAWN) < {name.partition(".")[0] for name in shown}
+    for name in shown:
+        assert name in script.FIGURES
+        assert (ASSETS / name).stat().st_size < MAX_FIGURE_BYTES
+
+
+@pytest.mark.parametrize("path", sorted(ASSETS.glob("*.svg")), ids=lambda path: path.name)
+def test_a_drawing_stands_alone_and_has_colours_for_light_and_dark_pages(path: Path):
+    root = ElementTree.parse(path).getroot()
+    style = root.find(f"{SVG}style")
+    assert root.tag == f"{SVG}svg"
+    assert root.get("aria-label")
+    assert style is not None
+    assert style.text is not None
+    dark = re.compile(r"@media\(prefers-color-scheme:dark\)\{:root\{[^}]*\}\}")
+    parts = (dark.sub("", style.text), "".join(dark.findall(style.text)))
+    defined = [set(re.findall(r"--([\w-]+):", part)) for part in parts]
+    used = set(re.findall(r"var\(--([\w-]+)\)", path.read_text(encoding="utf-8"))) - {"c"}
+    assert used <= defined[0] & defined[1]
+    assert "http" not in path.read_text(encoding="utf-8").replace(SVG[1:-1], "")
+
+
+def test_the_widest_spread_is_that_of_the_tick_with_the_largest_ratio(tmp_path: Path):
+    distances = importlib.import_module("figures.distances")
+    run = importlib.import_module("explain_page.run")
+    rows = [
+        decision(0, 0, 0, None),
+        decision(1, 0, 1, 0.02),
+        decision(2, 0, 2, 0.06),
+        decision(2, 1, 1, 0.02),
+        decision(3, 0, 3, 0.4),
+        decision(3, 1, 2, 0.05),
+    ]
+    spread = distances.widest_spread(run.load_run(write_record(tmp_path / "r.json", rows), "A"))
+    assert (spread.tick, spread.smallest, spread.largest) == (3, 0.05, 0.4)
+    assert spread.ratio == pytest.approx(8.0)
+
+
+def test_a_curve_per_chunk_goes_through_its_measured_distances(tmp_path: Path):
+    distances = importlib.import_module("figures.distances")
+    rows = [decision(tick, 0, tick, 0.1 * tick if tick else None) for tick in range(4)]
+    rows += [decision(tick, 1, tick - 1, 0.1 * (tick - 1)) for tick in range(2, 4)]
+    root = ElementTree.fromstring(
+        distances.draw_distances(write_record(tmp_path / "r.json", rows), model="A")
+    )
+    paths = [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "curve"]
+    assert [str(path).count("L") + 1 for path in paths] == [3, 2, 3, 2]
+
+
+def test_a_table_gives_a_point_for_every_method_that_reuses(tmp_path: Path):
+    tradeoff = importlib.import_module("figures.tradeoff")
+    path = write_table(
+        tmp_path / "t.json",
+        **{
+            "vanilla, KV window": {"gflops": 150.0, "psnr_base": 30.0},
+            "TeaCache, neither pass (x), velocity": {"gflops": 50.0, "psnr_base": 31.0},
+            "FlowCache-fast, latent update + KV compression": {"gflops": 20.0, "psnr_base": 25.0},
+            "stride (x), latent update": {"gflops": 60.0, "psnr_base": None},
+        },
+    )
+    assert tradeoff.read_points(path) == [
+        tradeoff.Point("TeaCache", "neither pass", True, False, 25.0, 31.0),
+        tradeoff.Point("FlowCache", "fast", False, True, 10.0, 25.0),
+    ]
+
+
+def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path: Path):
+    tradeoff = importlib.import_module("figures.tradeoff")
+    figures = {"gflops": 50.0, "psnr_vanilla": 30.0, "psnr_vanilla-causal": 20.0}
+    names = ("TeaCache-slow, residual", "TeaCache, causal (x), residual", "FlowCache-slow, x")
+    path = write_table(tmp_path / "t.json", **dict.fromkeys(names, figures))
+    assert [point.decibel for point in tradeoff.read_points(path)] == [30.0, 20.0, 20.0]
+
+
+def test_strips_show_first_and_last_frame_of_every_clip():
+    strips = importlib.import_module("figures.strips")
+    family = importlib.import_module("benchmark.family")
+    stats = importlib.import_module("flowcache.stats").RunStats(torch.device("cpu"))
+    ramp = torch.linspace(0, 240, 9).to(torch.uint8)
+    clips = [ramp[:, None, None, None].expand(9, 8, 8, 3), 255 - ramp[:, None, None, None]]
+    rows = [
+        strips.Labelled(str(index), [], family.Clip(clip.expand(9, 8, 8, 3), stats))
+        for index, clip in enumerate(clips)
+    ]
+    page = np.asarray(strips.compose(rows, title="a"))
+    first = strips.MARGIN + strips.LABEL_WIDTH + strips.FRAME // 2
+    last = page.shape[1] - strips.MARGIN - strips.FRAME // 2
+    below = strips.FRAME + strips.GAP
+    top = strips.TITLE_HEIGHT + strips.FRAME // 2
+    assert [page[top, first, 0], page[top, last, 0]] == [0, 240]
+    assert [page[top + below, first, 0], page[top + below, last, 0]] == [255, 15]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "no table"),
+        ('{"table": [{"method": "vanilla", "gflops": 1}]}', "no method reuses anything"),
+    ],
+)
+def test_a_broken_table_is_one_line(tmp_path: Path, content: str | None, said: str):
+    tradeoff = importlib.import_module("figures.tradeoff")
+    errors = importlib.import_module("flowcache.errors")
+    path = tmp_path / "t.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(errors.UserError, match=said) as caught:
+        tradeoff.read_points(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_figure_is_refused_with_the_known_ones(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    assert script.main(["frame"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert "framework, distances_skyreels_v2" in error
+
+
+def test_a_figure_that_is_too_large_is_not_written(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(script, "MAX_FIGURE_BYTES", 1000)
+    assert script.main(["framework", "--out", str(tmp_path)]) == 2
+    assert list(tmp_path.iterdir()) == []
