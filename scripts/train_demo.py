@@ -29,6 +29,7 @@ STEP_NAMES = {
     "vae": "steps of the VAE",
     "decoder": "further steps of its decoder alone",
     "dit": "steps of the transformer",
+    "refine": "further steps of it on smaller batches",
     "distill": "steps that distil guidance into the transformer",
 }
 

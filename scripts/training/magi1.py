@@ -2,7 +2,8 @@
 
 Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run beside the next two),
 `latents` (encodes the clips the transformer learns from), `dit` (base
-transformer, text encoder and special tokens), `distill` (teaches a copy of the transformer to give
+transformer, text encoder and special tokens), `refine` (the same, on, with smaller batches and a
+loss that weights noise levels), `distill` (teaches a copy of the transformer to give
 in one pass what guidance makes of the base model's passes).
 
 Axes: B batch, N chunks, R text rows (B * N), L text tokens, C text width, F latent frames.
@@ -11,7 +12,7 @@ Axes: B batch, N chunks, R text rows (B * N), L text tokens, C text width, F lat
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ FORCING = ForcingPlan(
     staggered_share=0.7,
     together_share=0.2,
 )
+REFINE_FORCING = replace(FORCING, batch_frames=144)
+# Share of the learning rates that refinement begins with.
+REFINE_RATE = 1.0
 # Shares of the steps without any caption, with given latents in the first noisy chunk, and with a
 # limited reach.
 NULL_SHARE = 0.12
@@ -243,22 +247,39 @@ def train_dit(work: Work) -> DemoModels:
     """Train the base transformer with its text side, or load it if that is done."""
     models = new_models()
     bank = read_bank(work, **read_statistics(work))
+    plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
+    optimizers = model_optimizers(models, rate=1.0)
+    trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
+    trainer.run(BaseLoss(models, bank, forcing=FORCING))
+    return models.eval().requires_grad_(False)
+
+
+def refine_dit(work: Work) -> DemoModels:
+    """Train the base transformer with its text side on, or load it if that is done."""
+    models = train_dit(work).requires_grad_(True)
+    bank = read_bank(work, **read_statistics(work))
+    plan = TrainPlan(num_steps=work.steps["refine"], warmup_steps=50, decay_share=0.6, seed=3)
+    optimizers = model_optimizers(models, rate=REFINE_RATE)
+    trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("refine"))
+    trainer.run(BaseLoss(models, bank, forcing=REFINE_FORCING, is_weighted=True))
+    return models.eval().requires_grad_(False)
+
+
+def model_optimizers(models: DemoModels, *, rate: float) -> list[torch.optim.Optimizer]:
+    """Make Muon for the matrices inside the layers and AdamW for the rest.
+
+    Args:
+        rate: factor on the learning rates.
+    """
     matrices, rest = split_parameters(
         models.dit.named_parameters(), matrices_under=("videodit_blocks.layers.",)
     )
     text = [*models.text.parameters(), models.tokens]
-    optimizers = [
-        Muon(matrices, 0.02),
-        torch.optim.AdamW(
-            [{"params": rest, "lr": 3e-3}, {"params": text, "lr": 1e-3}],
-            betas=(0.9, 0.95),
-            weight_decay=0,
-        ),
+    groups = [{"params": rest, "lr": 3e-3 * rate}, {"params": text, "lr": 1e-3 * rate}]
+    return [
+        Muon(matrices, 0.02 * rate),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0),
     ]
-    plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
-    trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
-    trainer.run(BaseLoss(models, bank))
-    return models.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -279,21 +300,32 @@ class Situation:
 class BaseLoss:
     """The loss of a training step of the base model."""
 
-    def __init__(self, models: DemoModels, bank: LatentBank) -> None:
+    def __init__(
+        self,
+        models: DemoModels,
+        bank: LatentBank,
+        *,
+        forcing: ForcingPlan,
+        is_weighted: bool = False,
+    ) -> None:
         self.models, self.bank = models, bank
+        self.forcing, self.is_weighted = forcing, is_weighted
         self.tokenizer = build_tokenizer()
 
     def __call__(self, _step: int, randomness: StepRandomness) -> Tensor:
         now, clips = self.draw(randomness)
         data_minus_noise = predict(self.models.dit, clips, now, is_null=now.is_null)
-        return clips.mean_square(data_minus_noise + clips.target)
+        error_BCFhw = data_minus_noise + clips.target
+        if self.is_weighted:
+            error_BCFhw = error_BCFhw * level_weights(clips.sigma).sqrt()[:, None, :, None, None]
+        return clips.mean_square(error_BCFhw)
 
     def draw(self, randomness: StepRandomness) -> tuple[Situation, NoisyClips]:
         """Draw a step."""
         rng = randomness.numpy
-        window = draw_window(rng, FORCING)
+        window = draw_window(rng, self.forcing)
         num_chunks = len(window.bounds)
-        size = min(FORCING.largest_batch, FORCING.batch_frames // window.num_frames)
+        size = min(self.forcing.largest_batch, self.forcing.batch_frames // window.num_frames)
         latents, captions = self.bank.batch(rng, size)
         now = Situation(
             captions=self.encode(rng, captions, num_chunks=num_chunks),
@@ -306,7 +338,7 @@ class BaseLoss:
         clips = draw_noisy(
             latents[:, :, : window.num_frames],
             window,
-            plan=FORCING,
+            plan=self.forcing,
             randomness=randomness,
             num_fixed=num_fixed,
         )
@@ -334,6 +366,14 @@ class BaseLoss:
         lengths = torch.tensor([len(text) for text in texts])
         rows = [functional.pad(text, (0, 0, 0, NULL_TOKENS - len(text))) for text in texts]
         return torch.stack(rows), torch.arange(NULL_TOKENS) < lengths[:, None]
+
+
+def level_weights(sigma: Tensor) -> Tensor:
+    """Return the weight of an error by noise level: what can't be known weighs little.
+
+    Near 1 the place of the shape is open, near 0 the noise is; both would outweigh the rest.
+    """
+    return 4 * sigma * (1 - sigma) + 0.1
 
 
 def predict(
@@ -383,7 +423,7 @@ def distill(work: Work) -> DiT:
 
     The step size, which distilled models are told, is drawn at random and changes nothing here.
     """
-    models = train_dit(work)
+    models = refine_dit(work)
     bank = read_bank(work, **read_statistics(work))
     student = copy.deepcopy(models.dit).requires_grad_(True)
     matrices, rest = split_parameters(
@@ -403,7 +443,7 @@ class DistillLoss(BaseLoss):
     """The squared distance of the student's velocity to the guided one of the base model."""
 
     def __init__(self, models: DemoModels, student: DiT, bank: LatentBank) -> None:
-        super().__init__(models, bank)
+        super().__init__(models, bank, forcing=REFINE_FORCING)
         self.student = student
 
     def __call__(self, _step: int, randomness: StepRandomness) -> Tensor:
@@ -424,7 +464,7 @@ class DistillLoss(BaseLoss):
 
 def export(work: Work, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models, student = train_decoder(work), train_dit(work), distill(work)
+    vae, models, student = train_decoder(work), refine_dit(work), distill(work)
     psnr = measured_psnr(ViTCodec(vae), num_frames=CLIP_FRAMES)
     num_parameters = {
         "vae": count(vae),
@@ -438,6 +478,7 @@ def export(work: Work, folder: Path) -> dict[str, Any]:
         "decoder": training_record(work, "decoder"),
         "vae_psnr_db_on_unseen_clips": psnr,
         "transformer": training_record(work, "dit"),
+        "refined_transformer": training_record(work, "refine"),
         "distilled_transformer": training_record(work, "distill"),
         "mixture": asdict(FORCING),
         "guidance_distilled": asdict(GUIDANCE),
@@ -550,13 +591,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 RECIPE = Recipe(
     shipped=Path(__file__).resolve().parents[2] / "FlowCache4MAGI-1" / "demo",
-    default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "distill": 600},
+    default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "refine": 4900, "distill": 300},
     stages={
         "tokenizer": write_tokenizer,
         "vae": train_vae,
         "decoder": train_decoder,
         "latents": encode_latents,
         "dit": train_dit,
+        "refine": refine_dit,
         "distill": distill,
     },
     export=export,

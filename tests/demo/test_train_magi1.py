@@ -76,7 +76,7 @@ def recipe_pixels(rng: np.random.Generator) -> torch.Tensor:
 
 
 def test_an_untrained_model_is_silent_and_learns(recipe: ModuleType, bank: LatentBank):
-    loss = recipe.BaseLoss(recipe.new_models(), bank)
+    loss = recipe.BaseLoss(recipe.new_models(), bank, forcing=recipe.FORCING)
     first = loss(0, step_randomness(0, 0))
     # noise and data both have deviation 1, and the silent model's velocity is 0
     assert float(first.detach()) == pytest.approx(2.0, abs=0.2)
