@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plan which steps to compute: calibrate, plan, write a profile, check it on unseen prompts.
 
-    python scripts/tune.py --model demo --preset flowcache_fast --target flops=0.35
+    python scripts/tune.py --model skyreels_v2 --preset flowcache_fast --target flops=0.35
 
 A few clips are made with every step computed, and the inner products of their velocities are kept.
 From these the error of any plan is known without making a clip, so the best plan for every number
@@ -15,11 +15,18 @@ Results are kept row by row under --work; a second start goes on where the first
 import argparse
 import datetime
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tuning import skyreels_v2
-from tuning.findings import MEASURED_SHARES, NUM_MEASURED_CLIPS, NUM_PROBES, Found, investigate
+from tuning import magi1, skyreels_v2
+from tuning.findings import (
+    MEASURED_SHARES,
+    NUM_MEASURED_CLIPS,
+    NUM_PROBES,
+    Found,
+    check_leaves_steps,
+    investigate,
+)
 from tuning.methods import (
     Method,
     adaptive,
@@ -56,6 +63,10 @@ TABLE_SHARES = (0.27, 0.5)
 NUM_CHECK_PLANS = 24
 CHECK_PLANS_SEED = 0
 GIGA = 1e9
+SUBJECTS: Mapping[str, Callable[..., Subject]] = {
+    "magi1": magi1.Magi,
+    "skyreels_v2": skyreels_v2.SkyReels,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="checkpoint, as for a run (default: demo)")
+    parser.add_argument("--model", choices=sorted(SUBJECTS), required=True, help="whose runs")
+    parser.add_argument(
+        "--checkpoint", default="demo", help="as the model's own --model takes it (default: demo)"
+    )
     parser.add_argument(
         "--preset", default="flowcache_fast", help="whose attention and KV cache are tuned for"
     )
@@ -105,9 +119,10 @@ def command(options: argparse.Namespace) -> None:
     """Do what the options ask for."""
     target = parse_target(options.target)
     constraints = Constraints(most_reuses=options.most_reuses)
-    subject = skyreels_v2.SkyReels(
-        options.model, options.preset, options.settings, folder=options.work
+    subject = SUBJECTS[options.model](
+        options.checkpoint, options.preset, options.settings, folder=options.work
     )
+    check_leaves_steps(subject.work().num_steps, constraints)
     out = options.out or options.work / "profile.yaml"
     if options.dry_run:
         print("\n".join(describe(subject, options)))
@@ -116,7 +131,7 @@ def command(options: argparse.Namespace) -> None:
         raise UserError(f"{out} exists and is kept: choose another --out, or give --overwrite")
     calibrating, unseen = choose_prompts(
         options.prompts,
-        model=options.model,
+        checkpoint=options.checkpoint,
         num_clips=options.clips,
         num_checks=options.check_prompts,
     )
@@ -124,6 +139,7 @@ def command(options: argparse.Namespace) -> None:
     check_writable(out.parent)
     identity = {
         "model": options.model,
+        "checkpoint": options.checkpoint,
         "preset": options.preset,
         "settings": list(options.settings),
         "prompts": None if options.prompts is None else options.prompts.name,
@@ -136,10 +152,20 @@ def command(options: argparse.Namespace) -> None:
         return
     chosen = choose(target, found.forecasts())
     plan = found.plans[chosen.num_computed]
+    print(gentlest(found))
     write_profile(make_profile(subject, options, calibrating, found, plan), out)
     print(f"profile      {out}: {plan.num_computed} of {found.model.num_steps} steps are computed")
     print(f"plan         {' '.join(map(str, plan.steps))}; factor {plan.predictor.factor:.2f}")
     check(subject, rows, unseen, found, plan, work=options.work)
+
+
+def gentlest(found: Found) -> str:
+    """Say what the plan that computes most costs in quality; in few steps it may be too much."""
+    forecast = max(found.forecasts(), key=lambda forecast: forecast.num_computed)
+    return (
+        f"gentlest     {forecast.num_computed} of {found.model.num_steps} steps: "
+        f"{forecast.psnr:.1f} dB expected; no plan is better"
+    )
 
 
 def describe(subject: Subject, options: argparse.Namespace) -> list[str]:
@@ -170,6 +196,7 @@ def make_profile(
     low, high = distance_band(found.distances, num_steps=found.model.num_steps)
     return Profile(
         version=VERSION,
+        fingerprint=subject.fingerprint(),
         setting=subject.setting(),
         reuse=Reuse(
             plans=[list(plan.steps)],
@@ -186,7 +213,7 @@ def make_profile(
             distance_high=high,
         ),
         source=Source(
-            model=options.model,
+            model=f"{options.model} {options.checkpoint}",
             preset=options.preset,
             date=datetime.date.today().isoformat(),
             prompts=[prompt.text for prompt in prompts],
@@ -208,7 +235,7 @@ def check(
     if not prompts:
         return
     num_steps = found.model.num_steps
-    methods: list[Method] = whole_window()
+    methods: list[Method] = whole_window(subject.words)
     expected = dict[str, float]()
     for count in sorted({plan.num_computed, *table_counts(found.plans, num_steps=num_steps)}):
         own = found.plans[count]
@@ -220,7 +247,7 @@ def check(
             f"the nearest to {count}"
         )
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
-        methods += adaptive(threshold)
+        methods += adaptive(threshold, subject.words)
         expected[planned(own).name] = found.forecast(own).psnr
     measured = measure(subject, rows, prompts, methods, kind="check")
     table = summarize(measured, expected)

@@ -48,11 +48,7 @@ class Found:
 def investigate(
     subject: Subject, rows: Rows, prompts: Sequence[Prompt], constraints: Constraints
 ) -> Found:
-    """Calibrate, plan, and measure two plans.
-
-    Raises:
-        UserError: nothing can be reused.
-    """
+    """Calibrate, plan, and measure two plans."""
     calibration, distances = calibrate(subject, rows, prompts)
     plain = calibration.error_model({GUIDED: 1.0})
     model = with_gains(subject, rows, prompts[:NUM_MEASURED_CLIPS], plain)
@@ -116,17 +112,21 @@ def probe_plans(model: ErrorModel) -> dict[str, tuple[float, Plan]]:
     return probes
 
 
-def sample_plans(plans: Mapping[int, Plan], *, num_steps: int) -> list[Plan]:
-    """Return the plans that are measured, those nearest to `MEASURED_SHARES`.
+def check_leaves_steps(num_steps: int, constraints: Constraints) -> None:
+    """Refuse a schedule of so few steps that no plan reuses anything.
 
     Raises:
-        UserError: no plan reuses anything.
+        UserError: it is so.
     """
-    counts = [count for count in plans if count < num_steps]
-    if not counts:
+    if len(constraints.forced(num_steps)) == num_steps or not constraints.most_reuses:
         raise UserError(
             f"nothing can be reused in {num_steps} steps: the first and the last one are always "
             "computed, and --most-reuses must be 1 or more"
         )
+
+
+def sample_plans(plans: Mapping[int, Plan], *, num_steps: int) -> list[Plan]:
+    """Return the plans that are measured, those nearest to `MEASURED_SHARES`."""
+    counts = [count for count in plans if count < num_steps]
     chosen = {min(counts, key=lambda c: abs(c - share * num_steps)) for share in MEASURED_SHARES}
     return [plans[count] for count in sorted(chosen)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flowcache.tune.plan import Plan
+from tuning.subject import Words
 
 REFERENCE = "every step computed"
 NUM_THRESHOLDS = 400
@@ -12,12 +13,10 @@ NUM_THRESHOLDS = 400
 
 OWN_SIGNAL = ("reuse.policy=flowcache", "reuse.warmup_steps=1000", "reuse.predict=velocity")
 """Every step is computed, and the distance of the preset's own signal is recorded."""
-CONTENT = (*OWN_SIGNAL, "reuse.signal=content")
-"""Every step is computed, and the distance of every chunk's content is recorded."""
 
-PREDICTORS: Mapping[str, tuple[str, ...]] = {
-    "residual": ("reuse.predict=residual", "reuse.extrapolate=0"),
-    "velocity": ("reuse.predict=velocity", "reuse.extrapolate=0"),
+VELOCITY = ("reuse.predict=velocity", "reuse.extrapolate=0")
+TRENDS: Mapping[str, tuple[str, ...]] = {
+    "velocity": VELOCITY,
     "velocity + 0.5": ("reuse.predict=velocity", "reuse.extrapolate=0.5"),
 }
 
@@ -30,6 +29,12 @@ class Method:
     settings: tuple[str, ...]
     preset: str | None = None
     """Instead of the one that is tuned."""
+
+
+def predictors(words: Words) -> dict[str, tuple[str, ...]]:
+    """Return what stands for a reused step: as published, and the velocity."""
+    name = words.published.replace("_", " ")
+    return {name: (f"reuse.predict={words.published}", "reuse.extrapolate=0"), **TRENDS}
 
 
 def planned(plan: Plan) -> Method:
@@ -45,7 +50,7 @@ def held(plan: Plan) -> Method:
     """Return a plan whose reused steps hold the last velocity."""
     return Method(
         f"planned {plan.num_computed}, velocity",
-        (*_steps(plan.steps), *PREDICTORS["velocity"]),
+        (*_steps(plan.steps), *VELOCITY),
     )
 
 
@@ -54,25 +59,25 @@ def strides(num_computed: int, *, num_steps: int) -> list[Method]:
     span = num_steps - 1
     steps = [round(i * span / (num_computed - 1)) for i in range(num_computed)]
     return [
-        Method(f"even {num_computed}, {name}", (*_steps(steps), *PREDICTORS[name]))
-        for name in ("velocity", "velocity + 0.5")
+        Method(f"even {num_computed}, {name}", (*_steps(steps), *settings))
+        for name, settings in TRENDS.items()
     ]
 
 
-def adaptive(threshold: float) -> list[Method]:
+def adaptive(threshold: float, words: Words) -> list[Method]:
     """Return FlowCache with a threshold, with each predictor."""
     settings = ("reuse.policy=flowcache", f"reuse.threshold={threshold:.4g}")
     return [
         Method(f"FlowCache {threshold:.4g}, {name}", (*settings, *predictor))
-        for name, predictor in PREDICTORS.items()
+        for name, predictor in predictors(words).items()
     ]
 
 
-def whole_window() -> list[Method]:
-    """Return TeaCache at the threshold of its preset, with two predictors."""
+def whole_window(words: Words) -> list[Method]:
+    """Return TeaCache at the threshold of its preset, with each predictor."""
     return [
-        Method(f"TeaCache, {name}", PREDICTORS[name], preset="teacache_causal")
-        for name in ("residual", "velocity + 0.5")
+        Method(f"TeaCache, {name}", settings, preset=words.whole_window)
+        for name, settings in predictors(words).items()
     ]
 
 

@@ -10,10 +10,12 @@ from tuning.study import Prompt
 
 CALIBRATION_SEED, CHECK_SEED = 7000, 8000
 ORDER_SEED = 0
+DEMOS = ("demo", "demo-base")
+"""Checkpoints that were trained on the captions of `flowcache.demo.clips`."""
 
 
 def choose_prompts(
-    path: Path | None, *, model: str, num_clips: int, num_checks: int
+    path: Path | None, *, checkpoint: str, num_clips: int, num_checks: int
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts to calibrate on and those to check with.
 
@@ -30,12 +32,14 @@ def choose_prompts(
     if path is not None:
         texts = read_prompts(path, needed=num_clips + num_checks)
         seen, unseen = texts[:num_clips], texts[num_clips:]
-    elif model == "demo":
+    elif checkpoint in DEMOS:
         seen, unseen = ([attributes.caption for attributes in part] for part in split_attributes())
         random.Random(ORDER_SEED).shuffle(seen)
         random.Random(ORDER_SEED).shuffle(unseen)
     else:
-        raise UserError(f"{model} needs prompts to be tuned on: give --prompts FILE, one per line")
+        raise UserError(
+            f"{checkpoint} needs prompts to be tuned on: give --prompts FILE, one per line"
+        )
     return numbered(seen, num_clips, CALIBRATION_SEED), numbered(unseen, num_checks, CHECK_SEED)
 
 

@@ -1,6 +1,5 @@
 """SkyReels-V2 as a subject of tuning."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from flowcache.job import config_layers
 from flowcache.reuse import Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
-from flowcache.tune.profile import Setting, fingerprint
+from flowcache.tune.profile import Setting
 from flowcache.video import to_uint8
-from skyreels_v2.build import VAE_STRIDE, segments_of, window_of
+from skyreels_v2 import checkpoint as checkpoints
+from skyreels_v2.build import VAE_STRIDE, segments_of, setting_of, window_of
 from skyreels_v2.config import RunConfig
 from skyreels_v2.pipeline import LATENT_CHANNELS, generate
 from skyreels_v2.plan import make_plan
@@ -30,26 +30,32 @@ from skyreels_v2.run import (
     load_models,
     prepare,
 )
-from tuning.subject import Clip, Work
+from tuning.subject import Clip, Words, Work
 
 DEMO_FRAMES = 77
 """Pixel frames of a tuning clip on the demo: one window of four chunks."""
 
 
 class SkyReels:
-    """The model with its preset; see `Subject`."""
+    """A checkpoint with its preset; see `Subject`."""
 
-    def __init__(self, model: str, preset: str, settings: Sequence[str], *, folder: Path) -> None:
-        self.model = model
+    words = Words(
+        content=("reuse.signal=content",), published="residual", whole_window="teacache_causal"
+    )
+
+    def __init__(
+        self, checkpoint: str, preset: str, settings: Sequence[str], *, folder: Path
+    ) -> None:
+        self.checkpoint = checkpoint
         self.preset = preset
-        short = [f"num_frames={DEMO_FRAMES}"] if model == "demo" else []
+        short = [f"num_frames={DEMO_FRAMES}"] if checkpoint == "demo" else []
         self.settings = [*short, *settings]
         self.folder = folder
         self._models: Models | None = None
 
     def work(self) -> Work:
         """Return the size of one clip; a released model needs no files for that."""
-        name = self.model.rpartition("/")[2].lower()
+        name = self.checkpoint.rpartition("/")[2].lower()
         if name in RELEASED:
             preset = find_preset(PRESETS, self.preset)
             config = load_config(
@@ -89,16 +95,11 @@ class SkyReels:
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
-        models, config = self._loaded(), self._job([]).config
-        return Setting(
-            fingerprint=fingerprint(
-                dataclasses.asdict(models.dit.config), dict(models.dit.named_parameters())
-            ),
-            num_steps=config.num_steps,
-            shift=config.shift,
-            lag=config.ar_step,
-            guidance=config.guidance,
-        )
+        return setting_of(self._job([]).config)
+
+    def fingerprint(self) -> str:
+        """Return the hash of the model that a profile must fit."""
+        return checkpoints.fingerprint(self._job([]).checkpoint)
 
     def render(
         self,
@@ -127,7 +128,7 @@ class SkyReels:
         return prepare(
             Request(
                 preset or self.preset,
-                self.model,
+                self.checkpoint,
                 [*self.settings, *settings, "prompt=-"],
                 str(self.folder),
             )

@@ -15,7 +15,7 @@ from flowcache.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration, GramCollector, Sketch, merge
 from flowcache.tune.plan import Constraints, Plan
-from tuning.methods import CONTENT, OWN_SIGNAL, REFERENCE, Method
+from tuning.methods import OWN_SIGNAL, REFERENCE, Method
 from tuning.rows import Rows
 from tuning.subject import Subject
 
@@ -53,7 +53,12 @@ def calibrate(
 
 def _record(subject: Subject, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> None:
     collector = GramCollector(subject.work().num_steps, [GUIDED], sketch=sketch)
-    clip = subject.render(CONTENT, prompt=prompt.text, seed=prompt.seed, observe=collector.observe)
+    clip = subject.render(
+        (*OWN_SIGNAL, *subject.words.content),
+        prompt=prompt.text,
+        seed=prompt.seed,
+        observe=collector.observe,
+    )
     path = rows.folder / f"calibration-{prompt.index:03d}.npz"
     part = path.with_name(f".{path.stem}.part.npz")
     collector.finish().save(part)

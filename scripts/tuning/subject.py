@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flowcache.reuse import Observe
+from flowcache.reuse import Observe, Quantity
 from flowcache.stats import RunStats
 from flowcache.tune.gram import calibration_bytes
 from flowcache.tune.profile import Setting
@@ -24,6 +24,18 @@ class Clip:
     frames: Tensor
     """uint8 `[T, H, W, 3]`."""
     stats: RunStats
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the settings and presets of a model call what all models have."""
+
+    content: tuple[str, ...]
+    """Settings that make the content of a chunk the signal of its policy."""
+    published: Quantity
+    """What the published method reuses."""
+    whole_window: str
+    """Preset of TeaCache, with the attention of the tuned one."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Subject(Protocol):
     """A model with its preset: makes clips with any reuse policy."""
 
     preset: str
+    words: Words
 
     def work(self) -> Work:
         """Return the size of one clip."""
@@ -75,6 +88,10 @@ class Subject(Protocol):
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return the hash of the model that a profile must fit."""
         ...
 
     def render(

@@ -32,6 +32,9 @@ class Toy:
     def __init__(self, subject: Any) -> None:
         self.preset = "toy"
         self.module = subject
+        self.words = subject.Words(
+            content=("reuse.signal=content",), published="residual", whole_window="teacache_causal"
+        )
         self.num_renders = 0
 
     def load(self) -> None:
@@ -43,7 +46,10 @@ class Toy:
         )
 
     def setting(self) -> Setting:
-        return Setting("toy", num_steps=NUM_STEPS, shift=1.0, lag=5, guidance=1.0)
+        return Setting(num_steps=NUM_STEPS, shift=1.0, lag=5, guidance=[])
+
+    def fingerprint(self) -> str:
+        return "toy"
 
     def render(
         self,
@@ -105,7 +111,7 @@ def _modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(name="toy")
 def _toy(modules: Any, monkeypatch: pytest.MonkeyPatch) -> Toy:
     toy = Toy(importlib.import_module("tuning.subject"))
-    monkeypatch.setattr(modules.skyreels_v2, "SkyReels", lambda *_, **__: toy)
+    monkeypatch.setattr(modules, "SUBJECTS", {"skyreels_v2": lambda *_, **__: toy})
     return toy
 
 
@@ -117,7 +123,8 @@ def _tune(modules: Any, toy: Toy, tmp_path: Path) -> Tune:
     assert toy.num_renders == 0
 
     def run(*arguments: str) -> int:
-        return modules.main(["--work", str(tmp_path / "work"), "--clips", "3", *arguments])
+        given = ["--model", "skyreels_v2", "--work", str(tmp_path / "work"), "--clips", "3"]
+        return modules.main([*given, *arguments])
 
     return run
 
@@ -128,7 +135,8 @@ def test_a_target_in_flops_gives_a_profile_that_meets_it(tune: Tune, tmp_path: P
     (plan,) = profile.reuse.plans
     assert 2 < len(plan) <= NUM_STEPS / 2
     assert profile.predicted.flops == pytest.approx(len(plan) / NUM_STEPS)
-    assert profile.setting == Setting("toy", num_steps=NUM_STEPS, shift=1.0, lag=5, guidance=1.0)
+    assert profile.fingerprint == "toy"
+    assert profile.setting == Setting(num_steps=NUM_STEPS, shift=1.0, lag=5, guidance=[])
     assert profile.source.seeds == [7000, 7001, 7002]
     # the velocity changes most in the last steps: more of them are computed
     assert sum(step >= NUM_STEPS // 2 for step in plan) > len(plan) / 2
@@ -178,7 +186,7 @@ def test_rows_of_other_settings_are_not_mixed_in(tune: Tune, capsys: pytest.Capt
         (["--target", "quality=3"], "must be one of the kinds"),
         (["--most-reuses", "0"], "nothing can be reused"),
         (["--clips", "0"], "--clips must be 1 or more"),
-        (["--model", "some/model"], "--prompts FILE"),
+        (["--checkpoint", "some/model"], "--prompts FILE"),
         (["--prompts", "missing.txt"], "cannot be read"),
     ],
 )
@@ -199,7 +207,20 @@ def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):
 def test_the_dry_run_says_what_a_real_model_needs_beside_the_run(
     modules: Any, capsys: pytest.CaptureFixture[str]
 ):
-    assert modules.main(["--dry-run", "--model", "df-14b-720p", "height=720", "width=1280"]) == 0
+    assert (
+        modules.main(
+            [
+                "--dry-run",
+                "--model",
+                "skyreels_v2",
+                "--checkpoint",
+                "df-14b-720p",
+                "height=720",
+                "width=1280",
+            ]
+        )
+        == 0
+    )
     found = re.search(r"memory +([\d.e-]+) GB", capsys.readouterr().out)
     assert found is not None
     assert 0 < float(found[1]) < 1

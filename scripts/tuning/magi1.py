@@ -1,0 +1,115 @@
+"""MAGI-1 as a subject of tuning."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flowcache.reuse import Observe
+from flowcache.stats import RunStats
+from flowcache.tune.gram import most_active
+from flowcache.tune.profile import Setting
+from flowcache.video import to_uint8
+from magi1 import checkpoint as checkpoints
+from magi1.build import clip_of, dtype_of, latent_size, setting_of
+from magi1.pipeline import generate
+from magi1.plan import make_plan
+from magi1.released import DEMOS
+from magi1.run import (
+    ASSUMED_TOKENS,
+    Job,
+    Models,
+    Request,
+    encode_inputs,
+    load_models,
+    prepare,
+    read_settings,
+)
+from magi1.schedule import Clock
+from tuning.subject import Clip, Words, Work
+
+DEMO_FRAMES = 96
+"""Pixel frames of a tuning clip on the demo: four chunks."""
+
+
+class Magi:
+    """A checkpoint with its preset; see `Subject`."""
+
+    words = Words(content=(), published="latent_update", whole_window="teacache_no_passes")
+
+    def __init__(
+        self, checkpoint: str, preset: str, settings: Sequence[str], *, folder: Path
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.preset = preset
+        short = [f"runtime_config.num_frames={DEMO_FRAMES}"] if checkpoint in DEMOS else []
+        self.settings = [*short, *settings]
+        self.folder = folder
+        self._models: Models | None = None
+
+    def work(self) -> Work:
+        """Return the size of one clip; no weights are needed for that."""
+        _, _, config = read_settings(self._request([]))
+        clip, clock, model = clip_of(config, num_prefix=0), Clock.of(config), config.model_config
+        height, width = latent_size(config)
+        plan = make_plan(
+            config,
+            num_prefix=0,
+            prompt_tokens=ASSUMED_TOKENS,
+            has_special_tokens=config.special_tokens is not None,
+            dtype=dtype_of(config, torch.device("cuda")),
+        )
+        return Work(
+            num_steps=clock.num_steps,
+            warmup_steps=config.reuse.warmup_steps,
+            num_elements=model.latent_channels * clip.chunk_width * height * width,
+            num_active=most_active(clip.num_chunks, num_steps=clock.num_steps, lag=clock.stage),
+            flops=plan.flops,
+        )
+
+    def load(self) -> None:
+        """Load transformer and VAE."""
+        job = self._job([])
+        self._models = load_models(job, stats=RunStats(job.device))
+
+    def setting(self) -> Setting:
+        """Return what a profile must fit."""
+        return setting_of(self._job([]).config)
+
+    def fingerprint(self) -> str:
+        """Return the hash of the model that a profile must fit."""
+        return checkpoints.fingerprint(self._job([]).checkpoint)
+
+    def render(
+        self,
+        settings: Sequence[str],
+        *,
+        prompt: str,
+        seed: int,
+        preset: str | None = None,
+        observe: Observe | None = None,
+    ) -> Clip:
+        """Make a clip; see `Subject.render`."""
+        assert self._models is not None, "load() comes first"
+        job = self._job(settings, preset=preset)
+        runtime = replace(job.config.runtime_config, seed=seed)
+        job = replace(job, config=replace(job.config, prompt=prompt, runtime_config=runtime))
+        stats = RunStats(job.device)
+        conditioning = encode_inputs(job, stats=stats)
+        dit, vae = self._models.dit, self._models.vae
+        parts = [
+            to_uint8(progress.frames).cpu()
+            for progress in generate(
+                dit, vae, job.config, conditioning, stats=stats, observe=observe
+            )
+            if progress.frames is not None
+        ]
+        return Clip(torch.cat(parts), stats)
+
+    def _job(self, settings: Sequence[str], *, preset: str | None = None) -> Job:
+        return prepare(self._request(settings, preset=preset))
+
+    def _request(self, settings: Sequence[str], *, preset: str | None = None) -> Request:
+        given = [*self.settings, *settings, "prompt=-"]
+        return Request(preset or self.preset, self.checkpoint, given, str(self.folder))
