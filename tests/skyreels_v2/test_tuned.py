@@ -1,7 +1,7 @@
 """Runs that follow a profile."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.cli import EXIT_USER_ERROR
+from flowcache.config import find_preset
 from flowcache.stats import RunStats
 from flowcache.tune.profile import (
     Observed,
@@ -22,26 +23,54 @@ from flowcache.tune.profile import (
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.__main__ import main
 from skyreels_v2.build import setting_of
-from skyreels_v2.pipeline import generate
-from skyreels_v2.run import Request, encode_inputs, load_models, prepare
+from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.run import (
+    PRESETS,
+    Job,
+    Models,
+    Request,
+    encode_inputs,
+    load_models,
+    prepare,
+    read_settings,
+)
 
 NUM_STEPS = 6
 SETTINGS = (f"num_steps={NUM_STEPS}", "prompt=a red circle")
 
 Write = Callable[..., Path]
+Render = Callable[..., tuple[Tensor, set[tuple[int, int]]]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The small checkpoint, ready to run."""
+
+    job: Job
+    models: Models
+    inputs: Conditioning
+    fingerprint: str
+
+
+@pytest.fixture(name="loaded", scope="module")
+def _loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp("loaded")
+    job = prepare(Request("vanilla_causal", str(small), SETTINGS, str(folder)))
+    stats = RunStats(job.device)
+    inputs = encode_inputs(job, stats=stats)
+    models = load_models(job, stats=stats)
+    return Loaded(job, models, inputs, checkpoints.fingerprint(job.checkpoint))
 
 
 @pytest.fixture(name="write")
-def _write(small: Path, tmp_path: Path) -> Write:
+def _write(loaded: Loaded, tmp_path: Path) -> Write:
     """Return what writes a profile for the small checkpoint."""
 
     def write(*plans: list[int], band: tuple[float, float] = (0.0, 1e9), **changes: Any) -> Path:
-        request = Request("vanilla_causal", str(small), SETTINGS, str(tmp_path))
-        job = prepare(request)
         profile = Profile(
             version=1,
-            fingerprint=checkpoints.fingerprint(job.checkpoint),
-            setting=setting_of(job.config),
+            fingerprint=loaded.fingerprint,
+            setting=setting_of(loaded.job.config),
             reuse=Reuse(list(plans), predict="velocity", order=1, factor=0.5),
             predicted=Prediction(error=0.1, psnr=30.0, flops=0.5, pixel_scale=1.0),
             observed=Observed([0.9] * NUM_STEPS, [band[0]] * NUM_STEPS, [band[1]] * NUM_STEPS),
@@ -54,63 +83,70 @@ def _write(small: Path, tmp_path: Path) -> Write:
     return write
 
 
-def render(
-    model: Path, *settings: str, preset: str = "vanilla_causal"
-) -> tuple[Tensor, set[tuple[int, int]]]:
-    """Return the frames of a run, and the (chunk, own step) that it computed."""
-    job = prepare(Request(preset, str(model), [*SETTINGS, *settings]))
-    stats = RunStats(job.device)
-    models, inputs = load_models(job, stats=stats), encode_inputs(job, stats=stats)
-    shown = generate(models.dit, models.vae, job.config, inputs, stats=stats)
-    frames = torch.cat([each.frames for each in shown if each.frames is not None], dim=1)
-    return frames, {(row.chunk, row.step) for row in stats.passes if row.is_computed}
+@pytest.fixture(name="render")
+def _render(loaded: Loaded) -> Render:
+    """Return what gives the frames of a run, and the (chunk, own step) that it computed."""
+
+    def render(
+        *settings: str, preset: str = "vanilla_causal"
+    ) -> tuple[Tensor, set[tuple[int, int]]]:
+        request = Request(overrides=[*SETTINGS, *settings])
+        config = read_settings(
+            request, find_preset(PRESETS, preset), folder=loaded.job.checkpoint.folder
+        )
+        stats = RunStats(loaded.job.device)
+        shown = generate(loaded.models.dit, loaded.models.vae, config, loaded.inputs, stats=stats)
+        frames = torch.cat([each.frames for each in shown if each.frames is not None], dim=1)
+        return frames, {(row.chunk, row.step) for row in stats.passes if row.is_computed}
+
+    return render
 
 
 @pytest.mark.parametrize("preset", ["vanilla", "vanilla_causal"])
-def test_a_plan_of_all_steps_is_vanilla(small: Path, write: Write, preset: str):
+def test_a_plan_of_all_steps_is_vanilla(render: Render, write: Write, preset: str):
     path = write(list(range(NUM_STEPS)))
-    want, _ = render(small, preset=preset)
+    want, _ = render(preset=preset)
     for policy in ("planned", "guarded"):
         given = (f"reuse.policy={policy}", "reuse.signal=content", f"reuse.profile={path}")
-        found, _ = render(small, *given, preset=preset)
+        found, _ = render(*given, preset=preset)
         assert torch.equal(found, want)
 
 
-def test_a_plan_is_the_same_as_its_list_of_steps_with_its_predictor(small: Path, write: Write):
+def test_a_plan_is_the_same_as_its_list_of_steps_with_its_predictor(render: Render, write: Write):
     path = write([0, 1, 3, NUM_STEPS - 1])
-    found, computed = render(small, "reuse.policy=planned", f"reuse.profile={path}")
+    found, computed = render("reuse.policy=planned", f"reuse.profile={path}")
     assert computed == {(chunk, step) for chunk in range(3) for step in (0, 1, 3, NUM_STEPS - 1)}
     listed = ("reuse.policy=stride", f"reuse.steps=[0,1,3,{NUM_STEPS - 1}]")
-    want, _ = render(small, *listed, "reuse.predict=velocity", "reuse.extrapolate=0.5")
+    want, _ = render(*listed, "reuse.predict=velocity", "reuse.extrapolate=0.5")
     assert torch.equal(found, want)
-    held, _ = render(small, *listed, "reuse.predict=velocity")
+    held, _ = render(*listed, "reuse.predict=velocity")
     assert not torch.equal(found, held)
     asked = (f"reuse.profile={path}", "reuse.extrapolate=0")
-    assert torch.equal(render(small, "reuse.policy=planned", *asked)[0], held)
+    assert torch.equal(render("reuse.policy=planned", *asked)[0], held)
 
 
-def test_chunks_have_plans_of_their_own(small: Path, write: Write):
+def test_chunks_have_plans_of_their_own(render: Render, write: Write):
     path = write([0, 2, NUM_STEPS - 1], [0, NUM_STEPS - 1])
-    _, computed = render(small, "reuse.policy=planned", f"reuse.profile={path}")
+    _, computed = render("reuse.policy=planned", f"reuse.profile={path}")
     assert computed == {(c, s) for c in range(3) for s in (0, NUM_STEPS - 1)} | {(0, 2)}
 
 
-def test_a_guard_computes_where_no_distance_is_as_calibrated(small: Path, write: Write):
+def test_a_guard_computes_where_no_distance_is_as_calibrated(render: Render, write: Write):
     given = ("reuse.policy=guarded", "reuse.signal=content")
     plan = [0, NUM_STEPS - 1]
     path = write(plan)
-    _, computed = render(small, *given, f"reuse.profile={path}")
+    _, computed = render(*given, f"reuse.profile={path}")
     assert computed == {(chunk, step) for chunk in range(3) for step in plan}
     path = write(plan, band=(1e8, 1e9))
-    _, computed = render(small, *given, f"reuse.profile={path}")
+    _, computed = render(*given, f"reuse.profile={path}")
     assert len(computed) == 3 * NUM_STEPS
 
 
-def test_magcache_reuses_up_to_its_threshold(small: Path, write: Write):
+def test_magcache_reuses_up_to_its_threshold(render: Render, write: Write):
     given = ("reuse.policy=magcache", f"reuse.profile={write([0, NUM_STEPS - 1])}")
-    assert len(render(small, *given, "reuse.threshold=0")[1]) == 3 * NUM_STEPS
+    assert len(render(*given, "reuse.threshold=0")[1]) == 3 * NUM_STEPS
     # each skipped step: 0.1, then 0.1 + 0.19
-    one = render(small, *given, "reuse.threshold=0.25", "reuse.warmup_steps=1")[1]
+    one = render(*given, "reuse.threshold=0.25", "reuse.warmup_steps=1")[1]
     assert one == {(chunk, step) for chunk in range(3) for step in (0, 2, 4, 5)}
 
 
