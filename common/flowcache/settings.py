@@ -1,9 +1,10 @@
 """Settings that every model's run has, with their checks and what they stand for."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from flowcache.compress import (
@@ -30,6 +31,18 @@ from flowcache.tune.profile import Profile
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
+POLICIES: Mapping[str, type[ReusePolicy]] = MappingProxyType(
+    {
+        "vanilla": Vanilla,
+        "teacache": TeaCache,
+        "flowcache": FlowCache,
+        "stride": Stride,
+        "planned": Planned,
+        "guarded": GuardedPlan,
+        "magcache": MagCache,
+    }
+)
+"""What `reuse.policy` names."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What shared settings stand for, and what they refuse."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -9,6 +9,7 @@ from flowcache.compress import ImportanceRedundancy, Recent, SinkRecent
 from flowcache.errors import UserError
 from flowcache.reuse import FlowCache, Stride, TeaCache, Vanilla
 from flowcache.settings import (
+    POLICIES,
     KVRule,
     ReuseRule,
     check_finite,
@@ -34,6 +35,12 @@ def test_every_policy_is_made_with_its_values():
     assert (teacache.threshold, teacache.warmup_ticks) == (0.3, 4)
     assert threshold_of(rule("flowcache")) == threshold_of(rule("teacache")) == 0.3
     assert threshold_of(rule("stride")) is None
+
+
+def test_every_policy_that_settings_name_is_known():
+    assert set(get_args(get_type_hints(ReuseRule)["policy"])) == set(POLICIES)
+    for name in ("vanilla", "stride", "teacache", "flowcache"):
+        assert type(policy_maker(ReuseRule(policy=name))()) is POLICIES[name]
 
 
 def test_policies_of_one_rule_share_no_state():

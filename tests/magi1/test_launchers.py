@@ -18,6 +18,7 @@ from magi1.released import DEMO, FOLDER
 
 METHODS = ("vanilla", "teacache", "flowcache")
 MODES = ("t2v", "i2v", "v2v")
+TUNED = "flowcache_tuned_t2v"
 NAMES = tuple(f"{method}_{mode}" for method in METHODS for mode in MODES)
 VARIABLES = ("MODEL", "PRESET", "PROMPT", "IMAGE", "VIDEO", "HEIGHT", "WIDTH", "NUM_FRAMES")
 VARIABLES += (
@@ -25,6 +26,7 @@ VARIABLES += (
     "NUM_STEPS",
     "WINDOW",
     "THRESHOLD",
+    "PROFILE",
     "TOTAL_CHUNKS",
     "SEED",
     "SPECIAL_TOKENS",
@@ -111,7 +113,22 @@ def preset_of(name: str, speed: str = "fast") -> str:
 
 def test_there_is_a_launcher_per_method_and_mode():
     found = {path.stem for path in (FOLDER / "scripts" / "single_run").glob("*.sh")}
-    assert found == {*NAMES, "common"}
+    assert found == {*NAMES, TUNED, "common"}
+
+
+def test_the_tuned_launcher_hands_on_its_profile(
+    launch: Launch, copy: Path, distilled: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompt = ["--prompt", PROMPTS["t2v"], "--out", f"{copy}/result/t2v"]
+    handed = launch(TUNED, MODEL="a", PROFILE="my profile.yaml", TOTAL_CHUNKS="6")
+    assert handed == [
+        *("--model", "a", *prompt, "--preset", "flowcache_tuned"),
+        *("reuse.profile=my profile.yaml", "kv.total_chunks=6"),
+    ]
+    assert main(launch(TUNED, "--dry-run", MODEL=str(distilled))) == 2
+    path = distilled / "profiles/flowcache_tuned.yaml"
+    told = f"error: {path}: no such profile: make one with scripts/tune.py --out {path}\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
-from flowcache.settings import strategy_of
+from flowcache.settings import POLICIES, strategy_of
+from flowcache.tune.applied import follows_profile
 from magi1.build import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
 from magi1.config import read_config
 from magi1.dit import DiT
@@ -73,7 +74,8 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise(configure: Configure)
 def test_every_preset_is_in_order_for_every_released_model(configure: Configure, preset: str):
     for model in RELEASED:
         config = configure(preset, model=model)
-        assert policy_of(config) is not None
+        if not follows_profile(config.reuse):  # a profile comes with its checkpoint
+            assert isinstance(policy_of(config), POLICIES[config.reuse.policy])
         assert sampling_of(config).guidance is None or "base" in model
 
 

@@ -21,8 +21,10 @@ NAMES = (
     "teacache_fast",
     "vanilla",
 )
+TUNED = "flowcache_tuned"
+"""Its profile comes with the checkpoint."""
 VARIABLES = ("MODEL", "PROMPT", "IMAGE", "END_IMAGE", "VIDEO", "HEIGHT", "WIDTH", "NUM_FRAMES")
-VARIABLES += ("NUM_STEPS", "THRESHOLD", "SEED", "OUT")
+VARIABLES += ("NUM_STEPS", "THRESHOLD", "PROFILE", "SEED", "OUT")
 
 Launch = Callable[..., list[str]]
 
@@ -32,7 +34,7 @@ def copy(tmp_path: Path) -> Path:
     """A copy of the launchers in a path with blanks, whose set-up enters `bin` in `tmp_path`."""
     folder = tmp_path / "a copy" / "model"
     folder.mkdir(parents=True)
-    for name in NAMES:
+    for name in (*NAMES, TUNED):
         shutil.copy(FOLDER / f"run_{name}.sh", folder)
     setup = folder.parent / "scripts" / "setup.sh"
     setup.parent.mkdir()
@@ -78,7 +80,26 @@ def launch(copy: Path, tmp_path: Path) -> Launch:
 
 
 def test_there_is_a_launcher_per_published_preset():
-    assert {path.name for path in FOLDER.glob("run_*.sh")} == {f"run_{name}.sh" for name in NAMES}
+    found = {path.name for path in FOLDER.glob("run_*.sh")}
+    assert found == {f"run_{name}.sh" for name in (*NAMES, TUNED)}
+
+
+def test_the_tuned_launcher_hands_on_its_profile(launch: Launch):
+    prompt = "a blue triangle moving up on a black background"
+    handed = launch(TUNED, "--dry-run", MODEL="demo", PROFILE="my profile.yaml", OUT="a.mp4")
+    assert handed == [
+        *("--preset", TUNED, "--model", "demo", "--prompt", prompt, "--out", "a.mp4"),
+        *("reuse.profile=my profile.yaml", "--dry-run"),
+    ]
+
+
+def test_the_tuned_launcher_says_how_a_missing_profile_is_made(
+    launch: Launch, small: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(launch(TUNED, "--dry-run", MODEL=str(small))) == 2
+    path = small / "profiles/flowcache_tuned.yaml"
+    told = f"error: {path}: no such profile: make one with scripts/tune.py --out {path}\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("name", NAMES)
