@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Text to video with a tuned plan: every chunk computes the steps that scripts/tune.py found best.
+# Edit the variables, or set them:      PROMPT="a cat" SEED=7 bash scripts/single_run/flowcache_tuned_t2v.sh
+# Everything else follows as key=value: bash scripts/single_run/flowcache_tuned_t2v.sh reuse.policy=guarded
+# --dry-run checks and prints the plan, --help and --list-settings say what there is.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" # enters the Python environment
+
+MODEL=${MODEL:-auto}               # auto: 4.5B_distill on CUDA, else the demo; or a name, folder, config
+PROMPT=${PROMPT-a blue triangle moving up on a black background}
+HEIGHT=${HEIGHT:-}                 # pixels, multiples of 16; empty: the model's own
+WIDTH=${WIDTH:-}
+NUM_FRAMES=${NUM_FRAMES:-}         # frames, rounded up to whole chunks of 24; empty: the model's own
+NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of WINDOW; empty: the model's own
+WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: the model's own
+PROFILE=${PROFILE:-}               # made by scripts/tune.py; empty: profiles/flowcache_tuned.yaml beside the model's JSON
+TOTAL_CHUNKS=${TOTAL_CHUNKS:-}     # chunks that the KV cache holds, active ones included; empty: 5
+SEED=${SEED:-}                     # of all noise; empty: the model's own
+SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
+OUT=${OUT:-$root/result/t2v}       # an .mp4 file, or a folder in which a fresh name is found
+
+generate --preset flowcache_tuned \
+    ${PROFILE:+reuse.profile="$PROFILE"} ${TOTAL_CHUNKS:+kv.total_chunks="$TOTAL_CHUNKS"} "$@"

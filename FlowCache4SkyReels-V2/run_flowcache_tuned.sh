@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A tuned plan: every chunk computes the steps that scripts/tune.py found best for this checkpoint.
+# Edit the variables, or set them:      PROMPT="a cat" SEED=7 bash run_flowcache_tuned.sh
+# Everything else follows as key=value: bash run_flowcache_tuned.sh reuse.policy=guarded reuse.signal=content
+# --dry-run checks and prints the plan, --help and --list-settings say what there is.
+set -euo pipefail
+here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/../scripts/setup.sh" # makes and enters the Python environment the first time
+
+MODEL=${MODEL:-auto}           # auto: the 1.3B model on a CUDA machine, else the demo; or a folder, or a hub id
+PROMPT=${PROMPT-a blue triangle moving up on a black background}
+IMAGE=${IMAGE:-}               # path of a start image
+END_IMAGE=${END_IMAGE:-}       # path of an end image
+VIDEO=${VIDEO:-}               # path of a video to extend
+HEIGHT=${HEIGHT:-}             # pixels; 544 x 960 is 540P, 720 x 1280 is 720P; empty: the preset's
+WIDTH=${WIDTH:-}
+NUM_FRAMES=${NUM_FRAMES:-}     # 4 n + 1; empty: the preset's
+NUM_STEPS=${NUM_STEPS:-}       # denoising steps of a chunk; empty: the preset's
+PROFILE=${PROFILE:-}           # made by scripts/tune.py; empty: profiles/flowcache_tuned.yaml of the checkpoint
+SEED=${SEED:-}                 # of all noise; empty: 1024
+OUT=${OUT:-$here/result}       # an .mp4 file, or a folder in which a fresh name is found
+
+exec python -m skyreels_v2 --preset flowcache_tuned --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
+    ${IMAGE:+--image "$IMAGE"} ${END_IMAGE:+--end-image "$END_IMAGE"} ${VIDEO:+--video "$VIDEO"} \
+    ${HEIGHT:+height="$HEIGHT"} ${WIDTH:+width="$WIDTH"} ${NUM_FRAMES:+num_frames="$NUM_FRAMES"} \
+    ${NUM_STEPS:+num_steps="$NUM_STEPS"} ${PROFILE:+reuse.profile="$PROFILE"} ${SEED:+seed="$SEED"} "$@"
