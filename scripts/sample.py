@@ -181,7 +181,9 @@ def execute(options: argparse.Namespace) -> int:
         done = len(tasks) - len(failures)
         print(f"{done} of {len(tasks)} videos are complete in {out}")
         say_failures(failures)
-    return EXIT_SOME_FAILED if failures else 0
+    # all know all failures; one that ended with an error would make the launcher end the others
+    # before the main one has listed them
+    return EXIT_SOME_FAILED if failures and state.is_main_process else 0
 
 
 def stop(_number: int, _frame: object) -> NoReturn:

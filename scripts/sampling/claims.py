@@ -37,6 +37,8 @@ class Claim:
 
     folder: Path
     generation: int
+    owner: str
+    """What the file says: who made the claim, and when."""
 
     @property
     def path(self) -> Path:
@@ -50,7 +52,14 @@ class Claim:
 
     def is_valid(self) -> bool:
         """Tell whether nobody else has taken over."""
-        return _newest(self.folder) == self.generation
+        return _newest(self.folder) == self.generation and self._is_own()
+
+    def _is_own(self) -> bool:
+        """Tell whether the file is still this claim: generations begin anew once all are gone."""
+        try:
+            return self.path.read_text(encoding="utf-8") == self.owner
+        except FileNotFoundError:
+            return False
 
     @contextlib.contextmanager
     def held(self) -> Generator[None, None, None]:
@@ -72,7 +81,12 @@ class Claim:
                 os.utime(self.path)
 
     def _remove(self) -> None:
-        """Remove this generation and those before it; the claim itself goes last."""
+        """Remove this generation and those before it; the claim itself goes last.
+
+        Where the claim is gone, who took over has removed them; what lies there now is not ours.
+        """
+        if not self._is_own():
+            return
         for generation in range(self.generation + 1):
             shutil.rmtree(self.folder / f"{generation}.work", ignore_errors=True)
             (self.folder / str(generation)).unlink(missing_ok=True)
@@ -94,20 +108,20 @@ class Claims:
         newest = _newest(folder)
         if newest is not None and not self._is_stale(folder / str(newest)):
             return None
-        claim = Claim(folder, 0 if newest is None else newest + 1)
         owner = {
             "task": label,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(),
         }
+        claim = Claim(folder, 0 if newest is None else newest + 1, json.dumps(owner))
         try:
             stream = claim.path.open("x", encoding="utf-8")
         except (FileExistsError, FileNotFoundError):  # lost the race, or the folder was tidied up
             return None
         try:
             with stream:
-                json.dump(owner, stream)
+                stream.write(claim.owner)
         except OSError:
             claim.path.unlink()
             raise

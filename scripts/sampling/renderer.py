@@ -94,11 +94,15 @@ def _only_new(task: Task, job: Any) -> Any:
 
 
 def _identity(task: Task, job: Any) -> Hashable:
-    """Return what loaded models depend on."""
-    config = job.config
-    own = (
-        (str(config.model_config), str(config.engine_config), config.runtime_config.scale_factor)
-        if task.family == "magi1"
-        else ()
-    )
-    return (task.family, str(job.checkpoint), job.device, job.dtype, config.offload, own)
+    """Return what loaded models depend on, and nothing that differs between their videos."""
+    config, checkpoint = job.config, job.checkpoint
+    own: tuple[Hashable, ...] = (str(checkpoint),)
+    if task.family == "magi1":
+        # its checkpoint holds the settings of the run, too: prompt, seed, number of steps
+        run = config.runtime_config
+        own = (
+            *(checkpoint.dit_files, checkpoint.vae, checkpoint.text_encoder),
+            *(str(config.model_config), str(config.engine_config)),
+            *(run.scale_factor, run.t5_device),
+        )
+    return (task.family, job.device, job.dtype, config.offload, own)

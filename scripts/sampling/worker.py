@@ -119,6 +119,9 @@ class Worker:
                 publish(task, self.out, claim.work, report=report)
                 task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
         except Exception as error:  # noqa: BLE001 - whatever fails, the other tasks go on
+            if not claim.is_valid():  # who took over has removed the folder, and goes on
+                logger.warning("%s: another process has taken over: dropped", task.label)
+                return
             check_disk(claim.work)
             self._record(task, error)
 

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from flowcache.video import VideoWriter, probe
 
@@ -279,6 +281,26 @@ def test_who_lost_its_claim_drops_what_it_made(tmp_path: Path):
     assert not (tmp_path / "a.mp4").exists()
 
 
+def test_who_lost_its_claim_and_its_folder_goes_on_without_a_failure(tmp_path: Path):
+    first, second = (make_worker([make_task("a")], tmp_path) for _ in range(2))
+    later = []
+
+    def suspended(task: Any, folder: Path) -> dict[str, Any]:
+        owner = json.loads((folder.parent / "0").read_text())
+        (folder.parent / "0").write_text(json.dumps({**owner, "host": "elsewhere"}))
+        second.claims.stale_seconds = -1.0  # as if the process had been suspended for long
+        assert second.run() == {}
+        later.append(second.claims.take("a"))  # a claim of the same generation
+        return make_file(task, folder)  # the folder is gone
+
+    first.render = suspended
+    assert first.run() == {}
+    assert videos(tmp_path) == {"a.mp4": b"a"}
+    assert not (tmp_path / "a.error.json").exists()
+    assert later[0].generation == 0
+    assert later[0].is_valid()  # the claim of somebody else was left alone
+
+
 # failures
 
 
@@ -511,6 +533,41 @@ def test_a_broken_clip_fails_alone_and_is_listed(
     assert probe(made).num_frames == 9 - 5  # the given ones are left out
 
 
+def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    run = importlib.import_module("magi1.run")
+    checkpoint = importlib.import_module("magi1.checkpoint").Checkpoint
+    loads: list[str] = []
+
+    def prepare(request: Any) -> SimpleNamespace:
+        _, _, config = run.read_settings(request)
+        return SimpleNamespace(
+            config=config,
+            checkpoint=checkpoint(config, (Path("dit"),), Path("vae"), Path("t5")),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            plan=SimpleNamespace(kv_bytes=1),
+        )
+
+    def load(job: Any, **_: Any) -> None:
+        loads.append(job.config.runtime_config.scale_factor)
+
+    monkeypatch.setattr(run, "prepare", prepare)
+    monkeypatch.setattr(run, "load_models", load)
+    monkeypatch.setattr(run, "load_text", lambda _job: None)
+    monkeypatch.setattr(run, "encode_inputs", lambda *_, **__: None)
+    monkeypatch.setattr(run, "render", lambda *_, **__: {})
+    renderer = importlib.import_module("sampling.renderer").Renderer("cpu")
+    task = replace(make_task("a"), family="magi1", model="4.5B_distill")
+    others = {"preset": "flowcache_fast"}, {"prompt": "other"}, {"seed": 5}
+    for changes in ({}, *others):
+        renderer.render(replace(task, **changes), tmp_path)
+    assert len(loads) == 1
+    renderer.render(replace(task, settings=("runtime_config.scale_factor=0.5",)), tmp_path)
+    assert len(loads) == 2
+
+
 @pytest.mark.slow
 def test_kills_while_a_model_works_leave_no_trace(
     sample: ModuleType, prompts: Path, tmp_path: Path
@@ -528,6 +585,32 @@ def test_kills_while_a_model_works_leave_no_trace(
         process.wait()
     assert sample.main(demo(prompts, tmp_path / "killed")) == 0
     assert videos(tmp_path / "killed") == videos(tmp_path / "one")
+
+
+def test_only_the_main_process_ends_with_the_code_of_failures(
+    sample: ModuleType,
+    fake: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    del fake
+
+    def fail(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(importlib.import_module("sampling.renderer").Renderer, "render", fail)
+    arguments = ["magi1", "--prompts", "prompts.txt", "--out", "out"]
+    for is_main, code in ((True, 1), (False, 0)):
+        state = SimpleNamespace(
+            device="cpu",
+            process_index=0,
+            num_processes=1,
+            is_main_process=is_main,
+            destroy_process_group=lambda: None,
+        )
+        monkeypatch.setattr(sample, "PartialState", lambda state=state, **_: state)
+        assert sample.main(arguments) == code
+        assert ("0 of 1 videos are complete" in capfd.readouterr().out) == is_main
 
 
 # documentation
