@@ -21,7 +21,7 @@ from flowcache.tune.profile import Setting, read_profile
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 GOLDEN = Path(__file__).parents[1] / "golden" / "tune"
-"""Random plans measured on the demo, as `scripts/tune.py --store-check` keeps them."""
+"""Random plans measured on two clips of the demo; `tune.py --store-check` makes such files anew."""
 NUM_STEPS = 12
 SIGMAS = np.linspace(1, 0, NUM_STEPS + 1)
 
