@@ -58,13 +58,13 @@ class Prediction:
     """What was expected when the plan was made."""
 
     error: float
-    """Squared error of the latent, per element."""
+    """Squared error of the latent per element, times how much errors grow until the end."""
     psnr: float
     """dB against the same run with every step computed."""
     flops: float
     """Share of the FLOPs with every step computed."""
     pixel_scale: float
-    """Squared pixel levels per squared latent error."""
+    """Squared pixel levels per unit of that error."""
 
 
 @dataclass(frozen=True)
