@@ -13,7 +13,7 @@ from flowcache.tune.profile import Setting
 from flowcache.video import to_uint8
 from magi1 import checkpoint as checkpoints
 from magi1.build import clip_of, dtype_of, latent_size, setting_of
-from magi1.pipeline import generate
+from magi1.pipeline import Conditioning, generate
 from magi1.plan import make_plan
 from magi1.released import DEMOS
 from magi1.run import (
@@ -46,7 +46,8 @@ class Magi:
         short = [f"runtime_config.num_frames={DEMO_FRAMES}"] if checkpoint in DEMOS else []
         self.settings = [*short, *settings]
         self.folder = folder
-        self._models: Models | None = None
+        self._run: tuple[Job, Models] | None = None
+        self._conditioning: dict[str, Conditioning] = {}
 
     def work(self) -> Work:
         """Return the size of one clip; no weights are needed for that."""
@@ -70,16 +71,16 @@ class Magi:
 
     def load(self) -> None:
         """Load transformer and VAE."""
-        job = self._job([])
-        self._models = load_models(job, stats=RunStats(job.device))
+        job = prepare(self._request([]))
+        self._run = job, load_models(job, stats=RunStats(job.device))
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
-        return setting_of(self._job([]).config)
+        return setting_of(self._loaded()[0].config)
 
     def fingerprint(self) -> str:
         """Return the hash of the model that a profile must fit."""
-        return checkpoints.fingerprint(self._job([]).checkpoint)
+        return checkpoints.fingerprint(self._loaded()[0].checkpoint)
 
     def render(
         self,
@@ -91,25 +92,33 @@ class Magi:
         observe: Observe | None = None,
     ) -> Clip:
         """Make a clip; see `Subject.render`."""
-        assert self._models is not None, "load() comes first"
-        job = self._job(settings, preset=preset)
-        runtime = replace(job.config.runtime_config, seed=seed)
-        job = replace(job, config=replace(job.config, prompt=prompt, runtime_config=runtime))
+        job, models = self._loaded()
+        _, _, config = read_settings(self._request(settings, preset=preset))
+        runtime = replace(config.runtime_config, seed=seed)
         stats = RunStats(job.device)
-        conditioning = encode_inputs(job, stats=stats)
-        dit, vae = self._models.dit, self._models.vae
-        parts = [
-            to_uint8(progress.frames).cpu()
-            for progress in generate(
-                dit, vae, job.config, conditioning, stats=stats, observe=observe
-            )
-            if progress.frames is not None
-        ]
+        shown = generate(
+            models.dit,
+            models.vae,
+            replace(config, prompt=prompt, runtime_config=runtime),
+            self._encoded(prompt),
+            stats=stats,
+            observe=observe,
+        )
+        parts = [to_uint8(each.frames).cpu() for each in shown if each.frames is not None]
         return Clip(torch.cat(parts), stats)
 
-    def _job(self, settings: Sequence[str], *, preset: str | None = None) -> Job:
-        return prepare(self._request(settings, preset=preset))
+    def _encoded(self, prompt: str) -> Conditioning:
+        """Return what a prompt's clips are made from; its text goes through the encoder once."""
+        if prompt not in self._conditioning:
+            job, _ = self._loaded()
+            job = replace(job, config=replace(job.config, prompt=prompt))
+            self._conditioning[prompt] = encode_inputs(job, stats=RunStats(job.device))
+        return self._conditioning[prompt]
 
     def _request(self, settings: Sequence[str], *, preset: str | None = None) -> Request:
         given = [*self.settings, *settings, "prompt=-"]
         return Request(preset or self.preset, self.checkpoint, given, str(self.folder))
+
+    def _loaded(self) -> tuple[Job, Models]:
+        assert self._run is not None, "load() comes first"
+        return self._run

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from flowcache.config import find_preset, load_config
+from flowcache.config import find_preset
 from flowcache.errors import UserError
-from flowcache.job import config_layers
 from flowcache.reuse import Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
@@ -17,18 +16,20 @@ from flowcache.video import to_uint8
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.build import VAE_STRIDE, segments_of, setting_of, window_of
 from skyreels_v2.config import RunConfig
-from skyreels_v2.pipeline import LATENT_CHANNELS, generate
+from skyreels_v2.inputs import turn_to_fit
+from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, generate
 from skyreels_v2.plan import make_plan
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import (
-    BASE,
     PRESETS,
     Job,
     Models,
     Request,
+    choose_model,
     encode_inputs,
     load_models,
     prepare,
+    read_settings,
 )
 from tuning.subject import Clip, Words, Work
 
@@ -51,22 +52,17 @@ class SkyReels:
         short = [f"num_frames={DEMO_FRAMES}"] if checkpoint == "demo" else []
         self.settings = [*short, *settings]
         self.folder = folder
-        self._models: Models | None = None
+        self._run: tuple[Job, Models] | None = None
+        self._conditioning: dict[str, Conditioning] = {}
 
     def work(self) -> Work:
         """Return the size of one clip; a released model needs no files for that."""
         name = self.checkpoint.rpartition("/")[2].lower()
         if name in RELEASED:
-            preset = find_preset(PRESETS, self.preset)
-            config = load_config(
-                RunConfig,
-                config_layers(BASE, preset, checkpoint=None),
-                overrides=[*self.settings, "prompt=-"],
-            )
-            dit = RELEASED[name]
+            config, dit = self._read([], folder=None), RELEASED[name]
         else:
-            job = self._job([])
-            config, dit = job.config, job.checkpoint.config
+            found = checkpoints.find(choose_model(self.checkpoint))
+            config, dit = self._read([], folder=found.folder), found.config
         segments = segments_of(config)
         window = window_of(
             config, segments[0], num_segments=len(segments), is_i2v=dit.model_type == "i2v"
@@ -85,21 +81,21 @@ class SkyReels:
 
     def load(self) -> None:
         """Load transformer and VAE."""
-        job = self._job([])
+        job = prepare(self._request([]))
         if job.config.attention != "causal":
             raise UserError(
                 f"preset {self.preset} has attention={job.config.attention}: chunks are reused "
                 "one by one only with attention=causal; choose such a preset, as flowcache_fast"
             )
-        self._models = load_models(job, stats=RunStats(job.device))
+        self._run = job, load_models(job, stats=RunStats(job.device))
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
-        return setting_of(self._job([]).config)
+        return setting_of(self._loaded()[0].config)
 
     def fingerprint(self) -> str:
         """Return the hash of the model that a profile must fit."""
-        return checkpoints.fingerprint(self._job([]).checkpoint)
+        return checkpoints.fingerprint(self._loaded()[0].checkpoint)
 
     def render(
         self,
@@ -111,29 +107,39 @@ class SkyReels:
         observe: Observe | None = None,
     ) -> Clip:
         """Make a clip; see `Subject.render`."""
-        models, job = self._loaded(), self._job(settings, preset=preset)
-        config = replace(job.config, prompt=prompt, seed=seed)
+        job, models = self._loaded()
+        config = self._read(settings, folder=job.checkpoint.folder, preset=preset)
         stats = RunStats(job.device)
-        conditioning = encode_inputs(replace(job, config=config), stats=stats)
-        parts = [
-            to_uint8(progress.frames).cpu()
-            for progress in generate(
-                models.dit, models.vae, config, conditioning, stats=stats, observe=observe
-            )
-            if progress.frames is not None
-        ]
+        shown = generate(
+            models.dit,
+            models.vae,
+            replace(config, prompt=prompt, seed=seed),
+            self._encoded(prompt),
+            stats=stats,
+            observe=observe,
+        )
+        parts = [to_uint8(each.frames).cpu() for each in shown if each.frames is not None]
         return Clip(torch.cat(parts), stats)
 
-    def _job(self, settings: Sequence[str], *, preset: str | None = None) -> Job:
-        return prepare(
-            Request(
-                preset or self.preset,
-                self.checkpoint,
-                [*self.settings, *settings, "prompt=-"],
-                str(self.folder),
-            )
-        )
+    def _encoded(self, prompt: str) -> Conditioning:
+        """Return what a prompt's clips are made from; its text goes through the encoder once."""
+        if prompt not in self._conditioning:
+            job, _ = self._loaded()
+            job = replace(job, config=replace(job.config, prompt=prompt))
+            self._conditioning[prompt] = encode_inputs(job, stats=RunStats(job.device))
+        return self._conditioning[prompt]
 
-    def _loaded(self) -> Models:
-        assert self._models is not None, "load() comes first"
-        return self._models
+    def _read(
+        self, settings: Sequence[str], *, folder: Path | None, preset: str | None = None
+    ) -> RunConfig:
+        request = self._request(settings, preset=preset)
+        path = find_preset(PRESETS, request.preset)
+        return turn_to_fit(read_settings(request, path, folder=folder))
+
+    def _request(self, settings: Sequence[str], *, preset: str | None = None) -> Request:
+        given = [*self.settings, *settings, "prompt=-"]
+        return Request(preset or self.preset, self.checkpoint, given, str(self.folder))
+
+    def _loaded(self) -> tuple[Job, Models]:
+        assert self._run is not None, "load() comes first"
+        return self._run

@@ -157,7 +157,7 @@ def test_an_empty_prompt_is_handed_on_and_refused(
     assert "prompt is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", (*NAMES, TUNED))
+@pytest.mark.parametrize("name", [*NAMES, TUNED])
 def test_every_launcher_plans_on_the_demo_checkpoint(
     launch: Launch, name: str, capsys: pytest.CaptureFixture[str]
 ):
