@@ -11,7 +11,6 @@ number or never changes, and where no distance reaches the threshold.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from explain_page.run import SUFFIX, Run, find_record, load_run
 
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable, fresh_path
+from flowcache.files import check_writable, fresh_path, write_text
 
 EXIT_ALARM = 1
 MAX_PAGE_BYTES = 5_000_000
@@ -83,19 +82,13 @@ def write_whole(path: Path, content: str) -> None:
     Raises:
         UserError: it is larger than a page may be, or can't be written.
     """
-    data = content.encode("utf-8")
-    if len(data) > MAX_PAGE_BYTES:
+    num_bytes = len(content.encode("utf-8"))
+    if num_bytes > MAX_PAGE_BYTES:
         raise UserError(
-            f"{path}: the page would have {len(data)} bytes, more than {MAX_PAGE_BYTES}; "
+            f"{path}: the page would have {num_bytes} bytes, more than {MAX_PAGE_BYTES}; "
             "explain a shorter run, or one run instead of two"
         )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    write_text(path, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

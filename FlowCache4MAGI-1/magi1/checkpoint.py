@@ -75,7 +75,10 @@ def find(config: MagiConfig) -> Checkpoint:
     }
     for field, folder in parts.items():
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder, but the config's {field} asks for it")
+            raise UserError(
+                f"{folder}: no such folder, but the config's {field} asks for it: set "
+                f"runtime_config.{field}, or use --download with a released model, or --model demo"
+            )
     return Checkpoint(
         config=config,
         dit_files=find_dit_files(parts["load"]),

@@ -226,11 +226,17 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
             run.clean_chunk_kvrange == -1 or run.clean_chunk_kvrange > 0,
             "must be a count from 1 on, or -1 for the last entry of noise2clean_kvrange",
         ),
+        ("cfg_t_range", _is_rising(run.cfg_t_range), "must rise, from 0 on"),
         ("prev_chunk_scales", len(run.prev_chunk_scales) == num_scales, scale_rule),
         ("text_scales", len(run.text_scales) == num_scales, scale_rule),
         ("clean_t", 0 < run.clean_t <= 1, "must lie in 0..1, where 1 is clean"),
     )
     _check(source, run, rules)
+
+
+def _is_rising(lows: Sequence[float]) -> bool:
+    """Tell whether the lower ends of ranges leave no timestep out."""
+    return bool(lows) and lows[0] == 0 and list(lows) == sorted(set(lows))
 
 
 def _is_size(pixels: int) -> bool:

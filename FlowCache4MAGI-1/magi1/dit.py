@@ -182,7 +182,7 @@ class DiT(nn.Module):
         tokens = rearrange(patches.to(self.dtype), "B D F h w -> B (F h w) D")
         condition = self.t_embedder(t_BN, dtype=self.dtype)
         if step_width is not None:
-            width = torch.tensor(step_width, device=t_BN.device)
+            width = torch.full((), step_width, device=t_BN.device)
             condition = condition + self.t_embedder(width, dtype=self.dtype)
         row = self.null_caption[DROPPED_ROW if is_null else GIVEN_ROW]
         condition = condition + self.y_embedder.y_proj_adaln(row)

@@ -158,4 +158,5 @@ class ClipForward:
         return cost + (flops.head(config, queries=tokens) if has_head else 0)
 
     def _t(self, t: float) -> Tensor:
-        return torch.tensor([[t]], dtype=torch.float32, device=self.device)
+        # made on the device: a copy from the host would wait for all that is queued there
+        return torch.full((1, 1), t, dtype=torch.float32, device=self.device)

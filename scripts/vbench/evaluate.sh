@@ -4,7 +4,7 @@
 #     bash scripts/vbench/evaluate.sh result/vbench/flowcache_slow
 #     bash scripts/vbench/evaluate.sh result/vbench/flowcache_slow result/table/videos/flowcache_slow
 #
-# The second form puts the file where a table of reproduce.sh looks for it.
+# The second form puts the file where a table of reproduce_*.sh looks for it.
 # Not run by the authors: it needs a GPU and VBench's models, which VBench itself downloads.
 #
 #   VBENCH_VENV   folder of VBench's environment, made by setup.sh (default: .venv-vbench)

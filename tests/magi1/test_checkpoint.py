@@ -187,7 +187,11 @@ def test_weights_that_do_not_fit_are_named(change: str, message: str, config: Ma
 def test_a_missing_folder_is_named_with_its_field(part: str, config: MagiConfig):
     write_checkpoint(config, released_state(config))
     shutil.rmtree(getattr(config.runtime_config, part))
-    with pytest.raises(UserError, match=rf"no such folder, but the config's {part} asks for it"):
+    what, advice = (
+        f"no such folder, but the config's {part} asks for it",
+        f"set runtime_config.{part}",
+    )
+    with pytest.raises(UserError, match=f"{what}: {advice}, or use --download"):
         find(config)
 
 
