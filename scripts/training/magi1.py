@@ -526,7 +526,7 @@ def released_configs() -> dict[str, dict[str, Any]]:
         "clean_chunk_kvrange": 1,
         "clean_t": CLEAN_T,
         "seed": 1234,
-        "num_frames": 96,
+        "num_frames": 144,
         "video_size_h": 64,
         "video_size_w": 64,
         "num_steps": 64,
