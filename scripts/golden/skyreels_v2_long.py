@@ -189,11 +189,16 @@ def _run_config(arguments: dict[str, Any], run: dict[str, Any]) -> RunConfig:
     if run["reuse"]:
         is_ret = run["use_ret_steps"]
         name = coefficients_name(arguments["coefficients"], is_ret=is_ret)
-        reuse = ReuseConfig("flowcache", run["threshold"], 5 if is_ret else 1, rescale=name)
+        reuse = ReuseConfig(
+            policy="flowcache",
+            threshold=run["threshold"],
+            warmup_steps=5 if is_ret else 1,
+            rescale=name,
+        )
     if run["budget_block"]:
-        kv = KVConfig("importance", budget_chunks=run["budget_block"], order="score")
+        kv = KVConfig(compress="importance", budget_chunks=run["budget_block"], order="score")
     elif run["kvrange"] is not None:
-        kv = KVConfig("recent", budget_chunks=run["kvrange"])
+        kv = KVConfig(compress="recent", budget_chunks=run["kvrange"])
     return RunConfig(
         prompt="given as its encoding",
         height=arguments["height"],
