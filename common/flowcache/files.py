@@ -54,7 +54,10 @@ def write_text(path: Path, text: str) -> None:
     """Write a text in one step, as `write_json`."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut may leave an empty file of that name
         os.replace(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):

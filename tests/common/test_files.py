@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.files import check_writable, fresh_path, write_json
+from flowcache.files import check_writable, fresh_path, write_json, write_text
 
 
 def test_fresh_paths_count_up(tmp_path: Path):
@@ -34,6 +34,21 @@ def test_json_is_readable_with_tables_in_rows(tmp_path: Path):
         '{\n  "name": "猫",\n  "rows": [\n    [1, "a", null],\n    [2, "b", 0.5]\n  ],\n'
         '  "none": [],\n  "empty": {}\n}\n'
     )
+
+
+def test_a_file_gets_its_name_only_when_its_content_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[str, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        text = Path(f"/proc/self/fd/{descriptor}").read_text()
+        seen.append((text, (tmp_path / "a.txt").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a.txt", "whole")
+    assert seen == [("whole", False)]
+    assert (tmp_path / "a.txt").read_text() == "whole"
 
 
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path):
