@@ -62,8 +62,9 @@ def _read_frames(config: RunConfig, path: Path) -> Pixels:
         )
     places = places[:wanted]
     size = (run.video_size_h, run.video_size_w)
-    frames, _ = read_video(path, max_frames=places[-1] + 1, size=size)
-    return frames[places]
+    first = places[0]
+    frames, _ = read_video(path, first=first, max_frames=places[-1] + 1, size=size)
+    return frames[[place - first for place in places]]
 
 
 def resampled(num_frames: int, *, fps: float, target_fps: float) -> list[int]:

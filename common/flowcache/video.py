@@ -5,6 +5,7 @@ encodes and decodes.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -171,13 +172,18 @@ class VideoWriter:
 
 
 def read_video(
-    path: Path, *, max_frames: int | None = None, size: tuple[int, int] | None = None
+    path: Path,
+    *,
+    first: int = 0,
+    max_frames: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[Pixels, float]:
     """Read frames, uint8 `[T, H, W, 3]`, and the rate in frames per second.
 
     Args:
         path: a video file.
-        max_frames: read no more than the first so many.
+        first: leave out so many frames at the start, which are never in memory together.
+        max_frames: read no more than the first so many, left out ones included.
         size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
 
     Raises:
@@ -186,10 +192,10 @@ def read_video(
     meta, decoder = _open_video(path, max_frames=max_frames)
     frames = [
         frame if size is None else _scaled(frame, size=size)
-        for frame in _decoded(path, meta, decoder)
+        for frame in itertools.islice(_decoded(path, meta, decoder), first, None)
     ]
     if not frames:
-        raise UserError(f"{path}: holds no frame")
+        raise UserError(f"{path}: holds no frame" + (f" from number {first} on" if first else ""))
     return np.stack(frames), float(cast(float, meta["fps"]))
 
 

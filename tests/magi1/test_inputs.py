@@ -55,6 +55,21 @@ def test_whole_seconds_at_the_end_are_given_where_no_number_is_set(config: RunCo
     assert torch.equal(prefix, whole[:, 16:])
 
 
+def test_of_a_long_video_the_last_seconds_alone_are_kept_in_memory(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "long.mp4"
+    with VideoWriter(path, fps=24, size=(32, 48)) as writer:
+        writer.append(np.zeros((8 * 24, 32, 48, 3), np.uint8))
+    stacks: list[int] = []
+    stack = np.stack
+    monkeypatch.setattr(np, "stack", lambda frames: stacks.append(len(frames)) or stack(frames))
+    prefix = read_prefix(replace(config, video=str(path), prefix_frames=None))
+    assert prefix is not None
+    assert prefix.shape[1] == 5 * 24
+    assert stacks == [5 * 24]
+
+
 def test_of_less_than_a_second_the_last_frame_is_given(config: RunConfig, tmp_path: Path):
     path = tmp_path / "short.mp4"
     frames = np.full((5, 32, 48, 3), np.arange(5, dtype=np.uint8)[:, None, None, None] * 50)
