@@ -4,6 +4,7 @@ Field names, sections and units are the release's own: a field that is missing o
 error that names it. Source: SandAI-org/MAGI-1, example/*/*_config.json.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,7 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
         ("cfg_t_range", _is_rising(run.cfg_t_range), "must rise, from 0 on"),
         ("prev_chunk_scales", len(run.prev_chunk_scales) == num_scales, scale_rule),
         ("text_scales", len(run.text_scales) == num_scales, scale_rule),
+        ("t5_device", _is_device(run.t5_device), "must be cpu, cuda or cuda:0"),
         ("clean_t", 0 < run.clean_t <= 1, "must lie in 0..1, where 1 is clean"),
     )
     _check(source, run, rules)
@@ -237,6 +239,10 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
 def _is_rising(lows: Sequence[float]) -> bool:
     """Tell whether the lower ends of ranges leave no timestep out."""
     return bool(lows) and lows[0] == 0 and list(lows) == sorted(set(lows))
+
+
+def _is_device(name: str) -> bool:
+    return re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
 
 
 def _is_size(pixels: int) -> bool:

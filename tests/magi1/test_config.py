@@ -117,6 +117,7 @@ def test_an_unknown_field_is_named(document: dict[str, Any], tmp_path: Path):
         ("run", {"noise2clean_kvrange": (5, 4, 3)}, "the 3 entries of noise2clean_kvrange"),
         ("run", {"clean_chunk_kvrange": 0}, "clean_chunk_kvrange is 0, but must be a count"),
         ("run", {"text_scales": (7.5,)}, "text_scales is (7.5,), but needs 5 entries"),
+        ("run", {"t5_device": "gpu"}, "t5_device is 'gpu', but must be cpu, cuda or cuda:0"),
         ("run", {"window_size": 0}, "window_size is 0, but must be positive"),
         ("model", {"num_query_groups": 5}, "num_query_groups is 5, but must divide 24 heads"),
         ("model", {"kv_channels": 64}, "kv_channels is 64, but 24 heads must make 3072"),
