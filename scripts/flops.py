@@ -8,13 +8,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
 from flowcache.flops import attention
 from flowcache.schedule import staggered
 from magi1 import flops as magi1_flops
-from magi1.config import ModelConfig
+from magi1.config import ModelConfig, read_config
+from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
 from skyreels_v2 import flops as skyreels_flops
 from skyreels_v2.released import RELEASED
@@ -33,32 +35,6 @@ MAGI1_CHUNK_TOKENS = 6 * 45 * 45
 """Of 6 latent frames of 720 x 720 pixels."""
 MAGI1_WINDOWS = (5, 4, 3, 2)
 """The released KV window: chunks seen in each quarter of a chunk's steps."""
-MAGI1_4_5B = ModelConfig(
-    model_name="videodit_ardf",
-    num_layers=34,
-    hidden_size=3072,
-    ffn_hidden_size=12288,
-    num_attention_heads=24,
-    num_query_groups=8,
-    kv_channels=128,
-    layernorm_epsilon=1e-6,
-    apply_layernorm_1p=True,
-    x_rescale_factor=1.0,
-    half_channel_vae=False,
-    params_dtype="torch.bfloat16",
-    patch_size=2,
-    t_patch_size=1,
-    in_channels=16,
-    out_channels=16,
-    cond_hidden_ratio=0.25,
-    caption_channels=4096,
-    caption_max_length=800,
-    xattn_cond_hidden_ratio=1.0,
-    cond_gating_ratio=1.0,
-    gated_linear_unit=False,
-)
-"""Source: the released 4.5B_distill configuration of MAGI-1."""
-
 SKYREELS_1_3B = RELEASED["df-1.3b-540p"]
 SKYREELS_FRAME_TOKENS = 34 * 60
 """Of a latent frame of 544 x 960 pixels."""
@@ -80,12 +56,18 @@ class Row:
     """The published figure, rounded as printed there, in the same unit."""
 
 
+@cache
+def magi1_sizes() -> ModelConfig:
+    """Return the sizes of the released distilled 4.5B model."""
+    return read_config(CONFIGS / "4.5B_distill.json").model_config
+
+
 def magi1_clip(
     *, num_frames: int = 240, reaches: Sequence[int] = (), nearly_clean_pass: bool
 ) -> int:
     """Count one clip of the distilled 4.5B model, 720 x 720, 64 steps, window of 4 chunks."""
     return magi1_flops.published_clip(
-        MAGI1_4_5B,
+        magi1_sizes(),
         clip=Clip(num_frames),
         clock=Clock(num_steps=64, window=4, reaches=tuple(reaches)),
         chunk_tokens=MAGI1_CHUNK_TOKENS,
@@ -130,9 +112,10 @@ def skyreels_active_only() -> int:
 
 def paper_rows() -> list[Row]:
     """Return the published figures and what they are made of."""
-    alone = magi1_flops.published_blocks(MAGI1_4_5B, queries=MAGI1_CHUNK_TOKENS, keys=0)
-    seen = MAGI1_4_5B.num_layers * attention(
-        MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=MAGI1_4_5B.hidden_size
+    sizes = magi1_sizes()
+    alone = magi1_flops.published_blocks(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
+    seen = sizes.num_layers * attention(
+        MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=sizes.hidden_size
     )
     forward, full = skyreels_causal(5), skyreels_full()
     num_forwards = SKYREELS_BRANCHES * skyreels_ticks()
