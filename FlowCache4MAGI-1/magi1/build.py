@@ -28,6 +28,7 @@ def clip_of(config: RunConfig, *, num_prefix: int) -> Clip:
     return Clip(
         run.num_frames,
         num_prefix=num_prefix,
+        is_image=config.image is not None,
         chunk_width=run.chunk_width,
         temporal_stride=run.temporal_downsample_factor,
     )

@@ -90,12 +90,14 @@ class Clip:
     Attributes:
         num_frames: frames asked for.
         num_prefix: given latents (an image is one), at the start of the clip.
+        is_image: whether an image is given, which the new video shows.
         chunk_width: latents of a chunk.
         temporal_stride: frames of a latent.
     """
 
     num_frames: int
     num_prefix: int = 0
+    is_image: bool = False
     chunk_width: int = 6
     temporal_stride: int = 4
 
@@ -142,10 +144,11 @@ class Clip:
     def shown(self, chunk: int) -> range:
         """Return the latents of a clean chunk that belong to the new video.
 
-        All but given ones; a given image, a prefix of one latent, is shown.
+        All but given ones; a given image is shown. The release shows every prefix of one latent;
+        of a video that would repeat frames.
         """
         own = self.latents(chunk)
-        return own if self.num_prefix == 1 else own[self.num_fixed(chunk) :]
+        return own if self.is_image else own[self.num_fixed(chunk) :]
 
 
 @dataclass(frozen=True)

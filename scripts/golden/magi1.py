@@ -229,7 +229,8 @@ def check_schedules(case: Case) -> Iterator[Check]:
 
 def check_schedule(case: Case, setting: dict[str, Any]) -> Iterator[Check]:
     """Compare one setting; every table is built as the reference lays it out."""
-    clip = Clip(setting["num_frames"], setting["prefix_latents"])
+    num_prefix = setting["prefix_latents"]
+    clip = Clip(setting["num_frames"], num_prefix, is_image=num_prefix == 1)
     clock = Clock(
         num_steps=setting["num_steps"],
         window=setting["window_size"],

@@ -104,9 +104,11 @@ def build_sampler(
     config, dit = config_of(case), build_dit(case)
     run = config.runtime_config
     prefix = case.tensor("prefix")[0] if "prefix" in case else None
+    num_prefix = 0 if prefix is None else prefix.shape[1]
     clip = Clip(
         run.num_frames,
-        num_prefix=0 if prefix is None else prefix.shape[1],
+        num_prefix=num_prefix,
+        is_image=num_prefix == 1,
         chunk_width=run.chunk_width,
         temporal_stride=run.temporal_downsample_factor,
     )

@@ -1,5 +1,6 @@
 """Frames as they come out of loaded models, in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +101,29 @@ class CountingVAE:
 
 
 @pytest.mark.parametrize(
-    ("num_given", "places"),
+    ("num_given", "start", "places"),
     [
         # two latents given: the first chunk shows its third one, no frame of it is lost
-        (8, [[2], [0, 1, 2], [0, 1, 2]]),
+        (8, "video", [[2], [0, 1, 2], [0, 1, 2]]),
+        # one latent of a video given: it is not repeated
+        (4, "video", [[1, 2], [0, 1, 2], [0, 1, 2]]),
+        (1, "video", [[1, 2], [0, 1, 2], [0, 1, 2]]),
         # an image is shown
-        (1, [[0, 1, 2], [0, 1, 2], [0, 1, 2]]),
+        (1, "image", [[0, 1, 2], [0, 1, 2], [0, 1, 2]]),
     ],
 )
 def test_whole_chunks_are_decoded_and_given_frames_cut_off(
-    distilled: Path, tmp_path: Path, num_given: int, places: list[list[int]]
+    distilled: Path, tmp_path: Path, num_given: int, start: str, places: list[list[int]]
 ):
     job = job_of(distilled, tmp_path)
+    config = replace(job.config, **{start: "given"})
     models, conditioning = loaded(job)
     given = Conditioning(
         conditioning.text, tokens=conditioning.tokens, prefix=torch.zeros(3, num_given, 32, 48)
     )
     codec = CountingVAE()
     progress: list[Progress] = list(
-        generate(models.dit, codec, job.config, given, stats=RunStats(job.device))
+        generate(models.dit, codec, config, given, stats=RunStats(job.device))
     )
     shown = [each.frames[0, ::4, 0, 0].tolist() for each in progress if each.frames is not None]
     assert shown == places

@@ -56,7 +56,9 @@ def reference_setting(golden: Callable[[str], Any], name: str) -> tuple[Any, dic
         shortcut_mode=setting["shortcut_mode"],
         nearly_clean=setting["nearly_clean_threshold"],
     )
-    return want.under(name), setting, clock, Clip(setting["num_frames"], setting["prefix_latents"])
+    num_prefix = setting["prefix_latents"]
+    clip = Clip(setting["num_frames"], num_prefix, is_image=num_prefix == 1)
+    return want.under(name), setting, clock, clip
 
 
 def unpadded(values: Tensor) -> list:
@@ -115,7 +117,7 @@ def test_frames_come_in_whole_chunks():
     assert Clip(96).num_frames_out == 96
     assert Clip(97).num_frames_out == 96
     assert Clip(100).num_frames_out == 120
-    assert Clip(96, num_prefix=1).num_frames_out == 120
+    assert Clip(96, num_prefix=1, is_image=True).num_frames_out == 120
     assert Clip(72, num_prefix=8).num_frames_out == 88
     with pytest.raises(UserError, match="num_frames is 3"):
         Clip(3)
@@ -137,3 +139,10 @@ def test_given_latents_of_a_chunk_are_counted():
     clip = Clip(72, num_prefix=8)
     assert [clip.num_fixed(chunk) for chunk in range(3)] == [6, 2, 0]
     assert clip.shown(1) == range(8, 12)
+
+
+def test_a_given_image_is_shown_but_never_a_given_latent_of_a_video():
+    assert Clip(96, num_prefix=1, is_image=True).shown(0) == range(6)
+    video = Clip(96, num_prefix=1)
+    assert video.shown(0) == range(1, 6)
+    assert video.num_frames_out == 116
