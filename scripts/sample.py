@@ -4,7 +4,8 @@
 Processes share the work through the output folder alone: each takes the next video that nobody has
 claimed, so fast ones make more. Models are loaded once per process. Every NAME.mp4 gets a receipt,
 NAME.json, written last: settings, versions, statistics and the video's SHA-256. A second start
-makes only what has no valid receipt, whatever ended the first one. A video that fails is recorded
+makes only what has no valid receipt, whatever ended the first one; videos of another preset,
+model or setting are kept, and end it. A video that fails is recorded
 in NAME.error.json, the others go on; the next start tries it again.
 """
 
@@ -27,7 +28,7 @@ from sampling.sources import (
     from_physics_iq,
     from_vbench,
 )
-from sampling.tasks import FAMILIES, Task, check_names
+from sampling.tasks import FAMILIES, Kind, Origin, Task, check_names
 from sampling.worker import Worker, say_failures
 
 from flowcache.cli import Parser, run_command
@@ -154,15 +155,16 @@ def place(options: argparse.Namespace) -> Path:
     return options.out / VIDEOS
 
 
-def check_kinds(tasks: Sequence[Task], renderer: Renderer) -> None:
+def check_kinds(tasks: Sequence[Task], renderer: Renderer) -> dict[Kind, Origin]:
     """Check the settings of every kind of task once, before anything is loaded.
+
+    Returns: what the videos of each kind are made from.
 
     Raises:
         UserError: every task of a kind would fail.
     """
-    kinds = {(task.family, task.model, task.preset, task.settings): task for task in tasks}
-    for task in kinds.values():
-        renderer.check(task)
+    kinds = {task.kind: task for task in tasks}
+    return {kind: renderer.check(task) for kind, task in kinds.items()}
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -171,8 +173,8 @@ def execute(options: argparse.Namespace) -> int:
     out = place(options)
     state = PartialState(cpu=not torch.cuda.is_available())
     renderer = Renderer(str(state.device))
-    check_kinds(tasks, renderer)
-    worker = Worker(tasks, out, renderer.render, stale_seconds=options.stale_after)
+    origins = check_kinds(tasks, renderer)
+    worker = Worker(tasks, out, renderer.render, origins, stale_seconds=options.stale_after)
     try:
         failures = worker.run(first=state.process_index * len(tasks) // state.num_processes)
     finally:

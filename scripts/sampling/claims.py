@@ -128,9 +128,13 @@ class Claims:
         return claim
 
     def tidy(self, labels: list[str]) -> None:
-        """Remove the empty folders of tasks that are complete."""
+        """Remove the folders of tasks that are over, and stale claims: killed after the receipt."""
         with contextlib.suppress(OSError):
             for label in labels:
+                claim = self.take(label) if self._folder(label).is_dir() else None
+                if claim is not None:
+                    with claim.held():
+                        pass
                 with contextlib.suppress(OSError):
                     self._folder(label).rmdir()
             (self.out / FOLDER).rmdir()

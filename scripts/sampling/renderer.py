@@ -1,18 +1,29 @@
 """Make videos one after the other with models that are loaded once."""
 
+import hashlib
 import importlib
+import json
 import tempfile
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flowcache.cli import choose_device
+from flowcache.config import to_dict
+from flowcache.errors import UserError
 from flowcache.stats import RunStats
-from sampling.tasks import Task
+from flowcache.tune.applied import follows_profile
+from sampling.tasks import Kind, Origin, Task, sha256_of
 
 SEED_KEYS = {"skyreels_v2": "seed", "magi1": "runtime_config.seed"}
 """Family -> its setting of the seed."""
+OWN_KEYS = frozenset({"prompt", "seed", "image", "video"})
+"""Settings in which the videos of a kind differ; a task names them itself."""
+PLACES = frozenset({"device", "load", "t5_pretrained", "vae_pretrained", "special_tokens"})
+"""Settings that say where something is on this machine."""
+SETTINGS, CHECKPOINT = "resolved_settings", "checkpoint"
+"""Parts of an origin, as messages name them."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,13 @@ class Renderer:
     device: str
     """As the setting `device`; settings of a task come after it."""
     loaded: _Loaded | None = None
+    origins: dict[Kind, Origin] = field(default_factory=dict)
+    _fingerprints: dict[Hashable, str] = field(default_factory=dict)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task) -> Origin:
         """Check the settings of a task without its prompt, and load nothing.
+
+        Returns: hashes of all settings, those of the preset included, and of the transformer.
 
         Raises:
             UserError: something is wrong that would stop every task of its kind.
@@ -41,7 +56,14 @@ class Renderer:
         choose_device(self.device)
         plain = Task("check", task.family, task.model, task.preset, "-", 0, task.settings)
         with tempfile.TemporaryDirectory() as folder:
-            self._prepare(plain, Path(folder))
+            job = self._prepare(plain, Path(folder))
+        model = _identity(task, job)
+        if model not in self._fingerprints:
+            checkpoints = importlib.import_module(f"{task.family}.checkpoint")
+            self._fingerprints[model] = checkpoints.fingerprint(job.checkpoint)
+        origin = {SETTINGS: hash_settings(job), CHECKPOINT: self._fingerprints[model]}
+        self.origins[task.kind] = origin
+        return origin
 
     def render(self, task: Task, folder: Path) -> dict[str, Any]:
         """Make one video in a folder; return what its JSON holds.
@@ -51,11 +73,24 @@ class Renderer:
         """
         run = _module(task.family)
         job = self._prepare(task, folder)
+        self._check_origin(task, job)
         loaded = self._load(task, job)
         stats = RunStats(job.device)
         conditioning = run.encode_inputs(job, stats=stats, encoder=loaded.encoder)
         report = run.render(_only_new(task, job), loaded.models, conditioning, stats=stats)
         return {**report, "kv_cache_bytes": job.plan.kv_bytes}
+
+    def _check_origin(self, task: Task, job: Any) -> None:
+        """Check that nobody has edited the preset since the start.
+
+        A clip to continue may turn the video upright: then the settings differ anyway.
+        """
+        origin = self.origins.get(task.kind)
+        if origin and task.video is None and hash_settings(job) != origin[SETTINGS]:
+            raise UserError(
+                f"preset {task.preset} has changed since the start: undo that, or choose another "
+                "output folder"
+            )
 
     def _prepare(self, task: Task, folder: Path) -> Any:
         run = _module(task.family)
@@ -79,6 +114,27 @@ class Renderer:
             encoder = None if job.config.offload else run.load_text(job)
             self.loaded = _Loaded(identity, models, encoder)
         return self.loaded
+
+
+def hash_settings(job: Any) -> str:
+    """Return a hash of what the videos of a kind share, wherever their files are.
+
+    A profile counts by what it says.
+    """
+    rule = job.config.reuse
+    shared = _without(to_dict(job.config), OWN_KEYS | PLACES)
+    shared["dtype"] = str(job.dtype)
+    shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if follows_profile(rule) else None
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+def _without(settings: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    """Return settings without some keys, in all sections."""
+    return {
+        key: _without(value, keys) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in keys
+    }
 
 
 def _module(family: str) -> Any:

@@ -3,17 +3,22 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
 
+Origin = Mapping[str, str]
+"""What a video is made from beside its task, as hashes: see `Renderer.check`."""
+Kind = tuple[str, str, str, tuple[str, ...]]
+
 FAMILIES = ("skyreels_v2", "magi1")
 MAX_NAME_BYTES = 230
 """255 on common file systems, less the suffixes of what lies beside a video."""
 
+MISSING = "missing"
 BLOCK_BYTES = 2**20
 
 
@@ -40,6 +45,11 @@ class Task:
     def label(self) -> str:
         """Name the video in messages, and tell tasks apart."""
         return f"{self.folder}/{self.name}" if self.folder else self.name
+
+    @property
+    def kind(self) -> Kind:
+        """Return what tasks share that differ in prompt, seed and given clip alone."""
+        return self.family, self.model, self.preset, self.settings
 
     def path(self, out: Path, suffix: str) -> Path:
         """Return where a file of this task lies."""
@@ -78,8 +88,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def flaw(task: Task, out: Path) -> str | None:
+def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
     """Say why a task is not complete; None: video and receipt are there and belong together.
+
+    Args:
+        origin: what the video must be made from; None: that is not compared.
 
     Raises:
         UserError: there is a result of that name which was made otherwise; it is kept.
@@ -87,15 +100,19 @@ def flaw(task: Task, out: Path) -> str | None:
     receipt = task.path(out, ".json")
     try:
         report = json.loads(receipt.read_text(encoding="utf-8"))
-        stored, digest = report["task"], report["sha256"]
+        stored, digest = dict(report["task"]), report["sha256"]
+        found = dict(report.get("made_from", {}))
     except FileNotFoundError:
-        return "missing"
-    except (OSError, ValueError, KeyError, TypeError):
+        return MISSING
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return f"{receipt}: damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{receipt} is no receipt of this command and is kept: choose another output folder"
         ) from None
-    if stored != task.to_dict():
-        changed = [key for key, value in task.to_dict().items() if stored.get(key) != value]
+    wanted, stored = {**task.to_dict(), **(origin or {})}, {**stored, **found}
+    changed = [key for key, value in wanted.items() if stored.get(key) != value]
+    if changed:
         raise UserError(
             f"{receipt} is of another run ({', '.join(changed)} differ) and is kept: choose "
             "another output folder"

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.files import write_json
 from sampling.claims import STALE_SECONDS, Claim, Claims
-from sampling.tasks import Task, flaw, sha256_of
+from sampling.tasks import MISSING, Kind, Origin, Task, flaw, sha256_of
 
 logger = logging.getLogger(__name__)
 
+RECEIPT = "receipt.json"
 ERROR_SUFFIX = ".error.json"
 POLL_SECONDS = 1.0
 """Between two looks at tasks that others have claimed."""
@@ -43,6 +44,8 @@ class Worker:
     tasks: Sequence[Task]
     out: Path
     render: Render
+    origins: Mapping[Kind, Origin] = field(default_factory=dict)
+    """What videos are made from; of a kind that is not named, that is not compared."""
     stale_seconds: float = STALE_SECONDS
     poll_seconds: float = POLL_SECONDS
     claims: Claims = field(init=False)
@@ -99,7 +102,7 @@ class Worker:
         return self._is_over(task, failures)
 
     def _is_over(self, task: Task, failures: dict[str, str]) -> bool:
-        reason = flaw(task, self.out)
+        reason = self._flaw(task)
         if reason is None:
             return True
         text = self._error_text(task)
@@ -108,14 +111,18 @@ class Worker:
             return True
         return False
 
+    def _flaw(self, task: Task) -> str | None:
+        return flaw(task, self.out, origin=self.origins.get(task.kind))
+
     def _make(self, task: Task, claim: Claim) -> None:
-        reason = flaw(task, self.out)
-        if reason != "missing":
+        reason = self._flaw(task)
+        if reason != MISSING:
             logger.warning("%s: it is made again", reason)
             task.path(self.out, ".json").unlink()
         try:
             report = self.render(task, claim.work)
             if claim.is_valid():
+                report = {**report, "made_from": dict(self.origins.get(task.kind, {}))}
                 publish(task, self.out, claim.work, report=report)
                 task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
         except Exception as error:  # noqa: BLE001 - whatever fails, the other tasks go on
@@ -159,8 +166,12 @@ def publish(task: Task, out: Path, work: Path, *, report: dict[str, Any]) -> Non
         "sha256": sha256_of(made),
         "num_bytes": made.stat().st_size,
     }
+    with made.open("rb") as stream:
+        os.fsync(stream.fileno())
+    # in the folder that goes with the claim, so that a killed process leaves no part beside videos
+    write_json(work / RECEIPT, receipt)
     os.replace(made, target)
-    write_json(target.with_suffix(".json"), receipt)
+    os.replace(work / RECEIPT, target.with_suffix(".json"))
 
 
 def check_disk(folder: Path) -> None:

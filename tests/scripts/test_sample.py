@@ -219,6 +219,30 @@ def test_results_of_other_settings_are_kept_and_refused(tmp_path: Path):
         make_worker([make_task("b")], tmp_path).run()
 
 
+@pytest.mark.parametrize("text", ["", '{"task": {', "\x00\x00"])
+def test_a_receipt_that_a_power_cut_left_does_not_count(tmp_path: Path, text: str):
+    make_worker([make_task("a")], tmp_path).run()
+    whole = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text(text)
+    assert make_worker([make_task("a")], tmp_path).run() == {}
+    assert (tmp_path / "a.json").read_text() == whole
+
+
+def test_results_of_an_edited_preset_or_another_checkpoint_are_kept_and_refused(tmp_path: Path):
+    task = make_task("a")
+    origin = {"resolved_settings": "1", "checkpoint": "2"}
+    make_worker([task], tmp_path, origins={task.kind: origin}).run()
+    make_worker([task], tmp_path, origins={task.kind: origin}).run()
+    for changes, names in (
+        ({"resolved_settings": "3"}, "resolved_settings"),
+        ({"resolved_settings": "3", "checkpoint": "4"}, "resolved_settings, checkpoint"),
+    ):
+        worker = make_worker([task], tmp_path, origins={task.kind: origin | changes})
+        with pytest.raises(ValueError, match=rf"is of another run \({names} differ\) and is kept"):
+            worker.run()
+    assert videos(tmp_path) == {"a.mp4": b"a"}
+
+
 # claims
 
 
@@ -568,6 +592,51 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     assert len(loads) == 2
 
 
+def test_what_a_video_is_made_from_is_told_by_contents_not_by_names(tmp_path: Path):
+    renderer = importlib.import_module("sampling.renderer")
+    presets = importlib.import_module("skyreels_v2.run").PRESETS
+    model = tmp_path / "model"
+    shutil.copytree(FOLDERS["skyreels_v2"] / "demo", model)
+    preset = tmp_path / "own.yaml"
+    preset.write_text((presets / "flowcache_fast.yaml").read_text())
+
+    def origin(**changes: Any) -> dict[str, str]:
+        task = replace(make_task("a", settings=SHORT), model=str(model), preset=str(preset))
+        return renderer.Renderer("cpu").check(replace(task, **changes))
+
+    first = origin()
+    assert origin(prompt="other", seed=5) == first
+    moved = shutil.copytree(model, tmp_path / "elsewhere")
+    assert origin(model=str(moved)) == first
+    preset.write_text(preset.read_text() + "guidance: 3.5\n")
+    edited = origin()
+    assert edited["resolved_settings"] != first["resolved_settings"]
+    assert edited["checkpoint"] == first["checkpoint"]
+    spoil_weights(moved)
+    assert origin(model=str(moved))["checkpoint"] != first["checkpoint"]
+
+
+def spoil_weights(model: Path) -> None:
+    """Change a weight of a transformer, as training does."""
+    storage = importlib.import_module("safetensors.torch")
+    path = importlib.import_module("skyreels_v2.checkpoint").find(str(model)).dit_files[0]
+    weights = storage.load_file(path)
+    next(iter(weights.values())).view(-1)[0] += 1
+    storage.save_file(weights, path)
+
+
+def test_a_preset_that_is_edited_meanwhile_is_refused(tmp_path: Path):
+    preset = tmp_path / "own.yaml"
+    presets = importlib.import_module("skyreels_v2.run").PRESETS
+    preset.write_text((presets / "vanilla.yaml").read_text())
+    renderer = importlib.import_module("sampling.renderer").Renderer("cpu")
+    task = replace(make_task("a", settings=SHORT), preset=str(preset))
+    renderer.check(task)
+    preset.write_text(preset.read_text() + "guidance: 3.5\n")
+    with pytest.raises(ValueError, match="has changed since the start"):
+        renderer.render(task, tmp_path)
+
+
 @pytest.mark.slow
 def test_kills_while_a_model_works_leave_no_trace(
     sample: ModuleType, prompts: Path, tmp_path: Path
@@ -640,7 +709,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return make_file(task, folder)
 
     monkeypatch.setattr(renderer, "render", render)
-    monkeypatch.setattr(renderer, "check", lambda _self, _task: None)
+    monkeypatch.setattr(renderer, "check", lambda _self, _task: {})
     monkeypatch.chdir(tmp_path)
     write_vbench(Path("VBench/prompts"))
     for dimension in importlib.import_module("sampling.sources").VBENCH_DIMENSIONS:
