@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compare import make_network
-from sampling.evidence import Evidence, read_table, verify, write_table
+from sampling.evidence import JSON_FILE, Evidence, read_table, verify, write_table
 from sampling.figures import Judge
 from sampling.protocol import VIDEOS, keep_protocol, read_protocol
-from sampling.table import markdown
+from sampling.table import gaps, markdown
 
 from flowcache.cli import Parser, choose_device, run_command
 from flowcache.comparison import METRICS
@@ -84,17 +84,25 @@ def check(out: Path, weights: Path | None, *, device: str) -> int:
         UserError: it is none, or LPIPS can't be computed as it was.
     """
     report = read_table(out)
+    found = [f"{out / JSON_FILE}: {gap}" for gap in gaps(report)]
+    if found:
+        return say_contradictions(out, found)
     judge, _ = make_judge(report["metrics"], weights, device=device)
     if judge.digests != report["lpips_sha256"]:
         raise UserError("LPIPS was computed with other weights: give those by --lpips-weights")
     found = verify(out, report, judge=judge)
-    for line in found:
-        sys.stderr.write(f"{line}\n")
     if found:
-        sys.stderr.write(f"{len(found)} contradictions in {out}: start its command again\n")
-        return EXIT_CONTRADICTION
+        return say_contradictions(out, found)
     print(f"{out}: {len(report['receipts'])} videos and all figures fit their receipts")
     return 0
+
+
+def say_contradictions(out: Path, found: Sequence[str]) -> int:
+    """List contradictions on standard error; return the exit code."""
+    for line in found:
+        sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{len(found)} contradictions in {out}: start its command again\n")
+    return EXIT_CONTRADICTION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

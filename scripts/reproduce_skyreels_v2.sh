@@ -11,8 +11,9 @@ PROTOCOL=${PROTOCOL:-$here/protocols/skyreels_v2_demo.yaml} # what is made; skyr
 MODEL=${MODEL:-}               # empty: the protocol's; a folder, or a hub id
 GPUS=${GPUS:-}                 # processes; empty: one per GPU, one on a CPU
 OUT=${OUT:-$here/../result/reproduce_skyreels_v2} # result folder
+DEVICE=${DEVICE:-auto}         # of the metrics; auto: a GPU if there is one
 LPIPS_WEIGHTS=${LPIPS_WEIGHTS:-} # AlexNet's file; empty: torch's cache
 
 sample_videos --protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
 python "$here/reproduce.py" --protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"} \
-    ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}
+    --device "$DEVICE" ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}

@@ -11,10 +11,10 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.files import write_json, write_text
 from flowcache.stats import environment
-from sampling.figures import Judge, rows_of
+from sampling.figures import Judge, damaged_figures, rows_of
 from sampling.protocol import COPY, VIDEOS, Protocol, read_protocol
 from sampling.table import SCHEMA_VERSION, csv_text, markdown, plain_rows, without_times
-from sampling.tasks import Task, flaws, read_receipt, sha256_of
+from sampling.tasks import Task, flaw, flaws, read_receipt, sha256_of
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
 GPU_FIELDS = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
@@ -123,6 +123,9 @@ def read_table(out: Path) -> dict[str, Any]:
 def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
     """Check a result folder against its receipts, and its table against its videos.
 
+    Args:
+        report: without gaps, see `table.gaps`.
+
     Returns: one line per contradiction; empty: everything fits.
     """
     copy, videos = out / COPY, out / VIDEOS
@@ -130,7 +133,7 @@ def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
         return [f"{copy}: not the protocol of the table (SHA-256 differs)"]
     protocol = read_protocol(copy)
     tasks = protocol.tasks(report["model"])
-    found = [f"{label}: {reason}" for label, reason in flaws(tasks, videos).items()]
+    found = _incomplete(tasks, videos)
     found += _changed_receipts(tasks, videos, report["receipts"])
     for name, text in (
         (CSV_FILE, csv_text(report["rows"])),
@@ -139,17 +142,38 @@ def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
         path = out / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             found.append(f"{path}: not what {JSON_FILE} says")
+    found += damaged_figures(tasks, out)
     if found:
         return found
-    rows = plain_rows(rows_of(protocol, tasks, out, judge=judge, is_fresh=True))
+    try:
+        rows = plain_rows(rows_of(protocol, tasks, out, judge=judge, is_fresh=True))
+    except UserError as error:  # of a video or a receipt
+        return [str(error)]
     return _contradictions(without_times(report["rows"]), without_times(rows))
+
+
+def _incomplete(tasks: Sequence[Task], videos: Path) -> list[str]:
+    found: list[str] = []
+    for task in tasks:
+        try:
+            reason = flaw(task, videos)
+        except UserError as error:
+            reason = str(error)
+        if reason is not None:
+            found.append(f"{task.label}: {reason}")
+    return found
 
 
 def _changed_receipts(
     tasks: Sequence[Task], videos: Path, stored: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     """Compare every receipt with the one that the table was made from."""
-    found: list[str] = []
+    labels = {task.label for task in tasks}
+    found = [
+        f"{JSON_FILE}: {label} is no video of the protocol"
+        for label in stored
+        if label not in labels
+    ]
     for task in tasks:
         path = task.path(videos, ".json")
         wanted = stored.get(task.label, {}).get("receipt")
@@ -165,8 +189,8 @@ def _contradictions(
     if [row["folder"] for row in stored] != [row["folder"] for row in computed]:
         return [f"{JSON_FILE}: its rows are not the protocol's methods"]
     return [
-        f"{JSON_FILE}: {key} of {row['method']} is {row[key]}, computed anew {again[key]}"
+        f"{JSON_FILE}: {key} of {row['method']} is {row.get(key)}, computed anew {again.get(key)}"
         for row, again in zip(stored, computed, strict=True)
-        for key in row
-        if row[key] != again[key]
+        for key in {**row, **again}
+        if row.get(key) != again.get(key)
     ]

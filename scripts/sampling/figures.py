@@ -107,9 +107,18 @@ def costs(receipts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
             stats["peak_memory"]["bytes"] if stats["peak_memory"]["of"] == "CUDA tensors" else None
         ),
     }
-    values = {key: [read(receipt["stats"]) for receipt in receipts] for key, read in reads.items()}
-    for key in ("first_frames_seconds", "kv_cache_bytes"):
-        values[key] = [receipt[key] for receipt in receipts]
+    try:
+        values = {
+            key: [read(receipt["stats"]) for receipt in receipts] for key, read in reads.items()
+        }
+        for key in ("first_frames_seconds", "kv_cache_bytes"):
+            values[key] = [receipt[key] for receipt in receipts]
+    except (KeyError, TypeError, AttributeError) as error:
+        names = ", ".join(f"{receipt.get('video')}" for receipt in receipts)
+        raise UserError(
+            f"a receipt of {names} is damaged ({type(error).__name__}: {error}): remove it and "
+            "make the video again"
+        ) from None
     return {key: middle(key, found) for key, found in values.items()}
 
 
@@ -132,10 +141,9 @@ def compared(
         "lpips": dict(judge.digests),
     }
     kept = task.path(out / METRICS_FOLDER, ".json")
-    if kept.is_file() and not is_fresh:
-        stored = json.loads(kept.read_text(encoding="utf-8"))
-        if stored["key"] == key:
-            return {metric: float(value) for metric, value in stored["clip"].items()}
+    stored = None if is_fresh else read_figures(kept)
+    if stored is not None and stored[0] == key:
+        return stored[1]
     clip: ClipFigures = compare_clips(
         task.path(videos, ".mp4"),
         reference.path(videos, ".mp4"),
@@ -149,6 +157,26 @@ def compared(
         values = {name: _finite(value) for name, value in clip.clip.items()}
         write_json(kept, {"key": key, "num_frames": clip.num_frames, "clip": values})
     return dict(clip.clip)
+
+
+def read_figures(path: Path) -> tuple[dict[str, Any], dict[str, float]] | None:
+    """Return what an earlier start compared, and its metrics; None: nothing, or it is damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        clip = {metric: float(value) for metric, value in stored["clip"].items()}
+        return dict(stored["key"]), clip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def damaged_figures(tasks: Sequence[Task], out: Path) -> list[str]:
+    """Name the files of kept metrics that can't be read; a missing one is computed anew."""
+    paths = [task.path(out / METRICS_FOLDER, ".json") for task in tasks]
+    return [
+        f"{path}: damaged: remove it"
+        for path in paths
+        if path.exists() and read_figures(path) is None
+    ]
 
 
 def _finite(value: float) -> float | str:

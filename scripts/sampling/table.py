@@ -4,9 +4,14 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any
 
+from flowcache.comparison import METRICS
 from sampling.figures import Row
+
+Shape = Mapping[str, type | tuple[type, ...]]
+"""Key -> what its value must be."""
 
 SCHEMA_VERSION = 1
 MISSING = "-"
@@ -59,10 +64,63 @@ NOTES = (
     "latency: texts, denoising, decoding and writing of one video with loaded models; times are "
     "medians over videos; speed-up: the reference's latency by the row's",
     "LPIPS, SSIM, PSNR: of the mp4 files against the reference's, mean over videos",
-    "KV cache: what is reserved for all layers and branches; peak: tensors on the GPU, empty on a "
-    "CPU",
+    "KV cache: what is reserved for all layers and branches; peak: tensors on the GPU, the "
+    "text encoder included where it stays there (without offload), which one run frees after the "
+    "prompt; empty on a CPU",
     "VBench: mean over dimensions as scripts/vbench/evaluate.sh wrote it, empty without that",
 )
+
+_NUMBER = (int, float, NoneType)
+_REPORT: Shape = {
+    **dict.fromkeys(("title", "published_setting", "protocol_sha256"), str),
+    **dict.fromkeys(("lpips_sha256", "environment", "receipts"), dict),
+    **dict.fromkeys(("rows", "metrics", "notes"), list),
+    "model": (str, NoneType),
+}
+_ROW: Shape = {
+    **dict.fromkeys(("method", "folder", "part"), str),
+    **dict.fromkeys(("figures", "half_widths", "published"), dict),
+    "num_videos": int,
+}
+
+
+def gaps(report: Mapping[str, Any]) -> list[str]:
+    """Name what is missing in the JSON of a table, or is of the wrong type, a line each."""
+    found = _gaps(report, _REPORT, place="")
+    if found:
+        return found
+    found = _gaps(report["environment"], {"commit": (str, NoneType)}, place="environment.")
+    found += [f"metrics holds {item!r}" for item in report["metrics"] if item not in METRICS]
+    found += [f"notes holds {item!r}" for item in report["notes"] if not isinstance(item, str)]
+    for label, receipt in report["receipts"].items():
+        if not isinstance(receipt, dict):
+            found.append(f"receipts.{label} is {receipt!r}")
+    for index, row in enumerate(report["rows"]):
+        found += _row_gaps(row, place=f"rows.{index}.")
+    return found
+
+
+def _row_gaps(row: Any, *, place: str) -> list[str]:
+    if not isinstance(row, dict):
+        return [f"{place.rstrip('.')} is {row!r}"]
+    found = _gaps(row, _ROW, place=place)
+    if found:
+        return found
+    shown = {column.key: _NUMBER for column in COLUMNS}
+    published = {column.key: _NUMBER for column in COLUMNS if column.is_published}
+    found += _gaps(row["figures"], shown, place=f"{place}figures.")
+    found += _gaps(row["published"], published, place=f"{place}published.")
+    widths = dict.fromkeys(row["half_widths"], _NUMBER)
+    return found + _gaps(row["half_widths"], widths, place=f"{place}half_widths.")
+
+
+def _gaps(values: Mapping[str, Any], shape: Shape, *, place: str) -> list[str]:
+    found = [f"{place}{key} is missing" for key in shape if key not in values]
+    return found + [
+        f"{place}{key} is {values[key]!r}"
+        for key, kind in shape.items()
+        if key in values and not isinstance(values[key], kind)
+    ]
 
 
 def plain_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -298,6 +298,95 @@ def test_a_changed_file_is_found(
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["rows"], None, "table.json: rows is missing"),
+        (["metrics"], None, "table.json: metrics is missing"),
+        (["lpips_sha256"], None, "table.json: lpips_sha256 is missing"),
+        (["rows", 0, "figures"], None, "table.json: rows.0.figures is missing"),
+        (["rows", 1, "figures", "psnr"], None, "rows.1.figures.psnr is missing"),
+        (["rows", 1, "figures", "psnr"], "much", "rows.1.figures.psnr is 'much'"),
+        (["rows", 1, "half_widths"], {}, "half_widths of every 2nd is {}, computed anew {"),
+        (["rows", 2, "published", "pflops"], None, "rows.2.published.pflops is missing"),
+        (["rows", 2], None, "its rows are not the protocol's methods"),
+        (["receipts", "half/000-3"], None, "000-3.json: not the receipt that the table was made"),
+        (["receipts", "other"], {}, "other is no video of the protocol"),
+        (["model"], "other", "is of another run (model differ)"),
+        (["environment", "commit"], None, "table.json: environment.commit is missing"),
+    ],
+)
+def test_an_edited_table_is_a_contradiction(
+    copy: Path,
+    reproduce: ModuleType,
+    capfd: pytest.CaptureFixture[str],
+    path: list[Any],
+    value: Any,
+    message: str,
+):
+    report = report_of(copy)
+    section = report
+    for key in path[:-1]:
+        section = section[key]
+    if value is None:
+        del section[path[-1]]
+    else:
+        section[path[-1]] = value
+    (copy / "out" / "table.json").write_text(json.dumps(report))
+    table = importlib.import_module("sampling.table")
+    if not table.gaps(report):
+        (copy / "out" / "table.csv").write_text(table.csv_text(report["rows"]))
+        (copy / "out" / "table.md").write_text(table.markdown(report))
+    code, said = verify(reproduce, copy, capfd)
+    assert code == 1
+    assert message in said
+    assert "contradictions in" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("videos/half/000-3.json", "", "000-3.json: damaged"),
+        ("videos/half/000-3.json", "[]", "000-3.json is no receipt of this command"),
+        ("metrics/half/000-3.json", '{"key": {', "000-3.json: damaged: remove it"),
+        ("metrics/half/000-3.json", '{"key": {}, "clip": 3}', "000-3.json: damaged: remove it"),
+    ],
+)
+def test_a_damaged_file_is_a_contradiction_and_the_next_start_mends_it(
+    copy: Path,
+    reproduce: ModuleType,
+    capfd: pytest.CaptureFixture[str],
+    file: str,
+    text: str,
+    message: str,
+):
+    (copy / "out" / file).write_text(text)
+    code, said = verify(reproduce, copy, capfd)
+    assert code == 1
+    assert message in said
+    if text == "[]":
+        return
+    assert make(copy / "small.yaml", copy / "out") == (0, 0)
+    capfd.readouterr()
+    assert verify(reproduce, copy, capfd) == (0, "")
+
+
+def test_a_receipt_that_lacks_what_the_table_reads_is_a_contradiction(
+    copy: Path, reproduce: ModuleType, capfd: pytest.CaptureFixture[str]
+):
+    receipt = copy / "out" / "videos" / "half" / "000-3.json"
+    content = json.loads(receipt.read_text())
+    del content["stats"]
+    receipt.write_text(json.dumps(content))
+    report = report_of(copy)
+    tasks = importlib.import_module("sampling.tasks")
+    report["receipts"]["half/000-3"]["receipt"] = tasks.sha256_of(receipt)
+    (copy / "out" / "table.json").write_text(json.dumps(report))
+    code, said = verify(reproduce, copy, capfd)
+    assert code == 1
+    assert "is damaged (KeyError: 'stats')" in said
+
+
 # what can't be made
 
 
@@ -437,7 +526,7 @@ def test_the_command_of_a_table_makes_videos_then_the_table(family: str, tmp_pat
     protocol = f"{copy}/protocols/{family}_demo.yaml"
     given = f"--protocol {protocol} --out {tmp_path}/out --model m"
     assert first.rstrip().endswith(f"sample.py {given}")
-    assert second.rstrip() == f"python {copy}/reproduce.py {given}"
+    assert second.rstrip() == f"python {copy}/reproduce.py {given} --device auto"
 
 
 def test_every_example_runs(
