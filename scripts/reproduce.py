@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"result folder with {VIDEOS}/")
     parser.add_argument("--model", help="as it was given to sample.py")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="result folder to check")
-    parser.add_argument("--device", default="cpu", help="of the metrics (default: cpu)")
+    parser.add_argument("--device", default="auto", help="of the metrics (default: a GPU if any)")
     parser.add_argument(
         "--lpips-weights", type=Path, metavar="PATH", help="AlexNet's file, or its folder"
     )

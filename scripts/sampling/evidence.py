@@ -1,6 +1,7 @@
 """The result folder of a table: written, and checked again later."""
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from sampling.tasks import Task, flaw, flaws, read_receipt, sha256_of
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
 GPU_FIELDS = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
 GPU_TIMEOUT_SECONDS = 20
+DEVICE_TOLERANCE = 1e-3
+"""Share by which a metric may differ between devices, which round differently."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,12 @@ def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
         rows = plain_rows(rows_of(protocol, tasks, out, judge=judge, is_fresh=True))
     except UserError as error:  # of a video or a receipt
         return [str(error)]
-    return _contradictions(without_times(report["rows"]), without_times(rows))
+    is_same_device = report["environment"].get("device") == environment(judge.device)["device"]
+    return _contradictions(
+        without_times(report["rows"]),
+        without_times(rows),
+        tolerance=0.0 if is_same_device else DEVICE_TOLERANCE,
+    )
 
 
 def _incomplete(tasks: Sequence[Task], videos: Path) -> list[str]:
@@ -183,14 +191,27 @@ def _changed_receipts(
 
 
 def _contradictions(
-    stored: Sequence[Mapping[str, Any]], computed: Sequence[Mapping[str, Any]]
+    stored: Sequence[Mapping[str, Any]],
+    computed: Sequence[Mapping[str, Any]],
+    *,
+    tolerance: float,
 ) -> list[str]:
-    """Name every figure that differs."""
+    """Name every figure that differs by more than a share of it."""
     if [row["folder"] for row in stored] != [row["folder"] for row in computed]:
         return [f"{JSON_FILE}: its rows are not the protocol's methods"]
     return [
         f"{JSON_FILE}: {key} of {row['method']} is {row.get(key)}, computed anew {again.get(key)}"
         for row, again in zip(stored, computed, strict=True)
         for key in {**row, **again}
-        if row.get(key) != again.get(key)
+        if not _agree(row.get(key), again.get(key), tolerance=tolerance)
     ]
+
+
+def _agree(one: Any, other: Any, *, tolerance: float) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(
+            _agree(one[key], other[key], tolerance=tolerance) for key in one
+        )
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=tolerance)
+    return one == other

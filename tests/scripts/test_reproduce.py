@@ -344,6 +344,29 @@ def test_an_edited_table_is_a_contradiction(
 
 
 @pytest.mark.parametrize(
+    ("device", "factor", "code"),
+    [("cpu", 1 + 1e-5, 1), ("a GPU", 1 + 1e-5, 0), ("a GPU", 1.01, 1)],
+)
+def test_only_figures_of_another_device_may_be_rounded_otherwise(
+    copy: Path,
+    reproduce: ModuleType,
+    capfd: pytest.CaptureFixture[str],
+    device: str,
+    factor: float,
+    code: int,
+):
+    report = report_of(copy)
+    report["environment"]["device"] = device
+    report["rows"][1]["figures"]["psnr"] *= factor
+    (copy / "out" / "table.json").write_text(json.dumps(report))
+    table = importlib.import_module("sampling.table")
+    (copy / "out" / "table.csv").write_text(table.csv_text(report["rows"]))
+    (copy / "out" / "table.md").write_text(table.markdown(report))
+    assert reproduce.main(["--verify", str(copy / "out"), "--device", "cpu"]) == code
+    assert ("figures of every 2nd is" in capfd.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize(
     ("file", "text", "message"),
     [
         ("videos/half/000-3.json", "", "000-3.json: damaged"),
