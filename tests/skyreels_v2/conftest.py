@@ -159,7 +159,9 @@ def _no_gradients() -> Iterator[None]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random transformer with the demo's VAE and text encoder, which makes tiny videos."""
     folder = tmp_path_factory.mktemp("checkpoints") / "small"
-    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("presets", "transformer"))
+    shutil.copytree(
+        DEMO, folder, ignore=shutil.ignore_patterns("presets", "profiles", "transformer")
+    )
     (folder / "presets").mkdir()
     (folder / "presets/base.yaml").write_text(SMALL)
     _write_dit(folder, DiTConfig(in_dim=16, inject_sample_info=True))
