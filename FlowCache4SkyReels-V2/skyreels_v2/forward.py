@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, cached_attention
+from flowcache.parallel import Ranks
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
+from flowcache.ulysses import TokenSplit
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, Embedded, whole_window
 from skyreels_v2.layers import ContextKV, join_contexts
@@ -23,8 +25,9 @@ class WindowForward:
 
     Args:
         size: latent rows and columns.
-        branches: by name.
+        branches: those that this process computes, by name.
         condition: `[C, F, h, w]` start image condition of an I2V model.
+        ranks: the processes that divide the work.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class WindowForward:
         stats: RunStats,
         compression: Compression | None = None,
         condition: Tensor | None = None,
+        ranks: Ranks,
     ) -> None:
         self.dit = dit
         self.window = window
@@ -49,6 +53,7 @@ class WindowForward:
         self.stats = stats
         self.compression = compression
         self.condition = condition
+        self.ranks = ranks
         self.batched_context: list[ContextKV] = []
         if sampling.batch_branches and len(branches) > 1:
             self.batched_context = join_contexts([branch.context for branch in branches.values()])
@@ -59,8 +64,9 @@ class WindowForward:
     def embed(self, latents_CFhw: Tensor, *, frames: list[int], times: list[int]) -> Embedded:
         """Embed some frames of the window, each at its own timestep."""
         config, condition = self.dit.config, self.condition
-        cost = flops.embed(config, num_frames=len(frames), frame_tokens=self.frame_tokens)
-        self.stats.add_flops(computed=cost, without_reuse=cost)
+        if self.ranks.branches.rank == 0:  # the others' is the same work
+            cost = flops.embed(config, num_frames=len(frames), frame_tokens=self.frame_tokens)
+            self.stats.add_flops(computed=cost, without_reuse=cost)
         return self.dit.embed(
             latents_CFhw.unsqueeze(0),
             torch.tensor([times], dtype=torch.float32, device=self.device),
@@ -143,6 +149,7 @@ class WindowForward:
         offset: int,
     ) -> Tensor:
         """Run the blocks on one batch entry per branch, each with its own cache."""
+        split = TokenSplit(self.ranks.sequence, part.time.shape[1], self.frame_tokens)
         if unit.id == WHOLE_WINDOW:
             attend, rope = whole_window(self.dit.kernel), self.rope
         else:
@@ -153,6 +160,10 @@ class WindowForward:
                 compression=self.compression,
                 timing=lambda: self.stats.stage("kv_compression"),
             )
-            own = self.window.chunks[unit.id]
-            rope = self.rope[own.start * self.frame_tokens : own.stop * self.frame_tokens]
-        return self.dit.run_blocks(part, rope, context, self_attend=attend)
+            chunk = self.window.chunks[unit.id]
+            rope = self.rope[chunk.start * self.frame_tokens : chunk.stop * self.frame_tokens]
+        own = Embedded(split.own(part.tokens, axis=1), part.time, part.modulation)
+        hidden = self.dit.run_blocks(
+            own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+        )
+        return split.whole(hidden)

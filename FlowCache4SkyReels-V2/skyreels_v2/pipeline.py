@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
+from flowcache.parallel import Ranks
 from flowcache.reuse import Observe, Policies, ResultStore, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -94,6 +95,7 @@ def generate(
     draw: Draw | None = None,
     observe: Observe | None = None,
     policies: Policies | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Progress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
@@ -103,11 +105,13 @@ def generate(
         draw: makes all noise; default: from a generator seeded with `config.seed`.
         observe: is shown the velocities of computed steps.
         policies: decide what is computed; default: as the settings say.
+        ranks: the processes that divide the work; each yields the whole video. Default: one.
     """
     device = dit.patch_embedding.weight.device
     if draw is None:
         draw = seeded_noise(config.seed, device=device)
-    contexts = _encode_contexts(dit, conditioning, stats=stats)
+    ranks = Ranks() if ranks is None else ranks
+    contexts = _encode_contexts(dit, conditioning, stats=stats, ranks=ranks)
     segments = segments_of(config)
     tail = conditioning.video
     for segment in segments:
@@ -123,12 +127,20 @@ def generate(
             draw,
             observe,
             policies or _settings_policies(config, dit),
+            ranks,
         )
         for tick, frames in maker.run(tail):
             yield Progress(segment, len(segments), tick, frames)
             if frames is not None and config.overlap_history is not None:
                 known = frames if tail is None else torch.cat([tail, frames], dim=1)
                 tail = known[:, -config.overlap_history :]
+    _add_flops_of_others(stats, ranks)
+
+
+def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
+    """Count what other processes did in the branches that this one does not compute."""
+    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse], device=stats.device)
+    stats.computed_flops, stats.flops_without_reuse = ranks.branches.total(own).tolist()
 
 
 def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
@@ -141,14 +153,20 @@ def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
 
 
 def _encode_contexts(
-    dit: DiT, conditioning: Conditioning, *, stats: RunStats
+    dit: DiT, conditioning: Conditioning, *, stats: RunStats, ranks: Ranks
 ) -> dict[str, list[ContextKV]]:
-    """Project every branch's prompt to cross-attention keys and values, once per video."""
+    """Project every branch's prompt to cross-attention keys and values, once per video.
+
+    A branch that other processes compute gets none.
+    """
     device = dit.patch_embedding.weight.device
     image = conditioning.image_features
     contexts: dict[str, list[ContextKV]] = {}
     with stats.stage("dit"):
-        for name, text in conditioning.text.items():
+        for number, (name, text) in enumerate(conditioning.text.items()):
+            contexts[name] = []
+            if not ranks.owns(number):
+                continue
             cost = flops.context(dit.config)
             stats.add_flops(computed=cost, without_reuse=cost)
             contexts[name] = dit.encode_context(
@@ -172,6 +190,7 @@ class _SegmentMaker:
     draw: Draw
     observe: Observe | None
     policies: Policies
+    ranks: Ranks
 
     def __post_init__(self) -> None:
         self.device = self.dit.patch_embedding.weight.device
@@ -235,11 +254,11 @@ class _SegmentMaker:
             branches={
                 name: Branch(
                     context=context,
-                    policy=self.policies(segment=self.segment.index, branch=name),
+                    policy=self._policy(name, number=number),
                     results=ResultStore(config.reuse.extrapolate),
-                    caches=self._caches(),
+                    caches=self._caches() if self.ranks.owns(number) else [],
                 )
-                for name, context in self.contexts.items()
+                for number, (name, context) in enumerate(self.contexts.items())
             },
             stats=self.stats,
             segment=self.segment.index,
@@ -248,7 +267,12 @@ class _SegmentMaker:
             condition=self._condition(),
             observe=self.observe,
             draw_noise=lambda like: self.draw(tuple(like.shape), like.dtype),
+            ranks=self.ranks,
         )
+
+    def _policy(self, name: str, *, number: int) -> ReusePolicy:
+        own = self.policies(segment=self.segment.index, branch=name)
+        return self.ranks.decided_by(own, branch=number)
 
     def _caches(self) -> list[KVCache]:
         if self.config.attention == "full":
@@ -257,10 +281,11 @@ class _SegmentMaker:
         return caches_for(
             model.num_layers,
             capacity=kv_capacity(self.config, self.window),
-            num_heads=model.num_heads,
+            num_heads=model.num_heads // self.ranks.layout.sequence,
             head_width=model.head_width,
             dtype=self.dit.dtype,
             device=self.device,
+            storage=torch.device("cpu") if self.config.kv_on_host else None,
         )
 
     def _condition(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, tokens_per_chunk
+from flowcache.parallel import Ranks
 from flowcache.reuse import (
     Decision,
     Observe,
@@ -41,6 +42,7 @@ class WindowSampler:
         updates: store of the guided latent's updates, read where these are the reused quantity.
         draw_noise: makes float32 standard normal noise like its argument.
         observe: is shown the velocities of computed steps.
+        ranks: the processes that divide the work; all hold the same latents.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class WindowSampler:
         condition: Tensor | None = None,
         draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
         observe: Observe | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.latents = latents
         self.window = window
@@ -68,6 +71,9 @@ class WindowSampler:
         self.updates = ResultStore() if updates is None else updates
         self.draw_noise = draw_noise
         self.observe = observe
+        self.ranks = Ranks() if ranks is None else ranks
+        self.own = {name: branches[name] for name in self.ranks.own(list(branches))}
+        """The branches that this process computes."""
         self.timesteps, self.sigmas = timestep_grid(sampling.num_steps, shift=sampling.shift)
         self.solvers = {
             chunk: UniPC(sampling.num_steps, shift=sampling.shift) for chunk in window.generated
@@ -79,10 +85,11 @@ class WindowSampler:
             size=(latents.shape[-2], latents.shape[-1]),
             device=latents.device,
             sampling=sampling,
-            branches=branches,
+            branches=self.own,
             stats=stats,
             compression=compression,
             condition=condition,
+            ranks=self.ranks,
         )
         if stats.trace is not None:
             for branch in branches.values():
@@ -195,10 +202,11 @@ class WindowSampler:
         for unit in units:
             part, sigma = embedded.frames(*unit.frames), sigmas[slice(*unit.frames)]
             computed = [name for name in self.branches if unit.is_computed(plans[name])]
-            velocities = self._branch_velocities(
-                tick, unit, part, sigma, computed=computed, offset=offset
-            )
-            if velocities:
+            own = self._branch_velocities(tick, unit, part, sigma, computed=computed, offset=offset)
+            if own:
+                velocities = self._exchanged(own)
+                for name in computed:
+                    self._show(tick, unit, name, velocities[name])
                 guided[unit.id] = self._guide(velocities)
                 if len(computed) == len(self.branches):
                     self._show(tick, unit, "guided", guided[unit.id])
@@ -225,22 +233,26 @@ class WindowSampler:
         computed: Sequence[str],
         offset: int,
     ) -> dict[str, Tensor]:
-        """Return one unit's velocity in each branch, computed or predicted."""
-        passes = {name: self._passes(tick, unit, name) for name in self.branches}
-        for name, branch in self.branches.items():
+        """Return one unit's velocity in each own branch, computed or predicted."""
+        passes = {name: self._passes(tick, unit, name) for name in self.own}
+        computed = [name for name in computed if name in self.own]
+        for name, branch in self.own.items():
             self.forward.count(
                 branch, part, offset=offset, is_computed=name in computed, passes=passes[name]
             )
         with self.stats.timed_pass([each for name in computed for each in passes[name]]):
             hidden = self.forward.run(computed, unit, part, offset=offset)
         velocities: dict[str, Tensor] = {}
-        for name, branch in self.branches.items():
+        for name, branch in self.own.items():
             velocity = self._velocity(branch, unit, part, sigma, hidden=hidden.get(name))
             if velocity is not None:
                 velocities[name] = velocity
-                if name in computed:
-                    self._show(tick, unit, name, velocity)
         return velocities
+
+    def _exchanged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the velocity of each branch, from those of the own ones."""
+        like = next(iter(own.values()))
+        return self.ranks.exchanged(own, names=list(self.branches), like=like)
 
     def _velocity(
         self, branch: Branch, unit: Unit, part: Embedded, sigma: Tensor, *, hidden: Tensor | None
@@ -310,9 +322,9 @@ class WindowSampler:
         if timestep:
             latents = self._noised(latents)
         embedded = self.forward.embed(latents, frames=list(frames), times=[timestep] * len(frames))
-        for branch in self.branches.values():
+        for branch in self.own.values():
             self.forward.count(branch, embedded, offset=0, is_computed=True, has_head=False)
-        self.forward.run(list(self.branches), Unit(chunk, (0, len(frames))), embedded, offset=0)
+        self.forward.run(list(self.own), Unit(chunk, (0, len(frames))), embedded, offset=0)
 
     # What others see --------------------------------------------------------------------------
 
@@ -340,8 +352,13 @@ class WindowSampler:
                     self.segment,
                     tick.index,
                     branch=name,
-                    tokens=partial(tokens_per_chunk, branch.caches),
+                    tokens=partial(self._tokens_per_chunk, branch),
                 )
+
+    def _tokens_per_chunk(self, branch: Branch) -> Tensor:
+        """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
+        sequence = self.ranks.sequence
+        return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
 
     def _passes(self, tick: Tick, unit: Unit, branch: str) -> list[PassId]:
         return [PassId(self.segment, tick.index, chunk, branch) for chunk in unit.chunks(tick)]

@@ -1,0 +1,79 @@
+"""Make tiny videos in one of several processes: `python parallel_runs.py MODEL FOLDER LAYOUT...`.
+
+A layout is "2x1", branch groups by sequence ranks. What came out is written to FOLDER/RANK.pt.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from flowcache.config import find_preset
+from flowcache.parallel import Layout, Place, Ranks, joined
+from flowcache.stats import RunStats
+from skyreels_v2.pipeline import generate
+from skyreels_v2.run import PRESETS, Request, encode_inputs, load_models, prepare, read_settings
+
+COMMON = ["prompt=a red circle moving right", "height=16", "width=80", "num_steps=4"]
+FLOWCACHE = ["attention=causal", "reuse.policy=flowcache", "reuse.warmup_steps=1"]
+CASES = {
+    "vanilla": [],
+    "teacache": ["reuse.policy=teacache", "reuse.threshold=0.3", "reuse.warmup_steps=1"],
+    "flowcache": [*FLOWCACHE, "reuse.threshold=0.3"],
+    "content": [
+        *FLOWCACHE,
+        "reuse.threshold=0.4",
+        "reuse.signal=content",
+        "reuse.predict=velocity",
+    ],
+    "compression": [*FLOWCACHE, "reuse.threshold=0.3", "kv.compress=importance", "kv.kernel=3"],
+    "frames": [*FLOWCACHE, "kv.compress=importance", "kv.granularity=frame", "kv.queries=frame"],
+    "stride": [
+        *("attention=causal", "reuse.policy=stride", "reuse.warmup_steps=1", "clean_pass=true"),
+        *("reuse.predict=latent_update", "kv.compress=recent", "addnoise_condition=20"),
+    ],
+    "segments": [
+        *(*FLOWCACHE, "reuse.threshold=0.3", "reuse.extrapolate=0.5", "batch_branches=true"),
+        *("num_frames=29", "base_num_frames=17", "overlap_history=5"),
+    ],
+}
+"""Name -> settings; each with 5 tokens per frame, which no number of processes divides."""
+
+
+def main() -> None:
+    model, folder, *layouts = sys.argv[1:]
+    with torch.no_grad(), joined(Place.of(os.environ)) as ranks:
+        made = {}
+        for layout in layouts:
+            branch, sequence = map(int, layout.split("x"))
+            divided = ranks.divided(Layout(branch, sequence), torch.device("cpu"))
+            made[layout] = make_videos(model, divided)
+        torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
+
+
+def make_videos(model: str, ranks: Ranks) -> dict[str, object]:
+    request = Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4")
+    job = prepare(request)
+    stats = RunStats(job.device)
+    conditioning, models = encode_inputs(job, stats=stats), load_models(job, stats=stats)
+    preset, results = find_preset(PRESETS, "vanilla"), {}
+    for name, settings in CASES.items():
+        config = read_settings(
+            Request(preset="vanilla", model=model, overrides=[*COMMON, *settings]),
+            preset,
+            folder=job.checkpoint.folder,
+        )
+        stats = RunStats(job.device)
+        shown = generate(models.dit, models.vae, config, conditioning, stats=stats, ranks=ranks)
+        frames = [progress.frames for progress in shown if progress.frames is not None]
+        results[name] = {
+            "frames": torch.cat(frames, dim=1),
+            "flops": (stats.computed_flops, stats.flops_without_reuse),
+            "computed": [p[:6] for p in stats.passes],
+        }
+    return results
+
+
+if __name__ == "__main__":
+    main()
