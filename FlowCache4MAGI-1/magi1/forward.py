@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import cached_attention
+from flowcache.parallel import Ranks
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
+from flowcache.ulysses import TokenSplit
 from magi1 import flops
-from magi1.dit import DiT
+from magi1.dit import DiT, Embedded
 from magi1.layers import ContextKV, SelfAttend
 from magi1.sampling import Branch, KVBudget, Sampling
 from magi1.schedule import Clip, Clock
@@ -25,6 +27,7 @@ class ClipForward:
     Args:
         size: latent rows and columns.
         budget: bound of the KV cache, which asks for queries to be kept.
+        ranks: the processes that divide the work.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ClipForward:
         sampling: Sampling,
         stats: RunStats,
         budget: KVBudget | None = None,
+        ranks: Ranks,
     ) -> None:
         self.dit = dit
         self.clip = clip
@@ -49,6 +53,7 @@ class ClipForward:
         self.budget = budget
         rows, columns = (length // dit.config.patch_size for length in size)
         self.chunk_tokens = clip.chunk_width * rows * columns
+        self.split = TokenSplit(ranks.sequence, 1, self.chunk_tokens)
 
     def context(self, text_LC: Tensor) -> list[ContextKV]:
         """Project a text to every layer's cross-attention keys and values."""
@@ -84,7 +89,14 @@ class ClipForward:
             latent_height=self.size[0],
             latent_width=self.size[1],
         )
-        return self.dit.run_blocks(embedded, rope, context, self_attend=attend)
+        own = Embedded(self.split.own(embedded.tokens, axis=1), embedded.condition)
+        hidden = self.dit.run_blocks(
+            own,
+            self.split.own(rope, axis=0),
+            context,
+            self_attend=self.split.over_heads(attend),
+        )
+        return self.split.whole(hidden)
 
     def feed(
         self,
@@ -95,11 +107,20 @@ class ClipForward:
         position: int,
         context: Sequence[ContextKV],
         reach: int | None,
+        num_clean: int,
     ) -> None:
-        """Send a clean chunk through all layers for the sake of its keys."""
-        keys = self.num_keys(branch, offset=0, reach=reach)
+        """Send a clean chunk through all layers for the sake of its keys.
+
+        Where other processes have the branch, it is counted only.
+
+        Args:
+            num_clean: clean tokens in the cache.
+        """
+        keys = self.num_keys(num_clean, reach=reach)
         cost = self.flops(context, keys=keys, has_head=False)
         self.stats.add_flops(computed=cost, without_reuse=cost)
+        if not branch.caches:
+            return
         self.run(
             x_CFhw,
             t=self.sampling.clean_t,
@@ -145,9 +166,9 @@ class ClipForward:
         """Let a chunk attend to itself alone."""
         return self.dit.kernel(q, k, v)
 
-    def num_keys(self, branch: Branch, *, offset: int, reach: int | None) -> int:
-        """Return how many tokens a chunk sees, own ones included; see `through_cache`."""
-        seen = branch.caches[0].clean + offset + self.chunk_tokens
+    def num_keys(self, before: int, *, reach: int | None) -> int:
+        """Return how many tokens a chunk sees, with `before` tokens before its own."""
+        seen = before + self.chunk_tokens
         return seen if reach is None else min(seen, reach * self.chunk_tokens)
 
     def flops(self, context: Sequence[ContextKV], *, keys: int, has_head: bool = True) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
+from flowcache.parallel import Ranks
 from flowcache.reuse import Observe, Policies, ResultStore
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -71,6 +72,7 @@ def generate(
     draw: Draw | None = None,
     observe: Observe | None = None,
     policies: Policies | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Progress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
@@ -81,7 +83,10 @@ def generate(
         observe: is shown the velocities of computed steps.
         policies: decide what is computed, in segment 0 and branch `ALL_BRANCHES`; default: as the
             settings say.
+        ranks: the processes that divide the work; each yields the whole video. Default: one.
     """
+    ranks = Ranks() if ranks is None else ranks
+    policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
     codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats)
     if draw is None:
         draw = seeded_noise(config.runtime_config.seed, device=codec.device)
@@ -105,13 +110,14 @@ def generate(
         null_caption=null_caption(
             dit.null_caption, tokens=conditioning.tokens, choice=config.tokens
         ),
-        policy=policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES),
+        policy=ranks.decided_by(policy, branch=0),
         stats=stats,
         results=ResultStore(config.reuse.extrapolate),
         prefix=prefix,
         budget=budget_of(config),
         kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
         observe=observe,
+        ranks=ranks,
     )
     for tick, finished in sampler.run():
         shown = [

@@ -8,17 +8,19 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, L text tokens
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.kv import KVCache, caches_for, tokens_per_chunk
+from flowcache.parallel import Ranks
 from flowcache.reuse import Observe, ResultStore, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
+from magi1.caches import PassCaches
 from magi1.dit import DiT
 from magi1.forward import ClipForward
 from magi1.layers import ContextKV
@@ -42,6 +44,7 @@ class ClipSampler:
         budget: bound of the KV cache; None: all chunks stay.
         kv_storage: where the KV cache lies; None: on the device.
         observe: is shown the velocities of computed steps.
+        ranks: the processes that divide the work; all hold the same latents.
 
     Raises:
         UserError: the budget does not hold the window and a clean chunk.
@@ -64,6 +67,7 @@ class ClipSampler:
         budget: KVBudget | None = None,
         kv_storage: torch.device | None = None,
         observe: Observe | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if budget is not None and budget.total_chunks <= clock.window:
             raise UserError(
@@ -81,6 +85,7 @@ class ClipSampler:
         self.prefix = prefix
         self.budget = budget
         self.observe = observe
+        self.ranks = Ranks() if ranks is None else ranks
         self.forward = ClipForward(
             dit,
             clip=clip,
@@ -90,6 +95,7 @@ class ClipSampler:
             sampling=sampling,
             stats=stats,
             budget=budget,
+            ranks=self.ranks,
         )
         self.chunk_tokens = self.forward.chunk_tokens
         self.timesteps = clock.timesteps().tolist()
@@ -97,31 +103,18 @@ class ClipSampler:
         self.null_context = self.forward.context(null_caption)
         self.waiting: tuple[int, ...] = ()
         """Chunks that became clean in the last tick; the next one settles their keys."""
-        self.num_unshared = 0
-        """Chunks whose clean keys the branches don't share yet, see `_share_clean`."""
-        names = ("cond",) if sampling.guidance is None else ("cond", "prev")
-        self.branches = {
-            name: Branch(is_null=name == "prev", caches=self._caches(dit, kv_storage))
-            for name in names
-        }
-
-    def _caches(self, dit: DiT, storage: torch.device | None) -> list[KVCache]:
-        config = dit.config
-        total = None if self.budget is None else self.budget.total_chunks
-        num_chunks = cache_chunks(self.clip, total_chunks=total)
-        caches = caches_for(
-            config.num_layers,
-            capacity=num_chunks * self.chunk_tokens,
-            num_heads=config.num_query_groups,
-            head_width=config.kv_channels,
-            dtype=dit.dtype,
-            device=self.latents.device,
-            storage=storage,
+        total = None if budget is None else budget.total_chunks
+        self.caches = PassCaches(
+            dit,
+            passes=sampling.passes,
+            num_chunks=cache_chunks(clip, total_chunks=total),
+            chunk_tokens=self.chunk_tokens,
+            device=latents.device,
+            storage=kv_storage,
+            ranks=self.ranks,
         )
-        if self.stats.trace is not None:
-            for cache in caches:
-                cache.track(self.clip.num_chunks)
-        return caches
+        if stats.trace is not None:
+            self.caches.track(clip.num_chunks)
 
     def run(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
         """Denoise; after every tick yield it and the chunks that became clean in it.
@@ -151,11 +144,11 @@ class ClipSampler:
                 self.contexts[chunk] = self.forward.context(self.captions[chunk])
         steps = {chunk: tick.steps[chunk] for chunk in self._computed(tick)}
         self._count(tick, steps)
-        passes = {name: self._through_cache(name, tick, steps) for name in self.branches}
-        guided = passes["cond"]
+        own = {name: self._through_cache(name, tick, steps) for name in self.caches.own}
+        guided = own.get("cond", {})
         if self.sampling.guidance is not None:
             guided = {
-                chunk: self._guide(tick, chunk, {n: v[chunk] for n, v in passes.items()})
+                chunk: self._guide(tick, chunk, {n: v[chunk] for n, v in own.items()})
                 for chunk in steps
             }
         oldest = min(tick.steps)
@@ -189,7 +182,7 @@ class ClipSampler:
 
     def _through_cache(self, name: str, tick: Tick, steps: Mapping[int, int]) -> dict[int, Tensor]:
         """Compute chunks one after the other, each with the keys of those before it."""
-        branch, order, velocities = self.branches[name], list(tick.steps), {}
+        branch, order, velocities = self.caches.own[name], list(tick.steps), {}
         for chunk, step in steps.items():
             attend = self.forward.through_cache(
                 branch,
@@ -211,15 +204,22 @@ class ClipSampler:
             self._show(tick, chunk, name, velocities[chunk])
         return velocities
 
-    def _guide(self, tick: Tick, chunk: int, passes: Mapping[str, Tensor]) -> Tensor:
-        """Weight the passes; the one of the chunk alone is left out where it has no weight."""
+    def _guide(self, tick: Tick, chunk: int, own: Mapping[str, Tensor]) -> Tensor:
+        """Weight the passes; the one of the chunk alone is left out where it has no weight.
+
+        Args:
+            own: the velocities of this process' passes through the cache.
+        """
         assert self.sampling.guidance is not None
-        step = tick.steps[chunk]
-        prev, text = self.sampling.guidance.scales(self.timesteps[step])
+        t, names, own = self.timesteps[tick.steps[chunk]], list(self.caches.branches), dict(own)
+        if self.sampling.has_pass_alone(t):
+            names.append("alone")
+            if "alone" in self.ranks.own(self.sampling.passes):
+                own["alone"] = self._alone(tick, chunk, branch="alone", position=0)
+        passes = self.ranks.exchanged(own, names=names, like=self._frames(chunk))
+        prev, text = self.sampling.guidance.scales(t)
         guided = (prev - text) * passes["prev"] + text * passes["cond"]
-        if not self.sampling.has_pass_alone(self.timesteps[step]):
-            return guided
-        return (1 - prev) * self._alone(tick, chunk, branch="alone", position=0) + guided
+        return (1 - prev) * passes["alone"] + guided if "alone" in passes else guided
 
     def _is_computed_twice(self, step: int) -> bool:
         """Tell whether the oldest chunk is also computed without the chunks before it."""
@@ -260,7 +260,7 @@ class ClipSampler:
             latents += change
 
     def _finish(self, tick: Tick) -> None:
-        self._share_clean()
+        self.caches.share()
         self.waiting = tick.finishing
         for chunk in tick.finishing:
             self.results.drop(chunk)
@@ -269,54 +269,39 @@ class ClipSampler:
     # Clean chunks -----------------------------------------------------------------------------
 
     def _feed_given(self, first: Tick) -> None:
-        """Put the keys of the given chunks into the caches, those without text into all."""
-        *others, (_, last) = self._named()
+        """Put the keys of the given chunks into the caches, those without text into all.
+
+        A process without the pass without text makes its keys in a cache of its own.
+        """
+        _, last = self.caches.last
+        *_, fed = self.caches.own.values() or [last]
         for chunk in range(self.clip.num_given):
-            self._feed(chunk, last, tick=first, reach=self.clock.reach_given())
-            last.settle(self.chunk_tokens, chunk=chunk)
-            for _, branch in others:
-                for cache, source in zip(branch.caches, last.caches, strict=True):
-                    keys, values = source.prefix(0, reach_tokens=self.chunk_tokens)
-                    cache.put(0, keys, values)
-                branch.queries.update(last.queries)
-                branch.settle(self.chunk_tokens, chunk=chunk)
+            maker = replace(fed, is_null=last.is_null)
+            self._feed(chunk, maker, tick=first, reach=self.clock.reach_given())
+            self.caches.copy_active(fed)
+            self.caches.settle(chunk)
 
     def _settle_waiting(self, tick: Tick) -> None:
         """Give the chunks that became clean in the last tick their final keys."""
         for chunk in self.waiting:
-            for _, branch in self._named():
-                if self.sampling.clean_pass:
+            if self.sampling.clean_pass:
+                for branch in self.caches.branches.values():
                     self._feed(chunk, branch, tick=tick, reach=self.clock.reach_clean())
-                branch.settle(self.chunk_tokens, chunk=chunk)
-        self.num_unshared = len(self.waiting) if self.sampling.clean_pass else 0
+            self.caches.settle(chunk)
+        self.caches.num_unshared = len(self.waiting) if self.sampling.clean_pass else 0
         self.waiting = ()
-
-    def _share_clean(self) -> None:
-        """Give the pass with text the clean keys of the pass without.
-
-        In the tick in which a chunk's clean keys are made, the released model lets each pass see
-        its own; from the next tick on, all see those of the pass without text.
-        """
-        tokens = self.num_unshared * self.chunk_tokens
-        self.num_unshared = 0
-        *others, (_, last) = self._named()
-        for _, branch in others:
-            for cache, source in zip(branch.caches, last.caches, strict=True):
-                cache.copy_last_clean(source, tokens)
 
     def _compress(self, tick: Tick) -> None:
         """Drop clean tokens where the caches have no room for the chunk that enters."""
         if self.budget is None or not tick.entering:
             return
         kept = (self.budget.total_chunks - len(tick.steps)) * self.chunk_tokens
-        if self.branches["cond"].caches[0].clean <= kept:
+        if self.caches.num_clean <= kept:
             return
-        self._share_clean()
+        self.caches.share()
         keep = partial(self.budget.strategy.keep, budget=kept, layout=self.budget.layout)
         with self.stats.stage("kv_compression"):
-            for _, branch in self._named():
-                for layer, cache in enumerate(branch.caches):
-                    cache.compress(branch.queries[layer], keep)
+            self.caches.compress(keep, num_kept=kept)
 
     def _feed(self, chunk: int, branch: Branch, *, tick: Tick, reach: int | None) -> None:
         """Send a clean chunk through the model, without its text, for the sake of its keys."""
@@ -327,6 +312,7 @@ class ClipSampler:
             position=chunk,
             context=self.null_context,
             reach=reach,
+            num_clean=self.caches.num_clean,
         )
 
     # What others see --------------------------------------------------------------------------
@@ -335,10 +321,9 @@ class ClipSampler:
         """Add the FLOPs of a tick, as done and as without reuse."""
         for place, (chunk, step) in enumerate(tick.steps.items()):
             own, cost = self.contexts[chunk], 0
-            for _, branch in self._named():
-                keys = self.forward.num_keys(
-                    branch, offset=place * self.chunk_tokens, reach=self.clock.reach(step)
-                )
+            for branch in self.caches.branches.values():
+                before = self.caches.num_clean + place * self.chunk_tokens
+                keys = self.forward.num_keys(before, reach=self.clock.reach(step))
                 cost += self.forward.flops(self.null_context if branch.is_null else own, keys=keys)
             if self.sampling.has_pass_alone(self.timesteps[step]):
                 cost += self.forward.flops(self.null_context, keys=self.chunk_tokens)
@@ -367,16 +352,11 @@ class ClipSampler:
 
     def _keep_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens in the caches after a tick."""
-        for name, branch in self.branches.items():
-            self.stats.keep_tokens(
-                0, tick.index, branch=name, tokens=partial(tokens_per_chunk, branch.caches)
-            )
+        for name, branch in self.caches.own.items():
+            tokens = partial(self.caches.tokens_per_chunk, branch)
+            self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
 
     # Small things -----------------------------------------------------------------------------
-
-    def _named(self) -> list[tuple[str, Branch]]:
-        """Return the branches; the last one's clean keys are those of all."""
-        return list(self.branches.items())
 
     def _frames(self, chunk: int) -> Tensor:
         """Return a view of a chunk's latents."""

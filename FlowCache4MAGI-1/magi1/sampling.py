@@ -70,6 +70,11 @@ class Sampling:
     quantity: Quantity = "latent_update"
 
     @property
+    def passes(self) -> tuple[str, ...]:
+        """The guidance passes by name: with text; without; the chunk alone and without."""
+        return ("cond",) if self.guidance is None else ("cond", "prev", "alone")
+
+    @property
     def has_nearly_clean_pass(self) -> bool:
         """Whether a nearly clean chunk is ever computed a second time."""
         return self.nearly_clean_pass and self.guidance is None

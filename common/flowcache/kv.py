@@ -117,12 +117,14 @@ class KVCache:
         start = 0 if reach_tokens is None else max(0, stop - reach_tokens)
         return self._read(0, start, stop), self._read(1, start, stop)
 
-    def copy_last_clean(self, source: "KVCache", num_tokens: int) -> None:
-        """Replace the last clean tokens by those of another cache of the same layer."""
-        assert self.clean == source.clean, f"{self.clean} clean tokens, {source.clean} in the other"
+    def last_clean(self, num_tokens: int) -> Tensor:
+        """Return keys and values of the last clean tokens, `[2, T, G, C]`."""
         start = self.clean - num_tokens
-        for half in (0, 1):
-            self.kv[half, start : self.clean] = source._read(half, start, source.clean)
+        return torch.stack([self._read(half, start, self.clean) for half in (0, 1)])
+
+    def replace_last_clean(self, kv_2TGC: Tensor) -> None:
+        """Put other keys and values in the place of the last clean ones, see `last_clean`."""
+        self.kv[:, self.clean - kv_2TGC.shape[1] : self.clean] = kv_2TGC
 
     def settle(self, num_tokens: int, *, chunk: int | None = None) -> None:
         """Declare the first `num_tokens` active tokens clean.

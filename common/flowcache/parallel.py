@@ -266,6 +266,10 @@ class Ranks:
         """Tell whether this process computes the branch of that number."""
         return branch % self.branches.size == self.branches.rank
 
+    def holder(self, branches: Sequence[str], name: str) -> int:
+        """Return which process of a group `branches` computes a branch."""
+        return branches.index(name) % self.branches.size
+
     def own(self, branches: Sequence[str]) -> list[str]:
         """Return the names of the branches that this process computes."""
         return [name for number, name in enumerate(branches) if self.owns(number)]

@@ -178,7 +178,7 @@ def test_the_last_clean_tokens_of_another_cache_are_taken_over():
     for cache, values in ((ours, [1, 2, 3, 4]), (theirs, [5, 6, 7, 8])):
         put(cache, 0, values)
         cache.settle(4)
-    ours.copy_last_clean(theirs, 2)
+    ours.replace_last_clean(theirs.last_clean(2))
     assert keys(ours) == [1, 2, 7, 8]
 
 
