@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Keep, KVCache, caches_for, tokens_per_chunk
-from flowcache.parallel import Ranks
+from flowcache.ranks import Ranks
 from magi1.dit import DiT
 from magi1.sampling import Branch
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import cached_attention
-from flowcache.parallel import Ranks
+from flowcache.ranks import Ranks
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.ulysses import TokenSplit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
-from flowcache.parallel import Ranks
+from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, Policies, ResultStore
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats

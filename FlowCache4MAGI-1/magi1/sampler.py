@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.parallel import Ranks
+from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, ResultStore, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, cached_attention
-from flowcache.parallel import Ranks
+from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
 from flowcache.ulysses import TokenSplit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, tokens_per_chunk
-from flowcache.parallel import Ranks
+from flowcache.ranks import Ranks
 from flowcache.reuse import (
     Decision,
     Observe,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowcache.parallel import Group
+from flowcache.ranks import Group
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]`."""

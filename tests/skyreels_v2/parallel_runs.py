@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from flowcache.config import find_preset
-from flowcache.parallel import Layout, Place, Ranks, joined
+from flowcache.parallel import joined
+from flowcache.ranks import Layout, Place, Ranks
 from flowcache.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import PRESETS, Request, encode_inputs, load_models, prepare, read_settings
