@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.cli import overrides_of, run_command, run_parser
+from flowcache.cli import overrides_of, run_parser
 from flowcache.config import describe as describe_keys
+from flowcache.parallel import run_in_ranks
+from flowcache.ranks import Ranks
 from magi1.config import MagiConfig
 from magi1.released import CONFIGS, RELEASED
 from magi1.run import BASE, PRESETS, Request, describe, plan_released, prepare, run
@@ -23,6 +25,9 @@ Settings are changed by key=value; --list-settings shows all keys. A run prints 
 progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
 of the cache, seconds per stage).
 """
+
+RUN_ARGUMENTS = ("prompt", "image", "video", "memory_limit", "embedding_cache")
+"""Arguments that are settings of the same name."""
 
 FIELDS = CONFIGS / "fields.yaml"
 """What the fields of the release's JSON files mean."""
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list_settings:
         print("\n".join(list_settings()))
         return 0
-    named = {name: name for name in ("prompt", "image", "video")}
+    named = {name: name for name in RUN_ARGUMENTS}
     request = Request(
         preset=options.preset,
         model=options.model,
@@ -55,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overwrite=options.overwrite,
         record=options.record,
         replay=options.replay,
+        is_dry=options.dry_run,
         download=options.download,
     )
-    return run_command(lambda: execute(request, is_dry=options.dry_run))
+    return run_in_ranks(lambda ranks: execute(request, ranks, is_dry=options.dry_run))
 
 
 def list_settings() -> list[str]:
@@ -66,13 +72,16 @@ def list_settings() -> list[str]:
     return [*release, *describe_keys(RunConfig, commented=BASE)[len(release) :]]
 
 
-def execute(request: Request, *, is_dry: bool) -> None:
+def execute(request: Request, ranks: Ranks, *, is_dry: bool) -> None:
     """Check, say what will be done, and do it unless the run is dry."""
     if is_dry and request.model in RELEASED:
-        print(plan_released(request))
+        plan = ranks.together(lambda: plan_released(request, ranks))
+        if ranks.is_first:
+            print(plan)
         return
-    job = prepare(request)
-    print(describe(job), flush=True)
+    job = ranks.together(lambda: prepare(request, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
     if not is_dry:
         run(job)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from flowcache import job as jobs
-from flowcache.attention import choose_kernel
+from flowcache.attention import choose_kernel, describe_choice
 from flowcache.cli import choose_device
 from flowcache.config import find_preset, load_config, to_dict
+from flowcache.embeddings import cached_embedding
 from flowcache.errors import UserError
 from flowcache.job import (
     Facts,
     Target,
     claim_output,
     config_layers,
+    follow,
     recorded_run,
     replay_lines,
     write_run,
 )
+from flowcache.memory import MemoryPlan, limit_of, make_memory_plan, parse_limit
+from flowcache.parallel import layout_lines, layout_of, own_bytes
+from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
@@ -31,14 +36,16 @@ from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_l
 from flowcache.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints
 from magi1 import text, vae
-from magi1.build import VAE_STRIDE, clip_of, dtype_of, setting_of
+from magi1.build import VAE_STRIDE, clip_of, dtype_of, sampling_of, setting_of
+from magi1.build import layout_of as layout_tokens
 from magi1.captions import SpecialTokens, load_special_tokens
 from magi1.checkpoint import Checkpoint
 from magi1.dit import DiT
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import num_latents, read_prefix
+from magi1.memory import RunMemory, networks_of, placed, wanted_residence
 from magi1.pipeline import Conditioning, LatentCodec, generate
-from magi1.plan import Plan, lines, make_plan, shown_frames
+from magi1.plan import Plan, attention_shape, lines, make_plan, shown_frames
 from magi1.released import FOLDER, Source, download, find_model, find_path, locate
 from magi1.sampler import ALL_BRANCHES
 from magi1.schedule import Clock
@@ -71,6 +78,8 @@ class Job:
     prefix: Tensor | None
     """Given frames, `[3, T, H, W]` in -1..1."""
     plan: Plan
+    memory: MemoryPlan | None
+    """None: it is not known how much there is, and nothing is moved."""
     device: torch.device
     dtype: torch.dtype
     path: Path
@@ -78,6 +87,13 @@ class Job:
     preset: str
     record: bool
     replay: Record | None
+    ranks: Ranks
+    """The processes that make the video; before `run` their layout only."""
+
+    @property
+    def placed(self) -> RunConfig:
+        """The settings, with things kept on the host as the memory plan says."""
+        return self.config if self.memory is None else placed(self.config, self.memory.residence)
 
 
 @dataclass(frozen=True)
@@ -88,14 +104,19 @@ class Models:
     vae: LatentCodec
 
 
-def prepare(request: Request) -> Job:
+def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     """Check everything that can be checked before anything large is loaded.
+
+    Args:
+        ranks: the processes that make the video; None: this one.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     preset, source, config = read_settings(request)
-    device = choose_device(config.device)
+    ranks = Ranks() if ranks is None else ranks
+    device = choose_device(config.device, local_rank=ranks.place.shared_rank)
+    layout = divide(request, config, ranks)
     dtype = dtype_of(config, device)
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
     prefix = read_prefix(config)
@@ -117,7 +138,13 @@ def prepare(request: Request) -> Job:
         has_special_tokens=tokens is not None,
         dtype=dtype,
     )
+    plan = per_process(plan, layout)
     check_ffmpeg()
+    limit, memory = limit_of(config.memory_limit, device), None
+    if config.memory_limit != "none" and (limit or request.is_dry):
+        memory = plan_memory(
+            config, checkpoint, plan, dtype=dtype, limit=limit, has_host=device.type != "cpu"
+        )
     return Job(
         config=config,
         source=source,
@@ -125,6 +152,7 @@ def prepare(request: Request) -> Job:
         tokens=tokens,
         prefix=prefix,
         plan=plan,
+        memory=memory,
         device=device,
         dtype=dtype,
         path=path,
@@ -132,6 +160,33 @@ def prepare(request: Request) -> Job:
         preset=preset.stem,
         record=request.record,
         replay=replay,
+        ranks=replace(ranks, layout=layout),
+    )
+
+
+def divide(request: Request, config: RunConfig, ranks: Ranks) -> Layout:
+    """Return how the processes divide the run.
+
+    Raises:
+        UserError: they can't.
+    """
+    return layout_of(
+        config.parallel,
+        ranks.place.size,
+        num_branches=len(sampling_of(config).passes),
+        num_heads=config.model_config.num_query_groups,
+        num_tokens=layout_tokens(config).chunk_tokens,
+        records=request.record,
+    )
+
+
+def per_process(plan: Plan, layout: Layout) -> Plan:
+    """Return the plan with the caches that each process has at most."""
+    num_branches = plan.num_branches
+    return replace(
+        plan,
+        kv_bytes=own_bytes(plan.kv_bytes, layout, num_branches=num_branches),
+        scoring_bytes=own_bytes(plan.scoring_bytes, layout, num_branches=num_branches),
     )
 
 
@@ -186,15 +241,46 @@ def _check_vae(config: RunConfig, folder: Path) -> None:
             )
 
 
+def plan_memory(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    plan: Plan,
+    *,
+    dtype: torch.dtype,
+    limit: int | None,
+    has_host: bool,
+) -> MemoryPlan:
+    """Find what must be kept on the host so that the run fits.
+
+    Args:
+        checkpoint: None: a released model that isn't here.
+        limit: bytes of the device that may be used; None: not known.
+        has_host: whether the device is not the host itself.
+
+    Raises:
+        UserError: it can't be made to fit.
+    """
+    networks = networks_of(checkpoint, config, dtype=dtype)
+    needs = RunMemory(config, plan, networks=networks, dtype=dtype)
+    return make_memory_plan(
+        needs.stages, wanted=wanted_residence(config), limit_bytes=limit, has_host=has_host
+    )
+
+
 def describe(job: Job) -> str:
     """Say what the run will do."""
     head = _head(job.source, job.config, job.preset, where=f"{_name(job.dtype)} on {job.device}")
     head += [*profile_lines(job.config.reuse), *replay_lines(job.replay)]
-    return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
+    head += layout_lines(job.ranks.layout)
+    memory = [] if job.memory is None else job.memory.lines()
+    return "\n".join([*head, *lines(job.plan, job.config), *memory, f"output       {job.path}"])
 
 
-def plan_released(request: Request) -> str:
+def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     """Say what a run of a released model will cost, by its sizes alone; no weights are needed.
+
+    Args:
+        ranks: the processes that would make the video; None: this one.
 
     Raises:
         UserError: the settings are wrong.
@@ -212,7 +298,11 @@ def plan_released(request: Request) -> str:
     )
     where = f"{_name(dtype)}, by its sizes alone, for a prompt of {ASSUMED_TOKENS} tokens"
     head = [*_head(source, config, preset.stem, where=where), *profile_lines(config.reuse)]
-    return "\n".join([*head, *replay_lines(replay), *lines(plan, config)])
+    layout = divide(request, config, Ranks() if ranks is None else ranks)
+    plan, head = per_process(plan, layout), [*head, *layout_lines(layout)]
+    limit = parse_limit(config.memory_limit)
+    memory = plan_memory(config, None, plan, dtype=dtype, limit=limit, has_host=True).lines()
+    return "\n".join([*head, *replay_lines(replay), *lines(plan, config), *memory])
 
 
 def _head(source: Source, config: RunConfig, preset: str, *, where: str) -> list[str]:
@@ -238,22 +328,31 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
     if config.engine_config.fp8_quant and not has_fp8_gemm(job.device):
         logger.warning("8-bit products are emulated in float32: %s has none", job.device)
     if config.engine_config.cp_size * config.engine_config.pp_size > 1:
-        logger.warning("cp_size and pp_size of the config are left out: the run uses one device")
+        logger.warning(
+            "cp_size and pp_size of the config are left out: several GPUs are used with torchrun "
+            "and divided by parallel.branch and parallel.sequence"
+        )
     with stats.stage("load", is_on_host=True):
         dit = checkpoints.load_dit(job.checkpoint, device=job.device, dtype=job.dtype)
-        dit.kernel = choose_kernel(job.device, dtype=job.dtype)
+        dit.kernel = choose_kernel(
+            job.device,
+            dtype=job.dtype,
+            shape=attention_shape(config, job.plan),
+            wanted=config.attention_kernel,
+        )
+        logger.info("%s", describe_choice(dit.kernel))
         codec = vae.load(
             job.checkpoint.vae,
             scale=config.runtime_config.scale_factor,
             dtype=torch.bfloat16 if job.dtype == torch.bfloat16 else torch.float32,
-            device="cpu" if config.offload else job.device,
+            device="cpu" if job.placed.offload else job.device,
         )
     return Models(dit, codec)
 
 
 def load_text(job: Job) -> text.TextEncoder:
     """Load the text encoder."""
-    config = job.config
+    config = job.placed
     # the release says by t5_device only whether the encoder shares the GPU
     device = job.device if config.runtime_config.t5_device != "cpu" else torch.device("cpu")
     return text.load(
@@ -279,15 +378,38 @@ def encode_inputs(
             "to the path of special_tokens.npz"
         )
     with stats.stage("text"):
-        encoded = (encoder or load_text(job)).encode(config.prompt)
+        encoded = job.ranks.from_first(
+            lambda: cached_embedding(
+                job.config.embedding_cache,
+                lambda: _text_facts(job),
+                lambda: (encoder or load_text(job)).encode(config.prompt),
+            ).cpu()
+        )
     return Conditioning(encoded, tokens=job.tokens, prefix=job.prefix)
 
 
+def _text_facts(job: Job) -> dict[str, Any]:
+    """Return what the encoded prompt depends on."""
+    is_on_host = job.placed.runtime_config.t5_device == "cpu"
+    return {
+        "prompts": [job.config.prompt],
+        "encoder": text.fingerprint(job.checkpoint.text_encoder),
+        "max_length": job.config.model_config.caption_max_length,
+        "dtype": "torch.float32",
+        "device": "cpu" if is_on_host else job.device.type,
+    }
+
+
 def run(job: Job) -> dict[str, Any]:
-    """Make the video, write it and its JSON, and return what the JSON holds."""
+    """Make the video, write it and its JSON, and return what the JSON holds.
+
+    With several processes the first one writes; the others return nothing.
+    """
+    job = replace(job, ranks=job.ranks.divided(job.device))
     stats = RunStats(job.device, records=job.record)
     conditioning = encode_inputs(job, stats=stats)
     models = load_models(job, stats=stats)
+    job.ranks.wait()
     return render(job, models, conditioning, stats=stats)
 
 
@@ -297,15 +419,19 @@ def render(
     """Denoise and write with models that are loaded already."""
     run_config = job.config.runtime_config
     size = (run_config.video_size_h, run_config.video_size_w)
+    shown = generate(
+        models.dit,
+        models.vae,
+        job.placed,
+        conditioning,
+        stats=stats,
+        policies=None if job.replay is None else partial(replay_policies, job.replay),
+        ranks=job.ranks,
+    )
+    if not job.ranks.is_first:
+        return follow(shown)
     return write_run(
-        generate(
-            models.dit,
-            models.vae,
-            job.config,
-            conditioning,
-            stats=stats,
-            policies=None if job.replay is None else partial(replay_policies, job.replay),
-        ),
+        shown,
         Target(job.path, job.overwrite, fps=run_config.fps, size=size),
         stats=stats,
         num_ticks=job.plan.num_ticks,
@@ -314,11 +440,14 @@ def render(
             preset=job.preset,
             model=job.source.name,
             attention_kernel=models.dit.kernel.name,
+            attention_probe=dict(models.dit.kernel.probed),
             config=to_dict(job.config),
             policy=job.config.reuse.policy,
             threshold=threshold_of(job.config.reuse),
             replay=job.replay,
+            memory=None if job.memory is None else job.memory.to_dict(),
             num_steps=run_config.num_steps,
+            layout=job.ranks.layout,
             chunk_frames={0: shown_frames(job.plan.clip)},
         ),
     )

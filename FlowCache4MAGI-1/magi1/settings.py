@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from flowcache.attention import KernelName
 from flowcache.errors import UserError
+from flowcache.memory import parse_limit
+from flowcache.parallel import ParallelRule
 from flowcache.settings import (
     KVRule,
     ReuseRule,
@@ -57,9 +60,13 @@ class RunConfig(MagiConfig):
     passes: PassConfig = field(default_factory=PassConfig)
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
     kv: KVConfig = field(default_factory=KVConfig)
+    parallel: ParallelRule = field(default_factory=ParallelRule)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     offload: bool = False
+    memory_limit: str = "auto"
+    embedding_cache: str | None = None
+    attention_kernel: KernelName = "auto"
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -70,6 +77,7 @@ class RunConfig(MagiConfig):
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
         self._check_given()
         self._check_kv()
+        parse_limit(self.memory_limit)
         if not 0 <= self.passes.prev_share <= 1:
             raise UserError(
                 f"passes.prev_share is a share and must be in 0..1, not {self.passes.prev_share:g}"

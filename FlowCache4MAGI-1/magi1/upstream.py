@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flowcache.cli import Parser, run_command
+from flowcache.cli import Parser
 from flowcache.config import load_config
 from flowcache.errors import UserError
+from flowcache.parallel import run_in_ranks
+from flowcache.ranks import Ranks
 from magi1.run import Request, describe, prepare, run
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Additional:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (2: something given is wrong)."""
     options = parser_of().parse_intermixed_args(arguments)
-    return run_command(lambda: _execute(options))
+    return run_in_ranks(lambda ranks: _execute(options, ranks))
 
 
 def parser_of() -> Parser:
@@ -109,11 +111,12 @@ def parser_of() -> Parser:
     return parser
 
 
-def _execute(options: Namespace) -> None:
+def _execute(options: Namespace, ranks: Ranks) -> None:
     for line in environment_lines(os.environ):
         logger.warning("%s", line)
-    job = prepare(request_of(options))
-    print(describe(job), flush=True)
+    job = ranks.together(lambda: prepare(request_of(options), ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
     if not options.dry_run:
         run(job)
 

@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.cli import overrides_of, run_command, run_parser
+from flowcache.cli import overrides_of, run_parser
 from flowcache.config import describe as describe_keys
+from flowcache.parallel import run_in_ranks
+from flowcache.ranks import Ranks
 from skyreels_v2.config import RunConfig
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import PRESETS, Request, describe, plan_released, prepare, run
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list_settings:
         print("\n".join(describe_keys(RunConfig, commented=PRESETS / "base.yaml")))
         return 0
-    named = {name: name for name in ("prompt", "image", "end_image", "video", "seed")}
+    names = ("prompt", "image", "end_image", "video", "seed", "memory_limit", "embedding_cache")
+    named = {name: name for name in names}
     request = Request(
         preset=options.preset,
         model=options.model,
@@ -50,17 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overwrite=options.overwrite,
         record=options.record,
         replay=options.replay,
+        is_dry=options.dry_run,
     )
-    return run_command(lambda: execute(request, is_dry=options.dry_run))
+    return run_in_ranks(lambda ranks: execute(request, ranks, is_dry=options.dry_run))
 
 
-def execute(request: Request, *, is_dry: bool) -> None:
+def execute(request: Request, ranks: Ranks, *, is_dry: bool) -> None:
     """Check, say what will be done, and do it unless the run is dry."""
     if is_dry and request.model in RELEASED:
-        print(plan_released(request))
+        plan = ranks.together(lambda: plan_released(request, ranks))
+        if ranks.is_first:
+            print(plan)
         return
-    job = prepare(request)
-    print(describe(job), flush=True)
+    job = ranks.together(lambda: prepare(request, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
     if not is_dry:
         run(job)
 

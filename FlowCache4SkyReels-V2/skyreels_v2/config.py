@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from flowcache.attention import KernelName
 from flowcache.errors import UserError
+from flowcache.memory import parse_limit
+from flowcache.parallel import ParallelRule
 from flowcache.reuse import Quantity
 from flowcache.settings import (
     KVRule,
@@ -71,10 +74,16 @@ class RunConfig:
     clean_pass: bool = False
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
     kv: KVConfig = field(default_factory=KVConfig)
+    parallel: ParallelRule = field(default_factory=ParallelRule)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     batch_branches: bool = False
     offload: bool = False
+    text_on_host: bool = False
+    kv_on_host: bool = False
+    memory_limit: str = "auto"
+    embedding_cache: str | None = None
+    attention_kernel: KernelName = "auto"
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -100,6 +109,7 @@ class RunConfig:
                 "reuse.policy=guarded compares what profiles are calibrated with: set "
                 f"reuse.signal=content, not {self.reuse.signal}"
             )
+        parse_limit(self.memory_limit)
         self._check_kv()
 
     def _check_kv(self) -> None:

@@ -1,16 +1,18 @@
 """One run from its settings to the mp4 and the JSON beside it."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowcache.attention import choose_kernel
+from flowcache.attention import choose_kernel, describe_choice
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.config import find_preset, load_config, to_dict
+from flowcache.embeddings import cached_embedding
 from flowcache.errors import UserError
 from flowcache.job import (
     Facts,
@@ -18,10 +20,14 @@ from flowcache.job import (
     Target,
     claim_output,
     config_layers,
+    follow,
     recorded_run,
     replay_lines,
     write_run,
 )
+from flowcache.memory import MemoryPlan, limit_of, make_memory_plan, parse_limit
+from flowcache.parallel import layout_lines, layout_of, own_bytes
+from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
 from flowcache.stats import RunStats
@@ -29,14 +35,29 @@ from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_l
 from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import text, vae
-from skyreels_v2.build import branches_of, rescale_for, sampling_of, setting_of
+from skyreels_v2.build import (
+    branches_of,
+    rescale_for,
+    sampling_of,
+    setting_of,
+    tokens_per_frame,
+)
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT
+from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
+from skyreels_v2.memory import (
+    RunMemory,
+    networks_of,
+    placed,
+    released_networks,
+    wanted_residence,
+)
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.plan import Plan, lines, make_plan, shown_frames
+from skyreels_v2.plan import Plan, attention_shape, lines, make_plan, shown_frames
 from skyreels_v2.released import RELEASED
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent.parent
 PRESETS = FOLDER / "configs"
@@ -53,6 +74,8 @@ class Job:
     checkpoint: Checkpoint
     media: Media
     plan: Plan
+    memory: MemoryPlan | None
+    """None: it is not known how much there is, and nothing is moved."""
     device: torch.device
     dtype: torch.dtype
     path: Path
@@ -60,6 +83,13 @@ class Job:
     preset: str
     record: bool
     replay: Record | None
+    ranks: Ranks
+    """The processes that make the video; before `run` their layout only."""
+
+    @property
+    def placed(self) -> RunConfig:
+        """The settings, with things kept on the host as the memory plan says."""
+        return self.config if self.memory is None else placed(self.config, self.memory.residence)
 
 
 @dataclass(frozen=True)
@@ -70,8 +100,11 @@ class Models:
     vae: vae.VAE
 
 
-def prepare(request: Request) -> Job:
+def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     """Check everything that can be checked before anything large is loaded.
+
+    Args:
+        ranks: the processes that make the video; None: this one.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -87,22 +120,28 @@ def prepare(request: Request) -> Job:
     config = read_settings(request, preset, folder=checkpoint.folder)
     check_mode(config, checkpoint.config)
     config = turn_to_fit(config)
-    device = choose_device(config.device)
+    ranks = Ranks() if ranks is None else ranks
+    device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     dtype = choose_dtype(config.dtype, device)
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
-    plan = make_plan(config, checkpoint.config, dtype=dtype)
+    layout = divide(request, config, checkpoint.config, ranks)
+    plan = per_process(make_plan(config, checkpoint.config, dtype=dtype), layout)
     replay = read_replay(request, config, plan)
     path = claim_output(request, stem=f"{preset.stem}-{config.seed}")
     media = read_media(config)
     checkpoints.check(checkpoint)
     check_tuned_for(config.reuse, partial(checkpoints.fingerprint, checkpoint))
     check_ffmpeg()
+    memory = None
+    if config.memory_limit != "none" and (limit_of(config.memory_limit, device) or request.is_dry):
+        memory = plan_memory(config, checkpoint, plan, device=device, dtype=dtype)
     return Job(
         config,
         checkpoint,
         media,
         plan,
+        memory,
         device,
         dtype,
         path,
@@ -110,6 +149,33 @@ def prepare(request: Request) -> Job:
         preset=preset.stem,
         record=request.record,
         replay=replay,
+        ranks=replace(ranks, layout=layout),
+    )
+
+
+def divide(request: Request, config: RunConfig, dit: DiTConfig, ranks: Ranks) -> Layout:
+    """Return how the processes divide the run.
+
+    Raises:
+        UserError: they can't.
+    """
+    return layout_of(
+        config.parallel,
+        ranks.place.size,
+        num_branches=len(branches_of(config)),
+        num_heads=dit.num_heads,
+        num_tokens=tokens_per_frame(config),
+        records=request.record,
+    )
+
+
+def per_process(plan: Plan, layout: Layout) -> Plan:
+    """Return the plan with the caches that each process has at most."""
+    num_branches = plan.num_branches
+    return replace(
+        plan,
+        kv_bytes=own_bytes(plan.kv_bytes, layout, num_branches=num_branches),
+        scoring_bytes=plan.scoring_bytes // layout.sequence,
     )
 
 
@@ -148,6 +214,29 @@ def read_replay(request: Request, config: RunConfig, plan: Plan) -> Record | Non
     return record
 
 
+def plan_memory(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """Find what must be kept on the host so that the run fits.
+
+    Raises:
+        UserError: it can't be made to fit.
+    """
+    networks = networks_of(checkpoint, dtype=dtype)
+    needs = RunMemory(config, checkpoint.config, plan, networks=networks, dtype=dtype)
+    return make_memory_plan(
+        needs.stages,
+        wanted=wanted_residence(config),
+        limit_bytes=limit_of(config.memory_limit, device),
+        has_host=device.type != "cpu",
+    )
+
+
 def describe(job: Job) -> str:
     """Say what the run will do."""
     head = [
@@ -157,11 +246,16 @@ def describe(job: Job) -> str:
         f"{job.config.reuse.policy} reuse, {job.config.kv.compress} KV compression",
     ]
     head += [*profile_lines(job.config.reuse), *replay_lines(job.replay)]
-    return "\n".join([*head, *lines(job.plan, job.config), f"output       {job.path}"])
+    head += layout_lines(job.ranks.layout)
+    memory = [] if job.memory is None else job.memory.lines()
+    return "\n".join([*head, *lines(job.plan, job.config), *memory, f"output       {job.path}"])
 
 
-def plan_released(request: Request) -> str:
+def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     """Say what a run of a released model will cost, by its sizes alone; no file of it is needed.
+
+    Args:
+        ranks: the processes that would make the video; None: this one.
 
     Raises:
         UserError: the settings are wrong.
@@ -175,16 +269,32 @@ def plan_released(request: Request) -> str:
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, sizes)
     head = f"model        sizes of the released {request.model}, {config.dtype} = {dtype}; no files"
-    plan = make_plan(config, sizes, dtype=dtype)
+    layout = divide(request, config, sizes, Ranks() if ranks is None else ranks)
+    plan = per_process(make_plan(config, sizes, dtype=dtype), layout)
     replay = read_replay(request, config, plan)
+    networks = released_networks(dtype=dtype, is_i2v=sizes.model_type == "i2v")
+    needs = RunMemory(config, sizes, plan, networks=networks, dtype=dtype)
+    memory = make_memory_plan(
+        needs.stages,
+        wanted=wanted_residence(config),
+        limit_bytes=parse_limit(config.memory_limit),
+        has_host=True,
+    )
     head_lines = [head, *profile_lines(config.reuse), *replay_lines(replay)]
-    return "\n".join([*head_lines, *lines(plan, config)])
+    head_lines += layout_lines(layout)
+    return "\n".join([*head_lines, *lines(plan, config), *memory.lines()])
 
 
 def load_models(job: Job, *, stats: RunStats) -> Models:
     """Load the transformer and the VAE."""
     with stats.stage("load", is_on_host=True):
-        kernel = choose_kernel(job.device, dtype=job.dtype)
+        kernel = choose_kernel(
+            job.device,
+            dtype=job.dtype,
+            shape=attention_shape(job.config, job.checkpoint.config, job.plan),
+            wanted=job.config.attention_kernel,
+        )
+        logger.info("%s", describe_choice(kernel))
         dit = checkpoints.load_dit(
             job.checkpoint, dtype=job.dtype, device=job.device, kernel=kernel
         )
@@ -199,7 +309,7 @@ def load_text(job: Job) -> text.TextEncoder:
         tokenizer=job.checkpoint.tokenizer,
         text_len=job.checkpoint.config.text_len,
         dtype=job.dtype,
-        device=job.device,
+        device=torch.device("cpu") if job.placed.text_on_host else job.device,
     )
 
 
@@ -216,7 +326,13 @@ def encode_inputs(
     if config.guidance > 1:
         prompts["uncond"] = config.negative_prompt
     with stats.stage("text"):
-        encoded = (encoder or load_text(job)).encode(list(prompts.values()))
+        encoded = job.ranks.from_first(
+            lambda: cached_embedding(
+                job.config.embedding_cache,
+                lambda: _text_facts(job, list(prompts.values())),
+                lambda: (encoder or load_text(job)).encode(list(prompts.values())),
+            ).cpu()
+        )
         features = None
         if checkpoint.image_encoder is not None and job.media.image is not None:
             vision = text.load_vision(checkpoint.image_encoder, dtype=job.dtype, device=job.device)
@@ -233,11 +349,28 @@ def encode_inputs(
     )
 
 
+def _text_facts(job: Job, prompts: list[str]) -> dict[str, Any]:
+    """Return what encoded prompts depend on."""
+    checkpoint = job.checkpoint
+    return {
+        "prompts": prompts,
+        "encoder": text.fingerprint(checkpoint.text_encoder, tokenizer=checkpoint.tokenizer),
+        "text_len": checkpoint.config.text_len,
+        "dtype": str(job.dtype),
+        "device": "cpu" if job.placed.text_on_host else job.device.type,
+    }
+
+
 def run(job: Job) -> dict[str, Any]:
-    """Make the video, write it and its JSON, and return what the JSON holds."""
+    """Make the video, write it and its JSON, and return what the JSON holds.
+
+    With several processes the first one writes; the others return nothing.
+    """
+    job = replace(job, ranks=job.ranks.divided(job.device))
     stats = RunStats(job.device, records=job.record)
     conditioning = encode_inputs(job, stats=stats)
     models = load_models(job, stats=stats)
+    job.ranks.wait()
     return render(job, models, conditioning, stats=stats)
 
 
@@ -247,15 +380,19 @@ def render(
     """Denoise and write with models that are loaded already."""
     config = job.config
     num_chunks = sum(len(segment.window.generated) for segment in job.plan.segments)
+    shown = generate(
+        models.dit,
+        models.vae,
+        job.placed,
+        conditioning,
+        stats=stats,
+        policies=None if job.replay is None else partial(replay_policies, job.replay),
+        ranks=job.ranks,
+    )
+    if not job.ranks.is_first:
+        return follow(shown)
     return write_run(
-        generate(
-            models.dit,
-            models.vae,
-            config,
-            conditioning,
-            stats=stats,
-            policies=None if job.replay is None else partial(replay_policies, job.replay),
-        ),
+        shown,
         Target(job.path, job.overwrite, fps=config.fps, size=(config.height, config.width)),
         stats=stats,
         num_ticks=job.plan.num_ticks,
@@ -265,11 +402,14 @@ def render(
             preset=job.preset,
             model=job.checkpoint.folder.name,
             attention_kernel=models.dit.kernel.name,
+            attention_probe=dict(models.dit.kernel.probed),
             config=to_dict(config),
             policy=config.reuse.policy,
             threshold=threshold_of(config.reuse),
             replay=job.replay,
+            memory=None if job.memory is None else job.memory.to_dict(),
             num_steps=config.num_steps,
+            layout=job.ranks.layout,
             chunk_frames=shown_frames(
                 config,
                 job.plan,

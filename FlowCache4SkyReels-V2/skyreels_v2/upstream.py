@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowcache.cli import run_command
 from flowcache.config import read_yaml
 from flowcache.errors import UserError
+from flowcache.parallel import run_in_ranks
+from flowcache.ranks import Ranks
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance
@@ -45,13 +46,14 @@ NAME_BYTES = 180
 def main(script: Script, arguments: Sequence[str] | None = None) -> int:
     """Run one of the two command lines; return the exit code (2: something given is wrong)."""
     options = parser_of(script).parse_intermixed_args(arguments)
-    return run_command(lambda: _execute(script, options))
+    return run_in_ranks(lambda ranks: _execute(script, options, ranks))
 
 
-def _execute(script: Script, options: Namespace) -> None:
-    job = prepare(request_of(script, options))
-    _check_model(script, job)
-    print(describe(job), flush=True)
+def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
+    options.seed = ranks.from_first(lambda: _seed_of(options))
+    job = ranks.together(lambda: _prepare(script, options, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
     if options.dry_run:
         return
     if options.prompt_enhancer and options.image is not None:
@@ -59,10 +61,30 @@ def _execute(script: Script, options: Namespace) -> None:
             "--prompt_enhancer is left out: it writes prompts for videos without --image"
         )
     elif options.prompt_enhancer:
-        prompt = enhance(job.config.prompt, model=options.prompt_enhancer_model, device=job.device)
-        print(f"prompt       {prompt}", flush=True)
+        prompt = ranks.from_first(
+            lambda: enhance(
+                job.config.prompt, model=options.prompt_enhancer_model, device=job.device
+            )
+        )
+        if ranks.is_first:
+            print(f"prompt       {prompt}", flush=True)
         job = replace(job, config=replace(job.config, prompt=prompt))
     run(job)
+
+
+def _prepare(script: Script, options: Namespace, ranks: Ranks) -> Job:
+    if options.use_usp and ranks.place.size == 1:
+        raise UserError(
+            f"--use_usp divides the work among processes, but one runs: start it with torchrun "
+            f"--nproc_per_node=N {script}"
+        )
+    job = prepare(request_of(script, options), ranks)
+    _check_model(script, job)
+    return job
+
+
+def _seed_of(options: Namespace) -> int:
+    return random.randint(0, MAX_SEED) if options.seed is None else options.seed
 
 
 def request_of(script: Script, options: Namespace) -> Request:
@@ -71,11 +93,9 @@ def request_of(script: Script, options: Namespace) -> Request:
     Raises:
         UserError: a flag is missing or not supported.
     """
-    if options.use_usp:
-        raise UserError("--use_usp is not supported yet: run on one GPU, without it")
     model = choose_model(options.model_id)
     own = _own_keys(Path(model).expanduser())
-    seed = random.randint(0, MAX_SEED) if options.seed is None else options.seed
+    seed = _seed_of(options)
     settings = [f"prompt={options.prompt}", f"seed={seed}", *_model_settings(options, own)]
     if options.image is not None:
         settings.append(f"image={options.image}")

@@ -209,6 +209,10 @@ def _add_run_flags(parser: Parser, *, is_df: bool) -> None:
         action="store_true",
         help="keep the transformer off the GPU while the VAE works",
     )
-    add("--use_usp", action="store_true", help="several GPUs; not supported yet")
+    add(
+        "--use_usp",
+        action="store_true",
+        help="several GPUs: start it with torchrun --nproc_per_node=N (which is enough)",
+    )
     add("--dry_run", "--dry-run", action="store_true", help="check all, print the plan, stop")
     add("settings", nargs="*", metavar="key=value", help="further settings, see below")

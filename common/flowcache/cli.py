@@ -74,6 +74,18 @@ def run_parser(
         help=f"check everything, print the plan, make nothing; {dry_run}",
     )
     parser.add_argument(
+        "--memory-limit",
+        dest="memory_limit",
+        metavar="24GB",
+        help="what of the GPU's memory may be used (default: what is free)",
+    )
+    parser.add_argument(
+        "--embedding-cache",
+        dest="embedding_cache",
+        metavar="DIR",
+        help="keep encoded prompts there and read known ones (default: nothing is kept)",
+    )
+    parser.add_argument(
         "--list-settings", action="store_true", help="print every setting with type and default"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
@@ -111,14 +123,18 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """Return the device of a run: `auto` is CUDA where there is one, else the CPU.
+
+    Args:
+        local_rank: which of several processes on this machine asks: each has a CUDA device of its
+            own.
 
     Raises:
         UserError: the name is no device, or there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -126,10 +142,16 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name} is not supported: use auto, cpu, cuda or cuda:0")
     if device.type == "cuda":
+        if local_rank is not None:
+            if ":" in name:
+                raise UserError(
+                    f"device={name} is one device, but several processes run: use device=cuda"
+                )
+            device = torch.device("cuda", local_rank)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(
-                f"device={name} was asked for, but PyTorch sees {count} CUDA devices here: "
+                f"device={device} was asked for, but PyTorch sees {count} CUDA devices here: "
                 "use device=cpu, or mend the driver"
             )
     return device

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
+from flowcache.ranks import Layout
 from flowcache.record import REPLAY, Record, build_record, read_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
@@ -40,6 +41,8 @@ class Request:
     """Whether `NAME.record.json` is written, too: what each pass cost, what the caches held."""
     replay: str | None = None
     """The record of a run whose decisions are made again."""
+    is_dry: bool = False
+    """Whether the plan alone is wanted."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Facts:
     preset: str
     model: str
     attention_kernel: str
+    attention_probe: Mapping[str, float]
+    """Seconds of the kernels that were tried; empty without a probe."""
     config: Mapping[str, Any]
     policy: str
     threshold: float | None
@@ -68,8 +73,12 @@ class Facts:
     """What was replayed instead of the policy's decisions."""
     num_steps: int
     """Denoising steps of a chunk."""
+    memory: Mapping[str, Any] | None
+    """What was planned to be in memory, see `MemoryPlan.to_dict`; None: no limit was known."""
     chunk_frames: Mapping[int, list[list[int]]]
     """Segment -> for each chunk the frames `[first, stop)` of the video that show it."""
+    layout: Layout
+    """How processes divided the run."""
 
 
 class Shown(Protocol):
@@ -149,6 +158,13 @@ def config_layers(
     return layers
 
 
+def follow(shown: Iterable[Shown]) -> dict[str, Any]:
+    """Carry out a pipeline in a process that writes nothing; return nothing."""
+    for _ in shown:
+        pass
+    return {}
+
+
 def write_run(
     shown: Iterable[Shown],
     target: Target,
@@ -198,7 +214,10 @@ def write_run(
         "preset": facts.preset,
         "model": facts.model,
         "attention_kernel": facts.attention_kernel,
+        "attention_probe": facts.attention_probe,
         "config": facts.config,
+        "memory": facts.memory,
+        "processes": asdict(facts.layout),
         "replay": None if facts.replay is None else facts.replay["video"],
         "environment": surroundings,
         "stats": stats.to_dict(),

@@ -44,7 +44,13 @@ class ParallelRule:
 
 
 def layout_of(
-    rule: ParallelRule, num_processes: int, *, num_branches: int, num_heads: int, num_tokens: int
+    rule: ParallelRule,
+    num_processes: int,
+    *,
+    num_branches: int,
+    num_heads: int,
+    num_tokens: int,
+    records: bool,
 ) -> Layout:
     """Divide the processes of a run: as many branch groups as possible, the rest by tokens.
 
@@ -52,6 +58,7 @@ def layout_of(
         num_branches: guidance passes.
         num_heads: key/value heads.
         num_tokens: least number of tokens that is divided.
+        records: whether the passes are recorded.
 
     Raises:
         UserError: the processes, branches, heads or tokens can't be divided so.
@@ -84,22 +91,31 @@ def layout_of(
             f"parallel.sequence={layout.sequence} is above the {num_tokens} tokens that are "
             "divided: use fewer processes, or a larger video"
         )
+    if records and layout.branch > 1:
+        raise UserError(
+            "--record follows all guidance passes in one process: set parallel.branch=1, or leave "
+            "--record out"
+        )
     return layout
 
 
-def layout_lines(layout: Layout, *, num_branches: int, kv_bytes: int) -> list[str]:
-    """Say how a run is divided, in a line of its description; [] if it is not.
+def own_bytes(num_bytes: int, layout: Layout, *, num_branches: int) -> int:
+    """Return how much of what all branches hold per head a process has at most.
 
     Args:
-        kv_bytes: the KV caches of all branches.
+        num_bytes: of all branches.
     """
+    held = -(-num_branches // layout.branch)
+    return num_bytes * held // (num_branches * layout.sequence)
+
+
+def layout_lines(layout: Layout) -> list[str]:
+    """Say how a run is divided, in a line of its description; [] if it is not."""
     if layout.size == 1:
         return []
-    held = -(-num_branches // layout.branch)
-    own = kv_bytes * held / num_branches / layout.sequence
     return [
         f"processes    {layout.size}: {layout.branch} branch groups x {layout.sequence} sequence "
-        f"ranks; KV cache {own / 1e9:.3g} GB in each"
+        "ranks; weights and KV cache below are those of each"
     ]
 
 

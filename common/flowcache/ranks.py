@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,11 @@ class Place:
     size: int = 1
     local_rank: int = 0
     """Which one on its machine."""
+
+    @property
+    def shared_rank(self) -> int | None:
+        """Its `local_rank` where several processes share the machines' devices, else None."""
+        return self.local_rank if self.size > 1 else None
 
     @classmethod
     def of(cls, variables: Mapping[str, str]) -> "Place":
@@ -155,8 +160,13 @@ class Ranks:
         """Whether this is the process that speaks and writes."""
         return self.place.rank == 0
 
-    def divided(self, layout: Layout, device: torch.device) -> "Ranks":
-        """Return the same processes with groups for their device; all must ask for it alike."""
+    def divided(self, device: torch.device) -> "Ranks":
+        """Return the same with the groups of the layout; all processes must ask for it alike.
+
+        Args:
+            device: of the run, in this process.
+        """
+        layout = self.layout
         if layout.size == 1:
             return self
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -178,7 +188,7 @@ class Ranks:
 
         with contact():
             branches, sequence = own(numbers.T.tolist()), own(numbers.tolist())
-        return replace(self, layout=layout, branches=branches, sequence=sequence)
+        return replace(self, branches=branches, sequence=sequence)
 
     def owns(self, branch: int) -> bool:
         """Tell whether this process computes the branch of that number."""
@@ -234,18 +244,14 @@ class Ranks:
             return result[0]
         raise UserError(failed[0]) if self.is_first else ToldElsewhereError(failed[0])
 
-    def from_first(self, make: Callable[[], Tensor]) -> Tensor:
-        """Return what the first process makes, on the CPU in the others."""
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes: plain values, or tensors on the CPU."""
         if self.place.size == 1:
             return make()
-        values: list[Any] = [None]
-        made = None
-        if self.is_first:
-            made = make()
-            values = [made.cpu()]
+        values: list[T | None] = [make() if self.is_first else None]
         with contact():
             dist.broadcast_object_list(values, src=0, group=self.patient.handle)
-        return cast(Tensor, values[0]) if made is None else made
+        return cast(T, values[0])
 
     def wait(self) -> None:
         """Wait until all processes are here, however long they read from the disk."""

@@ -1,0 +1,69 @@
+"""Make tiny clips in one of several processes: `python parallel_runs.py MODEL FOLDER LAYOUT...`.
+
+MODEL is a folder that holds the checkpoints "distilled" and "base". A layout is "2x1", branch
+groups by sequence ranks; those with branches are for "base" alone. What came out is written to
+FOLDER/RANK.pt.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from flowcache.parallel import joined
+from flowcache.ranks import Layout, Place, Ranks
+from flowcache.stats import RunStats
+from magi1.pipeline import generate
+from magi1.run import Request, encode_inputs, load_models, prepare, read_settings
+
+COMMON = [
+    *("prompt=a red circle moving right", "runtime_config.num_frames=60"),
+    *("runtime_config.video_size_h=16", "runtime_config.video_size_w=48"),
+]
+FLOWCACHE = ["reuse.policy=flowcache", "reuse.warmup_steps=1", "reuse.threshold=0.3"]
+COMPRESSED = ["kv.compress=importance", "kv.total_chunks=3", "kv.kernel=3"]
+CASES = {
+    "vanilla": ["runtime_config.noise2clean_kvrange=[3,2]"],
+    "flowcache": [*FLOWCACHE, "reuse.predict=velocity", "passes.clean_pass=false"],
+    "teacache": [*FLOWCACHE, "reuse.policy=teacache", *COMPRESSED],
+    "compression": [*FLOWCACHE, *COMPRESSED, "kv.queries=frame", "passes.clean_pass=false"],
+    "frames": [*COMPRESSED, "kv.granularity=frame", "reuse.policy=stride"],
+}
+"""Name -> settings; each with 9 tokens per chunk of 3 latents."""
+
+
+def main() -> None:
+    models, folder, *layouts = sys.argv[1:]
+    with torch.no_grad(), joined(Place.of(os.environ)) as ranks:
+        made = {}
+        for layout in layouts:
+            branch, sequence = map(int, layout.split("x"))
+            divided = ranks.divided(Layout(branch, sequence), torch.device("cpu"))
+            for kind in ("distilled", "base") if branch == 1 else ("base",):
+                made[kind, layout] = make_videos(f"{models}/{kind}", divided)
+        torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
+
+
+def make_videos(model: str, ranks: Ranks) -> dict[str, object]:
+    job = prepare(Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4"))
+    stats = RunStats(job.device)
+    conditioning, models = encode_inputs(job, stats=stats), load_models(job, stats=stats)
+    results = {}
+    for name, settings in CASES.items():
+        *_, config = read_settings(
+            Request(preset="vanilla", model=model, overrides=[*COMMON, *settings])
+        )
+        stats = RunStats(job.device)
+        shown = generate(models.dit, models.vae, config, conditioning, stats=stats, ranks=ranks)
+        frames = [progress.frames for progress in shown if progress.frames is not None]
+        results[name] = {
+            "frames": torch.cat(frames, dim=1),
+            "flops": (stats.computed_flops, stats.flops_without_reuse),
+            "computed": [p[:6] for p in stats.passes],
+        }
+    return results
+
+
+if __name__ == "__main__":
+    main()
