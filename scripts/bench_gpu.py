@@ -1,0 +1,328 @@
+#!/usr/bin/env python
+"""Measure speed and memory at the released sizes on one GPU, all methods in one run.
+
+Weights don't change speed, so they are random and made on the device; nothing is downloaded. Which
+steps are computed comes from the published curve of distances, with the threshold at which
+FlowCache's rule computes the published share of the FLOPs, or from a record (--trace). Results go
+to assets/bench/gpu_NAME.json and .md after each method; a second start goes on with the methods
+that are missing. With --growth nothing of this is done: time and memory against the length of the
+video are planned for the released sizes and measured on the demos, on the CPU.
+"""
+
+import argparse
+import gc
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import growth, magi1, skyreels_v2
+from gpu.measure import Job, matrix_rate, measure
+from gpu.report import judged, markdown
+from gpu.subject import Method, Models, Size, Subject
+from tqdm import tqdm
+
+from flowcache.cli import Parser, choose_device, run_command
+from flowcache.errors import UserError
+from flowcache.files import check_writable, write_json, write_text
+from flowcache.record import Record, read_record
+from flowcache.stats import environment
+
+SUBJECTS: Mapping[str, Subject[Any]] = {
+    "skyreels_v2": skyreels_v2.SUBJECT,
+    "magi1": magi1.SUBJECT,
+}
+TABLES = Path(__file__).resolve().parents[1] / "assets" / "bench"
+WHOLE_SECONDS = 240
+"""A method that will take longer is measured with fewer steps and scaled up."""
+ASSUMED_SHARE = 0.4
+"""Of the matrix product's rate, to guess how long a method will take."""
+SAME = ("device", "torch", "commit", "size", "is_quick", "settings")
+"""What all rows of one file have in common."""
+EXAMPLES = """examples:
+  python scripts/bench_gpu.py
+  python scripts/bench_gpu.py --quick --name try
+  python scripts/bench_gpu.py --model magi1 --methods vanilla "FlowCache-fast + KV compression"
+  python scripts/bench_gpu.py --device cpu --size tiny --out result/bench
+  python scripts/bench_gpu.py --growth
+"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is measured, and how."""
+
+    size: Size
+    is_quick: bool
+    is_whole: bool
+    settings: tuple[str, ...]
+    trace: Record | None
+    trace_name: str | None
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(
+        prog="python scripts/bench_gpu.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", choices=sorted(SUBJECTS), help="one model (default: both)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table (all)")
+    parser.add_argument("--list-methods", action="store_true", help="print their names and stop")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps per method, scaled up: a look, no result"
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help=f"all steps of every method, also where that takes over {WHOLE_SECONDS} s",
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="a NAME.record.json whose decisions FlowCache follows; one model"
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu (default: cuda)")
+    parser.add_argument(
+        "--size", choices=("paper", "tiny"), default="paper", help="tiny: tries the code in seconds"
+    )
+    parser.add_argument("--name", help="of the files, gpu_NAME (default: that of the device)")
+    parser.add_argument("--out", type=Path, default=TABLES, help="folder (default: assets/bench)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="measure anew what the file holds already"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="cost against length instead; needs no GPU"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all methods")
+    return parser.parse_intermixed_args(arguments)
+
+
+# What is asked for --------------------------------------------------------------------------------
+
+
+def find_device(name: str, size: Size) -> torch.device:
+    """Return the device to measure.
+
+    Raises:
+        UserError: it is not there, or too slow for the size.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "PyTorch sees no CUDA device here: run this on a machine with a GPU, or try the code "
+            "with --device cpu --size tiny"
+        )
+    device = choose_device(name)
+    if device.type == "cpu" and size == "paper":
+        raise UserError("--device cpu would take days at the paper's sizes: give --size tiny")
+    return device
+
+
+def chosen(options: argparse.Namespace) -> dict[str, list[Method]]:
+    """Return the methods of each model; the one that all are compared with is always among them.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    models = [options.model] if options.model else list(SUBJECTS)
+    wanted = set(options.methods or ())
+    known = {method.name for model in models for method in SUBJECTS[model].methods}
+    if wanted - known:
+        unknown = min(wanted - known)
+        raise UserError(f"--methods: {unknown!r} is no row of the table: see --list-methods")
+    return {
+        model: [
+            method
+            for place, method in enumerate(SUBJECTS[model].methods)
+            if not wanted or place == 0 or method.name in wanted
+        ]
+        for model in models
+    }
+
+
+def read_choice(options: argparse.Namespace) -> Choice:
+    """Return how the methods are measured.
+
+    Raises:
+        UserError: options contradict each other, or the trace can't be read.
+    """
+    if options.quick and options.whole:
+        raise UserError("--quick and --whole contradict each other: give one of them")
+    trace = None
+    if options.trace is not None:
+        if options.model is None or options.quick:
+            raise UserError("--trace is of one model and all its steps: give --model, no --quick")
+        trace = read_record(options.trace)
+    return Choice(
+        options.size,
+        options.quick,
+        options.whole or options.trace is not None,
+        tuple(options.settings),
+        trace,
+        None if options.trace is None else options.trace.name,
+    )
+
+
+def make_job(subject: Subject[Any], method: Method, choice: Choice, *, rate: float) -> Job:
+    """Decide how much of a method is run.
+
+    Args:
+        rate: FLOP/s of a matrix product.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    whole = subject.plan(method, choice.size, 1, choice.settings)
+    factors, factor = subject.thin[choice.size], 1
+    share = subject.shares[method.speed] if method.speed else 1.0
+    is_long = whole.flops * share / (ASSUMED_SHARE * rate) > WHOLE_SECONDS
+    if factors and choice.is_quick:
+        factor = factors[-1]
+    elif factors and is_long and not choice.is_whole:
+        factor = factors[0]
+    short, glance = (
+        whole if each == 1 else subject.plan(method, choice.size, each, choice.settings)
+        for each in (factor, factors[-1] if factors else 1)
+    )
+    return Job(short, whole, glance, factor, method.speed, choice.trace)
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return versions, device, driver and commit."""
+    facts = environment(device) | {"driver": None, "memory": "memory shared with the system"}
+    if device.type == "cuda":
+        facts["memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB"
+        facts["driver"] = _driver()
+    return facts
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.splitlines()[0].strip()
+
+
+def row_of(
+    subject: Subject[Models], models: Models, method: Method, job: Job, device: torch.device
+) -> dict[str, Any]:
+    """Measure a method; one that does not fit into memory says so."""
+    facts = {"preset": method.preset, "settings": list(method.settings)}
+    try:
+        return measure(subject, models, job, device) | facts
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        return {"error": f"out of memory: {reason}", **facts}
+
+
+def measure_model(
+    model: str,
+    methods: Sequence[Method],
+    choice: Choice,
+    device: torch.device,
+    document: dict[str, Any],
+    path: Path,
+) -> None:
+    """Measure the methods of a model that the file lacks; write it after each.
+
+    Raises:
+        UserError: a setting is wrong, or the file can't be written.
+    """
+    subject, rows = SUBJECTS[model], document["models"].setdefault(model, {})
+    missing = [m for m in methods if m.name not in rows or "error" in rows[m.name]]
+    if not missing:
+        return
+    rate = matrix_rate(device)
+    jobs = {method.name: make_job(subject, method, choice, rate=rate) for method in missing}
+    models = subject.build(jobs[missing[0].name].plan, choice.size, device)
+    for method in tqdm(missing, desc=model, unit="method", disable=not sys.stderr.isatty()):
+        row = row_of(subject, models, method, jobs[method.name], device)
+        if choice.trace_name is not None and method.speed is not None:
+            row["trace"] = choice.trace_name
+        rows[method.name] = row
+        document["targets"][model] = judged(subject, rows)
+        write_json(path, document)
+        write_text(path.with_suffix(".md"), markdown(document, SUBJECTS))
+        gc.collect()
+
+
+def open_document(path: Path, fresh: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    """Return what is in the file already, to go on with, or a document without rows.
+
+    Raises:
+        UserError: the file is of another machine, commit or size, or damaged.
+    """
+    if overwrite or not path.exists():
+        return fresh
+    old = growth.read_json(path)
+    wrong = [key for key in SAME if old.get("same", {}).get(key) != fresh["same"][key]]
+    if wrong:
+        raise UserError(
+            f"{path} was measured with another {wrong[0]} and is kept: give another --name, or "
+            "--overwrite"
+        )
+    return old
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure, write the files, print the table and the targets.
+
+    Raises:
+        UserError: something given is wrong, or there is no GPU.
+    """
+    methods = chosen(options)
+    if options.list_methods:
+        print("\n".join(f"{model}: {m.name}" for model, own in methods.items() for m in own))
+        return
+    choice = read_choice(options)
+    device = find_device(options.device, options.size)
+    facts = machine(device)
+    name = options.name or re.sub(r"\W+", "-", f"{facts['device']}").strip("-").lower()
+    path = options.out / f"gpu_{name}.json"
+    is_cuda = device.type == "cuda"
+    note = "" if is_cuda else "Figures of a CPU and a tiny model: they only show that it works."
+    fresh: dict[str, Any] = {
+        "name": name,
+        "note": note + (" A quick look: few steps, scaled up." if choice.is_quick else ""),
+        "command": " ".join(["python", *sys.argv]),
+        "environment": facts,
+        "same": {
+            "device": facts["device"],
+            "torch": facts["packages"]["torch"],
+            "commit": facts["commit"],
+            "size": choice.size,
+            "is_quick": choice.is_quick,
+            "settings": list(choice.settings),
+        },
+        "is_judged": is_cuda and choice.size == "paper",
+        "models": {},
+        "targets": {},
+    }
+    check_writable(options.out)
+    document = open_document(path, fresh, overwrite=options.overwrite)
+    for model, own in methods.items():
+        measure_model(model, own, choice, device, document, path)
+        gc.collect()
+    print(markdown(document, SUBJECTS))
+    print(f"wrote {path} and {path.with_suffix('.md').name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = parse(arguments)
+    if options.growth:
+        return run_command(lambda: growth.grow(options.out, overwrite=options.overwrite))
+    return run_command(lambda: bench(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

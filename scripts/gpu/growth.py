@@ -1,0 +1,286 @@
+"""Cost against the length of a video: planned for the released sizes, measured on the demos.
+
+Every step is computed in all rows, so that only the length and the KV cache make a difference.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from flowcache import job as jobs
+from flowcache.cli import DTYPES
+from flowcache.config import find_preset
+from flowcache.errors import UserError
+from flowcache.files import check_writable, write_json
+from flowcache.stats import RunStats, environment
+from gpu import magi1 as magi1_subject
+from gpu import skyreels_v2 as skyreels_subject
+from magi1 import pipeline as magi1_pipeline
+from magi1 import plan as magi1_plan
+from magi1 import run as magi1_run
+from skyreels_v2 import pipeline as skyreels_pipeline
+from skyreels_v2 import plan as skyreels_plan
+from skyreels_v2 import run as skyreels_run
+
+NAME = "growth.json"
+PROMPT = "a red circle moving right on a black background"
+SKYREELS_PLANNED = (97, 177, 337, 657, 977, 1297, 1617, 1937)
+SKYREELS_MEASURED = (97, 177, 337, 657)
+MAGI1_PLANNED = (96, 192, 384, 768, 1152, 1536, 1920)
+MAGI1_MEASURED = (96, 192, 384, 768)
+NOTE = (
+    "planned: by arithmetic, at the released sizes; measured: on the demo, on a CPU. Every step is "
+    "computed."
+)
+COMPRESS = ("kv.compress=importance",)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to make a video of any length.
+
+    Attributes:
+        settings: by number of frames.
+        is_measured: on the demo, too.
+    """
+
+    name: str
+    preset: str
+    settings: Callable[[int], tuple[str, ...]]
+    is_measured: bool = True
+
+
+def _one_window(num_frames: int) -> tuple[str, ...]:
+    return (
+        *("prompt=-", f"num_frames={num_frames}"),
+        *(f"base_num_frames={num_frames}", "overlap_history=null"),
+    )
+
+
+SKYREELS_LINES = (
+    Line("all keys and values", "vanilla_causal", _one_window),
+    Line("KV compression", "vanilla_causal", lambda n: (*_one_window(n), *COMPRESS)),
+    Line(
+        "windows of 97 frames",
+        "vanilla_causal",
+        lambda n: ("prompt=-", f"num_frames={n}"),
+        is_measured=False,
+    ),
+)
+
+
+def _clip(num_frames: int) -> tuple[str, ...]:
+    return ("prompt=-", f"runtime_config.num_frames={num_frames}", "reuse.policy=vanilla")
+
+
+MAGI1_LINES = (
+    Line("all keys and values", "flowcache_fast_nocompress", _clip),
+    Line("KV compression", "flowcache_fast", _clip),
+)
+
+
+Make = Callable[[Line, int], dict[str, Any]]
+"""Makes or plans a video of so many frames and returns what that takes."""
+
+
+def plan_skyreels(line: Line, num_frames: int) -> dict[str, Any]:
+    """Plan a video of the 1.3B model at 544x960."""
+    settings = ("dtype=bfloat16", *line.settings(num_frames))
+    config = skyreels_run.read_settings(
+        jobs.Request(line.preset, overrides=settings),
+        find_preset(skyreels_run.PRESETS, line.preset),
+        folder=None,
+    )
+    made = skyreels_plan.make_plan(
+        config, skyreels_subject.DIT["paper"], dtype=DTYPES[config.dtype]
+    )
+    num_chunks = sum(len(own.window.generated) for own in made.segments)
+    return _planned(num_frames, num_chunks, flops=made.flops, kv_bytes=made.kv_bytes)
+
+
+def plan_magi1(line: Line, num_frames: int) -> dict[str, Any]:
+    """Plan a video of the distilled 4.5B model at 720x720."""
+    sizes = magi1_subject.SETTINGS["paper"]
+    request = magi1_run.Request(
+        line.preset, magi1_subject.MODEL, (*sizes, *line.settings(num_frames))
+    )
+    _, _, config = magi1_run.read_settings(request)
+    made = magi1_plan.make_plan(
+        config,
+        num_prefix=0,
+        prompt_tokens=magi1_run.ASSUMED_TOKENS,
+        has_special_tokens=False,
+        dtype=config.model_config.dtype,
+    )
+    num_chunks = len(made.clip.generated)
+    return _planned(num_frames, num_chunks, flops=made.flops, kv_bytes=made.kv_bytes)
+
+
+def _planned(num_frames: int, num_chunks: int, *, flops: int, kv_bytes: int) -> dict[str, Any]:
+    return {
+        "frames": num_frames,
+        "chunks": num_chunks,
+        "flops_per_chunk": flops / num_chunks,
+        "kv_bytes": kv_bytes,
+    }
+
+
+def open_skyreels() -> Make:
+    """Load the demo."""
+
+    def prepare(line: Line, num_frames: int) -> skyreels_run.Job:
+        return skyreels_run.prepare(
+            jobs.Request(line.preset, "demo", (*line.settings(num_frames), f"prompt={PROMPT}"))
+        )
+
+    first = prepare(SKYREELS_LINES[0], SKYREELS_MEASURED[0])
+    models = skyreels_run.load_models(first, stats=RunStats(first.device))
+    inputs = skyreels_run.encode_inputs(first, stats=RunStats(first.device))
+
+    def make(line: Line, num_frames: int) -> dict[str, Any]:
+        job, stats = prepare(line, num_frames), RunStats(first.device)
+        for _ in skyreels_pipeline.generate(
+            models.dit, models.vae, job.config, inputs, stats=stats
+        ):
+            pass
+        num_chunks = sum(len(own.window.generated) for own in job.plan.segments)
+        return _measured(num_frames, num_chunks, stats, kv_bytes=job.plan.kv_bytes)
+
+    return make
+
+
+def open_magi1() -> Make:
+    """Load the demo."""
+
+    def prepare(line: Line, num_frames: int) -> magi1_run.Job:
+        settings = (*line.settings(num_frames), f"prompt={PROMPT}")
+        return magi1_run.prepare(magi1_run.Request(line.preset, "demo", settings))
+
+    first = prepare(MAGI1_LINES[0], MAGI1_MEASURED[0])
+    models = magi1_run.load_models(first, stats=RunStats(first.device))
+    inputs = magi1_run.encode_inputs(first, stats=RunStats(first.device))
+
+    def make(line: Line, num_frames: int) -> dict[str, Any]:
+        job, stats = prepare(line, num_frames), RunStats(first.device)
+        for _ in magi1_pipeline.generate(models.dit, models.vae, job.config, inputs, stats=stats):
+            pass
+        num_chunks = len(job.plan.clip.generated)
+        return _measured(num_frames, num_chunks, stats, kv_bytes=job.plan.kv_bytes)
+
+    return make
+
+
+def _measured(
+    num_frames: int, num_chunks: int, stats: RunStats, *, kv_bytes: int
+) -> dict[str, Any]:
+    return {
+        "frames": num_frames,
+        "chunks": num_chunks,
+        "seconds_per_chunk": stats.stage_times()["dit"].seconds / num_chunks,
+        "kv_bytes": kv_bytes,
+    }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's part.
+
+    Attributes:
+        planned: numbers of frames.
+        measured: numbers of frames that the demo makes.
+        plan: plans a video at the released size.
+        open: loads the demo and returns what makes a video with it.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    planned: Sequence[int]
+    measured: Sequence[int]
+    plan: Make
+    open: Callable[[], Make]
+
+
+MODELS: Mapping[str, Model] = {
+    "skyreels_v2": Model(
+        "SkyReels-V2 1.3B, 544x960",
+        SKYREELS_LINES,
+        SKYREELS_PLANNED,
+        SKYREELS_MEASURED,
+        plan_skyreels,
+        open_skyreels,
+    ),
+    "magi1": Model(
+        "MAGI-1 4.5B, 720x720",
+        MAGI1_LINES,
+        MAGI1_PLANNED,
+        MAGI1_MEASURED,
+        plan_magi1,
+        open_magi1,
+    ),
+}
+
+
+def grow(out: Path, *, overwrite: bool, models: Mapping[str, Model] = MODELS) -> None:
+    """Plan and measure all models and write `growth.json`.
+
+    Raises:
+        UserError: the file is there already, or can't be written.
+    """
+    path = out / NAME
+    check_writable(out)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists and is kept: give another --out, or --overwrite")
+    found = {name: _rows(model) for name, model in models.items()}
+    document = {
+        "note": NOTE,
+        "command": "python scripts/bench_gpu.py --growth",
+        "environment": environment(torch.device("cpu")),
+        "models": found,
+    }
+    write_json(path, document)
+    print(f"wrote {path}")
+
+
+def _rows(model: Model) -> dict[str, Any]:
+    make = model.open()
+    # one short video first: what is allocated once must not be on the account of the first length
+    make(model.lines[0], model.measured[0])
+    measured: dict[str, list[dict[str, Any]]] = {
+        line.name: [] for line in model.lines if line.is_measured
+    }
+    # all lines at one length before the next, so that a drifting machine slows them alike
+    for num_frames in tqdm(model.measured, desc=model.title, disable=not sys.stderr.isatty()):
+        for line in model.lines:
+            if line.is_measured:
+                measured[line.name].append(make(line, num_frames))
+    return {
+        "title": model.title,
+        "planned": {
+            line.name: [model.plan(line, num_frames) for num_frames in model.planned]
+            for line in model.lines
+        },
+        "measured": measured,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that these commands wrote.
+
+    Raises:
+        UserError: it can't be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no JSON object: measure anew with --overwrite")
+    return content

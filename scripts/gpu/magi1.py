@@ -1,0 +1,181 @@
+"""MAGI-1: the distilled 4.5B model at 720x720, 240 frames in ten chunks, one pass."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from flops import MAGI1_WINDOWS, magi1_clip
+
+from flowcache.attention import choose_kernel
+from flowcache.reuse import Policies
+from flowcache.stats import RunStats
+from gpu.subject import Method, Plan, Size, Subject, Target, fill
+from gpu.traces import MAGI1_CURVE
+from magi1 import flops
+from magi1.build import clip_of, dtype_of, latent_size, layout_of
+from magi1.dit import DiT, set_precision
+from magi1.pipeline import Conditioning, Progress, generate
+from magi1.plan import make_plan
+from magi1.run import ASSUMED_TOKENS, Request, read_settings
+from magi1.sampler import ALL_BRANCHES
+from magi1.schedule import Clip, Clock, visible
+from magi1.settings import RunConfig
+from magi1.vae import VAE
+from magi1.vit import VAEConfig, ViTVAE
+
+MODEL = "4.5B_distill"
+STEPS = {"paper": 64, "tiny": 16}
+TEXT_TOKENS = {"paper": ASSUMED_TOKENS, "tiny": 7}
+SETTINGS: Mapping[Size, tuple[str, ...]] = {
+    "paper": (
+        *("runtime_config.num_frames=240", "runtime_config.video_size_h=720"),
+        *("runtime_config.video_size_w=720", "engine_config.kv_offload=false"),
+    ),
+    "tiny": (
+        *("runtime_config.num_frames=168", "runtime_config.video_size_h=32"),
+        *("runtime_config.video_size_w=48", "engine_config.kv_offload=false"),
+        *("model_config.num_layers=2", "model_config.hidden_size=32"),
+        *("model_config.ffn_hidden_size=48", "model_config.num_attention_heads=4"),
+        *("model_config.num_query_groups=2", "model_config.kv_channels=8"),
+        *("model_config.caption_channels=12", "model_config.caption_max_length=60"),
+    ),
+}
+"""Beside the release's own JSON. The cache stays on the GPU, where it fits."""
+VAE_SIZES: Mapping[Size, VAEConfig] = {
+    "paper": VAEConfig(
+        z_chans=16,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        qkv_bias=True,
+        ln_in_attn=True,
+        conv_last_layer=True,
+    ),
+    "tiny": VAEConfig(
+        video_size=32,
+        video_length=12,
+        z_chans=16,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=2,
+        qkv_bias=True,
+        ln_in_attn=True,
+        conv_last_layer=True,
+        use_final_proj=True,
+    ),
+}
+"""Source: the tensors of the released checkpoint, 613,755,239 parameters."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Transformer, VAE, and what stands for an encoded prompt."""
+
+    dit: DiT
+    vae: VAE
+    conditioning: Conditioning
+
+
+def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan:
+    """Plan a method's run; see `Subject.plan`."""
+    overrides = [
+        *("prompt=-", f"runtime_config.num_steps={STEPS[size] // thin}"),
+        *(*SETTINGS[size], *method.settings, *settings),
+    ]
+    _, _, config = read_settings(Request(method.preset, MODEL, overrides))
+    clip, clock = clip_of(config, num_prefix=0), Clock.of(config)
+    made = make_plan(
+        config,
+        num_prefix=0,
+        prompt_tokens=TEXT_TOKENS[size],
+        has_special_tokens=False,
+        dtype=config.model_config.dtype,
+    )
+    height, width = latent_size(config)
+    return Plan(
+        config=config,
+        ticks={0: clock.ticks(clip)},
+        branches=(ALL_BRANCHES,),
+        flops=made.flops,
+        num_chunks=clip.num_chunks,
+        costs=published_costs(config, clip=clip),
+        stored_shape=(clip.chunk_width, config.model_config.latent_channels, height, width),
+        stored_dtype=torch.float32,
+    )
+
+
+def published_costs(config: RunConfig, *, clip: Clip) -> tuple[float, ...]:
+    """Return what each own step of all chunks costs where the cache holds five chunks."""
+    run, tokens = config.runtime_config, layout_of(config).chunk_tokens
+    clock = Clock(run.num_steps, run.window_size, MAGI1_WINDOWS)
+    return tuple(
+        sum(
+            flops.published_blocks(
+                config.model_config,
+                queries=tokens,
+                keys=tokens * len(visible(chunk, clock.reach(step))),
+            )
+            for chunk in clip.generated
+        )
+        for step in range(run.num_steps)
+    )
+
+
+def build(made: Plan, size: Size, device: torch.device) -> Models:
+    """Make random weights in the types in which the released ones are loaded."""
+    config: RunConfig = made.config
+    dtype = dtype_of(config, device)
+    with torch.device("meta"):
+        dit, vae = DiT(config.model_config), ViTVAE(VAE_SIZES[size])
+    set_precision(dit, dtype)
+    vae.to(dtype)
+    for model in (dit, vae):
+        fill(model, device=device)
+    dit.kernel = choose_kernel(device, dtype=dtype)
+    draw = torch.Generator().manual_seed(0)
+    text = torch.randn(TEXT_TOKENS[size], config.model_config.caption_channels, generator=draw)
+    codec = VAE(vae, scale=config.runtime_config.scale_factor)
+    return Models(dit, codec, Conditioning(text.to(device)))
+
+
+def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
+    """Make the video in memory."""
+    return generate(
+        models.dit, models.vae, made.config, models.conditioning, stats=stats, policies=policies
+    )
+
+
+NO_REUSE = magi1_clip(reaches=MAGI1_WINDOWS, nearly_clean_pass=False)
+FAST = "FlowCache-fast + KV compression"
+SUBJECT: Subject[Models] = Subject(
+    title="MAGI-1 4.5B distilled, 720x720, 240 frames, 64 steps",
+    methods=(
+        Method("vanilla", "vanilla"),
+        Method("vanilla, KV window", "vanilla_window"),
+        Method(
+            "vanilla, neither pass",
+            "vanilla_no_nearly_clean",
+            settings=("passes.clean_pass=false",),
+        ),
+        Method("FlowCache-slow", "flowcache_slow_nocompress", "slow"),
+        Method("FlowCache-fast", "flowcache_fast_nocompress", "fast"),
+        Method("FlowCache-slow + KV compression", "flowcache_slow", "slow"),
+        Method(FAST, "flowcache_fast", "fast"),
+    ),
+    targets=(
+        Target("rate_share", None, least=0.55, says="TFLOP/s of the DiT / of a matrix product"),
+        Target("caching_share", None, most=0.01, says="caching and statistics / DiT time"),
+        Target("compression_share", None, most=0.02, says="KV compression / DiT time"),
+        Target("speedup", FAST, least=2.2, says="faster than vanilla, end to end"),
+        Target("exposed_share", None, most=0.10, says="time outside the DiT / end to end"),
+        Target("peak_bytes", FAST, most=24e9, says="peak memory, text encoder elsewhere"),
+    ),
+    thin={"paper": (4, 8), "tiny": ()},
+    curve=MAGI1_CURVE,
+    shares={"slow": 161e15 / NO_REUSE, "fast": 140e15 / NO_REUSE},
+    plan=plan,
+    build=build,
+    kernel=lambda models: models.dit.kernel.name,
+    play=play,
+)

@@ -1,0 +1,258 @@
+"""Runs one method and takes its figures: seconds, FLOPs, shares of the time, memory.
+
+On CUDA all times but the end-to-end one are pairs of events; nothing waits in between.
+"""
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from flowcache.record import Record
+from flowcache.reuse import Policies, ResultStore, ReusePolicy, Vanilla
+from flowcache.stats import RunStats
+from flowcache.trace import PassId, TickId, Trace, elapsed_seconds, now
+from flowcache.video import to_uint8
+from gpu.subject import Models, Plan, Speed, Subject
+from gpu.traces import CACHING, make_trace, policies_of
+
+MATRIX_SIDE = {"cuda": 8192, "cpu": 512}
+NUM_REPEATS = 20
+"""Of a short operation that is timed apart."""
+COMPRESSION = "kv_compression"
+KINDS = (
+    ("attention", re.compile(r"attention|attn|flash|fmha", re.IGNORECASE)),
+    (
+        "linears",
+        re.compile(r"gemm|cutlass|cublas|nvjet|gemv|xmma|aten::(addmm|mm|bmm|baddbmm)$|mkldnn_lin"),
+    ),
+)
+"""What a kernel's name says of it; the first that fits. Other kernels are "other"."""
+NO_KERNEL = re.compile(r"^(Torch-Compiled|## |ProfilerStep|TorchDynamo)")
+"""Names of ranges that hold kernels and must not be counted once more."""
+
+
+class TimedStats(RunStats):
+    """Statistics that also time each pass and tick; a record's extra work is left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.times = Trace(device)
+
+    def timed_pass(self, passes: Sequence[PassId]) -> AbstractContextManager[None]:
+        """Time some passes; see `RunStats.timed_pass`."""
+        return self.times.timed_pass(passes)
+
+    def timed_tick(self, segment: int, tick: int) -> AbstractContextManager[None]:
+        """Time a tick; see `RunStats.timed_tick`."""
+        return self.times.timed_tick(TickId(segment, tick))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method's run: as it is measured, and as it would be with all steps.
+
+    Attributes:
+        glance: the same with the fewest steps, for a look at one tick.
+        thin: how many times fewer steps are measured.
+        speed: decisions that are followed; None: every step is computed.
+        trace: recorded decisions instead of those made from the published curve.
+    """
+
+    plan: Plan
+    whole: Plan
+    glance: Plan
+    thin: int
+    speed: Speed | None
+    trace: Record | None = None
+
+    def policies(self, subject: Subject[Models], stats: RunStats) -> Policies:
+        """Return what makes the policies.
+
+        Raises:
+            UserError: the trace does not fit the run.
+        """
+        if self.speed is None:
+            return all_computed
+        ticks, branches = self.plan.ticks, self.plan.branches
+        pattern = subject.pattern(self.plan, self.speed)
+        trace = self.trace or make_trace(pattern, ticks=ticks, branches=branches)
+        return policies_of(trace, pattern=pattern, ticks=ticks, branches=branches, stats=stats)
+
+
+def all_computed(*, segment: int, branch: str) -> ReusePolicy:  # noqa: ARG001
+    """Return the policy of a run that reuses nothing."""
+    return Vanilla()
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the mean time of a short piece of work, after three untimed ones."""
+    for _ in range(3):
+        work()
+    wait(device)
+    start = now(device)
+    for _ in range(NUM_REPEATS):
+        work()
+    end = now(device)
+    wait(device)
+    return elapsed_seconds(start, end) / NUM_REPEATS
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Return the FLOP/s of a large matrix product: bfloat16 on CUDA, float32 on the CPU."""
+    side = MATRIX_SIDE[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / seconds_of(lambda: a @ b, device)
+
+
+def shares_of_kinds(
+    subject: Subject[Models], models: Models, plan: Plan, device: torch.device
+) -> dict[str, float]:
+    """Return how the time of a tick with a full window is divided among kinds of operations.
+
+    Every chunk is computed. The ticks before it serve as warm-up.
+    """
+    counts = [len(tick.steps) for tick in plan.ticks[0]]
+    last = min(counts.index(max(counts)) + 1, len(counts) - 1)
+    is_cuda = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
+    shown = subject.play(models, plan, RunStats(device), all_computed)
+    for _ in range(last):
+        next(shown)
+    wait(device)
+    with profile(activities=[activity], acc_events=True) as profiler:
+        next(shown)
+        wait(device)
+    seconds = dict.fromkeys([*(name for name, _ in KINDS), "other"], 0.0)
+    wanted = DeviceType.CUDA if is_cuda else DeviceType.CPU
+    for event in profiler.key_averages():
+        if event.device_type != wanted or NO_KERNEL.search(event.key):
+            continue
+        own = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+        seconds[kind_of(event.key)] += own
+    total = sum(seconds.values())
+    return {name: part / total for name, part in seconds.items()}
+
+
+def kind_of(kernel: str) -> str:
+    """Return the kind of an operation by the name of its kernel."""
+    return next((name for name, pattern in KINDS if pattern.search(kernel)), "other")
+
+
+def store_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
+    """Return the time of storing a result of one chunk and branch, and of using it again."""
+    store, sigma = ResultStore(), torch.ones(plan.stored_shape[0], device=device)
+    before, after = torch.randn((2, *plan.stored_shape), device=device).to(plan.stored_dtype)
+    put = seconds_of(lambda: store.put(0, after - before, sigma=sigma), device)
+    return put, seconds_of(lambda: before + store.predict(0, sigma=sigma), device)
+
+
+@torch.no_grad()
+def measure(
+    subject: Subject[Models], models: Models, job: Job, device: torch.device
+) -> dict[str, Any]:
+    """Run a method and return its figures as plain values.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+        UserError: the trace does not fit the run.
+    """
+    rate = matrix_rate(device)
+    kinds = shares_of_kinds(subject, models, job.glance, device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    wait(device)
+    stats = TimedStats(device)
+    policies = job.policies(subject, stats)
+    start, num_frames = time.perf_counter(), 0
+    for progress in subject.play(models, job.plan, stats, policies):
+        if progress.frames is not None:
+            num_frames += len(to_uint8(progress.frames).cpu())
+    wait(device)
+    total = time.perf_counter() - start
+    return {
+        **_figures(subject, job, stats, total=total),
+        "matrix_rate": rate,
+        "rate_share": stats.computed_flops / stats.stage_times()["dit"].seconds / rate,
+        "caching_share": _caching_share(job, stats, device),
+        "kinds": kinds,
+        "num_frames": num_frames,
+        "attention_kernel": subject.kernel(models),
+    }
+
+
+def _figures(
+    subject: Subject[Models], job: Job, stats: TimedStats, *, total: float
+) -> dict[str, Any]:
+    """Return seconds, FLOPs and bytes; a shortened run is scaled up to all steps."""
+    times = stats.stage_times()
+    dit, ticks = times["dit"].seconds, list(stats.times.tick_seconds().values())
+    forwards = list(stats.times.pass_seconds().values())
+    compression = times[COMPRESSION].seconds if COMPRESSION in times else 0.0
+    scale = _scale(subject, job)
+    whole, flops = dit, float(stats.computed_flops)
+    if job.thin > 1:
+        # compression is work per chunk, not per step
+        rest = dit - compression
+        inside = rest if job.speed is None else min(sum(forwards), rest)
+        whole = inside * scale + (rest - inside) * job.whole.num_ticks / len(ticks) + compression
+        flops *= scale
+    return {
+        "factor": job.thin,
+        "measured_ticks": len(ticks),
+        "num_ticks": job.whole.num_ticks,
+        "num_forwards": len(forwards),
+        "seconds_per_tick": statistics.fmean(ticks),
+        "seconds_per_tick_median": statistics.median(ticks),
+        "seconds_per_forward": statistics.fmean(forwards),
+        "flops": flops,
+        "rate": stats.computed_flops / dit,
+        "dit_seconds": whole,
+        "vae_seconds": times["vae"].seconds if "vae" in times else None,
+        "total_seconds": total - dit + whole,
+        "exposed_share": (total - dit) / (total - dit + whole),
+        "outside_share": 1 - sum(forwards) / dit,
+        "compression_share": compression / whole,
+        "peak_bytes": stats.peak_memory_bytes(),
+    }
+
+
+def _scale(subject: Subject[Models], job: Job) -> float:
+    """Return how many times more the passes of all steps cost than the measured ones."""
+    scale = job.whole.flops / job.plan.flops
+    if job.speed is None:
+        return scale
+    whole, short = (
+        subject.pattern(plan, job.speed).share(plan.costs) for plan in (job.whole, job.plan)
+    )
+    return scale * whole / short
+
+
+def _caching_share(job: Job, stats: RunStats, device: torch.device) -> float | None:
+    """Return the share of the DiT's time that decisions and stored results take.
+
+    Decisions are timed in the run, waiting for the device included; storing a result and using it
+    again apart, and multiplied by how often that was done.
+    """
+    if job.speed is None:
+        return None
+    times = stats.stage_times()
+    put, use = store_seconds(job.plan, device)
+    seconds = times[CACHING].seconds + stats.num_computed * put + stats.num_reused * use
+    return seconds / times["dit"].seconds

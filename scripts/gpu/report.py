@@ -1,0 +1,149 @@
+"""The table of all methods, and which of the project's targets they meet."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpu.subject import Subject, Target
+
+Row = Mapping[str, Any]
+HEAD = (
+    *("method", "PFLOPs", "s end to end", "speed-up", "s per tick", "s per chunk forward"),
+    *("TFLOP/s", "of matrix product", "attention / linears / other", "caching", "compression"),
+    *("outside DiT", "VAE s", "peak GB", "measured"),
+)
+
+
+def judged(subject: Subject[Any], rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Compare figures with their targets.
+
+    Args:
+        rows: by method.
+
+    Returns: for each target what it says, its bound, the figure, whose it is, and whether it is
+        met; None: the figure was not measured.
+    """
+    return [_judge(target, _with_speedups(subject, rows)) for target in subject.targets]
+
+
+def _with_speedups(subject: Subject[Any], rows: Mapping[str, Row]) -> dict[str, Row]:
+    good = {name: row for name, row in rows.items() if "error" not in row}
+    base = good.get(subject.methods[0].name, {}).get("total_seconds")
+    return {
+        name: {**row, "speedup": None if base is None else base / row["total_seconds"]}
+        for name, row in good.items()
+    }
+
+
+def _judge(target: Target, rows: Mapping[str, Row]) -> dict[str, Any]:
+    names = list(rows) if target.method is None else [target.method]
+    found = {
+        name: rows[name][target.figure]
+        for name in names
+        if name in rows and rows[name][target.figure] is not None
+    }
+    verdict: dict[str, Any] = {
+        "says": target.says,
+        "figure": target.figure,
+        "least": target.least,
+        "most": target.most,
+        "method": target.method,
+        "value": None,
+        "is_met": None,
+    }
+    if found:
+        worst = min if target.least is not None else max
+        method = worst(found, key=lambda name: found[name])
+        value = found[method]
+        is_met = value >= target.least if target.least is not None else value <= target.most
+        verdict |= {"method": method, "value": value, "is_met": is_met}
+    return verdict
+
+
+def said(verdict: Mapping[str, Any], *, is_judged: bool) -> str:
+    """Return one line about a target.
+
+    Args:
+        is_judged: whether the machine and the size are those that the targets are about.
+    """
+    side, sign = ("most", "<=") if verdict["least"] is None else ("least", ">=")
+    claim = f"{verdict['says']} {sign} {_value(verdict, side)}"
+    if verdict["value"] is None:
+        return f"not measured: {claim}"
+    word = "not judged" if not is_judged else "met" if verdict["is_met"] else "NOT met"
+    return f"{word}: {claim}: {_value(verdict, 'value')} ({verdict['method']})"
+
+
+def _value(verdict: Mapping[str, Any], key: str) -> str:
+    value = verdict[key]
+    if verdict["figure"] == "peak_bytes":
+        return f"{value / 1e9:.1f} GB"
+    if verdict["figure"] == "speedup":
+        return f"{value:.2f}x"
+    return f"{100 * value:.3g} %"
+
+
+def markdown(document: Mapping[str, Any], subjects: Mapping[str, Subject[Any]]) -> str:
+    """Return everything that was measured as a page."""
+    environment = document["environment"]
+    lines = [
+        f"# {document['name']}",
+        "",
+        f"{document['note']} Random weights; decisions made from the published curve of distances "
+        "unless a row names a record. Made by:",
+        "",
+        "```bash",
+        document["command"],
+        "```",
+        "",
+        f"{environment['device']} ({environment['memory']}), driver {environment['driver']}, "
+        f"torch {environment['packages']['torch']}, CUDA {environment['cuda']}, "
+        f"commit {environment['commit']}.",
+    ]
+    for model, rows in document["models"].items():
+        subject = subjects[model]
+        lines += ["", f"## {subject.title}", "", *_table(subject, rows), ""]
+        is_judged = document["is_judged"]
+        lines += [f"- {said(one, is_judged=is_judged)}" for one in judged(subject, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(subject: Subject[Any], rows: Mapping[str, Row]) -> list[str]:
+    good = _with_speedups(subject, rows)
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    for method in subject.methods:
+        if method.name in good:
+            lines.append(f"| {' | '.join(_cells(method.name, good[method.name]))} |")
+        elif method.name in rows:
+            lines.append(
+                f"| {method.name} | {rows[method.name]['error']} |{' |' * (len(HEAD) - 2)}"
+            )
+    return lines
+
+
+def _cells(name: str, row: Row) -> Sequence[str]:
+    kinds = row["kinds"]
+    measured = f"{row['measured_ticks']} of {row['num_ticks']} ticks"
+    how = "whole" if row["factor"] == 1 else f"{measured}, scaled up"
+    if "trace" in row:
+        how += f", decisions of {row['trace']}"
+    return (
+        name,
+        f"{row['flops'] / 1e15:.3g}",
+        f"{row['total_seconds']:.3g}",
+        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        f"{row['seconds_per_tick']:.3g}",
+        f"{row['seconds_per_forward']:.3g}",
+        f"{row['rate'] / 1e12:.3g}",
+        _percent(row["rate_share"]),
+        " / ".join(f"{100 * kinds[kind]:.0f}" for kind in ("attention", "linears", "other")) + " %",
+        _percent(row["caching_share"]),
+        _percent(row["compression_share"]),
+        _percent(row["exposed_share"]),
+        "-" if row["vae_seconds"] is None else f"{row['vae_seconds']:.3g}",
+        f"{row['peak_bytes'] / 1e9:.1f}",
+        how,
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2g} %"

@@ -1,0 +1,125 @@
+"""SkyReels-V2: the 1.3B model at 544x960, 177 frames in two windows, two guidance branches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from flops import skyreels_active_only
+
+from flowcache.attention import choose_kernel
+from flowcache.cli import DTYPES
+from flowcache.config import find_preset
+from flowcache.job import Request
+from flowcache.reuse import Policies
+from flowcache.stats import RunStats
+from gpu.subject import Method, Plan, Size, Subject, Target, fill
+from gpu.traces import SKYREELS_CURVE
+from skyreels_v2.build import branches_of, sampling_of, tokens_per_frame
+from skyreels_v2.config import RunConfig
+from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.pipeline import Conditioning, Progress, generate
+from skyreels_v2.plan import make_plan
+from skyreels_v2.released import RELEASED
+from skyreels_v2.run import PRESETS, read_settings
+from skyreels_v2.vae import VAE
+
+STEPS = {"paper": 50, "tiny": 10}
+LAG = {"paper": 5, "tiny": 1}
+DIT: Mapping[Size, DiTConfig] = {
+    "paper": RELEASED["df-1.3b-540p"],
+    "tiny": DiTConfig(
+        dim=48, ffn_dim=64, freq_dim=32, num_heads=4, num_layers=2, text_dim=24, text_len=16
+    ),
+}
+SETTINGS: Mapping[Size, tuple[str, ...]] = {
+    "paper": ("dtype=bfloat16",),
+    "tiny": (
+        *("dtype=float32", "height=32", "width=48", "num_frames=21"),
+        *("base_num_frames=13", "overlap_history=5", "causal_block_size=1"),
+    ),
+}
+"""Beside the presets, whose values are those of the published experiments."""
+TINY_VAE_WIDTH = 4
+
+
+@dataclass(frozen=True)
+class Models:
+    """Transformer, VAE, and what stands for encoded prompts."""
+
+    dit: DiT
+    vae: VAE
+    conditioning: Conditioning
+
+
+def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan:
+    """Plan a method's run; see `Subject.plan`."""
+    overrides = [
+        *("prompt=-", f"num_steps={STEPS[size] // thin}", f"ar_step={LAG[size] // thin}"),
+        *(*SETTINGS[size], *method.settings, *settings),
+    ]
+    preset = find_preset(PRESETS, method.preset)
+    config = read_settings(Request(preset=method.preset, overrides=overrides), preset, folder=None)
+    made = make_plan(config, DIT[size], dtype=DTYPES[config.dtype])
+    sampling = sampling_of(config)
+    return Plan(
+        config=config,
+        ticks={i: sampling.ticks(own.window) for i, own in enumerate(made.segments)},
+        branches=branches_of(config),
+        flops=made.flops,
+        num_chunks=sum(len(own.window.generated) for own in made.segments),
+        costs=(1.0,) * config.num_steps,
+        stored_shape=(config.causal_block_size, tokens_per_frame(config), DIT[size].dim),
+        stored_dtype=DTYPES[config.dtype],
+    )
+
+
+def build(made: Plan, size: Size, device: torch.device) -> Models:
+    """Make random weights: the transformer in the run's dtype, the VAE in float32, as loaded."""
+    config: RunConfig = made.config
+    dtype = DTYPES[config.dtype]
+    with torch.device("meta"):
+        dit = DiT(DIT[size]).to(dtype)
+        vae = AutoencoderKLWan(**({} if size == "paper" else {"base_dim": TINY_VAE_WIDTH}))
+    for model in (dit, vae):
+        fill(model, device=device)
+    dit.kernel = choose_kernel(device, dtype=dtype)
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, DIT[size].text_len, DIT[size].text_dim)
+    text = {name: torch.randn(shape, generator=draw).to(device) for name in branches_of(config)}
+    return Models(dit, VAE(vae), Conditioning(text))
+
+
+def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
+    """Make the video in memory."""
+    return generate(
+        models.dit, models.vae, made.config, models.conditioning, stats=stats, policies=policies
+    )
+
+
+FAST = "FlowCache-fast"
+SUBJECT: Subject[Models] = Subject(
+    title="SkyReels-V2 1.3B, 544x960, 177 frames, 50 steps, guidance",
+    methods=(
+        Method("vanilla", "vanilla"),
+        Method("vanilla causal", "vanilla_causal"),
+        Method("FlowCache-slow", "flowcache_slow", "slow"),
+        Method(FAST, "flowcache_fast", "fast"),
+        Method("FlowCache-slow + KV compression", "flowcache_kvcompress", "slow"),
+    ),
+    targets=(
+        Target("rate_share", None, least=0.55, says="TFLOP/s of the DiT / of a matrix product"),
+        Target("caching_share", None, most=0.01, says="caching and statistics / DiT time"),
+        Target("compression_share", None, most=0.02, says="KV compression / DiT time"),
+        Target("speedup", FAST, least=5.5, says="faster than vanilla, end to end"),
+        Target("exposed_share", None, most=0.10, says="time outside the DiT / end to end"),
+        Target("peak_bytes", FAST, most=24e9, says="peak memory, text encoder elsewhere"),
+    ),
+    thin={"paper": (5,), "tiny": ()},
+    curve=SKYREELS_CURVE,
+    shares={"slow": 36e15 / skyreels_active_only(), "fast": 28e15 / skyreels_active_only()},
+    plan=plan,
+    build=build,
+    kernel=lambda models: models.dit.kernel.name,
+    play=play,
+)
