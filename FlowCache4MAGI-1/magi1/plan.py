@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
 from flowcache.compress import ImportanceRedundancy
 from flowcache.schedule import Tick
@@ -209,6 +210,20 @@ def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_active: int) -> 
     if POLICIES[config.reuse.policy].needs_signals:
         signals = layout_of(config).chunk_tokens * model.hidden_size * dtype.itemsize
     return num_active * (copies * latents + signals)
+
+
+def attention_shape(config: RunConfig, plan: Plan) -> AttentionShape:
+    """Return the largest self-attention of a run: a chunk's."""
+    model, chunk = config.model_config, layout_of(config).chunk_tokens
+    reaches = config.runtime_config.noise2clean_kvrange
+    seen = min(max(reaches), plan.kv_chunks) if reaches else plan.kv_chunks
+    return AttentionShape(
+        num_queries=chunk,
+        num_keys=seen * chunk,
+        num_heads=model.num_attention_heads,
+        kv_heads=model.num_query_groups,
+        head_width=model.kv_channels,
+    )
 
 
 def shown_frames(clip: Clip) -> list[list[int]]:

@@ -13,8 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
+from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
-from flowcache.weights import check_files, find_shards, load_files
+from flowcache.tune import profile
+from flowcache.weights import check_files, find_shards, load_files, match, read
 from magi1.prompt import clean
 
 logger = logging.getLogger(__name__)
@@ -109,6 +111,40 @@ def _build(folder: Path) -> T5EncoderModel:
         StrictDataclassError,
     ) as error:
         raise UserError(f"{path}: makes no T5 encoder ({_reason(error)})") from error
+
+
+def released() -> T5EncoderModel:
+    """Build an empty encoder of the released size (T5 v1.1 XXL)."""
+    config = T5Config(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        return T5EncoderModel(config)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Return a hash of the encoder and its tokenizer; little of the weights is read."""
+    folder = Path(folder)
+    weights = match(_build(folder), read(find_files(folder)), ignored=_is_decoder)
+    kept = [path for name in _TOKENIZER_FILES if (path := folder / name).is_file()]
+    kept += folder.glob("*token*config.json")
+    sizes = {"tokenizer": hash_files(kept)}
+    return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
+
+
+def empty(folder: str | Path) -> T5EncoderModel:
+    """Build an empty encoder of the size of a folder.
+
+    Raises:
+        UserError: the config is missing or makes no encoder.
+    """
+    return _build(Path(folder))
 
 
 def _is_decoder(key: str) -> bool:

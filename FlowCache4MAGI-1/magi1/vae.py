@@ -258,6 +258,25 @@ def _empty(folder: Path) -> ViTVAE:
         return ViTVAE(config)
 
 
+RELEASED = VAEConfig(
+    z_chans=16,
+    embed_dim=1024,
+    depth=24,
+    num_heads=16,
+    qkv_bias=True,
+    ln_in_attn=True,
+    conv_last_layer=True,
+)
+"""Sizes of the released VAE."""
+
+
+def empty(folder: str | Path | None, *, scale: float, dtype: torch.dtype) -> VAE:
+    """Build an empty VAE of the size of a folder, on the meta device; None: the released size."""
+    with torch.device("meta"):
+        model = ViTVAE(RELEASED if folder is None else read_config(folder))
+    return VAE(model.to(dtype), scale=scale)
+
+
 def check(folder: str | Path) -> None:
     """Check that the weights are there, whole, and fit; reads headers only.
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
 from flowcache.scoring import scoring_bytes
 from skyreels_v2 import flops
@@ -195,6 +196,20 @@ def _stored_bytes(config: RunConfig, dit: DiTConfig, *, tokens: int, width: int)
     if config.reuse.predict == "residual":
         return copies * tokens * dit.dim * width
     return copies * tokens * PATCH[1] * PATCH[2] * dit.out_dim * 4
+
+
+def attention_shape(config: RunConfig, dit: DiTConfig, plan: Plan) -> AttentionShape:
+    """Return the largest self-attention of a run: a chunk's, or with full attention a window's."""
+    window = max((segment.window for segment in plan.segments), key=lambda w: w.num_frames)
+    whole = window.num_frames * plan.frame_tokens
+    is_full = config.attention == "full"
+    return AttentionShape(
+        num_queries=whole if is_full else max(map(len, window.chunks)) * plan.frame_tokens,
+        num_keys=whole if is_full else max(segment.kv_tokens for segment in plan.segments),
+        num_heads=dit.num_heads,
+        kv_heads=dit.num_heads,
+        head_width=dit.head_width,
+    )
 
 
 def shown_frames(config: RunConfig, plan: Plan, *, num_before: int) -> dict[int, list[list[int]]]:

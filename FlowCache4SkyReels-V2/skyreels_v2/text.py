@@ -26,8 +26,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
-from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
+from flowcache.tune import profile
+from flowcache.weights import Origin, check_files, find_shards, load_files, match, read, rename
 
 logger = logging.getLogger(__name__)
 
@@ -303,6 +305,37 @@ def check_encoder(path: str | Path, *, tokenizer: str | Path, width: int) -> Non
         raise UserError(f"{path}: width is {model.config.d_model}, the transformer takes {width}")
     check_files(model, files, origin=origin)
     _load_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
+
+
+RELEASED_VISION_WEIGHTS = 632_076_800
+"""Parameters of the released CLIP tower (ViT-H/14), its projection included."""
+
+
+def vision_weights(path: str | Path) -> int:
+    """Count the parameters of an image encoder."""
+    model, _ = _build_vision(Path(path), num_heads=CLIP_HEADS)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def released_encoder() -> UMT5EncoderModel:
+    """Build an empty encoder of the released size (UMT5-XXL)."""
+    config = UMT5Config(
+        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
+    )
+    return _empty(Path("UMT5-XXL"), UMT5EncoderModel, config)
+
+
+def fingerprint(path: str | Path, *, tokenizer: str | Path) -> str:
+    """Return a hash of the text encoder and its tokenizer; little of the weights is read."""
+    model, files, origin = _build_encoder(Path(path))
+    weights = match(model, read(files), origin=origin)
+    sizes = {"tokenizer": hash_files(f for f in Path(tokenizer).iterdir() if f.is_file())}
+    return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
+
+
+def empty_encoder(path: str | Path) -> UMT5EncoderModel:
+    """Build an empty encoder of the size of a folder of transformers or an original file."""
+    return _build_encoder(Path(path))[0]
 
 
 def load_encoder(

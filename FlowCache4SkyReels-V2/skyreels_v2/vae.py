@@ -113,6 +113,10 @@ class VAEStream:
         num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
         self._seen: list[Tensor | str | None] = [None] * num_convs
 
+    def state_bytes(self) -> int:
+        """Return what the decoder keeps until the next latents come, in bytes."""
+        return sum(seen.nbytes for seen in self._seen if isinstance(seen, Tensor))
+
     @torch.no_grad()
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode the next normalised latents to their pixels `[B, 3, T, H, W]` in -1..1."""
@@ -245,6 +249,21 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
             f" one per latent channel ({config.z_dim})"
         )
     return model
+
+
+def released() -> VAE:
+    """Build an empty VAE of the released size, float32 on the meta device."""
+    with torch.device("meta"):
+        return VAE(AutoencoderKLWan())
+
+
+def empty(path: str | Path) -> VAE:
+    """Build an empty VAE of the size of a folder or an original file, float32 on the meta device.
+
+    Raises:
+        UserError: the settings are not those of a Wan 2.1 VAE.
+    """
+    return VAE(_build(Path(path))[0])
 
 
 def check(path: str | Path) -> None:

@@ -1,14 +1,25 @@
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowcache.attention import SDPA, choose_kernel
+from flowcache.attention import (
+    SDPA,
+    AttentionShape,
+    Kernel,
+    Seconds,
+    available_kernels,
+    choose_kernel,
+    describe_choice,
+)
+from flowcache.errors import UserError
 
 CUDA = torch.device("cuda")
 """Only named: nothing is put there."""
+HALF = torch.bfloat16
 
 FAKE_KERNEL = """
 def flash_attn_func(q, k, v):
@@ -81,3 +92,62 @@ def test_flash_attn_is_chosen_where_it_is_importable(
     assert kernel.name == name
     x = torch.ones(1, 2, 1, 4)
     assert torch.equal(kernel(x, x, x), 3 * x)
+
+
+SHAPE = AttentionShape(num_queries=64, num_keys=256, num_heads=6, kv_heads=2, head_width=16)
+
+
+def timed(**milliseconds: float) -> Seconds:
+    """Stand in for the probe: the kernels not named can't do the shape."""
+    names = {kernel.name: key for key, kernel in available_kernels(CUDA, dtype=HALF).items()}
+
+    def seconds(kernel: Kernel, *_: object) -> float:
+        return milliseconds.get(names[kernel.name], math.inf) / 1000
+
+    return seconds
+
+
+def test_the_fastest_kernel_of_the_probe_is_taken_and_all_times_are_told():
+    seconds = timed(cudnn=2.0, flash=1.5, math=90.0)
+    kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=seconds)
+    assert kernel.name == "torch SDPA, flash"
+    assert [name.split()[-1] for name, _ in kernel.probed] == ["flash", "cudnn", "math"]
+    assert describe_choice(kernel) == (
+        "attention     torch SDPA, flash (probed: torch SDPA, flash 1.5 ms, torch SDPA, cudnn 2 ms,"
+        " torch SDPA, math 90 ms)"
+    )
+
+
+def test_a_wanted_kernel_is_taken_without_a_probe():
+    def never(*_: object) -> float:
+        raise AssertionError("no probe is needed")
+
+    kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="efficient", seconds=never)
+    assert kernel.name == "torch SDPA, efficient"
+    assert choose_kernel(torch.device("cpu"), dtype=HALF, shape=SHAPE, seconds=never) is SDPA
+
+
+def test_a_kernel_that_cannot_run_here_is_refused():
+    with pytest.raises(UserError, match=r"attention_kernel=cudnn is not available on cpu .*torch$"):
+        choose_kernel(torch.device("cpu"), dtype=torch.float32, wanted="cudnn")
+
+
+def test_a_shape_that_no_kernel_can_do_is_an_error():
+    with pytest.raises(UserError, match=r"64 queries and 256 keys of width 16.*=torch"):
+        choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=timed())
+
+
+@pytest.mark.parametrize("name", ["math", "flash"])
+def test_a_backend_of_torch_gives_what_the_definition_gives(name: str):
+    kernel = available_kernels(CUDA, dtype=HALF)[name]
+    q, k, v = SHAPE.tensors(device=torch.device("cpu"), dtype=torch.float32)
+    torch.testing.assert_close(kernel(q, k, v), by_definition(q, k, v), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_the_probe_times_real_kernels():
+    kernel = choose_kernel(CUDA, dtype=torch.bfloat16, shape=SHAPE)
+    assert kernel.probed
+    assert kernel.name == kernel.probed[0][0]
+    q, k, v = SHAPE.tensors(device=CUDA, dtype=torch.bfloat16)
+    torch.testing.assert_close(kernel(q, k, v), SDPA(q, k, v), rtol=0.02, atol=0.02)

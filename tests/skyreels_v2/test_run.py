@@ -57,7 +57,10 @@ def test_a_run_writes_a_video_that_plays_and_its_json(make: Make):
         "preset",
         "model",
         "attention_kernel",
+        "attention_probe",
         "config",
+        "memory",
+        "processes",
         "replay",
         "environment",
         "stats",
@@ -336,3 +339,20 @@ def test_the_summary_names_the_video(make: Make, caplog: pytest.LogCaptureFixtur
     made = make()
     assert str(made.path) in caplog.text
     assert "17 frames of 32x16 at 24 fps" in caplog.text
+
+
+def test_known_prompts_are_not_encoded_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cache = f"embedding_cache={tmp_path / 'texts'}"
+    plain = make("seed=5")
+    first = make("seed=5", cache)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the text encoder is not needed")
+
+    monkeypatch.setattr("skyreels_v2.text.load_encoder", never)
+    second = make("seed=5", cache)
+    assert plain.path.read_bytes() == first.path.read_bytes() == second.path.read_bytes()
+    with pytest.raises(AssertionError, match="not needed"):
+        make("seed=5", cache, "prompt=another one")

@@ -1,0 +1,261 @@
+"""What a MAGI-1 run keeps in the memory of the GPU, stage by stage. Nothing is loaded.
+
+Axes: B batch, C latent channels, F latent frames, T pixel frames, H/W pixels, L text tokens.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowcache.kv import cached_attention, caches_for
+from flowcache.memory import Part, Residence, Stage, scratch_bytes
+from magi1 import text, vae
+from magi1.build import VAE_STRIDE, latent_size, layout_of
+from magi1.captions import NULL_TOKENS
+from magi1.checkpoint import Checkpoint
+from magi1.dit import DiT, set_precision
+from magi1.plan import Plan
+from magi1.settings import RunConfig
+from magi1.vit import ViTVAE
+
+META = torch.device("meta")
+LATENT_COPIES = 3
+"""Float32 arrays of a clip's size: the noise, its draw, given latents."""
+TICK_COPIES = 4
+"""Float32 arrays of the window's size in a tick: velocities of three passes, their guided sum."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks beside the transformer: empty, on the meta device, in the run's types."""
+
+    text: Any
+    vae: vae.VAE
+
+
+def networks_of(
+    checkpoint: Checkpoint | None, config: RunConfig, *, dtype: torch.dtype
+) -> Networks:
+    """Build the empty networks of a checkpoint; None: those that all released models share."""
+    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    scale = config.runtime_config.scale_factor
+    if checkpoint is None:
+        return Networks(text.released(), vae.empty(None, scale=scale, dtype=kind))
+    return Networks(
+        text.empty(checkpoint.text_encoder), vae.empty(checkpoint.vae, scale=scale, dtype=kind)
+    )
+
+
+class RunMemory:
+    """Counts what a run needs; the slow part, tracing the networks' scratch memory, once.
+
+    Args:
+        networks: what runs beside the transformer; the text encoder is float32.
+        dtype: type of the weights inside the blocks.
+    """
+
+    def __init__(
+        self, config: RunConfig, plan: Plan, *, networks: Networks, dtype: torch.dtype
+    ) -> None:
+        self.config, self.plan, self.dtype = config, plan, dtype
+        self.networks = networks
+        self.model = replace(config.model_config, params_dtype=str(dtype))
+        self.size = latent_size(config)
+        self.text_bytes = 4 * sum(p.numel() for p in networks.text.parameters())
+        self.vae_bytes = _weight_bytes(networks.vae.model)
+        self.text_scratch = self._text_scratch()
+        self.dit_scratch = self._dit_scratch()
+        self.decode_scratch = self._decode_scratch()
+        self.encode_scratch = self._encode_scratch() if plan.clip.num_prefix else 0
+
+    def stages(self, residence: Residence) -> list[Stage]:
+        """Return the stages of the run, given what is kept on the host."""
+        is_text_here = not residence.text_on_host
+        made = [
+            Stage(
+                "text",
+                (
+                    Part("the text encoder", self.text_bytes * is_text_here, _T5_REMEDY),
+                    Part("text activations", self.text_scratch * is_text_here, _T5_REMEDY),
+                ),
+            )
+        ]
+        if self.encode_scratch:
+            made.append(self._codec("encode", self.encode_scratch, residence, after=[]))
+        made.append(self._denoise(residence))
+        kept = [self._kv(residence, is_read=False), *self._held()]
+        return [*made, self._codec("decode", self.decode_scratch, residence, after=kept)]
+
+    def _codec(self, name: str, scratch: int, residence: Residence, *, after: list[Part]) -> Stage:
+        """Return a stage in which the VAE works, alone if the transformer is aside."""
+        return Stage(
+            name,
+            (
+                self._dit(is_here=not residence.dit_aside),
+                *after,
+                self._vae(is_here=True),
+                Part("VAE activations", scratch, "lower video_size_h and video_size_w"),
+            ),
+        )
+
+    def _denoise(self, residence: Residence) -> Stage:
+        return Stage(
+            "denoise",
+            (
+                self._dit(is_here=True),
+                self._kv(residence, is_read=True),
+                *self._held(),
+                Part("activations", self.dit_scratch, "lower runtime_config.chunk_width"),
+                Part("KV scoring", self.plan.scoring_bytes, "set kv.queries=frame"),
+                self._vae(is_here=not residence.dit_aside),
+            ),
+        )
+
+    # Parts ------------------------------------------------------------------------------------
+
+    def _dit(self, *, is_here: bool) -> Part:
+        return Part("the transformer", self.plan.weight_bytes * is_here, "use a smaller model")
+
+    def _vae(self, *, is_here: bool) -> Part:
+        return Part("the VAE", self.vae_bytes * is_here, "set offload=true")
+
+    def _kv(self, residence: Residence, *, is_read: bool) -> Part:
+        remedy = "set kv.compress=importance and a smaller kv.total_chunks"
+        if not residence.kv_on_host:
+            return Part("the KV cache", self.plan.kv_bytes, remedy)
+        # keys and values of one layer at a time
+        copied = self.plan.kv_bytes // (self.model.num_layers * self.plan.num_branches)
+        return Part("a layer of the KV cache", copied * is_read, remedy)
+
+    def _held(self) -> list[Part]:
+        """Return what stays from the first tick to the last, beside weights and keys."""
+        clip, model, run = self.plan.clip, self.model, self.config.runtime_config
+        head = model.num_query_groups * model.kv_channels
+        active = min(run.window_size, len(clip.generated))
+        tokens = active * self.plan.text_tokens + min(NULL_TOKENS, model.caption_max_length)
+        prompts = 2 * tokens * head * model.num_layers * self.dtype.itemsize
+        captions = 4 * len(clip.generated) * self.plan.text_tokens * model.caption_channels
+        latent = 4 * model.latent_channels * self.size[0] * self.size[1]
+        frames = LATENT_COPIES * clip.num_latents + TICK_COPIES * active * run.chunk_width
+        return [
+            Part("prompts", prompts + captions, "shorten the prompt"),
+            Part("stored results", self.plan.stored_bytes, "set reuse.extrapolate=0"),
+            Part("latents", frames * latent, "lower runtime_config.num_frames"),
+        ]
+
+    # Traced -----------------------------------------------------------------------------------
+
+    def _text_scratch(self) -> int:
+        ids = torch.empty(1, max(self.plan.text_tokens, 1), dtype=torch.int64, device=META)
+        model = self.networks.text
+        return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
+
+    def _dit_scratch(self) -> int:
+        """Return what the pass of a chunk holds beside weights and caches: a layer is as all."""
+        with META:
+            dit = DiT(replace(self.model, num_layers=1))
+        set_precision(dit, self.dtype)
+        width = self.config.runtime_config.chunk_width
+        tokens = layout_of(self.config).chunk_tokens
+        caches = caches_for(
+            1,
+            capacity=tokens,
+            num_heads=self.model.num_query_groups,
+            head_width=self.model.kv_channels,
+            dtype=self.dtype,
+            device=META,
+        )
+        words = torch.empty(1, max(self.plan.text_tokens, 1), self.model.caption_channels)
+        context = dit.encode_context(words.to(META))
+        attend = cached_attention([caches], offset=0, kernel=dit.kernel)
+
+        def forward() -> Tensor:
+            latents = torch.empty(1, self.model.latent_channels, width, *self.size, device=META)
+            embedded = dit.embed(latents, torch.empty(1, 1, device=META), is_null=False)
+            rope = dit.rope_table(
+                first_frame=0,
+                num_frames=width,
+                latent_height=self.size[0],
+                latent_width=self.size[1],
+            )
+            hidden = dit.run_blocks(embedded, rope, context, self_attend=attend)
+            return dit.velocity(hidden, latent_height=self.size[0], latent_width=self.size[1])
+
+        return scratch_bytes(forward)
+
+    def _decode_scratch(self) -> int:
+        """Return what decoding a chunk holds: all tiles of it, and the work on one."""
+        run, codec = self.config.runtime_config, _PlainVAE(self.networks.vae)
+        channels = self.model.latent_channels
+        latents = torch.empty(1, channels, run.chunk_width, *self.size, device=META)
+        tiles = scratch_bytes(lambda: codec.decode(latents))
+        tiling = codec.tiling
+        side = min(tiling.pixels // VAE_STRIDE, *self.size)
+        depth = min(tiling.frames // codec.temporal_stride, run.chunk_width)
+        tile = torch.empty(1, channels, depth, side, side, dtype=codec.dtype, device=META)
+        return tiles + scratch_bytes(lambda: self._one_layer().decoder(tile))
+
+    def _encode_scratch(self) -> int:
+        """Return what encoding the given frames holds."""
+        codec, run = _PlainVAE(self.networks.vae), self.config.runtime_config
+        stride = run.temporal_downsample_factor
+        frames = 1 if self.plan.clip.is_image else self.plan.clip.num_prefix * stride
+        shape = (1, 3, frames, run.video_size_h, run.video_size_w)
+        tiles = scratch_bytes(lambda: codec.encode(torch.empty(shape, device=META)))
+        side, depth = codec.tiling.pixels, min(codec.tiling.frames, max(frames, stride))
+        height, width = min(side, run.video_size_h), min(side, run.video_size_w)
+        tile = torch.empty(1, 3, depth, height, width, dtype=codec.dtype, device=META)
+        return tiles + scratch_bytes(lambda: self._one_layer().moments(tile))
+
+    def _one_layer(self) -> ViTVAE:
+        """Return the VAE's networks with one layer, which needs as much scratch memory as all."""
+        with META:
+            return ViTVAE(replace(self.networks.vae.model.config, depth=1)).to(
+                self.networks.vae.dtype
+            )
+
+
+class _PlainVAE(vae.VAE):
+    """A VAE whose tiles cost nothing: what remains is the memory for cutting and blending."""
+
+    def __init__(self, other: vae.VAE) -> None:
+        super().__init__(other.model, scale=other.scale, tiling=other.tiling)
+
+    def _encode_tile(self, pixels_B3THW: Tensor) -> Tensor:
+        frames = max(pixels_B3THW.shape[2] // self.temporal_stride, 1)
+        height, width = (length // self.spatial_stride for length in pixels_B3THW.shape[3:])
+        return pixels_B3THW.new_empty(1, self.model.config.z_chans, frames, height, width)
+
+    def _decode_tile(self, z_BCFhw: Tensor) -> Tensor:
+        height, width = (length * self.spatial_stride for length in z_BCFhw.shape[3:])
+        frames = z_BCFhw.shape[2] * self.temporal_stride
+        return z_BCFhw.new_empty(1, 3, frames, height, width)
+
+
+_T5_REMEDY = "set runtime_config.t5_device=cpu"
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def wanted_residence(config: RunConfig) -> Residence:
+    """Return what the settings ask to be on the host."""
+    return Residence(
+        text_on_host=config.runtime_config.t5_device == "cpu",
+        dit_aside=config.offload,
+        kv_on_host=config.engine_config.kv_offload,
+    )
+
+
+def placed(config: RunConfig, residence: Residence) -> RunConfig:
+    """Return the settings with things where a plan puts them."""
+    run, engine = config.runtime_config, config.engine_config
+    return replace(
+        config,
+        runtime_config=replace(run, t5_device="cpu" if residence.text_on_host else run.t5_device),
+        engine_config=replace(engine, kv_offload=residence.kv_on_host),
+        offload=residence.dit_aside,
+    )

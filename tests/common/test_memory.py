@@ -1,0 +1,150 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from flowcache.errors import UserError
+from flowcache.memory import (
+    LiveBytes,
+    Part,
+    Residence,
+    Stage,
+    make_memory_plan,
+    parse_limit,
+    scratch_bytes,
+)
+
+GB = 10**9
+
+
+def stages_of(residence: Residence) -> list[Stage]:
+    """A run of 30 GB: text 12, denoising 6 + 18 + 6, decoding 6 + 18 + 4."""
+    kv = Part("the KV cache", 0 if residence.kv_on_host else 18 * GB, "make it smaller")
+    dit = Part("the transformer", 6 * GB, "use a smaller one")
+    away = Part("the transformer", 0 if residence.dit_aside else 6 * GB, "use a smaller one")
+    text = Part("the text encoder", 0 if residence.text_on_host else 12 * GB, "move it")
+    return [
+        Stage("text", (text,)),
+        Stage("denoise", (dit, kv, Part("activations", 6 * GB, "lower the size"))),
+        Stage("decode", (away, kv, Part("VAE activations", 4 * GB, "lower the size"))),
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_live_bytes_follow_what_is_made_and_dropped(device: str):
+    with LiveBytes() as live:
+        first = torch.empty(1000, device=device)  # 4000 bytes
+        second = first + 1
+        assert live.now == 8000
+        view = second[10:]
+        del second
+        assert live.now == 8000, "a view keeps the whole memory"
+        del view
+        assert live.now == 4000
+        first.add_(1)
+        assert (live.now, live.peak) == (4000, 8000)
+
+
+def test_what_was_there_before_counts_nothing():
+    old = torch.ones(1000)
+    with LiveBytes() as live:
+        part = old[:10]
+        assert live.now == 0
+        del part
+        assert old.sum() == 1000
+        assert live.peak <= 8, "the sum"
+
+
+def test_traced_attention_makes_its_output_alone():
+    q = torch.empty(1, 2, 4096, 64, device="meta")
+    assert scratch_bytes(lambda: functional.scaled_dot_product_attention(q, q, q)) == q.nbytes
+
+
+def test_nothing_is_moved_where_all_fits():
+    plan = make_memory_plan(stages_of, wanted=Residence(), limit_bytes=40 * GB, has_host=True)
+    assert plan.residence == Residence()
+    assert plan.peak_bytes == 30 * GB
+
+
+@pytest.mark.parametrize(
+    ("limit", "residence"),
+    [
+        (31, Residence(kv_on_host=True)),  # 5 % of the limit stay free: 29.45 can be planned
+        (24, Residence(kv_on_host=True)),
+        (12.7, Residence(text_on_host=False, kv_on_host=True)),
+        (12.64, Residence(text_on_host=False, kv_on_host=True)),
+    ],
+)
+def test_what_must_leave_the_device_leaves_it(limit: float, residence: Residence):
+    plan = make_memory_plan(
+        stages_of, wanted=Residence(), limit_bytes=int(limit * GB), has_host=True
+    )
+    assert plan.residence == residence
+    assert plan.peak_bytes <= limit * GB
+
+
+def test_the_fastest_way_that_fits_is_taken():
+    def text_heavy(residence: Residence) -> list[Stage]:
+        text, denoise, decode = stages_of(residence)
+        parts = tuple(Part(p.name, p.num_bytes * 3, p.remedy) for p in text.parts)
+        return [Stage("text", parts), denoise, decode]
+
+    plan = make_memory_plan(text_heavy, wanted=Residence(), limit_bytes=32 * GB, has_host=True)
+    assert plan.residence == Residence(text_on_host=True)
+
+
+def test_what_the_settings_want_on_the_host_stays_there():
+    wanted = Residence(dit_aside=True)
+    plan = make_memory_plan(stages_of, wanted=wanted, limit_bytes=99 * GB, has_host=True)
+    assert plan.residence == wanted
+
+
+def test_a_run_that_cannot_fit_names_its_largest_part_and_what_to_change():
+    with pytest.raises(UserError) as caught:
+        make_memory_plan(stages_of, wanted=Residence(), limit_bytes=8 * GB, has_host=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in ("memory_limit is 8 GB", "7.6 GB", "denoise needs 12 GB", "the transformer"):
+        assert words in message
+    assert message.endswith("use a smaller one")
+
+
+def test_the_host_itself_has_nowhere_to_move_things():
+    with pytest.raises(UserError, match=r"denoise needs 30 GB"):
+        make_memory_plan(stages_of, wanted=Residence(), limit_bytes=24 * GB, has_host=False)
+
+
+def test_without_a_limit_nothing_is_moved():
+    plan = make_memory_plan(stages_of, wanted=Residence(), limit_bytes=None, has_host=True)
+    assert plan.residence == Residence()
+    assert "no limit" in plan.lines()[0]
+
+
+def test_the_plan_is_told_stage_by_stage():
+    plan = make_memory_plan(stages_of, wanted=Residence(), limit_bytes=24 * GB, has_host=True)
+    head, *rows = plan.lines()
+    assert "12 GB at most, limit 24 GB: keys and values lie on the host" in head
+    assert [row.split()[0] for row in rows] == ["text", "denoise", "decode"]
+    assert "the transformer 6 GB, activations 6 GB" in rows[1]
+    assert plan.to_dict()["stages"]["decode"]["VAE activations"] == 4 * GB
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("24GB", 24 * GB),
+        ("24 gb", 24 * GB),
+        ("24GiB", 24 * 2**30),
+        ("1.5GB", 1_500_000_000),
+        ("800MB", 800_000_000),
+        ("auto", None),
+        ("none", None),
+    ],
+)
+def test_limits_are_read_with_their_unit(text: str, num_bytes: int | None):
+    assert parse_limit(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "24", "GB", "24TB", "-3GB", "0GB", "24GB!"])
+def test_a_limit_that_is_none_is_refused(text: str):
+    with pytest.raises(UserError, match="memory_limit must be auto, none or an amount"):
+        parse_limit(text)
