@@ -1,0 +1,149 @@
+"""How processes divide a run, meet, and lose each other."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from flowcache.errors import UserError
+from flowcache.parallel import ParallelRule, layout_of, own_bytes
+from flowcache.ranks import Group, Layout, Place, Ranks
+from flowcache.reuse import Vanilla
+from flowcache.ulysses import TokenSplit
+
+
+def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:
+    run = {"num_branches": 2, "num_heads": 12, "num_tokens": 100} | sizes
+    return layout_of(rule or ParallelRule(), num, **run, records=False)
+
+
+@pytest.mark.parametrize(
+    ("num", "num_branches", "expected"),
+    [
+        (1, 2, (1, 1)),
+        (2, 2, (2, 1)),
+        (3, 2, (1, 3)),
+        (4, 2, (2, 2)),
+        (4, 1, (1, 4)),
+        (8, 2, (2, 4)),
+        (2, 3, (2, 1)),
+        (3, 3, (3, 1)),
+        (6, 3, (3, 2)),
+    ],
+)
+def test_branches_are_divided_first(num: int, num_branches: int, expected: tuple[int, int]):
+    assert divide(num, num_branches=num_branches) == Layout(*expected)
+
+
+def test_a_given_number_is_used_and_the_other_one_follows():
+    assert divide(4, ParallelRule(sequence=4)) == Layout(1, 4)
+    assert divide(4, ParallelRule(branch=1)) == Layout(1, 4)
+    assert divide(6, ParallelRule(branch=2, sequence=3)) == Layout(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("num", "rule", "sizes", "told"),
+    [
+        (3, ParallelRule(branch=2), {}, "needs 2 processes, but 3 run"),
+        (1, ParallelRule(sequence=2), {}, "needs 2 processes, but 1 run"),
+        (2, ParallelRule(branch=2), {"num_branches": 1}, "above the 1 guidance passes"),
+        (8, ParallelRule(), {"num_branches": 1}, "does not divide the 12 key/value heads"),
+        (8, ParallelRule(), {"num_tokens": 3}, "above the 3 tokens"),
+    ],
+)
+def test_what_can_not_be_divided_is_refused_in_one_line(
+    num: int, rule: ParallelRule, sizes: Mapping[str, int], told: str
+):
+    with pytest.raises(UserError, match=told) as caught:
+        divide(num, rule, **sizes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_needs_all_passes_in_one_process():
+    sizes = {"num_branches": 2, "num_heads": 4, "num_tokens": 8, "records": True}
+    assert layout_of(ParallelRule(branch=1), 2, **sizes) == Layout(1, 2)
+    with pytest.raises(UserError, match=r"set parallel\.branch=1"):
+        layout_of(ParallelRule(), 2, **sizes)
+
+
+def test_a_number_of_processes_below_one_is_refused():
+    with pytest.raises(UserError, match=r"parallel\.sequence must be 1 or more, or null, not 0"):
+        ParallelRule(sequence=0)
+
+
+def test_a_process_holds_its_branches_and_heads():
+    assert own_bytes(1200, Layout(1, 1), num_branches=2) == 1200
+    assert own_bytes(1200, Layout(2, 3), num_branches=2) == 200
+    assert own_bytes(1200, Layout(3, 1), num_branches=2) == 600
+
+
+def test_without_torchrun_there_is_one_process():
+    assert Place.of({}) == Place(0, 1, 0)
+    assert Place.of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)
+    assert Place.of({}).shared_rank is None
+
+
+def test_every_branch_has_one_group():
+    names = ["cond", "prev", "alone"]
+    for size in (1, 2, 3):
+        owned = [Ranks(branches=Group(rank, size)).own(names) for rank in range(size)]
+        assert sorted(name for own in owned for name in own) == sorted(names)
+        for name in names:
+            assert name in owned[Ranks(branches=Group(0, size)).holder(names, name)]
+
+
+def test_one_process_exchanges_nothing():
+    ranks, policy = Ranks(), Vanilla()
+    x = torch.ones(3)
+    assert ranks.exchanged({"cond": x}, names=["cond"], like=x)["cond"] is x
+    assert ranks.decided_by(policy, branch=1) is policy
+    assert ranks.together(lambda: 5) == 5
+    assert ranks.from_first(lambda: 6) == 6
+    assert ranks.divided(torch.device("cpu")) is ranks
+    split = TokenSplit(Group(), 2, 3)
+    assert split.own(x, axis=0) is x
+
+
+def test_every_frame_is_divided_and_all_tokens_have_one_owner():
+    x = torch.arange(2 * 7)
+    shares = [TokenSplit(Group(rank, 3), 2, 7).own(x, axis=0) for rank in range(3)]
+    assert [share.tolist() for share in shares] == [
+        [0, 1, 2, 7, 8, 9],
+        [3, 4, 10, 11],
+        [5, 6, 12, 13],
+    ]
+
+
+MEET = """
+import os, sys
+from datetime import timedelta
+from flowcache.parallel import joined
+from flowcache.ranks import LostProcessError, Place
+try:
+    with joined(Place.of(os.environ), timeout=timedelta(seconds=2)):
+        pass
+except LostProcessError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_process_that_never_comes_is_told_in_one_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEET],
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "lost contact with another process" in done.stderr.splitlines()[-1]

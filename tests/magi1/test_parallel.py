@@ -1,0 +1,76 @@
+"""Several processes make the clip that one makes: divided by passes, by tokens, and by both."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("parallel_runs.py")
+LAYOUTS = {2: ("1x2", "2x1"), 3: ("3x1",), 4: ("2x2",)}
+TOLERANCE = 1e-5
+"""Largest difference of pixels over the largest pixel."""
+
+Results = dict[tuple[str, str], dict[str, dict[str, Any]]]
+"""Kind of model and layout -> case -> what came out"""
+
+
+@pytest.fixture(scope="module")
+def made(
+    distilled: Path,
+    base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_in_ranks: Callable[..., None],
+) -> Callable[[int], list[Results]]:
+    """Return what makes the clips of all cases in so many processes, once."""
+    known: dict[int, list[Results]] = {}
+    models = tmp_path_factory.mktemp("models")
+    (models / "distilled").symlink_to(distilled)
+    (models / "base").symlink_to(base)
+
+    def make(num: int) -> list[Results]:
+        if num not in known:
+            folder = tmp_path_factory.mktemp("ranks")
+            layouts = LAYOUTS.get(num, ("1x1",))
+            run_in_ranks(SCRIPT, str(models), str(folder), *layouts, num=num)
+            known[num] = [
+                torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num)
+            ]
+        return known[num]
+
+    return make
+
+
+@pytest.mark.parametrize("num", LAYOUTS)
+def test_processes_make_the_clip_of_one(made: Callable[[int], list[Results]], num: int):
+    [alone] = made(1)
+    for of_rank in made(num):
+        for (kind, layout), cases in of_rank.items():
+            assert cases.keys() == alone[kind, "1x1"].keys()
+            for name, case in cases.items():
+                expected = alone[kind, "1x1"][name]["frames"]
+                assert case["frames"].shape == expected.shape
+                difference = (case["frames"] - expected).abs().max() / expected.abs().max()
+                assert difference < TOLERANCE, f"{name}, {kind}, {layout}: {difference}"
+
+
+@pytest.mark.parametrize("num", LAYOUTS)
+def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]], num: int):
+    [alone] = made(1)
+    for of_rank in made(num):
+        for (kind, _), cases in of_rank.items():
+            for name, case in cases.items():
+                expected = alone[kind, "1x1"][name]
+                assert case["computed"] == expected["computed"], name
+                assert case["flops"] == expected["flops"], name
+
+
+def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
+    [alone] = made(1)
+    for kind in ("distilled", "base"):
+        cases = alone[kind, "1x1"]
+        for name in ("teacache", "flowcache", "compression"):
+            computed, without_reuse = cases[name]["flops"]
+            assert computed < without_reuse, f"{name}, {kind}"
+        assert cases["vanilla"]["flops"][1] > cases["frames"]["flops"][1]
