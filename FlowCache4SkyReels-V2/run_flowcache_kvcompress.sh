@@ -18,9 +18,11 @@ NUM_FRAMES=${NUM_FRAMES:-}     # 4 n + 1; empty: the preset's
 NUM_STEPS=${NUM_STEPS:-}       # denoising steps of a chunk; empty: the preset's
 THRESHOLD=${THRESHOLD:-}       # accumulated change at which a step is computed; empty: 0.1
 SEED=${SEED:-}                 # of all noise; empty: 1024
+GPUS=${GPUS:-}                 # processes, one per GPU, that make the video together; empty: one
 OUT=${OUT:-$here/result}       # an .mp4 file, or a folder in which a fresh name is found
 
-exec python -m skyreels_v2 --preset flowcache_kvcompress --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
+exec python ${GPUS:+-m torch.distributed.run --standalone --nproc_per_node="$GPUS"} \
+    -m skyreels_v2 --preset flowcache_kvcompress --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
     ${IMAGE:+--image "$IMAGE"} ${END_IMAGE:+--end-image "$END_IMAGE"} ${VIDEO:+--video "$VIDEO"} \
     ${HEIGHT:+height="$HEIGHT"} ${WIDTH:+width="$WIDTH"} ${NUM_FRAMES:+num_frames="$NUM_FRAMES"} \
     ${NUM_STEPS:+num_steps="$NUM_STEPS"} ${THRESHOLD:+reuse.threshold="$THRESHOLD"} ${SEED:+seed="$SEED"} "$@"

@@ -31,7 +31,7 @@ VARIABLES += (
     "SEED",
     "SPECIAL_TOKENS",
 )
-VARIABLES += ("OUT",)
+VARIABLES += ("GPUS", "OUT")
 PROMPTS = {
     "t2v": "a blue triangle moving up on a black background",
     "i2v": "a blue circle moving right on a black background",
@@ -92,6 +92,16 @@ def launch(copy: Path, tmp_path: Path) -> Launch:
         return handed[2:]
 
     return run
+
+
+@pytest.mark.parametrize("name", ["flowcache_t2v", "teacache_i2v", "vanilla_t2v"])
+def test_several_gpus_are_used_through_torchrun(copy: Path, tmp_path: Path, name: str):
+    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
+    done = run_launcher(copy, name, "--dry-run", cwd=tmp_path, GPUS="4")
+    assert done.returncode == 0, done.stderr
+    handed = (tmp_path / "arguments").read_text().split("\0")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    assert handed[:7] == [*torchrun, "-m", "magi1", "--model"]
 
 
 def put_video(copy: Path, name: str, *, age: int) -> Path:

@@ -24,7 +24,7 @@ NAMES = (
 TUNED = "flowcache_tuned"
 """Its profile comes with the checkpoint."""
 VARIABLES = ("MODEL", "PROMPT", "IMAGE", "END_IMAGE", "VIDEO", "HEIGHT", "WIDTH", "NUM_FRAMES")
-VARIABLES += ("NUM_STEPS", "THRESHOLD", "PROFILE", "SEED", "OUT")
+VARIABLES += ("NUM_STEPS", "THRESHOLD", "PROFILE", "SEED", "GPUS", "OUT")
 
 Launch = Callable[..., list[str]]
 
@@ -148,6 +148,16 @@ def test_what_a_launcher_hands_on_is_in_order(
     out = capsys.readouterr().out
     assert f"preset       {name}: " in out
     assert f"{name}-8.mp4" in out
+
+
+@pytest.mark.parametrize("name", [*NAMES, TUNED])
+def test_several_gpus_are_used_through_torchrun(copy: Path, tmp_path: Path, name: str):
+    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
+    done = run_launcher(copy, name, "--dry-run", cwd=tmp_path, GPUS="4")
+    assert done.returncode == 0, done.stderr
+    handed = (tmp_path / "arguments").read_text().split("\0")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    assert handed[:7] == [*torchrun, "-m", "skyreels_v2", "--preset"]
 
 
 def test_an_empty_prompt_is_handed_on_and_refused(

@@ -301,7 +301,7 @@ def refused(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--use_usp", "--use_usp is not supported yet"),
+        ("--use_usp", "start it with torchrun --nproc_per_node=N generate_video_df.py"),
         ("--addnoise_condition 61", "addnoise_condition must be a timestep in 0..60"),
         ("--num_frames 98", "num_frames must be 4 n + 1"),
         ("--num_frames 121", "give overlap_history"),

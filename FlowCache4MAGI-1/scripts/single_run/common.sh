@@ -6,7 +6,8 @@ source "$root/../scripts/setup.sh"
 
 # generate ARGUMENTS...: hand the variables that all launchers have, then the arguments, to Python.
 generate() {
-    exec python -m magi1 --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
+    exec python ${GPUS:+-m torch.distributed.run --standalone --nproc_per_node="$GPUS"} \
+        -m magi1 --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
         ${HEIGHT:+runtime_config.video_size_h="$HEIGHT"} \
         ${WIDTH:+runtime_config.video_size_w="$WIDTH"} \
         ${NUM_FRAMES:+runtime_config.num_frames="$NUM_FRAMES"} \

@@ -17,6 +17,7 @@ PROFILE=${PROFILE:-}               # made by scripts/tune.py; empty: profiles/fl
 TOTAL_CHUNKS=${TOTAL_CHUNKS:-}     # chunks that the KV cache holds, active ones included; empty: 5
 SEED=${SEED:-}                     # of all noise; empty: the model's own
 SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
+GPUS=${GPUS:-}                     # processes, one per GPU, that make the video together; empty: one
 OUT=${OUT:-$root/result/t2v}       # an .mp4 file, or a folder in which a fresh name is found
 
 generate --preset flowcache_tuned \

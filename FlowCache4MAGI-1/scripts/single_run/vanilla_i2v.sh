@@ -16,6 +16,7 @@ NUM_STEPS=${NUM_STEPS:-}           # denoising steps of a chunk, a multiple of W
 WINDOW=${WINDOW:-}                 # chunks that are denoised at once; empty: the model's own
 SEED=${SEED:-}                     # of all noise; empty: the model's own
 SPECIAL_TOKENS=${SPECIAL_TOKENS:-} # path of special_tokens.npz; empty: the checkpoint's own, if any
+GPUS=${GPUS:-}                     # processes, one per GPU, that make the video together; empty: one
 OUT=${OUT:-$root/result/i2v}       # an .mp4 file, or a folder in which a fresh name is found
 
 generate --preset vanilla --image "$IMAGE" "$@"
