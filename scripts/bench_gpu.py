@@ -5,8 +5,11 @@ Weights don't change speed, so they are random and made on the device; nothing i
 steps are computed comes from the published curve of distances, with the threshold at which
 FlowCache's rule computes the published share of the FLOPs, or from a record (--trace). Results go
 to assets/bench/gpu_NAME.json and .md after each method; a second start goes on with the methods
-that are missing. With --growth nothing of this is done: time and memory against the length of the
-video are planned for the released sizes and measured on the demos, on the CPU.
+that are missing.
+
+Two other measurements need no GPU and use the demos: --growth plans (for the released sizes) and
+measures time and memory against the length of the video, --overhead compares the time that the
+methods save with the FLOPs that they save, and says where the rest goes.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import growth, magi1, skyreels_v2
+from gpu import growth, magi1, overhead, skyreels_v2
 from gpu.measure import Job, matrix_rate, measure
 from gpu.report import judged, markdown
 from gpu.subject import Method, Models, Size, Subject
@@ -49,6 +52,7 @@ EXAMPLES = """examples:
   python scripts/bench_gpu.py --model magi1 --methods vanilla "FlowCache-fast + KV compression"
   python scripts/bench_gpu.py --device cpu --size tiny --out result/bench
   python scripts/bench_gpu.py --growth
+  OMP_NUM_THREADS=1 python scripts/bench_gpu.py --overhead --model skyreels_v2
 """
 
 
@@ -97,6 +101,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--growth", action="store_true", help="cost against length instead; needs no GPU"
+    )
+    parser.add_argument(
+        "--overhead", action="store_true", help="time against FLOPs instead; needs no GPU"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all methods")
     return parser.parse_intermixed_args(arguments)
@@ -321,6 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.growth:
         return run_command(lambda: growth.grow(options.out, overwrite=options.overwrite))
+    if options.overhead:
+        names = [options.model] if options.model else list(SUBJECTS)
+        return run_command(
+            lambda: overhead.weigh(options.out, overwrite=options.overwrite, names=names)
+        )
     return run_command(lambda: bench(options))
 
 

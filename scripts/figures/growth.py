@@ -37,7 +37,7 @@ class Panel:
 PANELS = (
     Panel("planned", "KV cache, GB", lambda row: row["kv_bytes"] / 1e9),
     Panel("planned", "TFLOPs per chunk", lambda row: row["flops_per_chunk"] / 1e12),
-    Panel("measured", "s per chunk", lambda row: row["seconds_per_chunk"]),
+    Panel("measured", "CPU s per chunk", lambda row: row["seconds_per_chunk"]),
 )
 
 
@@ -55,7 +55,9 @@ def draw_growth(path: Path) -> str:
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: no result of {EXAMPLE}: make it again") from None
     width = len(PANELS) * PANEL_WIDTH + 2 * MARGIN
-    said = "planned at the released sizes, measured on the demos on a CPU; every step computed"
+    said = (
+        "planned at the released sizes; measured on the demos, processor time; every step computed"
+    )
     return document(
         text("Cost against the length of the video", x=MARGIN + 12, y=28, class_="title"),
         text(said, x=MARGIN + 12, y=50),

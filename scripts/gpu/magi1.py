@@ -15,7 +15,7 @@ from magi1 import flops
 from magi1.build import clip_of, dtype_of, latent_size, layout_of
 from magi1.dit import DiT, set_precision
 from magi1.pipeline import Conditioning, Progress, generate
-from magi1.plan import make_plan
+from magi1.plan import attention_shape, make_plan
 from magi1.run import ASSUMED_TOKENS, Request, read_settings
 from magi1.sampler import ALL_BRANCHES
 from magi1.schedule import Clip, Clock, visible
@@ -102,6 +102,7 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         costs=published_costs(config, clip=clip),
         stored_shape=(clip.chunk_width, config.model_config.latent_channels, height, width),
         stored_dtype=torch.float32,
+        attention=attention_shape(config, made),
     )
 
 
@@ -132,11 +133,22 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
     vae.to(dtype)
     for model in (dit, vae):
         fill(model, device=device)
-    dit.kernel = choose_kernel(device, dtype=dtype)
     draw = torch.Generator().manual_seed(0)
     text = torch.randn(TEXT_TOKENS[size], config.model_config.caption_channels, generator=draw)
     codec = VAE(vae, scale=config.runtime_config.scale_factor)
     return Models(dit, codec, Conditioning(text.to(device)))
+
+
+def choose(models: Models, made: Plan) -> str:
+    """Take the fastest attention kernel; see `Subject.choose`."""
+    config: RunConfig = made.config
+    models.dit.kernel = choose_kernel(
+        models.vae.device,
+        dtype=models.dit.dtype,
+        shape=made.attention,
+        wanted=config.attention_kernel,
+    )
+    return models.dit.kernel.name
 
 
 def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
@@ -176,6 +188,6 @@ SUBJECT: Subject[Models] = Subject(
     shares={"slow": 161e15 / NO_REUSE, "fast": 140e15 / NO_REUSE},
     plan=plan,
     build=build,
-    kernel=lambda models: models.dit.kernel.name,
+    choose=choose,
     play=play,
 )

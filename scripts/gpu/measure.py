@@ -172,8 +172,10 @@ def measure(
         torch.OutOfMemoryError: it does not fit.
         UserError: the trace does not fit the run.
     """
-    rate = matrix_rate(device)
+    rate, kernel = matrix_rate(device), subject.choose(models, job.plan)
+    start = time.perf_counter()
     kinds = shares_of_kinds(subject, models, job.glance, device)
+    warm_up = time.perf_counter() - start
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -193,7 +195,8 @@ def measure(
         "caching_share": _caching_share(job, stats, device),
         "kinds": kinds,
         "num_frames": num_frames,
-        "attention_kernel": subject.kernel(models),
+        "attention_kernel": kernel,
+        "warm_up_seconds": warm_up,
     }
 
 

@@ -9,7 +9,8 @@ Row = Mapping[str, Any]
 HEAD = (
     *("method", "PFLOPs", "s end to end", "speed-up", "s per tick", "s per chunk forward"),
     *("TFLOP/s", "of matrix product", "attention / linears / other", "caching", "compression"),
-    *("outside DiT", "VAE s", "peak GB", "measured"),
+    *("outside DiT", "VAE s", "peak GB", "attention kernel"),
+    *("warm-up s", "measured"),
 )
 
 
@@ -141,6 +142,8 @@ def _cells(name: str, row: Row) -> Sequence[str]:
         _percent(row["exposed_share"]),
         "-" if row["vae_seconds"] is None else f"{row['vae_seconds']:.3g}",
         f"{row['peak_bytes'] / 1e9:.1f}",
+        row["attention_kernel"],
+        f"{row['warm_up_seconds']:.3g}",
         how,
     )
 

@@ -19,7 +19,7 @@ from skyreels_v2.build import branches_of, sampling_of, tokens_per_frame
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.pipeline import Conditioning, Progress, generate
-from skyreels_v2.plan import make_plan
+from skyreels_v2.plan import attention_shape, make_plan
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import PRESETS, read_settings
 from skyreels_v2.vae import VAE
@@ -71,6 +71,7 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         costs=(1.0,) * config.num_steps,
         stored_shape=(config.causal_block_size, tokens_per_frame(config), DIT[size].dim),
         stored_dtype=DTYPES[config.dtype],
+        attention=attention_shape(config, DIT[size], made),
     )
 
 
@@ -83,11 +84,22 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
         vae = AutoencoderKLWan(**({} if size == "paper" else {"base_dim": TINY_VAE_WIDTH}))
     for model in (dit, vae):
         fill(model, device=device)
-    dit.kernel = choose_kernel(device, dtype=dtype)
     draw = torch.Generator().manual_seed(0)
     shape = (1, DIT[size].text_len, DIT[size].text_dim)
     text = {name: torch.randn(shape, generator=draw).to(device) for name in branches_of(config)}
     return Models(dit, VAE(vae), Conditioning(text))
+
+
+def choose(models: Models, made: Plan) -> str:
+    """Take the fastest attention kernel; see `Subject.choose`."""
+    config: RunConfig = made.config
+    models.dit.kernel = choose_kernel(
+        models.vae.device,
+        dtype=models.dit.dtype,
+        shape=made.attention,
+        wanted=config.attention_kernel,
+    )
+    return models.dit.kernel.name
 
 
 def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
@@ -120,6 +132,6 @@ SUBJECT: Subject[Models] = Subject(
     shares={"slow": 36e15 / skyreels_active_only(), "fast": 28e15 / skyreels_active_only()},
     plan=plan,
     build=build,
-    kernel=lambda models: models.dit.kernel.name,
+    choose=choose,
     play=play,
 )

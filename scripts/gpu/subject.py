@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
+from flowcache.attention import AttentionShape
 from flowcache.job import Shown
 from flowcache.reuse import Policies
 from flowcache.schedule import Tick
@@ -51,6 +52,7 @@ class Plan:
         costs: of a chunk's own steps by the published count, all chunks together; in any unit.
         stored_shape: of a stored result, frames first.
         stored_dtype: its type.
+        attention: the largest self-attention.
     """
 
     config: Any
@@ -61,6 +63,7 @@ class Plan:
     costs: tuple[float, ...]
     stored_shape: tuple[int, ...]
     stored_dtype: torch.dtype
+    attention: AttentionShape
 
     @property
     def num_ticks(self) -> int:
@@ -95,7 +98,7 @@ class Subject(Generic[Models]):
         shares: of the FLOPs of all steps, by the published count, that each speed computes.
         plan: `(method, size, factor, more settings)`: the run with that many times fewer steps.
         build: make random weights.
-        kernel: name of the attention kernel.
+        choose: take the fastest attention kernel for a method's run; return its name.
         play: run it.
     """
 
@@ -107,7 +110,7 @@ class Subject(Generic[Models]):
     shares: Mapping[Speed, float]
     plan: Callable[[Method, Size, int, Sequence[str]], Plan]
     build: Callable[[Plan, Size, torch.device], Models]
-    kernel: Callable[[Models], str]
+    choose: Callable[[Models, Plan], str]
     play: Callable[[Models, Plan, RunStats, Policies], Iterator[Shown]]
 
     def pattern(self, plan: Plan, speed: Speed) -> Pattern:

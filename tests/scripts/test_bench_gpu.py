@@ -4,7 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +54,8 @@ def row(seconds: float, **changes: Any) -> dict[str, Any]:
         "caching_share": None,
         "compression_share": 0.0,
         "peak_bytes": 20e9,
+        "attention_kernel": "a kernel",
+        "warm_up_seconds": 30.0,
         "kinds": {"attention": 0.5, "linears": 0.25, "other": 0.25},
     } | changes
 
@@ -257,7 +259,8 @@ def test_a_tiny_model_is_measured_and_a_second_start_measures_only_what_is_missi
     assert rows[method]["compression_share"] > 0
     page = (tmp_path / "gpu_test.md").read_text()
     assert "Figures of a CPU" in page
-    assert page.count("not judged: ") == 6
+    assert page.count("not judged: ") + page.count("not measured: ") == 6
+    assert "NOT met" not in page
 
 
 def test_a_method_without_memory_is_named_and_the_others_go_on(
@@ -361,7 +364,11 @@ def test_growth_is_written_once_and_drawn(tmp_path: Path):
             "seconds_per_chunk": 0.5,
         }
 
-    models = {"a": growth.Model("Model A", (line,), (97, 177), (97, 177), plan, open_demo)}
+    models = {
+        "a": growth.Model(
+            "Model A", (line,), ("num_steps=2",), (97, 177), (97, 177), plan, open_demo
+        )
+    }
     growth.grow(tmp_path, overwrite=False, models=models)
     drawn = figure.draw_growth(tmp_path / growth.NAME)
     assert drawn.count('class="curve"') == 3 + 1
@@ -370,3 +377,50 @@ def test_growth_is_written_once_and_drawn(tmp_path: Path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match="no result of python scripts"):
         figure.draw_growth(tmp_path / "broken.json")
+
+
+# Overhead -----------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_profile_has_the_time_of_its_functions_and_what_they_call():
+    overhead = importlib.import_module("gpu.overhead")
+    profile = SimpleNamespace(
+        stats={
+            ("gpu/growth.py", 1, "make_video"): (1, 1, 0.5, 10.0, {}),
+            ("gpu/growth.py", 2, "make"): (1, 1, 0.5, 30.0, {}),
+            ("a/dit.py", 1, "run_blocks"): (4, 4, 1.0, 6.0, {}),
+            ("a/layers.py", 1, "forward"): (4, 4, 5.0, 5.0, {}),
+            ("b/reuse.py", 1, "plan"): (2, 2, 0.2, 0.5, {}),
+        }
+    )
+    shares = overhead.shares(profile)
+    assert shares["transformer blocks"] == pytest.approx(0.6)
+    assert shares["decisions"] == pytest.approx(0.05)
+    assert shares["the rest"] == pytest.approx(0.35)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_time_saved_is_compared_with_flops_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    overhead = importlib.import_module("gpu.overhead")
+    flops = {"vanilla": 400, "FlowCache-slow": 200, "FlowCache-fast": 100}
+    seconds = {"vanilla": 4.0, "FlowCache-slow": 2.5, "FlowCache-fast": 1.25}
+
+    def make(line: Any, num_frames: int) -> dict[str, Any]:
+        return {
+            "frames": num_frames,
+            "chunks": 2,
+            "flops": flops[line.name],
+            "seconds_per_chunk": seconds[line.name],
+        }
+
+    monkeypatch.setattr(overhead, "open_magi1", lambda: make)
+    overhead.weigh(tmp_path, overwrite=False, names=["magi1"])
+    found = json.loads((tmp_path / overhead.NAME).read_text())["models"]["magi1"]["64x64"]
+    fast = found["rows"]["FlowCache-fast"]
+    assert fast["fewer_flops"] == pytest.approx(4.0)
+    assert fast["speedup"] == pytest.approx(3.2)
+    assert "| FlowCache-fast | 4.00x | 3.20x | 0.80 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="exists and is kept"):
+        overhead.weigh(tmp_path, overwrite=False, names=["magi1"])
