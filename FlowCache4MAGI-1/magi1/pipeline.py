@@ -1,6 +1,5 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
-import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipSampler
 from magi1.schedule import Clip, Clock
 from magi1.settings import RunConfig
-
-logger = logging.getLogger(__name__)
 
 
 class LatentCodec(Protocol):
