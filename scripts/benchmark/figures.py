@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmark.family import REFERENCE, Clip, Method
+from benchmark.family import REFERENCE, Method
 from flowcache.demo.clips import Attributes
 from flowcache.demo.judge import judge
+from flowcache.job import Clip
 from flowcache.metrics import psnr, ssim
 
 

@@ -7,8 +7,9 @@ compression do; the second one shows reuse alone.
 
 from dataclasses import replace
 
-from benchmark.family import REFERENCE, Clip, Family, Method, Source, collect
+from benchmark.family import REFERENCE, Family, Method, Source
 from flowcache.errors import UserError
+from flowcache.job import Clip, collect
 from flowcache.stats import RunStats
 from magi1.build import budget_of
 from magi1.pipeline import generate

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from benchmark.family import REFERENCE, Clip, Family, Method, Source, collect
-from flowcache.job import Request
+from benchmark.family import REFERENCE, Family, Method, Source
+from flowcache.job import Clip, Request, collect
 from flowcache.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import Job, Models, encode_inputs, load_models, prepare

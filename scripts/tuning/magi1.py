@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from flowcache.job import Clip, collect
 from flowcache.reuse import Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
 from flowcache.tune.profile import Setting
-from flowcache.video import to_uint8
 from magi1 import checkpoint as checkpoints
 from magi1.build import clip_of, dtype_of, latent_size, setting_of
 from magi1.pipeline import Conditioning, generate
@@ -27,7 +27,7 @@ from magi1.run import (
     read_settings,
 )
 from magi1.schedule import Clock
-from tuning.subject import Clip, Words, Work
+from tuning.subject import Words, Work
 
 DEMO_FRAMES = 96
 """Pixel frames of a tuning clip on the demo: four chunks."""
@@ -104,8 +104,7 @@ class Magi:
             stats=stats,
             observe=observe,
         )
-        parts = [to_uint8(each.frames).cpu() for each in shown if each.frames is not None]
-        return Clip(torch.cat(parts), stats)
+        return collect(shown, stats)
 
     def _encoded(self, prompt: str) -> Conditioning:
         """Return what a prompt's clips are made from; its text goes through the encoder once."""

@@ -8,11 +8,11 @@ import torch
 
 from flowcache.config import find_preset
 from flowcache.errors import UserError
+from flowcache.job import Clip, collect
 from flowcache.reuse import Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
 from flowcache.tune.profile import Setting
-from flowcache.video import to_uint8
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.build import VAE_STRIDE, segments_of, setting_of, window_of
 from skyreels_v2.config import RunConfig
@@ -31,7 +31,7 @@ from skyreels_v2.run import (
     prepare,
     read_settings,
 )
-from tuning.subject import Clip, Words, Work
+from tuning.subject import Words, Work
 
 DEMO_FRAMES = 77
 """Pixel frames of a tuning clip on the demo: one window of four chunks."""
@@ -118,8 +118,7 @@ class SkyReels:
             stats=stats,
             observe=observe,
         )
-        parts = [to_uint8(each.frames).cpu() for each in shown if each.frames is not None]
-        return Clip(torch.cat(parts), stats)
+        return collect(shown, stats)
 
     def _encoded(self, prompt: str) -> Conditioning:
         """Return what a prompt's clips are made from; its text goes through the encoder once."""

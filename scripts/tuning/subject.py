@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from flowcache.reuse import Observe, Quantity
-from flowcache.stats import RunStats
+from flowcache.job import Clip
+from flowcache.results import Quantity
+from flowcache.reuse import Observe
 from flowcache.tune.gram import calibration_bytes
 from flowcache.tune.profile import Setting
 
@@ -15,15 +14,6 @@ EXACT_BYTES = 256_000_000
 """Up to this much memory, velocities are held as they are; above, as sketches."""
 SKETCH_WIDTH = 16_384
 """Numbers of a sketch: squared errors are right to about 1 %."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video that was made, and what it cost."""
-
-    frames: Tensor
-    """uint8 `[T, H, W, 3]`."""
-    stats: RunStats
 
 
 @dataclass(frozen=True)

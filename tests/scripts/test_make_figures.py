@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowcache.job import Clip
+from flowcache.stats import RunStats
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 ASSETS = REPOSITORY / "assets"
@@ -166,12 +169,11 @@ def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path:
 
 def test_strips_show_first_and_last_frame_of_every_clip():
     strips = importlib.import_module("figures.strips")
-    family = importlib.import_module("benchmark.family")
-    stats = importlib.import_module("flowcache.stats").RunStats(torch.device("cpu"))
+    stats = RunStats(torch.device("cpu"))
     ramp = torch.linspace(0, 240, 9).to(torch.uint8)
     clips = [ramp[:, None, None, None].expand(9, 8, 8, 3), 255 - ramp[:, None, None, None]]
     rows = [
-        strips.Labelled(str(index), [], family.Clip(clip.expand(9, 8, 8, 3), stats))
+        strips.Labelled(str(index), [], Clip(clip.expand(9, 8, 8, 3), stats))
         for index, clip in enumerate(clips)
     ]
     page = np.asarray(strips.compose(rows, title="a"))

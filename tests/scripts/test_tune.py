@@ -13,6 +13,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from flowcache.job import Clip
 from flowcache.reuse import Decision, Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
@@ -94,7 +95,7 @@ class Toy:
         with stats.stage("dit"):
             stats.add_flops(computed=10 * len(computed), without_reuse=10 * NUM_STEPS)
         pixels = (128 + 40 * latent).clamp(0, 255).to(torch.uint8)
-        return self.module.Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
+        return Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
 
     def _velocities(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
