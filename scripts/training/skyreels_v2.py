@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
 from flowcache.demo.latents import LatentBank
-from flowcache.demo.optim import Muon, split_parameters
+from flowcache.demo.optim import new_optimizers
 from flowcache.demo.text import (
     TEXT_LEN,
     TEXT_WIDTH,
@@ -139,15 +139,13 @@ def train_dit(work: Work) -> DemoModels:
     """Train transformer and text encoder, or load them if that is done; averaged weights."""
     models = new_models()
     bank = read_bank(work, **read_statistics(work))
-    matrices, rest = split_parameters(models.dit.named_parameters(), matrices_under=("blocks.",))
-    optimizers = [
-        Muon(matrices, 0.02),
-        torch.optim.AdamW(
-            [{"params": rest, "lr": 3e-3}, {"params": models.text.parameters(), "lr": 1e-3}],
-            betas=(0.9, 0.95),
-            weight_decay=0,
-        ),
-    ]
+    optimizers = new_optimizers(
+        models.dit.named_parameters(),
+        matrices_under=("blocks.",),
+        matrix_rate=0.02,
+        rate=3e-3,
+        others=[([*models.text.parameters()], 1e-3)],
+    )
     plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
     trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
     trainer.run(_DitLoss(models, bank))
