@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
-from flowcache.reuse import Observe, Policies, ResultStore
+from flowcache.reuse import Observe, Policies
 from flowcache.schedule import Tick
+from flowcache.settings import store_of
 from flowcache.stats import RunStats
 from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
 from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
@@ -104,7 +105,7 @@ def generate(
         ),
         policy=policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES),
         stats=stats,
-        results=ResultStore(config.reuse.extrapolate),
+        results=store_of(config.reuse),
         prefix=prefix,
         budget=budget_of(config),
         kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.kv import KVCache, caches_for, tokens_per_chunk
-from flowcache.reuse import Observe, ResultStore, ReusePolicy
+from flowcache.results import ResultStore
+from flowcache.reuse import Observe, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
 from magi1.dit import DiT
+from magi1.euler import euler_step_
 from magi1.forward import ClipForward
 from magi1.layers import ContextKV
 from magi1.sampling import Branch, KVBudget, Sampling, cache_chunks
@@ -244,20 +246,17 @@ class ClipSampler:
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one Euler step with every active chunk."""
-        is_velocity = self.sampling.quantity == "velocity"
         for chunk, step in tick.steps.items():
             t, latents = self.timesteps[step], self._frames(chunk)
-            step_size = self.timesteps[step + 1] - t
-            sigma = latents.new_full((latents.shape[1],), 1 - t)
-            if chunk in velocities:
-                velocity = velocities[chunk]
-                change = velocity * step_size
-                stored = velocity if is_velocity else change
-                self.results.put(chunk, stored.movedim(1, 0), sigma=sigma)
-            else:
-                change = self.results.predict(chunk, sigma=sigma).movedim(0, 1)
-                change = change * step_size if is_velocity else change
-            latents += change
+            euler_step_(
+                latents.movedim(1, 0),
+                velocities[chunk].movedim(1, 0) if chunk in velocities else None,
+                chunk=chunk,
+                t=t,
+                step_size=self.timesteps[step + 1] - t,
+                results=self.results,
+                quantity=self.sampling.quantity,
+            )
 
     def _finish(self, tick: Tick) -> None:
         self._share_clean()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowcache.errors import UserError
-from flowcache.reuse import Quantity
+from flowcache.results import Quantity
 from flowcache.settings import (
     KVRule,
     ReuseRule,

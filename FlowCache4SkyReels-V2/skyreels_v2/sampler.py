@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, tokens_per_chunk
-from flowcache.reuse import (
-    Decision,
-    Observe,
-    ResultStore,
-    agree,
-    compute_together,
-)
+from flowcache.results import ResultStore, clean_estimate, velocity_to
+from flowcache.reuse import Decision, Observe, agree, compute_together
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
 from skyreels_v2.dit import DiT, Embedded
 from skyreels_v2.forward import WindowForward
-from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Sampling, Unit
+from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import Window
 
@@ -131,7 +126,8 @@ class WindowSampler:
         }
         plans = self._plan(tick, signals)
         unit = Unit(WHOLE_WINDOW, (0, self.window.num_frames))
-        velocities = self._guided(tick, [unit], plans, embedded, self._tensor(sigmas))
+        noisy = Noisy(latents, self._tensor(sigmas), embedded)
+        velocities = self._guided(tick, [unit], plans, noisy)
         return {c: v[:, self._frames(c)] for v in velocities.values() for c in tick.steps}
 
     def _causal_tick(self, tick: Tick) -> dict[int, Tensor]:
@@ -143,10 +139,11 @@ class WindowSampler:
             frames += own
             times += [self.timesteps[step]] * len(own)
             sigmas += [self.sigmas[step]] * len(own)
-        embedded = self.forward.embed(self.latents[:, frames], frames=frames, times=times)
+        latents = self.latents[:, frames]
+        embedded = self.forward.embed(latents, frames=frames, times=times)
         signals = {unit.id: self._signal(embedded.frames(*unit.frames)) for unit in units}
         plans = self._plan(tick, signals)
-        return self._guided(tick, units, plans, embedded, self._tensor(sigmas))
+        return self._guided(tick, units, plans, Noisy(latents, self._tensor(sigmas), embedded))
 
     def _plan(self, tick: Tick, signals: Mapping[int, Tensor]) -> dict[str, dict[int, Decision]]:
         plans, policies = {}, {name: branch.policy for name, branch in self.branches.items()}
@@ -181,8 +178,7 @@ class WindowSampler:
         tick: Tick,
         units: list[Unit],
         plans: Mapping[str, Mapping[int, Decision]],
-        embedded: Embedded,
-        sigmas: Tensor,
+        noisy: Noisy,
     ) -> dict[int, Tensor]:
         """Return the velocity of each unit after guidance, `[C, F, h, w]`.
 
@@ -193,11 +189,9 @@ class WindowSampler:
         guided: dict[int, Tensor] = {}
         offset = 0
         for unit in units:
-            part, sigma = embedded.frames(*unit.frames), sigmas[slice(*unit.frames)]
+            part = noisy.frames(*unit.frames)
             computed = [name for name in self.branches if unit.is_computed(plans[name])]
-            velocities = self._branch_velocities(
-                tick, unit, part, sigma, computed=computed, offset=offset
-            )
+            velocities = self._branch_velocities(tick, unit, part, computed=computed, offset=offset)
             if velocities:
                 guided[unit.id] = self._guide(velocities)
                 if len(computed) == len(self.branches):
@@ -205,7 +199,7 @@ class WindowSampler:
             if unit.id in tick.finishing and not self.sampling.clean_pass:
                 self.forward.settle(unit.id)
             else:
-                offset += part.tokens.shape[1]
+                offset += part.embedded.tokens.shape[1]
         return guided
 
     def _guide(self, velocities: Mapping[str, Tensor]) -> Tensor:
@@ -219,8 +213,7 @@ class WindowSampler:
         self,
         tick: Tick,
         unit: Unit,
-        part: Embedded,
-        sigma: Tensor,
+        part: Noisy,
         *,
         computed: Sequence[str],
         offset: int,
@@ -229,13 +222,17 @@ class WindowSampler:
         passes = {name: self._passes(tick, unit, name) for name in self.branches}
         for name, branch in self.branches.items():
             self.forward.count(
-                branch, part, offset=offset, is_computed=name in computed, passes=passes[name]
+                branch,
+                part.embedded,
+                offset=offset,
+                is_computed=name in computed,
+                passes=passes[name],
             )
         with self.stats.timed_pass([each for name in computed for each in passes[name]]):
-            hidden = self.forward.run(computed, unit, part, offset=offset)
+            hidden = self.forward.run(computed, unit, part.embedded, offset=offset)
         velocities: dict[str, Tensor] = {}
         for name, branch in self.branches.items():
-            velocity = self._velocity(branch, unit, part, sigma, hidden=hidden.get(name))
+            velocity = self._velocity(branch, unit, part, hidden=hidden.get(name))
             if velocity is not None:
                 velocities[name] = velocity
                 if name in computed:
@@ -243,28 +240,37 @@ class WindowSampler:
         return velocities
 
     def _velocity(
-        self, branch: Branch, unit: Unit, part: Embedded, sigma: Tensor, *, hidden: Tensor | None
+        self, branch: Branch, unit: Unit, part: Noisy, *, hidden: Tensor | None
     ) -> Tensor | None:
         """Read one unit's velocity in one branch, or predict it from its stored results.
 
         Args:
             hidden: what the blocks gave, `[1, S, D]`; None if the unit was not computed.
         """
-        quantity = self.sampling.quantity
+        quantity, sigma, tokens = self.sampling.quantity, part.sigma, part.embedded.tokens
         if hidden is not None:
-            velocity = self.forward.velocity(hidden, part)
+            velocity = self.forward.velocity(hidden, part.embedded)
             if quantity == "residual":
-                change = (hidden - part.tokens)[0].unflatten(0, (len(sigma), -1))
+                change = (hidden - tokens)[0].unflatten(0, (len(sigma), -1))
                 branch.results.put(unit.id, change, sigma=sigma)
-            elif quantity == "velocity":
-                branch.results.put(unit.id, velocity.movedim(1, 0), sigma=sigma)
+            elif quantity != "latent_update":
+                self._store_velocity(branch, unit, part, velocity)
             return velocity
         if quantity == "latent_update":
             return None
         predicted = branch.results.predict(unit.id, sigma=sigma)
-        if quantity == "velocity":
-            return predicted.movedim(0, 1)
-        return self.forward.velocity(part.tokens + predicted.flatten(0, 1), part)
+        if quantity == "residual":
+            return self.forward.velocity(tokens + predicted.flatten(0, 1), part.embedded)
+        if quantity == "clean":
+            predicted = velocity_to(predicted, part.latents.movedim(1, 0), sigma=sigma)
+        return predicted.movedim(0, 1)
+
+    def _store_velocity(self, branch: Branch, unit: Unit, part: Noisy, velocity: Tensor) -> None:
+        """Store one unit's velocity in one branch, or the clean estimate that it points to."""
+        value = velocity.movedim(1, 0)
+        if self.sampling.quantity == "clean":
+            value = clean_estimate(part.latents.movedim(1, 0), value, sigma=part.sigma)
+        branch.results.put(unit.id, value, sigma=part.sigma)
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one solver step with every active chunk."""

@@ -16,6 +16,7 @@ from flowcache.compress import (
     SinkRecent,
 )
 from flowcache.errors import UserError
+from flowcache.results import MAX_ORDER, ResultStore
 from flowcache.reuse import (
     FlowCache,
     Rescale,
@@ -59,6 +60,7 @@ class ReuseRule:
     steps: list[int] | None = None
     most_reuses: int = 8
     extrapolate: float = 0.0
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,16 @@ def _profile_policy(rule: ReuseRule, profile: Profile) -> Callable[[], ReusePoli
     )
 
 
+def store_of(rule: ReuseRule) -> ResultStore:
+    """Return a new store of the results that reused steps are made from."""
+    return ResultStore(rule.extrapolate, order=rule.order)
+
+
+def stored_results(rule: ReuseRule) -> int:
+    """Return how many results of a chunk such a store holds."""
+    return 1 + rule.order if rule.extrapolate else 1
+
+
 def threshold_of(rule: ReuseRule) -> float | None:
     """Return the threshold of an adaptive policy, or None."""
     return rule.threshold if rule.policy in ("teacache", "flowcache", "magcache") else None
@@ -154,6 +166,11 @@ def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
     check_least("reuse.warmup_steps", rule.warmup_steps, least_warmup)
     check_least("reuse.every", rule.every, 1)
     check_least("reuse.most_reuses", rule.most_reuses, 0)
+    if not 1 <= rule.order <= MAX_ORDER:
+        raise UserError(
+            f"reuse.order is the degree of extrapolation and must be in 1..{MAX_ORDER}, not "
+            f"{rule.order}; to hold the last result, set reuse.extrapolate=0"
+        )
     wrong = [step for step in rule.steps or () if not 0 <= step < num_steps]
     if wrong:
         raise UserError(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache.reuse import ResultStore
+from flowcache.results import ResultStore
 from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
 
 SIGMAS = np.array([1.0, 0.9, 0.75, 0.6, 0.4, 0.25, 0.1, 0.0])
@@ -48,10 +48,13 @@ def test_the_gram_form_equals_the_error_of_an_euler_step_by_step_run(order: int,
     assert model.plan(computed, predictor) == pytest.approx(sum(errors), rel=1e-5)
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_the_weights_are_those_of_the_store_that_fills_in_for_reused_steps(factor: float):
-    weights = Predictor(1, factor).weights([0, 1, 3], 5, sigmas=SIGMAS)
-    store = ResultStore(factor)
+def test_the_weights_are_those_of_the_store_that_fills_in_for_reused_steps(
+    order: int, factor: float
+):
+    weights = Predictor(order, factor).weights([0, 1, 3], 5, sigmas=SIGMAS)
+    store = ResultStore(factor, order=order)
     values = torch.randn(NUM_STEPS, 2, 3, generator=torch.Generator().manual_seed(1))
     for step in (0, 1, 3):
         store.put(0, values[step], sigma=torch.full((2,), float(SIGMAS[step])))

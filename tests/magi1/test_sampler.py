@@ -264,7 +264,7 @@ def test_a_window_that_reaches_all_chunks_is_no_window(
 
 
 @pytest.mark.parametrize(
-    ("quantity", "is_rescaled"), [("latent_update", False), ("velocity", True)]
+    ("quantity", "is_rescaled"), [("latent_update", False), ("velocity", True), ("clean", True)]
 )
 def test_a_reused_step_takes_the_published_or_the_current_step_size(
     dit: DiT, quantity: Any, is_rescaled: bool

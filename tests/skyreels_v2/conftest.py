@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from flowcache.kv import Compression, caches_for
-from flowcache.reuse import Observe, ResultStore, ReusePolicy, Vanilla
+from flowcache.results import ResultStore
+from flowcache.reuse import Observe, ReusePolicy, Vanilla
 from flowcache.stats import RunStats
 from flowcache.video import VideoWriter
 from skyreels_v2.checkpoint import diffusers_key
@@ -79,6 +80,7 @@ def denoise_window(
     records: bool = False,
     observe: Observe | None = None,
     storage: torch.device | None = None,
+    store: Callable[[], ResultStore] = ResultStore,
 ) -> Run:
     """Denoise with random prompts, or the given ones; everything but the weights is made here."""
     config, draw = dit.config, torch.Generator().manual_seed(seed)
@@ -94,7 +96,7 @@ def denoise_window(
         name: Branch(
             dit.encode_context(text, image),
             policy() if policies is None else policies[name],
-            ResultStore(),
+            store(),
             caches_for(
                 config.num_layers if sampling.attention == "causal" else 0,
                 capacity=window.num_frames * per_frame,
@@ -108,7 +110,7 @@ def denoise_window(
         for name, text in texts.items()
     }
     stats = RunStats(latents.device, records=records)
-    updates, moving = ResultStore(), latents.clone()
+    updates, moving = store(), latents.clone()
     sampler = WindowSampler(
         dit,
         moving,
