@@ -32,9 +32,9 @@ from training.magi1_models import (
 from training.work import (
     Recipe,
     Work,
-    count,
     encode_bank,
     measured_psnr,
+    parts_record,
     read_bank,
     read_statistics,
     train_autoencoder,
@@ -154,18 +154,9 @@ def export(work: Work, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
     vae, models, student = train_decoder(work), refine_dit(work), distill(work)
     psnr = measured_psnr(ViTCodec(vae), num_frames=CLIP_FRAMES)
-    num_parameters = {
-        "vae": count(vae),
-        "transformer": count(models.dit),
-        "text_encoder": count(models.text),
-    }
     write_checkpoint(vae, models, student, statistics=read_statistics(work), folder=folder)
     return {
-        "num_parameters": num_parameters,
-        "vae": training_record(work, "vae"),
-        "decoder": training_record(work, "decoder"),
-        "vae_psnr_db_on_unseen_clips": psnr,
-        "transformer": training_record(work, "dit"),
+        **parts_record(work, vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr),
         "refined_transformer": training_record(work, "refine"),
         "distilled_transformer": training_record(work, "distill"),
         "mixture": asdict(FORCING),

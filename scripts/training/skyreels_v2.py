@@ -36,16 +36,15 @@ from skyreels_v2.layers import Block
 from training.work import (
     Recipe,
     Work,
-    count,
     drop_some,
     encode_bank,
     measured_psnr,
     move_over,
     new_temporary,
+    parts_record,
     read_bank,
     read_statistics,
     train_autoencoder,
-    training_record,
     write_tokenizer,
 )
 
@@ -182,18 +181,9 @@ def export(work: Work, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
     vae, models = train_decoder(work), train_dit(work)
     psnr = measured_psnr(WanCodec(vae), num_frames=CLIP_FRAMES)
-    num_parameters = {
-        "vae": count(vae),
-        "transformer": count(models.dit),
-        "text_encoder": count(models.text),
-    }
     write_checkpoint(vae, models, statistics=read_statistics(work), folder=folder)
     return {
-        "num_parameters": num_parameters,
-        "vae": training_record(work, "vae"),
-        "decoder": training_record(work, "decoder"),
-        "vae_psnr_db_on_unseen_clips": psnr,
-        "transformer": training_record(work, "dit"),
+        **parts_record(work, vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr),
         "mixture": asdict(FORCING),
     }
 
