@@ -142,7 +142,7 @@ def distill(work: Work) -> DiT:
     bank = read_bank(work, **read_statistics(work))
     student = copy.deepcopy(models.dit).requires_grad_(True)
     optimizers = new_optimizers(
-        student.named_parameters(), matrices_under=LAYERS, matrix_rate=0.005, rate=7e-4
+        student.named_parameters(), matrices_under=LAYERS, matrix_rate=0.008, rate=1e-3
     )
     plan = TrainPlan(num_steps=work.steps["distill"], warmup_steps=30, decay_share=0.6, seed=2)
     trainer = Trainer(student, optimizers, plan=plan, checkpoint=work.checkpoint("distill"))
@@ -166,7 +166,7 @@ def export(work: Work, folder: Path) -> dict[str, Any]:
 
 RECIPE = Recipe(
     shipped=Path(__file__).resolve().parents[2] / "FlowCache4MAGI-1" / "demo",
-    default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "refine": 4900, "distill": 300},
+    default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "refine": 9000, "distill": 700},
     stages={
         "tokenizer": write_tokenizer,
         "vae": train_vae,
