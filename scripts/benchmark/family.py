@@ -14,6 +14,16 @@ REFERENCE = "vanilla"
 
 
 @dataclass(frozen=True)
+class Group:
+    """Where a row of the table of reuse rules belongs."""
+
+    policy: str
+    predictor: str
+    level: str
+    """Its budget."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table."""
 
@@ -22,6 +32,7 @@ class Method:
     overrides: tuple[str, ...] = ()
     base: str | None = None
     """A second method that this one is compared with."""
+    group: Group | None = None
 
 
 @dataclass(frozen=True)
