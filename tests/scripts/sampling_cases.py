@@ -74,6 +74,7 @@ PROTOCOL: dict[str, Any] = {
         *("num_frames=9", "base_num_frames=9", "overlap_history=null", "num_steps=6"),
         *("reuse.warmup_steps=1", "causal_block_size=3", "ar_step=1"),
     ],
+    "pinned": {"guidance": 4.0, "reuse.policy": "vanilla", "reuse.rescale": "none"},
     "methods": [
         {
             "name": "Vanilla",
@@ -86,6 +87,7 @@ PROTOCOL: dict[str, Any] = {
             "folder": "half",
             "preset": "stride",
             "settings": ["reuse.every=2"],
+            "pinned": {"reuse.policy": "stride", "attention": "causal"},
             "published": {"pflops": 28, "psnr": 22.95},
         },
         {

@@ -83,6 +83,7 @@ def test_a_changed_file_is_found(
         (["receipts", "half/000-3"], None, "000-3.json: not the receipt that the table was made"),
         (["receipts", "other"], {}, "other is no video of the protocol"),
         (["model"], "other", "is of another run (model differ)"),
+        (["num_prompts"], 9, "--num-prompts must be in 1..2"),
         (["environment", "commit"], None, "table.json: environment.commit is missing"),
     ],
 )
@@ -178,3 +179,22 @@ def test_a_receipt_that_lacks_what_the_table_reads_is_a_contradiction(
     code, said = verify(reproduce, copy, capfd)
     assert code == 1
     assert "is damaged (KeyError: 'stats')" in said
+
+
+def test_a_receipt_of_other_settings_than_pinned_is_a_contradiction(
+    copy: Path, reproduce: ModuleType, capfd: pytest.CaptureFixture[str]
+):
+    receipt = copy / "out" / "videos" / "half" / "000-3.json"
+    content = json.loads(receipt.read_text())
+    content["config"]["guidance"] = 7.0
+    receipt.write_text(json.dumps(content))
+    report = report_of(copy)
+    tasks = importlib.import_module("sampling.tasks")
+    report["receipts"]["half/000-3"]["receipt"] = tasks.sha256_of(receipt)
+    (copy / "out" / "table.json").write_text(json.dumps(report))
+    code, said = verify(reproduce, copy, capfd)
+    assert code == 1
+    assert "000-3.json: guidance is 7.0, but pinned to 4.0 by the protocol" in said
+    arguments = ["--protocol", str(copy / "small.yaml"), "--out", str(copy / "out")]
+    assert reproduce.main(arguments) == 2
+    assert "but pinned to 4.0 by the protocol: remove it and start" in capfd.readouterr().err
