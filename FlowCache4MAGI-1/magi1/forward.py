@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowcache.kv import cached_attention
+from flowcache.kv import KVCache, cached_attention, caches_for
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from magi1 import flops
 from magi1.dit import DiT
 from magi1.layers import ContextKV, SelfAttend
-from magi1.sampling import Branch, KVBudget, Sampling
+from magi1.sampling import Branch, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip, Clock
 
 
@@ -49,6 +49,28 @@ class ClipForward:
         self.budget = budget
         rows, columns = (length // dit.config.patch_size for length in size)
         self.chunk_tokens = clip.chunk_width * rows * columns
+
+    def caches(self, storage: torch.device | None) -> list[KVCache]:
+        """Return new KV caches for one guidance pass.
+
+        Args:
+            storage: where they lie; None: on the device.
+        """
+        config = self.dit.config
+        total = None if self.budget is None else self.budget.total_chunks
+        caches = caches_for(
+            config.num_layers,
+            capacity=cache_chunks(self.clip, total_chunks=total) * self.chunk_tokens,
+            num_heads=config.num_query_groups,
+            head_width=config.kv_channels,
+            dtype=self.dit.dtype,
+            device=self.device,
+            storage=storage,
+        )
+        if self.stats.trace is not None:
+            for cache in caches:
+                cache.track(self.clip.num_chunks)
+        return caches
 
     def context(self, text_LC: Tensor) -> list[ContextKV]:
         """Project a text to every layer's cross-attention keys and values."""

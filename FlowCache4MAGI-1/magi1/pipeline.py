@@ -11,7 +11,7 @@ from torch import Tensor
 from flowcache.noise import Draw, seeded_noise
 from flowcache.reuse import Observe, Policies
 from flowcache.schedule import Tick
-from flowcache.settings import store_of
+from flowcache.settings import guidance_of, store_of
 from flowcache.stats import RunStats
 from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
 from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
@@ -106,6 +106,7 @@ def generate(
         policy=policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES),
         stats=stats,
         results=store_of(config.reuse),
+        held_guidance=guidance_of(config.reuse),
         prefix=prefix,
         budget=budget_of(config),
         kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,

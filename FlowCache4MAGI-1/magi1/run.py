@@ -25,7 +25,7 @@ from flowcache.job import (
     write_run,
 )
 from flowcache.record import Record, check_replay, replay_policies
-from flowcache.settings import threshold_of
+from flowcache.settings import guidance_of, threshold_of
 from flowcache.stats import RunStats
 from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
 from flowcache.video import check_ffmpeg
@@ -40,7 +40,7 @@ from magi1.inputs import num_latents, read_prefix
 from magi1.pipeline import Conditioning, LatentCodec, generate
 from magi1.plan import Plan, lines, make_plan, shown_frames
 from magi1.released import FOLDER, Source, download, find_model, find_path, locate
-from magi1.sampler import ALL_BRANCHES
+from magi1.sampler import ALL_BRANCHES, GUIDANCE
 from magi1.schedule import Clock
 from magi1.settings import RunConfig
 
@@ -156,8 +156,13 @@ def _read_replay(request: Request, config: RunConfig, *, num_prefix: int) -> Rec
     record = recorded_run(request)
     if record is not None:
         ticks = Clock.of(config).ticks(clip_of(config, num_prefix=num_prefix))
-        check_replay(record, ticks={0: ticks}, branches=[ALL_BRANCHES])
+        check_replay(record, ticks={0: ticks}, branches=_recorded(config))
     return record
+
+
+def _recorded(config: RunConfig) -> list[str]:
+    """Return the branches that a run's record has."""
+    return [ALL_BRANCHES, GUIDANCE] if guidance_of(config.reuse).is_on else [ALL_BRANCHES]
 
 
 def _read_tokens(config: RunConfig, source: Source) -> SpecialTokens | None:

@@ -9,11 +9,13 @@ from flowcache.settings import (
     KVRule,
     ReuseRule,
     check_finite,
+    check_guidance,
     check_least,
     check_mix,
     check_prompt,
     check_reuse,
     check_seed,
+    guidance_of,
 )
 from skyreels_v2.sampling import Signal
 
@@ -100,7 +102,23 @@ class RunConfig:
                 "reuse.policy=guarded compares what profiles are calibrated with: set "
                 f"reuse.signal=content, not {self.reuse.signal}"
             )
+        self._check_guidance()
         self._check_kv()
+
+    def _check_guidance(self) -> None:
+        check_guidance(self.reuse, num_passes=2 if self.guidance > 1 else 1)
+        if not guidance_of(self.reuse).is_on:
+            return
+        if self.attention != "causal":
+            raise UserError(
+                "reuse.guidance_every and reuse.guidance_steps work chunk by chunk: set "
+                "attention=causal, or leave them out"
+            )
+        if self.reuse.predict == "residual":
+            raise UserError(
+                "reuse.guidance_every and reuse.guidance_steps hold a difference of velocities: "
+                "set reuse.predict to velocity, clean or latent_update, not residual"
+            )
 
     def _check_kv(self) -> None:
         check_least("kv.budget_chunks", self.kv.budget_chunks, 0)

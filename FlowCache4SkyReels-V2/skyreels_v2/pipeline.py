@@ -12,7 +12,7 @@ from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
 from flowcache.reuse import Observe, Policies, ReusePolicy
 from flowcache.schedule import Tick
-from flowcache.settings import store_of
+from flowcache.settings import guidance_of, store_of
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
 from skyreels_v2.build import (
@@ -246,6 +246,7 @@ class _SegmentMaker:
             segment=self.segment.index,
             compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
             updates=store_of(config.reuse),
+            guidance=guidance_of(config.reuse),
             condition=self._condition(),
             observe=self.observe,
             draw_noise=lambda like: self.draw(tuple(like.shape), like.dtype),

@@ -4,11 +4,13 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns; the batch is 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, tokens_per_chunk
 from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe, agree, compute_together
@@ -34,6 +36,7 @@ class WindowSampler:
         branches: by name, "cond" first; "uncond" where guidance is on.
         condition: `[C, F, h, w]` start image condition of an I2V model.
         updates: store of the guided latent's updates, read where these are the reused quantity.
+        guidance: says where only "cond" is computed; None: nowhere.
         draw_noise: makes float32 standard normal noise like its argument.
         observe: is shown the velocities of computed steps.
     """
@@ -50,6 +53,7 @@ class WindowSampler:
         segment: int = 0,
         compression: Compression | None = None,
         updates: ResultStore | None = None,
+        guidance: HeldGuidance | None = None,
         condition: Tensor | None = None,
         draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
         observe: Observe | None = None,
@@ -61,6 +65,7 @@ class WindowSampler:
         self.stats = stats
         self.segment = segment
         self.updates = ResultStore() if updates is None else updates
+        self.guidance = HeldGuidance() if guidance is None else guidance
         self.draw_noise = draw_noise
         self.observe = observe
         self.timesteps, self.sigmas = timestep_grid(sampling.num_steps, shift=sampling.shift)
@@ -146,15 +151,18 @@ class WindowSampler:
         return self._guided(tick, units, plans, Noisy(latents, self._tensor(sigmas), embedded))
 
     def _plan(self, tick: Tick, signals: Mapping[int, Tensor]) -> dict[str, dict[int, Decision]]:
-        plans, policies = {}, {name: branch.policy for name, branch in self.branches.items()}
-        for name, branch in self.branches.items():
-            plans[name] = branch.policy.plan(
-                tick, signals, stored=self._stored(branch, chunks=tick.steps)
-            )
+        policies = {name: branch.policy for name, branch in self.branches.items()}
+        plans = {
+            name: branch.policy.plan(tick, signals, stored=self._stored(branch, chunks=tick.steps))
+            for name, branch in self.branches.items()
+        }
         if self.sampling.attention == "full":
             plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
+        held = self._held(tick)
         if self.sampling.quantity == "latent_update":
-            plans = agree(policies, plans)
+            plans = agree(policies, plans, apart=held)
+        for plan in (plan for name, plan in plans.items() if name != "cond"):
+            plan.update({c: replace(plan[c], is_computed=False) for c in held})
         for name, plan in plans.items():
             for chunk, decision in plan.items():
                 self.stats.record(
@@ -166,6 +174,15 @@ class WindowSampler:
                     decision=decision,
                 )
         return plans
+
+    def _held(self, tick: Tick) -> set[int]:
+        """Return the chunks that compute the conditional branch alone, if they are computed."""
+        num_steps = self.sampling.num_steps
+        return {
+            chunk
+            for chunk, step in tick.steps.items()
+            if self.guidance.is_held(chunk, step, num_steps=num_steps)
+        }
 
     def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
         if self.sampling.quantity == "latent_update":
@@ -218,7 +235,8 @@ class WindowSampler:
         computed: Sequence[str],
         offset: int,
     ) -> dict[str, Tensor]:
-        """Return one unit's velocity in each branch, computed or predicted."""
+        """Return one unit's velocity in each branch: computed, predicted, or cond's and more."""
+        held = self._held(tick) if "cond" in computed else ()
         passes = {name: self._passes(tick, unit, name) for name in self.branches}
         for name, branch in self.branches.items():
             self.forward.count(
@@ -232,11 +250,17 @@ class WindowSampler:
             hidden = self.forward.run(computed, unit, part.embedded, offset=offset)
         velocities: dict[str, Tensor] = {}
         for name, branch in self.branches.items():
-            velocity = self._velocity(branch, unit, part, hidden=hidden.get(name))
+            if name not in computed and unit.id in held:
+                velocity = velocities["cond"] + self.guidance.take(unit.id)
+                self._store_velocity(branch, unit, part, velocity)
+            else:
+                velocity = self._velocity(branch, unit, part, hidden=hidden.get(name))
             if velocity is not None:
                 velocities[name] = velocity
                 if name in computed:
                     self._show(tick, unit, name, velocity)
+        if len(computed) == 2:
+            self.guidance.put(unit.id, velocities["uncond"] - velocities["cond"])
         return velocities
 
     def _velocity(
@@ -253,7 +277,7 @@ class WindowSampler:
             if quantity == "residual":
                 change = (hidden - tokens)[0].unflatten(0, (len(sigma), -1))
                 branch.results.put(unit.id, change, sigma=sigma)
-            elif quantity != "latent_update":
+            else:
                 self._store_velocity(branch, unit, part, velocity)
             return velocity
         if quantity == "latent_update":
@@ -267,6 +291,8 @@ class WindowSampler:
 
     def _store_velocity(self, branch: Branch, unit: Unit, part: Noisy, velocity: Tensor) -> None:
         """Store one unit's velocity in one branch, or the clean estimate that it points to."""
+        if self.sampling.quantity == "latent_update":
+            return
         value = velocity.movedim(1, 0)
         if self.sampling.quantity == "clean":
             value = clean_estimate(part.latents.movedim(1, 0), value, sigma=part.sigma)
@@ -292,6 +318,7 @@ class WindowSampler:
         for chunk in tick.finishing:
             self.clean.add(chunk)
             self.updates.drop(chunk)
+            self.guidance.drop(chunk)
             for branch in self.branches.values():
                 branch.results.drop(chunk)
             if self.sampling.attention == "causal" and self.sampling.clean_pass:

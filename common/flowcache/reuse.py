@@ -268,13 +268,20 @@ def compute_together(policy: ReusePolicy, plan: Mapping[int, Decision]) -> dict[
 
 
 def agree(
-    policies: Mapping[str, ReusePolicy], plans: Mapping[str, Mapping[int, Decision]]
+    policies: Mapping[str, ReusePolicy],
+    plans: Mapping[str, Mapping[int, Decision]],
+    *,
+    apart: Collection[int] = (),
 ) -> dict[str, dict[int, Decision]]:
     """Compute a chunk in all branches as soon as one branch must compute it.
 
     For what is reused after guidance, which needs every branch.
+
+    Args:
+        apart: chunks that one branch may compute without the others.
     """
     wanted = {c for plan in plans.values() for c, decision in plan.items() if decision.is_computed}
+    wanted -= set(apart)
     return {branch: _compute(policies[branch], plan, wanted) for branch, plan in plans.items()}
 
 
