@@ -52,7 +52,7 @@ def test_a_claim_of_another_machine_is_stale_only_without_a_heartbeat(tmp_path: 
     claims = importlib.import_module("sampling.claims")
     first = claims.Claims(tmp_path).take("a")
     owner = json.loads(first.path.read_text())
-    first.path.write_text(json.dumps({**owner, "host": "elsewhere", "pid": 1}))
+    first.path.write_text(json.dumps({**owner, "place": "elsewhere", "pid": 1}))
     waiting = claims.Claims(tmp_path, stale_seconds=0.2)
     assert waiting.take("a") is None
     time.sleep(0.15)
@@ -62,6 +62,19 @@ def test_a_claim_of_another_machine_is_stale_only_without_a_heartbeat(tmp_path: 
     assert waiting.take("a") is None  # the heartbeat began the count anew
     time.sleep(0.15)
     assert waiting.take("a").generation == 1
+
+
+def test_a_process_number_of_another_container_with_this_hostname_says_nothing(tmp_path: Path):
+    claims = importlib.import_module("sampling.claims")
+    first = claims.Claims(tmp_path).take("a")
+    owner = json.loads(first.path.read_text())
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host, *rest = owner["place"].split()
+    assert len(rest) == 2
+    for place in (f"{host} {rest[0]} pid:[1]", f"{host} another-boot {rest[1]}"):
+        first.path.write_text(json.dumps({**owner, "place": place, "pid": ended.pid}))
+        assert claims.Claims(tmp_path).take("a") is None
 
 
 def test_who_lost_its_claim_drops_what_it_made(tmp_path: Path):
@@ -82,7 +95,7 @@ def test_who_lost_its_claim_and_its_folder_goes_on_without_a_failure(tmp_path: P
 
     def suspended(task: Any, folder: Path) -> dict[str, Any]:
         owner = json.loads((folder.parent / "0").read_text())
-        (folder.parent / "0").write_text(json.dumps({**owner, "host": "elsewhere"}))
+        (folder.parent / "0").write_text(json.dumps({**owner, "place": "elsewhere"}))
         second.claims.stale_seconds = -1.0  # as if the process had been suspended for long
         assert second.run() == {}
         later.append(second.claims.take("a"))  # a claim of the same generation
