@@ -43,6 +43,8 @@ from flowcache.tune.profile import Profile, read_profile
 
 RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 NUM_SEARCH_CLIPS = 2
+HALF_A_STEP = 0.55
+"""How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
 STARTS = {"flowcache": 0.15, "content": 0.15, "teacache": 0.1, "magcache": 0.2}
 """Thresholds that the search begins with."""
 EXAMPLES = """examples:
@@ -89,14 +91,15 @@ def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     check_writable(options.out)
     bench = open_bench(options, tune.SUBJECTS)
-    fast = bench.trials.outcome(published(bench.rivals.words)).flops
+    words, preset = bench.rivals.words, bench.rivals.preset
+    fast = bench.trials.outcome(published(words), preset=preset).flops
     print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
     profiles = {level: tuned(bench, min(times * fast, 1)) for level, times in LEVELS.items()}
     model = error_model(bench.work)
     levels = {
         level: make_level(path, read_profile(path), model) for level, path in profiles.items()
     }
-    wanted = [(rule, MID) for rule in rule_names(bench.rivals.words)]
+    wanted = [(rule, MID) for rule in rule_names(words)]
     wanted += [("flowcache", level) for level in LEVELS if level != MID]
     adaptive = [
         make_adaptive(bench, rule, level, levels[level], fast=fast, model=model)
@@ -188,7 +191,7 @@ def make_adaptive(
             ),
             wanted,
             start=STARTS[rule],
-            tolerance=0.4 / bench.subject.work().num_steps,
+            tolerance=HALF_A_STEP / bench.subject.work().num_steps,
         )
     chosen = settings if threshold is None else with_threshold(settings, threshold)
     found = bench.trials.outcome(chosen, preset=preset)
@@ -197,7 +200,7 @@ def make_adaptive(
 
 
 def with_threshold(settings: Sequence[str], threshold: float) -> list[str]:
-    """Return settings with a threshold, in the digits that the table will use."""
+    """Return settings with a threshold, in the digits that are kept."""
     return [*settings, f"reuse.threshold={threshold:.6g}"]
 
 

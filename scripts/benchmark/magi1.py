@@ -108,6 +108,10 @@ def check_compresses(name: str, job: Job) -> None:
 
 
 RIVALS = Rivals(
-    (COMPUTED[0], COMPUTED[-1]), "flowcache_fast_nocompress", Magi.words, has_clean=False
+    (COMPUTED[0], COMPUTED[-1]),
+    "flowcache_fast_nocompress",
+    Magi.words,
+    has_clean=False,
+    has_guidance=False,
 )
 FAMILY = Family(METHODS, base_label="no reuse", prepare=prepare_method, load=load, render=render)

@@ -31,12 +31,14 @@ class Rivals:
         preset: FlowCache-fast of that attention and these passes.
         words: what the model calls what all models have.
         has_clean: whether a held clean estimate is another thing than a held velocity.
+        has_guidance: whether a step has a pass without text, which can be left out.
     """
 
     computed: tuple[Method, ...]
     preset: str
     words: Words
     has_clean: bool
+    has_guidance: bool
 
 
 def trend(factor: float, *, order: int = 1) -> tuple[str, ...]:
@@ -66,10 +68,17 @@ def reuse_methods(rivals: Rivals, budgets: Budgets, folder: Path) -> tuple[Metho
         rows.planned(MID, "velocity", VELOCITY),
         rows.planned(MID, "velocity + parabola", trend(rows.parabola_factor(MID), order=2)),
         *([rows.planned(MID, "clean estimate", CLEAN)] if rivals.has_clean else []),
+        *(
+            rows.planned(level, "guidance held", HELD_GUIDANCE)
+            for level in (MID, HIGH)
+            if rivals.has_guidance
+        ),
         rows.guarded(MID),
     )
 
 
+HELD_GUIDANCE = ("reuse.guidance_steps=null", "reuse.guidance_every=2")
+"""Every second computed step runs the pass with text alone: a plan costs a quarter less."""
 CLEAN = ("reuse.predict=clean", "reuse.extrapolate=0")
 NAMES = {
     "flowcache": "FlowCache",

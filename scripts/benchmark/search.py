@@ -17,7 +17,7 @@ from flowcache.errors import UserError
 from flowcache.job import Clip
 from flowcache.tune.gap import ErrorModel
 
-MOST_TRIALS = 9
+MOST_TRIALS = 8
 """Thresholds tried per budget, those tried for other budgets not counted."""
 WIDEST = 16.0
 """First step of the search, as a ratio of thresholds."""

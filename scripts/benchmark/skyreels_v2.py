@@ -57,5 +57,5 @@ def render(job: Job, models: Models, prompt: str, seed: int) -> Clip:
     return collect(generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
 
 
-RIVALS = Rivals(COMPUTED, "flowcache_fast", SkyReels.words, has_clean=True)
+RIVALS = Rivals(COMPUTED, "flowcache_fast", SkyReels.words, has_clean=True, has_guidance=True)
 FAMILY = Family(METHODS, base_label="causal", prepare=prepare_method, load=load, render=render)
