@@ -73,6 +73,14 @@ def test_what_a_video_is_made_from_is_told_by_contents_not_by_names(tmp_path: Pa
     assert edited["checkpoint"] == first["checkpoint"]
     spoil_weights(moved)
     assert origin(model=str(moved))["checkpoint"] != first["checkpoint"]
+    for part in ("vae", "text_encoder", "tokenizer"):
+        other = tmp_path / f"other {part}"
+        shutil.copytree(model, other)
+        path = sorted((other / part).glob("*.*"))[-1]
+        path.write_bytes(path.read_bytes() + b" ")
+        found = importlib.import_module("sampling.tasks").sketch_of(other / part)
+        assert first[part] != found
+        assert first[part] == origin()[part]
 
 
 def spoil_weights(model: Path) -> None:
