@@ -31,7 +31,6 @@ from benchmark.search import (
 )
 from tuning.prompts import choose_prompts
 from tuning.rows import Rows
-from tuning.study import GUIDED
 from tuning.subject import Subject
 
 from flowcache.cli import Parser, run_command
@@ -158,7 +157,9 @@ def error_model(work: Path) -> ErrorModel:
     parts = [Calibration.load(path) for path in sorted(work.glob("calibration-*.npz"))]
     if not parts:
         raise UserError(f"{work} holds no calibration: delete the profiles beside it")
-    return merge(parts).error_model({GUIDED: 1.0})
+    calibration = merge(parts)
+    (guided,) = calibration.branches
+    return calibration.error_model({guided: 1.0})
 
 
 def make_level(path: Path, profile: Profile, model: ErrorModel) -> Level:
