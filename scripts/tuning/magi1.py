@@ -39,13 +39,20 @@ class Magi:
     words = Words(content=(), published="latent_update", whole_window="teacache_no_passes")
 
     def __init__(
-        self, checkpoint: str, preset: str, settings: Sequence[str], *, folder: Path
+        self,
+        checkpoint: str,
+        preset: str,
+        settings: Sequence[str],
+        *,
+        folder: Path,
+        holds_guidance: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.preset = preset
         short = [f"runtime_config.num_frames={DEMO_FRAMES}"] if checkpoint in DEMOS else []
         self.settings = [*short, *settings]
         self.folder = folder
+        self.holds_guidance = holds_guidance
         self._run: tuple[Job, Models] | None = None
         self._conditioning: dict[str, Conditioning] = {}
 
@@ -67,6 +74,8 @@ class Magi:
             num_elements=model.latent_channels * clip.chunk_width * height * width,
             num_active=most_active(clip.num_chunks, num_steps=clock.num_steps, lag=clock.stage),
             flops=plan.flops,
+            num_passes=plan.num_passes,
+            holds_guidance=self.holds_guidance,
         )
 
     def load(self) -> None:

@@ -14,7 +14,7 @@ from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
 from flowcache.tune.profile import Setting
 from skyreels_v2 import checkpoint as checkpoints
-from skyreels_v2.build import VAE_STRIDE, segments_of, setting_of, window_of
+from skyreels_v2.build import VAE_STRIDE, branches_of, segments_of, setting_of, window_of
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import turn_to_fit
 from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, generate
@@ -45,13 +45,20 @@ class SkyReels:
     )
 
     def __init__(
-        self, checkpoint: str, preset: str, settings: Sequence[str], *, folder: Path
+        self,
+        checkpoint: str,
+        preset: str,
+        settings: Sequence[str],
+        *,
+        folder: Path,
+        holds_guidance: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.preset = preset
         short = [f"num_frames={DEMO_FRAMES}"] if checkpoint == "demo" else []
         self.settings = [*short, *settings]
         self.folder = folder
+        self.holds_guidance = holds_guidance
         self._run: tuple[Job, Models] | None = None
         self._conditioning: dict[str, Conditioning] = {}
 
@@ -77,6 +84,8 @@ class SkyReels:
                 len(window.generated), num_steps=config.num_steps, lag=config.ar_step
             ),
             flops=make_plan(config, dit, dtype=torch.bfloat16).flops,
+            num_passes=len(branches_of(config)),
+            holds_guidance=self.holds_guidance,
         )
 
     def load(self) -> None:

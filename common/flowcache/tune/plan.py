@@ -183,6 +183,7 @@ def least_error_plans(
     Orders 0 to 2, of the velocity and of the clean estimate (which are the same where they are
     held); plans that hold guidance only look back on two results, which bounds the search.
     """
+    families: list[tuple[int, Predicted]]
     families = [(order, quantity) for order in (1, 2) for quantity in QUANTITIES]
     best = fitted_plans(model, order=0, constraints=constraints, num_passes=num_passes)
     for order, quantity in families:
