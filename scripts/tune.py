@@ -27,6 +27,7 @@ from tuning.findings import (
     check_has_guidance,
     check_leaves_steps,
     investigate,
+    kv_effect,
 )
 from tuning.methods import (
     Method,
@@ -164,6 +165,8 @@ def command(options: argparse.Namespace) -> None:
     if options.store_check is not None:
         store_check(subject, rows, calibrating, found, constraints, folder=options.store_check)
         return
+    if subject.work().compresses_kv:
+        print(kv_effect(subject, rows, calibrating))
     chosen = choose(target, found.forecasts())
     plan = found.plans[chosen.cost]
     print(gentlest(found))

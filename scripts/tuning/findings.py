@@ -1,14 +1,16 @@
 """From calibration clips to plans with an expected PSNR and cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flowcache.errors import UserError
+from flowcache.metrics import PIXEL_MAX
 from flowcache.tune.forecast import Costs, Forecast, fit_costs, fit_pixel_scale, to_psnr
 from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
 from flowcache.tune.gram import Calibration
 from flowcache.tune.plan import Constraints, Plan, least_error_plans
-from tuning.methods import REFERENCE, Method, held, planned
+from tuning.methods import REFERENCE, WHOLE_KV, Method, held, planned, whole_kv
 from tuning.rows import Rows, geometric_mean, mean
 from tuning.study import Prompt, calibrate, measure
 from tuning.subject import CONDITIONAL, GUIDED, Subject, Work
@@ -141,6 +143,18 @@ def check_has_guidance(work: Work) -> None:
             "--hold-guidance needs a model with guidance, but this run has one pass (a distilled "
             "model, or guidance that is off): leave it out"
         )
+
+
+def kv_effect(subject: Subject, rows: Rows, prompts: Sequence[Prompt]) -> str:
+    """Say what KV compression alone does to clips with every step computed."""
+    measured = measure(subject, rows, prompts[:NUM_MEASURED_CLIPS], [whole_kv()], kind="kv")
+    own = measured[WHOLE_KV]
+    mse = geometric_mean(own, "mse")
+    likeness = "equal" if mse == 0 else f"{10 * math.log10(PIXEL_MAX**2 / mse):.1f} dB like"
+    return (
+        f"KV cache     with compression clips are {likeness} those without, at "
+        f"{1 / mean(own, 'flops'):.3g} of the FLOPs; what follows is against clips with it"
+    )
 
 
 def sample_plans(plans: Mapping[float, Plan], *, num_steps: int) -> list[Plan]:

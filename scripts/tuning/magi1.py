@@ -75,6 +75,7 @@ class Magi:
             num_active=most_active(clip.num_chunks, num_steps=clock.num_steps, lag=clock.stage),
             flops=plan.flops,
             num_passes=plan.num_passes,
+            compresses_kv=config.kv.compress != "none",
             holds_guidance=self.holds_guidance,
         )
 

@@ -14,6 +14,9 @@ NUM_THRESHOLDS = 400
 OWN_SIGNAL = ("reuse.policy=flowcache", "reuse.warmup_steps=1000", "reuse.predict=velocity")
 """Every step is computed, and the distance of the preset's own signal is recorded."""
 
+WHOLE_KV = "whole KV cache"
+"""The preset with every step computed and no token dropped from its KV cache."""
+
 VELOCITY = ("reuse.predict=velocity", "reuse.extrapolate=0")
 TRENDS: Mapping[str, tuple[str, ...]] = {
     "velocity": VELOCITY,
@@ -29,6 +32,11 @@ class Method:
     settings: tuple[str, ...]
     preset: str | None = None
     """Instead of the one that is tuned."""
+
+
+def whole_kv() -> Method:
+    """Return the preset with every step computed and without KV compression."""
+    return Method(WHOLE_KV, (*OWN_SIGNAL, "kv.compress=none"))
 
 
 def predictors(words: Words) -> dict[str, tuple[str, ...]]:

@@ -85,6 +85,7 @@ class SkyReels:
             ),
             flops=make_plan(config, dit, dtype=torch.bfloat16).flops,
             num_passes=len(branches_of(config)),
+            compresses_kv=config.kv.compress != "none",
             holds_guidance=self.holds_guidance,
         )
 

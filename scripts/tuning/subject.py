@@ -45,6 +45,8 @@ class Work:
     """Of a clip with every step computed."""
     num_passes: int = 1
     """Guidance passes of a step."""
+    compresses_kv: bool = False
+    """Whether the KV cache drops clean tokens."""
     holds_guidance: bool = False
     """Whether plans may run the conditional pass alone: its velocities are recorded, too."""
 
