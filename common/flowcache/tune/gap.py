@@ -21,6 +21,7 @@ linear in guided and conditional velocities, and G holds the inner products of b
 Axes: N own steps of a chunk; M the guided velocities of these, or behind them the conditional ones.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -77,8 +78,8 @@ class Predictor:
         weights: dict[int, float] = {}
         for j in points:
             others = [i for i in points if i != j]
-            polynomial = float(
-                np.prod([(sigmas[step] - sigmas[i]) / (sigmas[j] - sigmas[i]) for i in others])
+            polynomial = math.prod(
+                float((sigmas[step] - sigmas[i]) / (sigmas[j] - sigmas[i])) for i in others
             )
             weights[j] = self.factor * polynomial + (1 - self.factor) * (j == points[-1])
         return weights
@@ -234,25 +235,31 @@ def _coefficients(
 ) -> Array:
     num_steps, start = len(sigmas) - 1, points[-1][0]
     points = points[-predictor.num_results :]
-    sizes = np.diff(sigmas)
-    results = {point[0]: _result(point, num_steps=num_steps) for point in points}
+    sources = [step for step, _ in points]
+    basis = [_result(point, num_steps=num_steps) for point in points]
     if predictor.quantity == "clean":
-        results = {
-            step: _clean_estimate(result_M, step, start=start, sigmas=sigmas)
-            for step, result_M in results.items()
-        }
-    stand_in_M = _result(points[-1], num_steps=num_steps)
-    moved_M, c_M = np.zeros(2 * num_steps), np.zeros(2 * num_steps)
+        estimates = [
+            _clean_estimate(result_M, step, start=start, sigmas=sigmas)
+            for result_M, step in zip(basis, sources, strict=True)
+        ]
+        basis = [*estimates, basis[-1]]
+    # what is added up are the shares of the basis, of which the last result is the last one
+    stand_in = [float(vector is basis[-1]) for vector in basis]
+    moved, total = [0.0] * len(basis), [0.0] * len(basis)
+    c_M = np.zeros(2 * num_steps)
     for step in range(start, stop):
         if step > start:
-            weights = predictor.weights([point[0] for point in points], step, sigmas=sigmas)
-            stand_in_M = np.sum([w * results[source] for source, w in weights.items()], axis=0)
+            stand_in = list(predictor.weights(sources, step, sigmas=sigmas).values())
             if predictor.quantity == "clean":
-                stand_in_M = (moved_M - stand_in_M) / sigmas[step]
-        moved_M = moved_M + sizes[step] * stand_in_M
-        error_M = -stand_in_M
-        error_M[step] += 1
-        c_M += sizes[step] * (1.0 if gains is None else gains[step] ** 0.5) * error_M
+                level = float(sigmas[step])
+                stand_in = [(m - w) / level for m, w in zip(moved, [*stand_in, 0.0], strict=True)]
+        size = float(sigmas[step + 1] - sigmas[step])
+        weight = size * (1.0 if gains is None else float(gains[step]) ** 0.5)
+        moved = [m + size * share for m, share in zip(moved, stand_in, strict=True)]
+        total = [t + weight * share for t, share in zip(total, stand_in, strict=True)]
+        c_M[step] += weight
+    for share, vector_M in zip(total, basis, strict=True):
+        c_M -= share * vector_M
     return c_M if any(step != anchor for step, anchor in points) else c_M[:num_steps]
 
 
