@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ PAGES = {
     "docs/tuning.md": "",
 }
 """Page -> the folder in which its commands are run."""
-MODELS = ("FlowCache4SkyReels-V2", "FlowCache4MAGI-1")
+OPENED = ("FlowCache4SkyReels-V2", "FlowCache4MAGI-1", "scripts")
+"""Folders in which something is written, or that hold what enters the environment."""
 COMMAND = re.compile(r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*(?:bash|python|source) .*')
 SHORT = (
     (r"run_\w+\.sh|sample\.py skyreels_v2", "num_frames=37 num_steps=8 reuse.warmup_steps=1"),
@@ -68,13 +70,16 @@ def runnable(page: str) -> list[str]:
 def _checkout(tmp_path: Path) -> Path:
     """A folder that looks like the repository, in which commands may write."""
     for path in REPOSITORY.iterdir():
-        if path.name in MODELS:
+        if path.name in OPENED:
             (tmp_path / path.name).mkdir()
             for part in path.iterdir():
                 if part.name != "result":
                     (tmp_path / path.name / part.name).symlink_to(part)
         elif path.name != "result" and not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
+    setup = tmp_path / "scripts" / "setup.sh"
+    setup.unlink()
+    setup.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
     (tmp_path / "prompts.txt").write_text("a red circle moving right on a black background\n")
     return tmp_path
 

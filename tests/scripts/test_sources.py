@@ -57,6 +57,7 @@ def test_clips_of_physics_iq_are_continued_under_the_names_of_its_evaluation(
         (["magi1", "--prompts", "nowhere"], "nowhere: can't be read as text"),
         (["magi1", "--prompts", "p.txt", "--per-prompt", "0"], "--per-prompt must be 1 or more"),
         (["magi1", "--protocol", "x.yaml"], "--protocol says family and settings"),
+        (["magi1", "--prompts", "p.txt", "--num-prompts", "1"], "--num-prompts is of a protocol"),
         (["--protocol", "x.yaml"], "x.yaml: no such file"),
         (["--protocol", "x.yaml", "--seed", "3"], "--protocol says the seed: leave out --seed"),
         (["skyreels_v2", "--prompts", "p.txt", "--preset", "x"], "preset 'x' is unknown"),
