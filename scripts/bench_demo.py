@@ -8,18 +8,26 @@ it with a second method, so that what reuse does is not mixed with what else dif
 
     skyreels_v2   vanilla with causal attention
     magi1         the same passes and the same KV cache with every step computed
+
+`--table methods` has the published methods. `--table reuse` has every reuse policy with the
+predictors that make sense at three budgets, from what scripts/tune_budgets.py made, and says
+whether a tuned plan keeps what is claimed of it.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark import magi1, skyreels_v2
+from benchmark.budgets import read_budgets
+from benchmark.claims import claims
 from benchmark.family import Family, Source
-from benchmark.figures import markdown, summarize
+from benchmark.figures import markdown, reuse_markdown, summarize
+from benchmark.reuse import Rivals, reuse_methods
 from benchmark.work import parse_part, read_rows, render_missing, unseen_prompts
 
 from flowcache.cli import run_command
@@ -31,11 +39,14 @@ FAMILIES: Mapping[str, Family[Any, Any]] = {
     "magi1": magi1.FAMILY,
     "skyreels_v2": skyreels_v2.FAMILY,
 }
+RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 EXAMPLES = """examples:
   python scripts/bench_demo.py --model skyreels_v2 --out result/bench num_frames=77
   python scripts/bench_demo.py --model magi1 --part 1/2 --out result/bench
   python scripts/bench_demo.py --model magi1 --prompts 64 --out result/judge --methods vanilla
   python scripts/bench_demo.py --model magi1 --list-methods
+  python scripts/bench_demo.py --model skyreels_v2 --table reuse \\
+      --profiles result/reuse_skyreels_v2 --prompts 64 --out result/bench_reuse num_frames=37
 """
 
 
@@ -47,6 +58,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(FAMILIES), required=True, help="whose methods")
     parser.add_argument(
         "--checkpoint", default="demo", help="as the model's own --model takes it (default: demo)"
+    )
+    parser.add_argument(
+        "--table", choices=("methods", "reuse"), default="methods", help="which (default: methods)"
+    )
+    parser.add_argument(
+        "--profiles", type=Path, metavar="DIR", help="of --table reuse: tune_budgets.py's folder"
     )
     parser.add_argument("--prompts", type=int, default=16, help="clips per method (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("result/bench_demo"), help="result folder")
@@ -69,7 +86,7 @@ def compare(options: argparse.Namespace) -> None:
     Raises:
         UserError: something given is wrong.
     """
-    family = FAMILIES[options.model]
+    family = chosen_family(options)
     names = [method.name for method in family.methods]
     if options.list_methods:
         print("\n".join(names))
@@ -95,15 +112,40 @@ def compare(options: argparse.Namespace) -> None:
     if len(rows) < len(chosen):
         print(f"{len(rows)} of {len(chosen)} clips are there: other parts are still at work")
         return
-    table = summarize(rows, methods)
+    write_table(options, summarize(rows, methods), base_label=family.base_label)
+
+
+def chosen_family(options: argparse.Namespace) -> Family[Any, Any]:
+    """Return the model with the rows of the table that is asked for.
+
+    Raises:
+        UserError: the budgets of the table of reuse rules are missing or of another model.
+    """
+    family = FAMILIES[options.model]
+    if options.table == "methods":
+        return family
+    budgets = read_budgets(options.profiles, model=options.model, checkpoint=options.checkpoint)
+    methods = reuse_methods(RIVALS[options.model], budgets, options.profiles)
+    return replace(family, methods=methods)
+
+
+def write_table(
+    options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, base_label: str
+) -> None:
+    """Write the table as JSON and Markdown, and print it with what follows from it."""
+    is_reuse = options.table == "reuse"
+    text = reuse_markdown(table) if is_reuse else markdown(table, base_label=base_label)
+    verdicts = claims(table) if is_reuse else []
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
         "table": table,
     }
+    if is_reuse:
+        report["claims"] = verdicts
     write_json(options.out / "table.json", report)
-    text = markdown(table, base_label=family.base_label)
-    write_text(options.out / "table.md", text)
+    text = "\n".join([text, *(f"- {line}" for line in verdicts)])
+    write_text(options.out / "table.md", text.rstrip("\n") + "\n")
     print(text)
 
 

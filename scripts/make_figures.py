@@ -5,6 +5,7 @@
     distances_MODEL         from assets/records/MODEL.record.json
     tradeoff_MODEL          from assets/bench/MODEL_demo.json, written by bench_demo.py
     growth                  from assets/bench/growth.json, written by bench_gpu.py --growth
+    reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse
     frames_MODEL            from clips that the demo checkpoint makes now (a minute)
 
 MODEL is skyreels_v2 or magi1. SVG files have colours for light and for dark mode; frames are PNG.
@@ -31,6 +32,7 @@ from benchmark import magi1, skyreels_v2
 from figures.distances import draw_distances
 from figures.framework import draw_framework
 from figures.growth import draw_growth
+from figures.reuse import draw_reuse
 from figures.strips import Strip, draw_strips
 from figures.tradeoff import draw_tradeoff
 
@@ -77,9 +79,13 @@ FIGURES: Mapping[str, Callable[[], str | bytes]] = {
     "tradeoff_skyreels_v2.svg": lambda: draw_tradeoff(
         TABLES / "skyreels_v2_demo.json", model="SkyReels-V2"
     ),
+    "reuse_skyreels_v2.svg": lambda: draw_reuse(
+        TABLES / "skyreels_v2_reuse.json", model="SkyReels-V2"
+    ),
     "frames_skyreels_v2.png": skyreels_v2_frames,
     "distances_magi1.svg": lambda: draw_distances(RECORDS / "magi1.record.json", model="MAGI-1"),
     "tradeoff_magi1.svg": lambda: draw_tradeoff(TABLES / "magi1_demo.json", model="MAGI-1"),
+    "reuse_magi1.svg": lambda: draw_reuse(TABLES / "magi1_reuse.json", model="MAGI-1"),
     "frames_magi1.png": magi1_frames,
     "growth.svg": lambda: draw_growth(TABLES / "growth.json"),
 }

@@ -37,6 +37,7 @@ OTHER_BACKBONE = (
 EXAMPLES = """examples:
   bash scripts/reproduce_skyreels_v2.sh
   bash scripts/reproduce_magi1.sh
+  NUM_PROMPTS=1 OUT=result/short bash scripts/reproduce_skyreels_v2.sh
   python scripts/reproduce.py --protocol scripts/protocols/skyreels_v2_demo.yaml --out result/table
   python scripts/reproduce.py --verify result/table
 
@@ -71,9 +72,12 @@ def execute(options: argparse.Namespace) -> int:
     protocol = read_protocol(options.protocol)
     keep_protocol(options.protocol, options.out)
     judge, notes = make_judge(METRICS, options.lpips_weights, device=options.device)
-    tasks = protocol.tasks(options.model)
-    evidence = Evidence(protocol, tasks, options.out, judge, notes)
-    print(markdown(write_table(evidence, model=options.model)))
+    count = options.num_prompts
+    tasks = protocol.tasks(options.model, num_prompts=count)
+    evidence = Evidence(
+        protocol, tasks, options.out, judge, notes, model=options.model, num_prompts=count
+    )
+    print(markdown(write_table(evidence)))
     return 0
 
 
@@ -116,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--protocol", type=Path, metavar="FILE", help="YAML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"result folder with {VIDEOS}/")
     parser.add_argument("--model", help="as it was given to sample.py")
+    parser.add_argument(
+        "--num-prompts", type=int, metavar="N", help="as it was given to sample.py (default: all)"
+    )
     parser.add_argument("--verify", type=Path, metavar="DIR", help="result folder to check")
     parser.add_argument("--device", default="auto", help="of the metrics (default: a GPU if any)")
     parser.add_argument(

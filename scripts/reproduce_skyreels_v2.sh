@@ -9,11 +9,14 @@ source "$here/sampling/launch.sh" # enters the Python environment
 
 PROTOCOL=${PROTOCOL:-$here/protocols/skyreels_v2_demo.yaml} # what is made; skyreels_v2_paper.yaml: as published
 MODEL=${MODEL:-}               # empty: the protocol's; a folder, or a hub id
+NUM_PROMPTS=${NUM_PROMPTS:-}   # only the first prompts, for a short look; empty: all
 GPUS=${GPUS:-}                 # processes; empty: one per GPU, one on a CPU
 OUT=${OUT:-$here/../result/reproduce_skyreels_v2} # result folder
 DEVICE=${DEVICE:-auto}         # of the metrics; auto: a GPU if there is one
 LPIPS_WEIGHTS=${LPIPS_WEIGHTS:-} # AlexNet's file; empty: torch's cache
 
-sample_videos --protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
-python "$here/reproduce.py" --protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"} \
+given=(--protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
+    ${NUM_PROMPTS:+--num-prompts "$NUM_PROMPTS"})
+sample_videos "${given[@]}"
+python "$here/reproduce.py" "${given[@]}" \
     --device "$DEVICE" ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}

@@ -19,7 +19,8 @@ from typing import NoReturn
 import torch
 from accelerate import PartialState
 from sampling.claims import STALE_SECONDS
-from sampling.protocol import VIDEOS, keep_protocol, read_protocol
+from sampling.protocol import VIDEOS, Protocol, keep_protocol, read_protocol
+from sampling.quiet import warned_once
 from sampling.renderer import Renderer
 from sampling.sources import (
     VBENCH_DIMENSIONS,
@@ -85,6 +86,9 @@ def make_parser() -> Parser:
         "--per-prompt", type=int, metavar="N", help="videos per prompt (default: 1)"
     )
     parser.add_argument(
+        "--num-prompts", type=int, metavar="N", help="only the first N of a protocol (default: all)"
+    )
+    parser.add_argument(
         "--dimensions",
         default=",".join(VBENCH_DIMENSIONS),
         help="of VBench (default: the 11 of the published tables)",
@@ -117,7 +121,10 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
             if getattr(options, name) != default:
                 option = name.replace("_", "-")
                 raise UserError(f"--protocol says the {name}: leave out --{option}")
-        return read_protocol(options.protocol).tasks(options.model)
+        protocol = read_protocol(options.protocol)
+        return protocol.tasks(options.model, num_prompts=options.num_prompts)
+    if options.num_prompts is not None:
+        raise UserError("--num-prompts is of a protocol's prompts: leave it out")
     if family not in FAMILIES:
         raise UserError(f"the first argument must be {' or '.join(FAMILIES)}, not {family}")
     if options.per_prompt < 1:
@@ -155,16 +162,21 @@ def place(options: argparse.Namespace) -> Path:
     return options.out / VIDEOS
 
 
-def check_kinds(tasks: Sequence[Task], renderer: Renderer) -> dict[Kind, Origin]:
+def check_kinds(
+    tasks: Sequence[Task], renderer: Renderer, protocol: Protocol | None
+) -> dict[Kind, Origin]:
     """Check the settings of every kind of task once, before anything is loaded.
 
     Returns: what the videos of each kind are made from.
 
     Raises:
-        UserError: every task of a kind would fail.
+        UserError: every task of a kind would fail, or is not what the protocol pins.
     """
-    kinds = {task.kind: task for task in tasks}
-    return {kind: renderer.check(task) for kind, task in kinds.items()}
+    origins: dict[Kind, Origin] = {}
+    for task in {(task.kind, task.folder): task for task in tasks}.values():
+        pins = None if protocol is None else protocol.pins(task.folder)
+        origins[task.kind] = renderer.check(task, pins=pins)
+    return origins
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -173,10 +185,12 @@ def execute(options: argparse.Namespace) -> int:
     out = place(options)
     state = PartialState(cpu=not torch.cuda.is_available())
     renderer = Renderer(str(state.device))
-    origins = check_kinds(tasks, renderer)
+    protocol = None if options.protocol is None else read_protocol(options.protocol)
+    origins = check_kinds(tasks, renderer, protocol)
     worker = Worker(tasks, out, renderer.render, origins, stale_seconds=options.stale_after)
     try:
-        failures = worker.run(first=state.process_index * len(tasks) // state.num_processes)
+        with warned_once(f"{family}.run" for family in FAMILIES):
+            failures = worker.run(first=state.process_index * len(tasks) // state.num_processes)
     finally:
         state.destroy_process_group()
     if state.is_main_process:

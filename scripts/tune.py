@@ -24,15 +24,19 @@ from tuning.findings import (
     NUM_MEASURED_CLIPS,
     NUM_PROBES,
     Found,
+    check_has_guidance,
     check_leaves_steps,
     investigate,
+    kv_effect,
 )
 from tuning.methods import (
     Method,
     adaptive,
     closest_threshold,
+    guidance_steps,
     held,
     planned,
+    predictor_name,
     strides,
     whole_window,
 )
@@ -98,6 +102,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=Path, help="text file, a prompt per line; the demo has prompts of its own"
     )
+    parser.add_argument(
+        "--hold-guidance",
+        action="store_true",
+        help="plans may also run the conditional guidance pass alone in some computed steps",
+    )
     parser.add_argument("--most-reuses", type=int, default=8, help="in a row (default: 8)")
     parser.add_argument(
         "--work", type=Path, default=Path("result/tune"), help="folder of the measured rows"
@@ -120,9 +129,14 @@ def command(options: argparse.Namespace) -> None:
     target = parse_target(options.target)
     constraints = Constraints(most_reuses=options.most_reuses)
     subject = SUBJECTS[options.model](
-        options.checkpoint, options.preset, options.settings, folder=options.work
+        options.checkpoint,
+        options.preset,
+        options.settings,
+        folder=options.work,
+        holds_guidance=options.hold_guidance,
     )
     check_leaves_steps(subject.work().num_steps, constraints)
+    check_has_guidance(subject.work())
     out = options.out or options.work / "profile.yaml"
     if options.dry_run:
         print("\n".join(describe(subject, options)))
@@ -143,6 +157,7 @@ def command(options: argparse.Namespace) -> None:
         "preset": options.preset,
         "settings": list(options.settings),
         "prompts": None if options.prompts is None else options.prompts.name,
+        "hold_guidance": options.hold_guidance,
     }
     rows = Rows(options.work, identity=identity)
     subject.load()
@@ -150,20 +165,24 @@ def command(options: argparse.Namespace) -> None:
     if options.store_check is not None:
         store_check(subject, rows, calibrating, found, constraints, folder=options.store_check)
         return
+    if subject.work().compresses_kv:
+        print(kv_effect(subject, rows, calibrating))
     chosen = choose(target, found.forecasts())
-    plan = found.plans[chosen.num_computed]
+    plan = found.plans[chosen.cost]
     print(gentlest(found))
     write_profile(make_profile(subject, options, calibrating, found, plan), out)
     print(f"profile      {out}: {plan.num_computed} of {found.model.num_steps} steps are computed")
-    print(f"plan         {' '.join(map(str, plan.steps))}; factor {plan.predictor.factor:.2f}")
+    print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
+    if plan.conditional:
+        print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
     check(subject, rows, unseen, found, plan, work=options.work)
 
 
 def gentlest(found: Found) -> str:
     """Say what the plan that computes most costs in quality; in few steps it may be too much."""
-    forecast = max(found.forecasts(), key=lambda forecast: forecast.num_computed)
+    forecast = max(found.forecasts(), key=lambda forecast: forecast.cost)
     return (
-        f"gentlest     {forecast.num_computed} of {found.model.num_steps} steps: "
+        f"gentlest     {forecast.cost:g} of {found.model.num_steps} steps: "
         f"{forecast.psnr:.1f} dB expected; no plan is better"
     )
 
@@ -200,9 +219,10 @@ def make_profile(
         setting=subject.setting(),
         reuse=Reuse(
             plans=[list(plan.steps)],
-            predict="velocity",
+            predict=plan.predictor.quantity,
             order=plan.predictor.order,
             factor=plan.predictor.factor,
+            guidance_steps=guidance_steps(plan),
         ),
         predicted=Prediction(
             error=plan.error, psnr=forecast.psnr, flops=forecast.flops, pixel_scale=found.scale
@@ -237,14 +257,14 @@ def check(
     num_steps = found.model.num_steps
     methods: list[Method] = whole_window(subject.words)
     expected = dict[str, float]()
-    for count in sorted({plan.num_computed, *table_counts(found.plans, num_steps=num_steps)}):
-        own = found.plans[count]
+    for cost in sorted({plan.cost, *table_costs(found.plans, num_steps=num_steps)}):
+        own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(
-            found.increments, num_computed=count, warmup_steps=subject.work().warmup_steps
+            found.increments, num_computed=cost, warmup_steps=subject.work().warmup_steps
         )
         print(
             f"threshold    {threshold:.4g} makes FlowCache compute {computed:.1f} own steps, "
-            f"the nearest to {count}"
+            f"the nearest to {cost:g}"
         )
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
         methods += adaptive(threshold, subject.words)
@@ -258,8 +278,8 @@ def check(
     write_json(work / "table.json", {"command": ["python", *sys.argv], "table": table})
 
 
-def table_counts(plans: Mapping[int, Plan], *, num_steps: int) -> list[int]:
-    """Return the numbers of computed steps at which methods are compared."""
+def table_costs(plans: Mapping[float, Plan], *, num_steps: int) -> list[float]:
+    """Return the costs of plans at which methods are compared."""
     return [min(plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES]
 
 

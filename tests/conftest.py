@@ -1,14 +1,23 @@
-"""What holds for every test: one thread, no network, GPU tests only where there is a GPU."""
+"""What holds for every test: one thread, no network, GPU tests only where there is a GPU.
+
+And what the tests of both models share: short runs, a picture, copies of the launchers.
+"""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # Before any test imports a hub client: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,3 +65,116 @@ def run_in_ranks() -> RunInRanks:
         assert [process.returncode for process in processes] == [0] * num, "\n".join(told)
 
     return run
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished run."""
+
+    job: Any
+    report: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.job.path.with_name(self.report["video"])
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Callable[[ModuleType, Path], Callable[..., Made]]:
+    """Return what gives a model's `make`, from its module `run` and the checkpoint it uses."""
+
+    def make_with(runs: ModuleType, checkpoint: Path) -> Callable[..., Made]:
+        def make_video(*settings: str, preset: str = "vanilla", model: Path = checkpoint) -> Made:
+            """Make a video in a fresh folder from settings given as `key=value`."""
+            job = runs.prepare(
+                runs.Request(
+                    preset=preset,
+                    model=str(model),
+                    overrides=["prompt=a red circle moving right", *settings],
+                    out=str(tmp_path / "videos"),
+                )
+            )
+            return Made(job, runs.run(job))
+
+        return make_video
+
+    return make_with
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A landscape image with a gradient, of another aspect than the videos."""
+    path = tmp_path / "picture.png"
+    rows = np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None]
+    Image.fromarray(np.broadcast_to(rows, (40, 50, 3)).copy()).save(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Launchers:
+    """A copy of a model's bash launchers in a path with blanks; its set-up enters `tools`."""
+
+    folder: Path
+    pattern: str
+    """Where a launcher lies in the folder, as `run_{}.sh`."""
+    package: str
+    variables: tuple[str, ...]
+    """What the launchers read of the environment."""
+    tools: Path
+
+    def run(
+        self, name: str, *arguments: str, cwd: Path, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a launcher with only the given ones of its variables."""
+        clean = {key: value for key, value in os.environ.items() if key not in self.variables}
+        return subprocess.run(
+            ["bash", str(self.folder / self.pattern.format(name)), *arguments],
+            cwd=cwd,
+            env=clean | variables | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def use_python(self, script: str) -> None:
+        """Put a script in place of the environment's Python."""
+        path = self.tools / "python"
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+
+    def handed_on(self, name: str, *arguments: str, **variables: str) -> list[str]:
+        """Run a launcher from elsewhere and return what it hands to the model's command line."""
+        told = self.tools.parent / "arguments"
+        self.use_python(f'printf "%s\\0" "$@" > "{told}"')
+        done = self.run(name, *arguments, cwd=self.tools.parent, **variables)
+        assert done.returncode == 0, done.stderr
+        handed = told.read_text().removesuffix("\0").split("\0")
+        assert handed[:2] == ["-m", self.package]
+        return handed[2:]
+
+
+@pytest.fixture
+def copy_launchers(tmp_path: Path) -> Callable[..., Launchers]:
+    """Return what copies files and folders of a model with its launchers."""
+
+    def copy(
+        source: Path,
+        names: Iterable[str],
+        *,
+        pattern: str,
+        package: str,
+        variables: tuple[str, ...],
+    ) -> Launchers:
+        folder = tmp_path / "a copy" / "model"
+        folder.mkdir(parents=True)
+        for name in names:
+            transfer = shutil.copytree if (source / name).is_dir() else shutil.copy
+            transfer(source / name, folder / name)
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        setup = folder.parent / "scripts" / "setup.sh"
+        setup.parent.mkdir()
+        setup.write_text(f'export PATH="{tools}:$PATH"\n')
+        return Launchers(folder, pattern, package, variables, tools)
+
+    return copy

@@ -37,7 +37,10 @@ OWNERS = {
 }
 
 OPTIONAL = {"flash_attn", "flash_attn_interface"}  # the extra "flash", for CUDA only
-LOCAL = [REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "FlowCache4SkyReels-V2"]
+LOCAL = [
+    *(REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "tests" / "scripts"),
+    REPOSITORY / "FlowCache4SkyReels-V2",
+]
 
 MAX_FILE_BYTES = 8_000_000
 MAX_DEMO_BYTES = 12_000_000

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowcache.kv import cached_attention
+from flowcache.kv import KVCache, cached_attention, caches_for
 from flowcache.ranks import Ranks
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -17,7 +17,7 @@ from flowcache.ulysses import TokenSplit
 from magi1 import flops
 from magi1.dit import DiT, Embedded
 from magi1.layers import ContextKV, SelfAttend
-from magi1.sampling import Branch, KVBudget, Sampling
+from magi1.sampling import Branch, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip, Clock
 
 
@@ -53,7 +53,32 @@ class ClipForward:
         self.budget = budget
         rows, columns = (length // dit.config.patch_size for length in size)
         self.chunk_tokens = clip.chunk_width * rows * columns
+        self.ranks = ranks
+        self.num_kv_heads = dit.config.num_query_groups // ranks.layout.sequence
+        """Key/value heads of this process."""
         self.split = TokenSplit(ranks.sequence, 1, self.chunk_tokens)
+
+    def caches(self, storage: torch.device | None) -> list[KVCache]:
+        """Return new KV caches for one guidance pass.
+
+        Args:
+            storage: where they lie; None: on the device.
+        """
+        config = self.dit.config
+        total = None if self.budget is None else self.budget.total_chunks
+        caches = caches_for(
+            config.num_layers,
+            capacity=cache_chunks(self.clip, total_chunks=total) * self.chunk_tokens,
+            num_heads=self.num_kv_heads,
+            head_width=config.kv_channels,
+            dtype=self.dit.dtype,
+            device=self.device,
+            storage=storage,
+        )
+        if self.stats.trace is not None:
+            for cache in caches:
+                cache.track(self.clip.num_chunks)
+        return caches
 
     def context(self, text_LC: Tensor) -> list[ContextKV]:
         """Project a text to every layer's cross-attention keys and values."""

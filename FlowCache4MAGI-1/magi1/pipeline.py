@@ -1,6 +1,5 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
-import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
 from flowcache.ranks import Ranks
-from flowcache.reuse import Observe, Policies, ResultStore
+from flowcache.reuse import Observe, Policies
 from flowcache.schedule import Tick
+from flowcache.settings import guidance_of, store_of
 from flowcache.stats import RunStats
 from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
 from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
@@ -20,8 +20,6 @@ from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipSampler
 from magi1.schedule import Clip, Clock
 from magi1.settings import RunConfig
-
-logger = logging.getLogger(__name__)
 
 
 class LatentCodec(Protocol):
@@ -112,7 +110,8 @@ def generate(
         ),
         policy=ranks.decided_by(policy, branch=0),
         stats=stats,
-        results=ResultStore(config.reuse.extrapolate),
+        results=store_of(config.reuse),
+        held_guidance=guidance_of(config.reuse),
         prefix=prefix,
         budget=budget_of(config),
         kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,

@@ -9,7 +9,7 @@ from flowcache.cli import gigabytes
 from flowcache.compress import ImportanceRedundancy
 from flowcache.schedule import Tick
 from flowcache.scoring import scoring_bytes
-from flowcache.settings import POLICIES
+from flowcache.settings import POLICIES, stored_results
 from magi1 import flops
 from magi1.build import budget_of, clip_of, latent_size, layout_of, sampling_of
 from magi1.captions import NULL_TOKENS
@@ -205,7 +205,7 @@ def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_active: int) -> 
     model, run = config.model_config, config.runtime_config
     height, width = latent_size(config)
     latents = model.latent_channels * run.chunk_width * height * width * 4
-    copies = 2 if config.reuse.extrapolate else 1
+    copies = stored_results(config.reuse)
     signals = 0
     if POLICIES[config.reuse.policy].needs_signals:
         signals = layout_of(config).chunk_tokens * model.hidden_size * dtype.itemsize

@@ -30,7 +30,7 @@ from flowcache.memory import MemoryPlan, limit_of, make_memory_plan, parse_limit
 from flowcache.parallel import layout_lines, layout_of, own_bytes
 from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
-from flowcache.settings import threshold_of
+from flowcache.settings import guidance_of, threshold_of
 from flowcache.stats import RunStats
 from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
 from flowcache.video import check_ffmpeg
@@ -47,7 +47,7 @@ from magi1.memory import RunMemory, networks_of, placed, wanted_residence
 from magi1.pipeline import Conditioning, LatentCodec, generate
 from magi1.plan import Plan, attention_shape, lines, make_plan, shown_frames
 from magi1.released import FOLDER, Source, download, find_model, find_path, locate
-from magi1.sampler import ALL_BRANCHES
+from magi1.sampler import ALL_BRANCHES, GUIDANCE
 from magi1.schedule import Clock
 from magi1.settings import RunConfig
 
@@ -211,8 +211,13 @@ def _read_replay(request: Request, config: RunConfig, *, num_prefix: int) -> Rec
     record = recorded_run(request)
     if record is not None:
         ticks = Clock.of(config).ticks(clip_of(config, num_prefix=num_prefix))
-        check_replay(record, ticks={0: ticks}, branches=[ALL_BRANCHES])
+        check_replay(record, ticks={0: ticks}, branches=_recorded(config))
     return record
+
+
+def _recorded(config: RunConfig) -> list[str]:
+    """Return the branches that a run's record has."""
+    return [ALL_BRANCHES, GUIDANCE] if guidance_of(config.reuse).is_on else [ALL_BRANCHES]
 
 
 def _read_tokens(config: RunConfig, source: Source) -> SpecialTokens | None:

@@ -7,28 +7,32 @@ between chunks.
 Axes: C latent channels, F latent frames, h/w latent rows/columns, L text tokens; the batch is 1.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.guidance import HeldGuidance
 from flowcache.ranks import Ranks
-from flowcache.reuse import Observe, ResultStore, ReusePolicy
+from flowcache.results import ResultStore
+from flowcache.reuse import Decision, Observe, ReusePolicy
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
-from magi1.caches import PassCaches
+from magi1.clean import CleanKeys
 from magi1.dit import DiT
+from magi1.euler import euler_step_
 from magi1.forward import ClipForward
 from magi1.layers import ContextKV
-from magi1.sampling import Branch, KVBudget, Sampling, cache_chunks
+from magi1.sampling import Branch, KVBudget, Sampling
 from magi1.schedule import Clip, Clock
 
 ALL_BRANCHES = "all"
 """Branch under which the one decision for all guidance passes is recorded."""
+GUIDANCE = "guidance"
+"""Branch under which the passes beside that with text are recorded where they are held."""
 
 
 class ClipSampler:
@@ -40,6 +44,7 @@ class ClipSampler:
         null_caption: text that stands for no text, `[L, C']`.
         policy: when a chunk is computed. One decision serves all passes: their signal is the same.
         results: what computed steps gave, for reuse.
+        held_guidance: says where only the pass with text is computed; None: nowhere.
         prefix: given latents, `[C, clip.num_prefix, h, w]`.
         budget: bound of the KV cache; None: all chunks stay.
         kv_storage: where the KV cache lies; None: on the device.
@@ -63,6 +68,7 @@ class ClipSampler:
         policy: ReusePolicy,
         stats: RunStats,
         results: ResultStore | None = None,
+        held_guidance: HeldGuidance | None = None,
         prefix: Tensor | None = None,
         budget: KVBudget | None = None,
         kv_storage: torch.device | None = None,
@@ -82,6 +88,7 @@ class ClipSampler:
         self.policy = policy
         self.stats = stats
         self.results = ResultStore() if results is None else results
+        self.held_guidance = HeldGuidance() if held_guidance is None else held_guidance
         self.prefix = prefix
         self.budget = budget
         self.observe = observe
@@ -101,20 +108,18 @@ class ClipSampler:
         self.timesteps = clock.timesteps().tolist()
         self.contexts: dict[int, list[ContextKV]] = {}
         self.null_context = self.forward.context(null_caption)
-        self.waiting: tuple[int, ...] = ()
-        """Chunks that became clean in the last tick; the next one settles their keys."""
-        total = None if budget is None else budget.total_chunks
-        self.caches = PassCaches(
-            dit,
-            passes=sampling.passes,
-            num_chunks=cache_chunks(clip, total_chunks=total),
-            chunk_tokens=self.chunk_tokens,
-            device=latents.device,
-            storage=kv_storage,
-            ranks=self.ranks,
+        own = self.ranks.own(sampling.passes)
+        self.branches = {
+            name: Branch(
+                is_null=name == "prev",
+                caches=self.forward.caches(kv_storage) if name in own else [],
+            )
+            for name in sampling.passes
+            if name != "alone"
+        }
+        self.keys = CleanKeys(
+            self.forward, self.branches, null_context=self.null_context, fixed=self._fixed
         )
-        if stats.trace is not None:
-            self.caches.track(clip.num_chunks)
 
     def run(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
         """Denoise; after every tick yield it and the chunks that became clean in it.
@@ -123,11 +128,11 @@ class ClipSampler:
         """
         ticks = self.clock.ticks(self.clip)
         with self.stats.stage("dit"):
-            self._feed_given(ticks[0])
+            self.keys.feed_given(ticks[0])
         for tick in ticks:
             with self.stats.timed_tick(0, tick.index), self.stats.stage("dit"):
-                self._settle_waiting(tick)
-                self._compress(tick)
+                self.keys.settle_waiting(tick)
+                self.keys.compress(tick)
                 velocities = self._velocities(tick)
                 self._advance(tick, velocities)
                 self._finish(tick)
@@ -142,13 +147,23 @@ class ClipSampler:
             self._frames(chunk).copy_(self._fixed(chunk))
             if chunk not in self.contexts:
                 self.contexts[chunk] = self.forward.context(self.captions[chunk])
-        steps = {chunk: tick.steps[chunk] for chunk in self._computed(tick)}
-        self._count(tick, steps)
-        own = {name: self._through_cache(name, tick, steps) for name in self.caches.own}
+        held = self._held(tick)
+        steps = {chunk: tick.steps[chunk] for chunk in self._computed(tick, held=held)}
+        full = {chunk: step for chunk, step in steps.items() if chunk not in held}
+        self._count(tick, steps, full)
+        own = {
+            name: self._through_cache(name, tick, steps if name == "cond" else full)
+            for name in self.keys.own
+        }
         guided = own.get("cond", {})
         if self.sampling.guidance is not None:
             guided = {
-                chunk: self._guide(tick, chunk, {n: v[chunk] for n, v in own.items()})
+                chunk: self._guide(
+                    tick,
+                    chunk,
+                    {name: passes[chunk] for name, passes in own.items() if chunk in passes},
+                    is_held=chunk in held,
+                )
                 for chunk in steps
             }
         oldest = min(tick.steps)
@@ -156,11 +171,27 @@ class ClipSampler:
             alone = self._alone(tick, oldest, branch="nearly_clean", position=max(tick.steps) + 1)
             share = self.sampling.prev_share
             guided[oldest] = share * guided[oldest] + (1 - share) * alone
-        for chunk, velocity in guided.items():
-            self._show(tick, chunk, "guided", velocity)
+        for chunk in full:
+            self._show(tick, chunk, "guided", guided[chunk])
         return guided
 
-    def _computed(self, tick: Tick) -> list[int]:
+    def _held(self, tick: Tick) -> set[int]:
+        """Return the chunks that compute the pass with text alone, if they are computed."""
+        if self.sampling.guidance is None:
+            return set()
+        return {
+            chunk
+            for chunk, step in tick.steps.items()
+            if self.held_guidance.is_held(
+                chunk, step, num_steps=tick.num_steps, scales=self._scales(step)
+            )
+        }
+
+    def _scales(self, step: int) -> tuple[float, ...]:
+        assert self.sampling.guidance is not None
+        return self.sampling.guidance.scales(self.timesteps[step])
+
+    def _computed(self, tick: Tick, *, held: Collection[int]) -> list[int]:
         """Ask the policy which chunks are computed, and record its answer."""
         signals: dict[int, Tensor] = {}
         if self.policy.needs_signals:
@@ -170,19 +201,23 @@ class ClipSampler:
             }
         plan = self.policy.plan(tick, signals, stored=self.results.units())
         for chunk, decision in plan.items():
-            self.stats.record(
-                segment=0,
-                tick=tick.index,
-                chunk=chunk,
-                step=tick.steps[chunk],
-                branch=ALL_BRANCHES,
-                decision=decision,
-            )
+            rows = {ALL_BRANCHES: decision}
+            if self.held_guidance.is_on:
+                rows[GUIDANCE] = Decision(decision.is_computed and chunk not in held)
+            for branch, row in rows.items():
+                self.stats.record(
+                    segment=0,
+                    tick=tick.index,
+                    chunk=chunk,
+                    step=tick.steps[chunk],
+                    branch=branch,
+                    decision=row,
+                )
         return [chunk for chunk, decision in plan.items() if decision.is_computed]
 
     def _through_cache(self, name: str, tick: Tick, steps: Mapping[int, int]) -> dict[int, Tensor]:
         """Compute chunks one after the other, each with the keys of those before it."""
-        branch, order, velocities = self.caches.own[name], list(tick.steps), {}
+        branch, order, velocities = self.keys.own[name], list(tick.steps), {}
         for chunk, step in steps.items():
             attend = self.forward.through_cache(
                 branch,
@@ -190,7 +225,7 @@ class ClipSampler:
                 reach=self.clock.reach(step),
                 keeps_queries=self.budget is not None,
             )
-            with self.stats.timed_pass([_pass(tick, chunk)]):
+            with self.stats.timed_pass([self._pass(tick, chunk, is_text=name == "cond")]):
                 hidden = self.forward.run(
                     self._frames(chunk),
                     t=self.timesteps[step],
@@ -204,22 +239,33 @@ class ClipSampler:
             self._show(tick, chunk, name, velocities[chunk])
         return velocities
 
-    def _guide(self, tick: Tick, chunk: int, own: Mapping[str, Tensor]) -> Tensor:
+    def _guide(self, tick: Tick, chunk: int, own: Mapping[str, Tensor], *, is_held: bool) -> Tensor:
         """Weight the passes; the one of the chunk alone is left out where it has no weight.
 
         Args:
             own: the velocities of this process' passes through the cache.
+            is_held: whether only the pass with text is computed.
         """
-        assert self.sampling.guidance is not None
-        t, names, own = self.timesteps[tick.steps[chunk]], list(self.caches.branches), dict(own)
-        if self.sampling.has_pass_alone(t):
+        like, step = self._frames(chunk), tick.steps[chunk]
+        if is_held:
+            cond = self.ranks.exchanged(own, names=["cond"], like=like)["cond"]
+            return cond + self.held_guidance.take(chunk)
+        passes = self._passes(tick, chunk, own)
+        prev, text = scales = self._scales(step)
+        guided = (prev - text) * passes["prev"] + text * passes["cond"]
+        if "alone" in passes:
+            guided = (1 - prev) * passes["alone"] + guided
+        self.held_guidance.put(chunk, guided - passes["cond"], scales=scales)
+        return guided
+
+    def _passes(self, tick: Tick, chunk: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the velocities of all passes from the own ones, that of the chunk alone made."""
+        names, made = list(self.branches), dict(own)
+        if self.sampling.has_pass_alone(self.timesteps[tick.steps[chunk]]):
             names.append("alone")
             if "alone" in self.ranks.own(self.sampling.passes):
-                own["alone"] = self._alone(tick, chunk, branch="alone", position=0)
-        passes = self.ranks.exchanged(own, names=names, like=self._frames(chunk))
-        prev, text = self.sampling.guidance.scales(t)
-        guided = (prev - text) * passes["prev"] + text * passes["cond"]
-        return (1 - prev) * passes["alone"] + guided if "alone" in passes else guided
+                made["alone"] = self._alone(tick, chunk, branch="alone", position=0)
+        return self.ranks.exchanged(made, names=names, like=self._frames(chunk))
 
     def _is_computed_twice(self, step: int) -> bool:
         """Tell whether the oldest chunk is also computed without the chunks before it."""
@@ -228,7 +274,7 @@ class ClipSampler:
     def _alone(self, tick: Tick, chunk: int, *, branch: str, position: int) -> Tensor:
         """Compute a chunk without the chunks before it; as "alone" also without its text."""
         is_null = branch == "alone"
-        with self.stats.timed_pass([_pass(tick, chunk)]):
+        with self.stats.timed_pass([self._pass(tick, chunk, is_text=not is_null)]):
             hidden = self.forward.run(
                 self._frames(chunk),
                 t=self.timesteps[tick.steps[chunk]],
@@ -244,96 +290,52 @@ class ClipSampler:
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one Euler step with every active chunk."""
-        is_velocity = self.sampling.quantity == "velocity"
         for chunk, step in tick.steps.items():
             t, latents = self.timesteps[step], self._frames(chunk)
-            step_size = self.timesteps[step + 1] - t
-            sigma = latents.new_full((latents.shape[1],), 1 - t)
-            if chunk in velocities:
-                velocity = velocities[chunk]
-                change = velocity * step_size
-                stored = velocity if is_velocity else change
-                self.results.put(chunk, stored.movedim(1, 0), sigma=sigma)
-            else:
-                change = self.results.predict(chunk, sigma=sigma).movedim(0, 1)
-                change = change * step_size if is_velocity else change
-            latents += change
+            euler_step_(
+                latents.movedim(1, 0),
+                velocities[chunk].movedim(1, 0) if chunk in velocities else None,
+                chunk=chunk,
+                t=t,
+                step_size=self.timesteps[step + 1] - t,
+                results=self.results,
+                quantity=self.sampling.quantity,
+            )
 
     def _finish(self, tick: Tick) -> None:
-        self.caches.share()
-        self.waiting = tick.finishing
+        self.keys.share()
+        self.keys.waiting = tick.finishing
         for chunk in tick.finishing:
             self.results.drop(chunk)
+            self.held_guidance.drop(chunk)
             del self.contexts[chunk]
-
-    # Clean chunks -----------------------------------------------------------------------------
-
-    def _feed_given(self, first: Tick) -> None:
-        """Put the keys of the given chunks into the caches, those without text into all.
-
-        A process without the pass without text makes its keys in a cache of its own.
-        """
-        _, last = self.caches.last
-        *_, fed = self.caches.own.values() or [last]
-        for chunk in range(self.clip.num_given):
-            maker = replace(fed, is_null=last.is_null)
-            self._feed(chunk, maker, tick=first, reach=self.clock.reach_given())
-            self.caches.copy_active(fed)
-            self.caches.settle(chunk)
-
-    def _settle_waiting(self, tick: Tick) -> None:
-        """Give the chunks that became clean in the last tick their final keys."""
-        for chunk in self.waiting:
-            if self.sampling.clean_pass:
-                for branch in self.caches.branches.values():
-                    self._feed(chunk, branch, tick=tick, reach=self.clock.reach_clean())
-            self.caches.settle(chunk)
-        self.caches.num_unshared = len(self.waiting) if self.sampling.clean_pass else 0
-        self.waiting = ()
-
-    def _compress(self, tick: Tick) -> None:
-        """Drop clean tokens where the caches have no room for the chunk that enters."""
-        if self.budget is None or not tick.entering:
-            return
-        kept = (self.budget.total_chunks - len(tick.steps)) * self.chunk_tokens
-        if self.caches.num_clean <= kept:
-            return
-        self.caches.share()
-        keep = partial(self.budget.strategy.keep, budget=kept, layout=self.budget.layout)
-        with self.stats.stage("kv_compression"):
-            self.caches.compress(keep, num_kept=kept)
-
-    def _feed(self, chunk: int, branch: Branch, *, tick: Tick, reach: int | None) -> None:
-        """Send a clean chunk through the model, without its text, for the sake of its keys."""
-        self.forward.feed(
-            branch,
-            self._fixed(chunk),
-            tick=tick,
-            position=chunk,
-            context=self.null_context,
-            reach=reach,
-            num_clean=self.caches.num_clean,
-        )
 
     # What others see --------------------------------------------------------------------------
 
-    def _count(self, tick: Tick, computed: Mapping[int, int]) -> None:
-        """Add the FLOPs of a tick, as done and as without reuse."""
+    def _count(self, tick: Tick, computed: Collection[int], full: Collection[int]) -> None:
+        """Add the FLOPs of a tick, as done and as without reuse.
+
+        Args:
+            computed: chunks that run the pass with text.
+            full: those that run the others as well.
+        """
         for place, (chunk, step) in enumerate(tick.steps.items()):
-            own, cost = self.contexts[chunk], 0
-            for branch in self.caches.branches.values():
-                before = self.caches.num_clean + place * self.chunk_tokens
+            own, costs = self.contexts[chunk], {True: 0, False: 0}
+            for name, branch in self.branches.items():
+                before = self.keys.num_clean + place * self.chunk_tokens
                 keys = self.forward.num_keys(before, reach=self.clock.reach(step))
-                cost += self.forward.flops(self.null_context if branch.is_null else own, keys=keys)
+                context = self.null_context if branch.is_null else own
+                costs[name == "cond"] += self.forward.flops(context, keys=keys)
             if self.sampling.has_pass_alone(self.timesteps[step]):
-                cost += self.forward.flops(self.null_context, keys=self.chunk_tokens)
+                costs[False] += self.forward.flops(self.null_context, keys=self.chunk_tokens)
             if place == 0 and self._is_computed_twice(step):
-                cost += self.forward.flops(own, keys=self.chunk_tokens)
-            self.stats.add_flops(
-                computed=cost if chunk in computed else 0,
-                without_reuse=cost,
-                passes=[_pass(tick, chunk)],
-            )
+                costs[True] += self.forward.flops(own, keys=self.chunk_tokens)
+            for is_text, cost in costs.items():
+                self.stats.add_flops(
+                    computed=cost if chunk in (computed if is_text else full) else 0,
+                    without_reuse=cost,
+                    passes=[self._pass(tick, chunk, is_text=is_text)],
+                )
 
     def _show(self, tick: Tick, chunk: int, branch: str, velocity: Tensor) -> None:
         """Show the observer, if there is one, a chunk's computed velocity."""
@@ -352,8 +354,8 @@ class ClipSampler:
 
     def _keep_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens in the caches after a tick."""
-        for name, branch in self.caches.own.items():
-            tokens = partial(self.caches.tokens_per_chunk, branch)
+        for name, branch in self.keys.own.items():
+            tokens = partial(self.keys.tokens_per_chunk, branch)
             self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
 
     # Small things -----------------------------------------------------------------------------
@@ -372,6 +374,7 @@ class ClipSampler:
             latents[:, :num_fixed] = self.prefix[:, start : start + num_fixed]
         return latents
 
-
-def _pass(tick: Tick, chunk: int) -> PassId:
-    return PassId(0, tick.index, chunk, ALL_BRANCHES)
+    def _pass(self, tick: Tick, chunk: int, *, is_text: bool) -> PassId:
+        """Return the row of the record that a pass belongs to."""
+        is_own = self.held_guidance.is_on and not is_text
+        return PassId(0, tick.index, chunk, GUIDANCE if is_own else ALL_BRANCHES)

@@ -13,9 +13,10 @@ from flowcache.kv import KVCache
 from magi1.config import MagiConfig, ModelConfig
 from magi1.schedule import Clip
 
-Quantity = Literal["latent_update", "velocity"]
+Quantity = Literal["latent_update", "velocity", "clean"]
 """What a reused chunk gets again: the last change of its latents, as published, with the step size
-of then; or the last velocity, times the step size of now."""
+of then; or the last velocity, times the step size of now; or the velocity that leads to the clean
+estimate of then."""
 
 RANGE_SLACK = 1e-7
 """A timestep this little below a range's lower end belongs to it."""

@@ -11,6 +11,7 @@ from flowcache.settings import (
     KVRule,
     ReuseRule,
     check_finite,
+    check_guidance,
     check_least,
     check_mix,
     check_prompt,
@@ -75,6 +76,7 @@ class RunConfig(MagiConfig):
         check_prompt("prompt", self.prompt, may_be_empty=False)
         check_seed("runtime_config.seed", self.runtime_config.seed)
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
+        check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
         self._check_given()
         self._check_kv()
         parse_limit(self.memory_limit)

@@ -7,16 +7,18 @@ from flowcache.attention import KernelName
 from flowcache.errors import UserError
 from flowcache.memory import parse_limit
 from flowcache.parallel import ParallelRule
-from flowcache.reuse import Quantity
+from flowcache.results import Quantity
 from flowcache.settings import (
     KVRule,
     ReuseRule,
     check_finite,
+    check_guidance,
     check_least,
     check_mix,
     check_prompt,
     check_reuse,
     check_seed,
+    guidance_of,
 )
 from skyreels_v2.sampling import Signal
 
@@ -110,7 +112,23 @@ class RunConfig:
                 f"reuse.signal=content, not {self.reuse.signal}"
             )
         parse_limit(self.memory_limit)
+        self._check_guidance()
         self._check_kv()
+
+    def _check_guidance(self) -> None:
+        check_guidance(self.reuse, num_passes=2 if self.guidance > 1 else 1)
+        if not guidance_of(self.reuse).is_on:
+            return
+        if self.attention != "causal":
+            raise UserError(
+                "reuse.guidance_every and reuse.guidance_steps work chunk by chunk: set "
+                "attention=causal, or leave them out"
+            )
+        if self.reuse.predict == "residual":
+            raise UserError(
+                "reuse.guidance_every and reuse.guidance_steps hold a difference of velocities: "
+                "set reuse.predict to velocity, clean or latent_update, not residual"
+            )
 
     def _check_kv(self) -> None:
         check_least("kv.budget_chunks", self.kv.budget_chunks, 0)

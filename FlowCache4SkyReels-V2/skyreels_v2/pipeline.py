@@ -11,8 +11,9 @@ from torch import Tensor
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
 from flowcache.ranks import Ranks
-from flowcache.reuse import Observe, Policies, ResultStore, ReusePolicy
+from flowcache.reuse import Observe, Policies, ReusePolicy
 from flowcache.schedule import Tick
+from flowcache.settings import guidance_of, store_of
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
 from skyreels_v2.build import (
@@ -255,7 +256,7 @@ class _SegmentMaker:
                 name: Branch(
                     context=context,
                     policy=self._policy(name, number=number),
-                    results=ResultStore(config.reuse.extrapolate),
+                    results=store_of(config.reuse),
                     caches=self._caches() if self.ranks.owns(number) else [],
                 )
                 for number, (name, context) in enumerate(self.contexts.items())
@@ -263,7 +264,8 @@ class _SegmentMaker:
             stats=self.stats,
             segment=self.segment.index,
             compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
-            updates=ResultStore(config.reuse.extrapolate),
+            updates=store_of(config.reuse),
+            guidance=guidance_of(config.reuse),
             condition=self._condition(),
             observe=self.observe,
             draw_noise=lambda like: self.draw(tuple(like.shape), like.dtype),

@@ -7,6 +7,7 @@ import torch
 from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
 from flowcache.scoring import scoring_bytes
+from flowcache.settings import stored_results
 from skyreels_v2 import flops
 from skyreels_v2.build import (
     branches_of,
@@ -192,7 +193,7 @@ def _stored_bytes(config: RunConfig, dit: DiTConfig, *, tokens: int, width: int)
     """Return the bytes of one branch's stored results, all chunks active."""
     if config.reuse.policy == "vanilla":
         return 0
-    copies = 2 if config.reuse.extrapolate else 1
+    copies = stored_results(config.reuse)
     if config.reuse.predict == "residual":
         return copies * tokens * dit.dim * width
     return copies * tokens * PATCH[1] * PATCH[2] * dit.out_dim * 4

@@ -4,26 +4,23 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns; the batch is 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, tokens_per_chunk
 from flowcache.ranks import Ranks
-from flowcache.reuse import (
-    Decision,
-    Observe,
-    ResultStore,
-    agree,
-    compute_together,
-)
+from flowcache.results import ResultStore, clean_estimate, velocity_to
+from flowcache.reuse import Decision, Observe, agree, compute_together
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
 from skyreels_v2.dit import DiT, Embedded
 from skyreels_v2.forward import WindowForward
-from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Sampling, Unit
+from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import Window
 
@@ -40,6 +37,7 @@ class WindowSampler:
         branches: by name, "cond" first; "uncond" where guidance is on.
         condition: `[C, F, h, w]` start image condition of an I2V model.
         updates: store of the guided latent's updates, read where these are the reused quantity.
+        guidance: says where only "cond" is computed; None: nowhere.
         draw_noise: makes float32 standard normal noise like its argument.
         observe: is shown the velocities of computed steps.
         ranks: the processes that divide the work; all hold the same latents.
@@ -57,6 +55,7 @@ class WindowSampler:
         segment: int = 0,
         compression: Compression | None = None,
         updates: ResultStore | None = None,
+        guidance: HeldGuidance | None = None,
         condition: Tensor | None = None,
         draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
         observe: Observe | None = None,
@@ -69,6 +68,7 @@ class WindowSampler:
         self.stats = stats
         self.segment = segment
         self.updates = ResultStore() if updates is None else updates
+        self.guidance = HeldGuidance() if guidance is None else guidance
         self.draw_noise = draw_noise
         self.observe = observe
         self.ranks = Ranks() if ranks is None else ranks
@@ -138,7 +138,8 @@ class WindowSampler:
         }
         plans = self._plan(tick, signals)
         unit = Unit(WHOLE_WINDOW, (0, self.window.num_frames))
-        velocities = self._guided(tick, [unit], plans, embedded, self._tensor(sigmas))
+        noisy = Noisy(latents, self._tensor(sigmas), embedded)
+        velocities = self._guided(tick, [unit], plans, noisy)
         return {c: v[:, self._frames(c)] for v in velocities.values() for c in tick.steps}
 
     def _causal_tick(self, tick: Tick) -> dict[int, Tensor]:
@@ -150,21 +151,25 @@ class WindowSampler:
             frames += own
             times += [self.timesteps[step]] * len(own)
             sigmas += [self.sigmas[step]] * len(own)
-        embedded = self.forward.embed(self.latents[:, frames], frames=frames, times=times)
+        latents = self.latents[:, frames]
+        embedded = self.forward.embed(latents, frames=frames, times=times)
         signals = {unit.id: self._signal(embedded.frames(*unit.frames)) for unit in units}
         plans = self._plan(tick, signals)
-        return self._guided(tick, units, plans, embedded, self._tensor(sigmas))
+        return self._guided(tick, units, plans, Noisy(latents, self._tensor(sigmas), embedded))
 
     def _plan(self, tick: Tick, signals: Mapping[int, Tensor]) -> dict[str, dict[int, Decision]]:
-        plans, policies = {}, {name: branch.policy for name, branch in self.branches.items()}
-        for name, branch in self.branches.items():
-            plans[name] = branch.policy.plan(
-                tick, signals, stored=self._stored(branch, chunks=tick.steps)
-            )
+        policies = {name: branch.policy for name, branch in self.branches.items()}
+        plans = {
+            name: branch.policy.plan(tick, signals, stored=self._stored(branch, chunks=tick.steps))
+            for name, branch in self.branches.items()
+        }
         if self.sampling.attention == "full":
             plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
+        held = self._held(tick)
         if self.sampling.quantity == "latent_update":
-            plans = agree(policies, plans)
+            plans = agree(policies, plans, apart=held)
+        for plan in (plan for name, plan in plans.items() if name != "cond"):
+            plan.update({c: replace(plan[c], is_computed=False) for c in held})
         for name, plan in plans.items():
             for chunk, decision in plan.items():
                 self.stats.record(
@@ -177,6 +182,15 @@ class WindowSampler:
                 )
         return plans
 
+    def _held(self, tick: Tick) -> set[int]:
+        """Return the chunks that compute the conditional branch alone, if they are computed."""
+        num_steps = self.sampling.num_steps
+        return {
+            chunk
+            for chunk, step in tick.steps.items()
+            if self.guidance.is_held(chunk, step, num_steps=num_steps)
+        }
+
     def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
         if self.sampling.quantity == "latent_update":
             return set(chunks) & set(self.updates.units())
@@ -188,8 +202,7 @@ class WindowSampler:
         tick: Tick,
         units: list[Unit],
         plans: Mapping[str, Mapping[int, Decision]],
-        embedded: Embedded,
-        sigmas: Tensor,
+        noisy: Noisy,
     ) -> dict[int, Tensor]:
         """Return the velocity of each unit after guidance, `[C, F, h, w]`.
 
@@ -200,20 +213,17 @@ class WindowSampler:
         guided: dict[int, Tensor] = {}
         offset = 0
         for unit in units:
-            part, sigma = embedded.frames(*unit.frames), sigmas[slice(*unit.frames)]
+            part = noisy.frames(*unit.frames)
             computed = [name for name in self.branches if unit.is_computed(plans[name])]
-            own = self._branch_velocities(tick, unit, part, sigma, computed=computed, offset=offset)
-            if own:
-                velocities = self._exchanged(own)
-                for name in computed:
-                    self._show(tick, unit, name, velocities[name])
+            velocities = self._branch_velocities(tick, unit, part, computed=computed, offset=offset)
+            if velocities:
                 guided[unit.id] = self._guide(velocities)
                 if len(computed) == len(self.branches):
                     self._show(tick, unit, "guided", guided[unit.id])
             if unit.id in tick.finishing and not self.sampling.clean_pass:
                 self.forward.settle(unit.id)
             else:
-                offset += part.tokens.shape[1]
+                offset += part.embedded.tokens.shape[1]
         return guided
 
     def _guide(self, velocities: Mapping[str, Tensor]) -> Tensor:
@@ -227,56 +237,81 @@ class WindowSampler:
         self,
         tick: Tick,
         unit: Unit,
-        part: Embedded,
-        sigma: Tensor,
+        part: Noisy,
         *,
         computed: Sequence[str],
         offset: int,
     ) -> dict[str, Tensor]:
-        """Return one unit's velocity in each own branch, computed or predicted."""
+        """Return one unit's velocity in each branch: computed, predicted, or cond's and more."""
+        held = self._held(tick) if "cond" in computed else ()
+        own_computed = [name for name in computed if name in self.own]
         passes = {name: self._passes(tick, unit, name) for name in self.own}
-        computed = [name for name in computed if name in self.own]
         for name, branch in self.own.items():
             self.forward.count(
-                branch, part, offset=offset, is_computed=name in computed, passes=passes[name]
+                branch,
+                part.embedded,
+                offset=offset,
+                is_computed=name in computed,
+                passes=passes[name],
             )
-        with self.stats.timed_pass([each for name in computed for each in passes[name]]):
-            hidden = self.forward.run(computed, unit, part, offset=offset)
+        with self.stats.timed_pass([each for name in own_computed for each in passes[name]]):
+            hidden = self.forward.run(own_computed, unit, part.embedded, offset=offset)
         velocities: dict[str, Tensor] = {}
-        for name, branch in self.own.items():
-            velocity = self._velocity(branch, unit, part, sigma, hidden=hidden.get(name))
-            if velocity is not None:
-                velocities[name] = velocity
+        own: dict[str, Tensor] = {}
+        made = [name for name in self.branches if name in computed or unit.id not in held]
+        for name in made:
+            if name in self.own:
+                velocity = self._velocity(self.own[name], unit, part, hidden=hidden.get(name))
+                if velocity is not None:
+                    own[name] = velocity
+        if not computed and self.sampling.quantity == "latent_update":
+            return {}
+        velocities = self.ranks.exchanged(own, names=made, like=part.latents)
+        for name in computed:
+            self._show(tick, unit, name, velocities[name])
+        for name in self.branches:
+            if name not in made:
+                velocities[name] = velocities["cond"] + self.guidance.take(unit.id)
+                if name in self.own:
+                    self._store_velocity(self.own[name], unit, part, velocities[name])
+        if len(computed) == 2:
+            self.guidance.put(unit.id, velocities["uncond"] - velocities["cond"])
         return velocities
 
-    def _exchanged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the velocity of each branch, from those of the own ones."""
-        like = next(iter(own.values()))
-        return self.ranks.exchanged(own, names=list(self.branches), like=like)
-
     def _velocity(
-        self, branch: Branch, unit: Unit, part: Embedded, sigma: Tensor, *, hidden: Tensor | None
+        self, branch: Branch, unit: Unit, part: Noisy, *, hidden: Tensor | None
     ) -> Tensor | None:
         """Read one unit's velocity in one branch, or predict it from its stored results.
 
         Args:
             hidden: what the blocks gave, `[1, S, D]`; None if the unit was not computed.
         """
-        quantity = self.sampling.quantity
+        quantity, sigma, tokens = self.sampling.quantity, part.sigma, part.embedded.tokens
         if hidden is not None:
-            velocity = self.forward.velocity(hidden, part)
+            velocity = self.forward.velocity(hidden, part.embedded)
             if quantity == "residual":
-                change = (hidden - part.tokens)[0].unflatten(0, (len(sigma), -1))
+                change = (hidden - tokens)[0].unflatten(0, (len(sigma), -1))
                 branch.results.put(unit.id, change, sigma=sigma)
-            elif quantity == "velocity":
-                branch.results.put(unit.id, velocity.movedim(1, 0), sigma=sigma)
+            else:
+                self._store_velocity(branch, unit, part, velocity)
             return velocity
         if quantity == "latent_update":
             return None
         predicted = branch.results.predict(unit.id, sigma=sigma)
-        if quantity == "velocity":
-            return predicted.movedim(0, 1)
-        return self.forward.velocity(part.tokens + predicted.flatten(0, 1), part)
+        if quantity == "residual":
+            return self.forward.velocity(tokens + predicted.flatten(0, 1), part.embedded)
+        if quantity == "clean":
+            predicted = velocity_to(predicted, part.latents.movedim(1, 0), sigma=sigma)
+        return predicted.movedim(0, 1)
+
+    def _store_velocity(self, branch: Branch, unit: Unit, part: Noisy, velocity: Tensor) -> None:
+        """Store one unit's velocity in one branch, or the clean estimate that it points to."""
+        if self.sampling.quantity == "latent_update":
+            return
+        value = velocity.movedim(1, 0)
+        if self.sampling.quantity == "clean":
+            value = clean_estimate(part.latents.movedim(1, 0), value, sigma=part.sigma)
+        branch.results.put(unit.id, value, sigma=part.sigma)
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one solver step with every active chunk."""
@@ -298,6 +333,7 @@ class WindowSampler:
         for chunk in tick.finishing:
             self.clean.add(chunk)
             self.updates.drop(chunk)
+            self.guidance.drop(chunk)
             for branch in self.branches.values():
                 branch.results.drop(chunk)
             if self.sampling.attention == "causal" and self.sampling.clean_pass:

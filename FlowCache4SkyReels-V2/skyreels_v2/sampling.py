@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from flowcache.kv import KVCache
-from flowcache.reuse import Decision, Quantity, ResultStore, ReusePolicy
+from flowcache.results import Quantity, ResultStore
+from flowcache.reuse import Decision, ReusePolicy
 from flowcache.schedule import Tick, staggered
+from skyreels_v2.dit import Embedded
 from skyreels_v2.layers import ContextKV
 from skyreels_v2.window import Window
 
@@ -49,6 +53,22 @@ class Branch:
     results: ResultStore
     caches: list[KVCache]
     """One per layer; empty with full attention."""
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Latent frames on their way to data."""
+
+    latents: Tensor
+    """`[C, F, h, w]`."""
+    sigma: Tensor
+    """Noise level of each frame, `[F]`."""
+    embedded: Embedded
+
+    def frames(self, start: int, stop: int) -> "Noisy":
+        """Return some of the frames."""
+        own = slice(start, stop)
+        return Noisy(self.latents[:, own], self.sigma[own], self.embedded.frames(start, stop))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from flowcache.cli import ProgressBar, choose_output
@@ -93,6 +94,15 @@ class Shown(Protocol):
     def frames(self) -> Tensor | None:
         """New frames `[3, T, H, W]` in -1..1, or None."""
         ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video that was made, and what it cost."""
+
+    frames: Tensor
+    """uint8 `[T, H, W, 3]`."""
+    stats: RunStats
 
 
 def claim_output(request: Request, *, stem: str) -> Path:
@@ -248,3 +258,9 @@ def write_run(
         writer.path.with_suffix(".json").name,
     )
     return report
+
+
+def collect(shown: Iterable[Shown], stats: RunStats) -> Clip:
+    """Carry out a pipeline and keep its frames in memory."""
+    parts = [to_uint8(progress.frames).cpu() for progress in shown if progress.frames is not None]
+    return Clip(torch.cat(parts), stats)

@@ -126,6 +126,9 @@ def layout_lines(layout: Layout) -> list[str]:
 def joined(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ranks, None, None]:
     """Meet the other processes.
 
+    Args:
+        timeout: how long to wait for them, now and whenever something is exchanged.
+
     Raises:
         LostProcessError: one did not come in time.
     """
@@ -137,7 +140,7 @@ def joined(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ranks, No
         every = dist.new_group(timeout=PATIENCE, backend="gloo")
     everyone = Group(place.rank, place.size, dist.group.WORLD)
     patient = Group(place.rank, place.size, cast("dist.ProcessGroup", every))
-    yield Ranks(place, everyone=everyone, patient=patient)
+    yield Ranks(place, everyone=everyone, patient=patient, timeout=timeout)
     dist.destroy_process_group()  # not after an error: it would wait for those that are lost
 
 

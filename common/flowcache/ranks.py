@@ -154,6 +154,8 @@ class Ranks:
     """Those with the same tokens of other branches, for tensors on the device."""
     sequence: Group = field(default_factory=Group)
     """Those with other tokens of the same branches, for tensors on the device."""
+    timeout: timedelta = TIMEOUT
+    """How long an exchange may take."""
 
     @property
     def is_first(self) -> bool:
@@ -180,7 +182,7 @@ class Ranks:
                 if len(members) > 1:
                     handle = cast(
                         "dist.ProcessGroup",
-                        dist.new_group(members, timeout=TIMEOUT, backend=backend),
+                        dist.new_group(members, timeout=self.timeout, backend=backend),
                     )
                     if self.place.rank in members:
                         found = Group(members.index(self.place.rank), len(members), handle)

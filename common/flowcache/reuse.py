@@ -1,8 +1,8 @@
-"""When a chunk is recomputed, and what it gets when it is not.
+"""When a chunk is recomputed.
 
-*When* is a policy: at every tick it looks at one cheap signal per chunk and says which chunks must
-be computed. *What* is a store of results of computed steps that fills in for the others. Any policy
-goes with any stored quantity. Each guidance branch has a policy and a store of its own.
+A policy says *when*: at every tick it looks at one cheap signal per chunk and says which chunks
+must be computed. *What* the others get is told in `flowcache.results`; any policy goes with any
+stored quantity. Each guidance branch has a policy of its own.
 
 Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108).
 """
@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -268,13 +268,20 @@ def compute_together(policy: ReusePolicy, plan: Mapping[int, Decision]) -> dict[
 
 
 def agree(
-    policies: Mapping[str, ReusePolicy], plans: Mapping[str, Mapping[int, Decision]]
+    policies: Mapping[str, ReusePolicy],
+    plans: Mapping[str, Mapping[int, Decision]],
+    *,
+    apart: Collection[int] = (),
 ) -> dict[str, dict[int, Decision]]:
     """Compute a chunk in all branches as soon as one branch must compute it.
 
     For what is reused after guidance, which needs every branch.
+
+    Args:
+        apart: chunks that one branch may compute without the others.
     """
     wanted = {c for plan in plans.values() for c, decision in plan.items() if decision.is_computed}
+    wanted -= set(apart)
     return {branch: _compute(policies[branch], plan, wanted) for branch, plan in plans.items()}
 
 
@@ -314,18 +321,6 @@ def _ratio(change: float, size: float) -> float:
     return change / size
 
 
-# What a reused chunk gets -------------------------------------------------------------------------
-
-Quantity = Literal["residual", "velocity", "latent_update"]
-"""What is stored of a computed step and put in the place of one that is not:
-
-residual: the change that the blocks made to the tokens; per branch.
-velocity: the model's output; per branch.
-latent_update: the change that the whole step made to the latent, after guidance. As published for
-    MAGI-1: it contains the step size of the step in which it was made.
-"""
-
-
 class Observe(Protocol):
     """Is shown the velocity of each computed step of a chunk, for calibration."""
 
@@ -348,45 +343,3 @@ class Observe(Protocol):
             sigma: noise level of the step, 1 noise to 0 clean.
         """
         ...
-
-
-@dataclass
-class ResultStore:
-    """The last results of computed steps, by unit: a chunk, or the whole window.
-
-    A prediction is the last result, moved on along its linear trend in the noise level by
-    `factor`: 0 holds it, 1 extrapolates the line through the last two results.
-
-    Values have their latent frames on the first axis: `[F, ...]`.
-    """
-
-    factor: float = 0.0
-    history: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-
-    def units(self) -> Collection[int]:
-        """Return the units that `predict` can be asked for."""
-        return self.history.keys()
-
-    def put(self, unit: int, value: Tensor, *, sigma: Tensor) -> None:
-        """Store a computed result.
-
-        Args:
-            sigma: noise level of each latent frame at that step, `[F]`.
-        """
-        older = self.history.get(unit, [])[-1:] if self.factor else []
-        self.history[unit] = [*older, (value, sigma)]
-
-    def predict(self, unit: int, *, sigma: Tensor) -> Tensor:
-        """Return the stand-in for the result at noise level `sigma`, `[F]`."""
-        *older, (last, at) = self.history[unit]
-        if not older:
-            return last
-        ((first, start),) = older
-        span = at - start
-        # a frame whose noise level did not change between the two results has no trend
-        share = torch.where(span == 0, 0.0, (sigma - at) / torch.where(span == 0, 1.0, span))
-        return last + self.factor * share.view(-1, *[1] * (last.ndim - 1)) * (last - first)
-
-    def drop(self, unit: int) -> None:
-        """Forget a unit that is clean."""
-        self.history.pop(unit, None)

@@ -16,6 +16,8 @@ from flowcache.compress import (
     SinkRecent,
 )
 from flowcache.errors import UserError
+from flowcache.guidance import HeldGuidance
+from flowcache.results import MAX_ORDER, ResultStore
 from flowcache.reuse import (
     FlowCache,
     Rescale,
@@ -59,6 +61,9 @@ class ReuseRule:
     steps: list[int] | None = None
     most_reuses: int = 8
     extrapolate: float = 0.0
+    order: int = 1
+    guidance_every: int = 1
+    guidance_steps: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,38 @@ def _profile_policy(rule: ReuseRule, profile: Profile) -> Callable[[], ReusePoli
     )
 
 
+def store_of(rule: ReuseRule) -> ResultStore:
+    """Return a new store of the results that reused steps are made from."""
+    return ResultStore(rule.extrapolate, order=rule.order)
+
+
+def stored_results(rule: ReuseRule) -> int:
+    """Return how many results of a chunk such a store holds."""
+    return 1 + rule.order if rule.extrapolate else 1
+
+
+def guidance_of(rule: ReuseRule) -> HeldGuidance:
+    """Return a new record of which steps run the conditional pass alone."""
+    return HeldGuidance(rule.guidance_steps, every=rule.guidance_every)
+
+
+def check_guidance(rule: ReuseRule, *, num_passes: int) -> None:
+    """Check that there is guidance, if its difference is to be held.
+
+    Args:
+        num_passes: guidance passes of the run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if guidance_of(rule).is_on and num_passes == 1:
+        raise UserError(
+            "reuse.guidance_every and reuse.guidance_steps hold what guidance adds to the "
+            "conditional pass, but this run has that one pass only (a distilled model, or no "
+            "guidance): leave them out"
+        )
+
+
 def threshold_of(rule: ReuseRule) -> float | None:
     """Return the threshold of an adaptive policy, or None."""
     return rule.threshold if rule.policy in ("teacache", "flowcache", "magcache") else None
@@ -154,11 +191,23 @@ def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
     check_least("reuse.warmup_steps", rule.warmup_steps, least_warmup)
     check_least("reuse.every", rule.every, 1)
     check_least("reuse.most_reuses", rule.most_reuses, 0)
-    wrong = [step for step in rule.steps or () if not 0 <= step < num_steps]
-    if wrong:
+    if not 1 <= rule.order <= MAX_ORDER:
         raise UserError(
-            f"reuse.steps are own steps of a chunk, 0..{num_steps - 1}: {wrong[0]} is none"
+            f"reuse.order is the degree of extrapolation and must be in 1..{MAX_ORDER}, not "
+            f"{rule.order}; to hold the last result, set reuse.extrapolate=0"
         )
+    check_least("reuse.guidance_every", rule.guidance_every, 1)
+    if rule.guidance_every > 1 and rule.guidance_steps is not None:
+        raise UserError(
+            f"reuse.guidance_every={rule.guidance_every} and reuse.guidance_steps both say which "
+            "steps run all passes: give one of them"
+        )
+    for name in ("steps", "guidance_steps"):
+        wrong = [step for step in getattr(rule, name) or () if not 0 <= step < num_steps]
+        if wrong:
+            raise UserError(
+                f"reuse.{name} are own steps of a chunk, 0..{num_steps - 1}: {wrong[0]} is none"
+            )
 
 
 def check_mix(rule: KVRule) -> None:

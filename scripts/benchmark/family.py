@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
-from flowcache.job import Shown
-from flowcache.stats import RunStats
-from flowcache.video import to_uint8
+from flowcache.job import Clip
 
 REFERENCE = "vanilla"
 """The method that every other one is compared with; each family has one of this name."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where a row of the table of reuse rules belongs."""
+
+    policy: str
+    predictor: str
+    level: str
+    """Its budget."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Method:
     overrides: tuple[str, ...] = ()
     base: str | None = None
     """A second method that this one is compared with."""
+    group: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -39,15 +47,6 @@ class Source:
     def overrides(self, method: Method) -> list[str]:
         """Return the changes of a preset for a method; the prompt stands for a later one."""
         return [*self.settings, *method.overrides, "prompt=-"]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video that was made, and what it cost."""
-
-    frames: Tensor
-    """uint8 `[T, H, W, 3]`."""
-    stats: RunStats
 
 
 class Prepared(Protocol):
@@ -91,9 +90,3 @@ class Family(Generic[Job, Models]):
         wanted = {REFERENCE, *names}
         wanted |= {m.base for m in self.methods if m.name in wanted and m.base is not None}
         return [method for method in self.methods if method.name in wanted]
-
-
-def collect(shown: Iterable[Shown], stats: RunStats) -> Clip:
-    """Carry out a pipeline and keep its frames."""
-    parts = [to_uint8(progress.frames) for progress in shown if progress.frames is not None]
-    return Clip(torch.cat(parts).cpu(), stats)

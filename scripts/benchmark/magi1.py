@@ -7,8 +7,12 @@ compression do; the second one shows reuse alone.
 
 from dataclasses import replace
 
-from benchmark.family import REFERENCE, Clip, Family, Method, Source, collect
+from tuning.magi1 import Magi
+
+from benchmark.family import REFERENCE, Family, Method, Source
+from benchmark.reuse import Rivals
 from flowcache.errors import UserError
+from flowcache.job import Clip, collect
 from flowcache.stats import RunStats
 from magi1.build import budget_of
 from magi1.pipeline import generate
@@ -103,4 +107,11 @@ def check_compresses(name: str, job: Job) -> None:
         )
 
 
+RIVALS = Rivals(
+    (COMPUTED[0], COMPUTED[-1]),
+    "flowcache_fast_nocompress",
+    Magi.words,
+    has_clean=False,
+    has_guidance=False,
+)
 FAMILY = Family(METHODS, base_label="no reuse", prepare=prepare_method, load=load, render=render)

@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
-from benchmark.family import REFERENCE, Clip, Family, Method, Source, collect
-from flowcache.job import Request
+from tuning.skyreels_v2 import SkyReels
+
+from benchmark.family import REFERENCE, Family, Method, Source
+from benchmark.reuse import Rivals
+from flowcache.job import Clip, Request, collect
 from flowcache.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import Job, Models, encode_inputs, load_models, prepare
@@ -21,9 +24,10 @@ def with_predictors(name: str, preset: str) -> list[Method]:
     ]
 
 
+COMPUTED = (Method(REFERENCE, "vanilla"), Method(CAUSAL, "vanilla_causal"))
+"""Every step is computed."""
 METHODS = (
-    Method(REFERENCE, "vanilla"),
-    Method(CAUSAL, "vanilla_causal"),
+    *COMPUTED,
     *with_predictors("TeaCache-slow", "teacache_slow"),
     *with_predictors("TeaCache-fast", "teacache_fast"),
     *with_predictors("TeaCache, causal (FlowCache-fast's FLOPs)", "teacache_causal"),
@@ -53,4 +57,5 @@ def render(job: Job, models: Models, prompt: str, seed: int) -> Clip:
     return collect(generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
 
 
+RIVALS = Rivals(COMPUTED, "flowcache_fast", SkyReels.words, has_clean=True, has_guidance=True)
 FAMILY = Family(METHODS, base_label="causal", prepare=prepare_method, load=load, render=render)

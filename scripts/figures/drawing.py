@@ -1,6 +1,7 @@
 """What all drawings share: colours for light and dark pages, texts, boxes, arrows, whole files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -34,6 +35,7 @@ DARK = {
     "teacache": "#ff9d57",
     "stride": "#4fd1a5",
 }
+NO_COLOURS: Mapping[str, tuple[str, str]] = MappingProxyType({})
 RULES = f"""
 text{{font:13px {FONT};fill:var(--soft)}}
 .middle{{text-anchor:middle}}.end{{text-anchor:end}}
@@ -48,26 +50,37 @@ stroke-linecap:round;stroke-linejoin:round}}
 
 
 def document(
-    *children: Element | None, width: float, height: float, label: str, num_chunks: int = 0
+    *children: Element | None,
+    width: float,
+    height: float,
+    label: str,
+    num_chunks: int = 0,
+    colours: Mapping[str, tuple[str, str]] = NO_COLOURS,
 ) -> str:
     """Return a whole SVG file on a page of its own colour, for light and for dark mode.
 
     Args:
         label: what the drawing shows, for those who can't see it.
         num_chunks: how many chunks need a colour.
+        colours: more of them: name -> on a light page, on a dark one.
     """
     page = element("rect", width=width, height=height, rx=8, class_="page")
-    root = svg(styles(num_chunks), page, *children, width=width, height=height, label=label)
+    root = svg(
+        styles(num_chunks, colours), page, *children, width=width, height=height, label=label
+    )
     root.set("xmlns", "http://www.w3.org/2000/svg")
     ElementTree.indent(root, space=" ")
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def styles(num_chunks: int) -> Element:
+def styles(num_chunks: int, colours: Mapping[str, tuple[str, str]] = NO_COLOURS) -> Element:
     """Return the style sheet of a drawing; chunks have the colours of explain.py's pages."""
     light, dark = (
-        ";".join(f"--{name}:{colour}" for name, colour in colours.items())
-        for colours in (LIGHT, DARK)
+        ";".join(f"--{name}:{colour}" for name, colour in page.items())
+        for page in (
+            LIGHT | {name: pair[0] for name, pair in colours.items()},
+            DARK | {name: pair[1] for name, pair in colours.items()},
+        )
     )
     variables = f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return element("style", variables + chunk_styles(num_chunks) + RULES)

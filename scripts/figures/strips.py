@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmark.family import Clip, Family, Source
+from benchmark.family import Family, Source
 from benchmark.work import unseen_prompts
 from PIL import Image, ImageDraw, ImageFont
 
+from flowcache.job import Clip
 from flowcache.metrics import psnr
 
 NUM_SHOWN = 7

@@ -230,7 +230,7 @@ def _check_decisions(case: Case, sampler: ClipSampler, sums: Tensor) -> Iterator
 
 def _check_compression(case: Case, sampler: ClipSampler, strategy: Recorded) -> Iterator[Check]:
     """Compare the tokens that every compression kept, and the cache at the end."""
-    caches = sampler.caches.branches["cond"].caches
+    caches = sampler.branches["cond"].caches
     yield compare_sets(
         "compressions",
         range(len(strategy.kept) // len(caches)),

@@ -11,15 +11,8 @@ from torch.nn import functional
 
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression, KVCache, peak_tokens
-from flowcache.reuse import (
-    Decision,
-    FlowCache,
-    ResultStore,
-    ReusePolicy,
-    TeaCache,
-    Vanilla,
-    polynomial,
-)
+from flowcache.results import ResultStore
+from flowcache.reuse import Decision, FlowCache, ReusePolicy, TeaCache, Vanilla, polynomial
 from flowcache.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets, known
 from skyreels_v2.calibration import COEFFICIENTS

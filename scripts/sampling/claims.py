@@ -26,6 +26,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 FOLDER = ".claims"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PID_NAMESPACE = Path("/proc/self/ns/pid")
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0
 """Without a heartbeat, as seen by the clock of who waits: clocks of nodes may differ."""
@@ -110,7 +112,7 @@ class Claims:
             return None
         owner = {
             "task": label,
-            "host": socket.gethostname(),
+            "place": place(),
             "pid": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(),
         }
@@ -157,9 +159,21 @@ class Claims:
             return True
         try:
             owner = json.loads(text)
-            return owner["host"] == socket.gethostname() and not _is_running(owner["pid"])
+            return owner["place"] == place() and not _is_running(owner["pid"])
         except (ValueError, KeyError):  # half written: killed then, or just now
             return False
+
+
+def place() -> str:
+    """Name what process numbers are numbers of: this machine since its start, and its namespace.
+
+    Containers often share a hostname, and a number of one means nothing in another.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # where there is no Linux, the name has to do
+        parts.append(BOOT_ID.read_text(encoding="ascii").strip())
+        parts.append(os.readlink(PID_NAMESPACE))
+    return " ".join(parts)
 
 
 def _newest(folder: Path) -> int | None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,12 @@ from flowcache.errors import UserError
 from flowcache.files import write_json, write_text
 from flowcache.stats import environment
 from sampling.figures import Judge, damaged_figures, rows_of
-from sampling.protocol import COPY, VIDEOS, Protocol, read_protocol
+from sampling.gpus import describe_gpus
+from sampling.protocol import COPY, VIDEOS, Protocol, contradiction, read_protocol
 from sampling.table import SCHEMA_VERSION, csv_text, markdown, plain_rows, without_times
 from sampling.tasks import Task, flaw, flaws, read_receipt, sha256_of
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
-GPU_FIELDS = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-GPU_TIMEOUT_SECONDS = 20
 DEVICE_TOLERANCE = 1e-3
 """Share by which a metric may differ between devices, which round differently."""
 
@@ -33,16 +30,17 @@ class Evidence:
     out: Path
     judge: Judge
     notes: Sequence[str] = ()
+    model: str | None = None
+    """As the command line named it; None: the protocol's own."""
+    num_prompts: int | None = None
+    """The first so many prompts; None: all."""
 
 
-def write_table(evidence: Evidence, *, model: str | None) -> dict[str, Any]:
+def write_table(evidence: Evidence) -> dict[str, Any]:
     """Measure all videos and write the table in its three forms; return the JSON's content.
 
-    Args:
-        model: as the command line named it; None: the protocol's own.
-
     Raises:
-        UserError: a video is missing or damaged.
+        UserError: a video is missing or damaged, or made with other settings than pinned.
     """
     videos, out = evidence.out / VIDEOS, evidence.out
     missing = flaws(evidence.tasks, videos)
@@ -53,16 +51,20 @@ def write_table(evidence: Evidence, *, model: str | None) -> dict[str, Any]:
             "start the command again, it makes only those"
         )
     protocol = evidence.protocol
+    unpinned = unpinned_videos(protocol, evidence.tasks, videos)
+    if unpinned:
+        raise UserError(f"{unpinned[0]}: remove it and start the command again")
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "title": protocol.title,
         "published_setting": protocol.published_setting,
         "protocol_sha256": sha256_of(out / COPY),
-        "model": model,
+        "model": evidence.model,
+        "num_prompts": evidence.num_prompts,
         "rows": plain_rows(rows_of(protocol, evidence.tasks, out, judge=evidence.judge)),
         "metrics": list(evidence.judge.metrics),
         "lpips_sha256": dict(evidence.judge.digests),
-        "notes": list(evidence.notes),
+        "notes": [*evidence.notes, *_few_prompts(evidence)],
         "environment": environment(evidence.judge.device),
         "gpus": describe_gpus(),
         "made_by": made_by(evidence.tasks, videos),
@@ -80,6 +82,24 @@ def write_table(evidence: Evidence, *, model: str | None) -> dict[str, Any]:
     return report
 
 
+def _few_prompts(evidence: Evidence) -> list[str]:
+    count, whole = evidence.num_prompts, len(evidence.protocol.prompts)
+    if count is None or count == whole:
+        return []
+    return [f"made of the first {count} of {whole} prompts only"]
+
+
+def unpinned_videos(protocol: Protocol, tasks: Sequence[Task], videos: Path) -> list[str]:
+    """Name the receipts whose settings are not those that the protocol pins."""
+    found: list[str] = []
+    for task in tasks:
+        config = read_receipt(task, videos).get("config", {})
+        wrong = contradiction(protocol.pins(task.folder), config)
+        if wrong is not None:
+            found.append(f"{task.path(videos, '.json')}: {wrong} by the protocol")
+    return found
+
+
 def made_by(tasks: Sequence[Task], videos: Path) -> list[dict[str, Any]]:
     """Return the different environments in which the videos were made, and how many in each."""
     counts: dict[str, int] = {}
@@ -87,23 +107,6 @@ def made_by(tasks: Sequence[Task], videos: Path) -> list[dict[str, Any]]:
         text = json.dumps(read_receipt(task, videos)["environment"], sort_keys=True)
         counts[text] = counts.get(text, 0) + 1
     return [{"num_videos": count, **json.loads(text)} for text, count in counts.items()]
-
-
-def describe_gpus() -> list[dict[str, str]]:
-    """Return what nvidia-smi says of each GPU, clocks included; empty without it."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=GPU_TIMEOUT_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    names = GPU_FIELDS.split(",")
-    lines = run.stdout.splitlines() if run.returncode == 0 else []
-    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
-    return [dict(zip(names, row, strict=True)) for row in cells if len(row) == len(names)]
 
 
 def read_table(out: Path) -> dict[str, Any]:
@@ -135,7 +138,10 @@ def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
     if not copy.is_file() or sha256_of(copy) != report["protocol_sha256"]:
         return [f"{copy}: not the protocol of the table (SHA-256 differs)"]
     protocol = read_protocol(copy)
-    tasks = protocol.tasks(report["model"])
+    try:
+        tasks = protocol.tasks(report["model"], num_prompts=report["num_prompts"])
+    except UserError as error:
+        return [f"{JSON_FILE}: {error}"]
     found = _incomplete(tasks, videos)
     found += _changed_receipts(tasks, videos, report["receipts"])
     for name, text in (
@@ -146,6 +152,9 @@ def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             found.append(f"{path}: not what {JSON_FILE} says")
     found += damaged_figures(tasks, out)
+    if found:
+        return found
+    found = unpinned_videos(protocol, tasks, videos)
     if found:
         return found
     try:

@@ -1,10 +1,11 @@
 """Make videos one after the other with models that are loaded once."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from flowcache.config import to_dict
 from flowcache.errors import UserError
 from flowcache.stats import RunStats
 from flowcache.tune.applied import follows_profile
-from sampling.tasks import Kind, Origin, Task, sha256_of
+from sampling.gpus import describe_gpus
+from sampling.protocol import contradiction
+from sampling.tasks import Kind, Origin, Task, sha256_of, sketch_of
 
 SEED_KEYS = {"skyreels_v2": "seed", "magi1": "runtime_config.seed"}
 """Family -> its setting of the seed."""
@@ -22,8 +25,13 @@ OWN_KEYS = frozenset({"prompt", "seed", "image", "video"})
 """Settings in which the videos of a kind differ; a task names them itself."""
 PLACES = frozenset({"device", "load", "t5_pretrained", "vae_pretrained", "special_tokens"})
 """Settings that say where something is on this machine."""
-SETTINGS, CHECKPOINT = "resolved_settings", "checkpoint"
+SETTINGS, CHECKPOINT, TOKENS = "resolved_settings", "checkpoint", "special_tokens"
 """Parts of an origin, as messages name them."""
+FILES = {
+    "skyreels_v2": ("vae", "text_encoder", "tokenizer", "image_encoder"),
+    "magi1": ("vae", "text_encoder"),
+}
+"""Family -> other parts of an origin: what its checkpoint has beside the transformer."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,15 @@ class Renderer:
     """As the setting `device`; settings of a task come after it."""
     loaded: _Loaded | None = None
     origins: dict[Kind, Origin] = field(default_factory=dict)
-    _fingerprints: dict[Hashable, str] = field(default_factory=dict)
+    _fingerprints: dict[Hashable, dict[str, str]] = field(default_factory=dict)
 
-    def check(self, task: Task) -> Origin:
+    def check(self, task: Task, *, pins: Mapping[str, Any] | None = None) -> Origin:
         """Check the settings of a task without its prompt, and load nothing.
 
-        Returns: hashes of all settings, those of the preset included, and of the transformer.
+        Args:
+            pins: what a protocol says that settings come to.
+
+        Returns: hashes of all settings, those of the preset included, and of the checkpoint.
 
         Raises:
             UserError: something is wrong that would stop every task of its kind.
@@ -57,13 +68,29 @@ class Renderer:
         plain = Task("check", task.family, task.model, task.preset, "-", 0, task.settings)
         with tempfile.TemporaryDirectory() as folder:
             job = self._prepare(plain, Path(folder))
+        wrong = contradiction(pins or {}, to_dict(job.config))
+        if wrong is not None:
+            raise UserError(
+                f"preset {task.preset} with model {task.model}: {wrong} by the protocol: undo what "
+                "changed it, or write a protocol of your own"
+            )
+        origin = {SETTINGS: hash_settings(job), **self._checkpoint_of(task, job)}
+        self.origins[task.kind] = origin
+        return origin
+
+    def _checkpoint_of(self, task: Task, job: Any) -> dict[str, str]:
+        """Return a hash of each part of the checkpoint; little of large files is read."""
         model = _identity(task, job)
         if model not in self._fingerprints:
             checkpoints = importlib.import_module(f"{task.family}.checkpoint")
-            self._fingerprints[model] = checkpoints.fingerprint(job.checkpoint)
-        origin = {SETTINGS: hash_settings(job), CHECKPOINT: self._fingerprints[model]}
-        self.origins[task.kind] = origin
-        return origin
+            found = {CHECKPOINT: checkpoints.fingerprint(job.checkpoint)}
+            for part in FILES[task.family]:
+                path = getattr(job.checkpoint, part)
+                if path is not None:
+                    found[part] = sketch_of(path)
+            self._fingerprints[model] = found
+        tokens = hash_tokens(job) if task.family == "magi1" else None
+        return {**self._fingerprints[model], **({} if tokens is None else {TOKENS: tokens})}
 
     def render(self, task: Task, folder: Path) -> dict[str, Any]:
         """Make one video in a folder; return what its JSON holds.
@@ -78,7 +105,7 @@ class Renderer:
         stats = RunStats(job.device)
         conditioning = run.encode_inputs(job, stats=stats, encoder=loaded.encoder)
         report = run.render(_only_new(task, job), loaded.models, conditioning, stats=stats)
-        return {**report, "kv_cache_bytes": job.plan.kv_bytes}
+        return {**report, "kv_cache_bytes": job.plan.kv_bytes, "gpus": describe_gpus()}
 
     def _check_origin(self, task: Task, job: Any) -> None:
         """Check that nobody has edited the preset since the start.
@@ -126,6 +153,16 @@ def hash_settings(job: Any) -> str:
     shared["dtype"] = str(job.dtype)
     shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if follows_profile(rule) else None
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+def hash_tokens(job: Any) -> str | None:
+    """Return a hash of MAGI-1's special tokens; None: the run has none."""
+    if job.tokens is None:
+        return None
+    digest = hashlib.sha256()
+    for part in dataclasses.astuple(job.tokens):
+        digest.update(part.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _without(settings: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:

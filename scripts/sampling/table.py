@@ -13,7 +13,7 @@ from sampling.figures import Row
 Shape = Mapping[str, type | tuple[type, ...]]
 """Key -> what its value must be."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MISSING = "-"
 
 
@@ -76,6 +76,7 @@ _REPORT: Shape = {
     **dict.fromkeys(("lpips_sha256", "environment", "receipts"), dict),
     **dict.fromkeys(("rows", "metrics", "notes"), list),
     "model": (str, NoneType),
+    "num_prompts": (int, NoneType),
 }
 _ROW: Shape = {
     **dict.fromkeys(("method", "folder", "part"), str),

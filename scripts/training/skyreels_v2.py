@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
 from flowcache.demo.latents import LatentBank
-from flowcache.demo.optim import Muon, split_parameters
+from flowcache.demo.optim import new_optimizers
 from flowcache.demo.text import (
     TEXT_LEN,
     TEXT_WIDTH,
@@ -36,16 +36,15 @@ from skyreels_v2.layers import Block
 from training.work import (
     Recipe,
     Work,
-    count,
     drop_some,
     encode_bank,
     measured_psnr,
     move_over,
     new_temporary,
+    parts_record,
     read_bank,
     read_statistics,
     train_autoencoder,
-    training_record,
     write_tokenizer,
 )
 
@@ -139,15 +138,13 @@ def train_dit(work: Work) -> DemoModels:
     """Train transformer and text encoder, or load them if that is done; averaged weights."""
     models = new_models()
     bank = read_bank(work, **read_statistics(work))
-    matrices, rest = split_parameters(models.dit.named_parameters(), matrices_under=("blocks.",))
-    optimizers = [
-        Muon(matrices, 0.02),
-        torch.optim.AdamW(
-            [{"params": rest, "lr": 3e-3}, {"params": models.text.parameters(), "lr": 1e-3}],
-            betas=(0.9, 0.95),
-            weight_decay=0,
-        ),
-    ]
+    optimizers = new_optimizers(
+        models.dit.named_parameters(),
+        matrices_under=("blocks.",),
+        matrix_rate=0.02,
+        rate=3e-3,
+        others=[([*models.text.parameters()], 1e-3)],
+    )
     plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
     trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
     trainer.run(_DitLoss(models, bank))
@@ -184,18 +181,9 @@ def export(work: Work, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
     vae, models = train_decoder(work), train_dit(work)
     psnr = measured_psnr(WanCodec(vae), num_frames=CLIP_FRAMES)
-    num_parameters = {
-        "vae": count(vae),
-        "transformer": count(models.dit),
-        "text_encoder": count(models.text),
-    }
     write_checkpoint(vae, models, statistics=read_statistics(work), folder=folder)
     return {
-        "num_parameters": num_parameters,
-        "vae": training_record(work, "vae"),
-        "decoder": training_record(work, "decoder"),
-        "vae_psnr_db_on_unseen_clips": psnr,
-        "transformer": training_record(work, "dit"),
+        **parts_record(work, vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr),
         "mixture": asdict(FORCING),
     }
 

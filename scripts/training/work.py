@@ -167,9 +167,24 @@ def training_record(work: Work, stage: str) -> dict[str, float]:
     }
 
 
-def count(module: nn.Module) -> int:
-    """Count the parameters of a module."""
-    return sum(param.numel() for param in module.parameters())
+def parts_record(
+    work: Work, *, vae: nn.Module, transformer: nn.Module, text_encoder: nn.Module, psnr: float
+) -> dict[str, Any]:
+    """Say how large the parts of every demo are, how they were trained, and what the VAE reaches.
+
+    Args:
+        psnr: of the VAE on unseen clips, in dB.
+    """
+    parts = {"vae": vae, "transformer": transformer, "text_encoder": text_encoder}
+    return {
+        "num_parameters": {
+            name: sum(param.numel() for param in part.parameters()) for name, part in parts.items()
+        },
+        "vae": training_record(work, "vae"),
+        "decoder": training_record(work, "decoder"),
+        "vae_psnr_db_on_unseen_clips": psnr,
+        "transformer": training_record(work, "dit"),
+    }
 
 
 def move_over(temporary: Path, folder: Path) -> None:

@@ -1,20 +1,20 @@
 """From calibration clips to plans with an expected PSNR and cost."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowcache.errors import UserError
+from flowcache.metrics import PIXEL_MAX
 from flowcache.tune.forecast import Costs, Forecast, fit_costs, fit_pixel_scale, to_psnr
 from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
 from flowcache.tune.gram import Calibration
-from flowcache.tune.plan import Constraints, Plan, fitted_plans
-from tuning.methods import REFERENCE, Method, held, planned
+from flowcache.tune.plan import Constraints, Plan, least_error_plans
+from tuning.methods import REFERENCE, WHOLE_KV, Method, held, planned, whole_kv
 from tuning.rows import Rows, geometric_mean, mean
-from tuning.study import GUIDED, Prompt, calibrate, measure
-from tuning.subject import Subject
+from tuning.study import Prompt, calibrate, measure
+from tuning.subject import CONDITIONAL, GUIDED, Subject, Work
 
-ORDER = 1
-"""Of the extrapolation: what the samplers' stores carry out."""
 MEASURED_SHARES = (1 / 3, 1 / 2)
 """Shares of the steps in the plans that tell what steps cost and what an error means in dB."""
 NUM_MEASURED_CLIPS = 2
@@ -30,19 +30,20 @@ class Found:
     calibration: Calibration
     distances: list[tuple[int, float]]
     model: ErrorModel
-    plans: Mapping[int, Plan]
+    plans: Mapping[float, Plan]
+    """By their cost in steps that run all passes."""
     scale: float
     costs: Costs
     increments: list[list[float]]
 
     def forecast(self, plan: Plan) -> Forecast:
         """Return what is expected of a plan."""
-        return self.costs.forecast(plan.num_computed, psnr=to_psnr(plan.error, scale=self.scale))
+        return self.costs.forecast(plan.cost, psnr=to_psnr(plan.error, scale=self.scale))
 
     def forecasts(self) -> list[Forecast]:
         """Return what is expected of every plan that reuses something."""
         num_steps = self.model.num_steps
-        return [self.forecast(plan) for count, plan in self.plans.items() if count < num_steps]
+        return [self.forecast(plan) for cost, plan in self.plans.items() if cost < num_steps]
 
 
 def investigate(
@@ -50,9 +51,17 @@ def investigate(
 ) -> Found:
     """Calibrate, plan, and measure two plans."""
     calibration, distances = calibrate(subject, rows, prompts)
-    plain = calibration.error_model({GUIDED: 1.0})
+    work = subject.work()
+    plain = calibration.error_model(
+        {name: float(name == GUIDED) for name in work.branches},
+        conditional=CONDITIONAL if work.holds_guidance else None,
+    )
     model = with_gains(subject, rows, prompts[:NUM_MEASURED_CLIPS], plain)
-    plans = fitted_plans(model, order=ORDER, constraints=constraints)
+    plans = least_error_plans(
+        model,
+        constraints=constraints,
+        num_passes=work.num_passes if work.holds_guidance else 1,
+    )
     sample = sample_plans(plans, num_steps=model.num_steps)
     measured = measure(
         subject,
@@ -62,11 +71,11 @@ def investigate(
         kind="scale",
     )
     reference = measured[REFERENCE]
-    costs = {model.num_steps: (1.0, mean(reference, "seconds"))}
+    costs = {float(model.num_steps): (1.0, mean(reference, "seconds"))}
     errors: list[tuple[float, float]] = []
     for plan in sample:
         own = measured[planned(plan).name]
-        costs[plan.num_computed] = (mean(own, "flops"), mean(own, "seconds"))
+        costs[plan.cost] = (mean(own, "flops"), mean(own, "seconds"))
         errors.append((plan.error, geometric_mean(own, "mse")))
     return Found(
         calibration=calibration,
@@ -93,9 +102,7 @@ def with_gains(
             gains[middle] = mse / plan.error
     if not gains:
         return model
-    return ErrorModel(
-        model.gram, model.sigmas, interpolated_gains(gains, num_steps=model.num_steps)
-    )
+    return replace(model, gains=interpolated_gains(gains, num_steps=model.num_steps))
 
 
 def probe_plans(model: ErrorModel) -> dict[str, tuple[float, Plan]]:
@@ -125,8 +132,33 @@ def check_leaves_steps(num_steps: int, constraints: Constraints) -> None:
         )
 
 
-def sample_plans(plans: Mapping[int, Plan], *, num_steps: int) -> list[Plan]:
+def check_has_guidance(work: Work) -> None:
+    """Refuse to plan with guidance that is held where there is none.
+
+    Raises:
+        UserError: there is one guidance pass.
+    """
+    if work.holds_guidance and work.num_passes == 1:
+        raise UserError(
+            "--hold-guidance needs a model with guidance, but this run has one pass (a distilled "
+            "model, or guidance that is off): leave it out"
+        )
+
+
+def kv_effect(subject: Subject, rows: Rows, prompts: Sequence[Prompt]) -> str:
+    """Say what KV compression alone does to clips with every step computed."""
+    measured = measure(subject, rows, prompts[:NUM_MEASURED_CLIPS], [whole_kv()], kind="kv")
+    own = measured[WHOLE_KV]
+    mse = geometric_mean(own, "mse")
+    likeness = "equal" if mse == 0 else f"{10 * math.log10(PIXEL_MAX**2 / mse):.1f} dB like"
+    return (
+        f"KV cache     with compression clips are {likeness} those without, at "
+        f"{1 / mean(own, 'flops'):.3g} of the FLOPs; what follows is against clips with it"
+    )
+
+
+def sample_plans(plans: Mapping[float, Plan], *, num_steps: int) -> list[Plan]:
     """Return the plans that are measured, those nearest to `MEASURED_SHARES`."""
-    counts = [count for count in plans if count < num_steps]
-    chosen = {min(counts, key=lambda c: abs(c - share * num_steps)) for share in MEASURED_SHARES}
-    return [plans[count] for count in sorted(chosen)]
+    costs = [cost for cost in plans if cost < num_steps]
+    chosen = {min(costs, key=lambda c: abs(c - share * num_steps)) for share in MEASURED_SHARES}
+    return [plans[cost] for cost in sorted(chosen)]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from flowcache.job import Clip, collect
 from flowcache.reuse import Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
 from flowcache.tune.profile import Setting
-from flowcache.video import to_uint8
 from magi1 import checkpoint as checkpoints
 from magi1.build import clip_of, dtype_of, latent_size, setting_of
 from magi1.pipeline import Conditioning, generate
@@ -27,7 +27,7 @@ from magi1.run import (
     read_settings,
 )
 from magi1.schedule import Clock
-from tuning.subject import Clip, Words, Work
+from tuning.subject import Words, Work
 
 DEMO_FRAMES = 96
 """Pixel frames of a tuning clip on the demo: four chunks."""
@@ -39,13 +39,20 @@ class Magi:
     words = Words(content=(), published="latent_update", whole_window="teacache_no_passes")
 
     def __init__(
-        self, checkpoint: str, preset: str, settings: Sequence[str], *, folder: Path
+        self,
+        checkpoint: str,
+        preset: str,
+        settings: Sequence[str],
+        *,
+        folder: Path,
+        holds_guidance: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.preset = preset
         short = [f"runtime_config.num_frames={DEMO_FRAMES}"] if checkpoint in DEMOS else []
         self.settings = [*short, *settings]
         self.folder = folder
+        self.holds_guidance = holds_guidance
         self._run: tuple[Job, Models] | None = None
         self._conditioning: dict[str, Conditioning] = {}
 
@@ -67,6 +74,9 @@ class Magi:
             num_elements=model.latent_channels * clip.chunk_width * height * width,
             num_active=most_active(clip.num_chunks, num_steps=clock.num_steps, lag=clock.stage),
             flops=plan.flops,
+            num_passes=plan.num_passes,
+            compresses_kv=config.kv.compress != "none",
+            holds_guidance=self.holds_guidance,
         )
 
     def load(self) -> None:
@@ -104,8 +114,7 @@ class Magi:
             stats=stats,
             observe=observe,
         )
-        parts = [to_uint8(each.frames).cpu() for each in shown if each.frames is not None]
-        return Clip(torch.cat(parts), stats)
+        return collect(shown, stats)
 
     def _encoded(self, prompt: str) -> Conditioning:
         """Return what a prompt's clips are made from; its text goes through the encoder once."""

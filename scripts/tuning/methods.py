@@ -14,6 +14,9 @@ NUM_THRESHOLDS = 400
 OWN_SIGNAL = ("reuse.policy=flowcache", "reuse.warmup_steps=1000", "reuse.predict=velocity")
 """Every step is computed, and the distance of the preset's own signal is recorded."""
 
+WHOLE_KV = "whole KV cache"
+"""The preset with every step computed and no token dropped from its KV cache."""
+
 VELOCITY = ("reuse.predict=velocity", "reuse.extrapolate=0")
 TRENDS: Mapping[str, tuple[str, ...]] = {
     "velocity": VELOCITY,
@@ -31,6 +34,11 @@ class Method:
     """Instead of the one that is tuned."""
 
 
+def whole_kv() -> Method:
+    """Return the preset with every step computed and without KV compression."""
+    return Method(WHOLE_KV, (*OWN_SIGNAL, "kv.compress=none"))
+
+
 def predictors(words: Words) -> dict[str, tuple[str, ...]]:
     """Return what stands for a reused step: as published, and the velocity."""
     name = words.published.replace("_", " ")
@@ -39,11 +47,41 @@ def predictors(words: Words) -> dict[str, tuple[str, ...]]:
 
 def planned(plan: Plan) -> Method:
     """Return a plan with its own predictor."""
-    factor = plan.predictor.factor if plan.predictor.order else 0.0
     return Method(
-        f"planned {plan.num_computed}, velocity + {factor:.2f}",
-        (*_steps(plan.steps), "reuse.predict=velocity", f"reuse.extrapolate={factor:.6g}"),
+        f"planned {plan.num_computed}, {predictor_name(plan)}",
+        (*_steps(plan.steps), *predictor_settings(plan), *guidance_settings(plan)),
     )
+
+
+def predictor_name(plan: Plan) -> str:
+    """Say what stands for a reused step, and how many steps run the conditional pass alone."""
+    predictor, name = plan.predictor, plan.predictor.quantity
+    if predictor.order:
+        name += f" + {predictor.factor:.2f}{' of order 2' if predictor.order == 2 else ''}"
+    return f"{name}, {len(plan.conditional)} with one pass" if plan.conditional else name
+
+
+def predictor_settings(plan: Plan) -> tuple[str, ...]:
+    """Return what makes reused steps as a plan's predictor says."""
+    predictor = plan.predictor
+    return (
+        f"reuse.predict={predictor.quantity}",
+        f"reuse.extrapolate={predictor.factor if predictor.order else 0.0:.6g}",
+        f"reuse.order={max(predictor.order, 1)}",
+    )
+
+
+def guidance_settings(plan: Plan) -> tuple[str, ...]:
+    """Return what lets a plan's conditional steps run that pass alone."""
+    steps = guidance_steps(plan)
+    return () if steps is None else (f"reuse.guidance_steps=[{','.join(map(str, steps))}]",)
+
+
+def guidance_steps(plan: Plan) -> list[int] | None:
+    """Return the steps that run all passes; those off the plan do, if a guard computes them."""
+    if not plan.conditional:
+        return None
+    return [step for step in range(plan.steps[-1] + 1) if step not in plan.conditional]
 
 
 def held(plan: Plan) -> Method:
@@ -82,7 +120,7 @@ def whole_window(words: Words) -> list[Method]:
 
 
 def closest_threshold(
-    increments: Sequence[Sequence[float]], *, num_computed: int, warmup_steps: int
+    increments: Sequence[Sequence[float]], *, num_computed: float, warmup_steps: int
 ) -> tuple[float, float]:
     """Return FlowCache's threshold that computes nearest to so many own steps of a chunk.
 

@@ -8,13 +8,13 @@ import torch
 
 from flowcache.config import find_preset
 from flowcache.errors import UserError
+from flowcache.job import Clip, collect
 from flowcache.reuse import Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gram import most_active
 from flowcache.tune.profile import Setting
-from flowcache.video import to_uint8
 from skyreels_v2 import checkpoint as checkpoints
-from skyreels_v2.build import VAE_STRIDE, segments_of, setting_of, window_of
+from skyreels_v2.build import VAE_STRIDE, branches_of, segments_of, setting_of, window_of
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import turn_to_fit
 from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, generate
@@ -31,7 +31,7 @@ from skyreels_v2.run import (
     prepare,
     read_settings,
 )
-from tuning.subject import Clip, Words, Work
+from tuning.subject import Words, Work
 
 DEMO_FRAMES = 77
 """Pixel frames of a tuning clip on the demo: one window of four chunks."""
@@ -45,13 +45,20 @@ class SkyReels:
     )
 
     def __init__(
-        self, checkpoint: str, preset: str, settings: Sequence[str], *, folder: Path
+        self,
+        checkpoint: str,
+        preset: str,
+        settings: Sequence[str],
+        *,
+        folder: Path,
+        holds_guidance: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.preset = preset
         short = [f"num_frames={DEMO_FRAMES}"] if checkpoint == "demo" else []
         self.settings = [*short, *settings]
         self.folder = folder
+        self.holds_guidance = holds_guidance
         self._run: tuple[Job, Models] | None = None
         self._conditioning: dict[str, Conditioning] = {}
 
@@ -77,6 +84,9 @@ class SkyReels:
                 len(window.generated), num_steps=config.num_steps, lag=config.ar_step
             ),
             flops=make_plan(config, dit, dtype=torch.bfloat16).flops,
+            num_passes=len(branches_of(config)),
+            compresses_kv=config.kv.compress != "none",
+            holds_guidance=self.holds_guidance,
         )
 
     def load(self) -> None:
@@ -118,8 +128,7 @@ class SkyReels:
             stats=stats,
             observe=observe,
         )
-        parts = [to_uint8(each.frames).cpu() for each in shown if each.frames is not None]
-        return Clip(torch.cat(parts), stats)
+        return collect(shown, stats)
 
     def _encoded(self, prompt: str) -> Conditioning:
         """Return what a prompt's clips are made from; its text goes through the encoder once."""

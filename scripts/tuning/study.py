@@ -19,7 +19,6 @@ from tuning.methods import OWN_SIGNAL, REFERENCE, Method
 from tuning.rows import Rows
 from tuning.subject import Subject
 
-GUIDED = "guided"
 SKETCH_SEED = 0
 
 
@@ -52,7 +51,7 @@ def calibrate(
 
 
 def _record(subject: Subject, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> None:
-    collector = GramCollector(subject.work().num_steps, [GUIDED], sketch=sketch)
+    collector = GramCollector(subject.work().num_steps, subject.work().branches, sketch=sketch)
     clip = subject.render(
         (*OWN_SIGNAL, *subject.words.content),
         prompt=prompt.text,

@@ -4,26 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from flowcache.reuse import Observe, Quantity
-from flowcache.stats import RunStats
+from flowcache.job import Clip
+from flowcache.results import Quantity
+from flowcache.reuse import Observe
 from flowcache.tune.gram import calibration_bytes
 from flowcache.tune.profile import Setting
 
 EXACT_BYTES = 256_000_000
 """Up to this much memory, velocities are held as they are; above, as sketches."""
+GUIDED, CONDITIONAL = "guided", "cond"
+"""Branches as the samplers show them."""
 SKETCH_WIDTH = 16_384
 """Numbers of a sketch: squared errors are right to about 1 %."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video that was made, and what it cost."""
-
-    frames: Tensor
-    """uint8 `[T, H, W, 3]`."""
-    stats: RunStats
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,17 @@ class Work:
     """Chunks that are active at once at most."""
     flops: int
     """Of a clip with every step computed."""
+    num_passes: int = 1
+    """Guidance passes of a step."""
+    compresses_kv: bool = False
+    """Whether the KV cache drops clean tokens."""
+    holds_guidance: bool = False
+    """Whether plans may run the conditional pass alone: its velocities are recorded, too."""
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Return the velocities that are recorded; the guided one is what moves the latent."""
+        return (GUIDED, CONDITIONAL) if self.holds_guidance else (GUIDED,)
 
     @property
     def sketch_width(self) -> int | None:
@@ -66,7 +69,7 @@ class Work:
         return calibration_bytes(
             num_elements=self.num_elements,
             num_steps=self.num_steps,
-            num_branches=1,  # the guided velocity is what moves the latent
+            num_branches=len(self.branches),
             num_active=self.num_active,
             width=width,
         )

@@ -1,51 +1,76 @@
 #!/usr/bin/env python
-"""Collect VBench's results into one small JSON: `collect.py RESULTS OUT`.
+"""Collect VBench's results into one small JSON: `collect.py RESULTS OUT DIMENSION...`.
 
 Runs in VBench's environment, so it uses the standard library alone. RESULTS holds a folder per
-dimension with `*_eval_results.json`, `{dimension: [score, [per video ...]]}`, score in 0..1. The
-mean over dimensions is a plain one: VBench's own total weighs and rescales them.
+dimension with what VBench 0.1.5 writes at each evaluation:
+
+    results_TIME_eval_results.json   {dimension: [score, [per video ...]]}, score in 0..1
+    results_TIME_full_info.json      [{"prompt_en": ..., "video_list": [...]}, ...]
+
+The mean over dimensions is a plain one: VBench's own total weighs and rescales them. VBench only
+warns where a prompt has no video; here that is an error, since the score would be of other prompts.
 """
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+RESULT, PROMPTS = "_eval_results.json", "_full_info.json"
 
 
-def collect(results: Path) -> dict[str, float]:
-    """Return the score of each dimension; the newest file counts.
+def collect(results: Path, dimensions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return score, prompts and videos of each dimension; the newest evaluation counts.
 
     Raises:
-        ValueError: there is none, or a score is outside 0..1.
+        ValueError: one is missing or incomplete, or a score is outside 0..1.
     """
-    scores: dict[str, float] = {}
-    paths = sorted(results.glob("*/*_eval_results.json"), key=lambda path: path.stat().st_mtime)
-    for path in paths:
-        for dimension, result in json.loads(path.read_text(encoding="utf-8")).items():
-            score = float(result[0])
-            if not 0 <= score <= 1:
-                raise ValueError(f"{path}: {dimension} is {score}, but must be in 0..1")
-            scores[dimension] = score
-    if not scores:
-        raise ValueError(f"{results}: holds no */*_eval_results.json")
-    return scores
+    return {dimension: read_dimension(results / dimension, dimension) for dimension in dimensions}
+
+
+def read_dimension(folder: Path, dimension: str) -> dict[str, Any]:
+    """Return what the newest evaluation in a folder says of a dimension.
+
+    Raises:
+        ValueError: there is none, a prompt has no video, or the score is outside 0..1.
+    """
+    paths = sorted(folder.glob(f"*{RESULT}"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise ValueError(f"{folder}: holds no *{RESULT}: evaluate {dimension}")
+    path = paths[-1]
+    prompts = json.loads(
+        path.with_name(path.name.removesuffix(RESULT) + PROMPTS).read_text(encoding="utf-8")
+    )
+    counts = [len(prompt["video_list"]) for prompt in prompts]
+    empty = [prompt["prompt_en"] for prompt in prompts if not prompt["video_list"]]
+    if empty:
+        raise ValueError(
+            f"{path}: {len(empty)} of {len(prompts)} prompts of {dimension} have no video, as in "
+            f"{empty[0]!r}: make them, or leave the dimension out"
+        )
+    score = float(json.loads(path.read_text(encoding="utf-8"))[dimension][0])
+    if not 0 <= score <= 1:
+        raise ValueError(f"{path}: {dimension} is {score}, but must be in 0..1")
+    return {"score": score, "num_prompts": len(prompts), "num_videos": sum(counts)}
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    if len(sys.argv) != 3:
-        sys.stderr.write("usage: python collect.py RESULTS OUT.json\n")
+    if len(sys.argv) < 4:
+        sys.stderr.write("usage: python collect.py RESULTS OUT.json DIMENSION...\n")
         return 2
-    results, out = Path(sys.argv[1]), Path(sys.argv[2])
+    results, out, dimensions = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     try:
-        scores = collect(results)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        found = collect(results, dimensions)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
         return 2
     content = {
-        "schema_version": 1,
-        "mean_percent": 100 * sum(scores.values()) / len(scores),
-        "dimensions": dict(sorted(scores.items())),
+        "schema_version": 2,
+        "mean_percent": 100 * sum(each["score"] for each in found.values()) / len(found),
+        "dimensions": dict(sorted(found.items())),
     }
     part = out.with_name(f".{out.name}.part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

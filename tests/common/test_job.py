@@ -1,11 +1,24 @@
 """Where results go, and which settings win."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.job import Request, claim_output, config_layers
+from flowcache.job import Request, claim_output, collect, config_layers
+from flowcache.schedule import Tick
+from flowcache.stats import RunStats
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a made-up pipeline yields."""
+
+    tick: Tick
+    frames: Tensor | None
 
 
 def touch(*paths: Path) -> None:
@@ -49,3 +62,15 @@ def test_a_folder_gets_a_fresh_name(tmp_path: Path):
     named = Request(folder=tmp_path / "new", stem="mine")
     assert claim_output(named, stem="fast-3") == tmp_path / "new/mine.mp4"
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_collected_clip_holds_the_frames_of_all_ticks_in_order():
+    stats = RunStats(torch.device("cpu"))
+    black, white = torch.full((3, 2, 4, 4), -1.0), torch.ones(3, 1, 4, 4)
+    ticks = [Tick(index, 3, 3, {0: index}) for index in range(3)]
+    shown = [Progress(*each) for each in zip(ticks, (None, black, white), strict=True)]
+    clip = collect(shown, stats)
+    assert clip.stats is stats
+    assert clip.frames.shape == (3, 4, 4, 3)
+    assert clip.frames.dtype == torch.uint8
+    assert clip.frames[:, 0, 0, 0].tolist() == [0, 0, 255]

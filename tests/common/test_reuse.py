@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache.results import ResultStore
 from flowcache.reuse import (
     Decision,
     FlowCache,
-    ResultStore,
     ReusePolicy,
     Stride,
     TeaCache,
@@ -277,55 +277,3 @@ def test_relative_distances_are_those_worked_by_hand():
 def test_half_precision_signals_are_compared_without_overflow():
     large = torch.full((4096,), 60000.0, dtype=torch.float16)
     assert relative_l1({0: (large, large / 2)})[0] == pytest.approx(1.0, rel=1e-3)
-
-
-# What a reused chunk gets -------------------------------------------------------------------------
-
-
-def test_the_last_result_is_held_bit_for_bit():
-    store, value = ResultStore(), torch.randn(2, 3)
-    store.put(4, torch.randn(2, 3), sigma=torch.tensor([0.9, 0.9]))
-    store.put(4, value, sigma=torch.tensor([0.8, 0.8]))
-    assert torch.equal(store.predict(4, sigma=torch.tensor([0.1, 0.1])), value)
-    assert list(store.units()) == [4]
-    store.drop(4)
-    store.drop(4)
-    assert list(store.units()) == []
-
-
-def test_a_linear_velocity_is_extrapolated_exactly_with_factor_1():
-    draw = torch.Generator().manual_seed(0)
-    start, slope = torch.randn(2, 3, 5, 4, generator=draw)
-
-    def velocity(sigma: Tensor) -> Tensor:
-        return start + slope * sigma.view(-1, 1, 1)
-
-    store, sigmas = ResultStore(1.0), [torch.full((3,), s) for s in (0.9, 0.8, 0.65, 0.3)]
-    for sigma in sigmas[:2]:
-        store.put(0, velocity(sigma), sigma=sigma)
-    for sigma in sigmas[2:]:
-        predicted = store.predict(0, sigma=sigma)
-        torch.testing.assert_close(predicted, velocity(sigma), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("factor", "expected"), [(0.0, 6.0), (0.5, 8.0), (1.0, 10.0)])
-def test_the_factor_is_the_share_of_the_linear_trend(factor: float, expected: float):
-    """Results 2 at noise 1.0 and 6 at 0.8; the line goes through 10 at 0.6."""
-    store = ResultStore(factor)
-    store.put(0, signal(2.0), sigma=signal(1.0))
-    store.put(0, signal(6.0), sigma=signal(0.8))
-    assert store.predict(0, sigma=signal(0.6)).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_single_result_has_no_trend():
-    store = ResultStore(1.0)
-    store.put(0, signal(2.0), sigma=signal(1.0))
-    assert store.predict(0, sigma=signal(0.5)).item() == 2.0
-
-
-def test_frames_at_their_own_noise_levels_have_trends_of_their_own():
-    """The second frame stood still between the results: it is held."""
-    store = ResultStore(1.0)
-    store.put(-1, torch.tensor([[0.0], [5.0]]), sigma=signal(1.0, 0.0))
-    store.put(-1, torch.tensor([[1.0], [7.0]]), sigma=signal(0.5, 0.0))
-    assert store.predict(-1, sigma=signal(0.0, 0.0)).tolist() == [[2.0], [7.0]]

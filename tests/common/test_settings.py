@@ -80,6 +80,8 @@ def test_values_out_of_range_are_refused():
     for rule, message in (
         (ReuseRule(warmup_steps=0), r"reuse\.warmup_steps must be 1 or more, not 0"),
         (ReuseRule(threshold=float("nan")), r"reuse\.threshold must be 0 or more"),
+        (ReuseRule(order=0), r"reuse\.order .* must be in 1\.\.2, not 0; to hold the last result"),
+        (ReuseRule(order=3), r"must be in 1\.\.2, not 3"),
         (ReuseRule(steps=[0, 4]), r"reuse\.steps are own steps of a chunk, 0\.\.3: 4 is none"),
     ):
         with pytest.raises(UserError, match=message):

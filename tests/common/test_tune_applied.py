@@ -8,7 +8,7 @@ import pytest
 
 from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.settings import ReuseRule, policy_maker, threshold_of
+from flowcache.settings import ReuseRule, guidance_of, policy_maker, threshold_of
 from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
 from flowcache.tune.policies import GuardedPlan, MagCache, Planned
 from flowcache.tune.profile import (
@@ -78,6 +78,19 @@ def test_the_predictor_of_the_profile_is_used_with_its_plan(load: Load, tmp_path
     assert profile_lines(rule) == [
         f"profile      {rule.profile}: 2 or 3 of 4 steps planned, 41.5 dB expected"
     ]
+
+
+def test_order_and_held_guidance_of_the_profile_are_used(load: Load):
+    reuse = Reuse([[0, 1, 3]], "clean", order=2, factor=0.7, guidance_steps=[0, 2, 3])
+    write_profile(replace(PROFILE, reuse=reuse), Path("second.yaml"))
+    rule = load("reuse.policy=planned", "reuse.profile=second.yaml").reuse
+    assert (rule.predict, rule.extrapolate, rule.order) == ("clean", 0.7, 2)
+    assert rule.guidance_steps == [0, 2, 3]
+    assert guidance_of(rule).steps == [0, 2, 3]
+    held = replace(PROFILE, reuse=Reuse([[0, 3]], "velocity", order=0, factor=1.0))
+    write_profile(held, Path("held.yaml"))
+    rule = load("reuse.policy=planned", "reuse.profile=held.yaml").reuse
+    assert (rule.extrapolate, rule.order, rule.guidance_steps) == (0.0, 1, None)
 
 
 def test_a_predictor_on_the_command_line_wins(load: Load):

@@ -24,7 +24,7 @@ FORECASTS = [
     [("flops=0.36", 7), ("speedup=3", 6), ("seconds=1.25", 12), ("psnr=32", 12), ("flops=1", 20)],
 )
 def test_the_target_decides_how_many_steps_are_computed(text: str, count: int):
-    assert choose(parse_target(text), FORECASTS).num_computed == count
+    assert choose(parse_target(text), FORECASTS).cost == count
 
 
 def test_a_longer_plan_that_is_worse_is_not_chosen():

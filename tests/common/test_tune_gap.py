@@ -1,8 +1,11 @@
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from flowcache.reuse import ResultStore
+from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
 
 SIGMAS = np.array([1.0, 0.9, 0.75, 0.6, 0.4, 0.25, 0.1, 0.0])
@@ -48,10 +51,13 @@ def test_the_gram_form_equals_the_error_of_an_euler_step_by_step_run(order: int,
     assert model.plan(computed, predictor) == pytest.approx(sum(errors), rel=1e-5)
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_the_weights_are_those_of_the_store_that_fills_in_for_reused_steps(factor: float):
-    weights = Predictor(1, factor).weights([0, 1, 3], 5, sigmas=SIGMAS)
-    store = ResultStore(factor)
+def test_the_weights_are_those_of_the_store_that_fills_in_for_reused_steps(
+    order: int, factor: float
+):
+    weights = Predictor(order, factor).weights([0, 1, 3], 5, sigmas=SIGMAS)
+    store = ResultStore(factor, order=order)
     values = torch.randn(NUM_STEPS, 2, 3, generator=torch.Generator().manual_seed(1))
     for step in (0, 1, 3):
         store.put(0, values[step], sigma=torch.full((2,), float(SIGMAS[step])))
@@ -119,3 +125,80 @@ def test_a_matrix_of_the_wrong_size_or_rising_noise_levels_are_refused():
         ErrorModel(np.eye(7), SIGMAS[::-1].copy())
     with pytest.raises(ValueError, match="order"):
         Predictor(3)
+
+
+# Clean estimates and held guidance ----------------------------------------------------------------
+
+
+def walked(
+    predictor: Predictor, computed: list[int], conditional: list[int], *, seed: int = 0
+) -> tuple[float, float]:
+    """Return the predicted error of a plan, and that of a run that is made step by step.
+
+    The run goes as the samplers do, from the exact latent in front of every gap.
+    """
+    draw = np.random.default_rng(seed)
+    guided_ND, plain_ND = draw.normal(size=(2, NUM_STEPS, 40))
+    both = np.concatenate([guided_ND, plain_ND])
+    model = ErrorModel(guided_ND @ guided_ND.T, SIGMAS, joint=both @ both.T)
+    sizes = np.diff(SIGMAS)
+    exact = np.concatenate([np.zeros((1, 40)), (sizes[:, None] * guided_ND).cumsum(axis=0)])
+    store = ResultStore(predictor.factor if predictor.order else 0, order=max(predictor.order, 1))
+    total, added = 0.0, np.zeros(40)
+    for start, stop in itertools.pairwise(computed):
+        x = torch.tensor(exact[start])[None]
+        for step in range(start, stop):
+            at = torch.tensor([SIGMAS[step]])
+            if step == start:
+                added = added if step in conditional else guided_ND[step] - plain_ND[step]
+                velocity = torch.tensor(plain_ND[step] + added)[None]
+                is_clean = predictor.quantity == "clean"
+                value = clean_estimate(x, velocity, sigma=at) if is_clean else velocity
+                store.put(0, value, sigma=at)
+            else:
+                velocity = store.predict(0, sigma=at)
+                if predictor.quantity == "clean":
+                    velocity = velocity_to(velocity, x, sigma=at)
+            x = x + float(sizes[step]) * velocity
+        total += float(((x[0].numpy() - exact[stop]) ** 2).sum())
+    return model.plan(computed, predictor, conditional=conditional), total
+
+
+@pytest.mark.parametrize("quantity", ["velocity", "clean"])
+@pytest.mark.parametrize(("order", "factor"), [(0, 1.0), (1, 0.6), (2, 0.8)])
+@pytest.mark.parametrize("conditional", [[], [2], [2, 3], [1, 3]])
+def test_the_gram_form_equals_the_error_of_a_run_with_the_samplers_store(
+    quantity: Any, order: int, factor: float, conditional: list[int]
+):
+    predictor = Predictor(order, factor, quantity)
+    predicted, found = walked(predictor, [0, 1, 2, 3, 6], conditional)
+    assert predicted == pytest.approx(found, rel=1e-5)
+    assert found > 0
+
+
+def test_a_held_clean_estimate_costs_what_a_held_velocity_does():
+    model, _ = random_model(1)
+    plans = [model.plan([0, 2, 6], Predictor(0, quantity=q)) for q in ("velocity", "clean")]
+    assert plans[0] == pytest.approx(plans[1], rel=1e-9)
+    trends = [model.plan([0, 2, 6], Predictor(1, 0.5, q)) for q in ("velocity", "clean")]
+    assert trends[0] != pytest.approx(trends[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(("order", "quantity"), [(1, "clean"), (2, "velocity"), (2, "clean")])
+def test_no_factor_does_better_than_the_fitted_one_with_any_predictor(order: int, quantity: Any):
+    guided_ND, plain_ND = np.random.default_rng(4).normal(size=(2, NUM_STEPS, 40))
+    both = np.concatenate([guided_ND, plain_ND])
+    model = ErrorModel(guided_ND @ guided_ND.T, SIGMAS, joint=both @ both.T)
+    steps, held = [0, 1, 2, 4, 6], [2]
+    best = model.best_factor(steps, order=order, quantity=quantity, conditional=held)
+    error = model.plan(steps, Predictor(order, best, quantity), conditional=held)
+    for other in (best - 0.1, best + 0.1, 0.0):
+        assert model.plan(steps, Predictor(order, other, quantity), conditional=held) > error
+
+
+def test_conditional_steps_need_the_joint_matrix():
+    model, _ = random_model()
+    with pytest.raises(ValueError, match="joint matrix"):
+        model.plan([0, 1, 6], Predictor(), conditional=[1])
+    with pytest.raises(ValueError, match="14 x 14"):
+        ErrorModel(model.gram, SIGMAS, joint=np.eye(7))

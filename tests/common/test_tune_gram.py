@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def test_the_gram_matrix_gives_the_direct_error_of_the_guided_velocity():
         expected = np.mean([direct_error(seen, computed, factor) for seen in clips])
         found = model.plan(computed, Predictor(1, factor))
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_joint_matrix_gives_the_direct_error_of_held_guidance():
+    """Step 2 runs the conditional branch alone, step 3 is reused, step 4 runs both."""
+    seen = velocities(5)
+    collector = GramCollector(NUM_STEPS, WEIGHTS)
+    observe_chunk(collector, 0, seen)
+    model = collector.finish().error_model(WEIGHTS, conditional="cond")
+    guided = sum(weight * seen[branch].double() for branch, weight in WEIGHTS.items())
+    assert isinstance(guided, Tensor)
+    stand_in = seen["cond"][2].double() + guided[1] - seen["cond"][1].double()
+    sizes = [after - before for before, after in itertools.pairwise([*SIGMAS, 0.0])]
+    error = sizes[2] * (guided[2] - stand_in) + sizes[3] * (guided[3] - stand_in)
+    found = model.plan([0, 1, 2, 4, 5], Predictor(), conditional=[2])
+    assert found == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
 def test_chunks_that_are_active_at_once_are_kept_apart():

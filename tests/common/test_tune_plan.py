@@ -1,11 +1,12 @@
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.tune.gap import ErrorModel, Predictor
-from flowcache.tune.plan import Constraints, best_plans, fitted_plans
+from flowcache.tune.gap import ErrorModel, Predictor, points_of
+from flowcache.tune.plan import Constraints, best_plans, fitted_plans, least_error_plans
 
 
 def smooth_model(num_steps: int = 9, seed: int = 0) -> ErrorModel:
@@ -82,3 +83,79 @@ def test_constraints_that_mean_nothing_are_refused():
         Constraints(warmup_steps=0)
     with pytest.raises(UserError, match="most_reuses"):
         Constraints(most_reuses=-1)
+
+
+# Steps with the conditional pass alone ------------------------------------------------------------
+
+
+def guided_model(num_steps: int = 6, seed: int = 0) -> ErrorModel:
+    """Return the errors of guided and conditional velocities that walk at random."""
+    draw = np.random.default_rng(seed)
+    plain_ND = draw.normal(size=(num_steps, 30)).cumsum(axis=0)
+    added_ND = 0.5 * draw.normal(size=(num_steps, 30)).cumsum(axis=0)
+    both = np.concatenate([plain_ND + added_ND, plain_ND])
+    gram = both @ both.T
+    sigmas = np.linspace(1, 0, num_steps + 1) ** 1.3
+    return ErrorModel(gram[:num_steps, :num_steps], sigmas, joint=gram)
+
+
+def every_choice(
+    num_steps: int, constraints: Constraints
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield all steps that may be computed, with all that may run the conditional pass alone."""
+    forced = constraints.forced(num_steps)
+    for kinds in itertools.product((0, 1, 2), repeat=num_steps):
+        steps = tuple(step for step, kind in enumerate(kinds) if kind)
+        conditional = tuple(step for step, kind in enumerate(kinds) if kind == 1)
+        if set(conditional) & set(forced) or not constraints.allow(steps, num_steps=num_steps):
+            continue
+        spans = [step - anchor for step, anchor in points_of(steps, conditional)]
+        if max(spans) <= constraints.most_reuses:
+            yield steps, conditional
+
+
+@pytest.mark.parametrize("num_passes", [2, 3])
+@pytest.mark.parametrize(
+    "predictor", [Predictor(0), Predictor(1, 0.5), Predictor(1, 0.7, "clean"), Predictor(2, 0.8)]
+)
+@pytest.mark.parametrize("constraints", [Constraints(), Constraints(most_reuses=2)])
+def test_the_programme_with_conditional_steps_finds_what_exhaustive_search_finds(
+    predictor: Predictor, num_passes: int, constraints: Constraints
+):
+    model = guided_model()
+    best: dict[float, float] = {}
+    for steps, conditional in every_choice(6, constraints):
+        cost = round(len(steps) - len(conditional) + len(conditional) / num_passes, 9)
+        error = model.plan(steps, predictor, conditional=conditional)
+        best[cost] = min(best.get(cost, error), error)
+    found = best_plans(model, predictor, constraints=constraints, num_passes=num_passes)
+    assert {round(cost, 9) for cost in found} == set(best)
+    for cost, plan in found.items():
+        assert plan.cost == pytest.approx(cost)
+        assert plan.error == pytest.approx(best[round(cost, 9)], rel=1e-9, abs=1e-12)
+        again = model.plan(plan.steps, predictor, conditional=plan.conditional)
+        assert plan.error == pytest.approx(again, rel=1e-9, abs=1e-12)
+    assert any(plan.conditional for plan in found.values())
+
+
+def test_the_least_error_is_taken_over_all_predictors():
+    model = guided_model(8, seed=3)
+    best = least_error_plans(model, constraints=Constraints(), num_passes=2)
+    for order in (0, 1, 2):
+        for quantity in ("velocity", "clean"):
+            for cost, plan in fitted_plans(
+                model, order=order, constraints=Constraints(), quantity=quantity
+            ).items():
+                assert best[cost].error <= plan.error + 1e-12
+    guided = fitted_plans(model, order=1, constraints=Constraints(), num_passes=2)
+    assert best.keys() == guided.keys()
+    assert len({plan.predictor.order for plan in best.values()}) > 1
+    for plan in best.values():
+        found = model.plan(plan.steps, plan.predictor, conditional=plan.conditional)
+        assert plan.error == pytest.approx(found, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("num_steps", "counts"), [(4, [2, 3, 4]), (2, [2])])
+def test_few_steps_have_the_plans_that_they_leave(num_steps: int, counts: list[int]):
+    plans = least_error_plans(smooth_model(num_steps), constraints=Constraints())
+    assert list(plans) == counts

@@ -41,6 +41,14 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
 
 
+def test_a_profile_from_before_guidance_was_held_is_read(tmp_path: Path):
+    path = write(tmp_path)
+    text = path.read_text()
+    assert "guidance_steps: null" in text
+    path.write_text(text.replace("  guidance_steps: null\n", ""))
+    assert read_profile(path) == PROFILE
+
+
 def test_a_missing_profile_says_how_to_make_one(tmp_path: Path):
     with pytest.raises(UserError, match=r"scripts/tune\.py"):
         read_profile(tmp_path / "none.yaml")
@@ -56,7 +64,8 @@ def test_a_missing_profile_says_how_to_make_one(tmp_path: Path):
         ("num_steps: 4", "num_steps: 5"),
         ("reuse:", "reuse: ["),
         ("predict: velocity", "predict: pixels"),
-        ("order: 1", "order: 2"),
+        ("order: 1", "order: 3"),
+        ("guidance_steps: null", "guidance_steps: [4]"),
     ],
 )
 def test_a_damaged_profile_is_refused_in_one_line(tmp_path: Path, old: str, new: str):

@@ -14,7 +14,7 @@ import torch
 
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.demo.clips import Attributes
-from flowcache.job import config_layers
+from flowcache.job import Clip, config_layers
 from flowcache.reuse import Decision
 from flowcache.stats import RunStats
 from magi1.released import find_model
@@ -222,7 +222,7 @@ def test_figures_and_averages_are_those_worked_by_hand():
             stats.record(segment=0, tick=0, chunk=0, step=0, branch="all", decision=decision)
         with stats.stage("dit"), stats.stage("vae"):
             stats.add_flops(computed=2 * 10**9, without_reuse=4 * 10**9)
-        return family.Clip(torch.full((9, 64, 64, 3), level, dtype=torch.uint8), stats)
+        return Clip(torch.full((9, 64, 64, 3), level, dtype=torch.uint8), stats)
 
     reference = clip(100, is_computed=True)
     rows = [

@@ -19,8 +19,18 @@ CAPTION = "a red circle moving right on a black background"
 
 
 @pytest.fixture(scope="module")
-def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
-    return load_recipe("magi1")
+def parts(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("magi1_models")
+
+
+@pytest.fixture(scope="module")
+def losses(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("magi1_losses")
+
+
+@pytest.fixture(scope="module")
+def export(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("magi1_export")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +40,14 @@ def bank() -> LatentBank:
 
 
 @pytest.fixture(scope="module")
-def exported(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(
+    parts: ModuleType, export: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = recipe.new_models()
+    models = parts.new_models()
     statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
-    student = recipe.new_models().dit
-    recipe.write_checkpoint(recipe.new_vae(), models, student, statistics=statistics, folder=folder)
+    student = parts.new_models().dit
+    export.write_checkpoint(parts.new_vae(), models, student, statistics=statistics, folder=folder)
     return folder
 
 
@@ -53,30 +65,34 @@ def test_the_export_is_a_checkpoint_of_the_release(
     assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 12e6
 
 
-def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures(recipe: ModuleType):
-    plain, folded = recipe.new_vae(), recipe.new_vae()
+def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures(
+    parts: ModuleType, export: ModuleType
+):
+    plain, folded = parts.new_vae(), parts.new_vae()
     rng = np.random.default_rng(0)
-    clip = torch.stack([recipe_pixels(rng) for _ in range(4)])
+    clip = torch.stack([drawn_pixels(rng) for _ in range(4)])
     with torch.inference_mode():
-        latents = recipe.ViTCodec(plain).encode(clip)
-        pictures = recipe.ViTCodec(plain).decode(latents)
+        latents = parts.ViTCodec(plain).encode(clip)
+        pictures = parts.ViTCodec(plain).decode(latents)
     mean = latents.mean((0, 2, 3, 4)).tolist()
     std = latents.std((0, 2, 3, 4)).tolist()
-    recipe.fold_statistics(folded, mean=mean, std=std)
-    codec = vae.VAE(folded, scale=recipe.SCALE_FACTOR)
+    export.fold_statistics(folded, mean=mean, std=std)
+    codec = vae.VAE(folded, scale=export.SCALE_FACTOR)
     scaled = codec.encode(clip)
     assert torch.allclose(scaled.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4)
     assert torch.allclose(scaled.std((0, 2, 3, 4)), torch.ones(16), atol=1e-4)
     assert torch.allclose(codec.decode(scaled), pictures, atol=1e-3)
 
 
-def recipe_pixels(rng: np.random.Generator) -> torch.Tensor:
+def drawn_pixels(rng: np.random.Generator) -> torch.Tensor:
     frames = draw_scene(rng, num_frames=12)
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def test_an_untrained_model_is_silent_and_learns(recipe: ModuleType, bank: LatentBank):
-    loss = recipe.BaseLoss(recipe.new_models(), bank, forcing=recipe.FORCING)
+def test_an_untrained_model_is_silent_and_learns(
+    parts: ModuleType, losses: ModuleType, bank: LatentBank
+):
+    loss = losses.BaseLoss(parts.new_models(), bank, forcing=losses.FORCING)
     first = loss(0, step_randomness(0, 0))
     # noise and data both have deviation 1, and the silent model's velocity is 0
     assert float(first.detach()) == pytest.approx(2.0, abs=0.2)
@@ -88,18 +104,18 @@ def test_an_untrained_model_is_silent_and_learns(recipe: ModuleType, bank: Laten
 
 
 def test_a_copy_of_the_base_model_is_as_far_from_guidance_as_guidance_from_text(
-    recipe: ModuleType, bank: LatentBank
+    parts: ModuleType, losses: ModuleType, bank: LatentBank
 ):
-    models = recipe.new_models()
+    models = parts.new_models()
     generator = torch.Generator().manual_seed(1)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
-    loss = recipe.DistillLoss(models, models.dit, bank)
+    loss = losses.DistillLoss(models, models.dit, bank)
     with torch.no_grad():
         assert float(loss(3, step_randomness(0, 3))) > 0
         now, clips = loss.draw(step_randomness(0, 3))
-        with_text = recipe.predict(models.dit, clips, now, is_null=False)
-        without = recipe.predict(models.dit, clips, now, is_null=True)
+        with_text = losses.predict(models.dit, clips, now, is_null=False)
+        without = losses.predict(models.dit, clips, now, is_null=True)
         guided = loss.guided(clips, now)
     is_late = (clips.sigma < 0.7)[:, None, :, None, None]
     expected = without + torch.where(is_late, 1.5, 3.0) * (with_text - without)

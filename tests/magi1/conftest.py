@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,10 +18,11 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from flowcache.config import find_preset, load_config
 from flowcache.job import config_layers
 from flowcache.video import VideoWriter
+from magi1 import run as runs
 from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi1.dit import DiT, set_precision
 from magi1.released import find_model
-from magi1.run import BASE, PRESETS, Job, Request, prepare, run
+from magi1.run import BASE, PRESETS
 from magi1.settings import RunConfig
 from magi1.vae import parse_config
 from magi1.vit import ViTVAE
@@ -328,43 +328,10 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "quantised", is_fp8=True)
 
 
-@dataclass(frozen=True)
-class Made:
-    """A finished run."""
-
-    job: Job
-    report: dict[str, Any]
-
-    @property
-    def path(self) -> Path:
-        return self.job.path.with_name(self.report["video"])
-
-
 @pytest.fixture
-def make(distilled: Path, tmp_path: Path) -> Callable[..., Made]:
+def make(maker: Callable[..., Any], distilled: Path) -> Callable[..., Any]:
     """Return what makes a video in a fresh folder from settings given as `key=value`."""
-
-    def make_video(*settings: str, preset: str = "vanilla", model: Path = distilled) -> Made:
-        job = prepare(
-            Request(
-                preset=preset,
-                model=str(model),
-                overrides=["prompt=a red circle moving right", *settings],
-                out=str(tmp_path / "videos"),
-            )
-        )
-        return Made(job, run(job))
-
-    return make_video
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    """An image with a gradient, of another aspect than the videos."""
-    path = tmp_path / "picture.png"
-    rows = np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None]
-    Image.fromarray(np.broadcast_to(rows, (40, 30, 3)).copy()).save(path)
-    return path
+    return maker(runs, distilled)
 
 
 @pytest.fixture

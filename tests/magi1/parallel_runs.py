@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from flowcache.parallel import joined
-from flowcache.ranks import Layout, Place, Ranks
+from flowcache.ranks import PATIENCE, Layout, Place, Ranks
 from flowcache.stats import RunStats
 from magi1.pipeline import generate
 from magi1.run import Request, encode_inputs, load_models, prepare, read_settings
@@ -31,11 +31,13 @@ CASES = {
     "frames": [*COMPRESSED, "kv.granularity=frame", "reuse.policy=stride"],
 }
 """Name -> settings; each with 9 tokens per chunk of 3 latents."""
+HELD = {"held": ["reuse.guidance_every=2"]}
+"""The same, for models with guidance."""
 
 
 def main() -> None:
     models, folder, *layouts = sys.argv[1:]
-    with torch.no_grad(), joined(Place.of(os.environ)) as ranks:
+    with torch.no_grad(), joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))
@@ -50,7 +52,8 @@ def make_videos(model: str, ranks: Ranks) -> dict[str, object]:
     stats = RunStats(job.device)
     conditioning, models = encode_inputs(job, stats=stats), load_models(job, stats=stats)
     results = {}
-    for name, settings in CASES.items():
+    cases = CASES if job.config.engine_config.distill else CASES | HELD
+    for name, settings in cases.items():
         *_, config = read_settings(
             Request(preset="vanilla", model=model, overrides=[*COMMON, *settings])
         )

@@ -1,11 +1,10 @@
 """The bash launchers: what they hand to the command line, and that it makes videos."""
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,60 +45,35 @@ Launch = Callable[..., list[str]]
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the launchers in a path with blanks, whose set-up enters `bin` in `tmp_path`."""
-    folder = tmp_path / "a copy" / "model"
-    shutil.copytree(FOLDER / "scripts", folder / "scripts")
-    shutil.copytree(FOLDER / "assets", folder / "assets")
-    setup = folder.parent / "scripts" / "setup.sh"
-    setup.parent.mkdir()
-    setup.write_text(f'export PATH="{tmp_path}/bin:$PATH"\n')
-    (tmp_path / "bin").mkdir()
-    return folder
-
-
-def run_launcher(
-    folder: Path, name: str, *arguments: str, cwd: Path, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    return subprocess.run(
-        ["bash", str(folder / "scripts" / "single_run" / f"{name}.sh"), *arguments],
-        cwd=cwd,
-        env=clean | variables | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+def launchers(copy_launchers: Callable[..., Any]) -> Any:
+    """A copy of the launchers, see `Launchers`."""
+    return copy_launchers(
+        FOLDER,
+        ("scripts", "assets"),
+        pattern="scripts/single_run/{}.sh",
+        package="magi1",
+        variables=VARIABLES,
     )
 
 
-def use_python(folder: Path, *, script: str) -> None:
-    """Put a script in place of the environment's Python."""
-    path = folder / "bin" / "python"
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
-    path.chmod(0o755)
+@pytest.fixture
+def copy(launchers: Any) -> Path:
+    """The model's folder with the copied launchers."""
+    return launchers.folder
 
 
 @pytest.fixture
-def launch(copy: Path, tmp_path: Path) -> Launch:
+def launch(launchers: Any) -> Launch:
     """Return what runs a launcher from elsewhere and gives what it hands to Python."""
-    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
-
-    def run(name: str, *arguments: str, **variables: str) -> list[str]:
-        done = run_launcher(copy, name, *arguments, cwd=tmp_path, **variables)
-        assert done.returncode == 0, done.stderr
-        handed = (tmp_path / "arguments").read_text().removesuffix("\0").split("\0")
-        assert handed[:2] == ["-m", "magi1"]
-        return handed[2:]
-
-    return run
+    return launchers.handed_on
 
 
 @pytest.mark.parametrize("name", ["flowcache_t2v", "teacache_i2v", "vanilla_t2v"])
-def test_several_gpus_are_used_through_torchrun(copy: Path, tmp_path: Path, name: str):
-    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
-    done = run_launcher(copy, name, "--dry-run", cwd=tmp_path, GPUS="4")
+def test_several_gpus_are_used_through_torchrun(launchers: Any, tmp_path: Path, name: str):
+    launchers.use_python(f'printf "%s\\0" "$@" > "{tmp_path}/handed"')
+    done = launchers.run(name, "--dry-run", cwd=tmp_path, GPUS="4")
     assert done.returncode == 0, done.stderr
-    handed = (tmp_path / "arguments").read_text().split("\0")
+    handed = (tmp_path / "handed").read_text().split("\0")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     assert handed[:7] == [*torchrun, "-m", "magi1", "--model"]
 
@@ -208,9 +182,9 @@ def test_the_newest_finished_text_to_video_clip_is_continued(launch: Launch, cop
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_clip_to_continue_a_launcher_says_how_to_make_one(
-    copy: Path, tmp_path: Path, method: str
+    launchers: Any, tmp_path: Path, method: str
 ):
-    refused = run_launcher(copy, f"{method}_v2v", cwd=tmp_path)
+    refused = launchers.run(f"{method}_v2v", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == (
         "error: no video to continue: set VIDEO=clip.mp4, or make one first: "
@@ -283,20 +257,20 @@ def test_a_missing_picture_is_told_in_one_line(
 
 
 def test_launchers_make_videos_and_one_continues_the_other(
-    copy: Path, distilled: Path, tmp_path: Path
+    launchers: Any, distilled: Path, tmp_path: Path
 ):
-    use_python(tmp_path, script=f'exec "{sys.executable}" "$@"')
+    launchers.use_python(f'exec "{sys.executable}" "$@"')
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
     short = {"MODEL": str(distilled), "NUM_FRAMES": "36", "NUM_STEPS": "2", "SEED": "3"}
     num_frames = {"t2v": 36, "v2v": 40}
     for name in ("flowcache_t2v", "vanilla_v2v"):
-        done = run_launcher(copy, name, cwd=elsewhere, **short)
+        done = launchers.run(name, cwd=elsewhere, **short)
         assert done.returncode == 0, done.stderr
         assert "wrote " in done.stderr
         mode = name.partition("_")[2]
-        path = copy / "result" / mode / f"{preset_of(name)}-3.mp4"
+        path = launchers.folder / "result" / mode / f"{preset_of(name)}-3.mp4"
         assert probe(path).num_frames == num_frames[mode]
         assert path.with_suffix(".json").is_file()
     assert not list(elsewhere.iterdir())

@@ -208,7 +208,7 @@ def test_a_small_budget_bounds_the_cache(dit: DiT, sampling: Sampling, num_prefi
     )
     finished(sampler)
     assert sampler.stats.num_reused > 0
-    for branch in sampler.caches.branches.values():
+    for branch in sampler.branches.values():
         assert {cache.kv.shape[1] for cache in branch.caches} == {5 * LAYOUT.chunk_tokens}
 
 
@@ -225,7 +225,7 @@ def test_the_newest_chunks_can_be_kept_instead(dit: DiT, vanilla: Callable[[Samp
 def test_no_key_is_read_before_it_is_written(dit: DiT, sampling: Sampling):
     policy = TeaCache(threshold=0.5, warmup_ticks=2)
     sampler = make(dit, sampling=sampling, policy=policy, num_chunks=5)
-    for branch in sampler.caches.branches.values():
+    for branch in sampler.branches.values():
         for cache in branch.caches:
             cache.kv.fill_(float("nan"))
     assert finished(sampler).isfinite().all()
@@ -264,7 +264,7 @@ def test_a_window_that_reaches_all_chunks_is_no_window(
 
 
 @pytest.mark.parametrize(
-    ("quantity", "is_rescaled"), [("latent_update", False), ("velocity", True)]
+    ("quantity", "is_rescaled"), [("latent_update", False), ("velocity", True), ("clean", True)]
 )
 def test_a_reused_step_takes_the_published_or_the_current_step_size(
     dit: DiT, quantity: Any, is_rescaled: bool
@@ -316,7 +316,7 @@ def test_the_planned_cache_is_the_one_allocated(dit: DiT):
         planned = cache_bytes(
             dit.config, clip=sampler.clip, chunk_tokens=8, total_chunks=total, num_branches=2
         )
-        caches = [cache for branch in sampler.caches.branches.values() for cache in branch.caches]
+        caches = [cache for branch in sampler.branches.values() for cache in branch.caches]
         assert planned == sum(cache.kv.nbytes for cache in caches)
 
 

@@ -184,6 +184,7 @@ def test_a_tuned_profile_serves_a_run(
     printed = capsys.readouterr().out
     for name in ("planned", "even", "FlowCache", "TeaCache, latent update"):
         assert f"| {name}" in printed
+    assert "KV cache     with compression clips are " in printed
     assert "gentlest     3 of 4 steps" in printed
     path = tmp_path / "work/profile.yaml"
     calibration = Calibration.load(tmp_path / "work/calibration-000.npz")

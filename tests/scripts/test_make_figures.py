@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowcache.job import Clip
+from flowcache.stats import RunStats
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 ASSETS = REPOSITORY / "assets"
@@ -164,14 +167,79 @@ def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path:
     assert [point.decibel for point in tradeoff.read_points(path)] == [30.0, 20.0, 20.0]
 
 
+def reuse_row(policy: str, predictor: str, *, share: float, decibel: float) -> dict[str, Any]:
+    return {
+        "method": f"{policy}, {predictor}",
+        "group": {"policy": policy, "predictor": predictor, "level": "mid"},
+        "flops_share": share,
+        "psnr_base": decibel,
+        "psnr_error_base": 0.5,
+    }
+
+
+def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: Path):
+    reuse = importlib.import_module("figures.reuse")
+    rows = [
+        {"method": "vanilla", "group": None, "psnr_base": 20.0},
+        reuse_row("FlowCache", "residual", share=0.2, decibel=20.0),
+        reuse_row("FlowCache", "residual", share=0.4, decibel=24.0),
+        reuse_row("planned", "as tuned", share=0.4, decibel=33.0),
+        reuse_row("planned", "velocity", share=0.4, decibel=32.9),
+        reuse_row("planned", "clean estimate", share=0.4, decibel=32.8),
+    ]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"table": rows}))
+    points = reuse.read_points(path)
+    assert [point.share for point in points] == [20, 40, 40, 40, 40]
+    assert [point.is_moved for point in points] == [False, False, True, False, False]
+    drawing = reuse.draw_reuse(path, model="A")
+    root = ElementTree.fromstring(drawing)
+    tips = {
+        mark.findtext(f"{SVG}title"): mark
+        for mark in root.iter()
+        if mark.find(f"{SVG}title") is not None
+    }
+    assert len(tips) == len(points)
+    cheap, dear = (
+        tips[f"FlowCache, residual: {at} dB"]
+        for at in ("20.0 % of the FLOPs, 20.00 ± 0.50", "40.0 % of the FLOPs, 24.00 ± 0.50")
+    )
+    assert float(cheap.get("cx", "")) < float(dear.get("cx", ""))
+    assert float(cheap.get("cy", "")) > float(dear.get("cy", ""))
+    labels = {text.text: float(text.get("y", "")) for text in root.iter(f"{SVG}text")}
+    assert labels["clean estimate"] - labels["velocity"] >= 15, "labels do not overlap"
+    used = set(re.findall(r"var\(--([\w-]+)\)", drawing)) - {"c"}
+    dark = re.compile(r"@media\(prefers-color-scheme:dark\)\{:root\{[^}]*\}\}")
+    for part in (dark.sub("", drawing), "".join(dark.findall(drawing))):
+        assert used <= set(re.findall(r"--([\w-]+):", part))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ('{"table": [{"method": "vanilla"}]}', "no table"),
+        ('{"table": [{"method": "vanilla", "group": null}]}', "no rule reuses anything"),
+    ],
+)
+def test_a_broken_table_of_reuse_rules_is_one_line(tmp_path: Path, content: str | None, said: str):
+    reuse = importlib.import_module("figures.reuse")
+    errors = importlib.import_module("flowcache.errors")
+    path = tmp_path / "t.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(errors.UserError, match=said) as caught:
+        reuse.read_points(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_strips_show_first_and_last_frame_of_every_clip():
     strips = importlib.import_module("figures.strips")
-    family = importlib.import_module("benchmark.family")
-    stats = importlib.import_module("flowcache.stats").RunStats(torch.device("cpu"))
+    stats = RunStats(torch.device("cpu"))
     ramp = torch.linspace(0, 240, 9).to(torch.uint8)
     clips = [ramp[:, None, None, None].expand(9, 8, 8, 3), 255 - ramp[:, None, None, None]]
     rows = [
-        strips.Labelled(str(index), [], family.Clip(clip.expand(9, 8, 8, 3), stats))
+        strips.Labelled(str(index), [], Clip(clip.expand(9, 8, 8, 3), stats))
         for index, clip in enumerate(clips)
     ]
     page = np.asarray(strips.compose(rows, title="a"))

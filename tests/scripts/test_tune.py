@@ -13,6 +13,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from flowcache.guidance import HeldGuidance
+from flowcache.job import Clip
+from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe
 from flowcache.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
@@ -36,13 +39,23 @@ class Toy:
             content=("reuse.signal=content",), published="residual", whole_window="teacache_causal"
         )
         self.num_renders = 0
+        self.num_passes = 1
+        self.compresses_kv = False
+        self.holds_guidance = False
 
     def load(self) -> None:
         """Nothing to load."""
 
     def work(self) -> Any:
         return self.module.Work(
-            num_steps=NUM_STEPS, warmup_steps=2, num_elements=48, num_active=1, flops=120
+            num_steps=NUM_STEPS,
+            warmup_steps=2,
+            num_elements=48,
+            num_active=1,
+            flops=120,
+            num_passes=self.num_passes,
+            compresses_kv=self.compresses_kv,
+            holds_guidance=self.holds_guidance,
         )
 
     def setting(self) -> Setting:
@@ -67,34 +80,50 @@ class Toy:
             computed = set(json.loads(values["reuse.steps"]))
         elif preset == "teacache_causal" or float(values.get("reuse.threshold", 0)) > 0:
             computed = {0, 1, 3, 6, 9, NUM_STEPS - 1}
-        predictor = Predictor(1, float(values.get("reuse.extrapolate", 0)))
+        store = ResultStore(
+            float(values.get("reuse.extrapolate", 0)), order=int(values.get("reuse.order", 1))
+        )
+        is_clean = values.get("reuse.predict") == "clean"
+        guidance = HeldGuidance(json.loads(values.get("reuse.guidance_steps", "null")))
         stats = RunStats(torch.device("cpu"))
-        latent, drift = torch.zeros(4, 1, 4, 3), self._velocities(seed)
-        history: list[int] = []
+        latent, spent = torch.zeros(4, 1, 4, 3), 0
+        shown = {"guided": self._velocities(seed), "cond": self._velocities(seed)}
+        shown["cond"] -= self._velocities(seed + 100).flip(0) / 10
         for step in range(NUM_STEPS):
             decision = Decision(step in computed, 0.1 if step else None, 0.1 if step else None)
             stats.record(segment=0, tick=step, chunk=0, step=step, branch="cond", decision=decision)
+            at = torch.full((4,), SIGMAS[step]).float()
             if step in computed:
-                history.append(step)
-                velocity = drift[step]
-                if observe is not None:
+                velocity = shown["guided"][step]
+                if guidance.is_held(0, step, num_steps=NUM_STEPS):
+                    velocity, spent = shown["cond"][step] + guidance.take(0), spent + 5
+                else:
+                    guidance.put(0, velocity - shown["cond"][step])
+                    spent += 10
+                value = clean_estimate(latent, velocity, sigma=at) if is_clean else velocity
+                store.put(0, value, sigma=at)
+                for branch, velocities in shown.items() if observe is not None else ():
                     observe(
                         segment=0,
                         tick=step,
                         chunk=0,
                         step=step,
-                        branch="guided",
-                        velocity=velocity,
+                        branch=branch,
+                        velocity=velocities[step],
                         sigma=float(SIGMAS[step]),
                     )
             else:
-                weights = predictor.weights(history, step, sigmas=SIGMAS)
-                velocity = torch.stack([w * drift[s] for s, w in weights.items()]).sum(0)
+                velocity = store.predict(0, sigma=at)
+                if is_clean:
+                    velocity = velocity_to(velocity, latent, sigma=at)
             latent = latent + float(SIGMAS[step + 1] - SIGMAS[step]) * velocity
         with stats.stage("dit"):
-            stats.add_flops(computed=10 * len(computed), without_reuse=10 * NUM_STEPS)
+            stats.add_flops(computed=spent, without_reuse=10 * NUM_STEPS)
+            whole = values.get("kv.compress") == "none"
+            stats.add_flops(computed=10 * NUM_STEPS if whole else 0, without_reuse=0)
+        latent = latent + 0.1 * whole
         pixels = (128 + 40 * latent).clamp(0, 255).to(torch.uint8)
-        return self.module.Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
+        return Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
 
     def _velocities(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -111,7 +140,12 @@ def _modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(name="toy")
 def _toy(modules: Any, monkeypatch: pytest.MonkeyPatch) -> Toy:
     toy = Toy(importlib.import_module("tuning.subject"))
-    monkeypatch.setattr(modules, "SUBJECTS", {"skyreels_v2": lambda *_, **__: toy})
+
+    def choose(*_: Any, holds_guidance: bool, **__: Any) -> Toy:
+        toy.holds_guidance = holds_guidance
+        return toy
+
+    monkeypatch.setattr(modules, "SUBJECTS", {"skyreels_v2": choose})
     return toy
 
 
@@ -140,6 +174,39 @@ def test_a_target_in_flops_gives_a_profile_that_meets_it(tune: Tune, tmp_path: P
     assert profile.source.seeds == [7000, 7001, 7002]
     # the velocity changes most in the last steps: more of them are computed
     assert sum(step >= NUM_STEPS // 2 for step in plan) > len(plan) / 2
+
+
+def test_plans_that_hold_guidance_cost_their_share_and_are_written(
+    tune: Tune, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    toy.num_passes = 2
+    assert tune("--target", "flops=0.5", "--check-prompts", "2", "--hold-guidance") == 0
+    reuse = read_profile(tmp_path / "work" / "profile.yaml").reuse
+    (plan,) = reuse.plans
+    assert reuse.guidance_steps is not None
+    alone = [step for step in plan if step not in reuse.guidance_steps]
+    assert alone
+    assert len(plan) - len(alone) / 2 <= NUM_STEPS / 2
+    # where a guard computes a step off the plan, it runs all passes
+    assert set(range(NUM_STEPS)) - set(alone) == set(reuse.guidance_steps)
+    printed = capsys.readouterr().out
+    assert f"conditional  {' '.join(map(str, alone))} run that pass alone" in printed
+    table = json.loads((tmp_path / "work" / "table.json").read_text())["table"]
+    own = next(row for row in table if f"{len(alone)} with one pass" in row["method"])
+    assert own["flops"] == pytest.approx((len(plan) - len(alone) / 2) / NUM_STEPS)
+    assert own["psnr"] == pytest.approx(own["predicted_psnr"], abs=4)
+
+
+def test_the_effect_of_kv_compression_is_told(
+    tune: Tune, toy: Toy, capsys: pytest.CaptureFixture[str]
+):
+    """Without it a clip differs by 4 levels, 10 lg(255^2 / 16) = 36.1 dB, and costs twice."""
+    assert tune("--check-prompts", "0") == 0
+    assert "KV cache" not in capsys.readouterr().out
+    toy.compresses_kv = True
+    assert tune("--check-prompts", "0", "--overwrite") == 0
+    line = "KV cache     with compression clips are 36.1 dB like those without, at 0.5 of the FLOPs"
+    assert line in capsys.readouterr().out
 
 
 def test_the_table_holds_every_policy_and_predicts_what_it_measures(
@@ -185,6 +252,7 @@ def test_rows_of_other_settings_are_not_mixed_in(tune: Tune, capsys: pytest.Capt
         (["--target", "psnr=500"], "cannot be reached"),
         (["--target", "quality=3"], "must be one of the kinds"),
         (["--most-reuses", "0"], "nothing can be reused"),
+        (["--hold-guidance"], "--hold-guidance needs a model with guidance, but this run has one"),
         (["--clips", "0"], "--clips must be 1 or more"),
         (["--checkpoint", "some/model"], "--prompts FILE"),
         (["--prompts", "missing.txt"], "cannot be read"),

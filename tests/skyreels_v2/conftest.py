@@ -15,13 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, caches_for
-from flowcache.reuse import Observe, ResultStore, ReusePolicy, Vanilla
+from flowcache.results import ResultStore
+from flowcache.reuse import Observe, ReusePolicy, Vanilla
 from flowcache.stats import RunStats
 from flowcache.video import VideoWriter
+from skyreels_v2 import run as runs
 from skyreels_v2.checkpoint import diffusers_key
 from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.run import DEMO, Job, Request, prepare, run
+from skyreels_v2.run import DEMO
 from skyreels_v2.sampler import WindowSampler
 from skyreels_v2.sampling import Branch, Sampling
 from skyreels_v2.window import Window
@@ -79,6 +82,8 @@ def denoise_window(
     records: bool = False,
     observe: Observe | None = None,
     storage: torch.device | None = None,
+    store: Callable[[], ResultStore] = ResultStore,
+    guidance: HeldGuidance | None = None,
 ) -> Run:
     """Denoise with random prompts, or the given ones; everything but the weights is made here."""
     config, draw = dit.config, torch.Generator().manual_seed(seed)
@@ -94,7 +99,7 @@ def denoise_window(
         name: Branch(
             dit.encode_context(text, image),
             policy() if policies is None else policies[name],
-            ResultStore(),
+            store(),
             caches_for(
                 config.num_layers if sampling.attention == "causal" else 0,
                 capacity=window.num_frames * per_frame,
@@ -108,7 +113,7 @@ def denoise_window(
         for name, text in texts.items()
     }
     stats = RunStats(latents.device, records=records)
-    updates, moving = ResultStore(), latents.clone()
+    updates, moving = store(), latents.clone()
     sampler = WindowSampler(
         dit,
         moving,
@@ -118,6 +123,7 @@ def denoise_window(
         stats=stats,
         compression=compression,
         updates=updates,
+        guidance=guidance,
         condition=condition,
         draw_noise=draw_noise,
         observe=observe,
@@ -221,43 +227,10 @@ def _write_dit(folder: Path, kind: DiTConfig) -> None:
     (folder / "transformer/config.json").write_text(json.dumps(stored))
 
 
-@dataclass(frozen=True)
-class Made:
-    """A finished run."""
-
-    job: Job
-    report: dict[str, Any]
-
-    @property
-    def path(self) -> Path:
-        return self.job.path.with_name(self.report["video"])
-
-
 @pytest.fixture
-def make(small: Path, tmp_path: Path) -> Callable[..., Made]:
+def make(maker: Callable[..., Any], small: Path) -> Callable[..., Any]:
     """Return what makes a video in a fresh folder from settings given as `key=value`."""
-
-    def make_video(*settings: str, preset: str = "vanilla", model: Path = small) -> Made:
-        job = prepare(
-            Request(
-                preset=preset,
-                model=str(model),
-                overrides=["prompt=a red circle moving right", *settings],
-                out=str(tmp_path / "videos"),
-            )
-        )
-        return Made(job, run(job))
-
-    return make_video
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    """A landscape image with a gradient."""
-    path = tmp_path / "picture.png"
-    rows = np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None]
-    Image.fromarray(np.broadcast_to(rows, (40, 60, 3)).copy()).save(path)
-    return path
+    return maker(runs, small)
 
 
 @pytest.fixture

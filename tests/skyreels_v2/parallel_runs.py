@@ -11,7 +11,7 @@ import torch
 
 from flowcache.config import find_preset
 from flowcache.parallel import joined
-from flowcache.ranks import Layout, Place, Ranks
+from flowcache.ranks import PATIENCE, Layout, Place, Ranks
 from flowcache.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import PRESETS, Request, encode_inputs, load_models, prepare, read_settings
@@ -34,6 +34,10 @@ CASES = {
         *("attention=causal", "reuse.policy=stride", "reuse.warmup_steps=1", "clean_pass=true"),
         *("reuse.predict=latent_update", "kv.compress=recent", "addnoise_condition=20"),
     ],
+    "held": [
+        *("attention=causal", "reuse.policy=stride", "reuse.warmup_steps=3"),
+        *("reuse.predict=velocity", "reuse.guidance_every=2"),
+    ],
     "segments": [
         *(*FLOWCACHE, "reuse.threshold=0.3", "reuse.extrapolate=0.5", "batch_branches=true"),
         *("num_frames=29", "base_num_frames=17", "overlap_history=5"),
@@ -44,7 +48,7 @@ CASES = {
 
 def main() -> None:
     model, folder, *layouts = sys.argv[1:]
-    with torch.no_grad(), joined(Place.of(os.environ)) as ranks:
+    with torch.no_grad(), joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))

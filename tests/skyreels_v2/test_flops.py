@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
-from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.results import Quantity
+from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.stats import RunStats
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, DiTConfig
@@ -118,7 +119,7 @@ def test_a_run_costs_what_torch_counts(
     assert (stats.num_reused > 0) == (policy != "vanilla")
 
 
-@pytest.mark.parametrize("quantity", ["residual", "velocity", "latent_update"])
+@pytest.mark.parametrize("quantity", ["residual", "velocity", "latent_update", "clean"])
 @pytest.mark.parametrize("attention", ["full", "causal"])
 def test_what_is_reused_decides_whether_the_head_is_read(
     denoise: Denoise, make_dit: MakeDiT, attention: Any, quantity: Quantity

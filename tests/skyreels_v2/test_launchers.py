@@ -1,11 +1,9 @@
 """The bash launchers: what they hand to the command line, and that it makes videos."""
 
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,53 +28,27 @@ Launch = Callable[..., list[str]]
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the launchers in a path with blanks, whose set-up enters `bin` in `tmp_path`."""
-    folder = tmp_path / "a copy" / "model"
-    folder.mkdir(parents=True)
-    for name in (*NAMES, TUNED):
-        shutil.copy(FOLDER / f"run_{name}.sh", folder)
-    setup = folder.parent / "scripts" / "setup.sh"
-    setup.parent.mkdir()
-    setup.write_text(f'export PATH="{tmp_path}/bin:$PATH"\n')
-    (tmp_path / "bin").mkdir()
-    return folder
-
-
-def run_launcher(
-    folder: Path, name: str, *arguments: str, cwd: Path, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    return subprocess.run(
-        ["bash", str(folder / f"run_{name}.sh"), *arguments],
-        cwd=cwd,
-        env=clean | variables | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+def launchers(copy_launchers: Callable[..., Any]) -> Any:
+    """A copy of the launchers, see `Launchers`."""
+    return copy_launchers(
+        FOLDER,
+        [f"run_{name}.sh" for name in (*NAMES, TUNED)],
+        pattern="run_{}.sh",
+        package="skyreels_v2",
+        variables=VARIABLES,
     )
 
 
-def use_python(folder: Path, *, script: str) -> None:
-    """Put a script in place of the environment's Python."""
-    path = folder / "bin" / "python"
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
-    path.chmod(0o755)
+@pytest.fixture
+def copy(launchers: Any) -> Path:
+    """The model's folder with the copied launchers."""
+    return launchers.folder
 
 
 @pytest.fixture
-def launch(copy: Path, tmp_path: Path) -> Launch:
+def launch(launchers: Any) -> Launch:
     """Return what runs a launcher from elsewhere and gives what it hands to Python."""
-    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
-
-    def run(name: str, *arguments: str, **variables: str) -> list[str]:
-        done = run_launcher(copy, name, *arguments, cwd=tmp_path, **variables)
-        assert done.returncode == 0, done.stderr
-        handed = (tmp_path / "arguments").read_text().removesuffix("\0").split("\0")
-        assert handed[:2] == ["-m", "skyreels_v2"]
-        return handed[2:]
-
-    return run
+    return launchers.handed_on
 
 
 def test_there_is_a_launcher_per_published_preset():
@@ -151,11 +123,11 @@ def test_what_a_launcher_hands_on_is_in_order(
 
 
 @pytest.mark.parametrize("name", [*NAMES, TUNED])
-def test_several_gpus_are_used_through_torchrun(copy: Path, tmp_path: Path, name: str):
-    use_python(tmp_path, script=f'printf "%s\\0" "$@" > "{tmp_path}/arguments"')
-    done = run_launcher(copy, name, "--dry-run", cwd=tmp_path, GPUS="4")
+def test_several_gpus_are_used_through_torchrun(launchers: Any, tmp_path: Path, name: str):
+    launchers.use_python(f'printf "%s\\0" "$@" > "{tmp_path}/handed"')
+    done = launchers.run(name, "--dry-run", cwd=tmp_path, GPUS="4")
     assert done.returncode == 0, done.stderr
-    handed = (tmp_path / "arguments").read_text().split("\0")
+    handed = (tmp_path / "handed").read_text().split("\0")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     assert handed[:7] == [*torchrun, "-m", "skyreels_v2", "--preset"]
 
@@ -183,14 +155,12 @@ def test_a_missing_picture_is_told_in_one_line(
     assert (told.out, told.err) == ("", "error: missing.png: no such file\n")
 
 
-def test_a_launcher_makes_a_video_beside_itself(copy: Path, small: Path, tmp_path: Path):
-    use_python(tmp_path, script=f'exec "{sys.executable}" "$@"')
+def test_a_launcher_makes_a_video_beside_itself(launchers: Any, small: Path, tmp_path: Path):
+    launchers.use_python(f'exec "{sys.executable}" "$@"')
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = run_launcher(
-        copy, "flowcache_kvcompress", "num_steps=1", cwd=elsewhere, MODEL=str(small)
-    )
+    done = launchers.run("flowcache_kvcompress", "num_steps=1", cwd=elsewhere, MODEL=str(small))
     assert done.returncode == 0, done.stderr
     assert "wrote " in done.stderr
-    assert probe(copy / "result" / "flowcache_kvcompress-3.mp4").num_frames == 17
+    assert probe(launchers.folder / "result" / "flowcache_kvcompress-3.mp4").num_frames == 17
     assert not list(elsewhere.iterdir())

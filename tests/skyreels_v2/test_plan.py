@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowcache.config import find_preset, load_config
-from flowcache.reuse import Quantity
+from flowcache.results import Quantity
 from skyreels_v2 import flops
 from skyreels_v2.build import compression_of, policy_maker, tokens_per_frame
 from skyreels_v2.config import RunConfig

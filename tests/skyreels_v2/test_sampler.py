@@ -14,7 +14,8 @@ from torch import Tensor
 from flowcache.attention import SDPA
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression, KVCache, cached_attention, caches_for
-from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.results import Quantity
+from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.sampling import Sampling
@@ -34,7 +35,7 @@ FULL = Sampling(6, 8.0, 3.0, 2, "full", clean_pass=False, fps=24)
 CAUSAL = replace(FULL, attention="causal")
 CLEAN = replace(CAUSAL, clean_pass=True)
 LOOPS = {"full": FULL, "causal": CAUSAL, "causal with clean pass": CLEAN}
-QUANTITIES: tuple[Quantity, ...] = ("residual", "velocity", "latent_update")
+QUANTITIES: tuple[Quantity, ...] = ("residual", "velocity", "latent_update", "clean")
 
 
 def noise(num_frames: int, *, seed: int = 1) -> Tensor:

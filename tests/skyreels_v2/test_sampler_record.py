@@ -12,7 +12,8 @@ from torch import Tensor
 from flowcache.compress import ImportanceRedundancy, TokenLayout
 from flowcache.kv import Compression
 from flowcache.record import build_record, replay_policies
-from flowcache.reuse import FlowCache, Quantity
+from flowcache.results import Quantity
+from flowcache.reuse import FlowCache
 from flowcache.stats import RunStats
 from skyreels_v2.dit import DiT
 from skyreels_v2.sampling import Sampling

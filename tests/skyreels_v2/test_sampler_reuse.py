@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from flowcache.attention import SDPA
 from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
-from flowcache.reuse import FlowCache, Quantity, ReusePolicy, Stride
+from flowcache.results import Quantity, ResultStore
+from flowcache.reuse import FlowCache, ReusePolicy, Stride
 from skyreels_v2.dit import DiT
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.solver import UniPC, timestep_grid
@@ -32,7 +34,7 @@ FULL = Sampling(6, 8.0, 3.0, 2, "full", clean_pass=False, fps=24)
 CAUSAL = replace(FULL, attention="causal")
 CLEAN = replace(CAUSAL, clean_pass=True)
 LOOPS = {"full": FULL, "causal": CAUSAL, "causal with clean pass": CLEAN}
-QUANTITIES: tuple[Quantity, ...] = ("residual", "velocity", "latent_update")
+QUANTITIES: tuple[Quantity, ...] = ("residual", "velocity", "latent_update", "clean")
 
 
 def noise(num_frames: int, *, seed: int = 1) -> Tensor:
@@ -117,6 +119,44 @@ def test_a_reused_residual_is_added_to_the_fresh_embedding(denoise: Denoise, mak
         velocity = dit.velocity(embedded.tokens + change, embedded, **size)[0]
         solver.advance_(expected, velocity=velocity)
         torch.testing.assert_close(run.rows[step], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+@pytest.mark.parametrize(("order", "factor"), [(1, 0.0), (1, 0.5), (2, 0.8)])
+@pytest.mark.parametrize("quantity", ["velocity", "clean"])
+def test_reused_steps_follow_the_polynomial_through_velocities_or_clean_estimates(
+    denoise: Denoise, make_dit: MakeDiT, attention: Any, order: int, factor: float, quantity: Any
+):
+    """Steps 0, 1, 2, 5 of 6 are computed; the polynomial is numpy's."""
+    dit, z = make_dit(), noise(2)
+    draw = torch.Generator().manual_seed(2)
+    text = torch.randn(1, dit.config.text_len, dit.config.text_dim, generator=draw)
+    run = denoise(
+        dit,
+        z,
+        window=ONE_CHUNK,
+        sampling=replace(FULL, attention=attention, quantity=quantity, guidance=1.0),
+        policy=lambda: Stride(steps=[1, 2]),
+        texts={"cond": text},
+        store=lambda: ResultStore(factor, order=order),
+    )
+    timesteps, sigmas = timestep_grid(6, shift=8.0)
+    solver, x, seen = UniPC(6, shift=8.0), z.clone(), dict[float, Tensor]()
+    for step, t in enumerate(timesteps):
+        sigma = sigmas[step]
+        if step in (0, 1, 2, 5):
+            velocity = dit(x.unsqueeze(0), torch.full((1, 2), t), text)[0]
+            seen[sigma] = velocity if quantity == "velocity" else x - sigma * velocity
+        else:
+            last = list(seen)[-order - 1 :]
+            values = np.stack([seen[at].double().flatten() for at in last])
+            coefficients = np.polyfit(last, values, order)
+            polynomial = sum(c * sigma**p for p, c in enumerate(coefficients[::-1]))
+            moved = values[-1] + factor * (polynomial - values[-1])
+            stand_in = torch.from_numpy(moved).float().view_as(x)
+            velocity = stand_in if quantity == "velocity" else (x - stand_in) / sigma
+        solver.advance_(x, velocity=velocity)
+        torch.testing.assert_close(run.rows[step], x, rtol=0, atol=1e-4)
 
 
 def test_branches_decide_alike_where_the_guided_update_is_reused(

@@ -1,7 +1,7 @@
 """Optimizers of the demo's training: Muon for matrices, and a schedule for all of them."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,31 @@ def split_parameters(
         is_matrix = name.endswith("weight") and param.ndim >= 2 and min(param.shape[:2]) > 1
         (matrices if is_matrix and name.startswith(matrices_under) else rest).append(param)
     return matrices, rest
+
+
+def new_optimizers(
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    matrices_under: tuple[str, ...],
+    matrix_rate: float,
+    rate: float,
+    others: Sequence[tuple[list[nn.Parameter], float]] = (),
+) -> list[torch.optim.Optimizer]:
+    """Make Muon for matrices and AdamW for everything else, in this order.
+
+    Args:
+        named: parameters by name.
+        matrices_under: prefixes of the matrices' names, see `split_parameters`.
+        matrix_rate: learning rate of the matrices.
+        rate: learning rate of the rest.
+        others: further groups for AdamW, each with its learning rate.
+    """
+    matrices, rest = split_parameters(named, matrices_under=matrices_under)
+    groups = [{"params": params, "lr": each} for params, each in [(rest, rate), *others]]
+    return [
+        Muon(matrices, matrix_rate),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0),
+    ]
 
 
 def schedule(step: int, *, num_steps: int, warmup_steps: int, decay_share: float) -> float:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from flowcache.demo.autoencoder import BatchShape
-from flowcache.demo.optim import Muon, split_parameters
+from flowcache.demo.optim import new_optimizers
 
 # Frames are 1 + 4 k. Long clips teach that a clip goes on as it began.
 BATCH_SHAPES = tuple(
@@ -79,11 +79,9 @@ def vae_optimizers(vae: AutoencoderKLWan, *, rate: float = 1.0) -> list[torch.op
         for part in ("down_blocks", "mid_block", "up_blocks")
     )
     trained = [(name, param) for name, param in vae.named_parameters() if param.requires_grad]
-    matrices, rest = split_parameters(trained, matrices_under=inside)
-    return [
-        Muon(matrices, 0.01 * rate),
-        torch.optim.AdamW(rest, 1.5e-3 * rate, betas=(0.9, 0.95), weight_decay=0),
-    ]
+    return new_optimizers(
+        trained, matrices_under=inside, matrix_rate=0.01 * rate, rate=1.5e-3 * rate
+    )
 
 
 class WanCodec:

@@ -117,8 +117,14 @@ def profile_settings(profile: Profile, rule: Rule) -> list[str]:
     """Return what a profile sets: its plan is made for its predictor, magnitudes are for none."""
     if rule.policy == "magcache":
         return [f"reuse.predict={profile.reuse.predict}"]
-    factor = profile.reuse.factor if profile.reuse.order else 0.0
-    return [f"reuse.predict={profile.reuse.predict}", f"reuse.extrapolate={factor}"]
+    reuse = profile.reuse
+    steps = "null" if reuse.guidance_steps is None else reuse.guidance_steps
+    return [
+        f"reuse.predict={reuse.predict}",
+        f"reuse.extrapolate={reuse.factor if reuse.order else 0.0}",
+        f"reuse.order={max(reuse.order, 1)}",
+        f"reuse.guidance_steps={steps}",
+    ]
 
 
 def profile_lines(rule: Rule) -> list[str]:

@@ -36,7 +36,8 @@ class Target:
 class Forecast:
     """What is expected of a run that computes some of the own steps of every chunk."""
 
-    num_computed: int
+    cost: float
+    """Computed steps; one that runs fewer passes counts by its share."""
     speedup: float
     flops: float
     """Share of the FLOPs with every step computed."""
@@ -60,23 +61,23 @@ class Costs:
     flops: tuple[float, float]
     seconds: tuple[float, float]
 
-    def forecast(self, num_computed: int, *, psnr: float) -> Forecast:
+    def forecast(self, cost: float, *, psnr: float) -> Forecast:
         """Return what is expected of a plan."""
 
-        def at(line: tuple[float, float], count: int) -> float:
+        def at(line: tuple[float, float], count: float) -> float:
             return line[0] + line[1] * count
 
-        seconds = at(self.seconds, num_computed)
+        seconds = at(self.seconds, cost)
         return Forecast(
-            num_computed=num_computed,
+            cost=cost,
             speedup=at(self.seconds, self.num_steps) / seconds,
-            flops=at(self.flops, num_computed),
+            flops=at(self.flops, cost),
             psnr=psnr,
             seconds=seconds,
         )
 
 
-def fit_costs(measured: Mapping[int, tuple[float, float]], *, num_steps: int) -> Costs:
+def fit_costs(measured: Mapping[float, tuple[float, float]], *, num_steps: int) -> Costs:
     """Fit the costs of runs.
 
     Args:
@@ -151,9 +152,9 @@ def choose(target: Target, forecasts: Sequence[Forecast]) -> Forecast:
         raise UserError(
             f"the target {target.name}={target.value:g} cannot be reached: "
             f"{'at most' if is_least else 'at least'} {reach:.3g} can be had with "
-            f"{min(f.num_computed for f in forecasts)} to "
-            f"{max(f.num_computed for f in forecasts)} computed steps; ask for less"
+            f"{min(f.cost for f in forecasts):g} to "
+            f"{max(f.cost for f in forecasts):g} computed steps; ask for less"
         )
     if target.name == "psnr":
-        return min(good, key=lambda forecast: forecast.num_computed)
+        return min(good, key=lambda forecast: forecast.cost)
     return max(good, key=lambda forecast: forecast.psnr)

@@ -102,12 +102,28 @@ class Calibration:
         }
 
     def error_model(
-        self, weights: Mapping[str, float], *, chunks: Collection[int] | None = None
+        self,
+        weights: Mapping[str, float],
+        *,
+        chunks: Collection[int] | None = None,
+        conditional: str | None = None,
     ) -> ErrorModel:
-        """Return the errors of some chunk positions, on average; None: of all of them."""
+        """Return the errors of some chunk positions, on average; None: of all of them.
+
+        Args:
+            conditional: branch that may be computed alone; None: none.
+        """
         guided = self.guided(weights)
-        chosen = [guided[chunk] for chunk in (guided if chunks is None else chunks)]
-        return ErrorModel(np.mean(chosen, axis=0), self.sigmas)
+        chosen = list(guided if chunks is None else chunks)
+        gram_NN = np.mean([guided[chunk] for chunk in chosen], axis=0)
+        if conditional is None:
+            return ErrorModel(gram_NN, self.sigmas)
+        both_KB = np.array(
+            [[weights[name], float(name == conditional)] for name in self.branches]
+        ).T
+        joint_2N_M = np.kron(both_KB, np.eye(self.num_steps))
+        gram_MM = np.mean([self.gram[chunk] for chunk in chosen], axis=0)
+        return ErrorModel(gram_NN, self.sigmas, joint=joint_2N_M @ gram_MM @ joint_2N_M.T)
 
     def save(self, path: Path) -> None:
         """Write it as .npz."""

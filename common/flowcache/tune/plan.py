@@ -1,23 +1,25 @@
-"""The best plan for every number of computed steps, by a dynamic programme.
+"""The best plan for every cost, by a dynamic programme.
 
-A plan is a list of own steps that are computed. What a gap costs depends on the computed steps that
-its prediction looks back on: one with a held velocity, two with linear extrapolation. So the state
-of the programme is the tuple of the last computed steps, and it finds the exact minimum.
+A plan is a list of own steps that are computed, some of them perhaps with the conditional pass
+alone. What a gap costs depends on the computed steps that its prediction looks back on: one with a
+held velocity, two with linear extrapolation; and on the step whose guidance is held. So the state
+of the programme is the tuple of the last computed points, and it finds the exact minimum.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flowcache.errors import UserError
-from flowcache.tune.gap import ErrorModel, Predictor
+from flowcache.tune.gap import ErrorModel, Parabola, Point, Predicted, Predictor
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Factors that plans are made with before each plan's own is fitted."""
 
-_Steps = tuple[int, ...]
-_Partial = tuple[float, _Steps]
+QUANTITIES: tuple[Predicted, ...] = ("velocity", "clean")
+
+_Points = tuple[Point, ...]
+_Partial = tuple[float, _Points]
 """Error so far, and the steps computed so far."""
 
 
@@ -61,64 +63,149 @@ class Plan:
     predictor: Predictor
     error: float
     """Predicted squared error of the latent, in the unit of the Gram matrix."""
+    conditional: tuple[int, ...] = ()
+    """Computed steps that run the conditional pass alone."""
+    num_passes: int = 1
+    """Guidance passes of the other computed steps."""
 
     @property
     def num_computed(self) -> int:
         return len(self.steps)
 
+    @property
+    def cost(self) -> float:
+        """Cost in steps that run all passes; every pass costs the same."""
+        return len(self.steps) - len(self.conditional) * (1 - 1 / self.num_passes)
+
+
+class _Gaps:
+    """Errors of gaps as parabolas of the predictor's factor; each is worked out once."""
+
+    def __init__(self, model: ErrorModel, *, order: int, quantity: Predicted) -> None:
+        self.model = model
+        self.order = order
+        self.quantity: Predicted = quantity
+        self._known: dict[tuple[_Points, int], Parabola] = {}
+
+    def error(self, points: _Points, stop: int, factor: float) -> float:
+        key = points, stop
+        if key not in self._known:
+            self._known[key] = self.model.parabola(
+                points, stop, order=self.order, quantity=self.quantity
+            )
+        p, q, r = self._known[key]
+        return p + factor * (2 * q + factor * r)
+
 
 def best_plans(
-    model: ErrorModel, predictor: Predictor, *, constraints: Constraints
-) -> dict[int, Plan]:
-    """Return the plan with the least summed error for every possible number of computed steps."""
-    num_steps, forced = model.num_steps, set(constraints.forced(model.num_steps))
+    model: ErrorModel, predictor: Predictor, *, constraints: Constraints, num_passes: int = 1
+) -> dict[float, Plan]:
+    """Return the plan with the least summed error for every possible cost.
 
-    @cache
-    def gap(history: _Steps, stop: int) -> float:
-        return model.gap(history, stop, predictor)
+    Args:
+        num_passes: guidance passes; with two or more, computed steps may run the conditional one
+            alone, at its share of the cost, as long as the step whose difference they hold is not
+            more than `constraints.most_reuses` steps back.
 
-    def nexts(step: int) -> range:
-        """Return the steps that may be computed next."""
-        stop = min(step + constraints.most_reuses + 2, num_steps)
-        return range(step + 1, min([stop, *(f + 1 for f in forced if f > step)]))
+    Returns:
+        cost in steps that run all passes -> plan; with one pass, by the number of computed steps.
+    """
+    gaps = _Gaps(model, order=predictor.order, quantity=predictor.quantity)
+    return _search(gaps, predictor.factor, constraints=constraints, num_passes=num_passes)
 
-    found: dict[int, Plan] = {}
-    layer: dict[_Steps, _Partial] = {(0,): (0.0, (0,))}
-    while layer:
-        ends = [partial for partial in layer.values() if partial[1][-1] == num_steps - 1]
+
+def _search(
+    gaps: _Gaps, factor: float, *, constraints: Constraints, num_passes: int
+) -> dict[float, Plan]:
+    """Extend partial plans step by step, cheapest first; see `best_plans`."""
+    num_steps = gaps.model.num_steps
+    predictor = Predictor(gaps.order, factor, gaps.quantity)
+    forced = set(constraints.forced(num_steps))
+
+    def nexts(last: Point) -> Iterator[tuple[Point, int]]:
+        """Yield the points that may come next, each with what its step costs."""
+        stop = min(last[0] + constraints.most_reuses + 2, num_steps)
+        for step in range(last[0] + 1, min([stop, *(f + 1 for f in forced if f > last[0])])):
+            yield (step, step), num_passes
+            is_near = step - last[1] <= constraints.most_reuses
+            if num_passes > 1 and step not in forced and is_near:
+                yield (step, last[1]), 1
+
+    found: dict[float, Plan] = {}
+    layers: dict[int, dict[_Points, _Partial]] = {num_passes: {((0, 0),): (0.0, ((0, 0),))}}
+    while layers:
+        cost = min(layers)
+        layer = layers.pop(cost)
+        ends = [partial for partial in layer.values() if partial[1][-1][0] == num_steps - 1]
         if ends:
-            error, steps = min(ends)
-            found[len(steps)] = Plan(steps, predictor, error)
-        longer: dict[_Steps, _Partial] = {}
-        for history, (error, steps) in layer.items():
-            for step in nexts(steps[-1]):
-                candidate = (error + gap(history, step), (*steps, step))
-                key = candidate[1][-predictor.num_results :]
-                longer[key] = min(longer.get(key, candidate), candidate)
-        layer = longer
+            error, points = min(ends)
+            steps = tuple(step for step, _ in points)
+            conditional = tuple(step for step, anchor in points if step != anchor)
+            found[cost / num_passes] = Plan(steps, predictor, error, conditional, num_passes)
+        for key, (error, points) in layer.items():
+            for point, price in nexts(points[-1]):
+                candidate = (error + gaps.error(key, point[0], factor), (*points, point))
+                own = candidate[1][-predictor.num_results :]
+                longer = layers.setdefault(cost + price, {})
+                longer[own] = min(longer.get(own, candidate), candidate)
     return found
 
 
-def fitted_plans(model: ErrorModel, *, order: int, constraints: Constraints) -> dict[int, Plan]:
-    """Return the best plan and predictor factor for every possible number of computed steps.
+def fitted_plans(
+    model: ErrorModel,
+    *,
+    order: int,
+    constraints: Constraints,
+    quantity: Predicted = "velocity",
+    num_passes: int = 1,
+) -> dict[float, Plan]:
+    """Return the best plan and predictor factor for every possible cost; see `best_plans`.
 
     Plans are made with each of `FACTORS`; then each plan gets the factor that suits it best, in
     closed form.
     """
-    if order == 0:
-        return best_plans(model, Predictor(0), constraints=constraints)
-    best: dict[int, Plan] = {}
-    for factor in FACTORS:
-        plans = best_plans(model, Predictor(order, factor), constraints=constraints)
-        for count, plan in plans.items():
-            fitted = with_best_factor(model, plan)
-            if count not in best or fitted.error < best[count].error:
-                best[count] = fitted
+    gaps = _Gaps(model, order=order, quantity=quantity)
+    best: dict[float, Plan] = {}
+    for factor in FACTORS if order else (0.0,):
+        plans = _search(gaps, factor, constraints=constraints, num_passes=num_passes)
+        for cost, plan in plans.items():
+            fitted = with_best_factor(model, plan) if order else plan
+            if cost not in best or fitted.error < best[cost].error:
+                best[cost] = fitted
     return best
+
+
+def least_error_plans(
+    model: ErrorModel, *, constraints: Constraints, num_passes: int = 1
+) -> dict[float, Plan]:
+    """Return for every possible cost the plan whose error is the least with any predictor.
+
+    Orders 0 to 2, of the velocity and of the clean estimate (which are the same where they are
+    held); plans that hold guidance only look back on two results, which bounds the search.
+    """
+    families: list[tuple[int, Predicted]]
+    families = [(order, quantity) for order in (1, 2) for quantity in QUANTITIES]
+    best = fitted_plans(model, order=0, constraints=constraints, num_passes=num_passes)
+    for order, quantity in families:
+        plans = fitted_plans(
+            model,
+            order=order,
+            constraints=constraints,
+            quantity=quantity,
+            num_passes=num_passes if order == 1 else 1,
+        )
+        for cost, plan in plans.items():
+            if cost not in best or plan.error < best[cost].error:
+                best[cost] = plan
+    return dict(sorted(best.items()))
 
 
 def with_best_factor(model: ErrorModel, plan: Plan) -> Plan:
     """Return the same steps with the factor that suits them best."""
-    order = plan.predictor.order
-    predictor = Predictor(order, model.best_factor(plan.steps, order=order))
-    return Plan(plan.steps, predictor, model.plan(plan.steps, predictor))
+    order, quantity = plan.predictor.order, plan.predictor.quantity
+    factor = model.best_factor(
+        plan.steps, order=order, quantity=quantity, conditional=plan.conditional
+    )
+    predictor = Predictor(order, factor, quantity)
+    error = model.plan(plan.steps, predictor, conditional=plan.conditional)
+    return replace(plan, predictor=predictor, error=error)

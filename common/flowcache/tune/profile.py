@@ -21,11 +21,10 @@ from torch import Tensor
 from flowcache.config import load_config
 from flowcache.errors import UserError
 from flowcache.files import write_text
+from flowcache.results import MAX_ORDER
 
 VERSION = 1
 SIGNIFICANT_DIGITS = 6
-MAX_STORED_ORDER = 1
-"""Of the extrapolation that `flowcache.reuse.ResultStore` carries out."""
 FINGERPRINT_NUMBERS = 1024
 """Numbers of each weight that are read."""
 HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here: tune again.\n"
@@ -48,9 +47,11 @@ class Reuse:
 
     plans: list[list[int]]
     """Computed own steps by chunk position; chunks behind the last entry use that one."""
-    predict: Literal["velocity"]
+    predict: Literal["velocity", "clean"]
     order: int
     factor: float
+    guidance_steps: list[int] | None = None
+    """Own steps that run all guidance passes if they are computed; None: every one."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,12 @@ class Profile:
             is_ascending = plan == sorted(set(plan))
             if not is_ascending or plan[:1] != [0] or plan[-1] != num_steps - 1:
                 raise UserError(f"reuse.plans must run from 0 to {num_steps - 1}, found {plan}")
-        if not 0 <= self.reuse.order <= MAX_STORED_ORDER:
+        if not 0 <= self.reuse.order <= MAX_ORDER:
+            raise UserError(f"reuse.order must be in 0..{MAX_ORDER}, found {self.reuse.order}")
+        wrong = [step for step in self.reuse.guidance_steps or () if not 0 <= step < num_steps]
+        if wrong:
             raise UserError(
-                f"reuse.order must be in 0..{MAX_STORED_ORDER}, found {self.reuse.order}"
+                f"reuse.guidance_steps must be own steps, 0..{num_steps - 1}, found {wrong[0]}"
             )
         for name, values in dataclasses.asdict(self.observed).items():
             if len(values) != num_steps:

@@ -1,0 +1,231 @@
+"""Quality against computation of all reuse rules, at three budgets."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from benchmark.reuse import AS_TUNED, NAMES, TREND, TUNED
+from explain_page.markup import element, number
+from explain_page.plot import BOTTOM, LEFT, RIGHT, TOP, Axis, plot, text
+
+from figures.drawing import document, placed
+from flowcache.errors import UserError
+
+WIDTH, HEIGHT, HEAD = 920.0, 460.0, 62.0
+LEGEND_WIDTH = 250.0
+SIZE = 6.0
+"""Half the size of a mark in CSS pixels."""
+LABEL_GAP = 15.0
+"""Least distance of two labels, CSS pixels."""
+EXAMPLE = "python scripts/bench_demo.py --table reuse"
+COLOURS: Mapping[str, tuple[str, str]] = {
+    "content": ("#4a6572", "#9fb6c1"),
+    "magcache": ("#7a6400", "#e3cf57"),
+    "planned": ("#a0337f", "#f08bcf"),
+}
+"""Of light and dark pages, for the rules that no other figure has."""
+_UP, _DOWN = ((-1, 0.8), (1, 0.8), (0, -1)), ((-1, -0.8), (1, -0.8), (0, 1))
+_SQUARE = ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
+_DIAMOND = ((0, -1.15), (1.15, 0), (0, 1.15), (-1.15, 0))
+_STAR = tuple(
+    (radius * math.sin(i * math.pi / 5), -radius * math.cos(i * math.pi / 5))
+    for i, radius in enumerate((1.4, 0.6) * 5)
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the rows of a policy are drawn."""
+
+    colour: str
+    corners: Sequence[tuple[float, float]]
+    """Of its mark, in units of `SIZE`; none: a circle."""
+
+
+LOOKS: Mapping[str, Look] = {
+    TUNED: Look("planned", _STAR),
+    "guarded": Look("planned", _DIAMOND),
+    "stride": Look("stride", _SQUARE),
+    NAMES["magcache"]: Look("magcache", _DOWN),
+    NAMES["teacache"]: Look("teacache", _UP),
+    NAMES["flowcache"]: Look("flowcache", ()),
+    NAMES["content"]: Look("content", _DIAMOND),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row that reuses, as it is drawn."""
+
+    name: str
+    policy: str
+    predictor: str
+    share: float
+    """FLOPs of those of every step, per cent."""
+    decibel: float
+    """PSNR against the same attention and passes with every step computed."""
+    error: float
+    """Standard error of that over the clips; 0 where it is unknown."""
+
+    @property
+    def is_moved(self) -> bool:
+        """Tell whether what is reused is extrapolated."""
+        return self.predictor in (AS_TUNED, TREND)
+
+
+def read_points(path: Path) -> list[Point]:
+    """Return the rows of a table that reuse and whose PSNR is known.
+
+    Raises:
+        UserError: the table is missing, broken, or holds no such row.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["table"]
+        points = [_point(row) for row in table if row["group"] and row["psnr_base"] is not None]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); make it with {EXAMPLE}"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no table of {EXAMPLE}: make it again") from None
+    if not points:
+        raise UserError(f"{path}: no rule reuses anything: nothing to draw")
+    return points
+
+
+def draw_reuse(path: Path, *, model: str) -> str:
+    """Return the drawing of a table of `bench_demo.py --table reuse`.
+
+    Raises:
+        UserError: the table is missing or broken.
+    """
+    points = read_points(path)
+    x = _axis(
+        "FLOPs of the transformer, % of those with every step computed",
+        [point.share for point in points],
+        (LEFT, WIDTH - LEGEND_WIDTH - RIGHT),
+        margin=2,
+    )
+    ends = [point.decibel + sign * point.error for point in points for sign in (-1, 1)]
+    y = _axis("PSNR, dB", ends, (HEIGHT - BOTTOM, TOP), margin=1)
+    marks = [*_lines(points, x, y), *_bars(points, x, y), *_marks(points, x, y)]
+    marks += _labels(points, x, y)
+    chart = plot(x, y, marks=marks, label="every rule")
+    return document(
+        text(f"{model} demo: reuse rules at three budgets", x=24, y=28, class_="title"),
+        text(
+            "PSNR against every step computed with the same attention and passes; bars: its "
+            "standard error",
+            x=24,
+            y=50,
+        ),
+        placed(chart, 0, HEAD),
+        *_legend(points, x=WIDTH - LEGEND_WIDTH + 20, y=HEAD + 30),
+        width=WIDTH,
+        height=HEAD + HEIGHT + 10,
+        label=f"{model} demo: PSNR of {len(points)} reuse rules against their FLOPs",
+        colours=COLOURS,
+    )
+
+
+def _point(row: Mapping[str, Any]) -> Point:
+    group = row["group"]
+    return Point(
+        name=row["method"],
+        policy=group["policy"],
+        predictor=group["predictor"],
+        share=100 * row["flops_share"],
+        decibel=row["psnr_base"],
+        error=row["psnr_error_base"] or 0.0,
+    )
+
+
+def _axis(name: str, values: Sequence[float], ends: tuple[float, float], *, margin: int) -> Axis:
+    return Axis(name, math.floor(min(values)) - margin, math.ceil(max(values)) + margin, *ends)
+
+
+def _lines(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
+    """Join the budgets of a policy with the same predictor."""
+
+    def family(point: Point) -> tuple[str, str]:
+        return point.policy, point.predictor
+
+    drawn: list[Element] = []
+    for (policy, _), own in groupby(sorted(points, key=family), key=family):
+        places = sorted((x(point.share), y(point.decibel)) for point in own)
+        path = "L".join(f"{number(across)} {number(up)}" for across, up in places)
+        style = f"stroke:var(--{LOOKS[policy].colour});fill:none;stroke-width:1.5;opacity:.55"
+        drawn.append(element("path", d=f"M{path}", style=style))
+    return drawn
+
+
+def _bars(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
+    return [
+        element(
+            "line",
+            x1=x(point.share),
+            x2=x(point.share),
+            y1=y(point.decibel - point.error),
+            y2=y(point.decibel + point.error),
+            style=f"stroke:var(--{LOOKS[point.policy].colour});opacity:.55",
+        )
+        for point in points
+    ]
+
+
+def _marks(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
+    drawn: list[Element] = []
+    for point in points:
+        tip = (
+            f"{point.name}: {point.share:.1f} % of the FLOPs, {point.decibel:.2f} ± "
+            f"{point.error:.2f} dB"
+        )
+        at = (x(point.share), y(point.decibel))
+        drawn.append(_mark(LOOKS[point.policy], at, is_full=point.is_moved, tip=tip))
+    return drawn
+
+
+def _mark(look: Look, at: tuple[float, float], *, is_full: bool, tip: str | None) -> Element:
+    x, y = at
+    colour = f"var(--{look.colour})"
+    style = f"stroke:{colour};stroke-width:2;fill:{colour if is_full else 'var(--page)'}"
+    title = None if tip is None else element("title", tip)
+    if not look.corners:
+        return element("circle", title, cx=x, cy=y, r=SIZE, style=style)
+    corners = "L".join(
+        f"{number(x + SIZE * across)} {number(y + SIZE * up)}" for across, up in look.corners
+    )
+    return element("path", title, d=f"M{corners}Z", style=style)
+
+
+def _labels(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
+    """Name the predictors of plans that are not as tuned, none over another one."""
+    drawn: list[Element] = []
+    last = -math.inf
+    named = [point for point in points if point.policy == TUNED and not point.is_moved]
+    for point in sorted(named, key=lambda point: y(point.decibel)):
+        last = max(y(point.decibel), last + LABEL_GAP)
+        drawn.append(text(point.predictor, x=x(point.share) + SIZE + 8, y=last + 4))
+    return drawn
+
+
+def _legend(points: Sequence[Point], *, x: float, y: float) -> list[Element]:
+    drawn: list[Element] = []
+    present = {point.policy for point in points}
+    for policy in (policy for policy in LOOKS if policy in present):
+        drawn.append(_mark(LOOKS[policy], (x, y), is_full=True, tip=None))
+        name = "stride: even spacing" if policy == "stride" else policy
+        drawn.append(text(name, x=x + 16, y=y + 4, class_="name"))
+        y += 24
+    y += 12
+    meanings = ((True, "velocity along its trend"), (False, "as published, or as named"))
+    for is_full, meaning in meanings:
+        drawn.append(_mark(LOOKS[NAMES["flowcache"]], (x, y), is_full=is_full, tip=None))
+        drawn.append(text(meaning, x=x + 16, y=y + 4))
+        y += 24
+    return drawn

@@ -1,0 +1,209 @@
+#!/usr/bin/env python
+"""Make what `bench_demo.py --table reuse` compares: three budgets, and every rule set to meet them.
+
+FlowCache-fast, as published, is measured on calibration clips. Its FLOPs are the middle budget; 0.6
+and 1.3 times as many are the others. Then one calibration gives a profile for each budget, by
+scripts/tune.py, and a search on two of the clips gives the thresholds of the adaptive rules:
+
+    OUT/flops_0.37.yaml, ...   profiles
+    OUT/budgets.yaml           thresholds, even steps, fitted factors, and the command
+
+What is measured is kept in OUT/work; a second start goes on where the first one stopped.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tune
+from benchmark import magi1, skyreels_v2
+from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
+from benchmark.reuse import Rivals, published, rule_names, rule_settings
+from benchmark.search import (
+    Trials,
+    even_steps,
+    find_threshold,
+    suiting_factor,
+)
+from tuning.prompts import choose_prompts
+from tuning.rows import Rows
+from tuning.subject import Subject
+
+from flowcache.cli import Parser, run_command
+from flowcache.errors import UserError
+from flowcache.files import check_writable
+from flowcache.tune.gap import ErrorModel
+from flowcache.tune.gram import Calibration, merge
+from flowcache.tune.profile import Profile, read_profile
+
+RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
+NUM_SEARCH_CLIPS = 2
+HALF_A_STEP = 0.55
+"""How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
+STARTS = {"flowcache": 0.15, "content": 0.15, "teacache": 0.1, "magcache": 0.2}
+"""Thresholds that the search begins with."""
+EXAMPLES = """examples:
+  python scripts/tune_budgets.py --model skyreels_v2 --out result/reuse_skyreels_v2
+  python scripts/tune_budgets.py --model magi1 --out result/reuse_magi1
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts of the command need."""
+
+    subject: Subject
+    rivals: Rivals
+    trials: Trials
+    options: argparse.Namespace
+
+    @property
+    def work(self) -> Path:
+        """Return the folder of the calibration."""
+        return self.options.out / "work"
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
+    )
+    parser.add_argument("--model", choices=sorted(RIVALS), required=True, help="whose rules")
+    parser.add_argument("--checkpoint", default="demo", help="as tune.py takes it (default: demo)")
+    parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of profiles and budgets")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all runs")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    options = parse_options(argv)
+    return run_command(lambda: command(options))
+
+
+def command(options: argparse.Namespace) -> None:
+    """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
+    check_writable(options.out)
+    bench = open_bench(options, tune.SUBJECTS)
+    words, preset = bench.rivals.words, bench.rivals.preset
+    fast = bench.trials.outcome(published(words), preset=preset).flops
+    print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
+    profiles = {level: tuned(bench, min(times * fast, 1)) for level, times in LEVELS.items()}
+    model = error_model(bench.work)
+    levels = {
+        level: make_level(path, read_profile(path), model) for level, path in profiles.items()
+    }
+    wanted = [(rule, MID) for rule in rule_names(words)]
+    wanted += [("flowcache", level) for level in LEVELS if level != MID]
+    adaptive = [
+        make_adaptive(bench, rule, level, levels[level], fast=fast, model=model)
+        for rule, level in wanted
+    ]
+    budgets = Budgets(
+        command=shlex.join(["python", *sys.argv]),
+        model=options.model,
+        checkpoint=options.checkpoint,
+        settings=list(options.settings),
+        levels=levels,
+        adaptive=adaptive,
+    )
+    print(f"wrote {write_budgets(budgets, options.out)}")
+
+
+def open_bench(
+    options: argparse.Namespace, subjects: Mapping[str, Callable[..., Subject]]
+) -> Bench:
+    """Load the model and find what was measured before."""
+    rivals = RIVALS[options.model]
+    subject = subjects[options.model](
+        options.checkpoint, rivals.preset, options.settings, folder=options.out
+    )
+    prompts, _ = choose_prompts(
+        None, checkpoint=options.checkpoint, num_clips=options.clips, num_checks=0
+    )
+    identity: dict[str, Any] = {
+        key: getattr(options, key) for key in ("model", "checkpoint", "settings")
+    }
+    rows = Rows(options.out / "search", identity=identity)
+    subject.load()
+    return Bench(subject, rivals, Trials(subject, rows, prompts[:NUM_SEARCH_CLIPS]), options)
+
+
+def tuned(bench: Bench, flops: float) -> Path:
+    """Return the profile of a budget; it is made if it isn't there.
+
+    Raises:
+        UserError: tune.py refuses.
+    """
+    options = bench.options
+    path = options.out / f"flops_{flops:.2f}.yaml"
+    if path.is_file():
+        return path
+    line = ["--model", options.model, "--checkpoint", options.checkpoint]
+    line += ["--preset", bench.rivals.preset, "--target", f"flops={flops:.4f}"]
+    line += ["--clips", str(options.clips), "--check-prompts", "0"]
+    line += ["--work", str(bench.work), "--out", str(path), *options.settings]
+    tune.command(tune.parse_options(line))
+    return path
+
+
+def error_model(work: Path) -> ErrorModel:
+    """Return the error model of the calibration that tune.py has left."""
+    parts = [Calibration.load(path) for path in sorted(work.glob("calibration-*.npz"))]
+    if not parts:
+        raise UserError(f"{work} holds no calibration: delete the profiles beside it")
+    calibration = merge(parts)
+    (guided,) = calibration.branches
+    return calibration.error_model({guided: 1.0})
+
+
+def make_level(path: Path, profile: Profile, model: ErrorModel) -> Level:
+    """Return a budget with its profile and with as many even steps."""
+    (plan,) = profile.reuse.plans
+    even = even_steps(len(plan), num_steps=profile.setting.num_steps)
+    return Level(
+        flops=profile.predicted.flops,
+        profile=path.name,
+        even_steps=even,
+        even_factor=model.best_factor(even, order=1),
+        parabola_factor=model.best_factor(plan, order=2),
+    )
+
+
+def make_adaptive(
+    bench: Bench, rule: str, level: str, own: Level, *, fast: float, model: ErrorModel
+) -> Adaptive:
+    """Return an adaptive rule with the threshold that comes nearest to a budget."""
+    words, wanted = bench.rivals.words, fast * LEVELS[level]
+    preset, settings = rule_settings(
+        rule, words, preset=bench.rivals.preset, profile=bench.options.out / own.profile
+    )
+    settings = [*settings, *published(words)]
+    threshold: float | None = None
+    if (rule, level) != ("flowcache", MID):
+        threshold = find_threshold(
+            lambda value: (
+                bench.trials.outcome(with_threshold(settings, value), preset=preset).flops
+            ),
+            wanted,
+            start=STARTS[rule],
+            tolerance=HALF_A_STEP / bench.subject.work().num_steps,
+        )
+    chosen = settings if threshold is None else with_threshold(settings, threshold)
+    found = bench.trials.outcome(chosen, preset=preset)
+    print(f"{rule:10} {level:5} threshold {threshold} spends {found.flops:.4f} of {wanted:.4f}")
+    return Adaptive(rule, level, threshold, found.flops, suiting_factor(model, found.steps))
+
+
+def with_threshold(settings: Sequence[str], threshold: float) -> list[str]:
+    """Return settings with a threshold, in the digits that are kept."""
+    return [*settings, f"reuse.threshold={threshold:.6g}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
