@@ -51,10 +51,10 @@ def source_of(folder: Path, words: list[str]) -> str:
             file = folder / path
             assert file.is_file(), f"{file} is not there"
             text = file.read_text()
-            found = (
-                re.search(r"python -m (skyreels_v2|magi1)", text) if words[0] == "bash" else None
+            found = re.search(r"-m (skyreels_v2|magi1)", text) if words[0] == "bash" else None
+            return (
+                text if found is None else text + source_of(folder, ["python", *found[0].split()])
             )
-            return text if found is None else text + source_of(folder, found[0].split())
     raise AssertionError(f"unknown command: {shlex.join(words)}")
 
 
