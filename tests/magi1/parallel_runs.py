@@ -7,6 +7,7 @@ FOLDER/RANK.pt.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ def main() -> None:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))
-            divided = ranks.divided(Layout(branch, sequence), torch.device("cpu"))
+            layout_ranks = replace(ranks, layout=Layout(branch, sequence))
+            divided = layout_ranks.divided(torch.device("cpu"))
             for kind in ("distilled", "base") if branch == 1 else ("base",):
                 made[kind, layout] = make_videos(f"{models}/{kind}", divided)
         torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")

@@ -5,6 +5,7 @@ A layout is "2x1", branch groups by sequence ranks. What came out is written to 
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ def main() -> None:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))
-            divided = ranks.divided(Layout(branch, sequence), torch.device("cpu"))
+            layout_ranks = replace(ranks, layout=Layout(branch, sequence))
+            divided = layout_ranks.divided(torch.device("cpu"))
             made[layout] = make_videos(model, divided)
         torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
 
