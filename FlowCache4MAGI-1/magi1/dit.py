@@ -22,6 +22,7 @@ from magi1.layers import (
     ContextKV,
     F32Linear,
     Layer,
+    LayerParts,
     SelfAttend,
     ZeroCentredLayerNorm,
     rope_table,
@@ -134,6 +135,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.kernel = kernel
+        self.parts = LayerParts()
         self.patch = (config.t_patch_size, config.patch_size, config.patch_size)
         volume = config.t_patch_size * config.patch_size**2
         self.x_embedder = nn.Conv3d(
@@ -234,6 +236,7 @@ class DiT(nn.Module):
                 layer=index,
                 self_attend=self_attend,
                 kernel=self.kernel,
+                parts=self.parts,
             )
         return x
 

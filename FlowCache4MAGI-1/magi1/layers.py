@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
+from flowcache.compiling import compiled
 from flowcache.precision import linear_in_float32
 from magi1.config import PROJECTION_GROUPS, ModelConfig
 from magi1.fp8 import Fp8Linear, SmoothFp8Linear
@@ -162,25 +163,15 @@ class Attention(nn.Module):
         k, v = self.linear_kv_xattn(text_RLD).unflatten(-1, (self.num_groups, -1)).chunk(2, dim=-1)
         return ContextKV(self.k_layernorm_xattn(k).to(v.dtype), v, mask_RL)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: Tensor,
-        context: ContextKV,
-        *,
-        layer: int,
-        self_attend: SelfAttend,
-        kernel: Kernel,
-    ) -> Tensor:
+    def project(self, x_BSD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Make rotated queries and keys, values, and the queries for the text."""
         dtype, make = x_BSD.dtype, self.linear_qkv
         u = make.layer_norm(x_BSD)
         q = self.q_layernorm(make.q(u).unflatten(-1, (self.num_heads, -1)).float())
         k = self.k_layernorm(make.k(u).unflatten(-1, (self.num_groups, -1)).float())
         v = make.v(u).unflatten(-1, (self.num_groups, -1))
-        core = self_attend(layer, rotate(q, rope).to(dtype), rotate(k, rope).to(dtype), v)
         qx = self.q_layernorm_xattn(make.qx(u).unflatten(-1, (self.num_heads, -1))).to(dtype)
-        cross = attend_to_text(qx, context, kernel=kernel)
-        return self.linear_proj(interleave(core.flatten(2), cross.flatten(2)))
+        return rotate(q, rope).to(dtype), rotate(k, rope).to(dtype), v, qx
 
 
 class MLP(nn.Module):
@@ -241,13 +232,45 @@ class Layer(nn.Module):
         layer: int,
         self_attend: SelfAttend,
         kernel: Kernel,
+        parts: "LayerParts",
     ) -> Tensor:
-        gate_attention, gate_mlp = self.ada_modulate_layer(condition_BNE)
-        y = self.self_attention(
-            x_BSD, rope, context, layer=layer, self_attend=self_attend, kernel=kernel
-        )
-        x_BSD = add_gated(x_BSD, y, gate_attention, norm=self.self_attn_post_norm)
-        return add_gated(x_BSD, self.mlp(x_BSD), gate_mlp, norm=self.mlp_post_norm)
+        q, k, v, qx = parts.before(self, x_BSD, rope)
+        core = self_attend(layer, q, k, v)
+        cross = attend_to_text(qx, context, kernel=kernel)
+        return parts.after(self, x_BSD, core, cross, condition_BNE)
+
+
+def before_attention(
+    layer: Layer, x_BSD: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make a layer's queries, keys and values, and its queries for the text."""
+    return layer.self_attention.project(x_BSD, rope)
+
+
+def after_attention(
+    layer: Layer, x_BSD: Tensor, core_BSHC: Tensor, cross_BSHC: Tensor, condition_BNE: Tensor
+) -> Tensor:
+    """Join both attentions, then the MLP; each is gated, normed and added."""
+    gate_attention, gate_mlp = layer.ada_modulate_layer(condition_BNE)
+    joined = interleave(core_BSHC.flatten(2), cross_BSHC.flatten(2))
+    y = layer.self_attention.linear_proj(joined)
+    x_BSD = add_gated(x_BSD, y, gate_attention, norm=layer.self_attn_post_norm)
+    return add_gated(x_BSD, layer.mlp(x_BSD), gate_mlp, norm=layer.mlp_post_norm)
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A layer's work before and after its attention, each part as it is or compiled."""
+
+    before: Callable[[Layer, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] = (
+        before_attention
+    )
+    after: Callable[[Layer, Tensor, Tensor, Tensor, Tensor], Tensor] = after_attention
+
+
+def compiled_parts() -> LayerParts:
+    """Return the parts of a layer, compiled once for all layers of a kind and all lengths."""
+    return LayerParts(compiled(before_attention), compiled(after_attention))
 
 
 def _plain_linear(width_in: int, width_out: int) -> nn.Linear:

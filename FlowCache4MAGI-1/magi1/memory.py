@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.kv import cached_attention, caches_for
-from flowcache.memory import Part, Residence, Stage, scratch_bytes
+from flowcache.memory import (
+    MemoryPlan,
+    Part,
+    Residence,
+    Stage,
+    make_memory_plan,
+    scratch_bytes,
+)
 from magi1 import text, vae
 from magi1.build import VAE_STRIDE, latent_size, layout_of
 from magi1.captions import NULL_TOKENS
@@ -54,11 +61,19 @@ class RunMemory:
     Args:
         networks: what runs beside the transformer; the text encoder is float32.
         dtype: type of the weights inside the blocks.
+        overlaps: whether chunks are decoded while others are denoised, if both networks are there.
     """
 
     def __init__(
-        self, config: RunConfig, plan: Plan, *, networks: Networks, dtype: torch.dtype
+        self,
+        config: RunConfig,
+        plan: Plan,
+        *,
+        networks: Networks,
+        dtype: torch.dtype,
+        overlaps: bool,
     ) -> None:
+        self.overlaps = overlaps
         self.config, self.plan, self.dtype = config, plan, dtype
         self.networks = networks
         self.model = replace(config.model_config, params_dtype=str(dtype))
@@ -110,6 +125,11 @@ class RunMemory:
                 Part("activations", self.dit_scratch, "lower runtime_config.chunk_width"),
                 Part("KV scoring", self.plan.scoring_bytes, "set kv.queries=frame"),
                 self._vae(is_here=not residence.dit_aside),
+                Part(
+                    "VAE activations",
+                    self.decode_scratch * (self.overlaps and not residence.dit_aside),
+                    "set overlap=false",
+                ),
             ),
         )
 
@@ -192,9 +212,9 @@ class RunMemory:
         latents = torch.empty(1, channels, run.chunk_width, *self.size, device=META)
         tiles = scratch_bytes(lambda: codec.decode(latents))
         tiling = codec.tiling
-        side = min(tiling.pixels // VAE_STRIDE, *self.size)
+        height, width = (min(tiling.pixels // VAE_STRIDE, length) for length in self.size)
         depth = min(tiling.frames // codec.temporal_stride, run.chunk_width)
-        tile = torch.empty(1, channels, depth, side, side, dtype=codec.dtype, device=META)
+        tile = torch.empty(1, channels, depth, height, width, dtype=codec.dtype, device=META)
         return tiles + scratch_bytes(lambda: self._one_layer().decoder(tile))
 
     def _encode_scratch(self) -> int:
@@ -239,6 +259,38 @@ _T5_REMEDY = "set runtime_config.t5_device=cpu"
 
 def _weight_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def plan_memory(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    plan: Plan,
+    *,
+    dtype: torch.dtype,
+    limit: int | None,
+    has_host: bool,
+) -> MemoryPlan:
+    """Find what must be kept on the host so that the run fits.
+
+    Args:
+        checkpoint: None: a released model that isn't here.
+        limit: bytes of the device that may be used; None: not known.
+        has_host: whether the device is not the host itself.
+
+    Raises:
+        UserError: it can't be made to fit.
+    """
+    networks = networks_of(checkpoint, config, dtype=dtype)
+    needs = RunMemory(
+        config,
+        plan,
+        networks=networks,
+        dtype=dtype,
+        overlaps=has_host if config.overlap is None else config.overlap,
+    )
+    return make_memory_plan(
+        needs.stages, wanted=wanted_residence(config), limit_bytes=limit, has_host=has_host
+    )
 
 
 def wanted_residence(config: RunConfig) -> Residence:

@@ -1,14 +1,16 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flowcache.noise import Draw, seeded_noise
+from flowcache.overlap import Later, lane_for, should_overlap
 from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, Policies
 from flowcache.schedule import Tick
@@ -55,8 +57,13 @@ class Progress:
     """What just happened: a tick, and the frames that can be shown after it."""
 
     tick: Tick
-    frames: Tensor | None
-    """New pixel frames `[3, T, H, W]`, about -1..1, or None."""
+    later: Later[Tensor] | None
+    """New pixel frames `[3, T, H, W]`, about -1..1, which may be under way, or None."""
+
+    @property
+    def frames(self) -> Tensor | None:
+        """The new pixel frames, waited for if they are under way."""
+        return None if self.later is None else self.later.get()
 
 
 @torch.no_grad()
@@ -118,21 +125,43 @@ def generate(
         observe=observe,
         ranks=ranks,
     )
-    for tick, finished in sampler.run():
-        shown = [
-            _decode_chunk(codec, sampler.latents, clip=clip, chunk=chunk) for chunk in finished
-        ]
-        yield Progress(tick, torch.cat(shown, dim=1) if shown else None)
+    is_beside = should_overlap(
+        config.overlap, codec.device, takes_turns=config.offload or ranks.place.size > 1
+    )
+    with lane_for("decode", device=codec.device, is_beside=is_beside) as lane:
+        for tick, finished in sampler.run():
+            parts = {chunk: clip.latents(chunk) for chunk in finished}
+            # a copy: the thread must not see later changes of the whole
+            latents = {c: sampler.latents[:, p.start : p.stop].clone() for c, p in parts.items()}
+            later = None
+            if finished:
+                later = lane.submit(
+                    partial(_decode_chunks, codec, latents, clip=clip, is_beside=is_beside)
+                )
+            yield Progress(tick, later)
 
 
-def _decode_chunk(codec: "_Codec", latents: Tensor, *, clip: Clip, chunk: int) -> Tensor:
+def _decode_chunks(
+    codec: "_Codec", latents: Mapping[int, Tensor], *, clip: Clip, is_beside: bool
+) -> Tensor:
+    """Decode clean chunks and return the frames of them that are new, `[3, T, H, W]`."""
+    shown = [
+        _decode_chunk(codec, own, clip=clip, chunk=chunk, is_beside=is_beside)
+        for chunk, own in latents.items()
+    ]
+    return torch.cat(shown, dim=1)
+
+
+def _decode_chunk(
+    codec: "_Codec", latents: Tensor, *, clip: Clip, chunk: int, is_beside: bool
+) -> Tensor:
     """Decode a clean chunk and return the frames of it that are new, `[3, T, H, W]`.
 
     Given latents are decoded with the others and cut off afterwards. The release cuts first; what
     remains is then no whole number of decoder tiles, and a video may lose three frames at the seam.
     """
     own, shown = clip.latents(chunk), clip.shown(chunk)
-    frames = codec.decode(latents[:, own.start : own.stop])
+    frames = codec.decode(latents, is_beside=is_beside)
     return frames[:, (shown.start - own.start) * clip.temporal_stride :]
 
 
@@ -155,16 +184,16 @@ class _Codec:
             latents = self.vae.encode(pixels_3THW.unsqueeze(0))[0]
         return latents.to(device=device, dtype=torch.float32)
 
-    def decode(self, latents_CFhw: Tensor) -> Tensor:
+    def decode(self, latents_CFhw: Tensor, *, is_beside: bool) -> Tensor:
         """Return float32 pixels `[3, T, H, W]`."""
-        with self._at_work():
+        with self._at_work(is_beside=is_beside):
             return self.vae.decode(latents_CFhw.unsqueeze(0))[0].float()
 
     @contextmanager
-    def _at_work(self) -> Generator[torch.device, None, None]:
+    def _at_work(self, *, is_beside: bool = False) -> Generator[torch.device, None, None]:
         """Put the VAE on the device of the run, and the transformer off it, if memory is scarce."""
         device = self.device
-        with self.stats.stage("vae"):
+        with self.stats.stage("vae", is_beside=is_beside):
             if not self.is_offloaded:
                 yield device
                 return

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowcache import job as jobs
 from flowcache.attention import choose_kernel, describe_choice
 from flowcache.cli import choose_device
+from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.embeddings import cached_embedding
 from flowcache.errors import UserError
@@ -26,7 +27,8 @@ from flowcache.job import (
     replay_lines,
     write_run,
 )
-from flowcache.memory import MemoryPlan, limit_of, make_memory_plan, parse_limit
+from flowcache.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.overlap import should_overlap
 from flowcache.parallel import layout_lines, layout_of, own_bytes
 from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
@@ -43,7 +45,8 @@ from magi1.checkpoint import Checkpoint
 from magi1.dit import DiT
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import num_latents, read_prefix
-from magi1.memory import RunMemory, networks_of, placed, wanted_residence
+from magi1.layers import compiled_parts
+from magi1.memory import placed, plan_memory
 from magi1.pipeline import Conditioning, LatentCodec, generate
 from magi1.plan import Plan, attention_shape, lines, make_plan, shown_frames
 from magi1.released import FOLDER, Source, download, find_model, find_path, locate
@@ -246,32 +249,6 @@ def _check_vae(config: RunConfig, folder: Path) -> None:
             )
 
 
-def plan_memory(
-    config: RunConfig,
-    checkpoint: Checkpoint | None,
-    plan: Plan,
-    *,
-    dtype: torch.dtype,
-    limit: int | None,
-    has_host: bool,
-) -> MemoryPlan:
-    """Find what must be kept on the host so that the run fits.
-
-    Args:
-        checkpoint: None: a released model that isn't here.
-        limit: bytes of the device that may be used; None: not known.
-        has_host: whether the device is not the host itself.
-
-    Raises:
-        UserError: it can't be made to fit.
-    """
-    networks = networks_of(checkpoint, config, dtype=dtype)
-    needs = RunMemory(config, plan, networks=networks, dtype=dtype)
-    return make_memory_plan(
-        needs.stages, wanted=wanted_residence(config), limit_bytes=limit, has_host=has_host
-    )
-
-
 def describe(job: Job) -> str:
     """Say what the run will do."""
     head = _head(job.source, job.config, job.preset, where=f"{_name(job.dtype)} on {job.device}")
@@ -346,6 +323,8 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
             wanted=config.attention_kernel,
         )
         logger.info("%s", describe_choice(dit.kernel))
+        if should_compile(config.compile, job.device):
+            dit.parts = compiled_parts()
         codec = vae.load(
             job.checkpoint.vae,
             scale=config.runtime_config.scale_factor,
@@ -441,6 +420,9 @@ def render(
         stats=stats,
         num_ticks=job.plan.num_ticks,
         num_chunks=len(job.plan.clip.generated),
+        overlaps=should_overlap(
+            job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1
+        ),
         facts=Facts(
             preset=job.preset,
             model=job.source.name,

@@ -86,6 +86,8 @@ class RunConfig:
     memory_limit: str = "auto"
     embedding_cache: str | None = None
     attention_kernel: KernelName = "auto"
+    compile: bool | None = None
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         check_finite(self)

@@ -19,6 +19,7 @@ from flowcache.attention import SDPA, Kernel
 from flowcache.precision import linear_in_float32
 from skyreels_v2.layers import (
     Block,
+    BlockParts,
     ContextKV,
     SelfAttend,
     modulate,
@@ -113,6 +114,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.kernel = kernel
+        self.parts = BlockParts()
         dim, has_image = config.dim, config.model_type == "i2v"
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
@@ -225,6 +227,7 @@ class DiT(nn.Module):
                 layer=layer,
                 self_attend=self_attend,
                 kernel=self.kernel,
+                parts=self.parts,
             )
         return x
 

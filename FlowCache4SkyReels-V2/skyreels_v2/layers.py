@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
+from flowcache.compiling import compiled
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""
@@ -138,14 +139,12 @@ class SelfAttention(nn.Module):
         """Divide the width among the heads: `[B, S, H, C]`."""
         return x_BSD.unflatten(-1, (self.num_heads, -1))
 
-    def forward(
-        self, x_BSD: Tensor, rope: Tensor, *, layer: int, self_attend: SelfAttend
-    ) -> Tensor:
+    def project(self, x_BSD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make rotated queries and keys, and values, `[B, S, H, C]`."""
         dtype = x_BSD.dtype
         q = rotate(self.split(self.norm_q(self.q(x_BSD))), rope).to(dtype)
         k = rotate(self.split(self.norm_k(self.k(x_BSD))), rope).to(dtype)
-        v = self.split(self.v(x_BSD))
-        return self.o(self_attend(layer, q, k, v).flatten(2))
+        return q, k, self.split(self.v(x_BSD))
 
 
 class CrossAttention(SelfAttention):
@@ -167,12 +166,17 @@ class CrossAttention(SelfAttention):
         k_img = self.split(self.norm_k_img(self.k_img(image_BLD))).to(dtype)
         return ContextKV(k, v, k_img, self.split(self.v_img(image_BLD)))
 
-    def forward(self, x_BSD: Tensor, context: ContextKV, *, kernel: Kernel) -> Tensor:  # type: ignore[override]
-        q = self.split(self.norm_q(self.q(x_BSD))).to(x_BSD.dtype)
-        out = kernel(q, context.k, context.v)
-        if context.k_img is not None and context.v_img is not None:
-            out = out + kernel(q, context.k_img, context.v_img)
-        return self.o(out.flatten(2))
+    def query(self, x_BSD: Tensor) -> Tensor:
+        """Make queries `[B, S, H, C]`."""
+        return self.split(self.norm_q(self.q(x_BSD))).to(x_BSD.dtype)
+
+
+def attend_to_context(q_BSHC: Tensor, context: ContextKV, *, kernel: Kernel) -> Tensor:
+    """Attend to the prompt and, where there is one, to the start image."""
+    out = kernel(q_BSHC, context.k, context.v)
+    if context.k_img is not None and context.v_img is not None:
+        out = out + kernel(q_BSHC, context.k_img, context.v_img)
+    return out
 
 
 class Block(nn.Module):
@@ -201,20 +205,62 @@ class Block(nn.Module):
         layer: int,
         self_attend: SelfAttend,
         kernel: Kernel,
+        parts: "BlockParts",
     ) -> Tensor:
-        dtype = x_BSD.dtype
-        num_frames = e0_BF6D.shape[1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (self.modulation.float() + e0_BF6D).unsqueeze(3).unbind(2)
-        )
-        x = x_BSD.float()
-        a = modulate(x, shift1, scale1, num_frames=num_frames, eps=self.eps).to(dtype)
-        y = self.self_attn(a, rope, layer=layer, self_attend=self_attend)
-        x = add_gated(x, y, gate1, num_frames=num_frames)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context, kernel=kernel).float()
-        a = modulate(x, shift2, scale2, num_frames=num_frames, eps=self.eps).to(dtype)
-        x = add_gated(x, self.ffn(a), gate2, num_frames=num_frames)
-        return x.to(dtype)
+        q, k, v = parts.before(self, x_BSD, e0_BF6D, rope)
+        x, q = parts.between(self, x_BSD, self_attend(layer, q, k, v), e0_BF6D)
+        out = attend_to_context(q, context, kernel=kernel)
+        return parts.after(self, x, out, e0_BF6D).to(x_BSD.dtype)
+
+    def modulators(self, e0_BF6D: Tensor) -> tuple[Tensor, ...]:
+        """Return shift, scale and gate of attention, then of the MLP: `[B, F, 1, D]` each."""
+        return (self.modulation.float() + e0_BF6D).unsqueeze(3).unbind(2)
+
+
+def before_attention(
+    block: Block, x_BSD: Tensor, e0_BF6D: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make a block's queries, keys and values."""
+    shift, scale, *_ = block.modulators(e0_BF6D)
+    a = modulate(x_BSD, shift, scale, num_frames=e0_BF6D.shape[1], eps=block.eps)
+    return block.self_attn.project(a.to(x_BSD.dtype), rope)
+
+
+def between_attentions(
+    block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add self-attention to the residual stream (float32); make queries for the context."""
+    gate = block.modulators(e0_BF6D)[2]
+    y = block.self_attn.o(out_BSHC.flatten(2))
+    x = add_gated(x_BSD.float(), y, gate, num_frames=e0_BF6D.shape[1])
+    return x, block.cross_attn.query(block.norm3(x).to(x_BSD.dtype))
+
+
+def after_attention(block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor) -> Tensor:
+    """Add cross-attention and the MLP to the residual stream, float32."""
+    shift, scale, gate = block.modulators(e0_BF6D)[3:]
+    num_frames = e0_BF6D.shape[1]
+    x = x_BSD + block.cross_attn.o(out_BSHC.flatten(2)).float()
+    a = modulate(x, shift, scale, num_frames=num_frames, eps=block.eps).to(out_BSHC.dtype)
+    return add_gated(x, block.ffn(a), gate, num_frames=num_frames)
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A block's work around its two attentions, each part as it is or compiled."""
+
+    before: Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
+        before_attention
+    )
+    between: Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = between_attentions
+    after: Callable[[Block, Tensor, Tensor, Tensor], Tensor] = after_attention
+
+
+def compiled_parts() -> BlockParts:
+    """Return the parts of a block, compiled once for all blocks and lengths."""
+    return BlockParts(
+        compiled(before_attention), compiled(between_attentions), compiled(after_attention)
+    )
 
 
 def modulate(

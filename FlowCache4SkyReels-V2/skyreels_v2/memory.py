@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from flowcache.kv import cached_attention, caches_for
-from flowcache.memory import Part, Residence, Stage, scratch_bytes
+from flowcache.memory import (
+    MemoryPlan,
+    Part,
+    Residence,
+    Stage,
+    make_memory_plan,
+    scratch_bytes,
+)
 from skyreels_v2 import text, vae
 from skyreels_v2.build import VAE_STRIDE, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
@@ -59,6 +66,7 @@ class RunMemory:
     Args:
         networks: what runs beside the transformer.
         dtype: of the transformer's and the text encoder's weights; the VAE is float32.
+        overlaps: whether chunks are decoded while others are denoised, if both networks are there.
     """
 
     def __init__(
@@ -69,7 +77,9 @@ class RunMemory:
         *,
         networks: Networks,
         dtype: torch.dtype,
+        overlaps: bool,
     ) -> None:
+        self.overlaps = overlaps
         self.config, self.dit, self.plan, self.dtype = config, dit, plan, dtype
         self.networks = networks
         self.largest = max(
@@ -129,7 +139,7 @@ class RunMemory:
                 Part("activations", self._activations(), "lower causal_block_size, or the size"),
                 Part("KV scoring", self.plan.scoring_bytes, "set kv.queries=frame"),
                 Part("the VAE", self.vae_bytes, "use a larger GPU"),
-                Part("VAE state", self.decoder_state, "lower height and width"),
+                self._decoder_meanwhile(residence),
             ),
         )
 
@@ -146,6 +156,12 @@ class RunMemory:
                 Part("VAE activations", self.decode_scratch, "lower height and width"),
             ),
         )
+
+    def _decoder_meanwhile(self, residence: Residence) -> Part:
+        """Return what decoding needs while others are denoised: all, or what it keeps."""
+        if self.overlaps and not residence.dit_aside:
+            return Part("VAE activations", self.decode_scratch, "set overlap=false")
+        return Part("VAE state", self.decoder_state, "lower height and width")
 
     # Parts ------------------------------------------------------------------------------------
 
@@ -281,6 +297,37 @@ def _dit_scratch(
         return velocity, hidden - embedded.tokens
 
     return scratch_bytes(forward)
+
+
+def plan_memory(
+    config: RunConfig,
+    dit: DiTConfig,
+    plan: Plan,
+    *,
+    checkpoint: Checkpoint | None,
+    dtype: torch.dtype,
+    limit: int | None,
+    has_host: bool = True,
+) -> MemoryPlan:
+    """Find what must be kept on the host so that the run fits.
+
+    Args:
+        checkpoint: None: a released model that isn't here.
+        limit: bytes of the device that may be used; None: not known.
+        has_host: whether the device is not the host itself.
+
+    Raises:
+        UserError: it can't be made to fit.
+    """
+    if checkpoint is None:
+        networks = released_networks(dtype=dtype, is_i2v=dit.model_type == "i2v")
+    else:
+        networks = networks_of(checkpoint, dtype=dtype)
+    overlaps = has_host if config.overlap is None else config.overlap
+    needs = RunMemory(config, dit, plan, networks=networks, dtype=dtype, overlaps=overlaps)
+    return make_memory_plan(
+        needs.stages, wanted=wanted_residence(config), limit_bytes=limit, has_host=has_host
+    )
 
 
 def wanted_residence(config: RunConfig) -> Residence:

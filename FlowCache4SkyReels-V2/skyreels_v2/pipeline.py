@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
+from flowcache.overlap import Lane, Later, lane_for, should_overlap
 from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, Policies, ReusePolicy
 from flowcache.schedule import Tick
@@ -81,8 +83,13 @@ class Progress:
     segment: Segment
     num_segments: int
     tick: Tick
-    frames: Tensor | None
-    """New pixel frames `[3, T, H, W]` in -1..1, or None."""
+    later: Later[Tensor] | None
+    """New pixel frames `[3, T, H, W]` in -1..1, which may be under way, or None."""
+
+    @property
+    def frames(self) -> Tensor | None:
+        """The new pixel frames, waited for if they are under way."""
+        return None if self.later is None else self.later.get()
 
 
 @torch.no_grad()
@@ -114,28 +121,43 @@ def generate(
     ranks = Ranks() if ranks is None else ranks
     contexts = _encode_contexts(dit, conditioning, stats=stats, ranks=ranks)
     segments = segments_of(config)
-    tail = conditioning.video
-    for segment in segments:
-        maker = _SegmentMaker(
-            dit,
-            vae,
-            config,
-            conditioning,
-            contexts,
-            segment,
-            len(segments),
-            stats,
-            draw,
-            observe,
-            policies or _settings_policies(config, dit),
-            ranks,
-        )
-        for tick, frames in maker.run(tail):
-            yield Progress(segment, len(segments), tick, frames)
-            if frames is not None and config.overlap_history is not None:
-                known = frames if tail is None else torch.cat([tail, frames], dim=1)
-                tail = known[:, -config.overlap_history :]
+    tail = None if conditioning.video is None else Later.of(conditioning.video)
+    is_beside = should_overlap(
+        config.overlap, device, takes_turns=config.offload or ranks.place.size > 1
+    )
+    with lane_for("decode", device=device, is_beside=is_beside) as lane:
+        for segment in segments:
+            maker = _SegmentMaker(
+                dit,
+                vae,
+                config,
+                conditioning,
+                contexts,
+                segment,
+                len(segments),
+                stats,
+                draw,
+                observe,
+                policies or _settings_policies(config, dit),
+                ranks,
+                lane,
+            )
+            for tick, frames in maker.run(None if tail is None else tail.get()):
+                yield Progress(segment, len(segments), tick, frames)
+                if frames is not None and config.overlap_history is not None:
+                    parts = [frames] if tail is None else [tail, frames]
+                    tail = lane.submit(partial(_last_frames, parts, config.overlap_history))
     _add_flops_of_others(stats, ranks)
+
+
+def _joined(parts: list[Later[Tensor]]) -> Later[Tensor]:
+    """Return pixel frames that are made apart, `[3, T, H, W]`, together."""
+    return Later(lambda: torch.cat([part.get() for part in parts], dim=1))
+
+
+def _last_frames(parts: list[Later[Tensor]], count: int) -> Tensor:
+    """Return the last pixel frames of some parts, `[3, T, H, W]`."""
+    return torch.cat([part.get() for part in parts], dim=1)[:, -count:]
 
 
 def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
@@ -192,6 +214,7 @@ class _SegmentMaker:
     observe: Observe | None
     policies: Policies
     ranks: Ranks
+    lane: Lane
 
     def __post_init__(self) -> None:
         self.device = self.dit.patch_embedding.weight.device
@@ -202,7 +225,7 @@ class _SegmentMaker:
             is_i2v=self.dit.config.model_type == "i2v",
         )
 
-    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Tensor | None]]:
+    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Later[Tensor] | None]]:
         """Denoise; yield after every tick the new pixel frames `[3, T, H, W]`, or None.
 
         Args:
@@ -212,18 +235,16 @@ class _SegmentMaker:
         latents = self._start_latents(tail)
         sampler = self._sampler(latents)
         decoder = self.vae.stream()
-        waiting: list[Tensor] = []
+        waiting: list[Later[Tensor]] = []
         if num_prefix:
-            waiting = [self._decode(decoder, latents[:, :num_prefix])[:, skipped:]]
+            waiting = [self._decode(decoder, latents[:, :num_prefix], skipped=skipped)]
         for tick, finished in sampler.run():
             for chunk in finished:
                 own = self.window.chunks[chunk]
                 waiting.append(self._decode(decoder, latents[:, own.start : own.stop]))
+            yield tick, _joined(waiting) if finished else None
             if finished:
-                yield tick, torch.cat(waiting, dim=1)
                 waiting = []
-            else:
-                yield tick, None
 
     def _start_latents(self, tail: Tensor | None) -> Tensor:
         """Return noise with the given frames in their places, `[C, F, h, w]` float32.
@@ -311,9 +332,17 @@ class _SegmentMaker:
             latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(self.device))
         return latents[0].to(device=self.device, dtype=torch.float32)
 
-    def _decode(self, decoder: LatentDecoder, latents_CFhw: Tensor) -> Tensor:
-        with self.stats.stage("vae"), self._dit_aside():
-            return decoder.decode(latents_CFhw.unsqueeze(0))[0].float()
+    def _decode(
+        self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
+    ) -> Later[Tensor]:
+        """Have latents decoded, without the first `skipped` frames; they may still change."""
+        own = latents_CFhw.unsqueeze(0).clone() if self.lane.is_beside else latents_CFhw[None]
+
+        def decode() -> Tensor:
+            with self.stats.stage("vae", is_beside=self.lane.is_beside), self._dit_aside():
+                return decoder.decode(own)[0].float()[:, skipped:]
+
+        return self.lane.submit(decode)
 
     @contextmanager
     def _dit_aside(self) -> Generator[None, None, None]:

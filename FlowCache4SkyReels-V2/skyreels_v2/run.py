@@ -11,6 +11,7 @@ import torch
 
 from flowcache.attention import choose_kernel, describe_choice
 from flowcache.cli import DTYPES, choose_device, choose_dtype
+from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.embeddings import cached_embedding
 from flowcache.errors import UserError
@@ -25,7 +26,8 @@ from flowcache.job import (
     replay_lines,
     write_run,
 )
-from flowcache.memory import MemoryPlan, limit_of, make_memory_plan, parse_limit
+from flowcache.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.overlap import should_overlap
 from flowcache.parallel import layout_lines, layout_of, own_bytes
 from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
@@ -46,13 +48,8 @@ from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
-from skyreels_v2.memory import (
-    RunMemory,
-    networks_of,
-    placed,
-    released_networks,
-    wanted_residence,
-)
+from skyreels_v2.layers import compiled_parts
+from skyreels_v2.memory import placed, plan_memory
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.plan import Plan, attention_shape, lines, make_plan, shown_frames
 from skyreels_v2.released import RELEASED
@@ -133,9 +130,17 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     checkpoints.check(checkpoint)
     check_tuned_for(config.reuse, partial(checkpoints.fingerprint, checkpoint))
     check_ffmpeg()
-    memory = None
-    if config.memory_limit != "none" and (limit_of(config.memory_limit, device) or request.is_dry):
-        memory = plan_memory(config, checkpoint, plan, device=device, dtype=dtype)
+    limit, memory = limit_of(config.memory_limit, device), None
+    if config.memory_limit != "none" and (limit or request.is_dry):
+        memory = plan_memory(
+            config,
+            checkpoint.config,
+            plan,
+            checkpoint=checkpoint,
+            dtype=dtype,
+            limit=limit,
+            has_host=device.type != "cpu",
+        )
     return Job(
         config,
         checkpoint,
@@ -214,29 +219,6 @@ def read_replay(request: Request, config: RunConfig, plan: Plan) -> Record | Non
     return record
 
 
-def plan_memory(
-    config: RunConfig,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> MemoryPlan:
-    """Find what must be kept on the host so that the run fits.
-
-    Raises:
-        UserError: it can't be made to fit.
-    """
-    networks = networks_of(checkpoint, dtype=dtype)
-    needs = RunMemory(config, checkpoint.config, plan, networks=networks, dtype=dtype)
-    return make_memory_plan(
-        needs.stages,
-        wanted=wanted_residence(config),
-        limit_bytes=limit_of(config.memory_limit, device),
-        has_host=device.type != "cpu",
-    )
-
-
 def describe(job: Job) -> str:
     """Say what the run will do."""
     head = [
@@ -272,13 +254,8 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     layout = divide(request, config, sizes, Ranks() if ranks is None else ranks)
     plan = per_process(make_plan(config, sizes, dtype=dtype), layout)
     replay = read_replay(request, config, plan)
-    networks = released_networks(dtype=dtype, is_i2v=sizes.model_type == "i2v")
-    needs = RunMemory(config, sizes, plan, networks=networks, dtype=dtype)
-    memory = make_memory_plan(
-        needs.stages,
-        wanted=wanted_residence(config),
-        limit_bytes=parse_limit(config.memory_limit),
-        has_host=True,
+    memory = plan_memory(
+        config, sizes, plan, checkpoint=None, dtype=dtype, limit=parse_limit(config.memory_limit)
     )
     head_lines = [head, *profile_lines(config.reuse), *replay_lines(replay)]
     head_lines += layout_lines(layout)
@@ -298,6 +275,8 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
         dit = checkpoints.load_dit(
             job.checkpoint, dtype=job.dtype, device=job.device, kernel=kernel
         )
+        if should_compile(job.config.compile, job.device):
+            dit.parts = compiled_parts()
         decoder = vae.load(job.checkpoint.vae, device=job.device)
     return Models(dit, decoder)
 
@@ -398,6 +377,9 @@ def render(
         num_ticks=job.plan.num_ticks,
         num_chunks=num_chunks,
         before=job.media.video,
+        overlaps=should_overlap(
+            job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1
+        ),
         facts=Facts(
             preset=job.preset,
             model=job.checkpoint.folder.name,

@@ -86,6 +86,11 @@ def run_parser(
         help="keep encoded prompts there and read known ones (default: nothing is kept)",
     )
     parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="run the blocks as they are (default: compiled on CUDA)",
+    )
+    parser.add_argument(
         "--list-settings", action="store_true", help="print every setting with type and default"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
@@ -100,6 +105,8 @@ def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[s
     """
     given = {key: getattr(options, argument) for argument, key in keys.items()}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if options.no_compile:
+        named.append("compile=false")
     return [*named, *options.settings]
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
+from flowcache.overlap import Later, lane_for
 from flowcache.ranks import Layout
 from flowcache.record import REPLAY, Record, build_record, read_record, write_record
 from flowcache.schedule import Tick
@@ -91,8 +93,8 @@ class Shown(Protocol):
         ...
 
     @property
-    def frames(self) -> Tensor | None:
-        """New frames `[3, T, H, W]` in -1..1, or None."""
+    def later(self) -> Later[Tensor] | None:
+        """New frames `[3, T, H, W]` in -1..1, which may be under way, or None."""
         ...
 
 
@@ -184,6 +186,7 @@ def write_run(
     num_chunks: int,
     facts: Facts,
     before: Tensor | None = None,
+    overlaps: bool = False,
 ) -> dict[str, Any]:
     """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds.
 
@@ -193,6 +196,7 @@ def write_run(
         num_chunks: chunks that it will make.
         stats: with a trace, a record is written, too.
         before: frames that the video begins with, uint8 `[T, H, W, 3]`.
+        overlaps: whether frames are written in a thread of their own, beside the pipeline.
     """
     bar = ProgressBar(num_ticks=num_ticks, num_chunks=num_chunks)
     writer = VideoWriter(
@@ -202,25 +206,29 @@ def write_run(
         quality=VIDEO_QUALITY,
         overwrite=target.overwrite,
     )
-    first_frames_seconds: float | None = None
+    first: list[float] = []
+
+    def write(frames: Later[Tensor]) -> None:
+        made = frames.get()
+        with stats.stage("write", is_beside=overlaps):
+            writer.append(to_uint8(made).cpu())
+        first.append(stats.elapsed_seconds())
+
     try:
-        with writer:
+        with writer, lane_for("write", device=stats.device, is_beside=overlaps) as written:
             if before is not None:
                 writer.append(before)
             for progress in shown:
                 bar.update(stats, num_finished=len(progress.tick.finishing))
-                if progress.frames is not None:
-                    with stats.stage("write"):
-                        writer.append(to_uint8(progress.frames).cpu())
-                    if first_frames_seconds is None:
-                        first_frames_seconds = stats.elapsed_seconds()
+                if progress.later is not None:
+                    written.submit(partial(write, progress.later))
     finally:
         bar.close()
     surroundings = environment(stats.device)
     report = {
         "video": writer.path.name,
         "num_frames": writer.num_frames,
-        "first_frames_seconds": first_frames_seconds,
+        "first_frames_seconds": first[0] if first else None,
         "preset": facts.preset,
         "model": facts.model,
         "attention_kernel": facts.attention_kernel,

@@ -61,6 +61,7 @@ class _Span(NamedTuple):
     parent: str | None
     start: Moment
     end: Moment
+    is_beside: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ class StageTime:
     seconds: float
     num_uses: int
     parent: str | None  # the stage that this one's seconds are also part of
+    overlapped_seconds: float = 0.0
+    """The part of the seconds that ran beside other stages, in a thread of its own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; overlapped seconds only where there are some."""
+        told = {"seconds": self.seconds, "num_uses": self.num_uses, "within": self.parent}
+        if self.overlapped_seconds:
+            return told | {"overlapped_seconds": self.overlapped_seconds}
+        return told
 
 
 class RunStats:
@@ -155,22 +165,33 @@ class RunStats:
             self.trace.keep_tokens(TickId(segment, tick), branch, tokens())
 
     @contextmanager
-    def stage(self, name: str, *, is_on_host: bool = False) -> Generator[None, None, None]:
+    def stage(
+        self, name: str, *, is_on_host: bool = False, is_beside: bool = False
+    ) -> Generator[None, None, None]:
         """Add the time of the body to a stage.
 
         Args:
             name: the stage; a stage inside another one counts in both.
             is_on_host: the body leaves nothing for the device to do (writing a file, loading), so
                 that the host's clock is the right one.
+            is_beside: the body runs in a thread of its own, beside the other stages, whose time it
+                does not lengthen unless they wait for the same device.
         """
+        clock = torch.device("cpu") if is_on_host else self.device
+        if is_beside:
+            start = now(clock)
+            try:
+                yield
+            finally:
+                self._spans.append(_Span(name, None, start, now(clock), is_beside=True))
+            return
         parent = self._open_stages[-1] if self._open_stages else None
         self._open_stages.append(name)
-        clock = torch.device("cpu") if is_on_host else self.device
         start = now(clock)
         try:
             yield
         finally:
-            self._spans.append(_Span(name, parent, start, now(clock)))
+            self._spans.append(_Span(name, parent, start, now(clock), is_beside=False))
             self._open_stages.pop()
 
     def stage_times(self) -> dict[str, StageTime]:
@@ -178,15 +199,18 @@ class RunStats:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds: dict[str, float] = {}
+        beside: dict[str, float] = {}
         num_uses: Counter[str] = Counter()
         parents: dict[str, str | None] = {}
         for span in self._spans:
             elapsed = elapsed_seconds(span.start, span.end)
             seconds[span.name] = seconds.get(span.name, 0.0) + elapsed
             num_uses[span.name] += 1
+            if span.is_beside:
+                beside[span.name] = beside.get(span.name, 0.0) + elapsed
             parents.setdefault(span.name, span.parent)
         return {
-            name: StageTime(seconds[name], num_uses[name], parent)
+            name: StageTime(seconds[name], num_uses[name], parent, beside.get(name, 0.0))
             for name, parent in parents.items()
         }
 
@@ -210,10 +234,7 @@ class RunStats:
         return {
             "schema_version": SCHEMA_VERSION,
             "total_seconds": self.elapsed_seconds(),
-            "stages": {
-                name: {"seconds": stage.seconds, "num_uses": stage.num_uses, "within": stage.parent}
-                for name, stage in self.stage_times().items()
-            },
+            "stages": {name: stage.to_dict() for name, stage in self.stage_times().items()},
             "passes": {
                 "computed": self.num_computed,
                 "reused": self.num_reused,
@@ -266,7 +287,12 @@ class RunStats:
                 for child, part in times.items()
                 if part.parent == name
             )
-            parts.append(f"{name} {stage.seconds:.1f} s" + (f" (with {inside})" if inside else ""))
+            beside = f" ({stage.overlapped_seconds:.1f} s of it beside the others)"
+            parts.append(
+                f"{name} {stage.seconds:.1f} s"
+                + (f" (with {inside})" if inside else "")
+                + (beside if stage.overlapped_seconds else "")
+            )
         total = self.elapsed_seconds()
         return f"{total:.1f} s" + (f": {', '.join(parts)}" if parts else "")
 

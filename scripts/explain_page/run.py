@@ -139,7 +139,7 @@ def load_run(source: Path, letter: str) -> Run:
     """
     record = read_record(source)
     for name, stage in record["stages"].items():
-        if not isinstance(stage, dict) or set(stage) != STAGE_FIELDS:
+        if not isinstance(stage, dict) or set(stage) - {"overlapped_seconds"} != STAGE_FIELDS:
             fields = ", ".join(sorted(STAGE_FIELDS))
             raise UserError(f"{source}: stages.{name} must be an object of {fields}")
     rows = [_row(**decision) for decision in record["decisions"]]

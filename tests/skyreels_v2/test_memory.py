@@ -41,9 +41,8 @@ def config_of(preset: str, *settings: str) -> RunConfig:
 def planned(
     config: RunConfig, sizes: DiTConfig, networks: Networks, *, dtype: torch.dtype
 ) -> MemoryPlan:
-    needs = RunMemory(
-        config, sizes, make_plan(config, sizes, dtype=dtype), networks=networks, dtype=dtype
-    )
+    plan = make_plan(config, sizes, dtype=dtype)
+    needs = RunMemory(config, sizes, plan, networks=networks, dtype=dtype, overlaps=False)
     return make_memory_plan(needs.stages, wanted=Residence(), limit_bytes=None, has_host=True)
 
 

@@ -1,0 +1,105 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from flowcache.overlap import MAX_WAITING, SerialLane, ThreadLane, lane_for, should_overlap
+
+
+def test_work_is_done_in_order_in_another_thread():
+    order: list[int] = []
+
+    def work(number: int) -> int:
+        order.append(number)
+        assert threading.current_thread() is not threading.main_thread()
+        return number * number
+
+    with ThreadLane("test") as lane:
+        results = [lane.submit(lambda i=i: work(i)) for i in range(6)]
+    assert [result.get() for result in results] == [0, 1, 4, 9, 16, 25]
+    assert order == list(range(6))
+
+
+def test_only_so_much_waits():
+    gate, submitted = threading.Event(), []
+
+    def fill(lane: ThreadLane) -> None:
+        for number in range(MAX_WAITING + 1):
+            lane.submit(gate.wait)
+            submitted.append(number)
+
+    with ThreadLane("test") as lane:
+        filler = threading.Thread(target=fill, args=(lane,))
+        filler.start()
+        time.sleep(0.3)
+        assert len(submitted) == MAX_WAITING
+        gate.set()
+        filler.join(timeout=10)
+        assert len(submitted) == MAX_WAITING + 1
+
+
+def fail() -> None:
+    raise ValueError("the decoder broke")
+
+
+def test_what_fails_is_raised_where_it_is_asked_for_and_stops_what_follows():
+    with pytest.raises(ValueError, match="the decoder broke"), ThreadLane("test") as lane:
+        broken = lane.submit(fail)
+        with pytest.raises(ValueError, match="the decoder broke"):
+            broken.get()
+        with pytest.raises(ValueError, match="the decoder broke"):
+            lane.submit(time.time)
+
+
+def test_what_nobody_asks_for_is_raised_at_the_end():
+    with pytest.raises(ValueError, match="the decoder broke"), ThreadLane("test") as lane:
+        lane.submit(fail)
+
+
+def test_another_error_is_not_hidden_by_that_of_the_lane():
+    with pytest.raises(KeyError, match="mine"), ThreadLane("test") as lane:
+        lane.submit(fail)
+        raise KeyError("mine")
+
+
+def test_after_an_interrupt_what_was_submitted_is_finished_and_no_thread_stays():
+    done: list[int] = []
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), ThreadLane("test") as lane:
+        lane.submit(lambda: (time.sleep(0.1), done.append(1)))
+        raise KeyboardInterrupt
+    assert done == [1]
+    assert threading.active_count() == before
+
+
+def test_a_serial_lane_works_at_once_and_raises_at_once():
+    lane = SerialLane()
+    assert lane.submit(lambda: 3).get() == 3
+    with pytest.raises(ValueError, match="the decoder broke"):
+        lane.submit(fail)
+
+
+def test_gradients_are_off_in_a_lane():
+    weight = torch.ones(2, requires_grad=True)
+    with lane_for("test", device=torch.device("cpu"), is_beside=True) as lane:
+        assert not lane.submit(lambda: weight * 2).get().requires_grad
+
+
+def test_decoding_overlaps_on_cuda_unless_it_takes_turns():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert should_overlap(None, cuda, takes_turns=False)
+    assert not should_overlap(None, cpu, takes_turns=False)
+    assert should_overlap(True, cpu, takes_turns=False)
+    assert not should_overlap(True, cuda, takes_turns=True)
+
+
+@pytest.mark.gpu
+def test_a_lane_on_cuda_waits_for_what_the_caller_has_queued():
+    device = torch.device("cuda")
+    x = torch.zeros(4096, 4096, device=device)
+    with lane_for("test", device=device, is_beside=True) as lane:
+        for _ in range(20):
+            x += 1
+        now = x.clone()
+        assert lane.submit(lambda: now.sum()).get().item() == 20 * 4096 * 4096
