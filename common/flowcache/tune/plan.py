@@ -13,8 +13,8 @@ from itertools import pairwise
 from flowcache.errors import UserError
 from flowcache.tune.gap import ErrorModel, Parabola, Point, Predicted, Predictor
 
-FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Factors that plans are made with before each plan's own is fitted."""
+FACTORS = {0: (0.0,), 1: (0.25, 0.5, 0.75, 1.0), 2: (0.5, 1.0)}
+"""Factors, by order, that plans are made with before each plan's own is fitted."""
 
 QUANTITIES: tuple[Predicted, ...] = ("velocity", "clean")
 
@@ -166,7 +166,7 @@ def fitted_plans(
     """
     gaps = _Gaps(model, order=order, quantity=quantity)
     best: dict[float, Plan] = {}
-    for factor in FACTORS if order else (0.0,):
+    for factor in FACTORS[order]:
         plans = _search(gaps, factor, constraints=constraints, num_passes=num_passes)
         for cost, plan in plans.items():
             fitted = with_best_factor(model, plan) if order else plan
