@@ -41,8 +41,8 @@ from flowcache.files import check_writable
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 RECORDS, TABLES = ASSETS / "records", ASSETS / "bench"
 MAX_FIGURE_BYTES = 500_000
-MEDIAN_CLIP = 4
-"""Of the 16 clips of SkyReels-V2's table, the one whose PSNR with FlowCache-fast is the median."""
+MEDIAN_CLIPS = {"skyreels_v2": 4, "magi1": 2}
+"""Of the 16 clips of a model's table, the one whose PSNR with FlowCache-fast is the median."""
 EXAMPLES = """examples:
   python scripts/make_figures.py
   python scripts/make_figures.py framework tradeoff_skyreels_v2 --out result/figures
@@ -56,7 +56,9 @@ def skyreels_v2_frames() -> bytes:
         Strip("TeaCache", "TeaCache, causal (FlowCache-fast's FLOPs), residual"),
         Strip("FlowCache", "FlowCache-fast, residual"),
     ]
-    return draw_strips(skyreels_v2.FAMILY, strips, settings=["num_frames=77"], index=MEDIAN_CLIP)
+    return draw_strips(
+        skyreels_v2.FAMILY, strips, settings=["num_frames=77"], index=MEDIAN_CLIPS["skyreels_v2"]
+    )
 
 
 def magi1_frames() -> bytes:
@@ -66,7 +68,7 @@ def magi1_frames() -> bytes:
         Strip("TeaCache", "TeaCache, neither pass (FlowCache-fast's FLOPs), latent update"),
         Strip("FlowCache", "FlowCache-fast, latent update"),
     ]
-    return draw_strips(magi1.FAMILY, strips, settings=[], index=MEDIAN_CLIP)
+    return draw_strips(magi1.FAMILY, strips, settings=[], index=MEDIAN_CLIPS["magi1"])
 
 
 FIGURES: Mapping[str, Callable[[], str | bytes]] = {
