@@ -279,6 +279,20 @@ def test_an_unknown_figure_is_refused_with_the_known_ones(
     assert "framework, distances_skyreels_v2" in error
 
 
+def test_without_names_every_figure_is_made_whose_source_is_in_the_repository(script: ModuleType):
+    for name in script.choose([]):
+        model = name.partition(".")[0].partition("_")[2]
+        needed = {
+            "distances": [script.RECORDS / f"{model}.record.json"],
+            "tradeoff": [script.TABLES / f"{model}_demo.json"],
+            "reuse": [script.TABLES / f"{model}_reuse.json"],
+        }
+        for path in needed.get(name.partition("_")[0], []):
+            assert path.is_file(), name
+    left_out = set(script.FIGURES) - set(script.choose([]))
+    assert left_out == set(script.ONLY_NAMED)
+
+
 def test_a_figure_that_is_too_large_is_not_written(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
