@@ -128,10 +128,9 @@ def _drawn(point: Point, x: Axis, y: Axis) -> list[Element]:
     drawn = [_mark(point.policy, at, is_full=point.has_velocity, tip=tip)]
     if point.is_compressed:
         drawn.append(_underline(point.policy, at))
-    elif point.has_velocity:
-        drawn.append(text(point.variant, x=at[0] - SIZE - 4, y=at[1] + 4, class_="end"))
     else:
-        drawn.append(text(point.variant, x=at[0] + SIZE + 4, y=at[1] + 4))
+        y_text = at[1] - SIZE - 5 if point.has_velocity else at[1] + SIZE + 13
+        drawn.append(text(point.variant, x=at[0], y=y_text, class_="middle"))
     return drawn
 
 
