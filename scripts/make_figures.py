@@ -16,7 +16,7 @@ The records are of runs in which every step is computed and the change of the pi
         --prompt "a red circle moving right on a black background" \\
         --out ../assets/records/skyreels_v2.mp4 num_frames=97 \\
         reuse.signal=content reuse.threshold=0 reuse.warmup_steps=1
-    cd ../FlowCache4MAGI-1/demo     # where the paths of its JSON hold, so that they stay as they are
+    cd ../FlowCache4MAGI-1/demo     # the paths of its JSON hold here and stay as they are
     python -m magi1 --model demo --preset flowcache_fast_nocompress --record \\
         --prompt "a red circle moving right on a black background" \\
         --out ../../assets/records/magi1.mp4 reuse.threshold=0 reuse.warmup_steps=1
