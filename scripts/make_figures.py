@@ -4,8 +4,10 @@
     framework               drawn by code
     distances_MODEL         from assets/records/MODEL.record.json
     tradeoff_MODEL          from assets/bench/MODEL_demo.json, written by bench_demo.py
-    growth                  from assets/bench/growth.json, written by bench_gpu.py --growth
-    reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse
+    reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse; made
+                            only when named, since the repository holds no such table yet
+    growth                  from assets/bench/growth.json, by bench_gpu.py --growth; only when named,
+                            too
     frames_MODEL            from clips that the demo checkpoint makes now (a minute)
 
 MODEL is skyreels_v2 or magi1. SVG files have colours for light and for dark mode; frames are PNG.
@@ -16,10 +18,10 @@ The records are of runs in which every step is computed and the change of the pi
         --prompt "a red circle moving right on a black background" \\
         --out ../assets/records/skyreels_v2.mp4 num_frames=97 \\
         reuse.signal=content reuse.threshold=0 reuse.warmup_steps=1
-    cd ../FlowCache4MAGI-1
+    cd ../FlowCache4MAGI-1/demo     # the paths of its JSON hold here and stay as they are
     python -m magi1 --model demo --preset flowcache_fast_nocompress --record \\
         --prompt "a red circle moving right on a black background" \\
-        --out ../assets/records/magi1.mp4 reuse.threshold=0 reuse.warmup_steps=1
+        --out ../../assets/records/magi1.mp4 reuse.threshold=0 reuse.warmup_steps=1
 """
 
 import argparse
@@ -43,8 +45,8 @@ from flowcache.files import check_writable
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 RECORDS, TABLES = ASSETS / "records", ASSETS / "bench"
 MAX_FIGURE_BYTES = 500_000
-MEDIAN_CLIP = 4
-"""Of the 16 clips of SkyReels-V2's table, the one whose PSNR with FlowCache-fast is the median."""
+MEDIAN_CLIPS = {"skyreels_v2": 4, "magi1": 2}
+"""Of the 16 clips of a model's table, the one whose PSNR with FlowCache-fast is the median."""
 EXAMPLES = """examples:
   python scripts/make_figures.py
   python scripts/make_figures.py framework tradeoff_skyreels_v2 --out result/figures
@@ -58,7 +60,9 @@ def skyreels_v2_frames() -> bytes:
         Strip("TeaCache", "TeaCache, causal (FlowCache-fast's FLOPs), residual"),
         Strip("FlowCache", "FlowCache-fast, residual"),
     ]
-    return draw_strips(skyreels_v2.FAMILY, strips, settings=["num_frames=77"], index=MEDIAN_CLIP)
+    return draw_strips(
+        skyreels_v2.FAMILY, strips, settings=["num_frames=77"], index=MEDIAN_CLIPS["skyreels_v2"]
+    )
 
 
 def magi1_frames() -> bytes:
@@ -68,7 +72,7 @@ def magi1_frames() -> bytes:
         Strip("TeaCache", "TeaCache, neither pass (FlowCache-fast's FLOPs), latent update"),
         Strip("FlowCache", "FlowCache-fast, latent update"),
     ]
-    return draw_strips(magi1.FAMILY, strips, settings=[], index=MEDIAN_CLIP)
+    return draw_strips(magi1.FAMILY, strips, settings=[], index=MEDIAN_CLIPS["magi1"])
 
 
 FIGURES: Mapping[str, Callable[[], str | bytes]] = {
@@ -90,6 +94,8 @@ FIGURES: Mapping[str, Callable[[], str | bytes]] = {
     "growth.svg": lambda: draw_growth(TABLES / "growth.json"),
 }
 """File name -> what makes its content."""
+ONLY_NAMED = ("reuse_skyreels_v2.svg", "reuse_magi1.svg", "growth.svg")
+"""Figures whose tables the repository does not hold yet."""
 
 
 def make(name: str, out: Path) -> Path:
@@ -115,7 +121,9 @@ def make(name: str, out: Path) -> Path:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """Return the files of figures that are named without their suffix; no name means all.
+    """Return the files of figures that are named without their suffix.
+
+    No name means all but `ONLY_NAMED`.
 
     Raises:
         UserError: a name is unknown.
@@ -124,7 +132,7 @@ def choose(names: Sequence[str]) -> list[str]:
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise UserError(f"{unknown[0]!r} is no figure; there are {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return [known[name] for name in names] or [f for f in FIGURES if f not in ONLY_NAMED]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,7 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="figures to make (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="figures to make (default: those whose tables are here)",
+    )
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder (default: assets)")
     options = parser.parse_args(arguments)
 

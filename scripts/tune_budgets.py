@@ -22,13 +22,9 @@ from typing import Any
 import tune
 from benchmark import magi1, skyreels_v2
 from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
-from benchmark.reuse import Rivals, published, rule_names, rule_settings
-from benchmark.search import (
-    Trials,
-    even_steps,
-    find_threshold,
-    suiting_factor,
-)
+from benchmark.reuse import Rivals, rule_names, rule_settings
+from benchmark.search import Trials, find_threshold, suiting_factor
+from tuning.methods import even_steps, published
 from tuning.prompts import choose_prompts
 from tuning.rows import Rows
 from tuning.subject import Subject

@@ -1,5 +1,6 @@
 """The front page: its links lead somewhere, its commands are commands of this repository."""
 
+import csv
 import importlib
 import json
 import re
@@ -134,3 +135,20 @@ def test_the_measured_table_is_that_of_the_repository():
         assert speedup == f"{row['speedup']:.2f}x"
         assert judge == f"{100 * row['judge_accuracy']:.0f} %"
         assert psnr == ("-" if decibel is None else f"{decibel:.2f}")
+
+
+@pytest.mark.parametrize(
+    ("family", "readme"),
+    [("skyreels_v2", "FlowCache4SkyReels-V2/README.md"), ("magi1", "FlowCache4MAGI-1/README.md")],
+)
+def test_the_reproduced_table_of_a_readme_is_that_of_the_kept_result(family: str, readme: str):
+    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+    with (REPOSITORY / f"assets/bench/reproduce_{family}.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        start = f"| {row['method']} | {float(row['pflops']) * 1e6:.1f} |"
+        lines = [line for line in text.splitlines() if line.startswith(start)]
+        cells = [cell.strip() for line in lines for cell in line.split("|")]
+        assert lines, row["method"]
+        assert f"{float(row['reused_share']) * 100:.1f} %" in cells, row["method"]
+        assert not row["psnr"] or f"{float(row['psnr']):.2f}" in cells, row["method"]

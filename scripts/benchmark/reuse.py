@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuning.methods import VELOCITY, published
 from tuning.subject import Words
 
 from benchmark.budgets import HIGH, LOW, MID, Budgets
 from benchmark.family import Group, Method
 
-VELOCITY = ("reuse.predict=velocity", "reuse.extrapolate=0")
 FAITHFUL, TUNED = "FlowCache-fast", "planned"
 TREND, AS_TUNED = "velocity + trend", "as tuned"
 
@@ -100,11 +100,6 @@ def rule_settings(rule: str, words: Words, *, preset: str, profile: Path) -> tup
     if rule == "magcache":
         return preset, ["reuse.policy=magcache", f"reuse.profile={profile}"]
     return preset, list(words.content) if rule == "content" else []
-
-
-def published(words: Words) -> tuple[str, ...]:
-    """Return settings of the published predictor."""
-    return (f"reuse.predict={words.published}", "reuse.extrapolate=0")
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,3 @@ def find_threshold(
 def suiting_factor(model: ErrorModel, steps: Sequence[Sequence[int]]) -> float:
     """Return the factor of linear extrapolation that suits chunks of these computed steps."""
     return statistics.fmean(model.best_factor(own, order=1) for own in steps)
-
-
-def even_steps(num_computed: int, *, num_steps: int) -> list[int]:
-    """Return own steps evenly spread from the first to the last one."""
-    span = num_steps - 1
-    return [round(i * span / (num_computed - 1)) for i in range(num_computed)]

@@ -120,14 +120,16 @@ def _cards(run: Run) -> Element:
 
 
 def _branch_choice(runs: Sequence[Run]) -> Element | None:
-    branches = list(dict.fromkeys(panel.branch for run in runs for panel in run.panels))
-    if len(branches) == 1:
+    deciding = dict.fromkeys(panel.branch for run in runs for panel in run.panels)
+    caching = dict.fromkeys(panel.branch for run in runs for panel in run.cache_panels)
+    if len(deciding) == 1 and len(caching) <= 1:
         return None
+    branches = list(deciding | caching)
     choices = [
         element(
             "label",
             element("input", type="radio", name="branch", value=branch),
-            f" {branch or 'all'}",
+            f" {branch or 'every one'}",
         )
         for branch in (*branches, "")
     ]
@@ -178,7 +180,7 @@ def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) ->
         "Clean tokens that are kept after each tick, stacked by chunk, the first one at the "
         "bottom; mean over layers and heads."
     )
-    grid = _grid(runs, charts.cache_chart, limits=limits, num_columns=2)
+    grid = _grid(runs, charts.cache_chart, limits=limits, num_columns=2, of_cache=True)
     return _section("KV cache", element("p", note), chunk_legend(chunks), grid)
 
 
@@ -275,12 +277,17 @@ def _settings(runs: Sequence[Run]) -> Element:
     return _section("Settings", *parts)
 
 
-def _grid(runs: Sequence[Run], *draws: Draw, limits: charts.Limits, num_columns: int) -> Element:
+def _grid(
+    runs: Sequence[Run],
+    *draws: Draw,
+    limits: charts.Limits,
+    num_columns: int,
+    of_cache: bool = False,
+) -> Element:
     """Draw every panel of every run; two runs stand side by side, A left and B right."""
     width = FULL_WIDTH if num_columns == 1 else HALF_WIDTH
-    panels = sorted(
-        dict.fromkeys(panel for run in runs for panel in run.panels), key=lambda p: p.segment
-    )
+    found = (panel for run in runs for panel in (run.cache_panels if of_cache else run.panels))
+    panels = sorted(dict.fromkeys(found), key=lambda p: p.segment)
     cells: list[Element] = []
     for panel in panels:
         for draw in draws:

@@ -65,6 +65,15 @@ class Run:
         return sorted(found, key=lambda panel: panel.segment)
 
     @property
+    def cache_panels(self) -> list[Panel]:
+        """The segments, and in each the branches that have a KV cache of their own.
+
+        MAGI-1 decides once for all branches, and each keeps its own keys.
+        """
+        found = dict.fromkeys(Panel(e["segment"], e["branch"]) for e in self.record["kv"])
+        return sorted(found, key=lambda panel: panel.segment)
+
+    @property
     def chunks(self) -> list[int]:
         """All chunks with a pass or with tokens in the cache, in order."""
         cached = (int(chunk) for entry in self.record["kv"] for chunk in entry["tokens"])

@@ -1,13 +1,22 @@
 """What all drawings share: colours for light and dark pages, texts, boxes, arrows, whole files."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from explain_page.markup import element, number, svg
 from explain_page.palette import chunk_styles
-from explain_page.plot import text
+from explain_page.plot import Axis, text
+
+from flowcache.errors import UserError
+
+PointType = TypeVar("PointType")
+Rows = Sequence[Mapping[str, Any]]
 
 FONT = 'system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif'
 LIGHT = {
@@ -84,6 +93,34 @@ def styles(num_chunks: int, colours: Mapping[str, tuple[str, str]] = NO_COLOURS)
     )
     variables = f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return element("style", variables + chunk_styles(num_chunks) + RULES)
+
+
+def read_table(
+    path: Path, points_of: Callable[[Rows], list[PointType]], *, command: str
+) -> list[PointType]:
+    """Return the points that a function makes of a table's rows.
+
+    Args:
+        command: makes the table.
+
+    Raises:
+        UserError: the table is missing or broken.
+    """
+    try:
+        return points_of(json.loads(path.read_text(encoding="utf-8"))["table"])
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); make it with {command}"
+        ) from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise UserError(f"{path}: no table of {command}: make it again") from None
+
+
+def whole_axis(
+    name: str, values: Sequence[float], ends: tuple[float, float], *, margin: int
+) -> Axis:
+    """Return an axis between whole numbers, `margin` beyond the lowest and the highest value."""
+    return Axis(name, math.floor(min(values)) - margin, math.ceil(max(values)) + margin, *ends)
 
 
 def placed(drawing: Element, x: float, y: float) -> Element:

@@ -1,6 +1,5 @@
 """Quality against computation of all reuse rules, at three budgets."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from benchmark.reuse import AS_TUNED, NAMES, TREND, TUNED
 from explain_page.markup import element, number
 from explain_page.plot import BOTTOM, LEFT, RIGHT, TOP, Axis, plot, text
 
-from figures.drawing import document, placed
+from figures.drawing import Rows, document, placed, read_table, whole_axis
 from flowcache.errors import UserError
 
 WIDTH, HEIGHT, HEAD = 920.0, 460.0, 62.0
@@ -84,15 +83,7 @@ def read_points(path: Path) -> list[Point]:
     Raises:
         UserError: the table is missing, broken, or holds no such row.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))["table"]
-        points = [_point(row) for row in table if row["group"] and row["psnr_base"] is not None]
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); make it with {EXAMPLE}"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no table of {EXAMPLE}: make it again") from None
+    points = read_table(path, _points, command=EXAMPLE)
     if not points:
         raise UserError(f"{path}: no rule reuses anything: nothing to draw")
     return points
@@ -105,14 +96,14 @@ def draw_reuse(path: Path, *, model: str) -> str:
         UserError: the table is missing or broken.
     """
     points = read_points(path)
-    x = _axis(
+    x = whole_axis(
         "FLOPs of the transformer, % of those with every step computed",
         [point.share for point in points],
         (LEFT, WIDTH - LEGEND_WIDTH - RIGHT),
         margin=2,
     )
     ends = [point.decibel + sign * point.error for point in points for sign in (-1, 1)]
-    y = _axis("PSNR, dB", ends, (HEIGHT - BOTTOM, TOP), margin=1)
+    y = whole_axis("PSNR, dB", ends, (HEIGHT - BOTTOM, TOP), margin=1)
     marks = [*_lines(points, x, y), *_bars(points, x, y), *_marks(points, x, y)]
     marks += _labels(points, x, y)
     chart = plot(x, y, marks=marks, label="every rule")
@@ -133,6 +124,10 @@ def draw_reuse(path: Path, *, model: str) -> str:
     )
 
 
+def _points(table: Rows) -> list[Point]:
+    return [_point(row) for row in table if row["group"] and row["psnr_base"] is not None]
+
+
 def _point(row: Mapping[str, Any]) -> Point:
     group = row["group"]
     return Point(
@@ -143,10 +138,6 @@ def _point(row: Mapping[str, Any]) -> Point:
         decibel=row["psnr_base"],
         error=row["psnr_error_base"] or 0.0,
     )
-
-
-def _axis(name: str, values: Sequence[float], ends: tuple[float, float], *, margin: int) -> Axis:
-    return Axis(name, math.floor(min(values)) - margin, math.ceil(max(values)) + margin, *ends)
 
 
 def _lines(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:

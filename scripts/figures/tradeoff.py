@@ -1,9 +1,7 @@
 """Quality against computation: every method that reuses, in one chart."""
 
-import json
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from xml.etree.ElementTree import Element
 from explain_page.markup import element, number
 from explain_page.plot import BOTTOM, LEFT, RIGHT, TOP, Axis, plot, text
 
-from figures.drawing import document, placed
+from figures.drawing import Rows, document, placed, read_table, whole_axis
 from flowcache.errors import UserError
 
 WIDTH, HEIGHT, HEAD = 880.0, 400.0, 62.0
@@ -47,16 +45,7 @@ def read_points(path: Path) -> list[Point]:
     Raises:
         UserError: the table is missing, broken, or holds no such row.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))["table"]
-        whole = next(row["gflops"] for row in table if row["method"] == REFERENCE)
-        points = [point for row in table if (point := _point(row, whole)) is not None]
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); make it with {EXAMPLE}"
-        ) from None
-    except (ValueError, KeyError, TypeError, StopIteration):
-        raise UserError(f"{path}: no table of {EXAMPLE}: make it again") from None
+    points = read_table(path, _points, command=EXAMPLE)
     if not points:
         raise UserError(f"{path}: no method reuses anything: nothing to draw")
     return points
@@ -69,13 +58,15 @@ def draw_tradeoff(path: Path, *, model: str) -> str:
         UserError: the table is missing or broken.
     """
     points = read_points(path)
-    x = _axis(
+    x = whole_axis(
         "FLOPs of the transformer, % of vanilla",
         [point.share for point in points],
         (LEFT, WIDTH - LEGEND_WIDTH - RIGHT),
         margin=4,
     )
-    y = _axis("PSNR, dB", [point.decibel for point in points], (HEIGHT - BOTTOM, TOP), margin=1)
+    y = whole_axis(
+        "PSNR, dB", [point.decibel for point in points], (HEIGHT - BOTTOM, TOP), margin=1
+    )
     marks = [mark for point in points for mark in _drawn(point, x, y)]
     chart = plot(x, y, marks=marks, label="every method")
     return document(
@@ -89,7 +80,12 @@ def draw_tradeoff(path: Path, *, model: str) -> str:
     )
 
 
-def _point(row: dict[str, Any], whole: float) -> Point | None:
+def _points(table: Rows) -> list[Point]:
+    whole = next(row["gflops"] for row in table if row["method"] == REFERENCE)
+    return [point for row in table if (point := _point(row, whole)) is not None]
+
+
+def _point(row: Mapping[str, Any], whole: float) -> Point | None:
     found = NAME.match(row["method"])
     decibel = None if found is None else _decibel(row)
     if found is None or decibel is None:
@@ -104,7 +100,7 @@ def _point(row: dict[str, Any], whole: float) -> Point | None:
     )
 
 
-def _decibel(row: dict[str, Any]) -> float | None:
+def _decibel(row: Mapping[str, Any]) -> float | None:
     """Return the PSNR against the same attention and passes without reuse.
 
     A table of SkyReels-V2 may name the columns by method: there TeaCache-slow and -fast have full
@@ -116,10 +112,6 @@ def _decibel(row: dict[str, Any]) -> float | None:
     return row["psnr_vanilla" if is_full else "psnr_vanilla-causal"]
 
 
-def _axis(name: str, values: Sequence[float], ends: tuple[float, float], *, margin: int) -> Axis:
-    return Axis(name, math.floor(min(values)) - margin, math.ceil(max(values)) + margin, *ends)
-
-
 def _drawn(point: Point, x: Axis, y: Axis) -> list[Element]:
     at = (x(point.share), y(point.decibel))
     tip = (
@@ -128,10 +120,9 @@ def _drawn(point: Point, x: Axis, y: Axis) -> list[Element]:
     drawn = [_mark(point.policy, at, is_full=point.has_velocity, tip=tip)]
     if point.is_compressed:
         drawn.append(_underline(point.policy, at))
-    elif point.has_velocity:
-        drawn.append(text(point.variant, x=at[0] - SIZE - 4, y=at[1] + 4, class_="end"))
     else:
-        drawn.append(text(point.variant, x=at[0] + SIZE + 4, y=at[1] + 4))
+        y_text = at[1] - SIZE - 5 if point.has_velocity else at[1] + SIZE + 13
+        drawn.append(text(point.variant, x=at[0], y=y_text, class_="middle"))
     return drawn
 
 

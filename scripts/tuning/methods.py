@@ -39,10 +39,14 @@ def whole_kv() -> Method:
     return Method(WHOLE_KV, (*OWN_SIGNAL, "kv.compress=none"))
 
 
+def published(words: Words) -> tuple[str, ...]:
+    """Return settings of the published predictor."""
+    return (f"reuse.predict={words.published}", "reuse.extrapolate=0")
+
+
 def predictors(words: Words) -> dict[str, tuple[str, ...]]:
     """Return what stands for a reused step: as published, and the velocity."""
-    name = words.published.replace("_", " ")
-    return {name: (f"reuse.predict={words.published}", "reuse.extrapolate=0"), **TRENDS}
+    return {words.published.replace("_", " "): published(words), **TRENDS}
 
 
 def planned(plan: Plan) -> Method:
@@ -92,10 +96,15 @@ def held(plan: Plan) -> Method:
     )
 
 
+def even_steps(num_computed: int, *, num_steps: int) -> list[int]:
+    """Return own steps evenly spread from the first to the last one."""
+    span = num_steps - 1
+    return [round(i * span / (num_computed - 1)) for i in range(num_computed)]
+
+
 def strides(num_computed: int, *, num_steps: int) -> list[Method]:
     """Return an even spacing of so many steps, with each velocity predictor."""
-    span = num_steps - 1
-    steps = [round(i * span / (num_computed - 1)) for i in range(num_computed)]
+    steps = even_steps(num_computed, num_steps=num_steps)
     return [
         Method(f"even {num_computed}, {name}", (*_steps(steps), *settings))
         for name, settings in TRENDS.items()

@@ -151,9 +151,9 @@ def test_no_threshold_is_made_up_where_none_comes_near():
 
 @pytest.mark.usefixtures("script")
 def test_even_steps_run_from_the_first_to_the_last():
-    search = importlib.import_module("benchmark.search")
-    assert search.even_steps(4, num_steps=10) == [0, 3, 6, 9]
-    assert search.even_steps(2, num_steps=10) == [0, 9]
+    methods = importlib.import_module("tuning.methods")
+    assert methods.even_steps(4, num_steps=10) == [0, 3, 6, 9]
+    assert methods.even_steps(2, num_steps=10) == [0, 9]
 
 
 def table_row(method: str, policy: str | None, **changes: Any) -> dict[str, Any]:

@@ -342,3 +342,25 @@ def clip(tmp_path: Path) -> Path:
     with VideoWriter(path, fps=24, size=(HEIGHT, WIDTH)) as writer:
         writer.append(frames)
     return path
+
+
+@pytest.fixture(name="dit", scope="module")
+def _dit(model_4_5b: ModelConfig) -> DiT:
+    """Two layers of random weights for sampling loops."""
+    torch.manual_seed(0)
+    config = replace(
+        model_4_5b,
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=8,
+        params_dtype="torch.float32",
+        in_channels=4,
+        out_channels=4,
+        cond_hidden_ratio=0.5,
+        caption_channels=6,
+        caption_max_length=12,
+    )
+    return DiT(config).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """Steps in which only the pass with text is computed, on a small model with random weights."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from flowcache.reuse import ReusePolicy, Stride, Vanilla
 from flowcache.stats import RunStats
 from flowcache.video import read_video
 from magi1.__main__ import main
-from magi1.config import ModelConfig
 from magi1.dit import DiT
 from magi1.sampler import ClipSampler
 from magi1.sampling import Guidance, Sampling
@@ -28,27 +27,6 @@ NUM_STEPS = 8
 PASSES = ("all", "guidance")
 GUIDANCE = Guidance((0.0, 0.3), prev_scales=(1.5, 1.0), text_scales=(7.5, 0.0))
 BASE = Sampling(guidance=GUIDANCE, is_distilled=False, quantity="velocity")
-
-
-@pytest.fixture(name="dit", scope="module")
-def _dit(model_4_5b: ModelConfig) -> DiT:
-    torch.manual_seed(0)
-    config = replace(
-        model_4_5b,
-        num_layers=2,
-        hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=2,
-        num_query_groups=2,
-        kv_channels=8,
-        params_dtype="torch.float32",
-        in_channels=4,
-        out_channels=4,
-        cond_hidden_ratio=0.5,
-        caption_channels=6,
-        caption_max_length=12,
-    )
-    return DiT(config).eval().requires_grad_(False)
 
 
 @dataclass

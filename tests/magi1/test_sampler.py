@@ -91,27 +91,6 @@ def test_chunk_wise_reuse_gives_the_reference_decisions_and_clip(golden: Callabl
         assert difference(chunk_latents, want[f"chunk.{chunk}"][0]) < LOOP_TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def dit(model_4_5b: ModelConfig) -> DiT:
-    torch.manual_seed(0)
-    config = replace(
-        model_4_5b,
-        num_layers=2,
-        hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=2,
-        num_query_groups=2,
-        kv_channels=8,
-        params_dtype="torch.float32",
-        in_channels=4,
-        out_channels=4,
-        cond_hidden_ratio=0.5,
-        caption_channels=6,
-        caption_max_length=12,
-    )
-    return DiT(config).eval().requires_grad_(False)
-
-
 def make(
     dit: DiT,
     *,

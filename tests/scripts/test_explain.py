@@ -51,6 +51,20 @@ def test_the_page_has_every_part_for_each_segment_and_branch(main: Main, tmp_pat
     assert page.says("frames 29 to 57")
 
 
+def test_a_cache_whose_branch_decides_nothing_is_drawn(main: Main, tmp_path: Path):
+    video = write_run(tmp_path, branches=("all",))
+    record = tmp_path / "clip.record.json"
+    content = json.loads(record.read_text())
+    for entry in content["kv"]:
+        entry["branch"] = "cond"
+    record.write_text(json.dumps(content))
+    explain(main, video)
+    page = Page(tmp_path / "clip.html")
+    assert page.count("figure", **{"data-branch": "cond"}) == 2
+    assert not page.says("Nothing was recorded here.")
+    assert page.count("fieldset") == 0
+
+
 def test_the_summary_counts_what_the_record_holds(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -214,25 +214,6 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
         assert used <= set(re.findall(r"--([\w-]+):", part))
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "cannot be read"),
-        ('{"table": [{"method": "vanilla"}]}', "no table"),
-        ('{"table": [{"method": "vanilla", "group": null}]}', "no rule reuses anything"),
-    ],
-)
-def test_a_broken_table_of_reuse_rules_is_one_line(tmp_path: Path, content: str | None, said: str):
-    reuse = importlib.import_module("figures.reuse")
-    errors = importlib.import_module("flowcache.errors")
-    path = tmp_path / "t.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(errors.UserError, match=said) as caught:
-        reuse.read_points(path)
-    assert "\n" not in str(caught.value)
-
-
 def test_strips_show_first_and_last_frame_of_every_clip():
     strips = importlib.import_module("figures.strips")
     stats = RunStats(torch.device("cpu"))
@@ -252,21 +233,28 @@ def test_strips_show_first_and_last_frame_of_every_clip():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("figure", "content", "said"),
     [
-        (None, "cannot be read"),
-        ("{", "no table"),
-        ('{"table": [{"method": "vanilla", "gflops": 1}]}', "no method reuses anything"),
+        ("tradeoff", None, "cannot be read"),
+        ("tradeoff", "{", "no table"),
+        (
+            "tradeoff",
+            '{"table": [{"method": "vanilla", "gflops": 1}]}',
+            "no method reuses anything",
+        ),
+        ("reuse", None, "cannot be read"),
+        ("reuse", '{"table": [{"method": "vanilla"}]}', "no table"),
+        ("reuse", '{"table": [{"method": "vanilla", "group": null}]}', "no rule reuses anything"),
     ],
 )
-def test_a_broken_table_is_one_line(tmp_path: Path, content: str | None, said: str):
-    tradeoff = importlib.import_module("figures.tradeoff")
+def test_a_broken_table_is_one_line(tmp_path: Path, figure: str, content: str | None, said: str):
+    module = importlib.import_module(f"figures.{figure}")
     errors = importlib.import_module("flowcache.errors")
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(errors.UserError, match=said) as caught:
-        tradeoff.read_points(path)
+        module.read_points(path)
     assert "\n" not in str(caught.value)
 
 
@@ -277,6 +265,20 @@ def test_an_unknown_figure_is_refused_with_the_known_ones(
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert "framework, distances_skyreels_v2" in error
+
+
+def test_without_names_every_figure_is_made_whose_source_is_in_the_repository(script: ModuleType):
+    for name in script.choose([]):
+        model = name.partition(".")[0].partition("_")[2]
+        needed = {
+            "distances": [script.RECORDS / f"{model}.record.json"],
+            "tradeoff": [script.TABLES / f"{model}_demo.json"],
+            "reuse": [script.TABLES / f"{model}_reuse.json"],
+        }
+        for path in needed.get(name.partition("_")[0], []):
+            assert path.is_file(), name
+    left_out = set(script.FIGURES) - set(script.choose([]))
+    assert left_out == set(script.ONLY_NAMED)
 
 
 def test_a_figure_that_is_too_large_is_not_written(

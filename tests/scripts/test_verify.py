@@ -1,7 +1,9 @@
 """What --verify finds in the result folder of a table."""
 
+import contextlib
 import importlib
 import json
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -165,17 +167,24 @@ def test_a_damaged_file_is_a_contradiction_and_the_next_start_mends_it(
     assert verify(reproduce, copy, capfd) == (0, "")
 
 
-def test_a_receipt_that_lacks_what_the_table_reads_is_a_contradiction(
-    copy: Path, reproduce: ModuleType, capfd: pytest.CaptureFixture[str]
-):
+@contextlib.contextmanager
+def changed_receipt(copy: Path) -> Generator[dict[str, Any], None, None]:
+    """Give the content of a receipt to change; the table then names the changed file's hash."""
     receipt = copy / "out" / "videos" / "half" / "000-3.json"
     content = json.loads(receipt.read_text())
-    del content["stats"]
+    yield content
     receipt.write_text(json.dumps(content))
     report = report_of(copy)
     tasks = importlib.import_module("sampling.tasks")
     report["receipts"]["half/000-3"]["receipt"] = tasks.sha256_of(receipt)
     (copy / "out" / "table.json").write_text(json.dumps(report))
+
+
+def test_a_receipt_that_lacks_what_the_table_reads_is_a_contradiction(
+    copy: Path, reproduce: ModuleType, capfd: pytest.CaptureFixture[str]
+):
+    with changed_receipt(copy) as content:
+        del content["stats"]
     code, said = verify(reproduce, copy, capfd)
     assert code == 1
     assert "is damaged (KeyError: 'stats')" in said
@@ -184,14 +193,8 @@ def test_a_receipt_that_lacks_what_the_table_reads_is_a_contradiction(
 def test_a_receipt_of_other_settings_than_pinned_is_a_contradiction(
     copy: Path, reproduce: ModuleType, capfd: pytest.CaptureFixture[str]
 ):
-    receipt = copy / "out" / "videos" / "half" / "000-3.json"
-    content = json.loads(receipt.read_text())
-    content["config"]["guidance"] = 7.0
-    receipt.write_text(json.dumps(content))
-    report = report_of(copy)
-    tasks = importlib.import_module("sampling.tasks")
-    report["receipts"]["half/000-3"]["receipt"] = tasks.sha256_of(receipt)
-    (copy / "out" / "table.json").write_text(json.dumps(report))
+    with changed_receipt(copy) as content:
+        content["config"]["guidance"] = 7.0
     code, said = verify(reproduce, copy, capfd)
     assert code == 1
     assert "000-3.json: guidance is 7.0, but pinned to 4.0 by the protocol" in said

@@ -125,6 +125,14 @@ def test_a_plan_is_the_same_as_its_list_of_steps_with_its_predictor(render: Rend
     assert torch.equal(render("reuse.policy=planned", *asked)[0], held)
 
 
+def test_the_predictor_of_a_plan_goes_with_held_guidance(render: Render, write: Write):
+    path = write([0, 1, 3, NUM_STEPS - 1])
+    held = ("reuse.guidance_steps=null", "reuse.guidance_every=2")
+    found, computed = render("reuse.policy=planned", f"reuse.profile={path}", *held)
+    assert computed == {(chunk, step) for chunk in range(3) for step in (0, 1, 3, NUM_STEPS - 1)}
+    assert not torch.equal(found, render("reuse.policy=planned", f"reuse.profile={path}")[0])
+
+
 def test_chunks_have_plans_of_their_own(render: Render, write: Write):
     path = write([0, 2, NUM_STEPS - 1], [0, NUM_STEPS - 1])
     _, computed = render("reuse.policy=planned", f"reuse.profile={path}")
@@ -161,6 +169,11 @@ def test_magcache_reuses_up_to_its_threshold(render: Render, write: Write):
         ({}, ("reuse.profile=no.yaml",), "no.yaml: no such profile: make one with"),
         ({}, ("reuse.profile=null",), "reuse.policy=planned needs a profile"),
         ({}, ("reuse.policy=guarded",), "set reuse.signal=content, not timestep"),
+        (
+            {},
+            ("reuse.guidance_every=2", "reuse.guidance_steps=null", "reuse.predict=residual"),
+            "set reuse.predict to velocity, clean or latent_update, not residual",
+        ),
     ],
 )
 def test_a_profile_that_does_not_fit_is_refused_in_one_line_before_anything_is_loaded(

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from flowcache.errors import UserError
 from flowcache.tune.profile import Profile, Setting, check_fits, check_model, read_profile
 
+STAND_IN = "reuse.predict=velocity"
+"""What a profile sets, until it is read: a predictor that all other settings go with."""
 TunedPolicy = Literal["planned", "guarded", "magcache"]
 
 
@@ -57,12 +59,12 @@ def load_with_profile(
     Raises:
         UserError: the profile is missing, damaged, or was made for other settings.
     """
-    config = load(overrides)
-    if not follows_profile(config.reuse):
-        return config
-    path = find_profile(config.reuse, folder=folder)
+    rule = load([STAND_IN, *overrides]).reuse
+    if not follows_profile(rule):
+        return load(overrides)
+    path = find_profile(rule, folder=folder)
     profile = read_profile(path)
-    config = load([*profile_settings(profile, config.reuse), *overrides, f"reuse.profile={path}"])
+    config = load([*profile_settings(profile, rule), *overrides, f"reuse.profile={path}"])
     check_fits(profile, setting_of(config), path=path)
     return config
 
