@@ -6,8 +6,7 @@
     tradeoff_MODEL          from assets/bench/MODEL_demo.json, written by bench_demo.py
     reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse; made
                             only when named, since the repository holds no such table yet
-    growth                  from assets/bench/growth.json, by bench_gpu.py --growth; only when named,
-                            too
+    growth                  from assets/bench/growth.json, by bench_gpu.py --growth; as above
     frames_MODEL            from clips that the demo checkpoint makes now (a minute)
 
 MODEL is skyreels_v2 or magi1. SVG files have colours for light and for dark mode; frames are PNG.
