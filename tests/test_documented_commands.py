@@ -18,7 +18,7 @@ PAGES = {
 """Page -> the folder in which its commands are run."""
 OPENED = ("FlowCache4SkyReels-V2", "FlowCache4MAGI-1", "scripts")
 """Folders in which something is written, or that hold what enters the environment."""
-COMMAND = re.compile(r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*(?:bash|python|source) .*')
+COMMAND = re.compile(r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*(?:bash|python|source|torchrun) .*')
 SHORT = (
     (r"run_\w+\.sh|sample\.py skyreels_v2", "num_frames=37 num_steps=8 reuse.warmup_steps=1"),
     (r"single_run/\w+\.sh|entry\.py", "runtime_config.num_frames=48 runtime_config.num_steps=16"),

@@ -9,6 +9,7 @@ import torch
 
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 3: ("3x1",), 4: ("2x2",)}
+NUMBERS = [2, *(pytest.param(num, marks=pytest.mark.slow) for num in (3, 4))]
 TOLERANCE = 1e-5
 """Largest difference of pixels over the largest pixel."""
 
@@ -42,7 +43,7 @@ def made(
     return make
 
 
-@pytest.mark.parametrize("num", LAYOUTS)
+@pytest.mark.parametrize("num", NUMBERS)
 def test_processes_make_the_clip_of_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)
     for of_rank in made(num):
@@ -55,7 +56,7 @@ def test_processes_make_the_clip_of_one(made: Callable[[int], list[Results]], nu
                 assert difference < TOLERANCE, f"{name}, {kind}, {layout}: {difference}"
 
 
-@pytest.mark.parametrize("num", LAYOUTS)
+@pytest.mark.parametrize("num", NUMBERS)
 def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)
     for of_rank in made(num):
@@ -73,4 +74,4 @@ def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
         for name in ("teacache", "flowcache", "compression"):
             computed, without_reuse = cases[name]["flops"]
             assert computed < without_reuse, f"{name}, {kind}"
-        assert cases["vanilla"]["flops"][1] > cases["frames"]["flops"][1]
+        assert cases["flowcache"]["flops"][1] > cases["compression"]["flops"][1]

@@ -14,6 +14,7 @@ import torch
 
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 4: ("1x4", "2x2")}
+NUMBERS = [2, pytest.param(4, marks=pytest.mark.slow)]
 TOLERANCE = 1e-5
 """Largest difference of pixels, which are in -1..1."""
 
@@ -41,7 +42,7 @@ def made(
     return make
 
 
-@pytest.mark.parametrize("num", LAYOUTS)
+@pytest.mark.parametrize("num", NUMBERS)
 def test_processes_make_the_video_of_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)
     for of_rank in made(num):
@@ -55,7 +56,7 @@ def test_processes_make_the_video_of_one(made: Callable[[int], list[Results]], n
                 assert difference < TOLERANCE, f"{name}, {layout}: {difference}"
 
 
-@pytest.mark.parametrize("num", LAYOUTS)
+@pytest.mark.parametrize("num", NUMBERS)
 def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)
     for of_rank in made(num):
