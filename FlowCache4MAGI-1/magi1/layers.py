@@ -270,7 +270,10 @@ class LayerParts:
 
 def compiled_parts() -> LayerParts:
     """Return the parts of a layer, compiled once for all layers of a kind and all lengths."""
-    return LayerParts(compiled(before_attention), compiled(after_attention))
+    return LayerParts(
+        compiled(before_attention, lengths=(1, 0)),
+        compiled(after_attention, lengths=(1, 1, 1, None)),
+    )
 
 
 def _plain_linear(width_in: int, width_out: int) -> nn.Linear:

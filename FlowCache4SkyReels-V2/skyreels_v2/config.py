@@ -20,6 +20,7 @@ from flowcache.settings import (
     check_seed,
     guidance_of,
 )
+from skyreels_v2.quantize import QuantizeName
 from skyreels_v2.sampling import Signal
 
 NEGATIVE_PROMPT = (
@@ -87,6 +88,7 @@ class RunConfig:
     embedding_cache: str | None = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
+    quantize: QuantizeName | None = None
     overlap: bool | None = None
 
     def __post_init__(self) -> None:

@@ -259,7 +259,9 @@ class BlockParts:
 def compiled_parts() -> BlockParts:
     """Return the parts of a block, compiled once for all blocks and lengths."""
     return BlockParts(
-        compiled(before_attention), compiled(between_attentions), compiled(after_attention)
+        compiled(before_attention, lengths=(1, 1, 0)),
+        compiled(between_attentions, lengths=(1, 1, 1)),
+        compiled(after_attention, lengths=(1, 1, 1)),
     )
 
 

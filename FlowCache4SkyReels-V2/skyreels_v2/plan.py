@@ -20,6 +20,7 @@ from skyreels_v2.build import (
 )
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import PATCH, DiT, DiTConfig
+from skyreels_v2.quantize import weight_bytes
 from skyreels_v2.window import Window, describe, pixel_frames
 
 RESIDUAL_COPIES = 6
@@ -89,7 +90,7 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
     tokens = largest.window.num_frames * frame_tokens
     kv_tokens = max(plan.kv_tokens for plan in plans)
     with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in DiT(dit).parameters())
+        weights = weight_bytes(DiT(dit), config.quantize, dtype=dtype)
     queries = max(len(chunk) for chunk in largest.window.chunks) * frame_tokens
     if config.attention == "full":
         queries = tokens
@@ -98,7 +99,7 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
         frame_tokens=frame_tokens,
         num_branches=num_branches,
         context_flops=num_branches * flops.context(dit),
-        weight_bytes=weights * width,
+        weight_bytes=weights,
         kv_bytes=2 * kv_tokens * dit.dim * dit.num_layers * num_branches * width,
         scoring_bytes=_scoring_bytes(config, dit, queries=queries, kv_tokens=kv_tokens),
         stored_bytes=_stored_bytes(config, dit, tokens=tokens, width=width) * num_branches,

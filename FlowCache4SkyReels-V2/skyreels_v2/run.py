@@ -36,7 +36,7 @@ from flowcache.stats import RunStats
 from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
 from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
-from skyreels_v2 import text, vae
+from skyreels_v2 import quantize, text, vae
 from skyreels_v2.build import (
     branches_of,
     rescale_for,
@@ -120,6 +120,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     ranks = Ranks() if ranks is None else ranks
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     dtype = choose_dtype(config.dtype, device)
+    quantize.check(config.quantize, checkpoint.config, device=device, dtype=dtype)
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
     layout = divide(request, config, checkpoint.config, ranks)
@@ -273,8 +274,13 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
         )
         logger.info("%s", describe_choice(kernel))
         dit = checkpoints.load_dit(
-            job.checkpoint, dtype=job.dtype, device=job.device, kernel=kernel
+            job.checkpoint,
+            dtype=job.dtype,
+            device=job.device if job.config.quantize is None else "cpu",
+            kernel=kernel,
         )
+        if job.config.quantize is not None:
+            quantize.quantize(dit, job.config.quantize, device=job.device)
         if should_compile(job.config.compile, job.device):
             dit.parts = compiled_parts()
         decoder = vae.load(job.checkpoint.vae, device=job.device)

@@ -9,22 +9,61 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from flowcache.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that is compiled at its first call, for any sequence length."""
-    return torch.compile(function, dynamic=True)
+def compiled(function: Callable[..., T], *, lengths: Sequence[int | None]) -> Callable[..., T]:
+    """Return a function that is compiled at its first call, once for all lengths; no gradients.
+
+    Args:
+        function: takes a module and tensors.
+        lengths: of each tensor the axis that differs from call to call, None: all stay the same.
+
+    Raises:
+        UserError: when called, if the compiler fails.
+    """
+    # this takes seconds to import, and nothing else needs it
+    from torch._dynamo import maybe_mark_dynamic
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled_function = torch.compile(function, fullgraph=True)
+
+    def call(module: nn.Module, *tensors: Tensor) -> T:
+        given = [_in_one_form(tensor) for tensor in tensors]
+        for tensor, axis in zip(given, lengths, strict=True):
+            if axis is not None:
+                maybe_mark_dynamic(tensor, axis)
+        try:
+            return compiled_function(module, *given)
+        except (TorchDynamoException, subprocess.CalledProcessError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the blocks can't be compiled ({reason}): give --no-compile"
+            ) from error
+
+    return call
+
+
+def _in_one_form(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory looks like every other's of that many axes.
+
+    Code is compiled apart for each kind of strides (those of axes of length 1 too, which only a
+    flat tensor forgets), for a start inside a larger tensor, and for views, whose larger tensor's
+    size it depends on (`data` is none).
+    """
+    whole = tensor.contiguous().view(-1).view(tensor.shape).data
+    return whole.clone() if whole.storage_offset() else whole
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:
