@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowcache.kv import KVCache, cached_attention, caches_for
+from flowcache.kv import KVCache, Prefetcher, cached_attention, caches_for, prefetcher_for
 from flowcache.ranks import Ranks
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -57,6 +57,8 @@ class ClipForward:
         self.num_kv_heads = dit.config.num_query_groups // ranks.layout.sequence
         """Key/value heads of this process."""
         self.split = TokenSplit(ranks.sequence, 1, self.chunk_tokens)
+        self.prefetcher: Prefetcher | None = None
+        """Reads all caches where they lie on the host."""
 
     def caches(self, storage: torch.device | None) -> list[KVCache]:
         """Return new KV caches for one guidance pass.
@@ -75,6 +77,7 @@ class ClipForward:
             device=self.device,
             storage=storage,
         )
+        self.prefetcher = self.prefetcher or prefetcher_for(caches)
         if self.stats.trace is not None:
             for cache in caches:
                 cache.track(self.clip.num_chunks)
@@ -184,6 +187,7 @@ class ClipForward:
             offset=offset,
             kernel=self.dit.kernel,
             reach_tokens=None if reach is None else reach * self.chunk_tokens,
+            prefetcher=self.prefetcher,
             remember=remember if keeps_queries else None,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowcache.kv import cached_attention, caches_for
+from flowcache.kv import PREFETCHED_LAYERS, cached_attention, caches_for
 from flowcache.memory import (
     MemoryPlan,
     Part,
@@ -19,19 +19,21 @@ from flowcache.memory import (
     scratch_bytes,
 )
 from magi1 import text, vae
-from magi1.build import VAE_STRIDE, latent_size, layout_of
+from magi1.build import budget_of, latent_size, layout_of
 from magi1.captions import NULL_TOKENS
 from magi1.checkpoint import Checkpoint
 from magi1.dit import DiT, set_precision
 from magi1.plan import Plan
+from magi1.schedule import Clock
 from magi1.settings import RunConfig
 from magi1.vit import ViTVAE
 
 META = torch.device("meta")
-LATENT_COPIES = 3
-"""Float32 arrays of a clip's size: the noise, its draw, given latents."""
-TICK_COPIES = 4
-"""Float32 arrays of the window's size in a tick: velocities of three passes, their guided sum."""
+CHUNK_COPIES = 4
+"""Float32 latents of a chunk that its pass or its step needs beside the velocities that are kept:
+the noisy ones, the pass of the chunk alone, two terms of a sum."""
+PIXEL_BYTES = 3 * 4
+"""Of an RGB pixel in float32."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ class RunMemory:
         if self.encode_scratch:
             made.append(self._codec("encode", self.encode_scratch, residence, after=[]))
         made.append(self._denoise(residence))
-        kept = [self._kv(residence, is_read=False), *self._held()]
+        kept = [
+            self._kv(residence),
+            *self._held(),
+            Part("kept queries", self.plan.query_bytes, _SCORING_REMEDY),
+            # neighbours that become clean in successive ticks: one is shown, the next decoded
+            self._shown(is_held=Clock.of(self.config).stage == 1),
+        ]
         return [*made, self._codec("decode", self.decode_scratch, residence, after=kept)]
 
     def _codec(self, name: str, scratch: int, residence: Residence, *, after: list[Part]) -> Stage:
@@ -120,10 +128,11 @@ class RunMemory:
             "denoise",
             (
                 self._dit(is_here=True),
-                self._kv(residence, is_read=True),
+                self._kv(residence),
                 *self._held(),
+                self._shown(is_held=True),
                 Part("activations", self.dit_scratch, "lower runtime_config.chunk_width"),
-                Part("KV scoring", self.plan.scoring_bytes, "set kv.queries=frame"),
+                Part("KV scoring", self._scoring(residence), _SCORING_REMEDY),
                 self._vae(is_here=not residence.dit_aside),
                 Part(
                     "VAE activations",
@@ -141,13 +150,25 @@ class RunMemory:
     def _vae(self, *, is_here: bool) -> Part:
         return Part("the VAE", self.vae_bytes * is_here, "set offload=true")
 
-    def _kv(self, residence: Residence, *, is_read: bool) -> Part:
+    @property
+    def _layer_bytes(self) -> int:
+        """Return the keys and values of one layer and branch."""
+        return self.plan.kv_bytes // (self.model.num_layers * self.plan.num_branches)
+
+    def _kv(self, residence: Residence) -> Part:
         remedy = "set kv.compress=importance and a smaller kv.total_chunks"
         if not residence.kv_on_host:
             return Part("the KV cache", self.plan.kv_bytes, remedy)
-        # keys and values of one layer at a time
-        copied = self.plan.kv_bytes // (self.model.num_layers * self.plan.num_branches)
-        return Part("a layer of the KV cache", copied * is_read, remedy)
+        # the buffers stay from the first tick to the last
+        name = f"{PREFETCHED_LAYERS} layers of the KV cache"
+        return Part(name, PREFETCHED_LAYERS * self._layer_bytes, remedy)
+
+    def _scoring(self, residence: Residence) -> int:
+        """Return what compression adds: queries, scores, kept rows; those of the host are read."""
+        if budget_of(self.config) is None:
+            return 0
+        halves = 2 if residence.kv_on_host else 1
+        return self.plan.scoring_bytes + halves * self._layer_bytes // 2
 
     def _held(self) -> list[Part]:
         """Return what stays from the first tick to the last, beside weights and keys."""
@@ -158,12 +179,22 @@ class RunMemory:
         prompts = 2 * tokens * head * model.num_layers * self.dtype.itemsize
         captions = 4 * len(clip.generated) * self.plan.text_tokens * model.caption_channels
         latent = 4 * model.latent_channels * self.size[0] * self.size[1]
-        frames = LATENT_COPIES * clip.num_latents + TICK_COPIES * active * run.chunk_width
+        # each pass, their guided sum, and the sum of the tick before
+        velocities = self.plan.num_branches + (self.plan.num_branches > 1) + 1
+        frames = clip.num_latents + clip.num_prefix
+        frames += run.chunk_width * (velocities * active + CHUNK_COPIES)
         return [
             Part("prompts", prompts + captions, "shorten the prompt"),
             Part("stored results", self.plan.stored_bytes, "set reuse.extrapolate=0"),
             Part("latents", frames * latent, "lower runtime_config.num_frames"),
         ]
+
+    def _shown(self, *, is_held: bool) -> Part:
+        """Return the pixel frames of a chunk, which are held for a tick after it was decoded."""
+        run = self.config.runtime_config
+        frames = run.chunk_width * run.temporal_downsample_factor
+        size = frames * run.video_size_h * run.video_size_w * PIXEL_BYTES
+        return Part("a chunk's frames", size * is_held, "lower runtime_config.chunk_width")
 
     # Traced -----------------------------------------------------------------------------------
 
@@ -206,54 +237,29 @@ class RunMemory:
         return scratch_bytes(forward)
 
     def _decode_scratch(self) -> int:
-        """Return what decoding a chunk holds: all tiles of it, and the work on one."""
-        run, codec = self.config.runtime_config, _PlainVAE(self.networks.vae)
-        channels = self.model.latent_channels
-        latents = torch.empty(1, channels, run.chunk_width, *self.size, device=META)
-        tiles = scratch_bytes(lambda: codec.decode(latents))
-        tiling = codec.tiling
-        height, width = (min(tiling.pixels // VAE_STRIDE, length) for length in self.size)
-        depth = min(tiling.frames // codec.temporal_stride, run.chunk_width)
-        tile = torch.empty(1, channels, depth, height, width, dtype=codec.dtype, device=META)
-        return tiles + scratch_bytes(lambda: self._one_layer().decoder(tile))
+        """Return what decoding a chunk holds."""
+        frames = self.config.runtime_config.chunk_width
+        latents = torch.empty(1, self.model.latent_channels, frames, *self.size, device=META)
+        codec = self._one_layer()
+        return scratch_bytes(lambda: codec.decode(latents))
 
     def _encode_scratch(self) -> int:
         """Return what encoding the given frames holds."""
-        codec, run = _PlainVAE(self.networks.vae), self.config.runtime_config
-        stride = run.temporal_downsample_factor
-        frames = 1 if self.plan.clip.is_image else self.plan.clip.num_prefix * stride
+        run, codec = self.config.runtime_config, self._one_layer()
+        frames = self.plan.clip.num_prefix * run.temporal_downsample_factor
+        frames = 1 if self.plan.clip.is_image else frames
         shape = (1, 3, frames, run.video_size_h, run.video_size_w)
-        tiles = scratch_bytes(lambda: codec.encode(torch.empty(shape, device=META)))
-        side, depth = codec.tiling.pixels, min(codec.tiling.frames, max(frames, stride))
-        height, width = min(side, run.video_size_h), min(side, run.video_size_w)
-        tile = torch.empty(1, 3, depth, height, width, dtype=codec.dtype, device=META)
-        return tiles + scratch_bytes(lambda: self._one_layer().moments(tile))
+        return scratch_bytes(lambda: codec.encode(torch.empty(shape, device=META)))
 
-    def _one_layer(self) -> ViTVAE:
-        """Return the VAE's networks with one layer, which needs as much scratch memory as all."""
+    def _one_layer(self) -> vae.VAE:
+        """Return the VAE with one layer, which needs as much scratch memory as with all."""
+        codec = self.networks.vae
         with META:
-            return ViTVAE(replace(self.networks.vae.model.config, depth=1)).to(
-                self.networks.vae.dtype
-            )
+            model = ViTVAE(replace(codec.model.config, depth=1)).to(codec.dtype)
+        return vae.VAE(model, scale=codec.scale, tiling=codec.tiling)
 
 
-class _PlainVAE(vae.VAE):
-    """A VAE whose tiles cost nothing: what remains is the memory for cutting and blending."""
-
-    def __init__(self, other: vae.VAE) -> None:
-        super().__init__(other.model, scale=other.scale, tiling=other.tiling)
-
-    def _encode_tile(self, pixels_B3THW: Tensor) -> Tensor:
-        frames = max(pixels_B3THW.shape[2] // self.temporal_stride, 1)
-        height, width = (length // self.spatial_stride for length in pixels_B3THW.shape[3:])
-        return pixels_B3THW.new_empty(1, self.model.config.z_chans, frames, height, width)
-
-    def _decode_tile(self, z_BCFhw: Tensor) -> Tensor:
-        height, width = (length * self.spatial_stride for length in z_BCFhw.shape[3:])
-        frames = z_BCFhw.shape[2] * self.temporal_stride
-        return z_BCFhw.new_empty(1, 3, frames, height, width)
-
-
+_SCORING_REMEDY = "set kv.queries=frame"
 _T5_REMEDY = "set runtime_config.t5_device=cpu"
 
 

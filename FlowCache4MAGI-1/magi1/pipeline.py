@@ -149,7 +149,7 @@ def _decode_chunks(
         _decode_chunk(codec, own, clip=clip, chunk=chunk, is_beside=is_beside)
         for chunk, own in latents.items()
     ]
-    return torch.cat(shown, dim=1)
+    return shown[0] if len(shown) == 1 else torch.cat(shown, dim=1)
 
 
 def _decode_chunk(

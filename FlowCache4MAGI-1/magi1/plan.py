@@ -15,7 +15,7 @@ from magi1.build import budget_of, clip_of, latent_size, layout_of, sampling_of
 from magi1.captions import NULL_TOKENS
 from magi1.config import ModelConfig
 from magi1.dit import DiT, set_precision
-from magi1.sampling import Sampling, cache_bytes, cache_chunks
+from magi1.sampling import KVBudget, Sampling, cache_bytes, cache_chunks
 from magi1.schedule import Clip, Clock
 from magi1.settings import RunConfig
 
@@ -45,6 +45,8 @@ class Plan:
     """The KV caches of all layers and branches."""
     scoring_bytes: int
     """Extra memory for compressing the KV cache: kept queries, scores."""
+    query_bytes: int
+    """The kept queries alone, which stay from one compression to the next."""
     stored_bytes: int
     """Stored results from which reused steps are made, and the signals that are compared."""
     activation_bytes: int
@@ -74,6 +76,7 @@ def make_plan(
     text = min(prompt_tokens + special, model.caption_max_length)
     total = None if budget is None else budget.total_chunks
     num_branches = 1 if sampling.guidance is None else 2
+    query_bytes = _query_bytes(config, dtype, num_branches=num_branches)
     counter = _FlopCounter(
         model,
         clock=clock,
@@ -102,7 +105,8 @@ def make_plan(
             total_chunks=total,
             num_branches=num_branches,
         ),
-        scoring_bytes=_scoring_bytes(config, dtype, clip=clip, num_branches=num_branches),
+        scoring_bytes=query_bytes + _scoring_scratch(config, clip=clip),
+        query_bytes=query_bytes,
         stored_bytes=_stored_bytes(config, dtype, num_active=min(clock.window, clip.num_chunks)),
         activation_bytes=layout.chunk_tokens
         * (TOKEN_COPIES * 4 * model.hidden_size + 2 * dtype.itemsize * model.ffn_hidden_size),
@@ -179,17 +183,29 @@ def _weight_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     return sum(parameter.nbytes for parameter in dit.parameters())
 
 
-def _scoring_bytes(config: RunConfig, dtype: torch.dtype, *, clip: Clip, num_branches: int) -> int:
-    """Return the queries that are kept for scoring and the scratch memory of one compression."""
-    budget, model = budget_of(config), config.model_config
+def _query_bytes(config: RunConfig, dtype: torch.dtype, *, num_branches: int) -> int:
+    """Return the queries that are kept for scoring."""
+    model = config.model_config
+    width = num_branches * model.num_layers * model.hidden_size * dtype.itemsize
+    return _seen_queries(budget_of(config)) * width
+
+
+def _seen_queries(budget: KVBudget | None) -> int:
+    """Return how many queries score the keys; 0 without scores."""
     if budget is None or not isinstance(budget.strategy, ImportanceRedundancy):
         return 0
-    layout = budget.layout
-    sample = torch.empty(layout.chunk_tokens, 1, 1, device="meta")
-    num_queries = len(budget.strategy.seen_queries(sample, layout))
-    kept = num_branches * model.num_layers * num_queries * model.hidden_size * dtype.itemsize
-    num_keys = cache_chunks(clip, total_chunks=budget.total_chunks) * layout.chunk_tokens
-    return kept + scoring_bytes(
+    sample = torch.empty(budget.layout.chunk_tokens, 1, 1, device="meta")
+    return len(budget.strategy.seen_queries(sample, budget.layout))
+
+
+def _scoring_scratch(config: RunConfig, *, clip: Clip) -> int:
+    """Return the scratch memory of one compression."""
+    budget, model = budget_of(config), config.model_config
+    num_queries = _seen_queries(budget)
+    if budget is None or not num_queries:
+        return 0
+    num_keys = cache_chunks(clip, total_chunks=budget.total_chunks) * budget.layout.chunk_tokens
+    return scoring_bytes(
         num_queries,
         num_keys,
         num_heads=model.num_attention_heads,
@@ -199,9 +215,10 @@ def _scoring_bytes(config: RunConfig, dtype: torch.dtype, *, clip: Clip, num_bra
 
 
 def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_active: int) -> int:
-    """Return the bytes of stored results and signals, all chunks of the window active."""
-    if config.reuse.policy == "vanilla":
-        return 0
+    """Return the bytes of stored results and signals, all chunks of the window active.
+
+    Results are stored whether a policy will ask for them or not.
+    """
     model, run = config.model_config, config.runtime_config
     height, width = latent_size(config)
     latents = model.latent_channels * run.chunk_width * height * width * 4

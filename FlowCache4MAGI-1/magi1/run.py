@@ -190,6 +190,7 @@ def per_process(plan: Plan, layout: Layout) -> Plan:
         plan,
         kv_bytes=own_bytes(plan.kv_bytes, layout, num_branches=num_branches),
         scoring_bytes=own_bytes(plan.scoring_bytes, layout, num_branches=num_branches),
+        query_bytes=own_bytes(plan.query_bytes, layout, num_branches=num_branches),
     )
 
 

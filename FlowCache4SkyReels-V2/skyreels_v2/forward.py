@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowcache.kv import Compression, cached_attention
+from flowcache.kv import Compression, cached_attention, prefetcher_for
 from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
@@ -54,6 +54,8 @@ class WindowForward:
         self.compression = compression
         self.condition = condition
         self.ranks = ranks
+        caches = [cache for branch in branches.values() for cache in branch.caches]
+        self.prefetcher = prefetcher_for(caches)
         self.batched_context: list[ContextKV] = []
         if sampling.batch_branches and len(branches) > 1:
             self.batched_context = join_contexts([branch.context for branch in branches.values()])
@@ -158,6 +160,7 @@ class WindowForward:
                 offset=offset,
                 kernel=self.dit.kernel,
                 compression=self.compression,
+                prefetcher=self.prefetcher,
                 timing=lambda: self.stats.stage("kv_compression"),
             )
             chunk = self.window.chunks[unit.id]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowcache.kv import cached_attention, caches_for
+from flowcache.kv import PREFETCHED_LAYERS, cached_attention, caches_for
 from flowcache.memory import (
     MemoryPlan,
     Part,
@@ -133,11 +133,11 @@ class RunMemory:
             (
                 self._dit_weights(is_here=True),
                 self._prompts(),
-                self._kv(residence, is_read=True),
+                self._kv(residence),
                 self._stored(),
                 self._latents(),
                 Part("activations", self._activations(), "lower causal_block_size, or the size"),
-                Part("KV scoring", self.plan.scoring_bytes, "set kv.queries=frame"),
+                self._scoring(residence),
                 Part("the VAE", self.vae_bytes, "use a larger GPU"),
                 self._decoder_meanwhile(residence),
             ),
@@ -149,7 +149,7 @@ class RunMemory:
             (
                 self._dit_weights(is_here=not residence.dit_aside),
                 self._prompts(),
-                self._kv(residence, is_read=False),
+                self._kv(residence),
                 self._stored(),
                 self._latents(),
                 Part("the VAE", self.vae_bytes, "use a larger GPU"),
@@ -178,13 +178,25 @@ class RunMemory:
         copies = 2 if self.config.batch_branches and self.plan.num_branches > 1 else 1
         return Part("prompts", copies * self.plan.num_branches * one, "use a smaller model")
 
-    def _kv(self, residence: Residence, *, is_read: bool) -> Part:
+    def _kv(self, residence: Residence) -> Part:
         remedy = "set kv.compress=importance, or fewer num_frames"
         if not residence.kv_on_host:
             return Part("the KV cache", self.plan.kv_bytes, remedy)
-        # keys and values of one layer at a time
-        copied = self.plan.kv_bytes // (self.dit.num_layers * self.plan.num_branches)
-        return Part("a layer of the KV cache", copied * is_read, remedy)
+        # the buffers stay as long as the window
+        name = f"{PREFETCHED_LAYERS} layers of the KV cache"
+        return Part(name, PREFETCHED_LAYERS * self._layer_bytes, remedy)
+
+    @property
+    def _layer_bytes(self) -> int:
+        """Return the keys and values of one layer and branch."""
+        return self.plan.kv_bytes // (self.dit.num_layers * self.plan.num_branches)
+
+    def _scoring(self, residence: Residence) -> Part:
+        """Return what compression adds: scores, kept rows; those of the host are read."""
+        rows = 0
+        if self.config.kv.compress != "none":
+            rows = self._layer_bytes if residence.kv_on_host else self._layer_bytes // 2
+        return Part("KV scoring", self.plan.scoring_bytes + rows, "set kv.queries=frame")
 
     def _stored(self) -> Part:
         return Part("stored results", self.plan.stored_bytes, "set reuse.predict=velocity")

@@ -191,9 +191,10 @@ def _scoring_bytes(config: RunConfig, dit: DiTConfig, *, queries: int, kv_tokens
 
 
 def _stored_bytes(config: RunConfig, dit: DiTConfig, *, tokens: int, width: int) -> int:
-    """Return the bytes of one branch's stored results, all chunks active."""
-    if config.reuse.policy == "vanilla":
-        return 0
+    """Return the bytes of one branch's stored results, all chunks active.
+
+    They are stored whether a policy will ask for them or not.
+    """
     copies = stored_results(config.reuse)
     if config.reuse.predict == "residual":
         return copies * tokens * dit.dim * width

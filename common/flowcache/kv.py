@@ -19,6 +19,8 @@ from flowcache.attention import Kernel
 from flowcache.compress import gather
 from flowcache.schedule import Tick
 
+PREFETCHED_LAYERS = 2
+"""Layers of a cache in the memory of the host that are on the device: in use, and next."""
 Keep = Callable[[Tensor, Tensor], Tensor]
 """`(queries [S, H, C], clean keys [T, G, C]) -> indices [K, G]` of the clean tokens to keep."""
 
@@ -50,8 +52,9 @@ class KVCache:
     """Keys and values of one layer and branch.
 
     The buffer may lie elsewhere than where attention runs, in the memory of the host: reading it
-    copies the part that is seen. All copies then go through the stream of the device, so that a
-    row is never overwritten before a copy that was asked for earlier has left.
+    copies the part that is seen. All copies then go through the stream of the device, or through
+    that of a `Prefetcher`, which waits for it; so a row is never overwritten before a copy that was
+    asked for earlier has left.
 
     Example: capacity 6, chunks of 2 tokens. Chunk 0 is put at offset 0 and settled: clean = 2.
     Chunks 1 and 2 are active: they are put at offsets 0 and 2 behind the clean tokens, that is at
@@ -75,6 +78,7 @@ class KVCache:
             storage: where the buffer lies; None: there, too.
         """
         self.device = device
+        self.storage = storage
         self.kv = torch.empty(
             2,
             capacity,
@@ -103,8 +107,9 @@ class KVCache:
         stop = start + len(k_SGC)
         assert start <= self.filled, f"a gap in the buffer: {self.filled} filled, put at {start}"
         assert stop <= self.kv.shape[1], f"{stop} tokens do not fit {self.kv.shape[1]}"
-        self.kv[0, start:stop] = k_SGC
-        self.kv[1, start:stop] = v_SGC
+        # non-blocking: the host never looks at the rows, it only has them copied
+        self.kv[0, start:stop].copy_(k_SGC, non_blocking=True)
+        self.kv[1, start:stop].copy_(v_SGC, non_blocking=True)
         self.filled = max(self.filled, stop)
 
     def prefix(self, offset: int, *, reach_tokens: int | None = None) -> tuple[Tensor, Tensor]:
@@ -113,9 +118,13 @@ class KVCache:
         Args:
             reach_tokens: how many of these, the last ones, are wanted; None: all.
         """
+        rows = self.seen(offset, reach_tokens=reach_tokens)
+        return self._read(0, rows.start, rows.stop), self._read(1, rows.start, rows.stop)
+
+    def seen(self, offset: int, *, reach_tokens: int | None = None) -> range:
+        """Return the rows of the clean tokens and `offset` tokens behind them; see `prefix`."""
         stop = self.clean + offset
-        start = 0 if reach_tokens is None else max(0, stop - reach_tokens)
-        return self._read(0, start, stop), self._read(1, start, stop)
+        return range(0 if reach_tokens is None else max(0, stop - reach_tokens), stop)
 
     def last_clean(self, num_tokens: int) -> Tensor:
         """Return keys and values of the last clean tokens, `[2, T, G, C]`."""
@@ -169,6 +178,73 @@ def tokens_per_chunk(caches: Sequence[KVCache]) -> Tensor:
     return torch.stack(counts).double().mean(dim=(0, 1))
 
 
+class Prefetcher:
+    """Copies a layer's keys and values from the host while the layer before it is at work.
+
+    Two buffers on the device take turns, so that never more than two layers are there. On CUDA the
+    copies have a stream of their own: it begins one when all is done that was queued before, the
+    attention that last read the buffer included, and attention waits for it. Elsewhere a copy is
+    done when it is begun.
+
+    Example: attention of layer 0 has its rows copied and waits; then the copy of layer 1 begins and
+    goes on beside the rest of layer 0. Layer 1 takes it, and layer 2 begins in layer 0's buffer.
+    """
+
+    def __init__(self, like: KVCache) -> None:
+        """Allocate both buffers.
+
+        Args:
+            like: one of the caches that are read; they all have the same size.
+        """
+        self._buffers = [
+            torch.empty_like(like.kv, device=like.device) for _ in range(PREFETCHED_LAYERS)
+        ]
+        self._device = like.device
+        self._stream: torch.cuda.Stream | None = None
+        if like.device.type == "cuda":
+            self._stream = torch.cuda.Stream(like.device)
+        self._begun: tuple[KVCache, range] | None = None
+
+    def begin(self, cache: KVCache, rows: range) -> None:
+        """Begin to copy rows of a cache; they must not change until they are taken."""
+        self._buffers.reverse()
+        with self._in_stream():
+            # half by half: what is not contiguous would be copied once more, on the host
+            for half, buffer in zip(cache.kv, self._buffers[0], strict=True):
+                buffer[: len(rows)].copy_(half[rows.start : rows.stop], non_blocking=True)
+        self._begun = (cache, rows)
+
+    def take(
+        self, cache: KVCache, rows: range, *, own: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return rows of a cache and the keys and values behind them, `[T, G, C]` each.
+
+        They hold until the next but one copy begins.
+
+        Args:
+            own: keys and values that come last, which are on the device already.
+        """
+        if self._begun != (cache, rows):
+            self.begin(cache, rows)
+        self._begun = None
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        k, v = (half[: len(rows) + len(own[0])] for half in self._buffers[0])
+        k[len(rows) :], v[len(rows) :] = own
+        return k, v
+
+    def _in_stream(self) -> AbstractContextManager[object]:
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._stream)
+
+
+def prefetcher_for(caches: Sequence[KVCache]) -> Prefetcher | None:
+    """Return what reads these caches, and others of their size; None where they need no copies."""
+    return None if not caches or caches[0].storage is None else Prefetcher(caches[0])
+
+
 @dataclass(frozen=True)
 class Compression:
     """A KV budget and the rule that picks which clean tokens stay within it."""
@@ -209,6 +285,7 @@ def cached_attention(
     kernel: Kernel,
     reach_tokens: int | None = None,
     compression: Compression | None = None,
+    prefetcher: Prefetcher | None = None,
     timing: Callable[[], AbstractContextManager[object]] = nullcontext,
     remember: Callable[[int, Tensor], None] | None = None,
 ) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
@@ -220,22 +297,41 @@ def cached_attention(
         reach_tokens: how many tokens are seen, the last ones, own ones included; None: all.
         compression: bounds the clean tokens: those above the budget are compressed before they
             are seen, scored by this chunk's queries.
+        prefetcher: reads caches that lie on the host; the layers must then come in order.
         timing: makes a context in which the compression runs, to measure it.
         remember: is given each layer's index and queries `[B, S, H, C]`, for a compression apart
             from attention.
     """
 
+    def is_compressed(cache: KVCache) -> bool:
+        return compression is not None and cache.clean > compression.budget
+
+    def read(
+        cache: KVCache, following: KVCache | None, own: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        num_own = len(own[0])
+        if prefetcher is None:
+            return cache.prefix(offset + num_own, reach_tokens=reach_tokens)
+        before = None if reach_tokens is None else reach_tokens - num_own
+        kv = prefetcher.take(cache, cache.seen(offset, reach_tokens=before), own=own)
+        if following is not None and not is_compressed(following):
+            prefetcher.begin(following, following.seen(offset, reach_tokens=before))
+        return kv
+
     def attend(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
         outputs: list[Tensor] = []
         if remember is not None:
             remember(layer, q_BSHC)
+        following = [layers[layer] for layers in caches[1:]]
+        following += [layers[layer + 1] for layers in caches[:1] if layer + 1 < len(layers)]
         for entry, layers in enumerate(caches):
             cache, q_1SHC = layers[layer], q_BSHC[entry : entry + 1]
-            cache.put(offset, k_BSGC[entry], v_BSGC[entry])
-            if compression is not None and cache.clean > compression.budget:
+            own = k_BSGC[entry], v_BSGC[entry]
+            cache.put(offset, *own)
+            if compression is not None and is_compressed(cache):
                 with timing():
                     cache.compress(q_1SHC[0], compression.keep)
-            k, v = cache.prefix(offset + k_BSGC.shape[1], reach_tokens=reach_tokens)
+            k, v = read(cache, following[entry] if entry < len(following) else None, own)
             outputs.append(kernel(q_1SHC, k.unsqueeze(0), v.unsqueeze(0)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

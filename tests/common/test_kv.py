@@ -5,13 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.attention import SDPA
+from flowcache.attention import SDPA, Kernel
 from flowcache.kv import (
     Compression,
     KVCache,
+    Prefetcher,
     cached_attention,
     caches_for,
     peak_tokens,
+    prefetcher_for,
     tokens_per_chunk,
 )
 from flowcache.schedule import staggered
@@ -207,38 +209,121 @@ def test_tracked_tokens_must_be_named():
         cache.settle(2)
 
 
-@pytest.mark.gpu
-def test_a_cache_in_host_memory_gives_what_one_on_the_device_gives():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+def outputs_of(
+    device: torch.device,
+    storage: torch.device | None,
+    *,
+    num_entries: int = 1,
+    reach_tokens: int | None = None,
+    compression: Compression | None = None,
+    num_layers: int = 3,
+) -> list[Tensor]:
+    """Return what each layer gives for six chunks, each denoised in two ticks with the next."""
+    draw = torch.Generator(device).manual_seed(0)
+    sizes = {"num_heads": 2, "head_width": 8, "dtype": torch.float32, "device": device}
+    caches = [
+        caches_for(num_layers, capacity=224, storage=storage, **sizes) for _ in range(num_entries)
+    ]
+    prefetcher = prefetcher_for(caches[0])
+    assert (prefetcher is None) == (storage is None)
     outputs: list[Tensor] = []
-    for storage in (cuda, cpu):
-        draw = torch.Generator(cuda).manual_seed(0)
-        caches = caches_for(
-            1,
-            capacity=96,
-            num_heads=2,
-            head_width=8,
-            dtype=torch.float32,
-            device=cuda,
-            storage=storage,
-        )
-        assert caches[0].kv.device.type == storage.type
-        assert caches[0].kv.is_pinned() == (storage == cpu)
-        for chunk in range(6):
-            q, k, v = (torch.randn(1, 32, 2, 8, generator=draw, device=cuda) for _ in range(3))
+    for chunk in range(6):
+        for offset in (0, 32):
             attend = cached_attention(
-                [caches],
-                offset=0,
+                caches,
+                offset=offset,
                 kernel=SDPA,
-                compression=Compression(
-                    32,
-                    lambda _q, k: torch.arange(16, 48, device=k.device).unsqueeze(1).expand(-1, 2),
-                ),
+                reach_tokens=reach_tokens,
+                compression=compression,
+                prefetcher=prefetcher,
             )
-            outputs.append(attend(0, q, k, v))
-            caches[0].settle(32, chunk=chunk)
-    for on_device, on_host in zip(outputs[:6], outputs[6:], strict=True):
-        assert torch.equal(on_device, on_host)
+            for layer in range(num_layers):
+                q, k, v = (
+                    torch.randn(num_entries, 32, 2, 8, generator=draw, device=device)
+                    for _ in range(3)
+                )
+                outputs.append(attend(layer, q, k, v))
+        for cache in (cache for layers in caches for cache in layers):
+            cache.settle(32, chunk=chunk)
+    return outputs
+
+
+KEPT = Compression(
+    32, lambda _q, k: torch.arange(16, 48, device=k.device).unsqueeze(1).expand(-1, 2)
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_entries", [1, 2])
+@pytest.mark.parametrize(
+    ("reach_tokens", "compression"), [(None, None), (64, None), (32, None), (None, KEPT)]
+)
+def test_caches_in_host_memory_give_what_those_on_the_device_give(
+    device: str, num_entries: int, reach_tokens: int | None, compression: Compression | None
+):
+    settings = {
+        "num_entries": num_entries,
+        "reach_tokens": reach_tokens,
+        "compression": compression,
+    }
+    on_device = outputs_of(torch.device(device), None, **settings)
+    on_host = outputs_of(torch.device(device), torch.device("cpu"), **settings)
+    assert len(on_device) == len(on_host) == 36
+    for expected, out in zip(on_device, on_host, strict=True):
+        assert torch.equal(out, expected)
+
+
+def host_caches(num_layers: int) -> list[KVCache]:
+    cpu = torch.device("cpu")
+    place = {"dtype": torch.float32, "device": cpu, "storage": cpu}
+    return caches_for(num_layers, capacity=4, num_heads=1, head_width=1, **place)
+
+
+def test_the_copy_of_the_next_layer_begins_before_a_layer_attends():
+    caches, events = host_caches(3), []
+
+    class Watched(Prefetcher):
+        def begin(self, cache: KVCache, rows: range) -> None:
+            events.append(f"copy {caches.index(cache)}")
+            super().begin(cache, rows)
+
+    def kernel(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+        events.append("attend")
+        return q
+
+    attend = cached_attention(
+        [caches], offset=0, kernel=Kernel("watched", kernel), prefetcher=Watched(caches[0])
+    )
+    own = rows([1.0, 2.0]).unsqueeze(0)
+    for layer in range(3):
+        attend(layer, own, own, own)
+    assert events == ["copy 0", "copy 1", "attend", "copy 2", "attend", "attend"]
+
+
+def test_no_more_than_two_layers_are_copied_at_a_time():
+    caches, places = host_caches(4), []
+
+    def kernel(q: Tensor, k: Tensor, _v: Tensor) -> Tensor:
+        places.append(k.data_ptr())
+        return q
+
+    attend = cached_attention(
+        [caches], offset=0, kernel=Kernel("watched", kernel), prefetcher=prefetcher_for(caches)
+    )
+    own = rows([1.0, 2.0]).unsqueeze(0)
+    for layer in range(4):
+        attend(layer, own, own, own)
+    assert places[:2] == places[2:]
+    assert places[0] != places[1]
+
+
+@pytest.mark.gpu
+def test_a_cache_in_host_memory_is_pinned():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    sizes = {"num_heads": 2, "head_width": 8, "dtype": torch.float32, "device": cuda}
+    (cache,) = caches_for(1, capacity=96, storage=cpu, **sizes)
+    assert cache.kv.device == cpu
+    assert cache.kv.is_pinned()
 
 
 def simulate(
