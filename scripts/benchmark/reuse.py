@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuning.methods import VELOCITY, published
+from tuning.methods import AS_TUNED, VELOCITY, published
 from tuning.subject import Words
 
 from benchmark.budgets import HIGH, LOW, MID, Budgets
 from benchmark.family import Group, Method
 
 FAITHFUL, TUNED = "FlowCache-fast", "planned"
-TREND, AS_TUNED = "velocity + trend", "as tuned"
+TREND = "velocity + trend"
 
 
 @dataclass(frozen=True)
