@@ -7,7 +7,7 @@ A few clips are made with every step computed, and the inner products of their v
 From these the error of any plan is known without making a clip, so the best plan for every number
 of computed steps is found at once. Some plans are measured to tell what an error means in dB, made
 early or late. The plan that meets the target is written as a profile and then compared with all
-other policies on prompts that it was not tuned on.
+other policies on prompts that it was not tuned on, as a table and as a plot (WORK/pareto.svg).
 
 Results are kept row by row under --work; a second start goes on where the first one stopped.
 """
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from figures.reuse import draw_tuning
 from tuning import magi1, skyreels_v2
 from tuning.findings import (
     MEASURED_SHARES,
@@ -32,9 +33,12 @@ from tuning.findings import (
 from tuning.methods import (
     Method,
     adaptive,
+    closest_magcache,
     closest_threshold,
+    guarded,
     guidance_steps,
     held,
+    magcache,
     planned,
     predictor_name,
     strides,
@@ -48,7 +52,7 @@ from tuning.table import markdown, summarize
 
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json
+from flowcache.files import check_writable, write_json, write_text
 from flowcache.tune.forecast import choose, parse_target
 from flowcache.tune.plan import Constraints, Plan
 from flowcache.tune.policies import distance_band, magnitude_ratios
@@ -64,6 +68,8 @@ from flowcache.tune.profile import (
 
 TABLE_SHARES = (0.27, 0.5)
 """Shares of the steps at which methods are compared, beside the target's."""
+PLOT = "pareto.svg"
+"""The table as a drawing, in the folder of the measured rows."""
 NUM_CHECK_PLANS = 24
 CHECK_PLANS_SEED = 0
 GIGA = 1e9
@@ -175,7 +181,7 @@ def command(options: argparse.Namespace) -> None:
     print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
-    check(subject, rows, unseen, found, plan, work=options.work)
+    check(subject, rows, unseen, found, plan, profile=out.resolve(), options=options)
 
 
 def gentlest(found: Found) -> str:
@@ -249,33 +255,42 @@ def check(
     found: Found,
     plan: Plan,
     *,
-    work: Path,
+    profile: Path,
+    options: argparse.Namespace,
 ) -> None:
-    """Compare the plan with everything else on unseen prompts, and print the table."""
+    """Compare the plan with everything else on unseen prompts; print and draw the table."""
     if not prompts:
         return
-    num_steps = found.model.num_steps
-    methods: list[Method] = whole_window(subject.words)
+    num_steps, words, work = found.model.num_steps, subject.words, options.work
+    warmup_steps = subject.work().warmup_steps
+    ratios = magnitude_ratios(found.model.gram)
+    methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
     expected = dict[str, float]()
     for cost in sorted({plan.cost, *table_costs(found.plans, num_steps=num_steps)}):
         own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(
-            found.increments, num_computed=cost, warmup_steps=subject.work().warmup_steps
+            found.increments, num_computed=cost, warmup_steps=warmup_steps
         )
         print(
             f"threshold    {threshold:.4g} makes FlowCache compute {computed:.1f} own steps, "
             f"the nearest to {cost:g}"
         )
+        limit, skipping = closest_magcache(ratios, num_computed=cost, warmup_steps=warmup_steps)
+        print(f"threshold    {limit:.4g} makes MagCache compute {skipping}")
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
-        methods += adaptive(threshold, subject.words)
+        methods += [*adaptive(threshold, words), *magcache(limit, profile, words)]
         expected[planned(own).name] = found.forecast(own).psnr
     # with few steps, two numbers of computed steps may lead to the same threshold
     methods = list({method.name: method for method in methods}.values())
     measured = measure(subject, rows, prompts, methods, kind="check")
-    table = summarize(measured, expected)
+    table = summarize(measured, methods, expected)
     print(f"\n{markdown(table)}")
-    (work / "table.md").write_text(markdown(table), encoding="utf-8")
+    write_text(work / "table.md", markdown(table))
     write_json(work / "table.json", {"command": ["python", *sys.argv], "table": table})
+    front = [(forecast.flops, forecast.psnr) for forecast in found.forecasts()]
+    name = f"{options.model} {options.checkpoint}"
+    write_text(work / PLOT, draw_tuning(table, front, model=name))
+    print(f"wrote {work / PLOT}")
 
 
 def table_costs(plans: Mapping[float, Plan], *, num_steps: int) -> list[float]:

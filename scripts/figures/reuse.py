@@ -1,4 +1,4 @@
-"""Quality against computation of all reuse rules, at three budgets."""
+"""Quality against computation of all reuse rules."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from benchmark.reuse import AS_TUNED, NAMES, TREND, TUNED
+from benchmark.reuse import NAMES, TREND, TUNED
 from explain_page.markup import element, number
 from explain_page.plot import BOTTOM, LEFT, RIGHT, TOP, Axis, plot, text
+from tuning.methods import AS_TUNED, TRENDS, VELOCITY
 
 from figures.drawing import Rows, document, placed, read_table, whole_axis
 from flowcache.errors import UserError
@@ -22,12 +23,14 @@ SIZE = 6.0
 LABEL_GAP = 15.0
 """Least distance of two labels, CSS pixels."""
 EXAMPLE = "python scripts/bench_demo.py --table reuse"
+MOVED = (AS_TUNED, TREND, *(name for name, settings in TRENDS.items() if settings != VELOCITY))
 COLOURS: Mapping[str, tuple[str, str]] = {
     "content": ("#4a6572", "#9fb6c1"),
     "magcache": ("#7a6400", "#e3cf57"),
     "planned": ("#a0337f", "#f08bcf"),
 }
 """Of light and dark pages, for the rules that no other figure has."""
+FRONT = "stroke:var(--planned);fill:none;stroke-width:1.5"
 _UP, _DOWN = ((-1, 0.8), (1, 0.8), (0, -1)), ((-1, -0.8), (1, -0.8), (0, 1))
 _SQUARE = ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
 _DIAMOND = ((0, -1.15), (1.15, 0), (0, 1.15), (-1.15, 0))
@@ -74,7 +77,7 @@ class Point:
     @property
     def is_moved(self) -> bool:
         """Tell whether what is reused is extrapolated."""
-        return self.predictor in (AS_TUNED, TREND)
+        return self.predictor in MOVED
 
 
 def read_points(path: Path) -> list[Point]:
@@ -95,7 +98,40 @@ def draw_reuse(path: Path, *, model: str) -> str:
     Raises:
         UserError: the table is missing or broken.
     """
-    points = read_points(path)
+    return draw_points(read_points(path), title=f"{model} demo: reuse rules at three budgets")
+
+
+def draw_tuning(table: Rows, front: Sequence[tuple[float, float]], *, model: str) -> str:
+    """Return the drawing of the table with which `tune.py` checks a plan.
+
+    Args:
+        table: of `tuning.table`.
+        front: what the calibration expects of each number of computed steps, as (share of the
+            FLOPs, PSNR in dB).
+
+    Raises:
+        UserError: no row differs from every step computed.
+    """
+    points = [
+        Point(row["method"], row["policy"], row["predictor"], 100 * row["flops"], row["psnr"], 0.0)
+        for row in table
+        if row["psnr"] is not None
+    ]
+    if not points:
+        raise UserError("all methods make the same frames: nothing to draw")
+    expected = [(100 * share, decibel) for share, decibel in front]
+    return draw_points(points, title=f"{model}: quality against computation", front=expected)
+
+
+def draw_points(
+    points: Sequence[Point], *, title: str, front: Sequence[tuple[float, float]] = ()
+) -> str:
+    """Return a drawing of PSNR against FLOPs.
+
+    Args:
+        front: (share of the FLOPs in per cent, PSNR in dB) of a line behind the points; what lies
+            beyond them is left out.
+    """
     x = whole_axis(
         "FLOPs of the transformer, % of those with every step computed",
         [point.share for point in points],
@@ -104,22 +140,25 @@ def draw_reuse(path: Path, *, model: str) -> str:
     )
     ends = [point.decibel + sign * point.error for point in points for sign in (-1, 1)]
     y = whole_axis("PSNR, dB", ends, (HEIGHT - BOTTOM, TOP), margin=1)
-    marks = [*_lines(points, x, y), *_bars(points, x, y), *_marks(points, x, y)]
-    marks += _labels(points, x, y)
+    seen = [
+        (share, decibel)
+        for share, decibel in front
+        if x.low <= share <= x.high and y.low <= decibel <= y.high
+    ]
+    marks = [*_front(seen, x, y), *_lines(points, x, y), *_bars(points, x, y)]
+    marks += [*_marks(points, x, y), *_labels(points, x, y)]
     chart = plot(x, y, marks=marks, label="every rule")
+    bars = "; bars: its standard error" if any(point.error for point in points) else ""
     return document(
-        text(f"{model} demo: reuse rules at three budgets", x=24, y=28, class_="title"),
+        text(title, x=24, y=28, class_="title"),
         text(
-            "PSNR against every step computed with the same attention and passes; bars: its "
-            "standard error",
-            x=24,
-            y=50,
+            f"PSNR against every step computed with the same attention and passes{bars}", x=24, y=50
         ),
         placed(chart, 0, HEAD),
-        *_legend(points, x=WIDTH - LEGEND_WIDTH + 20, y=HEAD + 30),
+        *_legend(points, x=WIDTH - LEGEND_WIDTH + 20, y=HEAD + 30, has_front=bool(seen)),
         width=WIDTH,
         height=HEAD + HEIGHT + 10,
-        label=f"{model} demo: PSNR of {len(points)} reuse rules against their FLOPs",
+        label=f"{title}: PSNR of {len(points)} rows against their FLOPs",
         colours=COLOURS,
     )
 
@@ -138,6 +177,13 @@ def _point(row: Mapping[str, Any]) -> Point:
         decibel=row["psnr_base"],
         error=row["psnr_error_base"] or 0.0,
     )
+
+
+def _front(seen: Sequence[tuple[float, float]], x: Axis, y: Axis) -> list[Element]:
+    if len(seen) < 2:
+        return []
+    path = "L".join(f"{number(x(across))} {number(y(up))}" for across, up in sorted(seen))
+    return [element("path", d=f"M{path}", class_="dashed", style=FRONT)]
 
 
 def _lines(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
@@ -205,7 +251,7 @@ def _labels(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
     return drawn
 
 
-def _legend(points: Sequence[Point], *, x: float, y: float) -> list[Element]:
+def _legend(points: Sequence[Point], *, x: float, y: float, has_front: bool) -> list[Element]:
     drawn: list[Element] = []
     present = {point.policy for point in points}
     for policy in (policy for policy in LOOKS if policy in present):
@@ -219,4 +265,7 @@ def _legend(points: Sequence[Point], *, x: float, y: float) -> list[Element]:
         drawn.append(_mark(LOOKS[NAMES["flowcache"]], (x, y), is_full=is_full, tip=None))
         drawn.append(text(meaning, x=x + 16, y=y + 4))
         y += 24
+    if has_front:
+        drawn.append(element("path", d=f"M{x - 8} {y}h16", class_="dashed", style=FRONT))
+        drawn.append(text("plans, as calibration expects", x=x + 16, y=y + 4))
     return drawn

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from flowcache.schedule import staggered
+from flowcache.settings import ReuseRule
 from flowcache.tune.plan import Plan
+from flowcache.tune.policies import MagCache
 from tuning.subject import Words
 
 REFERENCE = "every step computed"
@@ -18,6 +22,7 @@ WHOLE_KV = "whole KV cache"
 """The preset with every step computed and no token dropped from its KV cache."""
 
 VELOCITY = ("reuse.predict=velocity", "reuse.extrapolate=0")
+AS_TUNED = "as tuned"
 TRENDS: Mapping[str, tuple[str, ...]] = {
     "velocity": VELOCITY,
     "velocity + 0.5": ("reuse.predict=velocity", "reuse.extrapolate=0.5"),
@@ -32,6 +37,9 @@ class Method:
     settings: tuple[str, ...]
     preset: str | None = None
     """Instead of the one that is tuned."""
+    policy: str = ""
+    """What it is drawn as; "": it is not drawn."""
+    predictor: str = ""
 
 
 def whole_kv() -> Method:
@@ -54,6 +62,8 @@ def planned(plan: Plan) -> Method:
     return Method(
         f"planned {plan.num_computed}, {predictor_name(plan)}",
         (*_steps(plan.steps), *predictor_settings(plan), *guidance_settings(plan)),
+        policy="planned",
+        predictor=AS_TUNED,
     )
 
 
@@ -93,6 +103,22 @@ def held(plan: Plan) -> Method:
     return Method(
         f"planned {plan.num_computed}, velocity",
         (*_steps(plan.steps), *VELOCITY),
+        policy="planned",
+        predictor="velocity",
+    )
+
+
+def guarded(plan: Plan, profile: Path, words: Words) -> Method:
+    """Return a plan that computes more where a chunk changes as no calibration clip did.
+
+    Args:
+        profile: of the plan.
+    """
+    return Method(
+        f"guarded {plan.num_computed}, {predictor_name(plan)}",
+        ("reuse.policy=guarded", f"reuse.profile={profile}", *words.content),
+        policy="guarded",
+        predictor=AS_TUNED,
     )
 
 
@@ -106,7 +132,12 @@ def strides(num_computed: int, *, num_steps: int) -> list[Method]:
     """Return an even spacing of so many steps, with each velocity predictor."""
     steps = even_steps(num_computed, num_steps=num_steps)
     return [
-        Method(f"even {num_computed}, {name}", (*_steps(steps), *settings))
+        Method(
+            f"even {num_computed}, {name}",
+            (*_steps(steps), *settings),
+            policy="stride",
+            predictor=name,
+        )
         for name, settings in TRENDS.items()
     ]
 
@@ -115,7 +146,34 @@ def adaptive(threshold: float, words: Words) -> list[Method]:
     """Return FlowCache with a threshold, with each predictor."""
     settings = ("reuse.policy=flowcache", f"reuse.threshold={threshold:.4g}")
     return [
-        Method(f"FlowCache {threshold:.4g}, {name}", (*settings, *predictor))
+        Method(
+            f"FlowCache {threshold:.4g}, {name}",
+            (*settings, *predictor),
+            policy="FlowCache",
+            predictor=name,
+        )
+        for name, predictor in predictors(words).items()
+    ]
+
+
+def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
+    """Return MagCache with a threshold, with each predictor.
+
+    Args:
+        profile: holds the magnitude ratios.
+    """
+    settings = (
+        "reuse.policy=magcache",
+        f"reuse.profile={profile}",
+        f"reuse.threshold={threshold:.4g}",
+    )
+    return [
+        Method(
+            f"MagCache {threshold:.4g}, {name}",
+            (*settings, *predictor),
+            policy="MagCache",
+            predictor=name,
+        )
         for name, predictor in predictors(words).items()
     ]
 
@@ -123,7 +181,13 @@ def adaptive(threshold: float, words: Words) -> list[Method]:
 def whole_window(words: Words) -> list[Method]:
     """Return TeaCache at the threshold of its preset, with each predictor."""
     return [
-        Method(f"TeaCache, {name}", settings, preset=words.whole_window)
+        Method(
+            f"TeaCache, {name}",
+            settings,
+            preset=words.whole_window,
+            policy="TeaCache",
+            predictor=name,
+        )
         for name, settings in predictors(words).items()
     ]
 
@@ -148,6 +212,32 @@ def closest_threshold(
     }
     best = min(counts, key=lambda threshold: abs(counts[threshold] - num_computed))
     return best, counts[best]
+
+
+def closest_magcache(
+    ratios: Sequence[float], *, num_computed: float, warmup_steps: int
+) -> tuple[float, int]:
+    """Return MagCache's threshold that computes nearest to so many own steps of a chunk.
+
+    Args:
+        ratios: of magnitudes, by own step; see `MagCache`.
+
+    Returns:
+        the threshold, and the steps that it computes.
+    """
+    most = sum(abs(1 - math.prod(ratios[1 : i + 1])) for i in range(1, len(ratios)))
+    grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
+    counts = {value: _magcache_count(ratios, value, warmup_steps) for value in grid}
+    best = min(counts, key=lambda value: abs(counts[value] - num_computed))
+    return best, counts[best]
+
+
+def _magcache_count(ratios: Sequence[float], threshold: float, warmup_steps: int) -> int:
+    policy = MagCache(ratios, threshold, warmup_steps, ReuseRule.most_reuses)
+    ticks = staggered([0], num_steps=len(ratios), lag=0)
+    return sum(
+        policy.plan(tick, {}, stored=[0] if tick.index else [])[0].is_computed for tick in ticks
+    )
 
 
 def _count(increments: Sequence[float], threshold: float, warmup_steps: int) -> int:

@@ -3,30 +3,33 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuning.methods import REFERENCE
+from tuning.methods import REFERENCE, Method
 from tuning.rows import mean
 
 
 def summarize(
-    measured: Mapping[str, Sequence[Mapping[str, Any]]], expected: Mapping[str, float]
+    measured: Mapping[str, Sequence[Mapping[str, Any]]],
+    methods: Sequence[Method],
+    expected: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Average over the prompts, cheapest first; mark what nothing beats in cost and quality."""
     table: list[dict[str, Any]] = []
     base = mean(measured[REFERENCE], "seconds")
-    for name, rows in measured.items():
-        if name == REFERENCE:
-            continue
+    for method in methods:
+        rows = measured[method.name]
         finite = [row for row in rows if row["psnr"] is not None]
         table.append(
             {
-                "method": name,
+                "method": method.name,
+                "policy": method.policy,
+                "predictor": method.predictor,
                 "num_clips": len(rows),
                 "computed": mean(rows, "computed"),
                 "flops": mean(rows, "flops"),
                 "seconds": mean(rows, "seconds"),
                 "speedup": base / mean(rows, "seconds"),
                 "psnr": mean(finite, "psnr") if finite else None,
-                "predicted_psnr": expected.get(name),
+                "predicted_psnr": expected.get(method.name),
             }
         )
     table.sort(key=lambda row: row["flops"])

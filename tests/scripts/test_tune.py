@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -214,9 +215,13 @@ def test_the_table_holds_every_policy_and_predicts_what_it_measures(
 ):
     assert tune("--target", "flops=0.5", "--check-prompts", "3") == 0
     printed = capsys.readouterr().out
-    for name in ("planned", "even", "FlowCache", "TeaCache"):
+    for name in ("planned", "even", "FlowCache", "TeaCache", "MagCache", "guarded"):
         assert f"| {name}" in printed
     assert "threshold" in printed
+    plot = ElementTree.parse(tmp_path / "work" / "pareto.svg")
+    tips = [tip for tip in plot.iter("{http://www.w3.org/2000/svg}title") if tip.text]
+    rows = printed.split("|---|---|---|---|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(tips) == len(rows) - printed.count("| equal |")
     report = json.loads((tmp_path / "work" / "table.json").read_text())
     predicted = [row for row in report["table"] if row["predicted_psnr"] is not None]
     assert len(predicted) >= 2
@@ -292,6 +297,15 @@ def test_the_dry_run_says_what_a_real_model_needs_beside_the_run(
     found = re.search(r"memory +([\d.e-]+) GB", capsys.readouterr().out)
     assert found is not None
     assert 0 < float(found[1]) < 1
+
+
+@pytest.mark.usefixtures("modules")
+def test_the_threshold_of_magcache_computes_as_many_steps_as_asked_for():
+    methods = importlib.import_module("tuning.methods")
+    ratios = [1.0] + 7 * [0.9]
+    threshold, computed = methods.closest_magcache(ratios, num_computed=5, warmup_steps=1)
+    assert computed == 5, "0, 2, 4, 6 and the last one"
+    assert 0.1 < threshold <= 0.1 + 0.19
 
 
 @pytest.mark.usefixtures("modules")
