@@ -270,5 +270,6 @@ def write_run(
 
 def collect(shown: Iterable[Shown], stats: RunStats) -> Clip:
     """Carry out a pipeline and keep its frames in memory."""
-    parts = [to_uint8(progress.frames).cpu() for progress in shown if progress.frames is not None]
+    laters = (progress.later for progress in shown)
+    parts = [to_uint8(later.get()).cpu() for later in laters if later is not None]
     return Clip(torch.cat(parts), stats)

@@ -112,7 +112,8 @@ class ThreadLane:
         self._room.acquire()
         ready: torch.cuda.Event | None = None
         if self._stream is not None:
-            ready = torch.cuda.current_stream(self._stream.device).record_event()
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._stream.device))
         try:
             future: Future[T] = self._executor.submit(self._carry_out, work, ready)
         except RuntimeError:
