@@ -19,7 +19,6 @@ from flowcache.stats import environment
 from gpu.growth import Line, Make, open_magi1, open_skyreels, shortened
 
 NAME = "overhead.json"
-NUM_FRAMES = {"skyreels_v2": 77, "magi1": 144}
 PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "transformer blocks": (("dit.py", "run_blocks"),),
     "embedding and head": (("dit.py", "embed"), ("dit.py", "velocity")),
@@ -36,6 +35,7 @@ class Size:
     """A picture size at which all methods are run, and the settings for it."""
 
     name: str
+    num_frames: int
     settings: tuple[str, ...]
 
 
@@ -67,7 +67,11 @@ MODELS: Mapping[str, Model] = {
             Line("FlowCache-fast", "flowcache_fast", _one_window),
             Line("FlowCache-slow + KV compression", "flowcache_kvcompress", _one_window),
         ),
-        (Size("64x64", ()), Size("128x128", ("height=128", "width=128"))),
+        (
+            Size("64x64", 77, ()),
+            Size("128x128", 77, ("height=128", "width=128")),
+            Size("256x256", 77, ("height=256", "width=256")),
+        ),
     ),
     "magi1": Model(
         (
@@ -76,10 +80,16 @@ MODELS: Mapping[str, Model] = {
             Line("FlowCache-fast", "flowcache_fast_nocompress", _clip),
         ),
         (
-            Size("64x64", ()),
+            Size("64x64", 144, ()),
             Size(
                 "128x128",
+                144,
                 ("runtime_config.video_size_h=128", "runtime_config.video_size_w=128"),
+            ),
+            Size(
+                "256x256",
+                72,
+                ("runtime_config.video_size_h=256", "runtime_config.video_size_w=256"),
             ),
         ),
     ),
@@ -104,7 +114,7 @@ def weigh(out: Path, *, overwrite: bool, names: Sequence[str]) -> None:
     for name in names:
         make = openers[name]()
         found[name] = {
-            size.name: _compare(MODELS[name], size, make, NUM_FRAMES[name])
+            size.name: _compare(MODELS[name], size, make)
             for size in MODELS[name].sizes
         }
     document = {
@@ -118,8 +128,9 @@ def weigh(out: Path, *, overwrite: bool, names: Sequence[str]) -> None:
     print(f"wrote {path}")
 
 
-def _compare(model: Model, size: Size, make: Make, num_frames: int) -> dict[str, Any]:
+def _compare(model: Model, size: Size, make: Make) -> dict[str, Any]:
     lines = [shortened(line, size.settings) for line in model.lines]
+    num_frames = size.num_frames
     make(lines[-1], num_frames)
     rows = {line.name: make(line, num_frames) for line in lines}
     first = rows[lines[0].name]
