@@ -17,7 +17,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from flowcache.record import Record
-from flowcache.reuse import Policies, ResultStore, ReusePolicy, Vanilla
+from flowcache.results import ResultStore
+from flowcache.reuse import Policies, ReusePolicy, Vanilla
 from flowcache.stats import RunStats
 from flowcache.trace import PassId, TickId, Trace, elapsed_seconds, now
 from flowcache.video import to_uint8
