@@ -8,6 +8,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
+# torchao lies apart: transformers imports it wherever it can, and every command would print warnings.
+torchao="$(grep '^torchao==' constraints.txt)"
+if ! compgen -G "$VIRTUAL_ENV/quantize/${torchao/==/-}*.dist-info" >/dev/null; then
+    python -m pip install --quiet --no-deps --upgrade --target "$VIRTUAL_ENV/quantize" \
+        -c constraints.txt torchao ||
+        echo "test: $torchao could not be installed: the tests of 8-bit linears are skipped" >&2
+fi
+
 start=$SECONDS
 failed=()
 

@@ -3,12 +3,13 @@
 And what the tests of both models share: short runs, a picture, copies of the launchers.
 """
 
+import importlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+QUANTIZE = Path(sys.prefix) / "quantize"
+"""Where scripts/test.sh puts torchao."""
+
+
+@pytest.fixture(scope="session")
+def lent_modules() -> dict[str, ModuleType]:
+    """Return torchao's modules by name, once they were imported: a process can do that once."""
+    return {}
+
+
+@pytest.fixture
+def torchao(lent_modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lend torchao to one test: the libraries that look for it must not find it in the others."""
+    if "torchao" in sys.modules:
+        yield
+        return
+    monkeypatch.syspath_prepend(QUANTIZE)
+    sys.modules.update(lent_modules)
+    try:
+        importlib.import_module("torchao.quantization")
+        yield
+    except ImportError as error:
+        pytest.skip(f"torchao is missing, which scripts/test.sh puts into {QUANTIZE}: {error}")
+    finally:
+        own = [name for name in sys.modules if name.partition(".")[0] == "torchao"]
+        lent_modules.update({name: sys.modules.pop(name) for name in own})
 
 
 RunInRanks = Callable[..., None]

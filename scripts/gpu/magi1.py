@@ -7,6 +7,7 @@ import torch
 from flops import MAGI1_WINDOWS, magi1_clip
 
 from flowcache.attention import choose_kernel
+from flowcache.compiling import should_compile
 from flowcache.reuse import Policies
 from flowcache.stats import RunStats
 from gpu.subject import Method, Plan, Size, Subject, Target, fill
@@ -14,6 +15,7 @@ from gpu.traces import MAGI1_CURVE
 from magi1 import flops
 from magi1.build import clip_of, dtype_of, latent_size, layout_of
 from magi1.dit import DiT, set_precision
+from magi1.layers import compiled_parts
 from magi1.pipeline import Conditioning, Progress, generate
 from magi1.plan import attention_shape, make_plan
 from magi1.run import ASSUMED_TOKENS, Request, read_settings
@@ -133,6 +135,8 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
     vae.to(dtype)
     for model in (dit, vae):
         fill(model, device=device)
+    if should_compile(config.compile, device):
+        dit.parts = compiled_parts()
     draw = torch.Generator().manual_seed(0)
     text = torch.randn(TEXT_TOKENS[size], config.model_config.caption_channels, generator=draw)
     codec = VAE(vae, scale=config.runtime_config.scale_factor)

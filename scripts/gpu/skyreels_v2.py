@@ -9,6 +9,7 @@ from flops import skyreels_active_only
 
 from flowcache.attention import choose_kernel
 from flowcache.cli import DTYPES
+from flowcache.compiling import should_compile
 from flowcache.config import find_preset
 from flowcache.job import Request
 from flowcache.reuse import Policies
@@ -18,6 +19,7 @@ from gpu.traces import SKYREELS_CURVE
 from skyreels_v2.build import branches_of, sampling_of, tokens_per_frame
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.layers import compiled_parts
 from skyreels_v2.pipeline import Conditioning, Progress, generate
 from skyreels_v2.plan import attention_shape, make_plan
 from skyreels_v2.released import RELEASED
@@ -84,6 +86,8 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
         vae = AutoencoderKLWan(**({} if size == "paper" else {"base_dim": TINY_VAE_WIDTH}))
     for model in (dit, vae):
         fill(model, device=device)
+    if should_compile(config.compile, device):
+        dit.parts = compiled_parts()
     draw = torch.Generator().manual_seed(0)
     shape = (1, DIT[size].text_len, DIT[size].text_dim)
     text = {name: torch.randn(shape, generator=draw).to(device) for name in branches_of(config)}

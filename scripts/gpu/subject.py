@@ -97,7 +97,7 @@ class Subject(Generic[Models]):
         curve: change of a chunk's signal, as published.
         shares: of the FLOPs of all steps, by the published count, that each speed computes.
         plan: `(method, size, factor, more settings)`: the run with that many times fewer steps.
-        build: make random weights.
+        build: make random weights; blocks are compiled as the settings say.
         choose: take the fastest attention kernel for a method's run; return its name.
         play: run it.
     """

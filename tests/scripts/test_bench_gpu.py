@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -222,6 +223,18 @@ def check_row(found: Mapping[str, Any]) -> None:
     assert found["kinds"]["linears"] > 0
     assert 0 < found["exposed_share"] < 1
     assert 0 < found["outside_share"] < 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("setting", "is_compiled"), [("true", True), ("null", False)])
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_are_compiled_as_in_a_run(
+    script: ModuleType, model: str, setting: str, is_compiled: bool
+):
+    subject = script.SUBJECTS[model]
+    plan = subject.plan(subject.methods[0], "tiny", 1, (f"compile={setting}",))
+    dit = subject.build(plan, "tiny", torch.device("cpu")).dit
+    assert (dit.parts != type(dit.parts)()) == is_compiled
 
 
 @pytest.mark.parametrize(

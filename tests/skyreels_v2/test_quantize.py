@@ -24,11 +24,6 @@ TOLERANCES: dict[QuantizeName, float] = {
 """Mode -> largest relative error of the velocity of a tiny random model."""
 
 
-@pytest.fixture(name="_torchao")
-def _has_torchao() -> None:
-    pytest.importorskip("torchao")
-
-
 def velocity(dit: DiT) -> Tensor:
     draw, config = torch.Generator().manual_seed(1), dit.config
     x = torch.randn(1, 16, 3, 4, 6, generator=draw)
@@ -40,7 +35,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.usefixtures("_torchao")
+@pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("mode", TOLERANCES)
 def test_a_quantised_model_is_near_the_plain_one(make_dit: Callable[..., DiT], mode: QuantizeName):
     plain, dit = make_dit(), make_dit()
@@ -48,7 +43,7 @@ def test_a_quantised_model_is_near_the_plain_one(make_dit: Callable[..., DiT], m
     assert 0 < relative_error(velocity(dit), velocity(plain)) < TOLERANCES[mode]
 
 
-@pytest.mark.usefixtures("_torchao")
+@pytest.mark.usefixtures("torchao")
 def test_8_bit_floating_point_weights_are_rounded_row_by_row(make_dit: Callable[..., DiT]):
     emulated, dit = make_dit(), make_dit()
     quantize(dit, "fp8_weight", device=CPU)
@@ -59,7 +54,7 @@ def test_8_bit_floating_point_weights_are_rounded_row_by_row(make_dit: Callable[
     assert relative_error(velocity(dit), velocity(emulated)) < 1e-5
 
 
-@pytest.mark.usefixtures("_torchao")
+@pytest.mark.usefixtures("torchao")
 def test_the_blocks_linears_and_nothing_else_take_a_byte_per_weight(
     make_dit: Callable[..., DiT],
 ):
@@ -80,7 +75,7 @@ def test_the_blocks_linears_and_nothing_else_take_a_byte_per_weight(
     assert held == planned < plain
 
 
-@pytest.mark.usefixtures("_torchao")
+@pytest.mark.usefixtures("torchao")
 def test_a_run_with_8_bit_weights_shows_nearly_the_same_video(make: Callable[..., Any]):
     plain, quantised = make(), make("quantize=int8_weight")
     assert quantised.report["config"]["quantize"] == "int8_weight"
