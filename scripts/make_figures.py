@@ -4,9 +4,8 @@
     framework               drawn by code
     distances_MODEL         from assets/records/MODEL.record.json
     tradeoff_MODEL          from assets/bench/MODEL_demo.json, written by bench_demo.py
-    reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse; made
-                            only when named, since the repository holds no such table yet
-    growth                  from assets/bench/growth.json, by bench_gpu.py --growth; as above
+    reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse
+    growth                  from assets/bench/growth.json, by bench_gpu.py --growth
     frames_MODEL            from clips that the demo checkpoint makes now (a minute)
 
 MODEL is skyreels_v2 or magi1. SVG files have colours for light and for dark mode; frames are PNG.
@@ -93,8 +92,6 @@ FIGURES: Mapping[str, Callable[[], str | bytes]] = {
     "growth.svg": lambda: draw_growth(TABLES / "growth.json"),
 }
 """File name -> what makes its content."""
-ONLY_NAMED = ("reuse_skyreels_v2.svg", "reuse_magi1.svg", "growth.svg")
-"""Figures whose tables the repository does not hold yet."""
 
 
 def make(name: str, out: Path) -> Path:
@@ -120,9 +117,7 @@ def make(name: str, out: Path) -> Path:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """Return the files of figures that are named without their suffix.
-
-    No name means all but `ONLY_NAMED`.
+    """Return the files of figures that are named without their suffix; no name means all.
 
     Raises:
         UserError: a name is unknown.
@@ -131,7 +126,7 @@ def choose(names: Sequence[str]) -> list[str]:
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise UserError(f"{unknown[0]!r} is no figure; there are {', '.join(known)}")
-    return [known[name] for name in names] or [f for f in FIGURES if f not in ONLY_NAMED]
+    return [known[name] for name in names] or list(FIGURES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "names",
         nargs="*",
         metavar="NAME",
-        help="figures to make (default: those whose tables are here)",
+        help="figures to make (default: all)",
     )
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder (default: assets)")
     options = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ and 1.3 times as many are the others. Then one calibration gives a profile for e
 scripts/tune.py, and a search on two of the clips gives the thresholds of the adaptive rules:
 
     OUT/flops_0.37.yaml, ...   profiles
-    OUT/guided_0.37.yaml, ...  profiles that may hold guidance, where the model has two passes
     OUT/budgets.yaml           thresholds, even steps, fitted factors, and the command
 
 What is measured is kept in OUT/work; a second start goes on where the first one stopped.
@@ -22,7 +21,7 @@ from typing import Any
 
 import tune
 from benchmark import magi1, skyreels_v2
-from benchmark.budgets import LEVELS, LOW, MID, Adaptive, Budgets, Level, write_budgets
+from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
 from benchmark.reuse import Rivals, rule_names, rule_settings
 from benchmark.search import Trials, find_threshold, suiting_factor
 from tuning.methods import even_steps, published
@@ -63,11 +62,6 @@ class Bench:
         """Return the folder of the calibration."""
         return self.options.out / "work"
 
-    @property
-    def guided_work(self) -> Path:
-        """Return the folder of the calibration with guidance apart."""
-        return self.options.out / "guided_work"
-
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
@@ -95,17 +89,10 @@ def command(options: argparse.Namespace) -> None:
     words, preset = bench.rivals.words, bench.rivals.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
     print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
-    spent = {level: min(times * fast, 1) for level, times in LEVELS.items()}
-    profiles = {level: tuned(bench, flops) for level, flops in spent.items()}
-    guided = {
-        level: tuned(bench, spent[level], holds_guidance=True)
-        for level in (LOW, MID)
-        if bench.rivals.has_guidance
-    }
+    profiles = {level: tuned(bench, min(times * fast, 1)) for level, times in LEVELS.items()}
     model = error_model(bench.work)
     levels = {
-        level: make_level(path, read_profile(path), model, guided=guided.get(level))
-        for level, path in profiles.items()
+        level: make_level(path, read_profile(path), model) for level, path in profiles.items()
     }
     wanted = [(rule, MID) for rule in rule_names(words)]
     wanted += [("flowcache", level) for level in LEVELS if level != MID]
@@ -143,25 +130,20 @@ def open_bench(
     return Bench(subject, rivals, Trials(subject, rows, prompts[:NUM_SEARCH_CLIPS]), options)
 
 
-def tuned(bench: Bench, flops: float, *, holds_guidance: bool = False) -> Path:
+def tuned(bench: Bench, flops: float) -> Path:
     """Return the profile of a budget; it is made if it isn't there.
-
-    Args:
-        holds_guidance: whether the plan may leave out the pass without text.
 
     Raises:
         UserError: tune.py refuses.
     """
     options = bench.options
-    path = options.out / f"{'guided' if holds_guidance else 'flops'}_{flops:.2f}.yaml"
+    path = options.out / f"flops_{flops:.2f}.yaml"
     if path.is_file():
         return path
     line = ["--model", options.model, "--checkpoint", options.checkpoint]
     line += ["--preset", bench.rivals.preset, "--target", f"flops={flops:.4f}"]
     line += ["--clips", str(options.clips), "--check-prompts", "0"]
-    line += ["--work", str(bench.guided_work if holds_guidance else bench.work)]
-    line += ["--hold-guidance"] * holds_guidance
-    line += ["--out", str(path), *options.settings]
+    line += ["--work", str(bench.work), "--out", str(path), *options.settings]
     tune.command(tune.parse_options(line))
     return path
 
@@ -176,8 +158,8 @@ def error_model(work: Path) -> ErrorModel:
     return calibration.error_model({guided: 1.0})
 
 
-def make_level(path: Path, profile: Profile, model: ErrorModel, *, guided: Path | None) -> Level:
-    """Return a budget with its profiles and with as many even steps."""
+def make_level(path: Path, profile: Profile, model: ErrorModel) -> Level:
+    """Return a budget with its profile and with as many even steps."""
     (plan,) = profile.reuse.plans
     even = even_steps(len(plan), num_steps=profile.setting.num_steps)
     return Level(
@@ -186,7 +168,6 @@ def make_level(path: Path, profile: Profile, model: ErrorModel, *, guided: Path 
         even_steps=even,
         even_factor=model.best_factor(even, order=1),
         parabola_factor=model.best_factor(plan, order=2),
-        guidance_profile=None if guided is None else guided.name,
     )
 
 

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "scripts/make_figures.py": ("tests/scripts/test_make_figures.py", "make_figures"),
     "scripts/train_demo.py": ("tests/demo/test_train_demo.py", "recipe"),
     "scripts/check_golden.py": ("tests/test_check_golden.py", "check_golden"),
+    "scripts/tune_budgets.py": ("tests/demo/test_bench_reuse.py", "tune_budgets"),
     "scripts/tune.py": ("tests/scripts/test_tune.py", "tune"),
     "reuse.profile=profile.yaml": ("tests/skyreels_v2/test_tuned.py", "reuse.profile="),
     "MODEL=/data": ("tests/skyreels_v2/test_launchers.py", "MODEL="),

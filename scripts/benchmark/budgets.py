@@ -45,8 +45,6 @@ class Level:
     """Of an extrapolated velocity, for the even steps."""
     parabola_factor: float
     """Of a velocity that is extrapolated with order 2, for the plan."""
-    guidance_profile: str | None
-    """File of a plan that may hold guidance; None: no row needs it."""
 
 
 @dataclass(frozen=True)

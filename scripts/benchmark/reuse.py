@@ -73,11 +73,6 @@ def reuse_methods(rivals: Rivals, budgets: Budgets, folder: Path) -> tuple[Metho
             for level in (MID, HIGH)
             if rivals.has_guidance
         ),
-        *(
-            rows.planned(level, "guidance planned", (), holds_guidance=True)
-            for level in (LOW, MID)
-            if rivals.has_guidance
-        ),
         rows.guarded(MID),
     )
 
@@ -135,13 +130,8 @@ class _Rows:
         settings = ("reuse.policy=stride", steps, *trend(own.even_factor))
         return self._row(f"stride ({level})", settings, Group("stride", TREND, level))
 
-    def planned(
-        self, level: str, predictor: str, settings: Sequence[str], *, holds_guidance: bool = False
-    ) -> Method:
-        own = self.budgets.levels[level]
-        profile = own.guidance_profile if holds_guidance else own.profile
-        assert profile is not None, "tune_budgets.py makes one wherever guidance can be held"
-        given = ("reuse.policy=planned", f"reuse.profile={self.folder / profile}", *settings)
+    def planned(self, level: str, predictor: str, settings: Sequence[str]) -> Method:
+        given = ("reuse.policy=planned", f"reuse.profile={self._profile(level)}", *settings)
         return self._row(f"{TUNED} ({level})", given, Group(TUNED, predictor, level))
 
     def guarded(self, level: str) -> Method:

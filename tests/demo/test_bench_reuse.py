@@ -56,7 +56,7 @@ def _bench(
 def budgets_of(model: str, **changes: Any) -> Any:
     """Return budgets as the search would find them."""
     budgets = importlib.import_module("benchmark.budgets")
-    level = budgets.Level(0.5, "plan.yaml", [0, 2, 5, NUM_STEPS - 1], 0.4, 0.2, "guided.yaml")
+    level = budgets.Level(0.5, "plan.yaml", [0, 2, 5, NUM_STEPS - 1], 0.4, 0.2)
     rules = [
         *(("flowcache", name) for name in budgets.LEVELS),
         *((name, "mid") for name in ("content", "teacache", "magcache")),
@@ -128,16 +128,6 @@ def test_the_published_rule_at_its_own_budget_is_the_preset(script: ModuleType):
     fast = rows["FlowCache-fast, residual"]
     assert fast.preset == "flowcache_fast"
     assert fast.overrides == ("reuse.predict=residual", "reuse.extrapolate=0")
-
-
-def test_only_a_model_with_two_passes_has_rows_of_held_guidance(script: ModuleType):
-    def profiles_of(model: str) -> set[str]:
-        named = (text for row in rows_of(script, model) for text in row.overrides)
-        return {text for text in named if text.startswith("reuse.profile=")}
-
-    plan, guided = "reuse.profile=profiles/plan.yaml", "reuse.profile=profiles/guided.yaml"
-    assert profiles_of("skyreels_v2") == {plan, guided}
-    assert profiles_of("magi1") == {plan}
 
 
 def falling(threshold: float) -> float:
@@ -311,7 +301,6 @@ def test_budgets_are_made_on_the_demo_and_found_again(
     assert found.rule("flowcache", "mid").threshold is None
     low, middle, high = (found.levels[name] for name in budgets.LEVELS)
     assert len(low.even_steps) < len(middle.even_steps) < len(high.even_steps)
-    assert [bool(level.guidance_profile) for level in (low, middle, high)] == [True, True, False]
     for rule in found.adaptive:
         wanted = found.rule("flowcache", "mid").flops * budgets.LEVELS[rule.level]
         assert rule.flops == pytest.approx(wanted, abs=1.5 / NUM_STEPS)
