@@ -113,10 +113,7 @@ def weigh(out: Path, *, overwrite: bool, names: Sequence[str]) -> None:
     found: dict[str, Any] = {}
     for name in names:
         make = openers[name]()
-        found[name] = {
-            size.name: _compare(MODELS[name], size, make)
-            for size in MODELS[name].sizes
-        }
+        found[name] = {size.name: _compare(MODELS[name], size, make) for size in MODELS[name].sizes}
     document = {
         "note": "seconds of processor time of the demos' transformer, without VAE and text",
         "command": "python scripts/bench_gpu.py --overhead",
