@@ -1,6 +1,7 @@
 """8-bit linears: how far from plain ones, which ones, how many bytes, and what is refused."""
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from flowcache.errors import UserError
 from flowcache.metrics import psnr
 from flowcache.video import read_video
 from skyreels_v2.dit import DiT, DiTConfig
+from skyreels_v2.layers import compiled_parts
 from skyreels_v2.quantize import QuantizeName, check, linears, quantize, weight_bytes
 
 CPU = torch.device("cpu")
@@ -24,11 +26,11 @@ TOLERANCES: dict[QuantizeName, float] = {
 """Mode -> largest relative error of the velocity of a tiny random model."""
 
 
-def velocity(dit: DiT) -> Tensor:
+def velocity(dit: DiT, *, num_frames: int = 3) -> Tensor:
     draw, config = torch.Generator().manual_seed(1), dit.config
-    x = torch.randn(1, 16, 3, 4, 6, generator=draw)
+    x = torch.randn(1, 16, num_frames, 4, 6, generator=draw)
     text = torch.randn(1, config.text_len, config.text_dim, generator=draw)
-    return dit(x, torch.tensor([[900.0, 500.0, 100.0]]), text)
+    return dit(x, torch.tensor([[900.0, 500.0, 100.0]])[:, :num_frames], text)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -82,6 +84,27 @@ def test_a_run_with_8_bit_weights_shows_nearly_the_same_video(make: Callable[...
     assert plain.report["config"]["quantize"] is None
     shown = [torch.from_numpy(read_video(made.path)[0]) for made in (quantised, plain)]
     assert 25 < psnr(*shown) < math.inf
+
+
+@pytest.mark.usefixtures("torchao")
+def test_8_bit_weights_leave_the_device_and_come_back(make: Callable[..., Any]):
+    stays, moves = make("quantize=int8_weight"), make("quantize=int8_weight", "offload=true")
+    assert torch.equal(*(torch.from_numpy(read_video(made.path)[0]) for made in (stays, moves)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_blocks_with_8_bit_weights_equal_plain_ones(make_dit: Callable[..., DiT]):
+    dit = make_dit()
+    quantize(dit, "int8_weight", device=CPU)
+    plain = velocity(dit)
+    torch.compiler.reset()
+    dit.parts = compiled_parts()
+    velocity(dit, num_frames=2)
+    # another length must not compile again
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert relative_error(velocity(dit), plain) < 1e-5
 
 
 def test_what_is_missing_is_told_in_one_line_before_weights_are_read(
