@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.job import Request, claim_output, collect, config_layers
+from flowcache.overlap import Later
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 
@@ -18,7 +19,7 @@ class Progress:
     """What a made-up pipeline yields."""
 
     tick: Tick
-    frames: Tensor | None
+    later: Later[Tensor] | None
 
 
 def touch(*paths: Path) -> None:
@@ -68,7 +69,8 @@ def test_a_collected_clip_holds_the_frames_of_all_ticks_in_order():
     stats = RunStats(torch.device("cpu"))
     black, white = torch.full((3, 2, 4, 4), -1.0), torch.ones(3, 1, 4, 4)
     ticks = [Tick(index, 3, 3, {0: index}) for index in range(3)]
-    shown = [Progress(*each) for each in zip(ticks, (None, black, white), strict=True)]
+    laters = (None, Later.of(black), Later.of(white))
+    shown = [Progress(*each) for each in zip(ticks, laters, strict=True)]
     clip = collect(shown, stats)
     assert clip.stats is stats
     assert clip.frames.shape == (3, 4, 4, 3)

@@ -429,6 +429,7 @@ def test_time_saved_is_compared_with_flops_saved(
         }
 
     monkeypatch.setattr(overhead, "open_magi1", lambda: make)
+    monkeypatch.setattr(overhead, "WHOLE", ((Path(__file__).name, "make"),))
     overhead.weigh(tmp_path, overwrite=False, names=["magi1"])
     found = json.loads((tmp_path / overhead.NAME).read_text())["models"]["magi1"]["64x64"]
     fast = found["rows"]["FlowCache-fast"]
