@@ -15,6 +15,7 @@ Results are kept row by row under --work; a second start goes on where the first
 import argparse
 import datetime
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -82,7 +83,16 @@ SUBJECTS: Mapping[str, Callable[..., Subject]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse_options(argv)
-    return run_command(lambda: command(options))
+    return run_command(lambda: timed(options))
+
+
+def timed(options: argparse.Namespace) -> None:
+    """Do what the options ask for, and say how long it took."""
+    start = time.monotonic()
+    command(options)
+    if not options.dry_run:
+        minutes, spent = (time.monotonic() - start) / 60, time.process_time() / 60
+        print(f"took         {minutes:.1f} minutes, {spent:.1f} of them processor time")
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:

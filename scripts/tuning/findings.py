@@ -150,7 +150,7 @@ def kv_effect(subject: Subject, rows: Rows, prompts: Sequence[Prompt]) -> str:
     measured = measure(subject, rows, prompts[:NUM_MEASURED_CLIPS], [whole_kv()], kind="kv")
     own = measured[WHOLE_KV]
     mse = geometric_mean(own, "mse")
-    likeness = "equal" if mse == 0 else f"{10 * math.log10(PIXEL_MAX**2 / mse):.1f} dB like"
+    likeness = "equal to" if mse == 0 else f"{10 * math.log10(PIXEL_MAX**2 / mse):.1f} dB like"
     return (
         f"KV cache     with compression clips are {likeness} those without, at "
         f"{1 / mean(own, 'flops'):.3g} of the FLOPs; what follows is against clips with it"

@@ -157,7 +157,7 @@ def adaptive(threshold: float, words: Words) -> list[Method]:
 
 
 def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
-    """Return MagCache with a threshold, with each predictor.
+    """Return MagCache with a threshold, as published and with a velocity along its trend.
 
     Args:
         profile: holds the magnitude ratios.
@@ -175,6 +175,7 @@ def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
             predictor=name,
         )
         for name, predictor in predictors(words).items()
+        if predictor != VELOCITY
     ]
 
 

@@ -1,6 +1,7 @@
 """The bash launchers: what they hand to the command line, and that it makes videos."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,14 @@ def test_the_tuned_launcher_hands_on_its_profile(
     path = distilled / "profiles/flowcache_tuned.yaml"
     told = f"error: {path}: no such profile: make one with scripts/tune.py --out {path}\n"
     assert capsys.readouterr().err == told
+
+
+def test_the_demo_has_a_profile_for_the_tuned_launcher(
+    launch: Launch, capsys: pytest.CaptureFixture[str]
+):
+    assert main(launch(TUNED, "--dry-run", MODEL="demo")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"demo/profiles/flowcache_tuned.yaml: \d+ of 64 steps planned", said)
 
 
 @pytest.mark.parametrize("name", NAMES)
