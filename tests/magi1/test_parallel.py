@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 3: ("3x1",), 4: ("2x2",)}
-NUMBERS = [2, *(pytest.param(num, marks=pytest.mark.slow) for num in (3, 4))]
 TOLERANCE = 1e-5
 """Largest difference of pixels over the largest pixel."""
 
@@ -43,7 +43,7 @@ def made(
     return make
 
 
-@pytest.mark.parametrize("num", NUMBERS)
+@pytest.mark.parametrize("num", LAYOUTS)
 def test_processes_make_the_clip_of_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)
     for of_rank in made(num):
@@ -56,7 +56,7 @@ def test_processes_make_the_clip_of_one(made: Callable[[int], list[Results]], nu
                 assert difference < TOLERANCE, f"{name}, {kind}, {layout}: {difference}"
 
 
-@pytest.mark.parametrize("num", NUMBERS)
+@pytest.mark.parametrize("num", LAYOUTS)
 def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)
     for of_rank in made(num):

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
 
 
+@pytest.mark.slow
 def test_two_processes_make_bitwise_what_one_makes(distilled: Path, tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na cat moving left\n")
     arguments = [

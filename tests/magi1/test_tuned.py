@@ -176,6 +176,7 @@ def _tune(distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
+@pytest.mark.slow
 def test_a_tuned_profile_serves_a_run(
     tune: Callable[..., int], distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

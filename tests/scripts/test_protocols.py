@@ -47,6 +47,7 @@ def test_a_protocol_out_of_order_is_refused(tmp_path: Path, changes: dict[str, A
         read(write_protocol(tmp_path / "p.yaml", **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
 def test_every_method_of_a_shipped_protocol_can_be_planned(path: Path):
     protocol = importlib.import_module("sampling.protocol").read_protocol(path)
