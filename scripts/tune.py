@@ -113,7 +113,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
     parser.add_argument(
-        "--check-prompts", type=int, default=4, help="unseen clips per method (default: 4)"
+        "--check-prompts", type=int, default=2, help="unseen clips per method (default: 2)"
     )
     parser.add_argument(
         "--prompts", type=Path, help="text file, a prompt per line; the demo has prompts of its own"
