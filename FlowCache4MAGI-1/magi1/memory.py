@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowcache.kv import PREFETCHED_LAYERS, cached_attention, caches_for
 from flowcache.memory import (
@@ -17,6 +17,7 @@ from flowcache.memory import (
     Stage,
     make_memory_plan,
     scratch_bytes,
+    weight_bytes,
 )
 from magi1 import text, vae
 from magi1.build import budget_of, latent_size, layout_of
@@ -81,7 +82,7 @@ class RunMemory:
         self.model = replace(config.model_config, params_dtype=str(dtype))
         self.size = latent_size(config)
         self.text_bytes = 4 * sum(p.numel() for p in networks.text.parameters())
-        self.vae_bytes = _weight_bytes(networks.vae.model)
+        self.vae_bytes = weight_bytes(networks.vae.model)
         self.text_scratch = self._text_scratch()
         self.dit_scratch = self._dit_scratch()
         self.decode_scratch = self._decode_scratch()
@@ -261,10 +262,6 @@ class RunMemory:
 
 _SCORING_REMEDY = "set kv.queries=frame"
 _T5_REMEDY = "set runtime_config.t5_device=cpu"
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def plan_memory(

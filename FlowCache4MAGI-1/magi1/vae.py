@@ -267,7 +267,7 @@ RELEASED = VAEConfig(
     ln_in_attn=True,
     conv_last_layer=True,
 )
-"""Sizes of the released VAE."""
+"""Sizes of the released VAE, 613,755,239 parameters; source: the tensors of its checkpoint."""
 
 
 def empty(folder: str | Path | None, *, scale: float, dtype: torch.dtype) -> VAE:

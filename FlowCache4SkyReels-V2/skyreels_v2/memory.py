@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from flowcache.kv import PREFETCHED_LAYERS, cached_attention, caches_for
 from flowcache.memory import (
@@ -17,6 +16,7 @@ from flowcache.memory import (
     Stage,
     make_memory_plan,
     scratch_bytes,
+    weight_bytes,
 )
 from skyreels_v2 import text, vae
 from skyreels_v2.build import VAE_STRIDE, sampling_of
@@ -86,7 +86,7 @@ class RunMemory:
             (segment.window for segment in plan.segments), key=lambda window: window.num_frames
         )
         self.chunk_frames = max(len(chunk) for chunk in self.largest.chunks)
-        self.vae_bytes = _weight_bytes(networks.vae.model)
+        self.vae_bytes = weight_bytes(networks.vae.model)
         self.text_bytes = sum(p.numel() for p in networks.text.parameters()) * dtype.itemsize
         self.text_scratch = self._text_scratch()
         self.dit_scratch = _dit_scratch(config, dit, plan, frames=self.chunk_frames, dtype=dtype)
@@ -261,10 +261,6 @@ class RunMemory:
             return 0
         shape = (1, 3, max(frames), config.height, config.width)
         return scratch_bytes(lambda: self.networks.vae.encode(torch.empty(shape, device=META)))
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _dit_scratch(

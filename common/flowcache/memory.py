@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,6 +90,11 @@ class LeanAttention(TorchFunctionMode):
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return what the parameters of a network take; on the meta device, what they would."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def scratch_bytes(work: Callable[[], object]) -> int:

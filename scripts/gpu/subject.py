@@ -86,6 +86,15 @@ class Target:
 Models = TypeVar("Models")
 
 
+TARGETS_OF_ALL = (
+    Target("rate_share", None, least=0.55, says="TFLOP/s of the DiT / of a matrix product"),
+    Target("caching_share", None, most=0.01, says="caching and statistics / DiT time"),
+    Target("compression_share", None, most=0.02, says="KV compression / DiT time"),
+    Target("exposed_share", None, most=0.10, says="time outside the DiT / end to end"),
+)
+"""What is wanted of every model."""
+
+
 @dataclass(frozen=True)
 class Subject(Generic[Models]):
     """A model's part of the measurement.
