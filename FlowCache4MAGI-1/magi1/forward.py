@@ -184,7 +184,7 @@ class ClipForward:
 
         return cached_attention(
             [branch.caches],
-            offset=offset,
+            active=[range(offset, offset + self.chunk_tokens)],
             kernel=self.dit.kernel,
             reach_tokens=None if reach is None else reach * self.chunk_tokens,
             prefetcher=self.prefetcher,

@@ -221,7 +221,7 @@ class RunMemory:
         )
         words = torch.empty(1, max(self.plan.text_tokens, 1), self.model.caption_channels)
         context = dit.encode_context(words.to(META))
-        attend = cached_attention([caches], offset=0, kernel=dit.kernel)
+        attend = cached_attention([caches], active=[range(tokens)], kernel=dit.kernel)
 
         def forward() -> Tensor:
             latents = torch.empty(1, self.model.latent_channels, width, *self.size, device=META)

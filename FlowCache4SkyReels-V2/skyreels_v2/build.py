@@ -56,6 +56,7 @@ def sampling_of(config: RunConfig) -> Sampling:
         signal=config.reuse.signal,
         quantity=config.reuse.predict,
         batch_branches=config.batch_branches,
+        together_tokens=config.together_tokens,
     )
 
 

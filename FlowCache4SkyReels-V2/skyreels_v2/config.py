@@ -81,6 +81,7 @@ class RunConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     batch_branches: bool = False
+    together_tokens: int = 4096
     offload: bool = False
     text_on_host: bool = False
     kv_on_host: bool = False
@@ -100,6 +101,7 @@ class RunConfig:
         if self.num_steps > MAX_STEPS:
             raise UserError(f"num_steps must be at most {MAX_STEPS}, not {self.num_steps}")
         check_least("ar_step", self.ar_step, 0)
+        check_least("together_tokens", self.together_tokens, 0)
         check_least("guidance", self.guidance, 0)
         if self.shift <= 0:
             raise UserError(f"shift must be above 0, not {self.shift:g}; 8 is usual")

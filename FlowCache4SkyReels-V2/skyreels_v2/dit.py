@@ -65,6 +65,16 @@ class Embedded:
     modulation: Tensor
     """`[B, F, 6, D]` float32, modulates the blocks (frame rate included)."""
 
+    def joined(self, others: Sequence["Embedded"]) -> "Embedded":
+        """Return these frames and others behind them."""
+        if not others:
+            return self
+        return Embedded(
+            torch.cat([self.tokens, *(other.tokens for other in others)], dim=1),
+            torch.cat([self.time, *(other.time for other in others)], dim=1),
+            torch.cat([self.modulation, *(other.modulation for other in others)], dim=1),
+        )
+
     def frames(self, start: int, stop: int) -> "Embedded":
         """Return the part that belongs to latent frames start..stop-1."""
         per_frame = self.tokens.shape[1] // self.time.shape[1]

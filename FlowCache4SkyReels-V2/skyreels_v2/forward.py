@@ -77,12 +77,14 @@ class WindowForward:
         )
 
     def run(
-        self, names: Sequence[str], unit: Unit, part: Embedded, *, offset: int
+        self, names: Sequence[str], units: Sequence[Unit], part: Embedded, *, offsets: Sequence[int]
     ) -> dict[str, Tensor]:
         """Run the blocks for some branches; return each one's `[1, S, D]`.
 
         Args:
-            offset: tokens of the active chunks before the unit.
+            units: what goes through together, in ascending order.
+            part: the tokens of all units.
+            offsets: for each unit, tokens of the active chunks before it.
         """
         if self.batched_context and len(names) == len(self.branches):
             branches = list(self.branches.values())
@@ -91,13 +93,13 @@ class WindowForward:
             hidden = self._run_blocks(
                 branches,
                 self.batched_context,
-                unit,
+                units,
                 Embedded(tokens, part.time, modulation),
-                offset=offset,
+                offsets=offsets,
             )
             return dict(zip(names, hidden.split(1), strict=True))
         return {
-            name: self._run_blocks([branch], branch.context, unit, part, offset=offset)
+            name: self._run_blocks([branch], branch.context, units, part, offsets=offsets)
             for name, branch in self.branches.items()
             if name in names
         }
@@ -145,26 +147,28 @@ class WindowForward:
         self,
         branches: list[Branch],
         context: list[ContextKV],
-        unit: Unit,
+        units: Sequence[Unit],
         part: Embedded,
         *,
-        offset: int,
+        offsets: Sequence[int],
     ) -> Tensor:
         """Run the blocks on one batch entry per branch, each with its own cache."""
         split = TokenSplit(self.ranks.sequence, part.time.shape[1], self.frame_tokens)
-        if unit.id == WHOLE_WINDOW:
+        if units[0].id == WHOLE_WINDOW:
             attend, rope = whole_window(self.dit.kernel), self.rope
         else:
+            chunks = [self.window.chunks[unit.id] for unit in units]
+            sizes = [len(chunk) * self.frame_tokens for chunk in chunks]
             attend = cached_attention(
                 [branch.caches for branch in branches],
-                offset=offset,
+                active=[range(o, o + size) for o, size in zip(offsets, sizes, strict=True)],
                 kernel=self.dit.kernel,
                 compression=self.compression,
                 prefetcher=self.prefetcher,
                 timing=lambda: self.stats.stage("kv_compression"),
             )
-            chunk = self.window.chunks[unit.id]
-            rope = self.rope[chunk.start * self.frame_tokens : chunk.stop * self.frame_tokens]
+            by_frame = self.rope.unflatten(0, (-1, self.frame_tokens))
+            rope = torch.cat([by_frame[c.start : c.stop] for c in chunks]).flatten(0, 1)
         own = Embedded(split.own(part.tokens, axis=1), part.time, part.modulation)
         hidden = self.dit.run_blocks(
             own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)

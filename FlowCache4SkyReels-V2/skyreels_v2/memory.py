@@ -85,11 +85,10 @@ class RunMemory:
         self.largest = max(
             (segment.window for segment in plan.segments), key=lambda window: window.num_frames
         )
-        self.chunk_frames = max(len(chunk) for chunk in self.largest.chunks)
         self.vae_bytes = weight_bytes(networks.vae.model)
         self.text_bytes = sum(p.numel() for p in networks.text.parameters()) * dtype.itemsize
         self.text_scratch = self._text_scratch()
-        self.dit_scratch = _dit_scratch(config, dit, plan, frames=self.chunk_frames, dtype=dtype)
+        self.dit_scratch = _dit_scratch(config, dit, plan, dtype=dtype)
         self.decode_scratch, self.decoder_state = self._decoding()
         self.encode_scratch = self._encoding()
 
@@ -263,12 +262,9 @@ class RunMemory:
         return scratch_bytes(lambda: self.networks.vae.encode(torch.empty(shape, device=META)))
 
 
-def _dit_scratch(
-    config: RunConfig, dit: DiTConfig, plan: Plan, *, frames: int, dtype: torch.dtype
-) -> int:
+def _dit_scratch(config: RunConfig, dit: DiTConfig, plan: Plan, *, dtype: torch.dtype) -> int:
     """Return what one forward holds beside weights and caches: one layer stands for all."""
-    if config.attention == "full":
-        frames = max(segment.window.num_frames for segment in plan.segments)
+    frames = plan.forward_tokens // plan.frame_tokens
     batch = plan.num_branches if config.batch_branches else 1
     size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
     with META:
@@ -287,7 +283,7 @@ def _dit_scratch(
     ]
     attend = whole_window(model.kernel)
     if config.attention != "full":
-        attend = cached_attention(caches, offset=0, kernel=model.kernel)
+        attend = cached_attention(caches, active=[range(tokens)], kernel=model.kernel)
     image = None
     if dit.model_type == "i2v":
         image = torch.empty(1, IMAGE_TOKENS, dit.image_dim or 0, device=META)

@@ -1,5 +1,6 @@
 """What a run will cost, by arithmetic: ticks, chunks, tokens, FLOPs, bytes. Nothing is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,8 @@ class Plan:
     """Extra memory while the KV cache is compressed."""
     stored_bytes: int
     """Stored results from which reused steps are made."""
+    forward_tokens: int
+    """Tokens of one branch that go through the blocks at once, at most."""
     activation_bytes: int
     """Estimate of what one forward needs beside weights and caches."""
 
@@ -94,6 +97,9 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
     queries = max(len(chunk) for chunk in largest.window.chunks) * frame_tokens
     if config.attention == "full":
         queries = tokens
+    forward_tokens = queries
+    if config.attention == "causal":
+        forward_tokens = max(queries, min(config.together_tokens, _active_tokens(config, plans)))
     return Plan(
         segments=tuple(plans),
         frame_tokens=frame_tokens,
@@ -103,9 +109,19 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
         kv_bytes=2 * kv_tokens * dit.dim * dit.num_layers * num_branches * width,
         scoring_bytes=_scoring_bytes(config, dit, queries=queries, kv_tokens=kv_tokens),
         stored_bytes=_stored_bytes(config, dit, tokens=tokens, width=width) * num_branches,
+        forward_tokens=forward_tokens,
         activation_bytes=(num_branches if config.batch_branches else 1)
-        * queries
+        * forward_tokens
         * (RESIDUAL_COPIES * 4 * dit.dim + 2 * width * dit.ffn_dim),
+    )
+
+
+def _active_tokens(config: RunConfig, plans: Sequence[SegmentPlan]) -> int:
+    """Return how many tokens the active chunks of a tick have at most."""
+    return tokens_per_frame(config) * max(
+        sum(len(plan.window.chunks[chunk]) for chunk in tick.steps)
+        for plan in plans
+        for tick in sampling_of(config).ticks(plan.window)
     )
 
 

@@ -3,7 +3,7 @@
 Axes: C latent channels, F latent frames, h/w latent rows/columns; the batch is 1.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, tokens_per_chunk
 from flowcache.ranks import Ranks
-from flowcache.results import ResultStore, clean_estimate, velocity_to
+from flowcache.results import ResultStore
 from flowcache.reuse import Decision, Observe, agree, compute_together
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
-from flowcache.trace import PassId
 from skyreels_v2.dit import DiT, Embedded
 from skyreels_v2.forward import WindowForward
+from skyreels_v2.passes import WindowPasses
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import Window
@@ -70,7 +70,6 @@ class WindowSampler:
         self.updates = ResultStore() if updates is None else updates
         self.guidance = HeldGuidance() if guidance is None else guidance
         self.draw_noise = draw_noise
-        self.observe = observe
         self.ranks = Ranks() if ranks is None else ranks
         self.own = {name: branches[name] for name in self.ranks.own(list(branches))}
         """The branches that this process computes."""
@@ -89,6 +88,18 @@ class WindowSampler:
             stats=stats,
             compression=compression,
             condition=condition,
+            ranks=self.ranks,
+        )
+        self.passes = WindowPasses(
+            self.forward,
+            window=window,
+            sampling=sampling,
+            branches=branches,
+            guidance=self.guidance,
+            stats=stats,
+            segment=segment,
+            sigmas=self.sigmas,
+            observe=observe,
             ranks=self.ranks,
         )
         if stats.trace is not None:
@@ -139,11 +150,11 @@ class WindowSampler:
         plans = self._plan(tick, signals)
         unit = Unit(WHOLE_WINDOW, (0, self.window.num_frames))
         noisy = Noisy(latents, self._tensor(sigmas), embedded)
-        velocities = self._guided(tick, [unit], plans, noisy)
+        velocities = self.passes.velocities(tick, [unit], plans, noisy)
         return {c: v[:, self._frames(c)] for v in velocities.values() for c in tick.steps}
 
     def _causal_tick(self, tick: Tick) -> dict[int, Tensor]:
-        """Forward the active chunks one by one through the KV cache."""
+        """Forward the active chunks through the KV cache, each behind those before it."""
         frames, times, sigmas, units = [], [], [], []
         for chunk, step in tick.steps.items():
             own = self.window.chunks[chunk]
@@ -155,7 +166,9 @@ class WindowSampler:
         embedded = self.forward.embed(latents, frames=frames, times=times)
         signals = {unit.id: self._signal(embedded.frames(*unit.frames)) for unit in units}
         plans = self._plan(tick, signals)
-        return self._guided(tick, units, plans, Noisy(latents, self._tensor(sigmas), embedded))
+        return self.passes.velocities(
+            tick, units, plans, Noisy(latents, self._tensor(sigmas), embedded)
+        )
 
     def _plan(self, tick: Tick, signals: Mapping[int, Tensor]) -> dict[str, dict[int, Decision]]:
         policies = {name: branch.policy for name, branch in self.branches.items()}
@@ -165,7 +178,7 @@ class WindowSampler:
         }
         if self.sampling.attention == "full":
             plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
-        held = self._held(tick)
+        held = self.passes.held(tick)
         if self.sampling.quantity == "latent_update":
             plans = agree(policies, plans, apart=held)
         for plan in (plan for name, plan in plans.items() if name != "cond"):
@@ -196,122 +209,6 @@ class WindowSampler:
             return set(chunks) & set(self.updates.units())
         units = branch.results.units()
         return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
-
-    def _guided(
-        self,
-        tick: Tick,
-        units: list[Unit],
-        plans: Mapping[str, Mapping[int, Decision]],
-        noisy: Noisy,
-    ) -> dict[int, Tensor]:
-        """Return the velocity of each unit after guidance, `[C, F, h, w]`.
-
-        A unit whose latent update is reused has none. Without a clean pass the keys of a chunk in
-        its last step are final as soon as they are put, so that the chunks behind it see them as
-        clean in this tick already.
-        """
-        guided: dict[int, Tensor] = {}
-        offset = 0
-        for unit in units:
-            part = noisy.frames(*unit.frames)
-            computed = [name for name in self.branches if unit.is_computed(plans[name])]
-            velocities = self._branch_velocities(tick, unit, part, computed=computed, offset=offset)
-            if velocities:
-                guided[unit.id] = self._guide(velocities)
-                if len(computed) == len(self.branches):
-                    self._show(tick, unit, "guided", guided[unit.id])
-            if unit.id in tick.finishing and not self.sampling.clean_pass:
-                self.forward.settle(unit.id)
-            else:
-                offset += part.embedded.tokens.shape[1]
-        return guided
-
-    def _guide(self, velocities: Mapping[str, Tensor]) -> Tensor:
-        """Move a unit's velocity away from that of the branch without its prompt."""
-        if "uncond" not in velocities:
-            return velocities["cond"]
-        uncond = velocities["uncond"]
-        return uncond + self.sampling.guidance * (velocities["cond"] - uncond)
-
-    def _branch_velocities(
-        self,
-        tick: Tick,
-        unit: Unit,
-        part: Noisy,
-        *,
-        computed: Sequence[str],
-        offset: int,
-    ) -> dict[str, Tensor]:
-        """Return one unit's velocity in each branch: computed, predicted, or cond's and more."""
-        held = self._held(tick) if "cond" in computed else ()
-        own_computed = [name for name in computed if name in self.own]
-        passes = {name: self._passes(tick, unit, name) for name in self.own}
-        for name, branch in self.own.items():
-            self.forward.count(
-                branch,
-                part.embedded,
-                offset=offset,
-                is_computed=name in computed,
-                passes=passes[name],
-            )
-        with self.stats.timed_pass([each for name in own_computed for each in passes[name]]):
-            hidden = self.forward.run(own_computed, unit, part.embedded, offset=offset)
-        velocities: dict[str, Tensor] = {}
-        own: dict[str, Tensor] = {}
-        made = [name for name in self.branches if name in computed or unit.id not in held]
-        for name in made:
-            if name in self.own:
-                velocity = self._velocity(self.own[name], unit, part, hidden=hidden.get(name))
-                if velocity is not None:
-                    own[name] = velocity
-        if not computed and self.sampling.quantity == "latent_update":
-            return {}
-        velocities = self.ranks.exchanged(own, names=made, like=part.latents)
-        for name in computed:
-            self._show(tick, unit, name, velocities[name])
-        for name in self.branches:
-            if name not in made:
-                velocities[name] = velocities["cond"] + self.guidance.take(unit.id)
-                if name in self.own:
-                    self._store_velocity(self.own[name], unit, part, velocities[name])
-        if len(computed) == 2:
-            self.guidance.put(unit.id, velocities["uncond"] - velocities["cond"])
-        return velocities
-
-    def _velocity(
-        self, branch: Branch, unit: Unit, part: Noisy, *, hidden: Tensor | None
-    ) -> Tensor | None:
-        """Read one unit's velocity in one branch, or predict it from its stored results.
-
-        Args:
-            hidden: what the blocks gave, `[1, S, D]`; None if the unit was not computed.
-        """
-        quantity, sigma, tokens = self.sampling.quantity, part.sigma, part.embedded.tokens
-        if hidden is not None:
-            velocity = self.forward.velocity(hidden, part.embedded)
-            if quantity == "residual":
-                change = (hidden - tokens)[0].unflatten(0, (len(sigma), -1))
-                branch.results.put(unit.id, change, sigma=sigma)
-            else:
-                self._store_velocity(branch, unit, part, velocity)
-            return velocity
-        if quantity == "latent_update":
-            return None
-        predicted = branch.results.predict(unit.id, sigma=sigma)
-        if quantity == "residual":
-            return self.forward.velocity(tokens + predicted.flatten(0, 1), part.embedded)
-        if quantity == "clean":
-            predicted = velocity_to(predicted, part.latents.movedim(1, 0), sigma=sigma)
-        return predicted.movedim(0, 1)
-
-    def _store_velocity(self, branch: Branch, unit: Unit, part: Noisy, velocity: Tensor) -> None:
-        """Store one unit's velocity in one branch, or the clean estimate that it points to."""
-        if self.sampling.quantity == "latent_update":
-            return
-        value = velocity.movedim(1, 0)
-        if self.sampling.quantity == "clean":
-            value = clean_estimate(part.latents.movedim(1, 0), value, sigma=part.sigma)
-        branch.results.put(unit.id, value, sigma=part.sigma)
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one solver step with every active chunk."""
@@ -360,25 +257,9 @@ class WindowSampler:
         embedded = self.forward.embed(latents, frames=list(frames), times=[timestep] * len(frames))
         for branch in self.own.values():
             self.forward.count(branch, embedded, offset=0, is_computed=True, has_head=False)
-        self.forward.run(list(self.own), Unit(chunk, (0, len(frames))), embedded, offset=0)
+        self.forward.run(list(self.own), [Unit(chunk, (0, len(frames)))], embedded, offsets=[0])
 
     # What others see --------------------------------------------------------------------------
-
-    def _show(self, tick: Tick, unit: Unit, branch: str, velocity: Tensor) -> None:
-        """Show the observer, if there is one, a unit's computed velocity, chunk by chunk."""
-        if self.observe is None:
-            return
-        for chunk in unit.chunks(tick):
-            is_whole, step = unit.id == WHOLE_WINDOW, tick.steps[chunk]
-            self.observe(
-                segment=self.segment,
-                tick=tick.index,
-                chunk=chunk,
-                step=step,
-                branch=branch,
-                velocity=velocity[:, self._frames(chunk)] if is_whole else velocity,
-                sigma=self.sigmas[step],
-            )
 
     def _keep_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens in the caches after a tick."""
@@ -395,9 +276,6 @@ class WindowSampler:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.ranks.sequence
         return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
-
-    def _passes(self, tick: Tick, unit: Unit, branch: str) -> list[PassId]:
-        return [PassId(self.segment, tick.index, chunk, branch) for chunk in unit.chunks(tick)]
 
     # Small things -----------------------------------------------------------------------------
 

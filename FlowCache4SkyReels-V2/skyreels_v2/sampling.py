@@ -38,6 +38,8 @@ class Sampling:
     """What a reused chunk gets again."""
     batch_branches: bool = False
     """Compute the guidance branches in one batch: fewer, larger operations, more memory."""
+    together_tokens: int = 4096
+    """Chunks of one tick with at most so many tokens together go through the blocks at once."""
 
     def ticks(self, window: Window) -> list[Tick]:
         """Return the passes that denoise a window."""

@@ -21,6 +21,8 @@ from flowcache.schedule import Tick
 
 PREFETCHED_LAYERS = 2
 """Layers of a cache in the memory of the host that are on the device: in use, and next."""
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]`."""
 Keep = Callable[[Tensor, Tensor], Tensor]
 """`(queries [S, H, C], clean keys [T, G, C]) -> indices [K, G]` of the clean tokens to keep."""
 
@@ -278,64 +280,86 @@ def caches_for(
     ]
 
 
+_Read = tuple[KVCache, range]
+"""A cache, and where the chunk that reads it stands behind the clean tokens."""
+
+
 def cached_attention(
     caches: Sequence[Sequence[KVCache]],
     *,
-    offset: int,
+    active: Sequence[range],
     kernel: Kernel,
     reach_tokens: int | None = None,
     compression: Compression | None = None,
     prefetcher: Prefetcher | None = None,
     timing: Callable[[], AbstractContextManager[object]] = nullcontext,
     remember: Callable[[int, Tensor], None] | None = None,
-) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-    """Return the self-attention of one chunk: store its keys, attend to all tokens up to its own.
+) -> Attend:
+    """Return the self-attention of active chunks: store their keys, attend to all up to their own.
+
+    In each layer one chunk's keys are stored before the next chunk attends, so that several chunks
+    give together what they give one after the other.
 
     Args:
         caches: per batch entry (guidance branch) the caches of its layers.
-        offset: tokens of the active chunks before this one.
+        active: for each chunk, in ascending order, where its tokens stand behind the clean ones.
         reach_tokens: how many tokens are seen, the last ones, own ones included; None: all.
         compression: bounds the clean tokens: those above the budget are compressed before they
-            are seen, scored by this chunk's queries.
+            are seen, scored by the queries of the chunk that sees them first.
         prefetcher: reads caches that lie on the host; the layers must then come in order.
         timing: makes a context in which the compression runs, to measure it.
         remember: is given each layer's index and queries `[B, S, H, C]`, for a compression apart
             from attention.
     """
+    sizes = [len(own) for own in active]
 
     def is_compressed(cache: KVCache) -> bool:
         return compression is not None and cache.clean > compression.budget
 
     def read(
-        cache: KVCache, following: KVCache | None, own: tuple[Tensor, Tensor]
+        cache: KVCache, own: range, kv: tuple[Tensor, Tensor], *, then: Sequence[_Read]
     ) -> tuple[Tensor, Tensor]:
-        num_own = len(own[0])
         if prefetcher is None:
-            return cache.prefix(offset + num_own, reach_tokens=reach_tokens)
-        before = None if reach_tokens is None else reach_tokens - num_own
-        kv = prefetcher.take(cache, cache.seen(offset, reach_tokens=before), own=own)
-        if following is not None and not is_compressed(following):
-            prefetcher.begin(following, following.seen(offset, reach_tokens=before))
-        return kv
+            return cache.prefix(own.stop, reach_tokens=reach_tokens)
+        before = None if reach_tokens is None else reach_tokens - len(own)
+        seen = prefetcher.take(cache, cache.seen(own.start, reach_tokens=before), own=kv)
+        for other, chunk in then[:1]:
+            if not is_compressed(other):
+                before = None if reach_tokens is None else reach_tokens - len(chunk)
+                prefetcher.begin(other, other.seen(chunk.start, reach_tokens=before))
+        return seen
 
     def attend(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
-        outputs: list[Tensor] = []
         if remember is not None:
             remember(layer, q_BSHC)
-        following = [layers[layer] for layers in caches[1:]]
-        following += [layers[layer + 1] for layers in caches[:1] if layer + 1 < len(layers)]
-        for entry, layers in enumerate(caches):
-            cache, q_1SHC = layers[layer], q_BSHC[entry : entry + 1]
-            own = k_BSGC[entry], v_BSGC[entry]
-            cache.put(offset, *own)
+        reads = [(layers[layer], own) for layers in caches for own in active]
+        below = [layers[layer + 1] for layers in caches[:1] if layer + 1 < len(layers)]
+        upcoming = [*reads, *((cache, active[0]) for cache in below)]
+        parts = [
+            part
+            for entry in zip(q_BSHC.split(1), k_BSGC.split(1), v_BSGC.split(1), strict=True)
+            for part in zip(*(x.split(sizes, dim=1) for x in entry), strict=True)
+        ]
+        outputs: list[Tensor] = []
+        for number, ((cache, own), (q, k, v)) in enumerate(zip(reads, parts, strict=True)):
+            cache.put(own.start, k[0], v[0])
             if compression is not None and is_compressed(cache):
                 with timing():
-                    cache.compress(q_1SHC[0], compression.keep)
-            k, v = read(cache, following[entry] if entry < len(following) else None, own)
-            outputs.append(kernel(q_1SHC, k.unsqueeze(0), v.unsqueeze(0)))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+                    cache.compress(q[0], compression.keep)
+            seen_k, seen_v = read(cache, own, (k[0], v[0]), then=upcoming[number + 1 :])
+            outputs.append(kernel(q, seen_k.unsqueeze(0), seen_v.unsqueeze(0)))
+        return _joined(outputs, num_entries=len(caches))
 
     return attend
+
+
+def _joined(outputs: Sequence[Tensor], *, num_entries: int) -> Tensor:
+    """Put the chunks `[1, S, H, C]` of all batch entries together, entry by entry."""
+    if len(outputs) == 1:
+        return outputs[0]
+    size = len(outputs) // num_entries
+    entries = [torch.cat(list(outputs[i : i + size]), dim=1) for i in range(0, len(outputs), size)]
+    return torch.cat(entries)
 
 
 def peak_tokens(

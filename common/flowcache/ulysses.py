@@ -12,16 +12,14 @@ Axes: B batch, S tokens of a chunk, H query heads, G key/value heads, C head wid
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowcache.kv import Attend
 from flowcache.ranks import Group
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]`."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_a_chunk_attends_to_clean_and_older_active_tokens_and_itself():
     outputs = []
     for chunk, offset in enumerate((0, 0, 2)):  # the first chunk is clean when the others come
         own = slice(2 * chunk, 2 * chunk + 2)
-        attend = cached_attention([caches], offset=offset, kernel=SDPA)
+        attend = cached_attention([caches], active=[range(offset, offset + 2)], kernel=SDPA)
         outputs.append(attend(1, q[:, own], k[:, own], v[:, own]))
         if chunk == 0:
             caches[1].settle(2)
@@ -145,7 +145,7 @@ def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: i
         return torch.tensor([[1], [3]])
 
     attend = cached_attention(
-        [[cache]], offset=0, kernel=SDPA, compression=Compression(budget, keep)
+        [[cache]], active=[range(1)], kernel=SDPA, compression=Compression(budget, keep)
     )
     own = rows([9.0]).unsqueeze(0)
     attend(0, own, own, -own)
@@ -162,14 +162,14 @@ def test_a_chunk_with_a_reach_sees_only_the_last_tokens():
     cache.put(0, k[0, :4], v[0, :4])
     cache.settle(4)
     for reach, start in ((3, 3), (6, 0), (9, 0)):
-        attend = cached_attention([caches], offset=0, kernel=SDPA, reach_tokens=reach)
+        attend = cached_attention([caches], active=[range(2)], kernel=SDPA, reach_tokens=reach)
         out = attend(0, q[:, 4:], k[:, 4:], v[:, 4:])
         assert torch.equal(out, SDPA(q[:, 4:], k[:, start:], v[:, start:]))
 
 
 def test_the_queries_are_remembered_on_request():
     cache, seen = empty_cache(2), {}
-    attend = cached_attention([[cache]], offset=0, kernel=SDPA, remember=seen.__setitem__)
+    attend = cached_attention([[cache]], active=[range(2)], kernel=SDPA, remember=seen.__setitem__)
     own = rows([1.0, 2.0]).unsqueeze(0)
     attend(0, own, own, own)
     assert torch.equal(seen[0], own)
@@ -231,7 +231,7 @@ def outputs_of(
         for offset in (0, 32):
             attend = cached_attention(
                 caches,
-                offset=offset,
+                active=[range(offset, offset + 32)],
                 kernel=SDPA,
                 reach_tokens=reach_tokens,
                 compression=compression,
@@ -273,6 +273,44 @@ def test_caches_in_host_memory_give_what_those_on_the_device_give(
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("storage", [None, torch.device("cpu")], ids=["device", "host"])
+@pytest.mark.parametrize("compression", [None, KEPT], ids=["all", "kept"])
+def test_chunks_that_attend_together_get_what_they_get_one_after_the_other(
+    storage: torch.device | None, compression: Compression | None
+):
+    active = [range(3), range(5, 7), range(7, 11)]  # the keys of tokens 3 and 4 are older ones
+    sizes = {"num_heads": 2, "head_width": 8, "dtype": torch.float32}
+
+    def outputs(groups: list[list[range]]) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        place = {"device": torch.device("cpu"), "storage": storage}
+        caches = [caches_for(2, capacity=64, **sizes, **place) for _ in range(2)]
+        for cache in (cache for layers in caches for cache in layers):
+            cache.put(0, *torch.randn(2, 53, 2, 8, generator=draw))
+            cache.settle(48)
+        own = [torch.randn(3, 2, len(tokens), 2, 8, generator=draw) for tokens in active]
+        made: dict[tuple[int, int], Tensor] = {}
+        for group in groups:
+            attend = cached_attention(
+                caches,
+                active=group,
+                kernel=SDPA,
+                compression=compression,
+                prefetcher=prefetcher_for(caches[0]),
+            )
+            places = [active.index(tokens) for tokens in group]
+            for layer in range(2):
+                out = attend(layer, *torch.cat([own[place] for place in places], dim=2))
+                parts = out.split([len(tokens) for tokens in group], dim=1)
+                made.update({(layer, p): x for p, x in zip(places, parts, strict=True)})
+        return [made[key] for key in sorted(made)]
+
+    apart = outputs([[tokens] for tokens in active])
+    for groups in ([active], [active[:1], active[1:]]):
+        for expected, out in zip(apart, outputs(groups), strict=True):
+            assert torch.equal(out, expected)
+
+
 def host_caches(num_layers: int) -> list[KVCache]:
     cpu = torch.device("cpu")
     place = {"dtype": torch.float32, "device": cpu, "storage": cpu}
@@ -292,7 +330,10 @@ def test_the_copy_of_the_next_layer_begins_before_a_layer_attends():
         return q
 
     attend = cached_attention(
-        [caches], offset=0, kernel=Kernel("watched", kernel), prefetcher=Watched(caches[0])
+        [caches],
+        active=[range(2)],
+        kernel=Kernel("watched", kernel),
+        prefetcher=Watched(caches[0]),
     )
     own = rows([1.0, 2.0]).unsqueeze(0)
     for layer in range(3):
@@ -308,7 +349,10 @@ def test_no_more_than_two_layers_are_copied_at_a_time():
         return q
 
     attend = cached_attention(
-        [caches], offset=0, kernel=Kernel("watched", kernel), prefetcher=prefetcher_for(caches)
+        [caches],
+        active=[range(2)],
+        kernel=Kernel("watched", kernel),
+        prefetcher=prefetcher_for(caches),
     )
     own = rows([1.0, 2.0]).unsqueeze(0)
     for layer in range(4):

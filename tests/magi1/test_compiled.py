@@ -41,7 +41,9 @@ def chunks_through_cache(dit: DiT, *, num_chunks: int) -> list[Tensor]:
             latent_height=4,
             latent_width=8,
         )
-        attend = cached_attention([caches], offset=chunk * size, kernel=SDPA)
+        attend = cached_attention(
+            [caches], active=[range(chunk * size, (chunk + 1) * size)], kernel=SDPA
+        )
         context = dit.encode_context(text)
         made.append(dit.run_blocks(embedded, rope, context, self_attend=attend).float())
     return made

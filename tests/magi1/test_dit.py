@@ -105,7 +105,9 @@ def test_chunk_by_chunk_through_a_cache_is_the_block_causal_forward(model_tiny: 
             t[:, chunk : chunk + 1],
             text[chunk : chunk + 1],
             first_frame=2 * chunk,
-            self_attend=cached_attention([caches], offset=8 * chunk, kernel=SDPA),
+            self_attend=cached_attention(
+                [caches], active=[range(8 * chunk, 8 * chunk + 8)], kernel=SDPA
+            ),
         )
         for chunk in range(3)
     ]

@@ -168,7 +168,7 @@ def forward_chunk(
 ) -> Tensor:
     part = dit.embed(x[:, :, start:stop], t[:, start:stop], fps=[24])
     rope = dit.rope(torch.arange(start, stop), latent_height=HEIGHT, latent_width=WIDTH)
-    attend = cached_attention([caches], offset=0, kernel=SDPA)
+    attend = cached_attention([caches], active=[range(len(rope))], kernel=SDPA)
     hidden = dit.run_blocks(part, rope, context, self_attend=attend)
     return dit.velocity(hidden, part, latent_height=HEIGHT, latent_width=WIDTH)
 

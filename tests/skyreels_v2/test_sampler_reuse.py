@@ -207,3 +207,34 @@ def test_branches_in_one_batch_give_what_they_give_one_by_one(
     torch.testing.assert_close(
         latents(batch_branches=True), latents(batch_branches=False), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("loop", ["causal", "causal with clean pass"])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_chunks_go_through_the_blocks_together_and_the_result_is_that_of_each_alone(
+    loop: str, quantity: Quantity, make_dit: MakeDiT, denoise: Denoise
+):
+    """Chunks have 12, 12 and 6 tokens: 0 leaves each alone, 18 joins the last two."""
+    layout = TokenLayout(FRAME_TOKENS, 2 * FRAME_TOKENS)
+    keep = partial(Recent().keep, budget=2 * FRAME_TOKENS, layout=layout)
+
+    def run(together_tokens: int) -> tuple[Tensor, int, int]:
+        dit, calls = make_dit(), list[None]()
+        dit.blocks[0].register_forward_hook(lambda *_: calls.append(None))
+        done = denoise(
+            dit,
+            noise(5),
+            window=WINDOW,
+            sampling=replace(LOOPS[loop], quantity=quantity, together_tokens=together_tokens),
+            policy=partial(FlowCache, threshold=0.3, warmup_steps=2),
+            compression=Compression(2 * FRAME_TOKENS, keep),
+        )
+        return done.latents, done.stats.computed_flops, len(calls)
+
+    alone, flops, most_calls = run(0)
+    for together_tokens in (18, 4096):
+        latents, own_flops, calls = run(together_tokens)
+        torch.testing.assert_close(latents, alone, rtol=0, atol=1e-5)
+        assert own_flops == flops
+        assert calls < most_calls
+        most_calls = calls
