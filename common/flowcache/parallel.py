@@ -50,7 +50,6 @@ def layout_of(
     num_branches: int,
     num_heads: int,
     num_tokens: int,
-    records: bool,
 ) -> Layout:
     """Divide the processes of a run: as many branch groups as possible, the rest by tokens.
 
@@ -58,7 +57,6 @@ def layout_of(
         num_branches: guidance passes.
         num_heads: key/value heads.
         num_tokens: least number of tokens that is divided.
-        records: whether the passes are recorded.
 
     Raises:
         UserError: the processes, branches, heads or tokens can't be divided so.
@@ -90,11 +88,6 @@ def layout_of(
         raise UserError(
             f"parallel.sequence={layout.sequence} is above the {num_tokens} tokens that are "
             "divided: use fewer processes, or a larger video"
-        )
-    if records and layout.branch > 1:
-        raise UserError(
-            "--record follows all guidance passes in one process: set parallel.branch=1, or leave "
-            "--record out"
         )
     return layout
 

@@ -18,7 +18,7 @@ from flowcache.ulysses import TokenSplit
 
 def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:
     run = {"num_branches": 2, "num_heads": 12, "num_tokens": 100} | sizes
-    return layout_of(rule or ParallelRule(), num, **run, records=False)
+    return layout_of(rule or ParallelRule(), num, **run)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,6 @@ def test_what_can_not_be_divided_is_refused_in_one_line(
     with pytest.raises(UserError, match=told) as caught:
         divide(num, rule, **sizes)
     assert "\n" not in str(caught.value)
-
-
-def test_a_record_needs_all_passes_in_one_process():
-    sizes = {"num_branches": 2, "num_heads": 4, "num_tokens": 8, "records": True}
-    assert layout_of(ParallelRule(branch=1), 2, **sizes) == Layout(1, 2)
-    with pytest.raises(UserError, match=r"set parallel\.branch=1"):
-        layout_of(ParallelRule(), 2, **sizes)
 
 
 def test_a_number_of_processes_below_one_is_refused():

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from flowcache.record import read_record
+from skyreels_v2.run import prepare
 
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 4: ("1x4", "2x2")}
@@ -65,6 +69,21 @@ def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]],
                 expected = alone["1x1"][name]
                 assert case["computed"] == expected["computed"], name
                 assert case["flops"] == expected["flops"], name
+
+
+@pytest.mark.parametrize("num", NUMBERS)
+def test_processes_record_what_one_records(
+    made: Callable[[int], list[Results]], num: int, same_record: Callable[[Path, Path], None]
+):
+    [alone], [first, *_] = made(1), made(num)
+    for cases in first.values():
+        request = cases["compression"]["request"]
+        same_record(Path(request.out), Path(alone["1x1"]["compression"]["request"].out))
+        # one process makes the decisions again
+        again = [*request.overrides, "parallel.branch=null", "parallel.sequence=null"]
+        path = str(Path(request.out).with_suffix(".record.json"))
+        job = prepare(replace(request, overrides=again, replay=path, overwrite=True))
+        assert job.replay == read_record(Path(path))
 
 
 def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
