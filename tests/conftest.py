@@ -4,6 +4,7 @@ And what the tests of both models share: short runs, a picture, copies of the la
 """
 
 import importlib
+import json
 import os
 import shutil
 import socket
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from flowcache.record import read_record
 
 # Before any test imports a hub client: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,6 +97,38 @@ def run_in_ranks() -> RunInRanks:
         assert [process.returncode for process in processes] == [0] * num, "\n".join(told)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def same_record() -> Callable[[Path, Path], None]:
+    """Return what checks that two videos' records and reports are equal up to times and rounding.
+
+    Nobody's times are compared, but that there are some.
+    """
+    close, clocked = ("distance", "accumulated"), ("seconds",)
+
+    def of(video: Path) -> tuple[dict[str, Any], list[float]]:
+        record = read_record(video.with_suffix(".record.json"))
+        stats = json.loads(video.with_suffix(".json").read_text())["stats"]
+        rows: dict[str, Any] = {
+            name: [
+                {key: value if key not in close + clocked else value is None for key, value in row}
+                for row in map(dict.items, record[name])
+            ]
+            for name in ("decisions", "ticks")
+        }
+        rows["kv"] = [{**row, "tokens": [*row["tokens"]]} for row in record["kv"]]
+        rows["passes"], rows["flops"] = stats["passes"], stats["flops"]
+        values = [row[key] for row in record["decisions"] for key in close]
+        values += [count for row in record["kv"] for count in row["tokens"].values()]
+        return rows, [value for value in values if value is not None]
+
+    def check(video: Path, other: Path) -> None:
+        (rows, values), (other_rows, other_values) = of(video), of(other)
+        assert rows == other_rows
+        assert values == pytest.approx(other_values, rel=1e-4)
+
+    return check
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     preset, source, config = read_settings(request)
     ranks = Ranks() if ranks is None else ranks
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
-    layout = divide(request, config, ranks)
+    layout = divide(config, ranks)
     dtype = dtype_of(config, device)
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
     prefix = read_prefix(config)
@@ -167,7 +167,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     )
 
 
-def divide(request: Request, config: RunConfig, ranks: Ranks) -> Layout:
+def divide(config: RunConfig, ranks: Ranks) -> Layout:
     """Return how the processes divide the run.
 
     Raises:
@@ -179,7 +179,6 @@ def divide(request: Request, config: RunConfig, ranks: Ranks) -> Layout:
         num_branches=len(sampling_of(config).passes),
         num_heads=config.model_config.num_query_groups,
         num_tokens=layout_tokens(config).chunk_tokens,
-        records=request.record,
     )
 
 
@@ -281,7 +280,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     )
     where = f"{_name(dtype)}, by its sizes alone, for a prompt of {ASSUMED_TOKENS} tokens"
     head = [*_head(source, config, preset.stem, where=where), *profile_lines(config.reuse)]
-    layout = divide(request, config, Ranks() if ranks is None else ranks)
+    layout = divide(config, Ranks() if ranks is None else ranks)
     plan, head = per_process(plan, layout), [*head, *layout_lines(layout)]
     limit = parse_limit(config.memory_limit)
     memory = plan_memory(config, None, plan, dtype=dtype, limit=limit, has_host=True).lines()
@@ -414,11 +413,12 @@ def render(
         ranks=job.ranks,
     )
     if not job.ranks.is_first:
-        return follow(shown)
+        return follow(shown, stats=stats, ranks=job.ranks)
     return write_run(
         shown,
         Target(job.path, job.overwrite, fps=run_config.fps, size=size),
         stats=stats,
+        ranks=job.ranks,
         num_ticks=job.plan.num_ticks,
         num_chunks=len(job.plan.clip.generated),
         overlaps=should_overlap(
@@ -435,7 +435,6 @@ def render(
             replay=job.replay,
             memory=None if job.memory is None else job.memory.to_dict(),
             num_steps=run_config.num_steps,
-            layout=job.ranks.layout,
             chunk_frames={0: shown_frames(job.plan.clip)},
         ),
     )

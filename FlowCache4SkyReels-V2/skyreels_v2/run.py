@@ -123,7 +123,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     quantize.check(config.quantize, checkpoint.config, device=device, dtype=dtype)
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
-    layout = divide(request, config, checkpoint.config, ranks)
+    layout = divide(config, checkpoint.config, ranks)
     plan = per_process(make_plan(config, checkpoint.config, dtype=dtype), layout)
     replay = read_replay(request, config, plan)
     path = claim_output(request, stem=f"{preset.stem}-{config.seed}")
@@ -159,7 +159,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     )
 
 
-def divide(request: Request, config: RunConfig, dit: DiTConfig, ranks: Ranks) -> Layout:
+def divide(config: RunConfig, dit: DiTConfig, ranks: Ranks) -> Layout:
     """Return how the processes divide the run.
 
     Raises:
@@ -171,7 +171,6 @@ def divide(request: Request, config: RunConfig, dit: DiTConfig, ranks: Ranks) ->
         num_branches=len(branches_of(config)),
         num_heads=dit.num_heads,
         num_tokens=tokens_per_frame(config),
-        records=request.record,
     )
 
 
@@ -252,7 +251,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, sizes)
     head = f"model        sizes of the released {request.model}, {config.dtype} = {dtype}; no files"
-    layout = divide(request, config, sizes, Ranks() if ranks is None else ranks)
+    layout = divide(config, sizes, Ranks() if ranks is None else ranks)
     plan = per_process(make_plan(config, sizes, dtype=dtype), layout)
     replay = read_replay(request, config, plan)
     memory = plan_memory(
@@ -375,11 +374,12 @@ def render(
         ranks=job.ranks,
     )
     if not job.ranks.is_first:
-        return follow(shown)
+        return follow(shown, stats=stats, ranks=job.ranks)
     return write_run(
         shown,
         Target(job.path, job.overwrite, fps=config.fps, size=(config.height, config.width)),
         stats=stats,
+        ranks=job.ranks,
         num_ticks=job.plan.num_ticks,
         num_chunks=num_chunks,
         before=job.media.video,
@@ -397,7 +397,6 @@ def render(
             replay=job.replay,
             memory=None if job.memory is None else job.memory.to_dict(),
             num_steps=config.num_steps,
-            layout=job.ranks.layout,
             chunk_frames=shown_frames(
                 config,
                 job.plan,

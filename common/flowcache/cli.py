@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from flowcache.errors import UserError
 from flowcache.files import fresh_path
+from flowcache.ranks import Place
 from flowcache.stats import RunStats
 
 EXIT_USER_ERROR = 2
@@ -27,7 +29,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2, as all errors of a user."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the arguments, and end."""
+        """Say what is wrong with the arguments, and end; of several processes one says it."""
+        if Place.of(os.environ).rank:
+            self.exit()
         self.exit(EXIT_USER_ERROR, f"error: {message} (--help says what can be given)\n")
 
 

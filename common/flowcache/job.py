@@ -14,10 +14,11 @@ from flowcache.cli import ProgressBar, choose_output
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
 from flowcache.overlap import Later, lane_for
-from flowcache.ranks import Layout
+from flowcache.ranks import Ranks
 from flowcache.record import REPLAY, Record, build_record, read_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
+from flowcache.trace import Traced, merged
 from flowcache.video import VideoWriter, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,6 @@ class Facts:
     """What was planned to be in memory, see `MemoryPlan.to_dict`; None: no limit was known."""
     chunk_frames: Mapping[int, list[list[int]]]
     """Segment -> for each chunk the frames `[first, stop)` of the video that show it."""
-    layout: Layout
-    """How processes divided the run."""
 
 
 class Shown(Protocol):
@@ -170,10 +169,19 @@ def config_layers(
     return layers
 
 
-def follow(shown: Iterable[Shown]) -> dict[str, Any]:
+def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
+    """Exchange what the processes of a run traced; None: nothing was. All must ask for it."""
+    if stats.trace is None:
+        return None
+    # the sequence ranks of a group make the same passes together: the first one tells of them
+    return merged(ranks.everyone.everyones(stats.traced())[:: ranks.layout.sequence])
+
+
+def follow(shown: Iterable[Shown], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
     """Carry out a pipeline in a process that writes nothing; return nothing."""
     for _ in shown:
         pass
+    traced_by_all(stats, ranks)
     return {}
 
 
@@ -182,6 +190,7 @@ def write_run(
     target: Target,
     *,
     stats: RunStats,
+    ranks: Ranks,
     num_ticks: int,
     num_chunks: int,
     facts: Facts,
@@ -195,6 +204,7 @@ def write_run(
         num_ticks: ticks that it will make.
         num_chunks: chunks that it will make.
         stats: with a trace, a record is written, too.
+        ranks: the processes that make the video; the others `follow`.
         before: frames that the video begins with, uint8 `[T, H, W, 3]`.
         overlaps: whether frames are written in a thread of their own, beside the pipeline.
     """
@@ -222,6 +232,7 @@ def write_run(
                 bar.update(stats, num_finished=len(progress.tick.finishing))
                 if progress.later is not None:
                     written.submit(partial(write, progress.later))
+            traced = traced_by_all(stats, ranks)
     finally:
         bar.close()
     surroundings = environment(stats.device)
@@ -235,15 +246,16 @@ def write_run(
         "attention_probe": facts.attention_probe,
         "config": facts.config,
         "memory": facts.memory,
-        "processes": asdict(facts.layout),
+        "processes": asdict(ranks.layout),
         "replay": None if facts.replay is None else facts.replay["video"],
         "environment": surroundings,
         "stats": stats.to_dict(),
     }
     write_json(writer.path.with_suffix(".json"), report)
-    if stats.trace is not None:
+    if traced is not None:
         record = build_record(
             stats,
+            traced,
             video=writer.path.name,
             model=facts.model,
             preset=facts.preset,

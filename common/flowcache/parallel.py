@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,7 +50,6 @@ def layout_of(
     num_branches: int,
     num_heads: int,
     num_tokens: int,
-    records: bool,
 ) -> Layout:
     """Divide the processes of a run: as many branch groups as possible, the rest by tokens.
 
@@ -58,17 +57,11 @@ def layout_of(
         num_branches: guidance passes.
         num_heads: key/value heads.
         num_tokens: least number of tokens that is divided.
-        records: whether the passes are recorded.
 
     Raises:
         UserError: the processes, branches, heads or tokens can't be divided so.
     """
-    branch = rule.branch
-    if branch is None and rule.sequence is not None:
-        branch = max(num_processes // rule.sequence, 1)
-    if branch is None:
-        branch = max(b for b in range(1, num_branches + 1) if num_processes % b == 0)
-    layout = Layout(branch, rule.sequence or max(num_processes // branch, 1))
+    layout = _chosen(rule, num_processes, num_branches=num_branches)
     if layout.size != num_processes:
         raise UserError(
             f"parallel.branch={layout.branch} x parallel.sequence={layout.sequence} needs "
@@ -81,22 +74,47 @@ def layout_of(
             f"run: use parallel.branch={num_branches} or less"
         )
     if num_heads % layout.sequence:
-        fitting = [str(n) for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise UserError(
             f"parallel.sequence={layout.sequence} does not divide the {num_heads} key/value heads "
-            f"of the model: use {', '.join(fitting)}, times parallel.branch as many processes"
+            f"of the model: {_remedy(rule, layout, num_branches=num_branches, num_heads=num_heads)}"
         )
     if num_tokens < layout.sequence:
         raise UserError(
             f"parallel.sequence={layout.sequence} is above the {num_tokens} tokens that are "
             "divided: use fewer processes, or a larger video"
         )
-    if records and layout.branch > 1:
-        raise UserError(
-            "--record follows all guidance passes in one process: set parallel.branch=1, or leave "
-            "--record out"
-        )
     return layout
+
+
+def _chosen(rule: ParallelRule, num_processes: int, *, num_branches: int) -> Layout:
+    """Return how processes are divided, whether or not that fits them and the run."""
+    branch = rule.branch
+    if branch is None and rule.sequence is not None:
+        branch = max(num_processes // rule.sequence, 1)
+    if branch is None:
+        branch = max(b for b in range(1, num_branches + 1) if num_processes % b == 0)
+    return Layout(branch, rule.sequence or max(num_processes // branch, 1))
+
+
+def _remedy(rule: ParallelRule, layout: Layout, *, num_branches: int, num_heads: int) -> str:
+    """Say what to do where a layout does not divide the heads.
+
+    Example: one branch, 8 heads, 6 processes: "start 1, 2 or 4 processes instead of 6 ...".
+    """
+    if rule.sequence is not None:
+        fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        return f"use parallel.sequence={_either(fitting)}"
+    fewer = {n: _chosen(rule, n, num_branches=num_branches) for n in range(1, layout.size)}
+    fitting = [n for n, own in fewer.items() if own.size == n and num_heads % own.sequence == 0]
+    noun = "process" if fitting == [1] else "processes"
+    numbers = _either(fitting)
+    return f"start {numbers} {noun} instead of {layout.size} (a launcher: GPUS={numbers})"
+
+
+def _either(numbers: Sequence[int]) -> str:
+    """Write numbers of which one is to be taken: "1, 2 or 4"."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def own_bytes(num_bytes: int, layout: Layout, *, num_branches: int) -> int:

@@ -2,7 +2,7 @@
 
     stats = RunStats(device, records=True)
     ...                                                       # the run
-    write_record(path, build_record(stats, video="a.mp4", ...))
+    write_record(path, build_record(stats, stats.traced(), video="a.mp4", ...))
     record = read_record(path)
     for line in alarms(record): ...                           # what looks wrong
     check_replay(record, ticks={0: ticks}, branches=["cond"])  # that this run can make them, too
@@ -24,7 +24,7 @@ from flowcache.files import write_json
 from flowcache.reuse import Replay, compute_together
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
-from flowcache.trace import PassId
+from flowcache.trace import PassId, Traced
 
 RECORD_SCHEMA_VERSION = 1
 REPLAY = "replay"
@@ -39,6 +39,7 @@ Record: TypeAlias = dict[str, Any]
 
 def build_record(
     stats: RunStats,
+    traced: Traced,
     *,
     video: str,
     model: str,
@@ -53,18 +54,17 @@ def build_record(
     """Return the record of a finished run.
 
     Args:
-        stats: of the run, made with `records=True`.
+        stats: of the run; its stages are those of this process.
+        traced: by all processes of the run, see `flowcache.trace.merged`.
         video: name of the video file beside the record.
         threshold: of an adaptive policy; None: the policy has none.
         chunk_frames: segment -> for each chunk the pixel frames `[first, stop)` of the video that
             show it.
     """
-    assert stats.trace is not None, "a record needs RunStats(records=True)"
-    pass_seconds = stats.trace.pass_seconds()
     decisions: list[dict[str, Any]] = []
     for row in stats.passes:
         each = PassId(row.segment, row.tick, row.chunk, row.branch)
-        flops = stats.trace.flops[each]
+        flops = traced.flops[each]
         decisions.append(
             {
                 "segment": row.segment,
@@ -77,7 +77,7 @@ def build_record(
                 "accumulated": _plain(row.accumulated),
                 "flops": flops.spent,
                 "flops_saved": flops.saved,
-                "seconds": pass_seconds.get(each),
+                "seconds": traced.pass_seconds.get(each),
             }
         )
     return {
@@ -92,7 +92,7 @@ def build_record(
         "chunk_frames": {str(segment): rows for segment, rows in (chunk_frames or {}).items()},
         "ticks": [
             {"segment": tick.segment, "tick": tick.tick, "seconds": seconds}
-            for tick, seconds in stats.trace.tick_seconds().items()
+            for tick, seconds in traced.tick_seconds.items()
         ],
         "decisions": decisions,
         "kv": [
@@ -102,7 +102,7 @@ def build_record(
                 "branch": row.branch,
                 "tokens": {str(chunk): count for chunk, count in row.tokens.items()},
             }
-            for row in stats.trace.kv_tokens()
+            for row in traced.kv_tokens
         ],
         "stages": stats.to_dict()["stages"],
         "environment": dict(environment),

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flowcache.reuse import Decision
-from flowcache.trace import Moment, PassId, TickId, Trace, elapsed_seconds, now
+from flowcache.trace import Moment, PassId, TickId, Trace, Traced, elapsed_seconds, now
 from flowcache.units import scaled
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
@@ -163,6 +163,11 @@ class RunStats:
         """Trace the clean tokens of each chunk in a branch after a tick; see `tokens_per_chunk`."""
         if self.trace is not None:
             self.trace.keep_tokens(TickId(segment, tick), branch, tokens())
+
+    def traced(self) -> Traced:
+        """Return what this process traced. Waits for the device."""
+        assert self.trace is not None, "a record needs RunStats(records=True)"
+        return self.trace.read()
 
     @contextmanager
     def stage(

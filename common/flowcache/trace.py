@@ -9,6 +9,7 @@ Axes: N chunks.
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -49,6 +50,46 @@ class KVTokens(NamedTuple):
     branch: str
     tokens: dict[int, float]
     """Chunk -> its tokens, mean over layers and heads; chunks without any are left out."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the processes of a run traced, or one of them; plain values."""
+
+    flops: dict[PassId, PassFlops]
+    pass_seconds: dict[PassId, float]
+    """Of each pass that was computed."""
+    tick_seconds: dict[TickId, float]
+    kv_tokens: list[KVTokens]
+
+
+def merged(parts: Sequence[Traced]) -> Traced:
+    """Return what processes traced that divided the guidance branches of a run, as one would.
+
+    All counted the FLOPs of a pass alike, or one did. Its seconds add up: a pass of the record may
+    stand for several guidance passes, made one after the other in one process. A tick took as long
+    as in the slowest process. Each branch's caches are in one process.
+
+        pass        FLOPs of A, B    together    seconds of A, B    together
+        "all"       6, 6             6           2, 1               3
+        "cond"      4, -             4           2, -               2
+
+    Args:
+        parts: one of each branch group, in their order.
+    """
+    flops: dict[PassId, PassFlops] = {}
+    pass_seconds: dict[PassId, float] = {}
+    tick_seconds: dict[TickId, float] = {}
+    kv_tokens: list[KVTokens] = []
+    for part in parts:
+        flops |= part.flops
+        for each, seconds in part.pass_seconds.items():
+            pass_seconds[each] = pass_seconds.get(each, 0.0) + seconds
+        for tick, seconds in part.tick_seconds.items():
+            tick_seconds[tick] = max(tick_seconds.get(tick, 0.0), seconds)
+        kv_tokens += part.kv_tokens
+    kv_tokens.sort(key=lambda row: (row.segment, row.tick))  # stable: the branches keep their order
+    return Traced(flops, pass_seconds, tick_seconds, kv_tokens)
 
 
 def now(device: torch.device) -> Moment:
@@ -106,6 +147,10 @@ class Trace:
     def keep_tokens(self, tick: TickId, branch: str, tokens_N: Tensor) -> None:
         """Keep the clean tokens of each chunk after a tick."""
         self._kv.append((tick, branch, tokens_N))
+
+    def read(self) -> Traced:
+        """Return all that was traced. Waits for the device."""
+        return Traced(self.flops, self.pass_seconds(), self.tick_seconds(), self.kv_tokens())
 
     def pass_seconds(self) -> dict[PassId, float]:
         """Return the time of each pass that was computed. Waits for the device."""

@@ -18,7 +18,7 @@ from flowcache.ulysses import TokenSplit
 
 def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:
     run = {"num_branches": 2, "num_heads": 12, "num_tokens": 100} | sizes
-    return layout_of(rule or ParallelRule(), num, **run, records=False)
+    return layout_of(rule or ParallelRule(), num, **run)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,22 @@ def test_what_can_not_be_divided_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_needs_all_passes_in_one_process():
-    sizes = {"num_branches": 2, "num_heads": 4, "num_tokens": 8, "records": True}
-    assert layout_of(ParallelRule(branch=1), 2, **sizes) == Layout(1, 2)
-    with pytest.raises(UserError, match=r"set parallel\.branch=1"):
-        layout_of(ParallelRule(), 2, **sizes)
+@pytest.mark.parametrize(
+    ("num", "rule", "sizes", "remedy"),
+    [
+        (4, ParallelRule(), {"num_heads": 2, "num_branches": 1}, "start 1 or 2 processes instead"),
+        (6, ParallelRule(), {"num_heads": 8, "num_branches": 1}, r"GPUS=1, 2 or 4\)"),
+        (9, ParallelRule(), {"num_heads": 2, "num_branches": 3}, r"GPUS=1, 2, 3, 4 or 6\)"),
+        (8, ParallelRule(branch=2), {"num_heads": 2}, r"GPUS=2 or 4\)"),
+        (3, ParallelRule(branch=1), {"num_heads": 1}, r"start 1 process instead of 3 .*GPUS=1\)"),
+        (3, ParallelRule(sequence=3), {"num_heads": 4}, r"use parallel.sequence=1, 2 or 4$"),
+    ],
+)
+def test_heads_that_can_not_be_divided_name_the_numbers_that_fit(
+    num: int, rule: ParallelRule, sizes: Mapping[str, int], remedy: str
+):
+    with pytest.raises(UserError, match=remedy):
+        divide(num, rule, **sizes)
 
 
 def test_a_number_of_processes_below_one_is_refused():

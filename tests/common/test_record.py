@@ -20,7 +20,7 @@ from flowcache.record import (
 from flowcache.reuse import Decision
 from flowcache.schedule import Tick, staggered
 from flowcache.stats import RunStats
-from flowcache.trace import PassId
+from flowcache.trace import KVTokens, PassFlops, PassId, TickId, Traced, merged
 
 CPU = torch.device("cpu")
 NUM_STEPS = 6
@@ -50,6 +50,7 @@ def recorded(*, policy: str = "flowcache", threshold: float | None = 0.25) -> di
         stats.keep_tokens(0, tick.index, branch="cond", tokens=lambda: torch.tensor([0.0, 2.5]))
     return build_record(
         stats,
+        stats.traced(),
         video="a.mp4",
         model="demo",
         preset="flowcache_fast",
@@ -80,6 +81,30 @@ def test_flops_and_seconds_of_a_whole_window_are_shared_by_its_chunks():
     assert stats.trace is not None
     assert [tuple(stats.trace.flops[each]) for each in passes] == [(3, 1), (2, 1), (2, 0)]
     assert (stats.computed_flops, stats.flops_without_reuse) == (7, 9)
+
+
+def test_what_processes_traced_is_put_together_as_one_would_have_traced_it():
+    every, cond, uncond = (PassId(0, 0, 0, name) for name in ("all", "cond", "uncond"))
+    kv = {name: [KVTokens(0, tick, name, {0: 2.5}) for tick in (0, 1)] for name in ("a", "b")}
+    first = Traced(
+        {every: PassFlops(6, 1), cond: PassFlops(4, 0)},
+        {every: 2.0, cond: 2.0},
+        {TickId(0, 0): 3.0, TickId(0, 1): 1.0},
+        kv["a"],
+    )
+    second = Traced(
+        {every: PassFlops(6, 1), uncond: PassFlops(5, 0)},
+        {every: 1.0, uncond: 4.0},
+        {TickId(0, 0): 2.0, TickId(0, 1): 2.0},
+        kv["b"],
+    )
+    assert merged([first]) == first
+    assert merged([first, second]) == Traced(
+        {every: PassFlops(6, 1), cond: PassFlops(4, 0), uncond: PassFlops(5, 0)},
+        {every: 3.0, cond: 2.0, uncond: 4.0},
+        {TickId(0, 0): 3.0, TickId(0, 1): 2.0},
+        [kv["a"][0], kv["b"][0], kv["a"][1], kv["b"][1]],
+    )
 
 
 def test_what_is_written_is_read_back(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 MODEL is a folder that holds the checkpoints "distilled" and "base". A layout is "2x1", branch
 groups by sequence ranks; those with branches are for "base" alone. What came out is written to
-FOLDER/RANK.pt.
+FOLDER/RANK.pt, and a clip of "base" in each layout with its record is made there.
 """
 
 import os
@@ -16,7 +16,7 @@ from flowcache.parallel import joined
 from flowcache.ranks import PATIENCE, Layout, Place, Ranks
 from flowcache.stats import RunStats
 from magi1.pipeline import generate
-from magi1.run import Request, encode_inputs, load_models, prepare, read_settings
+from magi1.run import Request, encode_inputs, load_models, prepare, read_settings, run
 
 COMMON = [
     *("prompt=a red circle moving right", "runtime_config.num_frames=60"),
@@ -32,7 +32,11 @@ CASES = {
     "frames": [*COMPRESSED, "kv.granularity=frame", "reuse.policy=stride"],
 }
 """Name -> settings; each with 9 tokens per chunk of 3 latents."""
-HELD = {"held": ["reuse.guidance_every=2"]}
+RECORDED = "held_flowcache"
+HELD = {
+    "held": ["reuse.guidance_every=2"],
+    RECORDED: [*FLOWCACHE, *COMPRESSED, "reuse.guidance_every=2"],
+}
 """The same, for models with guidance."""
 
 
@@ -46,10 +50,20 @@ def main() -> None:
             divided = layout_ranks.divided(torch.device("cpu"))
             for kind in ("distilled", "base") if branch == 1 else ("base",):
                 made[kind, layout] = make_videos(f"{models}/{kind}", divided)
+            recorded = request_of(f"{models}/base", f"{folder}/{layout}.mp4", layout_ranks.layout)
+            run(prepare(recorded, ranks))
+            made["base", layout][RECORDED]["request"] = recorded
         torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
 
 
-def make_videos(model: str, ranks: Ranks) -> dict[str, object]:
+def request_of(model: str, out: str, layout: Layout) -> Request:
+    """Return the request for a run with a record."""
+    parallel = [f"parallel.branch={layout.branch}", f"parallel.sequence={layout.sequence}"]
+    overrides = [*COMMON, *HELD[RECORDED], *parallel]
+    return Request(preset="vanilla", model=model, overrides=overrides, out=out, record=True)
+
+
+def make_videos(model: str, ranks: Ranks) -> dict[str, dict[str, object]]:
     job = prepare(Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4"))
     stats = RunStats(job.device)
     conditioning, models = encode_inputs(job, stats=stats), load_models(job, stats=stats)

@@ -70,13 +70,23 @@ def launch(launchers: Any) -> Launch:
 
 
 @pytest.mark.parametrize("name", ["flowcache_t2v", "teacache_i2v", "vanilla_t2v"])
-def test_several_gpus_are_used_through_torchrun(launchers: Any, tmp_path: Path, name: str):
+def test_several_gpus_get_a_process_each(launchers: Any, tmp_path: Path, name: str):
     launchers.use_python(f'printf "%s\\0" "$@" > "{tmp_path}/handed"')
     done = launchers.run(name, "--dry-run", cwd=tmp_path, GPUS="4")
     assert done.returncode == 0, done.stderr
     handed = (tmp_path / "handed").read_text().split("\0")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    assert handed[:7] == [*torchrun, "-m", "magi1", "--model"]
+    assert handed[:6] == ["-m", "flowcache.launch", "4", "-m", "magi1", "--model"]
+
+
+@pytest.mark.slow
+def test_gpus_that_do_not_fit_are_told_in_one_line(launchers: Any, distilled: Path, tmp_path: Path):
+    launchers.use_python(f'exec "{sys.executable}" "$@"')
+    done = launchers.run("flowcache_t2v", cwd=tmp_path, MODEL=str(distilled), GPUS="3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: parallel.sequence=3 does not divide the 2 key/value heads of the model: "
+        "start 1 or 2 processes instead of 3 (a launcher: GPUS=1 or 2)\n"
+    )
 
 
 def put_video(copy: Path, name: str, *, age: int) -> Path:

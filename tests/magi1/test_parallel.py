@@ -1,11 +1,15 @@
 """Several processes make the clip that one makes: divided by passes, by tokens, and by both."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from flowcache.record import read_record
+from magi1.run import prepare
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
@@ -65,6 +69,22 @@ def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]],
                 expected = alone[kind, "1x1"][name]
                 assert case["computed"] == expected["computed"], name
                 assert case["flops"] == expected["flops"], name
+
+
+@pytest.mark.parametrize("num", LAYOUTS)
+def test_processes_record_what_one_records(
+    made: Callable[[int], list[Results]], num: int, same_record: Callable[[Path, Path], None]
+):
+    [alone], [first, *_] = made(1), made(num)
+    expected = alone["base", "1x1"]["held_flowcache"]["request"]
+    for cases in (cases for (kind, _), cases in first.items() if kind == "base"):
+        request = cases["held_flowcache"]["request"]
+        same_record(Path(request.out), Path(expected.out))
+        # one process makes the decisions again
+        again = [*request.overrides, "parallel.branch=null", "parallel.sequence=null"]
+        path = str(Path(request.out).with_suffix(".record.json"))
+        job = prepare(replace(request, overrides=again, replay=path, overwrite=True))
+        assert job.replay == read_record(Path(path))
 
 
 def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):

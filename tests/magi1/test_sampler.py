@@ -311,6 +311,7 @@ def test_guidance_scales_change_at_the_lower_ends_of_their_ranges():
 def record_of(sampler: ClipSampler) -> dict[str, Any]:
     return build_record(
         sampler.stats,
+        sampler.stats.traced(),
         video="a.mp4",
         model="tiny",
         preset="test",

@@ -1,6 +1,7 @@
 """Make tiny videos in one of several processes: `python parallel_runs.py MODEL FOLDER LAYOUT...`.
 
-A layout is "2x1", branch groups by sequence ranks. What came out is written to FOLDER/RANK.pt.
+A layout is "2x1", branch groups by sequence ranks. What came out is written to FOLDER/RANK.pt, and
+a video of each layout with its record is made there.
 """
 
 import os
@@ -15,7 +16,15 @@ from flowcache.parallel import joined
 from flowcache.ranks import PATIENCE, Layout, Place, Ranks
 from flowcache.stats import RunStats
 from skyreels_v2.pipeline import generate
-from skyreels_v2.run import PRESETS, Request, encode_inputs, load_models, prepare, read_settings
+from skyreels_v2.run import (
+    PRESETS,
+    Request,
+    encode_inputs,
+    load_models,
+    prepare,
+    read_settings,
+    run,
+)
 
 COMMON = ["prompt=a red circle moving right", "height=16", "width=80", "num_steps=4"]
 FLOWCACHE = ["attention=causal", "reuse.policy=flowcache", "reuse.warmup_steps=1"]
@@ -45,6 +54,7 @@ CASES = {
     ],
 }
 """Name -> settings; each with 5 tokens per frame, which no number of processes divides."""
+RECORDED = "compression"
 
 
 def main() -> None:
@@ -56,10 +66,20 @@ def main() -> None:
             layout_ranks = replace(ranks, layout=Layout(branch, sequence))
             divided = layout_ranks.divided(torch.device("cpu"))
             made[layout] = make_videos(model, divided)
+            recorded = request_of(model, f"{folder}/{layout}.mp4", layout_ranks.layout)
+            run(prepare(recorded, ranks))
+            made[layout][RECORDED]["request"] = recorded
         torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
 
 
-def make_videos(model: str, ranks: Ranks) -> dict[str, object]:
+def request_of(model: str, out: str, layout: Layout) -> Request:
+    """Return the request for a run with a record."""
+    parallel = [f"parallel.branch={layout.branch}", f"parallel.sequence={layout.sequence}"]
+    overrides = [*COMMON, *CASES[RECORDED], *parallel]
+    return Request(preset="vanilla", model=model, overrides=overrides, out=out, record=True)
+
+
+def make_videos(model: str, ranks: Ranks) -> dict[str, dict[str, object]]:
     request = Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4")
     job = prepare(request)
     stats = RunStats(job.device)

@@ -132,13 +132,12 @@ def test_what_a_launcher_hands_on_is_in_order(
 
 
 @pytest.mark.parametrize("name", [*NAMES, TUNED])
-def test_several_gpus_are_used_through_torchrun(launchers: Any, tmp_path: Path, name: str):
+def test_several_gpus_get_a_process_each(launchers: Any, tmp_path: Path, name: str):
     launchers.use_python(f'printf "%s\\0" "$@" > "{tmp_path}/handed"')
     done = launchers.run(name, "--dry-run", cwd=tmp_path, GPUS="4")
     assert done.returncode == 0, done.stderr
     handed = (tmp_path / "handed").read_text().split("\0")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    assert handed[:7] == [*torchrun, "-m", "skyreels_v2", "--preset"]
+    assert handed[:6] == ["-m", "flowcache.launch", "4", "-m", "skyreels_v2", "--preset"]
 
 
 def test_an_empty_prompt_is_handed_on_and_refused(

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from flowcache.record import read_record
+from skyreels_v2.run import prepare
 
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 4: ("1x4", "2x2")}
@@ -67,6 +71,21 @@ def test_processes_decide_and_count_as_one(made: Callable[[int], list[Results]],
                 assert case["flops"] == expected["flops"], name
 
 
+@pytest.mark.parametrize("num", NUMBERS)
+def test_processes_record_what_one_records(
+    made: Callable[[int], list[Results]], num: int, same_record: Callable[[Path, Path], None]
+):
+    [alone], [first, *_] = made(1), made(num)
+    for cases in first.values():
+        request = cases["compression"]["request"]
+        same_record(Path(request.out), Path(alone["1x1"]["compression"]["request"].out))
+        # one process makes the decisions again
+        again = [*request.overrides, "parallel.branch=null", "parallel.sequence=null"]
+        path = str(Path(request.out).with_suffix(".record.json"))
+        job = prepare(replace(request, overrides=again, replay=path, overwrite=True))
+        assert job.replay == read_record(Path(path))
+
+
 def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
     [alone] = made(1)
     cases = alone["1x1"]
@@ -77,16 +96,16 @@ def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
     assert difference.abs().max() > TOLERANCE
 
 
-def torchrun(model: Path, out: Path, *arguments: str, num: int) -> list[str]:
+def launch(model: Path, out: Path, *arguments: str, num: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc_per_node={num}", "-m", "skyreels_v2", "--preset", "vanilla"),
+        *(sys.executable, "-m", "flowcache.launch", str(num)),
+        *("-m", "skyreels_v2", "--preset", "vanilla"),
         *("--model", str(model), "--prompt", "a cat", "--out", str(out), *arguments),
     ]
 
 
 def processes_of(launcher: int) -> dict[str, int]:
-    """Return the processes that torchrun started, by rank."""
+    """Return the processes that a launcher started, by rank."""
     found = {}
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         environment = Path(f"/proc/{child}/environ").read_text().split("\0")
@@ -98,7 +117,7 @@ def processes_of(launcher: int) -> dict[str, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_all_processes_end_within_a_minute_when_one_dies(small: Path, tmp_path: Path):
     out, told = tmp_path / "a.mp4", tmp_path / "told"
-    command = torchrun(small, out, "num_steps=900", num=2)
+    command = launch(small, out, "num_steps=900", num=2)
     with told.open("w") as stream:
         launcher = subprocess.Popen(
             command, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -118,9 +137,11 @@ def test_all_processes_end_within_a_minute_when_one_dies(small: Path, tmp_path: 
 def test_what_can_not_be_divided_is_told_once_before_anything_is_loaded(
     small: Path, tmp_path: Path
 ):
-    command = torchrun(small, tmp_path / "a.mp4", "parallel.sequence=3", num=3)
+    command = launch(small, tmp_path / "a.mp4", "parallel.branch=1", num=3)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode != 0
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: parallel.sequence=3 does not divide the 4 key/value heads")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: parallel.sequence=3 does not divide the 4 key/value heads of the model: "
+        "start 1 or 2 processes instead of 3 (a launcher: GPUS=1 or 2)\n"
+    )
     assert not list(tmp_path.iterdir())

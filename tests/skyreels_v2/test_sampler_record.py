@@ -46,6 +46,7 @@ def noise() -> Tensor:
 def record_of(stats: RunStats) -> dict[str, Any]:
     return build_record(
         stats,
+        stats.traced(),
         video="a.mp4",
         model="tiny",
         preset="test",
