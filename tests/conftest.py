@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+
+from flowcache.ranks import Group, Ranks
 
 # Before any test imports a hub client: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,6 +97,24 @@ def run_in_ranks() -> RunInRanks:
         assert [process.returncode for process in processes] == [0] * num, "\n".join(told)
 
     return run
+
+
+@dataclass(frozen=True)
+class LoneShare(Ranks):
+    """One of several processes whose exchanges bring nothing from the others."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.fixture(scope="session")
+def lone_shares() -> Callable[[int], list[Ranks]]:
+    """Return what makes the processes of a divided work; their results are to be added."""
+
+    def make(num: int) -> list[Ranks]:
+        return [LoneShare(sequence=Group(share, num)) for share in range(num)]
+
+    return make
 
 
 @dataclass(frozen=True)
