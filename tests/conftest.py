@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from flowcache.ranks import Group, Ranks
 from flowcache.record import read_record
 
 # Before any test imports a hub client: a test that would download fails at once.
@@ -129,6 +131,24 @@ def same_record() -> Callable[[Path, Path], None]:
         assert values == pytest.approx(other_values, rel=1e-4)
 
     return check
+
+
+@dataclass(frozen=True)
+class LoneShare(Ranks):
+    """One of several processes whose exchanges bring nothing from the others."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.fixture(scope="session")
+def lone_shares() -> Callable[[int], list[Ranks]]:
+    """Return what makes the processes of a divided work; their results are to be added."""
+
+    def make(num: int) -> list[Ranks]:
+        return [LoneShare(sequence=Group(share, num)) for share in range(num)]
+
+    return make
 
 
 @dataclass(frozen=True)

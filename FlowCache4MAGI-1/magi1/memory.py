@@ -238,7 +238,7 @@ class RunMemory:
         return scratch_bytes(forward)
 
     def _decode_scratch(self) -> int:
-        """Return what decoding a chunk holds."""
+        """Return what decoding a chunk holds; one of several processes holds no more."""
         frames = self.config.runtime_config.chunk_width
         latents = torch.empty(1, self.model.latent_channels, frames, *self.size, device=META)
         codec = self._one_layer()

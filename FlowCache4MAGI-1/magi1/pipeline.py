@@ -31,8 +31,8 @@ class LatentCodec(Protocol):
         """Return scaled latents `[B, C, F, h, w]`."""
         ...
 
-    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
-        """Return pixels `[B, 3, T, H, W]`, about -1..1."""
+    def decode(self, latents_BCFhw: Tensor, ranks: Ranks, /) -> Tensor:
+        """Return pixels `[B, 3, T, H, W]`, about -1..1; the processes may divide the work."""
         ...
 
     def to(self, device: torch.device | str, /) -> "LatentCodec":
@@ -92,7 +92,7 @@ def generate(
     """
     ranks = Ranks() if ranks is None else ranks
     policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
-    codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats)
+    codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats, ranks=ranks)
     if draw is None:
         draw = seeded_noise(config.runtime_config.seed, device=codec.device)
     prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
@@ -173,6 +173,7 @@ class _Codec:
     vae: LatentCodec
     is_offloaded: bool
     stats: RunStats
+    ranks: Ranks
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +188,7 @@ class _Codec:
     def decode(self, latents_CFhw: Tensor, *, is_beside: bool) -> Tensor:
         """Return float32 pixels `[3, T, H, W]`."""
         with self._at_work(is_beside=is_beside):
-            return self.vae.decode(latents_CFhw.unsqueeze(0))[0].float()
+            return self.vae.decode(latents_CFhw.unsqueeze(0), self.ranks)[0].float()
 
     @contextmanager
     def _at_work(self, *, is_beside: bool = False) -> Generator[torch.device, None, None]:

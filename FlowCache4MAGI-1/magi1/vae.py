@@ -5,8 +5,9 @@ rows/columns of pixels, C latent channels, F latents, h/w rows/columns of latent
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.ranks import Ranks
 from flowcache.weights import check_files, find_shards, load_files
 from magi1.vit import VAEConfig, ViTVAE
 
@@ -96,7 +98,7 @@ class VAE:
         extent = int(tiling.pixels // self.spatial_stride * tiling.overlap)
         means = in_tiles(
             pixels_B3THW.to(device=self.device, dtype=self.dtype),
-            self._encode_tile,
+            partial(map, self._encode_tile),
             tile=(tiling.frames, tiling.pixels),
             stride=int(tiling.pixels * (1 - tiling.overlap)),
             extent=extent,
@@ -106,18 +108,22 @@ class VAE:
         return means.float() * self.scale
 
     @torch.no_grad()
-    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+    def decode(self, latents_BCFhw: Tensor, ranks: Ranks | None = None) -> Tensor:
         """Decode latents to pixels `[B, 3, T, H, W]` float32, about -1..1.
 
         A tile that holds a single latent gives a single frame, as in the released decoder: with
         tiles of 3 latents, 4 latents give 12 + 1 frames.
+
+        Args:
+            ranks: the processes that divide the tiles; each gives the same latents and gets all
+                pixels. Default: one.
         """
         tiling, side = self.tiling, self.tiling.pixels // self.spatial_stride
         extent = int(tiling.pixels * tiling.overlap)
         latents = latents_BCFhw.to(device=self.device).float() / self.scale
         return in_tiles(
             latents.to(self.dtype),
-            self._decode_tile,
+            partial(self._decode_tiles, ranks=Ranks() if ranks is None else ranks),
             tile=(tiling.frames // self.temporal_stride, side),
             stride=int(side * (1 - tiling.overlap)),
             extent=extent,
@@ -130,14 +136,37 @@ class VAE:
             pixels_B3THW = pixels_B3THW.expand(-1, -1, self.temporal_stride, -1, -1)
         return self.model.moments(pixels_B3THW)[0]
 
+    def _decode_tiles(self, tiles_BCFhw: Sequence[Tensor], *, ranks: Ranks) -> Iterator[Tensor]:
+        """Decode tiles and those of other processes: number 0 is that of share 0, 1 of 1, ...
+
+        Example: with 3 processes the second one decodes tiles 1, 4, 7, ... before any is exchanged.
+        """
+        if ranks.num_shares == 1:
+            yield from map(self._decode_tile, tiles_BCFhw)
+            return
+        numbers = range(ranks.share, len(tiles_BCFhw), ranks.num_shares)
+        own = {number: self._decode_tile(tiles_BCFhw[number]) for number in numbers}
+        for number, tile in enumerate(tiles_BCFhw):
+            is_own = number in own
+            yield ranks.total(
+                own.pop(number) if is_own else tile.new_zeros(self._decoded_shape(tile))
+            )
+
     def _decode_tile(self, z_BCFhw: Tensor) -> Tensor:
         pixels = self.model.decoder(z_BCFhw)
         return pixels[:, :, :1] if z_BCFhw.shape[2] == 1 else pixels
 
+    def _decoded_shape(self, z_BCFhw: Tensor) -> tuple[int, ...]:
+        """Return the shape of a decoded tile."""
+        batch, _, num_latents, height, width = z_BCFhw.shape
+        num_frames = 1 if num_latents == 1 else num_latents * self.temporal_stride
+        stride = self.spatial_stride
+        return (batch, self.model.config.in_chans, num_frames, height * stride, width * stride)
+
 
 def in_tiles(
     x: Tensor,
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Sequence[Tensor]], Iterable[Tensor]],
     *,
     tile: tuple[int, int],
     stride: int,
@@ -149,6 +178,7 @@ def in_tiles(
 
     Args:
         x: `[B, C, T, H, W]`.
+        run: takes all tiles, in the order of time, rows, columns, and returns their results.
         tile: size of a tile of x in time, and in height and width.
         stride: distance of neighbouring tiles of x, in height and width.
         extent: rows and columns of a result that are blended with the neighbour's.
@@ -158,14 +188,24 @@ def in_tiles(
     """
     length, side = tile
     num_frames, height, width = x.shape[2:]
-    parts: list[Tensor] = []
-    for start in range(0, num_frames, length):
-        clip = x[:, :, start : start + length]
-        results = [
-            [run(clip[..., i : i + side, j : j + side]) for j in range(0, width, stride)]
-            for i in range(0, height, stride)
-        ]
-        parts.append(_stitch(results, extent=extent, limit=limit, blends_blended=blends_blended))
+    times = range(0, num_frames, length)
+    rows, columns = range(0, height, stride), range(0, width, stride)
+    tiles = [
+        x[:, :, t : t + length, i : i + side, j : j + side]
+        for t in times
+        for i in rows
+        for j in columns
+    ]
+    results = iter(run(tiles))
+    parts = [
+        _stitch(
+            [[next(results) for _ in columns] for _ in rows],
+            extent=extent,
+            limit=limit,
+            blends_blended=blends_blended,
+        )
+        for _ in times
+    ]
     return torch.cat(parts, dim=2)
 
 

@@ -231,7 +231,10 @@ class RunMemory:
         return torch.empty(1, self.dit.out_dim, num_frames, height, width, device=META)
 
     def _decoding(self) -> tuple[int, int]:
-        """Return what the decoder holds at most, and between two chunks."""
+        """Return what the decoder holds at most, and between two chunks.
+
+        That is for the whole picture; one of several processes, which has a strip, holds less.
+        """
         pixels = self.config.height * self.config.width * PIXEL_BYTES
         traced = 3  # from the third latent on every latent costs the same
         decoder = self.networks.vae.stream()

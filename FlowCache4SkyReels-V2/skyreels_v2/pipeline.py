@@ -55,8 +55,8 @@ class LatentCodec(Protocol):
         """Return normalised latents `[B, C, F, h, w]`."""
         ...
 
-    def stream(self) -> LatentDecoder:
-        """Begin to decode one segment."""
+    def stream(self, ranks: Ranks, /) -> LatentDecoder:
+        """Begin to decode one segment; the processes may divide the work."""
         ...
 
 
@@ -234,7 +234,7 @@ class _SegmentMaker:
         num_prefix, skipped = self.window.num_prefix, self.segment.prefix_pixels
         latents = self._start_latents(tail)
         sampler = self._sampler(latents)
-        decoder = self.vae.stream()
+        decoder = self.vae.stream(self.ranks)
         waiting: list[Later[Tensor]] = []
         if num_prefix:
             waiting = [self._decode(decoder, latents[:, :num_prefix], skipped=skipped)]

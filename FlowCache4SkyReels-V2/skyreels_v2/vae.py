@@ -15,7 +15,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.ranks import Ranks
 from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
+from skyreels_v2.decoder import Seen, Strip, decode_latent
 
 TEMPORAL_STRIDE = 4
 """Frames per latent, after the first."""
@@ -95,9 +97,13 @@ class VAE:
         """Decode normalised latents to pixels `[B, 3, T, H, W]` in -1..1."""
         return self.stream().decode(latents_BCFhw)
 
-    def stream(self) -> "VAEStream":
-        """Begin to decode one video whose latents come bit by bit."""
-        return VAEStream(self)
+    def stream(self, ranks: Ranks | None = None) -> "VAEStream":
+        """Begin to decode one video whose latents come bit by bit.
+
+        Args:
+            ranks: the processes that divide the work; default: one.
+        """
+        return VAEStream(self, Ranks() if ranks is None else ranks)
 
 
 class VAEStream:
@@ -105,13 +111,17 @@ class VAEStream:
 
     Feeding latents in any portions gives the same pixels, bit for bit, as feeding them at once.
     Example: 5 latents fed as 2 + 3 come out as 5 + 12 = 17 frames.
+
+    Args:
+        ranks: each process decodes a strip of the picture and gets the others' pixels; all must
+            feed the same latents in the same portions.
     """
 
-    def __init__(self, vae: VAE) -> None:
-        self._vae = vae
+    def __init__(self, vae: VAE, ranks: Ranks) -> None:
+        self._vae, self._ranks = vae, ranks
         decoder = vae.model.decoder
         num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
-        self._seen: list[Tensor | str | None] = [None] * num_convs
+        self._seen: Seen = [None] * num_convs
 
     def state_bytes(self) -> int:
         """Return what the decoder keeps until the next latents come, in bytes."""
@@ -120,20 +130,19 @@ class VAEStream:
     @torch.no_grad()
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode the next normalised latents to their pixels `[B, 3, T, H, W]` in -1..1."""
-        vae = self._vae
+        vae, ranks = self._vae, self._ranks
+        height, width = latents_BCFhw.shape[-2:]
+        strip = Strip.of(height=height, width=width, share=ranks.share, num_shares=ranks.num_shares)
         latents = latents_BCFhw.to(device=vae.device, dtype=vae.dtype)
         z_BCFhw = latents * vae.std + vae.mean
-        return torch.cat([self._decode_one(z) for z in z_BCFhw.split(1, dim=2)], dim=2)
-
-    def _decode_one(self, z_BC1hw: Tensor) -> Tensor:
-        model = self._vae.model
-        pixels = model.decoder(
-            model.post_quant_conv(z_BC1hw),
-            feat_cache=self._seen,
-            # the decoder counts its convolutions in the list's only entry
-            feat_idx=[0],
-        )
-        return pixels.clamp(-1, 1)
+        parts = [
+            decode_latent(vae.model, z_BC1hw, self._seen, strip=strip).clamp(-1, 1)
+            for z_BC1hw in z_BCFhw.split(1, dim=2)
+        ]
+        pixels = torch.cat(parts, dim=2)
+        if ranks.num_shares == 1:
+            return pixels
+        return ranks.total(strip.placed(pixels, scale=vae.spatial_stride))
 
 
 def original_key(name: str, *, num_res_blocks: int) -> str:

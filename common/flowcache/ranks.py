@@ -10,7 +10,8 @@ processes, 2 branch groups and 2 sequence ranks:
     3        1 (uncond)    1                 1                             2
 
 Every process holds all weights and goes through the same ticks. Noise, solver and latents are
-worked out by each alike; reuse is decided by one.
+worked out by each alike; reuse is decided by one. The decoding of finished chunks is divided over
+all of them: the processes above have the shares 0 to 3.
 """
 
 import math
@@ -191,6 +192,25 @@ class Ranks:
         with contact():
             branches, sequence = own(numbers.T.tolist()), own(numbers.tolist())
         return replace(self, branches=branches, sequence=sequence)
+
+    @property
+    def num_shares(self) -> int:
+        """Into how many shares work is divided that is no matter of branches and tokens."""
+        return self.branches.size * self.sequence.size
+
+    @property
+    def share(self) -> int:
+        """Which of these shares is this process's."""
+        return self.branches.rank * self.sequence.size + self.sequence.rank
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum over all shares; `x` may be overwritten.
+
+        Where only one process has something else than zeros, the others get exactly that.
+        """
+        if self.num_shares == 1:
+            return x
+        return self.branches.total(self.sequence.total(x.contiguous()))
 
     def owns(self, branch: int) -> bool:
         """Tell whether this process computes the branch of that number."""

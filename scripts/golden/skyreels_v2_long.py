@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcache.kv import KVCache
+from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets, known
 from golden.skyreels_v2_loops import (
@@ -61,7 +62,7 @@ class StandInVAE:
         self.encoded.append(latents[0])
         return latents
 
-    def stream(self) -> "StandInDecoder":
+    def stream(self, ranks: Ranks, /) -> "StandInDecoder":
         self.segments.append(StandInDecoder())
         return self.segments[-1]
 

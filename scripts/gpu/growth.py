@@ -20,6 +20,7 @@ from flowcache.cli import DTYPES
 from flowcache.config import find_preset
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
+from flowcache.ranks import Ranks
 from flowcache.stats import RunStats, environment
 from gpu import magi1 as magi1_subject
 from gpu import skyreels_v2 as skyreels_subject
@@ -192,11 +193,11 @@ class NoVideo:
         """Refuse: a video from a prompt alone has nothing to encode."""
         raise AssertionError(f"nothing is given, but {tuple(pixels_B3THW.shape)} is encoded")
 
-    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+    def decode(self, latents_BCFhw: Tensor, ranks: Ranks | None = None, /) -> Tensor:
         """Return a pixel per latent."""
         return torch.zeros(1, 3, *latents_BCFhw.shape[2:])
 
-    def stream(self) -> "NoVideo":
+    def stream(self, ranks: Ranks, /) -> "NoVideo":
         """Begin a segment."""
         return self
 

@@ -107,6 +107,17 @@ def test_every_branch_has_one_group():
             assert name in owned[Ranks(branches=Group(0, size)).holder(names, name)]
 
 
+def test_every_process_of_a_layout_has_a_share():
+    assert (Ranks().share, Ranks().num_shares) == (0, 1)
+    made = [
+        Ranks(branches=Group(branch, 2), sequence=Group(token, 3))
+        for branch in range(2)
+        for token in range(3)
+    ]
+    assert [ranks.share for ranks in made] == list(range(6))
+    assert {ranks.num_shares for ranks in made} == {6}
+
+
 def test_one_process_exchanges_nothing():
     ranks, policy = Ranks(), Vanilla()
     x = torch.ones(3)
@@ -114,6 +125,7 @@ def test_one_process_exchanges_nothing():
     assert ranks.decided_by(policy, branch=1) is policy
     assert ranks.together(lambda: 5) == 5
     assert ranks.from_first(lambda: 6) == 6
+    assert ranks.total(x) is x
     assert ranks.divided(torch.device("cpu")) is ranks
     split = TokenSplit(Group(), 2, 3)
     assert split.own(x, axis=0) is x

@@ -30,8 +30,12 @@ CASES = {
     "teacache": [*FLOWCACHE, "reuse.policy=teacache", *COMPRESSED],
     "compression": [*FLOWCACHE, *COMPRESSED, "kv.queries=frame", "passes.clean_pass=false"],
     "frames": [*COMPRESSED, "kv.granularity=frame", "reuse.policy=stride"],
+    "wide": ["runtime_config.num_frames=36", "runtime_config.video_size_w=448"],
 }
-"""Name -> settings; each with 9 tokens per chunk of 3 latents."""
+"""Name -> settings; each with 9 tokens per chunk of 3 latents, "wide" with 84.
+
+The VAE decodes each chunk in one tile, those of "wide" in three.
+"""
 RECORDED = "held_flowcache"
 HELD = {
     "held": ["reuse.guidance_every=2"],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from magi1.pipeline import Conditioning, Progress, generate
 from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare
@@ -90,7 +91,7 @@ class CountingVAE:
         batch, _, num_frames, height, width = pixels_B3THW.shape
         return torch.zeros(batch, 4, max(num_frames // 4, 1), height // 8, width // 8)
 
-    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+    def decode(self, latents_BCFhw: Tensor, ranks: Ranks, /) -> Tensor:
         num_latents = latents_BCFhw.shape[2]
         self.num_decoded.append(num_latents)
         places = torch.arange(num_latents).repeat_interleave(4)

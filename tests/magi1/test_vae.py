@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.ranks import Ranks
 from magi1.vae import VAE, Tiling, check, in_tiles, load, parse_config
 from magi1.vit import ViTVAE, standardise
 
+DECODE = Path(__file__).with_name("decode_in_ranks.py")
 TOLERANCE = 5e-5
 """Largest difference to the reference over its largest value."""
 
@@ -128,13 +130,55 @@ def test_the_scale_lies_between_means_and_latents():
     torch.testing.assert_close(scaled.decode(0.5 * latents), plain.decode(latents))
 
 
+@pytest.mark.parametrize("num_shares", [2, 3, 4])
+def test_processes_decode_their_tiles_and_no_others(
+    lone_shares: Callable[[int], list[Ranks]], num_shares: int
+):
+    # 2 x 3 tiles of 8 x 8 latents or less, of 2, 2 and 1 latents
+    vae = tiny_vae(Tiling(frames=8, pixels=16))
+    torch.manual_seed(1)
+    latents = torch.randn(1, 4, 5, 9, 14)
+    whole, together, num_decoded = vae.decode(latents), torch.zeros(()), []
+    for ranks in lone_shares(num_shares):
+        calls: list[None] = []
+        counted = vae.model.decoder.register_forward_hook(
+            lambda *_, calls=calls: calls.append(None)
+        )
+        together = together + vae.decode(latents, ranks)
+        counted.remove()
+        num_decoded.append(len(calls))
+    # results of tiles are blended linearly, so the processes' pictures add up
+    torch.testing.assert_close(together, whole, rtol=0, atol=1e-5)
+    assert num_decoded == [len(range(share, 18, num_shares)) for share in range(num_shares)]
+
+
+@pytest.mark.parametrize("num", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_get_the_frames_of_one_bit_for_bit(
+    run_in_ranks: Callable[..., None], tmp_path: Path, num: int
+):
+    layouts = {2: ("1x2", "2x1"), 4: ("1x4", "2x2")}[num]
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    save(folder)
+    vae = load(folder, scale=1.0, dtype=torch.float32, device="cpu")
+    vae.tiling = Tiling(frames=8, pixels=16)
+    latents = torch.randn(1, 4, 5, 9, 14)
+    torch.save(latents, tmp_path / "latents.pt")
+    run_in_ranks(DECODE, str(folder), str(tmp_path), *layouts, num=num)
+    want = vae.decode(latents)
+    for rank in range(num):
+        made = torch.load(tmp_path / f"{rank}.pt")
+        assert tuple(made) == layouts
+        assert all(torch.equal(frames, want) for frames in made.values())
+
+
 @pytest.mark.parametrize("blends_blended", [True, False])
 def test_tiles_of_an_unchanged_video_make_the_video_again(blends_blended: bool):
     torch.manual_seed(0)
     video = torch.randn(1, 3, 5, 21, 30)
     joined = in_tiles(
         video,
-        lambda tile: tile,
+        lambda tiles: tiles,
         tile=(2, 8),
         stride=6,
         extent=2,
@@ -149,7 +193,7 @@ def test_a_seam_fades_linearly_from_one_tile_to_the_next():
     values = iter([0.0, 1.0])
     joined = in_tiles(
         torch.zeros(1, 1, 1, 2, 4),
-        lambda tile: torch.full_like(tile, next(values)),
+        lambda tiles: [torch.full_like(tile, next(values)) for tile in tiles],
         tile=(1, 4),
         stride=2,
         extent=2,

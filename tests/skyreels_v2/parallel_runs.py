@@ -52,8 +52,12 @@ CASES = {
         *(*FLOWCACHE, "reuse.threshold=0.3", "reuse.extrapolate=0.5", "batch_branches=true"),
         *("num_frames=29", "base_num_frames=17", "overlap_history=5"),
     ],
+    "wide": ["num_frames=9", "base_num_frames=9", "width=528", "num_steps=2"],
 }
-"""Name -> settings; each with 5 tokens per frame, which no number of processes divides."""
+"""Name -> settings; each with 5 tokens per frame, which no number of processes divides.
+
+The picture "wide" has 66 columns of latents, so that the VAE's strips are narrower at every level.
+"""
 RECORDED = "compression"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowcache.cli import EXIT_INTERRUPTED, run_command
 from flowcache.kv import KVCache
+from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from flowcache.video import probe, read_video
 from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate
@@ -294,8 +295,8 @@ class InterruptedVAE:
     def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
         return self.vae.encode(pixels_B3THW)
 
-    def stream(self) -> LatentDecoder:
-        return InterruptedDecoder(self.vae.stream())
+    def stream(self, ranks: Ranks, /) -> LatentDecoder:
+        return InterruptedDecoder(self.vae.stream(ranks))
 
 
 def test_an_interrupted_run_keeps_what_it_made_under_another_name(
