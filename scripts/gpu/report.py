@@ -12,6 +12,7 @@ HEAD = (
     *("outside DiT", "VAE s", "peak GB", "attention kernel"),
     *("warm-up s", "measured"),
 )
+KINDS = ("attention", "linears", "other")
 
 
 def judged(subject: Subject[Any], rows: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ def _cells(name: str, row: Row) -> Sequence[str]:
         f"{row['seconds_per_forward']:.3g}",
         f"{row['rate'] / 1e12:.3g}",
         _percent(row["rate_share"]),
-        " / ".join(f"{100 * kinds[kind]:.0f}" for kind in ("attention", "linears", "other")) + " %",
+        "-" if kinds is None else " / ".join(f"{100 * kinds[k]:.0f}" for k in KINDS) + " %",
         _percent(row["caching_share"]),
         _percent(row["compression_share"]),
         _percent(row["exposed_share"]),

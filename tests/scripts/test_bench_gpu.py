@@ -3,7 +3,9 @@
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.overlap import Later
 from flowcache.schedule import staggered
 from flowcache.stats import RunStats
 
@@ -205,6 +208,50 @@ def test_a_target_without_a_figure_is_not_measured(script: ModuleType, report: M
     speedup = next(one for one in verdicts if one["figure"] == "speedup")
     assert speedup["value"] is None
     assert report.said(speedup, is_judged=True).startswith("not measured: ")
+
+
+def test_a_profiler_that_sees_nothing_leaves_a_dash(script: ModuleType, report: ModuleType):
+    rows = {"vanilla": row(9.0, kinds=None)}
+    document = {
+        "name": "x",
+        "note": "",
+        "command": "",
+        "is_judged": False,
+        "environment": defaultdict(str, packages={"torch": "2"}),
+        "models": {"magi1": rows},
+    }
+    page = report.markdown(document, script.SUBJECTS)
+    assert "| 60 % | - | - | 0 % |" in page
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_profiled_tick_has_a_full_window_and_no_decoding_beside_it(
+    script: ModuleType, model: str
+):
+    measure, subject = importlib.import_module("gpu.measure"), script.SUBJECTS[model]
+    ticks = subject.plan(subject.methods[0], "paper", subject.thin["paper"][-1], ()).ticks[0]
+    looked_at = measure.looked_at(ticks)
+    assert len(ticks[looked_at].steps) == max(len(tick.steps) for tick in ticks)
+    assert not any(tick.finishing for tick in ticks[: looked_at + 1])
+
+
+def test_the_next_tick_goes_on_while_frames_are_decoded():
+    measure = importlib.import_module("gpu.measure")
+    goes_on = threading.Event()
+
+    def decode() -> torch.Tensor:
+        assert goes_on.wait(timeout=20), "the next tick waited for the frames"
+        return torch.zeros(3, 5, 2, 2)
+
+    def shown() -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(later=Later(decode))
+        goes_on.set()
+        yield SimpleNamespace(later=None)
+
+    assert measure.take_frames(shown(), device=torch.device("cpu"), is_beside=True) == 5
 
 
 # The whole of it ----------------------------------------------------------------------------------
