@@ -186,7 +186,8 @@ def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(
     subject = script.SUBJECTS["skyreels_v2"]
     rows = {
         "vanilla": row(100.0, rate_share=0.5),
-        "FlowCache-fast": row(20.0, caching_share=0.004, peak_bytes=25e9),
+        "FlowCache-fast": row(20.0, caching_share=0.004),
+        "FlowCache-fast, keys on the host": row(40.0, rate_share=0.3, peak_bytes=25e9),
         "FlowCache-slow": {"error": "out of memory"},
     }
     verdicts = {one["figure"]: one for one in report.judged(subject, rows)}
@@ -198,7 +199,7 @@ def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(
     assert verdicts["peak_bytes"]["is_met"] is False
     said = report.said(verdicts["peak_bytes"], is_judged=True)
     assert said.startswith("NOT met: ")
-    assert "<= 24.0 GB: 25.0 GB (FlowCache-fast)" in said
+    assert "<= 24.0 GB: 25.0 GB (FlowCache-fast, keys on the host)" in said
     assert report.said(verdicts["peak_bytes"], is_judged=False).startswith("not judged: ")
 
 
