@@ -59,7 +59,7 @@ def sinusoid(t: Tensor, *, width: int) -> Tensor:
     """
     half = width // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequency = torch.exp(-torch.log(k.new_tensor(SINUSOID_BASE)) * k / half)
+    frequency = torch.exp(-torch.log(k.new_full((), SINUSOID_BASE)) * k / half)
     angle = t.float().unsqueeze(-1) * frequency * TIMESTEP_FACTOR
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

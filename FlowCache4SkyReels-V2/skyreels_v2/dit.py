@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.precision import linear_in_float32
+from flowcache.transfer import on_device
 from skyreels_v2.layers import (
     Block,
     BlockParts,
@@ -181,7 +182,8 @@ class DiT(nn.Module):
         act, project = self.time_projection
         e0 = linear_in_float32(project, act(e_BFD)).unflatten(-1, (6, -1))
         if self.config.inject_sample_info:
-            row = torch.tensor([0 if rate == 16 else 1 for rate in fps], device=e0.device)
+            kinds = [0 if rate == 16 else 1 for rate in fps]
+            row = on_device(kinds, dtype=torch.int64, device=e0.device)
             first, act, second = self.fps_projection
             by_rate = linear_in_float32(
                 second, act(linear_in_float32(first, self.fps_embedding(row)))

@@ -12,6 +12,7 @@ from flowcache.kv import Compression, cached_attention, prefetcher_for
 from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from flowcache.trace import PassId
+from flowcache.transfer import on_device
 from flowcache.ulysses import TokenSplit
 from skyreels_v2 import flops
 from skyreels_v2.dit import DiT, Embedded, whole_window
@@ -66,14 +67,17 @@ class WindowForward:
     def embed(self, latents_CFhw: Tensor, *, frames: list[int], times: list[int]) -> Embedded:
         """Embed some frames of the window, each at its own timestep."""
         config, condition = self.dit.config, self.condition
+        if condition is not None:
+            index = on_device(frames, dtype=torch.int64, device=self.device)
+            condition = condition.index_select(1, index)
         if self.ranks.branches.rank == 0:  # the others' is the same work
             cost = flops.embed(config, num_frames=len(frames), frame_tokens=self.frame_tokens)
             self.stats.add_flops(computed=cost, without_reuse=cost)
         return self.dit.embed(
             latents_CFhw.unsqueeze(0),
-            torch.tensor([times], dtype=torch.float32, device=self.device),
+            on_device(times, dtype=torch.float32, device=self.device).unsqueeze(0),
             fps=[self.sampling.fps],
-            y_BCFhw=None if condition is None else condition[:, frames].unsqueeze(0),
+            y_BCFhw=None if condition is None else condition.unsqueeze(0),
         )
 
     def run(

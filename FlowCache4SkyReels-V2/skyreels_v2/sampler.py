@@ -17,6 +17,7 @@ from flowcache.results import ResultStore
 from flowcache.reuse import Decision, Observe, agree, compute_together
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
+from flowcache.transfer import on_device
 from skyreels_v2.dit import DiT, Embedded
 from skyreels_v2.forward import WindowForward
 from skyreels_v2.passes import WindowPasses
@@ -162,7 +163,7 @@ class WindowSampler:
             frames += own
             times += [self.timesteps[step]] * len(own)
             sigmas += [self.sigmas[step]] * len(own)
-        latents = self.latents[:, frames]
+        latents = torch.cat([self.latents[:, self._frames(chunk)] for chunk in tick.steps], dim=1)
         embedded = self.forward.embed(latents, frames=frames, times=times)
         signals = {unit.id: self._signal(embedded.frames(*unit.frames)) for unit in units}
         plans = self._plan(tick, signals)
@@ -297,4 +298,4 @@ class WindowSampler:
         return slice(own.start, own.stop)
 
     def _tensor(self, values: list[int] | list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.latents.device)
+        return on_device(values, dtype=torch.float32, device=self.latents.device)

@@ -4,20 +4,19 @@ Shapes: B batch, Q queries, K keys, H query heads, G key/value heads (H a multip
 Heads that share keys read them where they are: no kernel repeats them.
 """
 
+import importlib
 import importlib.util
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.backends import cuda as cuda_backends
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowcache.errors import UserError
 
@@ -38,6 +37,8 @@ class Kernel:
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    suits: Callable[[Tensor, Tensor, Tensor], bool] = lambda _q, _k, _v: True
+    """Whether it can do tensors of these shapes and this dtype, where it does not say so itself."""
     probed: tuple[tuple[str, float], ...] = ()
     """Kernels that were tried before this one was taken, with their seconds; the fastest first."""
 
@@ -77,20 +78,97 @@ def _sdpa(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
     return out_BHQD.transpose(1, 2)
 
 
-def _sdpa_by(backend: SDPBackend, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return _sdpa(q_BQHD, k_BKGD, v_BKGD)
-
-
 SDPA = Kernel("torch scaled_dot_product_attention", _sdpa)
-_BACKENDS: Mapping[str, SDPBackend] = MappingProxyType(
-    {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
+
+
+# Backends of SDPA one by one ----------------------------------------------------------------------
+#
+# They are called directly: `torch.nn.attention.sdpa_kernel` switches the others off for the whole
+# process, and a thread that decodes meanwhile may need one of those.
+
+
+def _heads_first(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in (q_BQHD, k_BKGD, v_BKGD)]
+
+
+def _cudnn(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+    q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
+    out, *_ = _aten("cudnn_attention")(q, k, v, None, False)
+    return out.transpose(1, 2)
+
+
+def _flash(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+    out, *_ = _aten("flash_attention")(*_heads_first(q_BQHD, k_BKGD, v_BKGD))
+    return out.transpose(1, 2)
+
+
+def _efficient(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+    q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
+    out, *_ = _aten("efficient_attention")(q, k, v, None, False)
+    return out.transpose(1, 2)
+
+
+def _math(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+    out, _ = _aten("attention_math")(*_heads_first(q_BQHD, k_BKGD, v_BKGD), enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def _aten(name: str) -> Any:
+    return getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+
+
+def _suits(can_use: Callable[[Any, bool], bool]) -> Callable[[Tensor, Tensor, Tensor], bool]:
+    """Return what asks PyTorch whether a backend can do some tensors: the kernel may not check."""
+
+    def suits(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> bool:
+        q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
+        has_groups = q_BQHD.shape[2] != k_BKGD.shape[2]
+        return can_use(cuda_backends.SDPAParams(q, k, v, None, 0.0, False, has_groups), False)
+
+    return suits
+
+
+def _backends() -> dict[str, Kernel]:
+    return {
+        "cudnn": Kernel("torch SDPA, cudnn", _cudnn, _suits(cuda_backends.can_use_cudnn_attention)),
+        "flash": Kernel("torch SDPA, flash", _flash, _suits(cuda_backends.can_use_flash_attention)),
+        "efficient": Kernel(
+            "torch SDPA, efficient", _efficient, _suits(cuda_backends.can_use_efficient_attention)
+        ),
+        "math": Kernel("torch SDPA, math", _math),
     }
-)
+
+
+def _flash_attn() -> dict[str, Kernel]:
+    """Return the functions of the flash-attn packages that are installed and can be imported."""
+    found: dict[str, Kernel] = {}
+    for key, module, name in (
+        ("flash_attn_3", "flash_attn_interface", "flash-attn 3"),
+        ("flash_attn_2", "flash_attn", "flash-attn 2"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            continue
+        try:
+            run = importlib.import_module(module).flash_attn_func
+        except (ImportError, OSError, AttributeError) as error:  # built for another torch, mostly
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("%s is installed but can't be used: %s", name, reason)
+            continue
+        found[key] = Kernel(name, _first_of(run))
+    return found
+
+
+def _first_of(run: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the output alone: some flash-attn 3 releases also return the log-sum-exp."""
+
+    def call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+        result = run(q_BQHD, k_BKGD, v_BKGD)
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+# Choice -------------------------------------------------------------------------------------------
 
 
 def available_kernels(device: torch.device, *, dtype: torch.dtype) -> dict[str, Kernel]:
@@ -100,26 +178,8 @@ def available_kernels(device: torch.device, *, dtype: torch.dtype) -> dict[str, 
     """
     if device.type != "cuda":
         return {"torch": SDPA}
-    kernels: dict[str, Kernel] = {}
-    if dtype in (torch.bfloat16, torch.float16):
-        if importlib.util.find_spec("flash_attn_interface") is not None:
-            from flash_attn_interface import (  # pyright: ignore[reportMissingImports]
-                flash_attn_func as flash3,
-            )
-
-            kernels["flash_attn_3"] = Kernel(
-                "flash-attn 3", lambda q, k, v: _first(flash3(q, k, v))
-            )
-        if importlib.util.find_spec("flash_attn") is not None:
-            from flash_attn import (  # pyright: ignore[reportMissingImports]
-                flash_attn_func as flash2,
-            )
-
-            kernels["flash_attn_2"] = Kernel("flash-attn 2", flash2)
-    kernels["torch"] = SDPA
-    for name, backend in _BACKENDS.items():
-        kernels[name] = Kernel(f"torch SDPA, {name}", partial(_sdpa_by, backend))
-    return kernels
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return (_flash_attn() if is_half else {}) | {"torch": SDPA} | _backends()
 
 
 Seconds = Callable[[Kernel, AttentionShape, torch.device, torch.dtype], float]
@@ -131,16 +191,19 @@ def measure(
 ) -> float:
     """Return the median seconds of a kernel on a CUDA device, infinite if it refuses the shape."""
     q, k, v = shape.tensors(device=device, dtype=dtype)
+    if not kernel.suits(q, k, v):
+        return math.inf
     seconds: list[float] = []
     try:
         for _ in range(2 + PROBE_RUNS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
             kernel(q, k, v)
-            end.record()
+            end.record(stream)
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1000)
-    except RuntimeError as error:  # out of memory included, with which the math kernel may end
+    except RuntimeError as error:  # out of memory included
         logger.debug("%s refuses %s: %s", kernel.name, shape, error)
         return math.inf
     return statistics.median(seconds[2:])
@@ -154,7 +217,7 @@ def choose_kernel(
     wanted: KernelName = "auto",
     seconds: Seconds = measure,
 ) -> Kernel:
-    """Pick the fastest kernel for a shape by a short probe; where only one can run, without.
+    """Pick the fastest kernel for a shape by a short probe; without CUDA, PyTorch's own choice.
 
     Args:
         shape: None: no probe, the first of flash-attn 3, flash-attn 2 and PyTorch's own choice.
@@ -170,28 +233,27 @@ def choose_kernel(
                 f"attention_kernel={wanted} is not available on {device.type} with "
                 f"{str(dtype).removeprefix('torch.')}: use auto, or one of {', '.join(kernels)}"
             )
-        return kernels[wanted]
-    first, *others = kernels.values()
-    if not others or shape is None:
+        kernels = {wanted: kernels[wanted]}
+    first, *_ = kernels.values()
+    if device.type != "cuda" or shape is None or wanted == "torch":
         return first
-    # what PyTorch would choose is among its backends
-    probed = {n: seconds(k, shape, device, dtype) for n, k in kernels.items() if n != "torch"}
-    if min(probed.values()) == math.inf:
-        raise UserError(
-            f"no attention kernel on {device} can do {shape.num_queries} queries and "
-            f"{shape.num_keys} keys of width {shape.head_width}: set attention_kernel=torch"
-        )
-    order = sorted(probed, key=lambda name: probed[name])
-    times = tuple((kernels[n].name, probed[n]) for n in order if probed[n] < math.inf)
-    return replace(kernels[order[0]], probed=times)
+    # What PyTorch would choose is among its backends. The math one keeps queries x keys in memory:
+    # it is tried where nothing else works.
+    sparing = [name for name in kernels if name not in ("torch", "math")]
+    for names in (sparing, [name for name in kernels if name == "math"]):
+        times = {name: seconds(kernels[name], shape, device, dtype) for name in names}
+        order = sorted((n for n in times if times[n] < math.inf), key=times.__getitem__)
+        if order:
+            probed = tuple((kernels[name].name, times[name]) for name in order)
+            return replace(kernels[order[0]], probed=probed)
+    what = "no attention kernel" if wanted == "auto" else f"attention_kernel={wanted} is none that"
+    raise UserError(
+        f"{what} on {device} can do {shape.num_queries} queries and {shape.num_keys} keys of width "
+        f"{shape.head_width}: set attention_kernel={'torch' if wanted == 'auto' else 'auto'}"
+    )
 
 
 def describe_choice(kernel: Kernel) -> str:
     """Say which kernel was taken, and how long those took that were tried."""
     tried = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in kernel.probed)
     return f"attention     {kernel.name}" + (f" (probed: {tried})" if tried else "")
-
-
-def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Return the output alone: some flash-attn 3 releases also return the log-sum-exp."""
-    return result[0] if isinstance(result, tuple) else result

@@ -179,7 +179,7 @@ class ImportanceRedundancy:
                 number of them.
         """
         if budget >= k_LGD.shape[0]:
-            return _same_for_all_heads(torch.arange(k_LGD.shape[0]), k_LGD)
+            return _same_for_all_heads(torch.arange(k_LGD.shape[0], device=k_LGD.device), k_LGD)
         group_tokens = layout.tokens_per(self.granularity)
         count = _whole_groups(budget, group_tokens, what=self.granularity)
         score_GN = self.score(q_QHD, k_LGD, layout=layout)
@@ -206,7 +206,9 @@ class Recent:
         kept = num_keys
         if budget < num_keys:
             kept = _whole_groups(budget, chunk_tokens, what="chunk") * chunk_tokens
-        return _same_for_all_heads(torch.arange(num_keys - kept, num_keys), k_LGD)
+        return _same_for_all_heads(
+            torch.arange(num_keys - kept, num_keys, device=k_LGD.device), k_LGD
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class SinkRecent:
         """
         num_keys, frame_tokens = k_LGD.shape[0], layout.frame_tokens
         if budget >= num_keys:
-            return _same_for_all_heads(torch.arange(num_keys), k_LGD)
+            return _same_for_all_heads(torch.arange(num_keys, device=k_LGD.device), k_LGD)
         sink = self.sink_frames * frame_tokens
         recent = (budget - sink) // frame_tokens * frame_tokens
         if recent < frame_tokens:
@@ -248,8 +250,10 @@ class SinkRecent:
                 f"a budget of {budget} tokens does not hold {self.sink_frames} sink frames and "
                 f"one more of {frame_tokens} tokens each; raise the budget or lower sink_frames"
             )
-        newest = torch.arange(num_keys - recent, num_keys)
-        return _same_for_all_heads(torch.cat([torch.arange(sink), newest]), k_LGD)
+        newest = torch.arange(num_keys - recent, num_keys, device=k_LGD.device)
+        return _same_for_all_heads(
+            torch.cat([torch.arange(sink, device=k_LGD.device), newest]), k_LGD
+        )
 
 
 def _whole_groups(budget: int, group_tokens: int, *, what: str) -> int:
@@ -262,4 +266,4 @@ def _whole_groups(budget: int, group_tokens: int, *, what: str) -> int:
 
 
 def _same_for_all_heads(index_K: Tensor, k_LGD: Tensor) -> Tensor:
-    return index_K.to(k_LGD.device).unsqueeze(-1).expand(-1, k_LGD.shape[1])
+    return index_K.unsqueeze(-1).expand(-1, k_LGD.shape[1])

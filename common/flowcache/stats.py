@@ -102,6 +102,7 @@ class RunStats:
         self._open_stages: list[str] = []
         self._start_seconds = time.perf_counter()
         if device.type == "cuda":
+            torch.cuda.init()  # the count of a numbered device is refused before that
             torch.cuda.reset_peak_memory_stats(device)
 
     def record(

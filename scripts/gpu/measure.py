@@ -7,18 +7,23 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from flowcache.job import Shown
+from flowcache.overlap import Later, lane_for, should_overlap
 from flowcache.record import Record
 from flowcache.results import ResultStore
 from flowcache.reuse import Policies, ReusePolicy, Vanilla
+from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from flowcache.trace import PassId, TickId, Trace, elapsed_seconds, now
 from flowcache.video import to_uint8
@@ -123,17 +128,16 @@ def matrix_rate(device: torch.device) -> float:
 
 def shares_of_kinds(
     subject: Subject[Models], models: Models, plan: Plan, device: torch.device
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Return how the time of a tick with a full window is divided among kinds of operations.
 
-    Every chunk is computed. The ticks before it serve as warm-up.
+    Every chunk is computed. The ticks before it serve as warm-up. None where the profiler sees
+    nothing of the device, as without the right to.
     """
-    counts = [len(tick.steps) for tick in plan.ticks[0]]
-    last = min(counts.index(max(counts)) + 1, len(counts) - 1)
     is_cuda = device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     shown = subject.play(models, plan, RunStats(device), all_computed)
-    for _ in range(last):
+    for _ in range(looked_at(plan.ticks[0])):
         next(shown)
     wait(device)
     with profile(activities=[activity], acc_events=True) as profiler:
@@ -147,7 +151,19 @@ def shares_of_kinds(
         own = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         seconds[kind_of(event.key)] += own
     total = sum(seconds.values())
-    return {name: part / total for name, part in seconds.items()}
+    return {name: part / total for name, part in seconds.items()} if total else None
+
+
+def looked_at(ticks: Sequence[Tick]) -> int:
+    """Return which tick is profiled: one with a full window and no chunk decoded beside it.
+
+    The second of those before a chunk becomes clean, or the only one.
+    """
+    most = max(len(tick.steps) for tick in ticks)
+    first_clean = next((i for i, tick in enumerate(ticks) if tick.finishing), len(ticks))
+    full = [i for i, tick in enumerate(ticks) if len(tick.steps) == most]
+    quiet = [i for i in full if i < first_clean] or full
+    return quiet[min(1, len(quiet) - 1)]
 
 
 def kind_of(kernel: str) -> str:
@@ -183,10 +199,10 @@ def measure(
     wait(device)
     stats = TimedStats(device)
     policies = job.policies(subject, stats)
-    start, num_frames = time.perf_counter(), 0
-    for progress in subject.play(models, job.plan, stats, policies):
-        if progress.frames is not None:
-            num_frames += len(to_uint8(progress.frames).cpu())
+    is_beside = should_overlap(job.plan.config.overlap, device, takes_turns=job.plan.config.offload)
+    start = time.perf_counter()
+    shown = subject.play(models, job.plan, stats, policies)
+    num_frames = take_frames(shown, device=device, is_beside=is_beside)
     wait(device)
     total = time.perf_counter() - start
     return {
@@ -199,6 +215,25 @@ def measure(
         "attention_kernel": kernel,
         "warm_up_seconds": warm_up,
     }
+
+
+def take_frames(shown: Iterable[Shown], *, device: torch.device, is_beside: bool) -> int:
+    """Carry out a run and bring its frames to the host, as one that writes them; count them.
+
+    Args:
+        is_beside: whether frames are waited for in a thread, while the next ticks go on.
+    """
+
+    def take(later: Later[Tensor]) -> int:
+        return len(to_uint8(later.get()).cpu())
+
+    with lane_for("take", device=device, is_beside=is_beside) as lane:
+        taken = [
+            lane.submit(partial(take, progress.later))
+            for progress in shown
+            if progress.later is not None
+        ]
+        return sum(count.get() for count in taken)
 
 
 def _figures(

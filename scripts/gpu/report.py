@@ -12,6 +12,7 @@ HEAD = (
     *("outside DiT", "VAE s", "peak GB", "attention kernel"),
     *("warm-up s", "measured"),
 )
+KINDS = ("attention", "linears", "other")
 
 
 def judged(subject: Subject[Any], rows: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -23,7 +24,12 @@ def judged(subject: Subject[Any], rows: Mapping[str, Row]) -> list[dict[str, Any
     Returns: for each target what it says, its bound, the figure, whose it is, and whether it is
         met; None: the figure was not measured.
     """
-    return [_judge(target, _with_speedups(subject, rows)) for target in subject.targets]
+    good, lean = _with_speedups(subject, rows), {m.name for m in subject.methods if m.is_lean}
+    quick = [name for name in good if name not in lean]
+    return [
+        _judge(target, good, names=quick if target.method is None else [target.method])
+        for target in subject.targets
+    ]
 
 
 def _with_speedups(subject: Subject[Any], rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -35,8 +41,7 @@ def _with_speedups(subject: Subject[Any], rows: Mapping[str, Row]) -> dict[str, 
     }
 
 
-def _judge(target: Target, rows: Mapping[str, Row]) -> dict[str, Any]:
-    names = list(rows) if target.method is None else [target.method]
+def _judge(target: Target, rows: Mapping[str, Row], *, names: Sequence[str]) -> dict[str, Any]:
     found = {
         name: rows[name][target.figure]
         for name in names
@@ -136,7 +141,7 @@ def _cells(name: str, row: Row) -> Sequence[str]:
         f"{row['seconds_per_forward']:.3g}",
         f"{row['rate'] / 1e12:.3g}",
         _percent(row["rate_share"]),
-        " / ".join(f"{100 * kinds[kind]:.0f}" for kind in ("attention", "linears", "other")) + " %",
+        "-" if kinds is None else " / ".join(f"{100 * kinds[k]:.0f}" for k in KINDS) + " %",
         _percent(row["caching_share"]),
         _percent(row["compression_share"]),
         _percent(row["exposed_share"]),

@@ -31,12 +31,14 @@ class Method:
         preset: of the model's own `configs`.
         speed: the published decisions that it follows; None: every step is computed.
         settings: changes of the preset.
+        is_lean: whether speed is given up for memory; bounds of all methods are not about it.
     """
 
     name: str
     preset: str
     speed: Speed | None = None
     settings: tuple[str, ...] = ()
+    is_lean: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Target:
 
     figure: str
     method: str | None
-    """None: the worst of all methods."""
+    """None: the worst of all methods that give up no speed for memory."""
     least: float | None = None
     most: float | None = None
     says: str = ""

@@ -1,10 +1,12 @@
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache.attention import (
     SDPA,
@@ -108,23 +110,41 @@ def timed(**milliseconds: float) -> Seconds:
 
 
 def test_the_fastest_kernel_of_the_probe_is_taken_and_all_times_are_told():
-    seconds = timed(cudnn=2.0, flash=1.5, math=90.0)
+    seconds = timed(cudnn=2.0, flash=1.5, efficient=9.0)
     kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=seconds)
     assert kernel.name == "torch SDPA, flash"
-    assert [name.split()[-1] for name, _ in kernel.probed] == ["flash", "cudnn", "math"]
+    assert [name.split()[-1] for name, _ in kernel.probed] == ["flash", "cudnn", "efficient"]
     assert describe_choice(kernel) == (
         "attention     torch SDPA, flash (probed: torch SDPA, flash 1.5 ms, torch SDPA, cudnn 2 ms,"
-        " torch SDPA, math 90 ms)"
+        " torch SDPA, efficient 9 ms)"
     )
 
 
-def test_a_wanted_kernel_is_taken_without_a_probe():
+@pytest.mark.parametrize(("sparing", "name"), [({"flash": 5.0}, "flash"), ({}, "math")])
+def test_the_kernel_that_keeps_all_products_in_memory_is_the_last_resort(
+    sparing: dict[str, float], name: str
+):
+    kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=timed(math=1.0, **sparing))
+    assert [name for name, _ in kernel.probed] == [f"torch SDPA, {name}"]
+
+
+def test_a_wanted_kernel_is_taken_and_no_other_is_tried():
+    seconds = timed(efficient=9.0, flash=1.0)
+    kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="efficient", seconds=seconds)
+    assert kernel.probed == (("torch SDPA, efficient", 0.009),)
+    with pytest.raises(
+        UserError, match=r"attention_kernel=cudnn is none that .* can do 64 .*=auto"
+    ):
+        choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="cudnn", seconds=seconds)
+
+
+def test_nothing_is_tried_where_there_is_no_choice():
     def never(*_: object) -> float:
         raise AssertionError("no probe is needed")
 
-    kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="efficient", seconds=never)
-    assert kernel.name == "torch SDPA, efficient"
     assert choose_kernel(torch.device("cpu"), dtype=HALF, shape=SHAPE, seconds=never) is SDPA
+    kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="torch", seconds=never)
+    assert kernel is SDPA
 
 
 def test_a_kernel_that_cannot_run_here_is_refused():
@@ -137,11 +157,50 @@ def test_a_shape_that_no_kernel_can_do_is_an_error():
         choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=timed())
 
 
-@pytest.mark.parametrize("name", ["math", "flash"])
-def test_a_backend_of_torch_gives_what_the_definition_gives(name: str):
-    kernel = available_kernels(CUDA, dtype=HALF)[name]
+def test_the_math_backend_of_torch_gives_what_the_definition_gives():
+    kernel = available_kernels(CUDA, dtype=HALF)["math"]
     q, k, v = SHAPE.tensors(device=torch.device("cpu"), dtype=torch.float32)
     torch.testing.assert_close(kernel(q, k, v), by_definition(q, k, v), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+def test_a_backend_of_torch_gives_the_shape_of_the_queries(name: str):
+    kernel = available_kernels(CUDA, dtype=HALF)[name]
+    q, k, v = SHAPE.tensors(device=torch.device("meta"), dtype=HALF)
+    out = kernel(q, k, v)
+    assert out.shape == q.shape
+    assert out.dtype == HALF
+
+
+def test_a_kernel_leaves_the_choice_of_other_threads_alone():
+    kernel = available_kernels(CUDA, dtype=HALF)["math"]
+    seen: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        kernel(*SHAPE.tensors(device=torch.device("cpu"), dtype=torch.float32))
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("problem", ["raise ImportError('undefined symbol: x')", "x = 1"])
+def test_a_flash_attn_that_does_not_work_here_is_passed_over_with_a_warning(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    problem: str,
+):
+    (tmp_path / "flash_attn.py").write_text(problem)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(importlib.import_module("sys").modules, "flash_attn", raising=False)
+    assert "flash_attn_2" not in available_kernels(CUDA, dtype=HALF)
+    assert "flash-attn 2 is installed but can't be used" in caplog.text
 
 
 @pytest.mark.gpu

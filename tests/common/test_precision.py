@@ -1,6 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache.precision import linear_in_float32
 
@@ -17,3 +22,41 @@ def test_a_linear_layer_of_coarse_weights_computes_in_float32(has_bias: bool):
     # a layer that computes in its weights' dtype is a thousand times less exact
     assert (layer(x).double() - exact).abs().max() > 1e-3
     assert layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("dtype", "is_narrow"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_on_cuda_16_bit_numbers_are_not_made_wider_first(
+    has_bias: bool, dtype: torch.dtype, is_narrow: bool
+):
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    # tensors without values: no device is needed
+    with FakeTensorMode(), torch.no_grad(), Watch():
+        layer = nn.Linear(64, 8, bias=has_bias, device="meta")
+        layer.weight = nn.Parameter(torch.empty(8, 64, device="cuda", dtype=dtype))
+        if has_bias:
+            layer.bias = nn.Parameter(torch.empty(8, device="cuda", dtype=dtype))
+        x = torch.empty(2, 5, 64, device="cuda", dtype=dtype)
+        made.clear()
+        found = linear_in_float32(layer, x)
+    assert found.shape == (2, 5, 8)
+    assert found.dtype == torch.float32
+    assert ("aten.mm.dtype" in made) == is_narrow
+    assert ("aten._to_copy.default" in made) == (has_bias and is_narrow)
+
+
+@pytest.mark.gpu
+def test_16_bit_products_on_cuda_are_those_of_float32():
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 256).bfloat16().cuda()
+    x = torch.randn(3, 40, 512, device="cuda").bfloat16()
+    exact = functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    torch.testing.assert_close(linear_in_float32(layer, x).double(), exact, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,9 @@
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.overlap import Later
 from flowcache.schedule import staggered
 from flowcache.stats import RunStats
 
@@ -183,7 +186,8 @@ def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(
     subject = script.SUBJECTS["skyreels_v2"]
     rows = {
         "vanilla": row(100.0, rate_share=0.5),
-        "FlowCache-fast": row(20.0, caching_share=0.004, peak_bytes=25e9),
+        "FlowCache-fast": row(20.0, caching_share=0.004),
+        "FlowCache-fast, keys on the host": row(40.0, rate_share=0.3, peak_bytes=25e9),
         "FlowCache-slow": {"error": "out of memory"},
     }
     verdicts = {one["figure"]: one for one in report.judged(subject, rows)}
@@ -195,7 +199,7 @@ def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(
     assert verdicts["peak_bytes"]["is_met"] is False
     said = report.said(verdicts["peak_bytes"], is_judged=True)
     assert said.startswith("NOT met: ")
-    assert "<= 24.0 GB: 25.0 GB (FlowCache-fast)" in said
+    assert "<= 24.0 GB: 25.0 GB (FlowCache-fast, keys on the host)" in said
     assert report.said(verdicts["peak_bytes"], is_judged=False).startswith("not judged: ")
 
 
@@ -205,6 +209,50 @@ def test_a_target_without_a_figure_is_not_measured(script: ModuleType, report: M
     speedup = next(one for one in verdicts if one["figure"] == "speedup")
     assert speedup["value"] is None
     assert report.said(speedup, is_judged=True).startswith("not measured: ")
+
+
+def test_a_profiler_that_sees_nothing_leaves_a_dash(script: ModuleType, report: ModuleType):
+    rows = {"vanilla": row(9.0, kinds=None)}
+    document = {
+        "name": "x",
+        "note": "",
+        "command": "",
+        "is_judged": False,
+        "environment": defaultdict(str, packages={"torch": "2"}),
+        "models": {"magi1": rows},
+    }
+    page = report.markdown(document, script.SUBJECTS)
+    assert "| 60 % | - | - | 0 % |" in page
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_profiled_tick_has_a_full_window_and_no_decoding_beside_it(
+    script: ModuleType, model: str
+):
+    measure, subject = importlib.import_module("gpu.measure"), script.SUBJECTS[model]
+    ticks = subject.plan(subject.methods[0], "paper", subject.thin["paper"][-1], ()).ticks[0]
+    looked_at = measure.looked_at(ticks)
+    assert len(ticks[looked_at].steps) == max(len(tick.steps) for tick in ticks)
+    assert not any(tick.finishing for tick in ticks[: looked_at + 1])
+
+
+def test_the_next_tick_goes_on_while_frames_are_decoded():
+    measure = importlib.import_module("gpu.measure")
+    goes_on = threading.Event()
+
+    def decode() -> torch.Tensor:
+        assert goes_on.wait(timeout=20), "the next tick waited for the frames"
+        return torch.zeros(3, 5, 2, 2)
+
+    def shown() -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(later=Later(decode))
+        goes_on.set()
+        yield SimpleNamespace(later=None)
+
+    assert measure.take_frames(shown(), device=torch.device("cpu"), is_beside=True) == 5
 
 
 # The whole of it ----------------------------------------------------------------------------------
