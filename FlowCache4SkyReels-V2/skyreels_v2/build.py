@@ -55,9 +55,19 @@ def sampling_of(config: RunConfig) -> Sampling:
         addnoise=config.addnoise_condition,
         signal=config.reuse.signal,
         quantity=config.reuse.predict,
-        batch_branches=config.batch_branches,
+        batch_branches=batches_branches(config),
         together_tokens=config.together_tokens,
     )
+
+
+def batches_branches(config: RunConfig) -> bool:
+    """Tell whether the guidance branches are computed in one batch."""
+    if config.batch_branches is not None:
+        return config.batch_branches
+    is_full = config.attention == "full"
+    frames = latent_frames(config.base_num_frames) if is_full else config.causal_block_size
+    tokens = len(branches_of(config)) * frames * tokens_per_frame(config)
+    return tokens <= config.together_tokens
 
 
 def setting_of(config: RunConfig) -> Setting:

@@ -80,7 +80,7 @@ class RunConfig:
     parallel: ParallelRule = field(default_factory=ParallelRule)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
-    batch_branches: bool = False
+    batch_branches: bool | None = None
     together_tokens: int = 4096
     offload: bool = False
     text_on_host: bool = False

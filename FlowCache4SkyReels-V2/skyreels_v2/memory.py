@@ -19,7 +19,7 @@ from flowcache.memory import (
     weight_bytes,
 )
 from skyreels_v2 import text, vae
-from skyreels_v2.build import VAE_STRIDE, sampling_of
+from skyreels_v2.build import VAE_STRIDE, batches_branches, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT, DiTConfig, whole_window
@@ -174,7 +174,7 @@ class RunMemory:
         dit = self.dit
         tokens = dit.text_len + (IMAGE_TOKENS if dit.model_type == "i2v" else 0)
         one = 2 * tokens * dit.dim * dit.num_layers * self.dtype.itemsize
-        copies = 2 if self.config.batch_branches and self.plan.num_branches > 1 else 1
+        copies = 2 if batches_branches(self.config) and self.plan.num_branches > 1 else 1
         return Part("prompts", copies * self.plan.num_branches * one, "use a smaller model")
 
     def _kv(self, residence: Residence) -> Part:
@@ -268,7 +268,7 @@ class RunMemory:
 def _dit_scratch(config: RunConfig, dit: DiTConfig, plan: Plan, *, dtype: torch.dtype) -> int:
     """Return what one forward holds beside weights and caches: one layer stands for all."""
     frames = plan.forward_tokens // plan.frame_tokens
-    batch = plan.num_branches if config.batch_branches else 1
+    batch = plan.num_branches if batches_branches(config) else 1
     size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
     with META:
         model = DiT(replace(dit, num_layers=1)).to(dtype)

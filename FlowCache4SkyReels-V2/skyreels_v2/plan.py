@@ -11,6 +11,7 @@ from flowcache.scoring import scoring_bytes
 from flowcache.settings import stored_results
 from skyreels_v2 import flops
 from skyreels_v2.build import (
+    batches_branches,
     branches_of,
     compression_of,
     kv_capacity,
@@ -110,7 +111,7 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
         scoring_bytes=_scoring_bytes(config, dit, queries=queries, kv_tokens=kv_tokens),
         stored_bytes=_stored_bytes(config, dit, tokens=tokens, width=width) * num_branches,
         forward_tokens=forward_tokens,
-        activation_bytes=(num_branches if config.batch_branches else 1)
+        activation_bytes=(num_branches if batches_branches(config) else 1)
         * forward_tokens
         * (RESIDUAL_COPIES * 4 * dit.dim + 2 * width * dit.ffn_dim),
     )
