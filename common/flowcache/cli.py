@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from flowcache.stats import RunStats
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+"""As of a program that SIGPIPE ended."""
 LOG_INTERVAL_SECONDS = 15
 """Between two states of the progress bar where it goes to a file."""
 
@@ -127,6 +130,10 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # who reads has seen enough, as `| head`; nothing more can be written there at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     return 0
 
 
