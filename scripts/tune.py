@@ -28,6 +28,7 @@ from tuning.findings import (
     Found,
     check_has_guidance,
     check_leaves_steps,
+    check_reachable,
     investigate,
     kv_effect,
 )
@@ -151,7 +152,10 @@ def command(options: argparse.Namespace) -> None:
         folder=options.work,
         holds_guidance=options.hold_guidance,
     )
-    check_leaves_steps(subject.work().num_steps, constraints)
+    num_steps, num_passes = subject.work().num_steps, subject.work().num_passes
+    check_leaves_steps(num_steps, constraints)
+    least_cost = 1 / num_passes if options.hold_guidance else 1
+    check_reachable(target, num_steps, constraints, least_cost=least_cost)
     check_has_guidance(subject.work())
     out = options.out or options.work / "profile.yaml"
     if options.dry_run:

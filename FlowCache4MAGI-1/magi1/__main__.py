@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.cli import overrides_of, run_parser
+from flowcache.cli import overrides_of, run_command, run_parser
 from flowcache.config import describe as describe_keys
 from flowcache.parallel import run_in_ranks
 from flowcache.ranks import Ranks
@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     if options.list_settings:
-        print("\n".join(list_settings()))
-        return 0
+        return run_command(lambda: print("\n".join(list_settings()), flush=True))
     named = {name: name for name in RUN_ARGUMENTS}
     request = Request(
         preset=options.preset,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowcache import job as jobs
-from flowcache.attention import choose_kernel, describe_choice
+from flowcache.attention import check_available, choose_kernel, describe_choice
 from flowcache.cli import choose_device
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
@@ -121,6 +121,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     layout = divide(config, ranks)
     dtype = dtype_of(config, device)
+    check_available(config.attention_kernel, device, dtype=dtype)
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
     prefix = read_prefix(config)
     replay = _read_replay(request, config, num_prefix=_num_prefix(config, prefix))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.cli import overrides_of, run_parser
+from flowcache.cli import overrides_of, run_command, run_parser
 from flowcache.config import describe as describe_keys
 from flowcache.parallel import run_in_ranks
 from flowcache.ranks import Ranks
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--end-image", dest="end_image", help="end image")
     options = parser.parse_intermixed_args(arguments)
     if options.list_settings:
-        print("\n".join(describe_keys(RunConfig, commented=PRESETS / "base.yaml")))
-        return 0
+        keys = describe_keys(RunConfig, commented=PRESETS / "base.yaml")
+        return run_command(lambda: print("\n".join(keys), flush=True))
     names = ("prompt", "image", "end_image", "video", "seed", "memory_limit", "embedding_cache")
     named = {name: name for name in names}
     request = Request(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowcache.attention import choose_kernel, describe_choice
+from flowcache.attention import check_available, choose_kernel, describe_choice
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
@@ -120,6 +120,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     ranks = Ranks() if ranks is None else ranks
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     dtype = choose_dtype(config.dtype, device)
+    check_available(config.attention_kernel, device, dtype=dtype)
     quantize.check(config.quantize, checkpoint.config, device=device, dtype=dtype)
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
@@ -224,13 +225,19 @@ def describe(job: Job) -> str:
     head = [
         f"model        {job.checkpoint.folder.name}, {job.checkpoint.layout} layout, "
         f"{str(job.dtype).removeprefix('torch.')} on {job.device}",
-        f"preset       {job.preset}: {job.config.attention} attention, "
-        f"{job.config.reuse.policy} reuse, {job.config.kv.compress} KV compression",
+        _preset_line(job.preset, job.config),
     ]
     head += [*profile_lines(job.config.reuse), *replay_lines(job.replay)]
     head += layout_lines(job.ranks.layout)
     memory = [] if job.memory is None else job.memory.lines()
     return "\n".join([*head, *lines(job.plan, job.config), *memory, f"output       {job.path}"])
+
+
+def _preset_line(name: str, config: RunConfig) -> str:
+    return (
+        f"preset       {name}: {config.attention} attention, {config.reuse.policy} reuse, "
+        f"{config.kv.compress} KV compression"
+    )
 
 
 def plan_released(request: Request, ranks: Ranks | None = None) -> str:
@@ -257,7 +264,8 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     memory = plan_memory(
         config, sizes, plan, checkpoint=None, dtype=dtype, limit=parse_limit(config.memory_limit)
     )
-    head_lines = [head, *profile_lines(config.reuse), *replay_lines(replay)]
+    head_lines = [head, _preset_line(preset.stem, config)]
+    head_lines += [*profile_lines(config.reuse), *replay_lines(replay)]
     head_lines += layout_lines(layout)
     return "\n".join([*head_lines, *lines(plan, config), *memory.lines()])
 
@@ -414,4 +422,9 @@ def choose_model(name: str) -> str | Path:
                 f"{DEMO}: the demo checkpoint is missing: restore it from the repository"
             )
         return DEMO
+    if name in RELEASED and not Path(name).exists():
+        raise UserError(
+            f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
+            f"its hub id, as {REAL_MODEL}"
+        )
     return REAL_MODEL if name == "auto" else name

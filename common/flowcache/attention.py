@@ -182,6 +182,20 @@ def available_kernels(device: torch.device, *, dtype: torch.dtype) -> dict[str, 
     return (_flash_attn() if is_half else {}) | {"torch": SDPA} | _backends()
 
 
+def check_available(wanted: KernelName, device: torch.device, *, dtype: torch.dtype) -> None:
+    """Check that a kernel is there; whether it can do the shape of a run is not looked at.
+
+    Raises:
+        UserError: it is not.
+    """
+    kernels = {} if wanted == "auto" else available_kernels(device, dtype=dtype)
+    if kernels and wanted not in kernels:
+        raise UserError(
+            f"attention_kernel={wanted} is not available on {device.type} with "
+            f"{str(dtype).removeprefix('torch.')}: use auto, or one of {', '.join(kernels)}"
+        )
+
+
 Seconds = Callable[[Kernel, AttentionShape, torch.device, torch.dtype], float]
 """Measures a kernel; infinite if it can't do the shape."""
 
@@ -228,11 +242,7 @@ def choose_kernel(
     """
     kernels = available_kernels(device, dtype=dtype)
     if wanted != "auto":
-        if wanted not in kernels:
-            raise UserError(
-                f"attention_kernel={wanted} is not available on {device.type} with "
-                f"{str(dtype).removeprefix('torch.')}: use auto, or one of {', '.join(kernels)}"
-            )
+        check_available(wanted, device, dtype=dtype)
         kernels = {wanted: kernels[wanted]}
     first, *_ = kernels.values()
     if device.type != "cuda" or shape is None or wanted == "torch":

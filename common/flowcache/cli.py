@@ -19,6 +19,8 @@ from flowcache.stats import RunStats
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+"""As of a program that SIGPIPE ended."""
 LOG_INTERVAL_SECONDS = 15
 """Between two states of the progress bar where it goes to a file."""
 
@@ -131,6 +133,10 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # who reads has seen enough, as `| head`; nothing more can be written there at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     return 0
 
 

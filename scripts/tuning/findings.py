@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flowcache.errors import UserError
 from flowcache.metrics import PIXEL_MAX
-from flowcache.tune.forecast import Costs, Forecast, fit_costs, fit_pixel_scale, to_psnr
+from flowcache.tune.forecast import Costs, Forecast, Target, fit_costs, fit_pixel_scale, to_psnr
 from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
 from flowcache.tune.gram import Calibration
 from flowcache.tune.plan import Constraints, Plan, least_error_plans
@@ -21,6 +21,8 @@ NUM_MEASURED_CLIPS = 2
 NUM_PROBES = 6
 PROBE_SHARE = 1 / 8
 """Steps of a probe's gap, as a share of all."""
+STEP_SPREAD = 0.8
+"""Of the mean cost of a step, what the computed ones cost at least."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,29 @@ def check_leaves_steps(num_steps: int, constraints: Constraints) -> None:
         raise UserError(
             f"nothing can be reused in {num_steps} steps: the first and the last one are always "
             "computed, and --most-reuses must be 1 or more"
+        )
+
+
+def check_reachable(
+    target: Target, num_steps: int, constraints: Constraints, *, least_cost: float
+) -> None:
+    """Refuse a target that no plan can reach, before anything is measured.
+
+    Args:
+        least_cost: of a computed step, 1 for all guidance passes.
+
+    Raises:
+        UserError: it is so.
+    """
+    fewest = constraints.fewest(num_steps)
+    share = fewest / num_steps * least_cost * STEP_SPREAD
+    if (target.name == "flops" and target.value < share) or (
+        target.name == "speedup" and target.value > 1 / share
+    ):
+        raise UserError(
+            f"the target {target.name}={target.value:g} cannot be reached: at least {fewest} of "
+            f"{num_steps} steps are computed, as at most {constraints.most_reuses} in a row are "
+            "reused: ask for less, or raise --most-reuses"
         )
 
 

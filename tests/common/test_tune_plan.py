@@ -43,6 +43,14 @@ def test_the_programme_finds_what_exhaustive_search_finds(
             assert plan.error == pytest.approx(errors[plan.steps], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("most_reuses", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize(("warmup", "final"), [(1, 1), (3, 2), (9, 1)])
+def test_no_plan_computes_fewer_steps_than_is_said(most_reuses: int, warmup: int, final: int):
+    constraints = Constraints(warmup, final, most_reuses)
+    plans = best_plans(smooth_model(), Predictor(0), constraints=constraints)
+    assert min(plans) == constraints.fewest(9)
+
+
 def test_the_plan_of_all_steps_is_there_and_has_no_error():
     plans = best_plans(smooth_model(), Predictor(1), constraints=Constraints(most_reuses=3))
     assert plans[9].steps == tuple(range(9))

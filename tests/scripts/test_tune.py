@@ -255,6 +255,8 @@ def test_rows_of_other_settings_are_not_mixed_in(tune: Tune, capsys: pytest.Capt
     ("arguments", "words"),
     [
         (["--target", "psnr=500"], "cannot be reached"),
+        (["--target", "flops=0.001", "--dry-run"], "cannot be reached: at least "),
+        (["--target", "speedup=300", "--dry-run"], "cannot be reached: at least "),
         (["--target", "quality=3"], "must be one of the kinds"),
         (["--most-reuses", "0"], "nothing can be reused"),
         (["--hold-guidance"], "--hold-guidance needs a model with guidance, but this run has one"),

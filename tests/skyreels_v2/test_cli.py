@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,7 @@ def refused(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("reuse.policy=magic", "must be one of vanilla, teacache, flowcache, stride"),
         ("reuse.predict=future", "must be one of"),
         ("attention=sparse", "must be one of full, causal"),
+        ("attention_kernel=flash", "attention_kernel=flash is not available on cpu with float32"),
         ("num_steps=many", "num_steps is 'many', but must be int"),
         ("num_steps=2.5", "num_steps"),
         ("offload=maybe", "must be true or false"),
@@ -333,3 +336,17 @@ def test_help_and_the_list_of_settings_name_everything(capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     for word in ("--dry-run", "--overwrite", "--model", "flowcache_fast", "key=value", "examples"):
         assert word in text
+
+
+def test_a_released_name_makes_no_video_and_says_what_does(refused: Refused):
+    line = refused("--model", "df-1.3b-540p")
+    assert "df-1.3b-540p names sizes, for --dry-run" in line
+    assert "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers" in line
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = f'"{sys.executable}" -m skyreels_v2 --list-settings | head -1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("prompt")
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

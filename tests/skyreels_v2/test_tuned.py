@@ -164,6 +164,11 @@ def test_magcache_reuses_up_to_its_threshold(render: Render, write: Write):
         ({"fingerprint": "other"}, (), "was tuned for another model (small): tune this one"),
         ({}, ("shift=3",), "was tuned with shift 8.0, but this run has 3.0"),
         ({}, ("num_steps=5",), "was tuned with num_steps 6, but this run has 5"),
+        (
+            {},
+            ("num_steps=5", "shift=3"),
+            "made for small, was tuned with num_steps 6, shift 8.0, but this run has 5, 3.0: use",
+        ),
         ({}, ("ar_step=2",), "was tuned with lag 1, but this run has 2"),
         ({}, ("guidance=1",), "was tuned with guidance [6.0], but this run has []"),
         ({}, ("reuse.profile=no.yaml",), "no.yaml: no such profile: make one with"),
@@ -202,7 +207,9 @@ def test_a_damaged_profile_is_one_line(
     path.write_text(path.read_text()[:200])
     given = [*SETTINGS, "reuse.policy=planned", f"reuse.profile={path}", "--dry-run"]
     assert main(["--preset", "vanilla_causal", "--model", str(small), *given]) == EXIT_USER_ERROR
-    assert "is no profile, or damaged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is no profile, or damaged (" in told
+    assert "VALUE" not in told
 
 
 def test_a_run_says_what_it_follows(

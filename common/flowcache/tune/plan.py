@@ -47,6 +47,16 @@ class Constraints:
         last = range(max(num_steps - self.final_steps, 0), num_steps)
         return sorted({*first, *last})
 
+    def fewest(self, num_steps: int) -> int:
+        """Return how many steps a plan computes at least.
+
+        Example: 30 steps, at most 8 reuses in a row: 0, 9, 18, 27 and 29 are 5.
+        """
+        forced = self.forced(num_steps)
+        return len(forced) + sum(
+            -(-(after - before) // (self.most_reuses + 1)) - 1 for before, after in pairwise(forced)
+        )
+
     def allow(self, steps: Sequence[int], *, num_steps: int) -> bool:
         """Return whether a plan keeps to them."""
         gaps = [after - before - 1 for before, after in pairwise(steps)]

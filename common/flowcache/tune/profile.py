@@ -145,7 +145,7 @@ def read_profile(path: Path) -> Profile:
     try:
         return load_config(Profile, [path])
     except UserError as error:
-        reason = str(error).removeprefix(f"{path}: ")
+        reason = str(error).removeprefix(f"{path}: ").partition(": set it in a preset")[0]
         raise UserError(
             f"{path} is no profile, or damaged ({reason}): make it again with scripts/tune.py"
         ) from None
@@ -158,12 +158,15 @@ def check_fits(profile: Profile, setting: Setting, *, path: Path) -> None:
         UserError: it was; the line says what to do.
     """
     tuned, found = (_rounded(dataclasses.asdict(each)) for each in (profile.setting, setting))
-    for name, wanted in tuned.items():
-        if wanted != found[name]:
-            raise UserError(
-                f"{path} was tuned with {name} {wanted}, but this run has {found[name]}: use "
-                f"{wanted}, tune again with scripts/tune.py, or choose a preset without a profile"
-            )
+    wrong = [name for name, wanted in tuned.items() if wanted != found[name]]
+    if wrong:
+        was = ", ".join(f"{name} {tuned[name]}" for name in wrong)
+        now = ", ".join(f"{found[name]}" for name in wrong)
+        raise UserError(
+            f"{path}, made for {profile.source.model}, was tuned with {was}, but this run has "
+            f"{now}: use {was}, tune again with scripts/tune.py, or choose a preset without a "
+            "profile"
+        )
 
 
 def check_model(profile: Profile, found: str, *, path: Path) -> None:
