@@ -1,6 +1,7 @@
 """The denoising loop: the reference's clips, and laws that need no reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.errors import UserError
 from flowcache.record import build_record, replay_policies
-from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.reuse import Decision, FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.schedule import Tick
 from flowcache.stats import RunStats
 from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
 from magi1.config import ModelConfig
@@ -372,3 +374,44 @@ def test_observing_and_the_place_of_the_cache_change_nothing(
 def test_a_budget_within_the_window_is_refused(dit: DiT):
     with pytest.raises(UserError, match="KV budget is 4 chunks, but must be above the window of 4"):
         make(dit, budget=keep(4))
+
+
+class Unread(ReusePolicy):
+    """Computes what a stride does, and lets no signal be looked at."""
+
+    def __init__(self) -> None:
+        self.stride = Stride(every=2, warmup_steps=2)
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        return self.stride.plan(tick, signals, stored=stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity"),
+    [("base", "velocity"), ("distilled", "clean"), ("published", "latent_update")],
+)
+def test_nothing_but_a_decision_waits_for_the_device(dit: DiT, name: str, quantity: Any):
+    """Tensors of the meta device have no values: the host can't read one."""
+    meta = torch.device("meta")
+    model, clip = deepcopy(dit).to(meta), Clip(32, chunk_width=2)
+
+    def sampler(policy: ReusePolicy) -> ClipSampler:
+        return ClipSampler(
+            model,
+            torch.empty(4, 8, 4, 4, device=meta),
+            clip=clip,
+            clock=Clock(num_steps=4, window=2),
+            sampling=replace(SAMPLINGS[name], quantity=quantity),
+            captions={chunk: torch.empty(5, 6, device=meta) for chunk in clip.generated},
+            null_caption=model.null_caption[:3],
+            policy=policy,
+            stats=RunStats(torch.device("cpu")),
+            budget=keep(3),
+        )
+
+    made = sampler(Unread())
+    assert len(list(made.run())) == made.clock.ticks(clip)[-1].index + 1
+    with pytest.raises(NotImplementedError, match="meta"):  # the decision is what reads
+        list(sampler(FlowCache(threshold=0.3, warmup_steps=1)).run())

@@ -1,6 +1,6 @@
 """What a chunk gets that is not computed, on small models with random weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import SDPA
-from flowcache.compress import Recent, TokenLayout
+from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression
 from flowcache.results import Quantity, ResultStore
-from flowcache.reuse import FlowCache, ReusePolicy, Stride
+from flowcache.reuse import Decision, FlowCache, ReusePolicy, Stride
+from flowcache.schedule import Tick
 from skyreels_v2.dit import DiT
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.solver import UniPC, timestep_grid
@@ -238,3 +239,53 @@ def test_chunks_go_through_the_blocks_together_and_the_result_is_that_of_each_al
         assert own_flops == flops
         assert calls < most_calls
         most_calls = calls
+
+
+class Unread(ReusePolicy):
+    """Computes what a stride does, and lets no signal be looked at."""
+
+    def __init__(self) -> None:
+        self.stride = Stride(every=2, warmup_steps=2)
+
+    def plan(
+        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
+    ) -> dict[int, Decision]:
+        return self.stride.plan(tick, signals, stored=stored)
+
+
+@pytest.mark.parametrize(
+    ("loop", "quantity"),
+    [
+        ("full", "residual"),
+        ("causal", "velocity"),
+        ("causal", "latent_update"),
+        ("causal with clean pass", "clean"),
+    ],
+)
+def test_nothing_but_a_decision_waits_for_the_device(
+    loop: str, quantity: Quantity, make_dit: MakeDiT, denoise: Denoise
+):
+    """Tensors of the meta device have no values: the host can't read one."""
+    meta = torch.device("meta")
+    dit = make_dit(inject_sample_info=True).to(meta)
+    shape = (1, dit.config.text_len, dit.config.text_dim)
+    keep = partial(
+        ImportanceRedundancy().keep,
+        budget=2 * FRAME_TOKENS,
+        layout=TokenLayout(FRAME_TOKENS, 2 * FRAME_TOKENS),
+    )
+
+    def run(policy: MakePolicy) -> Any:
+        return denoise(
+            dit,
+            torch.empty(16, 5, HEIGHT, WIDTH, device=meta),
+            window=WINDOW,
+            sampling=replace(LOOPS[loop], quantity=quantity, signal="content"),
+            policy=policy,
+            compression=None if loop == "full" else Compression(2 * FRAME_TOKENS, keep),
+            texts={name: torch.empty(shape, device=meta) for name in ("cond", "uncond")},
+        )
+
+    assert run(Unread).latents.device == meta
+    with pytest.raises(NotImplementedError, match="meta"):  # the decision is what reads
+        run(partial(FlowCache, threshold=0.3, warmup_steps=2))
