@@ -4,7 +4,8 @@
 A run is named by its record, or by the video or the report beside it; a record is written when the
 run is started with --record. Prints a summary and writes one HTML page that needs no network:
 decisions per chunk and tick, distances against the threshold, tokens in the KV cache, times, key
-frames; of two runs also how the figures, the settings and the pixels differ.
+frames; of two runs also how the figures, the settings and the pixels differ. The time line of the
+stages comes from the report NAME.json, if that is there.
 
 It raises an alarm where the cache is on but never used, or always, where a distance is not a
 number or never changes, and where no distance reaches the threshold.

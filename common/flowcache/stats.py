@@ -33,7 +33,17 @@ import torch
 from torch import Tensor
 
 from flowcache.reuse import Decision
-from flowcache.trace import Moment, PassId, TickId, Trace, Traced, elapsed_seconds, now
+from flowcache.timeline import Period, merged_periods
+from flowcache.trace import (
+    Moment,
+    PassId,
+    TickId,
+    Trace,
+    Traced,
+    elapsed_seconds,
+    host_clock,
+    now,
+)
 from flowcache.units import scaled
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
@@ -220,6 +230,27 @@ class RunStats:
             for name, parent in parents.items()
         }
 
+    def timeline(self) -> list[Period]:
+        """Return when each stage was at work, in order of the starts. Waits for the device.
+
+        Stages inside another one are left out, and uses of a stage that follow each other at once
+        are told as one; see `merged_periods`. On CUDA a stage starts when the device begins with
+        its work, which is later than it was queued.
+        """
+        seconds = host_clock(self.device)
+        return merged_periods(
+            [
+                Period(
+                    span.name,
+                    seconds(span.start) - self._start_seconds,
+                    seconds(span.end) - self._start_seconds,
+                    span.is_beside,
+                )
+                for span in self._spans
+                if span.parent is None
+            ]
+        )
+
     def elapsed_seconds(self) -> float:
         """Return the time since this was made, by the host's clock."""
         return time.perf_counter() - self._start_seconds
@@ -241,6 +272,7 @@ class RunStats:
             "schema_version": SCHEMA_VERSION,
             "total_seconds": self.elapsed_seconds(),
             "stages": {name: stage.to_dict() for name, stage in self.stage_times().items()},
+            "timeline": [period.to_row() for period in self.timeline()],
             "passes": {
                 "computed": self.num_computed,
                 "reused": self.num_reused,

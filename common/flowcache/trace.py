@@ -7,7 +7,7 @@ Axes: N chunks.
 """
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -108,6 +108,34 @@ def elapsed_seconds(start: Moment, end: Moment) -> float:
         return start.elapsed_time(end) / 1000
     assert isinstance(end, float)
     return end - start
+
+
+def host_clock(device: torch.device) -> Callable[[Moment], float]:
+    """Return what tells when a moment was, in seconds of the host's clock. Waits for the device.
+
+    The queue of a CUDA device is empty then, so that one more event happens at a known time; every
+    event before it was that much earlier. The event now happens at 50 s of the host's clock:
+    another one, 2000 ms before it, was at 48 s.
+    """
+    if device.type != "cuda":
+        return _as_it_is
+    torch.cuda.synchronize(device)
+    reference = now(device)
+    assert isinstance(reference, torch.cuda.Event)
+    reference.synchronize()
+    reference_seconds = time.perf_counter()
+
+    def seconds(moment: Moment) -> float:
+        if isinstance(moment, float):
+            return moment
+        return reference_seconds - elapsed_seconds(moment, reference)
+
+    return seconds
+
+
+def _as_it_is(moment: Moment) -> float:
+    assert isinstance(moment, float)
+    return moment
 
 
 class Trace:

@@ -10,6 +10,7 @@ from explain_page.markup import element, number, svg
 from explain_page.plot import (
     BOTTOM,
     LEFT,
+    RIGHT,
     TOP,
     Axis,
     axis_names,
@@ -34,6 +35,7 @@ MAX_CELL_WIDTH, CELL_HEIGHT = 26.0, 20.0
 BAR_HEIGHT = 22.0
 STAGE_NAME_WIDTH = 150.0
 STAGE_NUMBER_WIDTH = 110.0
+LANE_NAME_WIDTH = 90.0
 MAX_TIPS = 12_000
 """Cells with a text of their own on one page; it would get too large with more."""
 
@@ -49,6 +51,7 @@ class Limits:
     tokens: float
     tick_seconds: float
     stage_seconds: float
+    timeline_seconds: float
     has_tips: bool
 
 
@@ -71,6 +74,9 @@ def limits_of(runs: Sequence[Run]) -> Limits:
         stage_seconds=max(
             (stage["seconds"] for run in runs for stage in run.record["stages"].values()),
             default=0.0,
+        ),
+        timeline_seconds=max(
+            (period.stop_seconds for run in runs for period in run.timeline), default=0.0
         ),
         has_tips=len(rows) <= MAX_TIPS,
     )
@@ -223,6 +229,42 @@ def stage_chart(run: Run, *, limits: Limits, width: float) -> Element:
     height = TOP + BAR_HEIGHT * len(ordered) + 4
     label = f"seconds per stage of {run.name}"
     return svg(*drawn, width=width, height=height, label=label)
+
+
+def timeline_chart(run: Run, *, limits: Limits, width: float) -> Element:
+    """Draw a lane per stage, in order of their starts, and a bar wherever it was at work."""
+    lanes = list(dict.fromkeys(period.stage for period in run.timeline))
+    bottom = TOP + BAR_HEIGHT * len(lanes)
+    high = limits.timeline_seconds or 1.0
+    x = Axis("seconds since the start", 0.0, high, LANE_NAME_WIDTH, width - RIGHT)
+    drawn: list[Element] = []
+    for value in x.numbers():
+        at = x(value)
+        drawn.append(element("line", x1=at, x2=at, y1=TOP, y2=bottom + 4, class_="grid"))
+        drawn.append(text(compact(value), x=at, y=bottom + 17, class_="middle"))
+    for index, name in enumerate(lanes):
+        top = TOP + BAR_HEIGHT * index
+        drawn.append(text(name.replace("_", " "), x=4, y=top + BAR_HEIGHT / 2 + 4))
+        for period in run.timeline:
+            if period.stage != name:
+                continue
+            start, stop = period.start_seconds, period.stop_seconds
+            tip = f"{name}: {seconds_text(stop - start)}\nfrom {start:.3f} s to {stop:.3f} s"
+            tip += "\nbeside the denoising" if period.is_beside else ""
+            drawn.append(
+                rectangle(
+                    x(start),
+                    top + 2,
+                    max(x(stop) - x(start), 0.5),
+                    BAR_HEIGHT - 4,
+                    class_="bar beside" if period.is_beside else "bar",
+                    tip=tip,
+                )
+            )
+    axis = element("line", x1=x.start, x2=x.stop, y1=bottom, y2=bottom, class_="axis")
+    name = text(x.name, x=(x.start + x.stop) / 2, y=bottom + BOTTOM - 6, class_="middle name")
+    label = f"time line of {run.name}: a lane per stage"
+    return svg(*drawn, axis, name, width=width, height=bottom + BOTTOM, label=label)
 
 
 def tick_chart(run: Run, *, limits: Limits, width: float) -> Element:

@@ -137,15 +137,7 @@ def _branch_choice(runs: Sequence[Run]) -> Element | None:
 
 
 def _decisions(runs: Sequence[Run], limits: charts.Limits) -> Element:
-    keys = [
-        element("span", element("i", class_=f"swatch {kind}"), name, class_="key")
-        for kind, name in (
-            ("computed", "computed"),
-            ("reused", "reused"),
-            ("ground", "not active"),
-        )
-    ]
-    legend = element("div", *keys, class_="legend")
+    legend = _legend(("computed", "computed"), ("reused", "reused"), ("ground", "not active"))
     note = "A row per chunk, a column per tick; at the right, the share that was computed."
     if not limits.has_tips:
         note += f" There are more than {charts.MAX_TIPS} passes: the cells have no texts."
@@ -199,7 +191,21 @@ def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
     ]
     note = "Seconds of each stage; a pale bar is part of the stage above it. Seconds of each tick."
     grid = element("div", *stages, *ticks, class_="grid two")
-    return _section("Time", element("p", note), grid)
+    return _section("Time", element("p", note), grid, *_timelines(runs, limits))
+
+
+def _timelines(runs: Sequence[Run], limits: charts.Limits) -> list[Element]:
+    """Draw when each stage was at work, where the runs' reports say it."""
+    drawn = [
+        _figure(charts.timeline_chart(run, limits=limits, width=FULL_WIDTH), _caption(run, runs))
+        for run in runs
+        if run.timeline
+    ]
+    if not drawn:
+        return []
+    legend = _legend(("bar", "the run itself"), ("beside", "beside the denoising"))
+    note = "When each stage was at work; bars above each other were at work together."
+    return [element("p", note), legend, element("div", *drawn, class_="grid")]
 
 
 def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
@@ -312,6 +318,15 @@ def _caption(run: Run, runs: Sequence[Run], *, panel: Panel | None = None) -> st
             parts.append(f"segment {panel.segment}")
         parts.append(f"branch {panel.branch}")
     return ", ".join(parts) or run.name
+
+
+def _legend(*keys: tuple[str, str]) -> Element:
+    """Name colours; a key is the class of a swatch, and what it stands for."""
+    named = [
+        element("span", element("i", class_=f"swatch {kind}"), name, class_="key")
+        for kind, name in keys
+    ]
+    return element("div", *named, class_="legend")
 
 
 def _badge(run: Run) -> Element:

@@ -1,5 +1,6 @@
 """A run as the page shows it: its record, its video if that is there, its alarms."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flowcache.errors import UserError
 from flowcache.record import alarms, read_record
+from flowcache.timeline import Period
 
 SUFFIX = ".record.json"
 STAGE_FIELDS = {"seconds", "num_uses", "within"}
@@ -47,6 +49,8 @@ class Run:
     rows: Sequence[Row]
     alarms: Sequence[str]
     video: Path
+    timeline: Sequence[Period] = ()
+    """When each stage was at work; empty if the report of the run is missing or does not say."""
 
     @property
     def name(self) -> str:
@@ -154,7 +158,36 @@ def load_run(source: Path, letter: str) -> Run:
     rows = [_row(**decision) for decision in record["decisions"]]
     if not rows:
         raise UserError(f"{source}: holds no decision of the cache: nothing to explain")
-    return Run(letter, record, rows, alarms(record), source.parent / Path(record["video"]).name)
+    video = source.parent / Path(record["video"]).name
+    timeline = _read_timeline(video.with_suffix(".json"))
+    return Run(letter, record, rows, alarms(record), video, timeline)
+
+
+def _read_timeline(report: Path) -> list[Period]:
+    """Return the time line of a report; none if there is no report, or an older one.
+
+    Raises:
+        UserError: the report is broken.
+    """
+    if not report.is_file():
+        return []
+    try:
+        rows = json.loads(report.read_text(encoding="utf-8"))["stats"].get("timeline", [])
+        return [_period(*row) for row in rows]
+    except OSError as error:
+        raise UserError(f"{report}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        said = "not the report of a run: stats.timeline must hold rows of"
+        raise UserError(f"{report}: {said} {', '.join(Period._fields)}") from None
+
+
+def _period(stage: Any, start_seconds: Any, stop_seconds: Any, is_beside: Any) -> Period:
+    if not isinstance(stage, str) or not isinstance(is_beside, bool):
+        raise TypeError
+    start, stop = float(start_seconds), float(stop_seconds)
+    if not (math.isfinite(start) and math.isfinite(stop) and start <= stop):
+        raise ValueError
+    return Period(stage, start, stop, is_beside)
 
 
 def _row(*, distance: Any, accumulated: Any, **others: Any) -> Row:

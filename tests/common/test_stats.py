@@ -10,6 +10,17 @@ from flowcache.stats import RunStats, environment
 CPU = torch.device("cpu")
 
 
+class Clock:
+    """A clock of the host that a test moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.seconds)
+
+    def move(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
 def record(stats: RunStats, *, chunk: int, is_computed: bool, branch: str = "cond") -> None:
     decision = Decision(is_computed, distance=0.25, accumulated=float("inf"))
     stats.record(segment=0, tick=3, chunk=chunk, step=2, branch=branch, decision=decision)
@@ -73,6 +84,33 @@ def test_a_nested_stage_is_part_of_the_outer_one():
     assert times["dit"].num_uses == times["kv_compression"].num_uses == 2
     assert times["kv_compression"].seconds >= 0.06
     assert times["dit"].seconds >= times["kv_compression"].seconds + 0.04
+
+
+def test_the_time_line_tells_when_the_outer_stages_and_those_beside_were_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    clock = Clock(monkeypatch)
+    stats = RunStats(CPU)
+    clock.move(1)
+    with stats.stage("load", is_on_host=True):
+        clock.move(2)
+    with stats.stage("dit"):  # 3 to 5
+        clock.move(0.5)
+        with stats.stage("kv_compression"):
+            clock.move(1.5)
+    with stats.stage("vae", is_beside=True):  # 5 to 12
+        with stats.stage("dit"):  # 5 to 9, at once after the one before
+            clock.move(4)
+        clock.move(1)
+        with stats.stage("dit"):  # 10 to 11
+            clock.move(1)
+        clock.move(1)
+    assert stats.to_dict()["timeline"] == [
+        ["load", 1.0, 3.0, False],
+        ["dit", 3.0, 9.0, False],
+        ["vae", 5.0, 12.0, True],
+        ["dit", 10.0, 11.0, False],
+    ]
 
 
 def test_a_stage_that_raises_is_still_counted_and_closed():
@@ -153,4 +191,8 @@ def test_cuda_stages_measure_the_work_queued_in_them():
     with stats.stage("write", is_on_host=True):
         time.sleep(0.05)
     assert stats.stage_times()["write"].seconds >= 0.05
+    (_, *dit, _), (_, *write, _) = stats.timeline()
+    assert -0.001 < dit[0] < dit[1] < write[0] + 0.001  # the work was waited for
+    assert write[1] < stats.elapsed_seconds()
+    assert dit[1] - dit[0] == pytest.approx(times["dit"].seconds, abs=0.001)
     assert stats.peak_memory_bytes() >= matrix.numel() * 4

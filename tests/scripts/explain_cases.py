@@ -106,11 +106,18 @@ def write_run(
     size: tuple[int, int] | None = (32, 48),
     num_frames: int = NUM_FRAMES,
     shade: int = 0,
+    timeline: object = None,
     **settings: Any,
 ) -> Path:
-    """Write a record, and a video of moving noise unless `size` is None; return the video."""
+    """Write a record, and a video of moving noise unless `size` is None; return the video.
+
+    Args:
+        timeline: of the report, which is not written without one.
+    """
     record = make_record(**settings) | {"video": f"{name}.mp4"}
     (folder / f"{name}.record.json").write_text(json.dumps(record))
+    if timeline is not None:
+        (folder / f"{name}.json").write_text(json.dumps({"stats": {"timeline": timeline}}))
     if size is not None:
         noise = np.random.default_rng(0).integers(0, 200, (*size, 3), dtype=np.uint8)
         frames = np.stack([np.roll(noise, at, axis=1) + shade for at in range(num_frames)])

@@ -81,6 +81,51 @@ def test_the_summary_counts_what_the_record_holds(
     assert figures["most clean tokens in the cache"] == "140.0"
 
 
+def test_the_time_line_has_a_lane_per_stage_and_a_bar_per_period(main: Main, tmp_path: Path):
+    timeline = [
+        ["text", 0.0, 1.0, False],
+        ["dit", 1.0, 6.0, False],
+        ["vae", 5.0, 8.0, True],
+        ["dit", 6.5, 10.0, False],
+    ]
+    explain(main, write_run(tmp_path, size=None, timeline=timeline))
+    page = Page(tmp_path / "clip.html")
+    assert page.says("seconds since the start")
+    assert page.says("beside the denoising")
+    tips = page.tips()
+    assert "vae: 3.00 s\nfrom 5.000 s to 8.000 s\nbeside the denoising" in tips
+    assert "dit: 3.50 s\nfrom 6.500 s to 10.000 s" in tips
+    (beside,) = (
+        attributes for _, attributes in page.elements if attributes.get("class") == "bar beside"
+    )
+    pixels_per_second = (1120 - 90 - 14) / 10  # the chart less the names and its right margin
+    assert float(beside["x"] or 0) == pytest.approx(90 + 5 * pixels_per_second, abs=0.01)
+    assert float(beside["width"] or 0) == pytest.approx(3 * pixels_per_second, abs=0.01)
+    lanes = [text for tag, text in page.texts if tag == "text" and text in ("text", "dit", "vae")]
+    assert lanes[-3:] == ["text", "dit", "vae"]
+
+
+def test_without_a_time_line_the_page_has_no_chart_of_it(main: Main, tmp_path: Path):
+    video = write_run(tmp_path, size=None)
+    explain(main, video)
+    (tmp_path / "clip.json").write_text('{"stats": {"total_seconds": 2.5}}')
+    explain(main, video, "--out", tmp_path / "older.html")
+    for name in ("clip.html", "older.html"):
+        page = Page(tmp_path / name)
+        assert not page.says("seconds since the start")
+        assert page.count("i", class_="swatch beside") == 0
+
+
+@pytest.mark.parametrize(
+    "timeline", ["text", [1], [["dit", 0.0, 1.0]], [["dit", 2.0, 1.0, True]], [[0, 0.0, 1.0, True]]]
+)
+def test_a_broken_time_line_is_said_in_one_line(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], timeline: object
+):
+    explain(main, write_run(tmp_path, size=None, timeline=timeline), code=2)
+    assert "clip.json: not the report of a run: stats.timeline" in capsys.readouterr().err
+
+
 def test_a_page_needs_nothing_from_outside(main: Main, tmp_path: Path):
     explain(main, write_run(tmp_path))
     page = Page(tmp_path / "clip.html")

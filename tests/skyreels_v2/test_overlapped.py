@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from flowcache.timeline import Period
 from skyreels_v2.vae import VAEStream
 
 Make = Callable[..., Any]
@@ -25,6 +26,26 @@ def test_decoding_beside_the_denoising_gives_the_same_video(make: Make):
     assert stages["vae"]["within"] is None
     assert "overlapped_seconds" not in plain.report["stats"]["stages"]["vae"]
     assert beside.report["first_frames_seconds"] > 0
+
+
+def test_the_time_line_shows_the_decoder_at_work_while_the_denoising_goes_on(make: Make):
+    def overlapping(report: dict[str, Any]) -> int:
+        rows = [Period(*row) for row in report["stats"]["timeline"]]
+        return sum(
+            vae.start_seconds < dit.stop_seconds and dit.start_seconds < vae.stop_seconds
+            for vae in rows
+            for dit in rows
+            if (vae.stage, vae.is_beside, dit.stage, dit.is_beside) == ("vae", True, "dit", False)
+        )
+
+    beside = make(*LONG, "overlap=true").report
+    assert overlapping(beside) > 0
+    assert overlapping(make(*LONG, "overlap=false").report) == 0
+    rows = [Period(*row) for row in beside["stats"]["timeline"]]
+    assert {row.stage for row in rows} == {"text", "load", "dit", "vae", "write"}
+    assert rows == sorted(rows, key=lambda row: row.start_seconds)
+    assert rows[0].start_seconds >= 0
+    assert max(row.stop_seconds for row in rows) <= beside["stats"]["total_seconds"]
 
 
 def test_an_error_in_the_decoder_ends_the_run_with_its_message(
