@@ -222,13 +222,16 @@ def _driver() -> str | None:
 def row_of(
     subject: Subject[Models], models: Models, method: Method, job: Job, device: torch.device
 ) -> dict[str, Any]:
-    """Measure a method; one that does not fit into memory says so."""
+    """Measure a method; one that does not fit into memory, or that PyTorch can't run, says so."""
     facts = {"preset": method.preset, "settings": list(method.settings)}
     try:
         return measure(subject, models, job, device) | facts
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         return {"error": f"out of memory: {reason}", **facts}
+    except RuntimeError as error:  # all errors of kernels are one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {"error": reason, **facts}
 
 
 def measure_model(

@@ -49,7 +49,7 @@ def compiled(function: Callable[..., T], *, lengths: Sequence[int | None]) -> Ca
         except (TorchDynamoException, subprocess.CalledProcessError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"the blocks can't be compiled ({reason}): give --no-compile"
+                f"the blocks can't be compiled ({reason}): give --no-compile, or compile=false"
             ) from error
 
     return call
@@ -81,7 +81,9 @@ def should_compile(wanted: bool | None, device: torch.device) -> bool:
     if missing is None:
         return True
     if wanted:
-        raise UserError(f"compile=true needs {missing}: install it, or give --no-compile")
+        raise UserError(
+            f"compile=true needs {missing}: install it, or give --no-compile, or compile=false"
+        )
     logger.warning("the blocks are not compiled: %s is missing; install it for more speed", missing)
     return False
 

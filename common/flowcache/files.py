@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +13,8 @@ from typing import Any, cast
 from flowcache.errors import UserError
 
 MAX_FRESH_NAMES = 100_000
+STALE_SECONDS = 24 * 3600
+"""After so long without a write an unfinished file may be removed."""
 
 
 def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
@@ -38,6 +42,33 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write in folder {folder}: {reason}") from None
+
+
+def remove_stale_parts(folder: Path, *, before: str, after: str) -> None:
+    """Remove unfinished files `BEFORE PID AFTER` that killed processes left a day ago or earlier.
+
+    A file stays while its process runs on this machine, and for a day after the last write in any
+    case: on a shared disk it may be another machine's, and what it holds can be rescued.
+    """
+    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    with contextlib.suppress(OSError):  # another process may do the same
+        for path in folder.iterdir():
+            found = pattern.fullmatch(path.name)
+            if found is None or _is_running(int(found[1])):
+                continue
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    """Tell whether a process runs on this machine; one that can't be asked counts as running."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

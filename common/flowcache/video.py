@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 
 from flowcache.errors import UserError
-from flowcache.files import check_writable, fresh_path
+from flowcache.files import check_writable, fresh_path, remove_stale_parts
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class VideoWriter:
             writer.append(frames)
 
     Until the end the frames are in `.NAME.PID.part.mp4` in the same folder. If the body raises (or
-    is interrupted), the frames so far become `STEM.partial.mp4`; see `partial_path`.
+    is interrupted), the frames so far become `STEM.partial.mp4`; see `partial_path`. What a killed
+    process left is removed by a later writer of that name; see `remove_stale_parts`.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class VideoWriter:
         self.partial_path: Path | None = None
         self._size = size
         self._overwrite = overwrite
-        self._part = path.with_name(f".{path.stem[:40]}.{os.getpid()}.part.mp4")
+        before, after = f".{path.stem[:40]}.", ".part.mp4"
+        remove_stale_parts(path.parent, before=before, after=after)
+        self._part = path.with_name(f"{before}{os.getpid()}{after}")
         self._encoder = imageio_ffmpeg.write_frames(
             str(self._part.resolve()),
             (size[1], size[0]),

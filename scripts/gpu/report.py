@@ -120,9 +120,8 @@ def _table(subject: Subject[Any], rows: Mapping[str, Row]) -> list[str]:
         if method.name in good:
             lines.append(f"| {' | '.join(_cells(method.name, good[method.name]))} |")
         elif method.name in rows:
-            lines.append(
-                f"| {method.name} | {rows[method.name]['error']} |{' |' * (len(HEAD) - 2)}"
-            )
+            error = rows[method.name]["error"].replace("|", "\\|")
+            lines.append(f"| {method.name} | {error} |{' |' * (len(HEAD) - 2)}")
     return lines
 
 

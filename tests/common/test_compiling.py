@@ -41,7 +41,9 @@ def test_a_failing_compiler_is_one_line_that_names_the_way_out():
     with (
         fresh_cache(),
         config.patch({"cpp.cxx": (None, "false")}),
-        pytest.raises(UserError, match=r"can't be compiled \(.*\): give --no-compile") as raised,
+        pytest.raises(
+            UserError, match=r"can't be compiled \(.*\): give --no-compile, or compile=false"
+        ) as raised,
     ):
         broken(nn.Linear(4, 4).requires_grad_(False), torch.randn(1, 7, 4))
     assert "\n" not in str(raised.value)
@@ -61,7 +63,9 @@ def test_a_missing_compiler_is_an_error_only_where_compiling_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(UserError, match=r"compile=true needs a C\+\+ compiler.*--no-compile"):
+    with pytest.raises(
+        UserError, match=r"compile=true needs a C\+\+ compiler.*--no-compile, or compile=false"
+    ):
         should_compile(True, torch.device("cpu"))
     assert not should_compile(None, torch.device("cuda"))
     assert "a C++ compiler is missing" in caplog.text

@@ -1,5 +1,6 @@
 import logging
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,24 @@ def test_an_interrupted_video_keeps_its_frames_under_another_name(
     assert writer.partial_path == tmp_path / "clip.partial.mp4"
     assert "kept the first 9 frames" in caplog.text
     assert probe(writer.partial_path).num_frames == 9
+
+
+def test_what_killed_processes_left_of_that_name_goes_after_a_day(tmp_path: Path):
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    running, gone = os.getppid(), ended.pid
+    old = [f".clip.{running}.part.mp4", f".clip.{gone}.part.mp4", f".clip.b.{gone}.part.mp4"]
+    for name in [*old, f".other.{gone}.part.mp4", ".clip.x.part.mp4"]:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    for number in (gone, running):  # what was just written may be another machine's
+        (tmp_path / f".new.{number}.part.mp4").touch()
+    before = files(tmp_path)
+    for name in ("clip", "new"):
+        with VideoWriter(tmp_path / f"{name}.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer:
+            writer.append(smooth_clip(1))
+    kept = [name for name in before if name != f".clip.{gone}.part.mp4"]
+    assert files(tmp_path) == sorted([*kept, "clip.mp4", "new.mp4"])
 
 
 def test_a_second_interruption_does_not_replace_the_first_partial_video(tmp_path: Path):

@@ -324,21 +324,37 @@ def test_a_tiny_model_is_measured_and_a_second_start_measures_only_what_is_missi
     assert "NOT met" not in page
 
 
-def test_a_method_without_memory_is_named_and_the_others_go_on(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "said", "shown"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB"),
+            "out of memory: CUDA out of memory",
+            "out of memory: CUDA out of memory",
+        ),
+        (RuntimeError("no kernel for a|b\nat line 3"), "no kernel for a|b", "no kernel for a\\|b"),
+    ],
+)
+def test_a_method_that_fails_is_named_and_the_others_go_on(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    said: str,
+    shown: str,
 ):
     def fail(_subject: Any, _models: Any, job: Any, _device: Any) -> dict[str, Any]:
         if job.speed is None:
             return row(10.0)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+        raise error
 
     monkeypatch.setattr(script, "measure", fail)
     methods = ("FlowCache-slow", "vanilla causal")
     rows = run(script, tmp_path, "--model", "skyreels_v2", "--methods", *methods)
     found = rows["models"]["skyreels_v2"]
-    assert found["FlowCache-slow"]["error"] == "out of memory: CUDA out of memory"
+    assert found["FlowCache-slow"]["error"] == said
     assert found["vanilla causal"]["total_seconds"] == 10.0
-    assert "out of memory" in (tmp_path / "gpu_test.md").read_text()
+    assert f"| {shown} |" in (tmp_path / "gpu_test.md").read_text()
 
 
 def test_a_file_of_another_machine_is_kept(
