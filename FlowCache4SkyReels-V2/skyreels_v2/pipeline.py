@@ -146,7 +146,7 @@ def generate(
                 yield Progress(segment, len(segments), tick, frames)
                 if frames is not None and config.overlap_history is not None:
                     parts = [frames] if tail is None else [tail, frames]
-                    tail = lane.submit(partial(_last_frames, parts, config.overlap_history))
+                    tail = lane.follow(partial(_last_frames, parts, config.overlap_history))
     _add_flops_of_others(stats, ranks)
 
 

@@ -54,6 +54,10 @@ class Lane(Protocol):
         """Have some work done, after all that was submitted before."""
         ...
 
+    def follow(self, work: Callable[[], T], /) -> Later[T]:
+        """Have a little work done after what was submitted last, without counting as waiting."""
+        ...
+
 
 class SerialLane:
     """Does its work at once."""
@@ -63,6 +67,10 @@ class SerialLane:
     def submit(self, work: Callable[[], T], /) -> Later[T]:
         """Do the work now."""
         return Later.of(work())
+
+    def follow(self, work: Callable[[], T], /) -> Later[T]:
+        """Do the work now."""
+        return self.submit(work)
 
 
 class ThreadLane:
@@ -110,16 +118,29 @@ class ThreadLane:
         """
         self._raise()
         self._room.acquire()
+        try:
+            future = self._queue(work)
+        except RuntimeError:
+            self._room.release()
+            raise
+        future.add_done_callback(lambda _: self._room.release())
+        return Later(future.result)
+
+    def follow(self, work: Callable[[], T], /) -> Later[T]:
+        """Have a little work done after what was submitted last, without counting as waiting.
+
+        Raises:
+            BaseException: what an earlier piece of work raised.
+        """
+        self._raise()
+        return Later(self._queue(work).result)
+
+    def _queue(self, work: Callable[[], T]) -> Future[T]:
         ready: torch.cuda.Event | None = None
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._stream.device))
-        try:
-            future: Future[T] = self._executor.submit(self._carry_out, work, ready)
-        except RuntimeError:
-            self._room.release()
-            raise
-        return Later(future.result)
+        return self._executor.submit(self._carry_out, work, ready)
 
     def _carry_out(self, work: Callable[[], T], ready: torch.cuda.Event | None) -> T:
         try:
@@ -133,8 +154,6 @@ class ThreadLane:
         except BaseException as error:
             self._failed.append(error)
             raise
-        finally:
-            self._room.release()
 
     def _in_stream(self, ready: torch.cuda.Event | None) -> AbstractContextManager[object]:
         if self._stream is None or ready is None:

@@ -39,6 +39,18 @@ def test_only_so_much_waits():
         assert len(submitted) == MAX_WAITING + 1
 
 
+def test_what_follows_takes_no_room():
+    gate, order = threading.Event(), []
+    with ThreadLane("test") as lane:
+        for number in range(MAX_WAITING):  # would wait for the gate if what follows counted
+            lane.submit(lambda: gate.wait(timeout=10))
+            lane.follow(lambda number=number: order.append(number))
+        assert order == []
+        gate.set()
+    assert order == list(range(MAX_WAITING))
+    assert SerialLane().follow(lambda: 3).get() == 3
+
+
 def fail() -> None:
     raise ValueError("the decoder broke")
 
