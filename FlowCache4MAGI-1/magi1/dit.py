@@ -19,6 +19,7 @@ from flowcache.attention import SDPA, Kernel
 from magi1.config import ModelConfig
 from magi1.fp8 import Fp8Linear
 from magi1.layers import (
+    ROPE_AXES,
     ContextKV,
     F32Linear,
     Layer,
@@ -239,6 +240,23 @@ class DiT(nn.Module):
                 parts=self.parts,
             )
         return x
+
+    @torch.no_grad()
+    def compile_ahead(self, *, num_tokens: int) -> None:
+        """Send zeros through the parts of a layer, so that `run_blocks` finds them compiled.
+
+        Args:
+            num_tokens: of a chunk, in this process; kernels are chosen by the first length that
+                they see.
+        """
+        config, bands = self.config, self.rope.bands
+        x = torch.zeros(1, num_tokens, config.hidden_size, dtype=self.dtype, device=bands.device)
+        condition = x.new_zeros(1, 1, config.condition_width)
+        rope = torch.zeros(num_tokens, ROPE_AXES * len(bands), 2, device=bands.device)
+        # the first layer is never 8-bit, the second is if any is
+        for layer in self._layers[:2]:
+            q, _, _, qx = self.parts.before(layer, x, rope)
+            self.parts.after(layer, x, q, qx, condition)
 
     def velocity(self, hidden_BSD: Tensor, *, latent_height: int, latent_width: int) -> Tensor:
         """Read the velocity (data minus noise) out of the last layer: float32 `[B, C, F, h, w]`."""

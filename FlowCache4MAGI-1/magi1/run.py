@@ -306,7 +306,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def load_models(job: Job, *, stats: RunStats) -> Models:
-    """Load the transformer and the VAE; with `offload` the VAE waits on the CPU."""
+    """Load transformer and VAE, compile layers; with `offload` the VAE waits on the CPU."""
     config = job.config
     if config.engine_config.fp8_quant and not has_fp8_gemm(job.device):
         logger.warning("8-bit products are emulated in float32: %s has none", job.device)
@@ -326,6 +326,9 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
         logger.info("%s", describe_choice(dit.kernel))
         if should_compile(config.compile, job.device):
             dit.parts = compiled_parts()
+            # here, where processes may differ by minutes; in the first tick they may not
+            tokens = layout_tokens(config).chunk_tokens // job.ranks.layout.sequence
+            dit.compile_ahead(num_tokens=tokens)
         codec = vae.load(
             job.checkpoint.vae,
             scale=config.runtime_config.scale_factor,

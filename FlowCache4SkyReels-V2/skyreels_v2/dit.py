@@ -246,6 +246,27 @@ class DiT(nn.Module):
             )
         return x
 
+    @torch.no_grad()
+    def compile_ahead(self, *, num_frames: int, frame_tokens: int, batches: Sequence[int]) -> None:
+        """Send zeros through the parts of a block, so that `run_blocks` finds them compiled.
+
+        Args:
+            num_frames: of a large forward; kernels are chosen by the first length that they see.
+            frame_tokens: tokens of a latent frame in this process.
+            batches: the batch sizes that will be used.
+        """
+        block, device = self.blocks[0], self.head.modulation.device
+        assert isinstance(block, Block)
+        frames = max(num_frames, 2)  # as in `run_blocks`
+        tokens, dim = frames * frame_tokens, self.config.dim
+        rope = torch.zeros(tokens, self.config.head_width // 2, 2, device=device)
+        for batch in batches:
+            x = torch.zeros(batch, tokens, dim, dtype=self.dtype, device=device)
+            modulation = torch.zeros(batch, frames, 6, dim, device=device)
+            q, _, _ = self.parts.before(block, x, modulation, rope)
+            x, q = self.parts.between(block, x, q, modulation)
+            self.parts.after(block, x, q, modulation)
+
     def velocity(
         self, hidden_BSD: Tensor, embedded: Embedded, *, latent_height: int, latent_width: int
     ) -> Tensor:

@@ -38,6 +38,7 @@ from flowcache.video import check_ffmpeg, to_pixels
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import quantize, text, vae
 from skyreels_v2.build import (
+    batches_branches,
     branches_of,
     rescale_for,
     sampling_of,
@@ -271,7 +272,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
 
 
 def load_models(job: Job, *, stats: RunStats) -> Models:
-    """Load the transformer and the VAE."""
+    """Load the transformer, compile its blocks, load the VAE."""
     with stats.stage("load", is_on_host=True):
         kernel = choose_kernel(
             job.device,
@@ -290,8 +291,20 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
             quantize.quantize(dit, job.config.quantize, device=job.device)
         if should_compile(job.config.compile, job.device):
             dit.parts = compiled_parts()
+            # here, where processes may differ by minutes; in the first tick they may not
+            dit.compile_ahead(
+                num_frames=job.plan.forward_tokens // job.plan.frame_tokens,
+                frame_tokens=job.plan.frame_tokens // job.ranks.layout.sequence,
+                batches=_batches(job),
+            )
         decoder = vae.load(job.checkpoint.vae, device=job.device)
     return Models(dit, decoder)
+
+
+def _batches(job: Job) -> list[int]:
+    """Return how many guidance branches go through the blocks together; one may reuse alone."""
+    num_own = len(job.ranks.own(branches_of(job.config)))
+    return [num_own, 1] if num_own > 1 and batches_branches(job.config) else [1]
 
 
 def load_text(job: Job) -> text.TextEncoder:

@@ -1,6 +1,7 @@
 """Compiled layers: equal to plain ones, compiled once for all chunks and cache lengths."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ from torch import Tensor
 
 from flowcache.attention import SDPA
 from flowcache.kv import cached_attention, caches_for
+from flowcache.stats import RunStats
 from magi1.config import ModelConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import Fp8Linear
 from magi1.layers import LayerParts, compiled_parts
+from magi1.run import Request, encode_inputs, load_models, prepare, render
 
 CHUNK_FRAMES, FRAME_TOKENS = 2, 8
 
 
+@torch.no_grad()
 def chunks_through_cache(dit: DiT, *, num_chunks: int) -> list[Tensor]:
     """Forward chunks one after the other through a KV cache, each with a later timestep."""
     draw = torch.Generator().manual_seed(1)
@@ -67,9 +71,21 @@ def test_compiled_layers_equal_plain_ones_and_are_compiled_once(
     plain = chunks_through_cache(dit, num_chunks=4)
     torch.compiler.reset()
     dit.parts = compiled_parts()
-    chunks_through_cache(dit, num_chunks=1)
-    # all is compiled: another chunk, timestep or length of cache and text must not compile again
+    dit.compile_ahead(num_tokens=12)
+    # all is compiled: no chunk, timestep or length of cache and text may compile
     with torch.compiler.set_stance("fail_on_recompile"):
         made = chunks_through_cache(dit, num_chunks=4)
     for got, want in zip(made, plain, strict=True):
         assert float((got - want).norm() / want.norm()) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_what_a_run_needs_is_compiled_while_its_models_are_loaded(quantised: Path, tmp_path: Path):
+    overrides = ["prompt=a cat", "compile=true", "reuse.policy=stride", "reuse.warmup_steps=1"]
+    job = prepare(Request("vanilla", str(quantised), overrides, out=str(tmp_path)))
+    stats = RunStats(job.device)
+    torch.compiler.reset()
+    models, conditioning = load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert render(job, models, conditioning, stats=stats)["num_frames"] == 24

@@ -3,13 +3,16 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flowcache.stats import RunStats
 from skyreels_v2.dit import DiT
 from skyreels_v2.layers import BlockParts, compiled_parts
+from skyreels_v2.run import Request, encode_inputs, load_models, prepare, render
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import cut_window
 
@@ -30,12 +33,28 @@ def test_compiled_blocks_equal_plain_ones_and_are_compiled_once(
     torch.compiler.reset()
     dit.parts = compiled_parts()
     once = dit.parts
-    denoise(dit, latents[:, :3], window=cut_window(3, chunk_frames=3), sampling=CAUSAL)
+    dit.compile_ahead(num_frames=3, frame_tokens=5, batches=[1])
     for sampling in ways:
         dit.parts = BlockParts()
         plain = denoise(dit, latents, window=window, sampling=sampling)
         dit.parts = once
-        # all is compiled: another length, chunk, timestep, layer or way must not compile again
+        # all is compiled: no length, chunk, timestep, layer or way may compile
         with torch.compiler.set_stance("fail_on_recompile"):
             made = denoise(dit, latents, window=window, sampling=sampling)
         torch.testing.assert_close(made.latents, plain.latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("batches", ["true", "false"])
+def test_what_a_run_needs_is_compiled_while_its_models_are_loaded(
+    small: Path, tmp_path: Path, batches: str
+):
+    overrides = ["prompt=a swan", "compile=true", f"batch_branches={batches}", "num_steps=4"]
+    overrides += ["height=32"]  # else half a frame is a single token, which is compiled apart
+    job = prepare(Request("flowcache_fast", str(small), overrides, out=str(tmp_path)))
+    stats = RunStats(job.device)
+    torch.compiler.reset()
+    models, conditioning = load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert render(job, models, conditioning, stats=stats)["num_frames"] == 17
