@@ -16,6 +16,7 @@ from flowcache.memory import (
     Residence,
     Stage,
     make_memory_plan,
+    one_layer,
     scratch_bytes,
     weight_bytes,
 )
@@ -201,7 +202,7 @@ class RunMemory:
 
     def _text_scratch(self) -> int:
         ids = torch.empty(1, max(self.plan.text_tokens, 1), dtype=torch.int64, device=META)
-        model = self.networks.text
+        model = one_layer(self.networks.text)
         return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
 
     def _dit_scratch(self) -> int:

@@ -284,6 +284,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     layout = divide(config, Ranks() if ranks is None else ranks)
     plan, head = per_process(plan, layout), [*head, *layout_lines(layout)]
     limit = parse_limit(config.memory_limit)
+    logger.info("planning the memory: some seconds")
     memory = plan_memory(config, None, plan, dtype=dtype, limit=limit, has_host=True).lines()
     return "\n".join([*head, *replay_lines(replay), *lines(plan, config), *memory])
 

@@ -15,6 +15,7 @@ from flowcache.memory import (
     Residence,
     Stage,
     make_memory_plan,
+    one_layer,
     scratch_bytes,
     weight_bytes,
 )
@@ -222,7 +223,7 @@ class RunMemory:
         ids = torch.empty(
             2 if self.config.guidance > 1 else 1, self.dit.text_len, dtype=torch.int64, device=META
         )
-        model = self.networks.text.to(self.dtype)
+        model = one_layer(self.networks.text).to(self.dtype)
         # without a mask: transformers would look at its values
         return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
 

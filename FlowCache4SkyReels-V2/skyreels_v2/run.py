@@ -262,6 +262,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     layout = divide(config, sizes, Ranks() if ranks is None else ranks)
     plan = per_process(make_plan(config, sizes, dtype=dtype), layout)
     replay = read_replay(request, config, plan)
+    logger.info("planning the memory: some seconds")
     memory = plan_memory(
         config, sizes, plan, checkpoint=None, dtype=dtype, limit=parse_limit(config.memory_limit)
     )

@@ -5,6 +5,7 @@ decoding. Its parts are counted by arithmetic from the settings; the scratch mem
 counted by running it on the meta device, where tensors have shapes but no values.
 """
 
+import copy
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +96,18 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def weight_bytes(model: nn.Module) -> int:
     """Return what the parameters of a network take; on the meta device, what they would."""
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def one_layer(encoder: Any) -> Any:
+    """Return an empty text encoder with one layer, which needs as much scratch memory as with all.
+
+    Args:
+        encoder: a T5 of transformers.
+    """
+    config = copy.deepcopy(encoder.config)
+    config.num_layers = 1
+    with torch.device("meta"):
+        return type(encoder)(config).train(encoder.training)
 
 
 def scratch_bytes(work: Callable[[], object]) -> int:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import T5Config, T5EncoderModel
 
 from flowcache.errors import UserError
 from flowcache.memory import (
@@ -9,6 +10,7 @@ from flowcache.memory import (
     Residence,
     Stage,
     make_memory_plan,
+    one_layer,
     parse_limit,
     scratch_bytes,
 )
@@ -148,3 +150,15 @@ def test_limits_are_read_with_their_unit(text: str, num_bytes: int | None):
 def test_a_limit_that_is_none_is_refused(text: str):
     with pytest.raises(UserError, match="memory_limit must be auto, none or an amount"):
         parse_limit(text)
+
+
+def test_one_layer_of_a_text_encoder_needs_the_scratch_memory_of_all():
+    config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=24, num_layers=3, num_heads=2)
+    with torch.device("meta"):
+        encoder, ids = T5EncoderModel(config).eval(), torch.empty(1, 7, dtype=torch.int64)
+    one, every = (
+        scratch_bytes(lambda model=model: model(input_ids=ids).last_hidden_state)
+        for model in (one_layer(encoder), encoder)
+    )
+    assert one == every > 0
+    assert encoder.config.num_layers == 3
