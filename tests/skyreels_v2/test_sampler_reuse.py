@@ -1,6 +1,6 @@
 """What a chunk gets that is not computed, on small models with random weights."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,7 @@ from flowcache.attention import SDPA
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression
 from flowcache.results import Quantity, ResultStore
-from flowcache.reuse import Decision, FlowCache, ReusePolicy, Stride
-from flowcache.schedule import Tick
+from flowcache.reuse import FlowCache, ReusePolicy, Stride
 from skyreels_v2.dit import DiT
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.solver import UniPC, timestep_grid
@@ -241,18 +240,6 @@ def test_chunks_go_through_the_blocks_together_and_the_result_is_that_of_each_al
         most_calls = calls
 
 
-class Unread(ReusePolicy):
-    """Computes what a stride does, and lets no signal be looked at."""
-
-    def __init__(self) -> None:
-        self.stride = Stride(every=2, warmup_steps=2)
-
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
-        return self.stride.plan(tick, signals, stored=stored)
-
-
 @pytest.mark.parametrize(
     ("loop", "quantity"),
     [
@@ -286,6 +273,6 @@ def test_nothing_but_a_decision_waits_for_the_device(
             texts={name: torch.empty(shape, device=meta) for name in ("cond", "uncond")},
         )
 
-    assert run(Unread).latents.device == meta
+    assert run(partial(Stride, every=2, warmup_steps=2)).latents.device == meta
     with pytest.raises(NotImplementedError, match="meta"):  # the decision is what reads
         run(partial(FlowCache, threshold=0.3, warmup_steps=2))
