@@ -130,7 +130,8 @@ def check_leaves_steps(num_steps: int, constraints: Constraints) -> None:
     if len(constraints.forced(num_steps)) == num_steps or not constraints.most_reuses:
         raise UserError(
             f"nothing can be reused in {num_steps} steps: the first and the last one are always "
-            "computed, and --most-reuses must be 1 or more"
+            "computed, --most-reuses must be 1 or more, and --warmup-steps and --final-steps must "
+            "leave some"
         )
 
 

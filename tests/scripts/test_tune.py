@@ -259,6 +259,8 @@ def test_rows_of_other_settings_are_not_mixed_in(tune: Tune, capsys: pytest.Capt
         (["--target", "speedup=300", "--dry-run"], "cannot be reached: at least "),
         (["--target", "quality=3"], "must be one of the kinds"),
         (["--most-reuses", "0"], "nothing can be reused"),
+        (["--warmup-steps", "0"], "warmup_steps must be 1 or more, not 0"),
+        (["--final-steps", "1000"], "nothing can be reused"),
         (["--hold-guidance"], "--hold-guidance needs a model with guidance, but this run has one"),
         (["--clips", "0"], "--clips must be 1 or more"),
         (["--checkpoint", "some/model"], "--prompts FILE"),
