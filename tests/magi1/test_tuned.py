@@ -127,7 +127,11 @@ def test_magcache_reuses_up_to_its_threshold(render: Render, write: Write):
     ("changes", "settings", "message"),
     [
         ({"fingerprint": "other"}, (), "was tuned for another model (small): tune this one"),
-        ({}, ("runtime_config.num_steps=8",), "with num_steps 6, lag 3, but this run has 8, 4: use "),
+        (
+            {},
+            ("runtime_config.num_steps=8",),
+            "with num_steps 6, lag 3, but this run has 8, 4: use ",
+        ),
         ({}, ("runtime_config.window_size=1",), "with lag 3, but this run has 6"),
         ({}, ("reuse.profile=no.yaml",), "no.yaml: no such profile: make one with"),
     ],
