@@ -291,20 +291,23 @@ def check(
     if not prompts:
         return
     num_steps, words, work = found.model.num_steps, subject.words, options.work
-    warmup_steps = subject.work().warmup_steps
+    size = subject.work()
     ratios = magnitude_ratios(found.model.gram)
     methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
     expected = dict[str, float]()
     for cost in sorted({plan.cost, *table_costs(found.plans, num_steps=num_steps)}):
         own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(
-            found.increments, num_computed=cost, warmup_steps=warmup_steps
+            found.increments,
+            num_computed=cost,
+            warmup_steps=size.warmup_steps,
+            compute_last_step=size.compute_last_step,
         )
         print(
             f"threshold    {threshold:.4g} makes FlowCache compute {computed:.1f} own steps, "
             f"the nearest to {cost:g}"
         )
-        limit, skipping = closest_magcache(ratios, num_computed=cost, warmup_steps=warmup_steps)
+        limit, skipping = closest_magcache(ratios, num_computed=cost, warmup_steps=size.warmup_steps)
         print(f"threshold    {limit:.4g} makes MagCache compute {skipping}")
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
         methods += [*adaptive(threshold, words), *magcache(limit, profile, words)]

@@ -38,6 +38,7 @@ class ReuseConfig(ReuseRule):
     """When a chunk is recomputed, and what it gets when it is not."""
 
     threshold: float = 0.01
+    compute_last_step: bool = False
     predict: Quantity = "latent_update"
 
 

@@ -159,6 +159,7 @@ def additional_settings(additional: Additional) -> Iterator[str]:
     yield f"reuse.threshold={additional.rel_l1_thresh}"
     # a chunk's first step is computed in any case
     yield f"reuse.warmup_steps={max(1, additional.warmup_steps)}"
+    yield "reuse.compute_last_step=false"
     yield "reuse.predict=latent_update"
     yield "reuse.extrapolate=0"
     yield "prefix_frames=null"

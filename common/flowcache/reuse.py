@@ -117,15 +117,18 @@ class Stride(ReusePolicy):
 class FlowCache(ReusePolicy):
     """Every chunk decides for itself, by the accumulated change of its own signal.
 
-    A chunk is computed in its first `warmup_steps` own steps, in its last one, and when the
-    accumulated rescaled distance reaches `threshold`; each computed step sets the sum to zero.
+    A chunk is computed in its first `warmup_steps` own steps, in the last tick of the run, and when
+    the accumulated rescaled distance reaches `threshold`; each computed step sets the sum to zero.
 
-    Source: FlowCache, section 3.2.
+    Source: FlowCache, section 3.2, and its published code, which treats a chunk's own last step
+    differently per model: SkyReels-V2 computes it, MAGI-1 may reuse it.
     """
 
     threshold: float
     warmup_steps: int
     rescale: Rescale = identity
+    compute_last_step: bool = True
+    """Whether a chunk's own last step is always computed; else it is decided like any other."""
     previous: dict[int, Tensor] = field(default_factory=dict)
     accumulated: dict[int, float] = field(default_factory=dict)
 
@@ -137,12 +140,12 @@ class FlowCache(ReusePolicy):
         )
         decisions: dict[int, Decision] = {}
         for chunk, step in tick.steps.items():
+            is_own_last = self.compute_last_step and step == tick.num_steps - 1
             decisions[chunk] = self._decide(
                 chunk,
                 distances.get(chunk),
-                is_forced=step < self.warmup_steps
-                or step == tick.num_steps - 1
-                or chunk not in stored,
+                is_forced=step < self.warmup_steps or is_own_last or chunk not in stored,
+                is_run_end=tick.is_last,
             )
         self.previous = {chunk: signals[chunk] for chunk in tick.steps}
         return decisions
@@ -150,10 +153,14 @@ class FlowCache(ReusePolicy):
     def computed_anyway(self, chunks: Collection[int]) -> None:
         self.accumulated.update(dict.fromkeys(chunks, 0.0))
 
-    def _decide(self, chunk: int, distance: float | None, *, is_forced: bool) -> Decision:
-        total = None
+    def _decide(
+        self, chunk: int, distance: float | None, *, is_forced: bool, is_run_end: bool
+    ) -> Decision:
+        before, total = self.accumulated.setdefault(chunk, 0.0), None
         if distance is not None:
-            total = self.accumulated.get(chunk, 0.0) + self.rescale(distance)
+            total = before + self.rescale(distance)
+        if is_run_end:  # as published, the sum stays what it was
+            return Decision(True, distance, total)
         # "not below": a distance that is not a number must lead to a computation
         is_computed = is_forced or total is None or not total < self.threshold
         self.accumulated[chunk] = 0.0 if is_computed or total is None else total

@@ -60,6 +60,7 @@ class ReuseRule:
     every: int = 2
     steps: list[int] | None = None
     most_reuses: int = 8
+    compute_last_step: bool = True
     extrapolate: float = 0.0
     order: int = 1
     guidance_every: int = 1
@@ -99,7 +100,13 @@ def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[]
         return partial(Stride, every=rule.every, warmup_steps=rule.warmup_steps, steps=rule.steps)
     if rule.policy == "teacache":
         return partial(TeaCache, rule.threshold, rule.warmup_steps, rescale)
-    return partial(FlowCache, rule.threshold, rule.warmup_steps, rescale)
+    return partial(
+        FlowCache,
+        rule.threshold,
+        rule.warmup_steps,
+        rescale,
+        compute_last_step=rule.compute_last_step,
+    )
 
 
 def _profile_policy(rule: ReuseRule, profile: Profile) -> Callable[[], ReusePolicy]:

@@ -17,6 +17,7 @@ from magi1.dit import DiT, set_precision
 from magi1.sampler import ClipSampler
 from magi1.sampling import KVBudget, Sampling
 from magi1.schedule import Clip, Clock, step_width
+from magi1.settings import ReuseConfig
 
 LOOP_TOLERANCE = 2e-4
 """Of latents after a whole loop, relative to the largest reference value."""
@@ -172,7 +173,11 @@ def check_loop(case: Case) -> Iterator[Check]:
 def check_reuse_loop(case: Case) -> Iterator[Check]:
     """Compare decisions, kept tokens, statistics of the latents, and the chunks."""
     settings = case.settings
-    policy = FlowCache(threshold=settings["rel_l1_thresh"], warmup_steps=settings["warmup_steps"])
+    policy = FlowCache(
+        threshold=settings["rel_l1_thresh"],
+        warmup_steps=settings["warmup_steps"],
+        compute_last_step=ReuseConfig.compute_last_step,
+    )
     keeps_copy = not settings["discard_nearly_clean_chunk"]
     strategy = _strategy(settings) if settings["compress_kv_cache"] else None
     budget = None

@@ -71,6 +71,7 @@ class Magi:
         return Work(
             num_steps=clock.num_steps,
             warmup_steps=config.reuse.warmup_steps,
+            compute_last_step=config.reuse.compute_last_step,
             num_elements=model.latent_channels * clip.chunk_width * height * width,
             num_active=most_active(clip.num_chunks, num_steps=clock.num_steps, lag=clock.stage),
             flops=plan.flops,

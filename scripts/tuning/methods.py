@@ -194,12 +194,18 @@ def whole_window(words: Words) -> list[Method]:
 
 
 def closest_threshold(
-    increments: Sequence[Sequence[float]], *, num_computed: float, warmup_steps: int
+    increments: Sequence[Sequence[float]],
+    *,
+    num_computed: float,
+    warmup_steps: int,
+    compute_last_step: bool,
 ) -> tuple[float, float]:
     """Return FlowCache's threshold that computes nearest to so many own steps of a chunk.
 
     Args:
         increments: by chunk, what each own step from the second one adds to the accumulator.
+        compute_last_step: whether a chunk's own last step is always computed. Where it is not, the
+            last tick of a run still is, which is not counted.
 
     Returns:
         the threshold, and the mean number of steps that it computes.
@@ -207,7 +213,10 @@ def closest_threshold(
     most = max(sum(abs(value) for value in chunk) for chunk in increments)
     grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
     counts = {
-        threshold: math.fsum(_count(chunk, threshold, warmup_steps) for chunk in increments)
+        threshold: math.fsum(
+            _count(chunk, threshold, warmup_steps, compute_last_step=compute_last_step)
+            for chunk in increments
+        )
         / len(increments)
         for threshold in grid
     }
@@ -241,13 +250,15 @@ def _magcache_count(ratios: Sequence[float], threshold: float, warmup_steps: int
     )
 
 
-def _count(increments: Sequence[float], threshold: float, warmup_steps: int) -> int:
-    """Count the own steps that FlowCache computes, the first and the last one included."""
+def _count(
+    increments: Sequence[float], threshold: float, warmup_steps: int, *, compute_last_step: bool
+) -> int:
+    """Count the own steps that FlowCache computes, the first one included."""
     computed, total = 1, 0.0
     for step, increment in enumerate(increments, start=1):
         total += increment
-        is_last = step == len(increments)
-        if step < warmup_steps or is_last or not total < threshold:
+        is_forced_last = compute_last_step and step == len(increments)
+        if step < warmup_steps or is_forced_last or not total < threshold:
             computed, total = computed + 1, 0.0
     return computed
 

@@ -79,6 +79,7 @@ class SkyReels:
         return Work(
             num_steps=config.num_steps,
             warmup_steps=config.reuse.warmup_steps,
+            compute_last_step=config.reuse.compute_last_step,
             num_elements=LATENT_CHANNELS * frames * pixels // VAE_STRIDE**2,
             num_active=most_active(
                 len(window.generated), num_steps=config.num_steps, lag=config.ar_step

@@ -37,6 +37,8 @@ class Work:
     num_steps: int
     warmup_steps: int
     """First own steps that an adaptive policy of the preset always computes."""
+    compute_last_step: bool
+    """Whether FlowCache computes a chunk's own last step in any case."""
     num_elements: int
     """Numbers in the latent of the largest chunk."""
     num_active: int

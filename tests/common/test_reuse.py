@@ -71,6 +71,30 @@ def test_flowcache_accumulates_as_worked_by_hand():
     assert sums == pytest.approx([0.1, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1], rel=1e-5)
 
 
+def test_where_the_own_last_step_is_decided_only_the_last_tick_of_the_run_is_forced():
+    """Two chunks of four steps, one tick apart, that never change: chunk 0 ends on a reused step,
+    chunk 1 takes the last tick of the run."""
+    rows = [{0: 1.0}] + [{0: 1.0, 1: 1.0}] * 3 + [{1: 1.0}]
+    decided = run_policy(FlowCache(0.5, 1, compute_last_step=False), rows, num_steps=4, lag=1)
+    assert (computed(decided, 0), computed(decided, 1)) == ([1, 0, 0, 0], [1, 0, 0, 1])
+    forced = run_policy(FlowCache(0.5, 1), rows, num_steps=4, lag=1)
+    assert (computed(forced, 0), computed(forced, 1)) == ([1, 0, 0, 1], [1, 0, 0, 1])
+
+
+def test_an_own_last_step_is_computed_where_its_sum_reaches_the_threshold():
+    rows = [{0: 1.0}, {0: 1.0, 1: 1.0}, {0: 2.0, 1: 1.0}, {1: 1.0}]
+    plans = run_policy(FlowCache(0.5, 1, compute_last_step=False), rows, num_steps=3, lag=1)
+    assert computed(plans, 0) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("compute_last_step", [False, True])
+def test_the_sum_of_flowcache_stays_as_it_is_in_the_last_tick_of_the_run(compute_last_step: bool):
+    policy = FlowCache(0.5, 1, compute_last_step=compute_last_step)
+    plans = run_policy(policy, [{0: 10.0}, {0: 11.0}, {0: 15.0}], num_steps=3)
+    assert computed(plans) == [1, 0, 1]
+    assert policy.accumulated[0] == pytest.approx(0.1, rel=1e-5)  # float32 signals
+
+
 def test_flowcache_compares_with_the_previous_tick_also_after_a_reused_one():
     plans = run_policy(FlowCache(0.5, 1), [{0: 10.0}, {0: 12.0}, {0: 12.0}, {0: 12.0}], num_steps=4)
     assert [plan[0].distance for plan in plans[1:]] == pytest.approx([0.2, 0.0, 0.0])

@@ -51,6 +51,7 @@ class Toy:
         return self.module.Work(
             num_steps=NUM_STEPS,
             warmup_steps=2,
+            compute_last_step=True,
             num_elements=48,
             num_active=1,
             flops=120,
@@ -313,13 +314,19 @@ def test_the_threshold_of_magcache_computes_as_many_steps_as_asked_for():
 
 
 @pytest.mark.usefixtures("modules")
-def test_the_threshold_that_computes_a_number_of_steps_is_found():
+@pytest.mark.parametrize(("compute_last_step", "want"), [(True, 6), (False, 5)])
+def test_the_threshold_that_computes_a_number_of_steps_is_found(
+    compute_last_step: bool, want: int
+):
     methods = importlib.import_module("tuning.methods")
     threshold, computed = methods.closest_threshold(
-        [[0.1] * 11, [0.1] * 11], num_computed=6, warmup_steps=2
+        [[0.1] * 11, [0.1] * 11],
+        num_computed=want,
+        warmup_steps=2,
+        compute_last_step=compute_last_step,
     )
-    # of 12 steps 0 1 4 7 10 11: computed where 3 steps have added up
-    assert computed == 6
+    # of 12 steps 0 1 4 7 10 and perhaps 11: computed where 3 steps have added up
+    assert computed == want
     assert 0.2 < threshold <= 0.31
 
 
