@@ -307,7 +307,9 @@ def check(
             f"threshold    {threshold:.4g} makes FlowCache compute {computed:.1f} own steps, "
             f"the nearest to {cost:g}"
         )
-        limit, skipping = closest_magcache(ratios, num_computed=cost, warmup_steps=size.warmup_steps)
+        limit, skipping = closest_magcache(
+            ratios, num_computed=cost, warmup_steps=size.warmup_steps
+        )
         print(f"threshold    {limit:.4g} makes MagCache compute {skipping}")
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
         methods += [*adaptive(threshold, words), *magcache(limit, profile, words)]

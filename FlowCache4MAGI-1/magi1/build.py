@@ -13,6 +13,7 @@ from magi1.config import PIXELS_PER_TOKEN
 from magi1.sampling import KVBudget, Sampling
 from magi1.schedule import SHIFT, Clip, Clock
 from magi1.settings import RunConfig
+from magi1.vae import Tiling
 
 VAE_STRIDE = 8
 """Pixels per latent, in both directions."""
@@ -74,6 +75,11 @@ def budget_of(config: RunConfig) -> KVBudget | None:
     if strategy is None:
         return None
     return KVBudget(config.kv.total_chunks, strategy, layout_of(config))
+
+
+def tiling_of(config: RunConfig) -> Tiling:
+    """Return the tiles in which the VAE works."""
+    return Tiling.of_rate(config.runtime_config.fps)
 
 
 def latent_size(config: RunConfig) -> tuple[int, int]:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.video import Pixels, probe, read_image, read_video, to_pixels
+from magi1.build import tiling_of
 from magi1.settings import RunConfig
+from magi1.vae import check_encoding
 
 MAX_PREFIX_SECONDS = 5
 """Longest prefix where no number of frames is set. Source: the code published with FlowCache."""
@@ -60,6 +62,9 @@ def _read_frames(config: RunConfig, path: Path) -> Pixels:
             f"{path} has {len(places)} frames at {run.fps} fps, fewer than prefix_frames {wanted}: "
             "give a longer video, or lower prefix_frames"
         )
+    check_encoding(
+        tiling_of(config), num_frames=wanted, temporal_stride=run.temporal_downsample_factor
+    )
     places = places[:wanted]
     size = (run.video_size_h, run.video_size_w)
     first = places[0]

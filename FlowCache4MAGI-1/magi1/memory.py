@@ -21,7 +21,7 @@ from flowcache.memory import (
     weight_bytes,
 )
 from magi1 import text, vae
-from magi1.build import budget_of, latent_size, layout_of
+from magi1.build import budget_of, latent_size, layout_of, tiling_of
 from magi1.captions import NULL_TOKENS
 from magi1.checkpoint import Checkpoint
 from magi1.dit import DiT, set_precision
@@ -51,12 +51,14 @@ def networks_of(
 ) -> Networks:
     """Build the empty networks of a checkpoint; None: those that all released models share."""
     kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    scale = config.runtime_config.scale_factor
-    if checkpoint is None:
-        return Networks(text.released(), vae.empty(None, scale=scale, dtype=kind))
-    return Networks(
-        text.empty(checkpoint.text_encoder), vae.empty(checkpoint.vae, scale=scale, dtype=kind)
+    codec = vae.empty(
+        None if checkpoint is None else checkpoint.vae,
+        scale=config.runtime_config.scale_factor,
+        tiling=tiling_of(config),
+        dtype=kind,
     )
+    words = text.released() if checkpoint is None else text.empty(checkpoint.text_encoder)
+    return Networks(words, codec)
 
 
 class RunMemory:

@@ -38,7 +38,7 @@ from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_l
 from flowcache.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints
 from magi1 import text, vae
-from magi1.build import VAE_STRIDE, clip_of, dtype_of, sampling_of, setting_of
+from magi1.build import VAE_STRIDE, clip_of, dtype_of, sampling_of, setting_of, tiling_of
 from magi1.build import layout_of as layout_tokens
 from magi1.captions import SpecialTokens, load_special_tokens
 from magi1.checkpoint import Checkpoint
@@ -333,6 +333,7 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
         codec = vae.load(
             job.checkpoint.vae,
             scale=config.runtime_config.scale_factor,
+            tiling=tiling_of(config),
             dtype=torch.bfloat16 if job.dtype == torch.bfloat16 else torch.float32,
             device="cpu" if job.placed.offload else job.device,
         )

@@ -25,7 +25,7 @@ LATE_SHORTCUT = "16,16,8"
 KNEE = (0.875, 0.5)
 """Where the piecewise warp bends: that share of the steps leads to that timestep."""
 DEFAULT_PREFIX_REACH = 8
-"""Chunks before its own that a given chunk sees where no window is configured."""
+"""Chunks that a given chunk sees, itself included, where no range is configured. Source: MAGI-1."""
 
 
 def timestep_table(
@@ -226,11 +226,13 @@ class Clock:
     def reach_given(self) -> int:
         """Return how many chunks a given chunk sees, itself included.
 
-        One more than a chunk that became clean: there the count leaves out the chunk itself.
+        As many as a chunk that became clean, if a range is configured. Without one, where that sees
+        all, it is the clean range, or `DEFAULT_PREFIX_REACH`. With 2, given chunks 0, 1, 2 see
+        chunks 0; 0 and 1; 1 and 2.
         """
         if self.clean_reach != -1:
-            return self.clean_reach + 1
-        return (self.reaches[-1] if self.reaches else DEFAULT_PREFIX_REACH) + 1
+            return self.clean_reach
+        return self.reaches[-1] if self.reaches else DEFAULT_PREFIX_REACH
 
 
 def visible(chunk: int, reach: int | None) -> range:

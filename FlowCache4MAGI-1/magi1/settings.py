@@ -22,6 +22,7 @@ from flowcache.settings import (
 from magi1.captions import TokenChoice
 from magi1.config import MagiConfig, check_model, check_runtime
 from magi1.sampling import Quantity
+from magi1.vae import Tiling, check_decoding
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class RunConfig(MagiConfig):
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
         check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
         self._check_given()
+        check_decoding(
+            Tiling.of_rate(self.runtime_config.fps),
+            chunk_width=self.runtime_config.chunk_width,
+            temporal_stride=self.runtime_config.temporal_downsample_factor,
+        )
         self._check_kv()
         parse_limit(self.memory_limit)
         if not 0 <= self.passes.prev_share <= 1:

@@ -33,12 +33,63 @@ _ONLY = {
 class Tiling:
     """The tiles in which long or large videos are encoded and decoded.
 
-    Neighbouring tiles overlap in space, not in time. Source: the released pipeline.
+    Neighbouring tiles overlap in space, not in time. Source: the released pipeline, where a tile
+    lasts half a second.
+
+    Attributes:
+        frames: length of a tile.
+        height: rows of pixels of a tile.
+        width: columns of pixels of a tile.
+        overlap: share of a tile's height and width that its neighbour also covers.
     """
 
     frames: int = 12
-    pixels: int = 256
+    height: int = 256
+    width: int = 256
     overlap: float = 0.25
+
+    @classmethod
+    def of_rate(cls, fps: int) -> "Tiling":
+        """Return the released tiles at a frame rate."""
+        return cls(frames=fps // 2)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tiles along one axis of a picture.
+
+    Attributes:
+        tile: size of a tile of the input.
+        stride: distance of neighbouring tiles of the input.
+        extent: places of a tile's result that are blended with the neighbour's.
+        limit: places of a tile's result that are kept (the last tile may have fewer).
+    """
+
+    tile: int
+    stride: int
+    extent: int
+    limit: int
+
+    @classmethod
+    def encoding(cls, pixels: int, *, patch: int, overlap: float) -> "Span":
+        """Return the tiles of `pixels` places that the encoder makes latents of.
+
+        With 256 pixels, patches of 8 and an overlap of a quarter: 192 pixels apart, 24 of 32
+        latents are kept, 8 are blended.
+        """
+        extent = int(pixels // patch * overlap)
+        return cls(pixels, int(pixels * (1 - overlap)), extent, pixels // patch - extent)
+
+    @classmethod
+    def decoding(cls, pixels: int, *, patch: int, overlap: float) -> "Span":
+        """Return the tiles of latents that the decoder makes `pixels` places of.
+
+        With 256 pixels, patches of 8 and an overlap of a quarter: 24 of 32 latents apart, 192
+        pixels are kept, 64 are blended.
+        """
+        side = pixels // patch
+        extent = int(side * patch * overlap)
+        return cls(side, int(side * (1 - overlap)), extent, side * patch - extent)
 
 
 class VAE:
@@ -95,14 +146,13 @@ class VAE:
             rule = f"multiples of {self.spatial_stride}"
             raise ValueError(f"height and width must be {rule}: {height}x{width}")
         tiling = self.tiling
-        extent = int(tiling.pixels // self.spatial_stride * tiling.overlap)
+        span = partial(Span.encoding, patch=self.spatial_stride, overlap=tiling.overlap)
         means = in_tiles(
             pixels_B3THW.to(device=self.device, dtype=self.dtype),
             partial(map, self._encode_tile),
-            tile=(tiling.frames, tiling.pixels),
-            stride=int(tiling.pixels * (1 - tiling.overlap)),
-            extent=extent,
-            limit=tiling.pixels // self.spatial_stride - extent,
+            length=tiling.frames,
+            rows=span(tiling.height),
+            columns=span(tiling.width),
             blends_blended=True,
         )
         return means.float() * self.scale
@@ -112,22 +162,22 @@ class VAE:
         """Decode latents to pixels `[B, 3, T, H, W]` float32, about -1..1.
 
         A tile that holds a single latent gives a single frame, as in the released decoder: with
-        tiles of 3 latents, 4 latents give 12 + 1 frames.
+        tiles of 3 latents, 4 latents give 12 + 1 frames. See
+        `check_decoding`.
 
         Args:
             ranks: the processes that divide the tiles; each gives the same latents and gets all
                 pixels. Default: one.
         """
-        tiling, side = self.tiling, self.tiling.pixels // self.spatial_stride
-        extent = int(tiling.pixels * tiling.overlap)
+        tiling = self.tiling
+        span = partial(Span.decoding, patch=self.spatial_stride, overlap=tiling.overlap)
         latents = latents_BCFhw.to(device=self.device).float() / self.scale
         return in_tiles(
             latents.to(self.dtype),
             partial(self._decode_tiles, ranks=Ranks() if ranks is None else ranks),
-            tile=(tiling.frames // self.temporal_stride, side),
-            stride=int(side * (1 - tiling.overlap)),
-            extent=extent,
-            limit=tiling.pixels - extent,
+            length=tiling.frames // self.temporal_stride,
+            rows=span(tiling.height),
+            columns=span(tiling.width),
             blends_blended=False,
         ).float()
 
@@ -168,10 +218,9 @@ def in_tiles(
     x: Tensor,
     run: Callable[[Sequence[Tensor]], Iterable[Tensor]],
     *,
-    tile: tuple[int, int],
-    stride: int,
-    extent: int,
-    limit: int,
+    length: int,
+    rows: Span,
+    columns: Span,
     blends_blended: bool,
 ) -> Tensor:
     """Apply `run` to overlapping tiles of a video and blend the results.
@@ -179,29 +228,27 @@ def in_tiles(
     Args:
         x: `[B, C, T, H, W]`.
         run: takes all tiles, in the order of time, rows, columns, and returns their results.
-        tile: size of a tile of x in time, and in height and width.
-        stride: distance of neighbouring tiles of x, in height and width.
-        extent: rows and columns of a result that are blended with the neighbour's.
-        limit: rows and columns of a result that are kept (the last tile may have fewer).
+        length: size of a tile of x in time.
+        rows: the tiles along the height of x.
+        columns: the tiles along its width.
         blends_blended: whether a tile is blended with its neighbours as they are after their own
             blending (released encoder) or before (released decoder); it shows where four meet.
     """
-    length, side = tile
     num_frames, height, width = x.shape[2:]
     times = range(0, num_frames, length)
-    rows, columns = range(0, height, stride), range(0, width, stride)
+    tops, lefts = range(0, height, rows.stride), range(0, width, columns.stride)
     tiles = [
-        x[:, :, t : t + length, i : i + side, j : j + side]
+        x[:, :, t : t + length, i : i + rows.tile, j : j + columns.tile]
         for t in times
-        for i in rows
-        for j in columns
+        for i in tops
+        for j in lefts
     ]
     results = iter(run(tiles))
     parts = [
         _stitch(
-            [[next(results) for _ in columns] for _ in rows],
-            extent=extent,
-            limit=limit,
+            [[next(results) for _ in lefts] for _ in tops],
+            rows=rows,
+            columns=columns,
             blends_blended=blends_blended,
         )
         for _ in times
@@ -210,7 +257,7 @@ def in_tiles(
 
 
 def _stitch(
-    results: list[list[Tensor]], *, extent: int, limit: int, blends_blended: bool
+    results: list[list[Tensor]], *, rows: Span, columns: Span, blends_blended: bool
 ) -> Tensor:
     """Blend every tile with the one above, then with the one to the left, and join them."""
     blended = [list(row) for row in results]
@@ -218,11 +265,16 @@ def _stitch(
     for i, row in enumerate(results):
         for j in range(len(row)):
             if i:
-                blended[i][j] = _blend(seen[i - 1][j], blended[i][j], extent=extent, axis=-2)
+                blended[i][j] = _blend(seen[i - 1][j], blended[i][j], extent=rows.extent, axis=-2)
             if j:
-                blended[i][j] = _blend(seen[i][j - 1], blended[i][j], extent=extent, axis=-1)
-    rows = [torch.cat([part[..., :limit, :limit] for part in row], dim=-1) for row in blended]
-    return torch.cat(rows, dim=-2)
+                blended[i][j] = _blend(
+                    seen[i][j - 1], blended[i][j], extent=columns.extent, axis=-1
+                )
+    joined = [
+        torch.cat([part[..., : rows.limit, : columns.limit] for part in row], dim=-1)
+        for row in blended
+    ]
+    return torch.cat(joined, dim=-2)
 
 
 def _blend(before: Tensor, after: Tensor, *, extent: int, axis: int) -> Tensor:
@@ -237,6 +289,40 @@ def _blend(before: Tensor, after: Tensor, *, extent: int, axis: int) -> Tensor:
     new = after.narrow(axis, 0, extent)
     rest = after.narrow(axis, extent, after.shape[axis] - extent)
     return torch.cat([old * (1 - share) + new * share, rest], dim=axis)
+
+
+def check_decoding(tiling: Tiling, *, chunk_width: int, temporal_stride: int) -> None:
+    """Check that tiles cut a chunk of `chunk_width` latents so that all its frames are decoded.
+
+    With 24 frames per second and 6 latents they hold 3 and 3; with 12 they would hold 1 each, with
+    40 they would hold 5 and 1.
+
+    Raises:
+        UserError: the last tile holds a single latent, of which the released VAE decodes one frame.
+    """
+    length = tiling.frames // temporal_stride
+    if length == 0 or (chunk_width - 1) % length == 0:
+        raise UserError(
+            f"runtime_config.fps: VAE tiles of fps // 2 = {tiling.frames} frames hold {length} "
+            f"latents and cut a chunk of runtime_config.chunk_width={chunk_width} so that a single "
+            f"one remains, of which the released VAE decodes 1 frame instead of {temporal_stride}: "
+            "set fps=24 and chunk_width=6, as released"
+        )
+
+
+def check_encoding(tiling: Tiling, *, num_frames: int, temporal_stride: int) -> None:
+    """Check that tiles cut a clip of `num_frames` into whole latents.
+
+    Raises:
+        UserError: the released VAE drops frames at the end of each tile, or refuses the last one.
+    """
+    if num_frames > tiling.frames and tiling.frames % temporal_stride:
+        raise UserError(
+            f"runtime_config.fps: the released VAE encodes a video in tiles of fps // 2 = "
+            f"{tiling.frames} frames and drops the last {tiling.frames % temporal_stride} of each, "
+            f"as they make no latent of {temporal_stride}: set fps=24, or prefix_frames="
+            f"{tiling.frames // temporal_stride * temporal_stride} or less"
+        )
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -310,11 +396,11 @@ RELEASED = VAEConfig(
 """Sizes of the released VAE, 613,755,239 parameters; source: the tensors of its checkpoint."""
 
 
-def empty(folder: str | Path | None, *, scale: float, dtype: torch.dtype) -> VAE:
+def empty(folder: str | Path | None, *, scale: float, tiling: Tiling, dtype: torch.dtype) -> VAE:
     """Build an empty VAE of the size of a folder, on the meta device; None: the released size."""
     with torch.device("meta"):
         model = ViTVAE(RELEASED if folder is None else read_config(folder))
-    return VAE(model.to(dtype), scale=scale)
+    return VAE(model.to(dtype), scale=scale, tiling=tiling)
 
 
 def check(folder: str | Path) -> None:
@@ -327,12 +413,18 @@ def check(folder: str | Path) -> None:
 
 
 def load(
-    folder: str | Path, *, scale: float, dtype: torch.dtype | None, device: torch.device | str
+    folder: str | Path,
+    *,
+    scale: float,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    tiling: Tiling | None = None,
 ) -> VAE:
     """Load a VAE from its folder.
 
     Args:
         scale: see `VAE`.
+        tiling: see `VAE`.
         dtype: type of the weights (the release runs in bf16); None keeps each as stored.
 
     Raises:
@@ -340,4 +432,4 @@ def load(
     """
     model = _empty(Path(folder))
     load_files(model, find_shards(folder), dtype=dtype, device=device)
-    return VAE(model, scale=scale)
+    return VAE(model, scale=scale, tiling=tiling)

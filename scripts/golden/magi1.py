@@ -185,7 +185,8 @@ def check_vae(case: Case) -> Iterator[Check]:
     model.load_state_dict(case.weights())
     tiling = Tiling(
         frames=tile["tile_sample_min_length"],
-        pixels=tile["tile_sample_min_height"],
+        height=tile["tile_sample_min_height"],
+        width=tile["tile_sample_min_width"],
         overlap=tile["spatial_tile_overlap_factor"],
     )
     vae = VAE(model, scale=settings["scale_factor"] or 1.0, tiling=tiling)

@@ -13,7 +13,7 @@ from flowcache.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
 from gpu.traces import MAGI1_CURVE
 from magi1 import flops
-from magi1.build import clip_of, dtype_of, latent_size, layout_of
+from magi1.build import clip_of, dtype_of, latent_size, layout_of, tiling_of
 from magi1.dit import DiT, set_precision
 from magi1.layers import compiled_parts
 from magi1.pipeline import Conditioning, Progress, generate
@@ -130,7 +130,7 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
         dit.parts = compiled_parts()
     draw = torch.Generator().manual_seed(0)
     text = torch.randn(TEXT_TOKENS[size], config.model_config.caption_channels, generator=draw)
-    codec = VAE(vae, scale=config.runtime_config.scale_factor)
+    codec = VAE(vae, scale=config.runtime_config.scale_factor, tiling=tiling_of(config))
     return Models(dit, codec, Conditioning(text.to(device)))
 
 

@@ -196,6 +196,6 @@ def _identity(task: Task, job: Any) -> Hashable:
         own = (
             *(checkpoint.dit_files, checkpoint.vae, checkpoint.text_encoder),
             *(str(config.model_config), str(config.engine_config)),
-            *(run.scale_factor, run.t5_device),
+            *(run.scale_factor, run.fps, run.t5_device),
         )
     return (task.family, job.device, job.dtype, config.offload, own)

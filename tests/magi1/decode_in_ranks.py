@@ -19,7 +19,7 @@ from magi1.vae import Tiling, load
 def main() -> None:
     vae_folder, folder, *layouts = sys.argv[1:]
     vae = load(vae_folder, scale=1.0, dtype=torch.float32, device="cpu")
-    vae.tiling = Tiling(frames=8, pixels=16)
+    vae.tiling = Tiling(frames=8, height=16, width=16)
     latents = torch.load(Path(folder) / "latents.pt")
     with joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}

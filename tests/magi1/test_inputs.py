@@ -87,9 +87,19 @@ def test_a_video_that_is_too_short_is_refused(config: RunConfig, clip: Path):
 
 
 def test_seconds_that_are_no_whole_latents_are_refused(config: RunConfig, clip: Path):
-    slower = replace(config.runtime_config, fps=10)
+    slower = replace(config.runtime_config, fps=30)
     with pytest.raises(UserError, match="no multiple of 4: set prefix_frames"):
         read_prefix(replace(config, video=str(clip), prefix_frames=None, runtime_config=slower))
+
+
+def test_a_clip_that_the_tiles_of_its_rate_would_shorten_is_refused(config: RunConfig, clip: Path):
+    faster = replace(config.runtime_config, fps=30)
+    run = replace(config, video=str(clip), runtime_config=faster)
+    with pytest.raises(UserError, match=r"fps // 2 = 15 frames and drops the last 3 of each"):
+        read_prefix(run)
+    prefix = read_prefix(replace(run, prefix_frames=12))
+    assert prefix is not None
+    assert prefix.shape[1] == 12
 
 
 def test_another_rate_takes_the_frames_that_ffmpeg_would():

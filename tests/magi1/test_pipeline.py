@@ -10,8 +10,10 @@ from torch import Tensor
 
 from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
+from magi1.memory import networks_of
 from magi1.pipeline import Conditioning, Progress, generate
 from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare
+from magi1.vae import Tiling
 
 COMPRESSED = ("kv.compress=importance", "kv.total_chunks=3", "runtime_config.num_frames=60")
 
@@ -54,6 +56,14 @@ def test_every_frame_is_finite(
     frames = rendered(job, *loaded(job))
     assert frames.isfinite().all()
     assert frames.shape == (3, job.plan.clip.num_frames_out, 32, 48)
+
+
+def test_the_vae_of_a_run_works_in_tiles_of_its_rate(distilled: Path, tmp_path: Path):
+    settings = ("runtime_config.fps=17", "runtime_config.chunk_width=2")
+    job = job_of(distilled, tmp_path, *settings, "runtime_config.num_frames=8")
+    models, _ = loaded(job)
+    planned = networks_of(job.checkpoint, job.config, dtype=job.dtype)
+    assert models.vae.tiling == planned.vae.tiling == Tiling(frames=8)
 
 
 def test_loaded_models_keep_nothing_of_a_clip(distilled: Path, tmp_path: Path):

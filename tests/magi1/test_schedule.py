@@ -113,6 +113,30 @@ def test_given_chunks_see_what_they_see_in_the_reference(name: str, golden: Call
     assert bounds == want["prefix_kv_range"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("reaches", "clean_reach", "want"),
+    [
+        # chunks 0 and 1 have no more before them; from chunk 2 on two are seen, itself included
+        ((5, 4, 3, 2), 2, [(0, 24), (0, 48), (24, 72), (48, 96)]),
+        ((5, 4, 3, 2), 1, [(0, 24), (24, 48), (48, 72), (72, 96)]),
+        ((5, 4, 3), -1, [(0, 24), (0, 48), (0, 72), (24, 96)]),
+        ((), 3, [(0, 24), (0, 48), (0, 72), (24, 96)]),
+    ],
+)
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_given_chunk_sees_as_many_chunks_as_configured_itself_included(
+    reaches: tuple[int, ...], clean_reach: int, want: list[tuple[int, int]], window: int
+):
+    clock = Clock(num_steps=60, window=window, reaches=reaches, clean_reach=clean_reach)
+    seen = [visible(chunk, clock.reach_given()) for chunk in range(4)]
+    assert [(chunks.start * 24, chunks.stop * 24) for chunks in seen] == want
+
+
+def test_a_given_chunk_sees_eight_chunks_where_nothing_is_configured():
+    reach = Clock(num_steps=8, window=4).reach_given()
+    assert [visible(chunk, reach) for chunk in (6, 7, 8)] == [range(7), range(8), range(1, 9)]
+
+
 def test_frames_come_in_whole_chunks():
     assert Clip(96).num_frames_out == 96
     assert Clip(97).num_frames_out == 96

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
+from flowcache.reuse import FlowCache
 from flowcache.settings import POLICIES, strategy_of
 from flowcache.tune.applied import follows_profile
 from magi1.build import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
@@ -40,6 +41,8 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
         ("reuse.every=0", "reuse.every must be 1 or more"),
         ("reuse.steps=[64]", "reuse.steps are own steps of a chunk, 0..63: 64 is none"),
         ("kv.mix=2", "kv.mix is a share"),
+        ("runtime_config.fps=12", "VAE tiles of fps // 2 = 6 frames hold 1 latents"),
+        ("runtime_config.chunk_width=4", "of runtime_config.chunk_width=4 so that a single one"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_rule(configure: Configure, setting: str, message: str):
@@ -47,6 +50,13 @@ def test_a_wrong_value_is_named_with_its_rule(configure: Configure, setting: str
         configure("base", setting)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_chunks_own_last_step_is_reused_unless_asked_otherwise(configure: Configure):
+    settings = ("reuse.policy=flowcache",)
+    assert policy_of(configure("base", *settings)) == FlowCache(0.01, 5, compute_last_step=False)
+    forced = configure("base", *settings, "reuse.compute_last_step=true")
+    assert policy_of(forced) == FlowCache(0.01, 5, compute_last_step=True)
 
 
 def test_a_budget_within_the_window_is_refused_before_anything_is_loaded(configure: Configure):

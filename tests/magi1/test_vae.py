@@ -12,7 +12,17 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.ranks import Ranks
-from magi1.vae import VAE, Tiling, check, in_tiles, load, parse_config
+from magi1.vae import (
+    VAE,
+    Span,
+    Tiling,
+    check,
+    check_decoding,
+    check_encoding,
+    in_tiles,
+    load,
+    parse_config,
+)
 from magi1.vit import ViTVAE, standardise
 
 DECODE = Path(__file__).with_name("decode_in_ranks.py")
@@ -85,7 +95,9 @@ def reference(golden: Callable[[str], Any]) -> tuple[Any, VAE]:
     want = golden("vae")
     model = ViTVAE(parse_config(want.case["ddconfig"], source="test"))
     model.load_state_dict(want.under("weights"))
-    return want, VAE(model.eval(), scale=1.0, tiling=Tiling(frames=12, pixels=16, overlap=0.25))
+    return want, VAE(
+        model.eval(), scale=1.0, tiling=Tiling(frames=12, height=16, width=16, overlap=0.25)
+    )
 
 
 def test_tiled_encoding_gives_the_reference_latents(reference: tuple[Any, VAE]):
@@ -114,7 +126,7 @@ def test_tiled_decoding_gives_the_reference_frames(reference: tuple[Any, VAE]):
 
 
 def test_a_video_of_one_tile_is_coded_as_a_whole():
-    vae = tiny_vae(Tiling(frames=8, pixels=16))
+    vae = tiny_vae(Tiling(frames=8, height=16, width=16))
     torch.manual_seed(1)
     video, latents = torch.randn(1, 3, 8, 12, 12), torch.randn(1, 4, 2, 6, 6)
     mean, _ = vae.model.moments(video)
@@ -123,7 +135,7 @@ def test_a_video_of_one_tile_is_coded_as_a_whole():
 
 
 def test_the_scale_lies_between_means_and_latents():
-    plain, scaled = (tiny_vae(Tiling(pixels=16), scale=scale) for scale in (1.0, 0.5))
+    plain, scaled = (tiny_vae(Tiling(height=16, width=16), scale=scale) for scale in (1.0, 0.5))
     torch.manual_seed(1)
     video, latents = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 4, 1, 4, 4)
     torch.testing.assert_close(scaled.encode(video), 0.5 * plain.encode(video))
@@ -135,7 +147,7 @@ def test_processes_decode_their_tiles_and_no_others(
     lone_shares: Callable[[int], list[Ranks]], num_shares: int
 ):
     # 2 x 3 tiles of 8 x 8 latents or less, of 2, 2 and 1 latents
-    vae = tiny_vae(Tiling(frames=8, pixels=16))
+    vae = tiny_vae(Tiling(frames=8, height=16, width=16))
     torch.manual_seed(1)
     latents = torch.randn(1, 4, 5, 9, 14)
     whole, together, num_decoded = vae.decode(latents), torch.zeros(()), []
@@ -161,7 +173,7 @@ def test_processes_get_the_frames_of_one_bit_for_bit(
     folder.mkdir()
     save(folder)
     vae = load(folder, scale=1.0, dtype=torch.float32, device="cpu")
-    vae.tiling = Tiling(frames=8, pixels=16)
+    vae.tiling = Tiling(frames=8, height=16, width=16)
     latents = torch.randn(1, 4, 5, 9, 14)
     torch.save(latents, tmp_path / "latents.pt")
     run_in_ranks(DECODE, str(folder), str(tmp_path), *layouts, num=num)
@@ -179,10 +191,9 @@ def test_tiles_of_an_unchanged_video_make_the_video_again(blends_blended: bool):
     joined = in_tiles(
         video,
         lambda tiles: tiles,
-        tile=(2, 8),
-        stride=6,
-        extent=2,
-        limit=6,
+        length=2,
+        rows=Span(tile=8, stride=6, extent=2, limit=6),
+        columns=Span(tile=10, stride=7, extent=3, limit=7),
         blends_blended=blends_blended,
     )
     torch.testing.assert_close(joined, video)
@@ -194,13 +205,96 @@ def test_a_seam_fades_linearly_from_one_tile_to_the_next():
     joined = in_tiles(
         torch.zeros(1, 1, 1, 2, 4),
         lambda tiles: [torch.full_like(tile, next(values)) for tile in tiles],
-        tile=(1, 4),
-        stride=2,
-        extent=2,
-        limit=2,
+        length=1,
+        rows=Span(tile=4, stride=2, extent=2, limit=2),
+        columns=Span(tile=4, stride=2, extent=2, limit=2),
         blends_blended=True,
     )
     assert joined[0, 0, 0, 0].tolist() == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_the_released_tiles_are_those_of_the_release():
+    tiles = Tiling.of_rate(24)
+    assert (tiles.frames, tiles.height, tiles.width, tiles.overlap) == (12, 256, 256, 0.25)
+    assert Span.encoding(256, patch=8, overlap=0.25) == Span(256, 192, extent=8, limit=24)
+    assert Span.decoding(256, patch=8, overlap=0.25) == Span(32, 24, extent=64, limit=192)
+    # 22 pixels hold 5 patches of 4: int(5 * 0.3), int(22 * 0.7), and int(5 * 4 * 0.3), int(5 * 0.7)
+    assert Span.encoding(22, patch=4, overlap=0.3) == Span(22, 15, extent=1, limit=4)
+    assert Span.decoding(22, patch=4, overlap=0.3) == Span(5, 3, extent=6, limit=14)
+
+
+def test_height_and_width_are_cut_apart():
+    """Each axis of its own tiles gives what cutting along that axis alone gives."""
+    torch.manual_seed(0)
+    picture = torch.randn(1, 4, 1, 9, 14)
+    for tiling, axis in (
+        (Tiling(frames=4, height=8, width=64), -2),
+        (Tiling(frames=4, height=64, width=8), -1),
+    ):
+        vae = tiny_vae(tiling)
+        made = vae.decode(picture)
+        # tiles of 4 latents, 3 apart; 6 pixels of each are kept, 2 are blended
+        want = []
+        size = picture.shape[axis]
+        parts = [
+            vae.model.decoder(picture.narrow(axis, i, min(4, size - i)))[:, :, :1]
+            for i in range(0, size, 3)
+        ]
+        for number, part in enumerate(parts):
+            part = part.clone()
+            if number:
+                for k in range(min(2, part.shape[axis])):
+                    old = parts[number - 1].select(axis, k - 2)
+                    part.select(axis, k).mul_(k / 2).add_(old * (1 - k / 2))
+            want.append(part.narrow(axis, 0, min(6, part.shape[axis])))
+        torch.testing.assert_close(made, torch.cat(want, dim=axis), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fps", [16, 17, 24, 30, 39, 48, 60, 120])
+def test_at_these_rates_all_frames_of_a_chunk_are_decoded(fps: int):
+    tiling = Tiling.of_rate(fps)
+    check_decoding(tiling, chunk_width=6, temporal_stride=4)
+    vae = tiny_vae(Tiling(frames=tiling.frames, height=16, width=16))
+    assert vae.decode(torch.zeros(1, 4, 6, 2, 2)).shape[2] == 24
+
+
+@pytest.mark.parametrize("fps", [1, 7, 8, 12, 15, 40, 47])
+def test_rates_at_which_the_released_tiles_lose_frames_are_refused(fps: int):
+    tiling = Tiling.of_rate(fps)
+    with pytest.raises(UserError, match="decodes 1 frame instead of 4: set fps=24"):
+        check_decoding(tiling, chunk_width=6, temporal_stride=4)
+    if tiling.frames >= 4:
+        vae = tiny_vae(Tiling(frames=tiling.frames, height=16, width=16))
+        assert vae.decode(torch.zeros(1, 4, 6, 2, 2)).shape[2] < 24
+
+
+def test_a_tile_lasts_half_a_second():
+    vae, latents = tiny_vae(Tiling.of_rate(16)), torch.randn(1, 4, 6, 4, 4)
+    want = torch.cat([vae.model.decoder(part) for part in latents.split(2, dim=2)], dim=2)
+    torch.testing.assert_close(vae.decode(latents), want)
+    video = torch.randn(1, 3, 24, 8, 8)
+    means = torch.cat([vae.model.moments(part)[0] for part in video.split(8, dim=2)], dim=2)
+    torch.testing.assert_close(vae.encode(video), means)
+
+
+@pytest.mark.parametrize(
+    ("fps", "num_frames", "fits"),
+    [
+        (24, 32, True),
+        (16, 32, True),
+        (30, 12, True),
+        (30, 32, False),
+        (18, 32, False),
+        (50, 24, True),
+    ],
+)
+def test_a_given_clip_is_encoded_in_whole_latents_or_refused(fps: int, num_frames: int, fits: bool):
+    tiling = Tiling.of_rate(fps)
+    if fits:
+        check_encoding(tiling, num_frames=num_frames, temporal_stride=4)
+        return
+    with pytest.raises(UserError, match=rf"drops the last {tiling.frames % 4} of each"):
+        check_encoding(tiling, num_frames=num_frames, temporal_stride=4)
 
 
 def test_other_grids_get_interpolated_positions():
@@ -219,7 +313,7 @@ def test_standardised_values_have_mean_0_and_deviation_1():
 @pytest.mark.parametrize("shape", [(1, 3, 6, 8, 8), (1, 3, 4, 9, 8)])
 def test_videos_of_broken_latents_are_refused(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match="multiple"):
-        tiny_vae(Tiling(pixels=16)).encode(torch.zeros(shape))
+        tiny_vae(Tiling(height=16, width=16)).encode(torch.zeros(shape))
 
 
 def test_the_released_size_has_the_published_tensors():

@@ -315,9 +315,7 @@ def test_the_threshold_of_magcache_computes_as_many_steps_as_asked_for():
 
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize(("compute_last_step", "want"), [(True, 6), (False, 5)])
-def test_the_threshold_that_computes_a_number_of_steps_is_found(
-    compute_last_step: bool, want: int
-):
+def test_the_threshold_that_computes_a_number_of_steps_is_found(compute_last_step: bool, want: int):
     methods = importlib.import_module("tuning.methods")
     threshold, computed = methods.closest_threshold(
         [[0.1] * 11, [0.1] * 11],
