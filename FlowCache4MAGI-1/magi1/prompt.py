@@ -8,10 +8,10 @@ import html
 import re
 import urllib.parse
 from collections.abc import Iterable
-from html.entities import html5
-from html.parser import HTMLParser
 
 import ftfy
+
+from magi1.markup import markup_text
 
 Rules = tuple[tuple[re.Pattern[str], str], ...]
 
@@ -77,6 +77,9 @@ _SPAM = _rules(
     (r"\s+", " "),
 )
 
+_HUGE = re.compile(r"(?<=&#)[0-9]{8,}")
+"""Numbers of character references that are beyond Unicode."""
+
 _EDGES = _rules(
     (r"(?s)^[\"'](.+)[\"']$", r"\1"),
     (r"^['_,\-:;]", ""),
@@ -101,37 +104,13 @@ def clean_once(prompt: str) -> str:
     text = _apply(_CHARACTERS, markup_text(text))
     if len(_JOINT.findall(text)) > MAX_JOINTS:
         text = _JOINT.sub(" ", text)
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    text = _unescape(_unescape(ftfy.fix_text(text))).strip()
     return _apply(_EDGES, _apply(_SPAM, text)).strip()
 
 
-def markup_text(text: str) -> str:
-    """Return the text of HTML without its tags, character references resolved."""
-    parser = _TextParser()
-    parser.feed(text)
-    parser.close()
-    return "".join(parser.parts)
-
-
-class _TextParser(HTMLParser):
-    """Collects the text between tags.
-
-    References are resolved here and not by the base class, whose own way differs: a last word with
-    an ampersand in it loses it ("r&b" becomes "rb"), an unknown reference its semicolon.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=False)
-        self.parts: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
-
-    def handle_charref(self, name: str) -> None:
-        self.parts.append(html.unescape(f"&#{name};"))
-
-    def handle_entityref(self, name: str) -> None:
-        self.parts.append(html5.get(f"{name};", f"&{name}"))
+def _unescape(text: str) -> str:
+    """Resolve character references; Python refuses to read numbers of thousands of digits."""
+    return html.unescape(_HUGE.sub("99999999", text))
 
 
 def _apply(rules: Iterable[tuple[re.Pattern[str], str]], text: str) -> str:
