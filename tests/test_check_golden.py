@@ -14,6 +14,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "skyreels_v2"
+MAGI1 = ROOT / "tests" / "golden" / "magi1"
 
 Main = Callable[[list[str]], int]
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
@@ -84,6 +85,13 @@ def test_all_reference_cases_pass_but_for_listed_defects_of_the_reference(
     ):
         assert {found for reason, found in reasons.items() if words in reason} == {name}
     assert len([row for row in rows if "  pass" in row]) > 10 * len(reasons)
+
+
+def test_all_reference_cases_of_magi1_pass(main: Main, capsys: pytest.CaptureFixture[str]):
+    assert main([str(MAGI1)]) == 0
+    *rows, total = capsys.readouterr().out.splitlines()
+    assert {row.split()[0] for row in rows} == {path.stem for path in MAGI1.iterdir()}
+    assert total.endswith("0 known, 0 fail")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -196,6 +204,11 @@ def test_the_kind_is_read_from_the_contents_and_not_from_the_name(
         ("b.json", b'{"prompts": []}', "none that is known"),
         ("c.json", b"[]", "holds no settings"),
         ("d.json", b"{", "no JSON"),
+        ("e.json", b'{"pairs": []}', "nothing was compared"),
+        ("f.json", b'{"pairs": [1]}', "TypeError"),
+        ("g.json", b'{"settings": [1]}', "TypeError"),
+        ("h.json", b'{"ddconfig": 1, "tile": "x"}', "  run  "),
+        ("i.json", b"[" * 100_000, "RecursionError"),
     ],
 )
 def test_a_file_that_is_no_known_case_fails_and_the_others_are_checked(
@@ -212,6 +225,40 @@ def test_a_file_that_is_no_known_case_fails_and_the_others_are_checked(
     out = capsys.readouterr().out
     assert [reason in row for row in failures(out)] == [True]
     assert any("mha0.score" in row and row.endswith("pass") for row in out.splitlines())
+
+
+def test_files_that_are_no_cases_are_named(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path, "case", read("kv_compress"))
+    (tmp_path / "README.md").touch()
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "more.npz").touch()
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no case files, not compared: README.md, deeper/more.npz" in out.splitlines()
+
+
+def test_cases_of_a_model_that_is_not_there_are_no_failure_and_no_success(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "self_forcing"
+    folder.mkdir()
+    for name, settings in (("loop", {"frame_tokens": 4}), ("vae", {"frames_of_chunk": [1]})):
+        write(folder, name, (settings, {"in.x": torch.zeros(1)}))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(folder)])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "loop, vae: cases of Self-Forcing, which this project does not have" in printed.err
+    write(tmp_path, "case", read("kv_compress"))
+    assert main([str(tmp_path)]) == 0
+    *_, left_out, total = capsys.readouterr().out.splitlines()
+    assert left_out.startswith("not compared: self_forcing/loop, self_forcing/vae: cases of")
+    assert total.startswith("3 files, ")
+    assert total.endswith(", 0 fail, 2 absent")
 
 
 def test_a_wrong_argument_is_one_line_and_exit_code_2(

@@ -67,6 +67,7 @@ class RunConfig:
     overlap_history: int | None = None
     fps: int = 24
     seed: int = 0
+    noise_dtype: Literal["auto", "model", "float32"] = "auto"
     num_steps: int = 50
     shift: float = 8.0
     guidance: float = 6.0

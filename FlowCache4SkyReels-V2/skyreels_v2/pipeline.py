@@ -121,12 +121,14 @@ def generate(
     ranks = Ranks() if ranks is None else ranks
     contexts = _encode_contexts(dit, conditioning, stats=stats, ranks=ranks)
     segments = segments_of(config)
+    # before any that is blended into a prefix, which upstream takes from another source
+    noises = [_draw_noise(draw, config, segment, dit=dit) for segment in segments]
     tail = None if conditioning.video is None else Later.of(conditioning.video)
     is_beside = should_overlap(
         config.overlap, device, takes_turns=config.offload or ranks.place.size > 1
     )
     with lane_for("decode", device=device, is_beside=is_beside) as lane:
-        for segment in segments:
+        for segment, noise in zip(segments, noises, strict=True):
             maker = _SegmentMaker(
                 dit,
                 vae,
@@ -136,6 +138,7 @@ def generate(
                 segment,
                 len(segments),
                 stats,
+                noise,
                 draw,
                 observe,
                 policies or _settings_policies(config, dit),
@@ -164,6 +167,20 @@ def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
     """Count what other processes did in the branches that this one does not compute."""
     own = torch.tensor([stats.computed_flops, stats.flops_without_reuse], device=stats.device)
     stats.computed_flops, stats.flops_without_reuse = ranks.branches.total(own).tolist()
+
+
+def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) -> Tensor:
+    """Draw what a window starts from, `[C, F, h, w]`, as upstream: nothing for an end image.
+
+    Upstream draws in the transformer's type for diffusion forcing models, in float32 for T2V and
+    I2V models; in bfloat16 the same seed gives other numbers.
+    """
+    is_float32 = config.noise_dtype == "float32" or (
+        config.noise_dtype == "auto" and dit.config.model_type == "i2v"
+    )
+    size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+    dtype = torch.float32 if is_float32 else dit.dtype
+    return draw((LATENT_CHANNELS, segment.num_frames, *size), dtype)
 
 
 def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
@@ -210,6 +227,8 @@ class _SegmentMaker:
     segment: Segment
     num_segments: int
     stats: RunStats
+    noise: Tensor
+    """What the window starts from, `[C, F, h, w]`, without an end image."""
     draw: Draw
     observe: Observe | None
     policies: Policies
@@ -247,23 +266,18 @@ class _SegmentMaker:
                 waiting = []
 
     def _start_latents(self, tail: Tensor | None) -> Tensor:
-        """Return noise with the given frames in their places, `[C, F, h, w]` float32.
-
-        Noise is drawn in the model's dtype, so that a seed means the same as upstream.
-        """
-        config, window = self.config, self.window
-        size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
-        noise = self.draw((LATENT_CHANNELS, window.num_frames, *size), self.dit.dtype)
-        latents = noise.to(torch.float32, copy=True)
+        """Return noise with the given frames in their places, `[C, F, h, w]` float32."""
+        window, latents = self.window, self.noise.to(torch.float32, copy=True)
         given = self.conditioning.image
         if self.segment.prefix_pixels:
             assert tail is not None, "a segment with a prefix needs the frames before it"
             given = tail[:, -self.segment.prefix_pixels :]
         if window.num_prefix and given is not None:
             latents[:, : window.num_prefix] = self._encode(given)
-        end_image = self.conditioning.end_image
-        if window.num_frames > self.segment.num_frames and end_image is not None:
-            latents[:, -1:] = self._encode(end_image)
+        if window.num_frames > self.segment.num_frames:
+            end_image = self.conditioning.end_image
+            assert end_image is not None, "the window has an end frame, but no end image was passed"
+            latents = torch.cat([latents, self._encode(end_image)], dim=1)
         return latents
 
     def _sampler(self, latents: Tensor) -> WindowSampler:

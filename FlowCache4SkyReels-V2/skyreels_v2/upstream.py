@@ -184,6 +184,7 @@ def _one_window_settings(options: Namespace, own: set[str]) -> Iterator[str]:
     yield "ar_step=0"
     yield f"causal_block_size={max(latent_frames(options.num_frames), 1)}"
     yield "attention=full"
+    yield "noise_dtype=float32"
 
 
 def _df_cache_settings(options: Namespace, own: set[str]) -> Iterator[str]:

@@ -1,0 +1,102 @@
+"""What a seed draws: the numbers upstream draws, in its order, shapes and types."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache.stats import RunStats
+from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare
+
+SEED = 3
+LONG = ("num_frames=57", "base_num_frames=25", "overlap_history=9", "addnoise_condition=20")
+"""15 latent frames in three windows of 7 that share 3, the prefix noised."""
+
+
+def loaded(model: Path, *settings: str) -> tuple[Job, Models, Conditioning]:
+    overrides = ["prompt=a red circle", f"seed={SEED}", "num_steps=2", *settings]
+    job = prepare(Request(preset="vanilla_causal", model=str(model), overrides=overrides))
+    stats = RunStats(job.device)
+    return job, load_models(job, stats=stats), encode_inputs(job, stats=stats)
+
+
+def frames_of(job: Job, models: Models, given: Conditioning, **options: object) -> Tensor:
+    shown = generate(
+        models.dit,
+        models.vae,
+        job.config,
+        given,
+        stats=RunStats(job.device),
+        **options,  # type: ignore[arg-type]
+    )
+    return torch.cat([each.frames for each in shown if each.frames is not None], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "image", "frames"),
+    [
+        pytest.param((), None, [5], id="text"),
+        pytest.param((), "image", [5], id="start image"),
+        # an end image is one latent frame more, for which no noise is drawn
+        pytest.param(("attention=full",), "end_image", [5], id="end image"),
+        pytest.param((), "end_image", [5], id="end image, causal"),
+        # blending noise into prefixes does not shift what later windows start from
+        pytest.param(LONG, None, [7, 7, 7], id="long"),
+        pytest.param((*LONG, "attention=full"), "image", [7, 7, 7], id="long, start image"),
+    ],
+)
+def test_a_seed_draws_one_noise_per_window_and_nothing_for_an_end_image(
+    small: Path, picture: Path, settings: tuple[str, ...], image: str | None, frames: list[int]
+):
+    given = [] if image is None else [f"{image}={picture}"]
+    job, models, conditioning = loaded(small, *settings, *given)
+    generator = torch.Generator().manual_seed(SEED)
+    size = (job.config.height // 8, job.config.width // 8)
+    noises = [torch.randn(16, num, *size, generator=generator) for num in frames]
+    draws = iter(noises)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        noise = next(draws, None)
+        if noise is None:  # what is blended into prefixes comes after all windows
+            return torch.randn(shape, generator=generator, dtype=dtype)
+        assert (noise.shape, noise.dtype) == (shape, dtype)
+        return noise
+
+    by_hand = frames_of(job, models, conditioning, draw=draw)
+    assert next(draws, None) is None, "a window without noise of its own"
+    assert torch.equal(frames_of(job, models, conditioning), by_hand)
+
+
+def drawn_types(model: Path, *settings: str) -> set[torch.dtype]:
+    """Return the types in which the first window's noise is drawn by a bfloat16 model."""
+    job, models, conditioning = loaded(model, "dtype=bfloat16", *settings)
+    found: set[torch.dtype] = set()
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        found.add(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+    stats = RunStats(job.device)
+    next(generate(models.dit, models.vae, job.config, conditioning, stats=stats, draw=draw))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ((), torch.bfloat16),
+        (("noise_dtype=model",), torch.bfloat16),
+        (("noise_dtype=float32",), torch.float32),
+    ],
+)
+def test_a_diffusion_forcing_model_draws_in_its_own_type(
+    small: Path, settings: tuple[str, ...], want: torch.dtype
+):
+    assert drawn_types(small, *settings) == {want}
+
+
+def test_an_image_to_video_model_draws_in_float32(small_i2v: Path, picture: Path):
+    settings = ("attention=full", "ar_step=0", f"image={picture}")
+    assert drawn_types(small_i2v, *settings) == {torch.float32}
