@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, num_ulps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -18,9 +19,9 @@ def test_a_linear_layer_of_coarse_weights_computes_in_float32(has_bias: bool):
     found = linear_in_float32(layer, x)
     exact = x.double() @ layer.weight.double().T + (layer.bias.double() if has_bias else 0)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    # a layer that computes in its weights' dtype is a thousand times less exact
-    assert (layer(x).double() - exact).abs().max() > 1e-3
+    assert_close(found, exact, ulps=16)
+    # a layer that computes in its weights' dtype is tens of thousands of times less exact
+    assert num_ulps(layer(x), exact, dtype=torch.float32) > 10_000
     assert layer.weight.dtype == torch.bfloat16
 
 
@@ -59,4 +60,4 @@ def test_16_bit_products_on_cuda_are_those_of_float32():
     layer = nn.Linear(512, 256).bfloat16().cuda()
     x = torch.randn(3, 40, 512, device="cuda").bfloat16()
     exact = functional.linear(x.double(), layer.weight.double(), layer.bias.double())
-    torch.testing.assert_close(linear_in_float32(layer, x).double(), exact, rtol=1e-5, atol=1e-5)
+    assert_close(linear_in_float32(layer, x), exact, ulps=64)
