@@ -130,6 +130,22 @@ def declared(*, with_extras: bool) -> set[str]:
     return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in wanted}
 
 
+@functools.cache
+def installed() -> dict[str, set[str]]:
+    """Return the distributions that hold each importable name.
+
+    By their files: Python 3.10's `packages_distributions` reads only `top_level.txt`, which many
+    wheels have no more.
+    """
+    found: dict[str, set[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or []:
+            if file.suffix in {".py", ".so", ".pyi"}:
+                name = file.parts[0].partition(".")[0]
+                found.setdefault(name, set()).add(distribution.name)
+    return found
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -139,7 +155,7 @@ def normal(name: str) -> str:
     [*((path, False) for path in PACKAGES.values()), (REPOSITORY / "tests", True)],
 )
 def test_every_imported_library_is_a_declared_dependency(folder: Path, with_extras: bool):
-    distributions = importlib.metadata.packages_distributions()
+    distributions = installed()
     declared_names = declared(with_extras=with_extras)
     for path in sorted(folder.rglob("*.py")):
         for name in top_level(path) - OURS - sys.stdlib_module_names - OPTIONAL:
