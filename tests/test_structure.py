@@ -169,6 +169,13 @@ def test_every_imported_library_is_a_declared_dependency(folder: Path, with_extr
                 assert is_local, f"{path.name} imports {name}, which is not installed"
 
 
+def test_what_compares_in_ulps_is_marked_to_run_with_other_vector_widths():
+    for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "closeness" in imported(path) and path.stem != "test_closeness":
+            assert "pytest.mark.numeric" in text, path.name
+
+
 def test_no_file_names_a_folder_of_somebodys_machine():
     for path in repository_files():
         try:

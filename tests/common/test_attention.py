@@ -20,6 +20,8 @@ from flowcache.attention import (
 )
 from flowcache.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 CUDA = torch.device("cuda")
 """Only named: nothing is put there."""
 HALF = torch.bfloat16

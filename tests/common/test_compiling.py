@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from flowcache.compiling import compiled, should_compile
 from flowcache.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 

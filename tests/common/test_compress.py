@@ -31,6 +31,8 @@ from flowcache.scoring import (
     weigh,
 )
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden/skyreels_v2/kv_compress.safetensors"
 SMALLEST_ORDERED_GAP = 32
 """Neighbouring scores nearer than this, in ulps, may swap: each is off by about 3."""

@@ -21,6 +21,8 @@ from flowcache.lpips import (
     lpips_per_frame,
 )
 
+pytestmark = pytest.mark.numeric
+
 Array = npt.NDArray[np.float64]
 
 SHAPES = {

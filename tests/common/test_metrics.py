@@ -12,6 +12,8 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.metrics import psnr, psnr_per_frame, ssim, ssim_per_frame
 
+pytestmark = pytest.mark.numeric
+
 
 def textured_clip(seed: int, *, num_frames: int = 3, height: int = 24, width: int = 37) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache.precision import linear_in_float32
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_linear_layer_of_coarse_weights_computes_in_float32(has_bias: bool):

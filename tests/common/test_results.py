@@ -5,6 +5,8 @@ from torch import Tensor
 
 from flowcache.results import ResultStore, clean_estimate, velocity_to
 
+pytestmark = pytest.mark.numeric
+
 
 def signal(*values: float) -> Tensor:
     return torch.tensor(values)

@@ -22,6 +22,8 @@ from flowcache.reuse import (
 )
 from flowcache.schedule import Tick, staggered
 
+pytestmark = pytest.mark.numeric
+
 
 def signal(*values: float) -> Tensor:
     return torch.tensor(values)

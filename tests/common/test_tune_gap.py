@@ -9,6 +9,8 @@ from closeness import assert_close
 from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
 
+pytestmark = pytest.mark.numeric
+
 SIGMAS = np.array([1.0, 0.9, 0.75, 0.6, 0.4, 0.25, 0.1, 0.0])
 NUM_STEPS = len(SIGMAS) - 1
 

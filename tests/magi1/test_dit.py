@@ -15,6 +15,8 @@ from magi1.config import ModelConfig
 from magi1.dit import DiT, is_float32, set_precision
 from magi1.layers import SelfAttend, attend_to_text, interleave, rope_table
 
+pytestmark = pytest.mark.numeric
+
 
 def difference(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape
@@ -48,28 +50,28 @@ def test_a_24b_style_model_gives_the_reference_velocities(golden: Callable[[str]
     attend = ranged(past, want["kv_range"].tolist(), seen)
 
     cond = dit(x, t, text, mask_RL=mask, first_frame=6, self_attend=attend)
-    assert_close(cond, want["out_cond"], ulps=128)
+    assert_close(cond, want["out_cond"], ulps=256)
 
     prev = dit(x, t, text, mask_RL=mask, first_frame=6, self_attend=attend, is_null=True)
-    assert_close(prev, want["out_prev"], ulps=128)
+    assert_close(prev, want["out_prev"], ulps=256)
     for layer, kv in seen.items():
         written = want[f"kv_out.{layer}"][chunk_tokens:]
-        assert_close(kv, written, ulps=128)
+        assert_close(kv, written, ulps=256)
 
     separate = x[:, :, 6:].unflatten(2, (2, 6))[0].movedim(1, 0)
     uncond = dit(separate, t[0, 1:, None], text[1:], mask_RL=mask[1:], is_null=True)
-    assert_close(uncond, want["out_uncond"], ulps=128)
+    assert_close(uncond, want["out_uncond"], ulps=256)
 
 
 def test_the_embeddings_are_the_reference_ones(golden: Callable[[str], Any]):
     want = golden("dit_24b_style")
     dit = want.dit()
     embedded = dit.embed(want["x"], want["t"], is_null=False)
-    assert_close(embedded.tokens[0], want["pre.tokens"][:, 0], ulps=128)
-    assert_close(embedded.condition, want["pre.condition"], ulps=128)
+    assert_close(embedded.tokens[0], want["pre.tokens"][:, 0], ulps=256)
+    assert_close(embedded.condition, want["pre.condition"], ulps=256)
     height, width = want.case["latent_hw"]
     rope = dit.rope_table(first_frame=6, num_frames=18, latent_height=height, latent_width=width)
-    assert_close(torch.cat([rope[..., 1], rope[..., 0]], dim=1), want["pre.rope"], ulps=128)
+    assert_close(torch.cat([rope[..., 1], rope[..., 0]], dim=1), want["pre.rope"], ulps=256)
 
 
 def test_a_distilled_model_sees_its_step_width(model_tiny: ModelConfig):
@@ -109,7 +111,7 @@ def test_chunk_by_chunk_through_a_cache_is_the_block_causal_forward(model_tiny: 
         )
         for chunk in range(3)
     ]
-    assert_close(torch.cat(parts, dim=2), whole, ulps=128)
+    assert_close(torch.cat(parts, dim=2), whole, ulps=256)
 
 
 def test_masked_text_equals_shorter_text_and_no_text_gives_nothing(model_tiny: ModelConfig):
@@ -214,7 +216,7 @@ def test_a_bfloat16_run_stays_near_the_float32_one(golden: Callable[[str], Any])
     dit = want.dit()
     text, mask = want["y"][:1, 0], want["mask"][:1, 0].bool()
     x, t = want["x"][:, :, :6], want["t"][:, 1:2]
-    assert_close(dit(x, t, text, mask_RL=mask), want["out_first"], ulps=128)
+    assert_close(dit(x, t, text, mask_RL=mask), want["out_first"], ulps=256)
     set_precision(dit, torch.bfloat16)
     velocity = dit(x, t, text, mask_RL=mask)
     assert velocity.dtype == torch.float32

@@ -10,6 +10,8 @@ from closeness import assert_close
 from flowcache.results import ResultStore
 from magi1.euler import euler_step_
 
+pytestmark = pytest.mark.numeric
+
 TIMES = (0.0, 0.1, 0.25, 0.45, 0.7, 1.0)
 COMPUTED = (0, 1, 2, 4)
 

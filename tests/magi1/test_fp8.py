@@ -9,6 +9,8 @@ from closeness import assert_close
 
 from magi1.fp8 import FP8, Fp8Linear, SmoothFp8Linear, emulated_product, native_product, quantise
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(
     ("kind", "layer_type"), [("per_tensor", Fp8Linear), ("smooth", SmoothFp8Linear)]

@@ -24,6 +24,8 @@ from magi1.sampler import ClipSampler
 from magi1.sampling import Guidance, Sampling
 from magi1.schedule import Clip, Clock
 
+pytestmark = pytest.mark.numeric
+
 NUM_STEPS = 8
 PASSES = ("all", "guidance")
 GUIDANCE = Guidance((0.0, 0.3), prev_scales=(1.5, 1.0), text_scales=(7.5, 0.0))

@@ -12,7 +12,7 @@ from closeness import num_ulps
 from flowcache.record import read_record
 from magi1.run import prepare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.numeric, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 3: ("3x1",), 4: ("2x2",)}
 ULPS = 256

@@ -24,6 +24,8 @@ from magi1.sampler import ClipSampler
 from magi1.sampling import Guidance, KVBudget, Sampling, cache_bytes
 from magi1.schedule import Clip, Clock
 
+pytestmark = pytest.mark.numeric
+
 BASE = Guidance((0.0, 0.3), prev_scales=(1.5, 1.0), text_scales=(7.5, 0.0))
 DISTILLED = Sampling(guidance=None, is_distilled=True)
 LAYOUT = TokenLayout(frame_tokens=4, chunk_tokens=8)

@@ -18,6 +18,8 @@ from magi1.schedule import (
     visible,
 )
 
+pytestmark = pytest.mark.numeric
+
 PADDING = -1
 
 

@@ -31,6 +31,8 @@ from magi1.pipeline import Conditioning, generate
 from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare, read_settings
 from magi1.schedule import Clock
 
+pytestmark = pytest.mark.numeric
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NUM_STEPS, NUM_CHUNKS = 6, 2
 SETTINGS = (f"runtime_config.num_steps={NUM_STEPS}", "prompt=a red circle")

@@ -15,6 +15,8 @@ from flowcache.ranks import Ranks
 from magi1.vae import VAE, Tiling, check, in_tiles, load, parse_config
 from magi1.vit import ViTVAE, standardise
 
+pytestmark = pytest.mark.numeric
+
 DECODE = Path(__file__).with_name("decode_in_ranks.py")
 
 RELEASED = {
@@ -85,24 +87,24 @@ def reference(golden: Callable[[str], Any]) -> tuple[Any, VAE]:
 def test_tiled_encoding_gives_the_reference_latents(reference: tuple[Any, VAE]):
     want, vae = reference
     video = want["video"].float() / 127.5 - 1
-    assert_close(vae.encode(video), want["latents_tiled"], ulps=512)
-    assert_close(vae.encode(video[:, :, :1]), want["latents_image"], ulps=512)
+    assert_close(vae.encode(video), want["latents_tiled"], ulps=256)
+    assert_close(vae.encode(video[:, :, :1]), want["latents_image"], ulps=256)
 
 
 def test_the_encoder_gives_the_reference_moments(reference: tuple[Any, VAE]):
     want, vae = reference
     with torch.no_grad():
         moments = vae.model.encoder(want["moments_small_in"])
-    assert_close(moments, want["moments_small"], ulps=512)
+    assert_close(moments, want["moments_small"], ulps=256)
 
 
 def test_tiled_decoding_gives_the_reference_frames(reference: tuple[Any, VAE]):
     want, vae = reference
     # 4 latents are tiles of 3 and 1, hence 12 + 1 frames
     frames = vae.decode(want["z"])[0].movedim(0, 1)
-    assert_close(frames, want["decoded"], ulps=512)
+    assert_close(frames, want["decoded"], ulps=256)
     image = vae.decode(want["z"][:, :, :1])[0].movedim(0, 1)
-    assert_close(image, want["decoded_image"], ulps=512)
+    assert_close(image, want["decoded_image"], ulps=256)
     levels = (frames * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
     assert (levels.int() - want["decoded_u8"].int()).abs().max() <= 1
 
@@ -112,16 +114,16 @@ def test_a_video_of_one_tile_is_coded_as_a_whole():
     torch.manual_seed(1)
     video, latents = torch.randn(1, 3, 8, 12, 12), torch.randn(1, 4, 2, 6, 6)
     mean, _ = vae.model.moments(video)
-    assert_close(vae.encode(video), mean, ulps=128)
-    assert_close(vae.decode(latents), vae.model.decoder(latents), ulps=128)
+    assert_close(vae.encode(video), mean, ulps=256)
+    assert_close(vae.decode(latents), vae.model.decoder(latents), ulps=256)
 
 
 def test_the_scale_lies_between_means_and_latents():
     plain, scaled = (tiny_vae(Tiling(pixels=16), scale=scale) for scale in (1.0, 0.5))
     torch.manual_seed(1)
     video, latents = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 4, 1, 4, 4)
-    assert_close(scaled.encode(video), 0.5 * plain.encode(video), ulps=128)
-    assert_close(scaled.decode(0.5 * latents), plain.decode(latents), ulps=128)
+    assert_close(scaled.encode(video), 0.5 * plain.encode(video), ulps=256)
+    assert_close(scaled.decode(0.5 * latents), plain.decode(latents), ulps=256)
 
 
 @pytest.mark.parametrize("num_shares", [2, 3, 4])
@@ -142,7 +144,7 @@ def test_processes_decode_their_tiles_and_no_others(
         counted.remove()
         num_decoded.append(len(calls))
     # results of tiles are blended linearly, so the processes' pictures add up
-    assert_close(together, whole, ulps=128)
+    assert_close(together, whole, ulps=256)
     assert num_decoded == [len(range(share, 18, num_shares)) for share in range(num_shares)]
 
 
@@ -239,7 +241,7 @@ def test_a_saved_vae_is_loaded_as_it_was(tmp_path: Path):
     latents = torch.randn(1, 4, 2, 4, 4)
     with torch.no_grad():
         want = tiny_model().decoder(latents / 0.5)
-    assert_close(vae.decode(latents), want, ulps=128)
+    assert_close(vae.decode(latents), want, ulps=256)
     assert load(folder, scale=1.0, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
 
 

@@ -17,6 +17,8 @@ from skyreels_v2.run import Request, encode_inputs, load_models, prepare, render
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import cut_window
 
+pytestmark = pytest.mark.numeric
+
 CAUSAL = Sampling(3, 8.0, 3.0, 1, "causal", clean_pass=False, fps=24)
 
 

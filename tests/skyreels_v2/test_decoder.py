@@ -13,6 +13,8 @@ from skyreels_v2 import vae
 from skyreels_v2.decoder import Seen, Strip, decode_hidden, decode_latent, margins_of
 from skyreels_v2.vae import VAE
 
+pytestmark = pytest.mark.numeric
+
 NUM_CONVS = 64
 """At least as many as the decoders here have."""
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.layers import rope_table, rotate, sinusoid
 
+pytestmark = pytest.mark.numeric
+
 MakeDiT = Callable[..., DiT]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"

@@ -47,6 +47,7 @@ def made(
     return make
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("num", NUMBERS)
 def test_processes_make_the_video_of_one(made: Callable[[int], list[Results]], num: int):
     [alone] = made(1)

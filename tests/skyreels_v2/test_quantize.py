@@ -18,6 +18,8 @@ from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.layers import compiled_parts
 from skyreels_v2.quantize import QuantizeName, check, linears, quantize, weight_bytes
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 TOLERANCES: dict[QuantizeName, float] = {
     "int8_weight": 0.02,

@@ -22,6 +22,8 @@ from skyreels_v2.sampling import Sampling
 from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import cut_window
 
+pytestmark = pytest.mark.numeric
+
 MakeDiT = Callable[..., DiT]
 Denoise = Callable[..., Any]
 """`denoise_window` of conftest.py"""

@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from skyreels_v2.solver import UniPC, timestep_grid
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2" / "schedule.safetensors"
 
 

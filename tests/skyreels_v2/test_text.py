@@ -22,6 +22,8 @@ from flowcache.errors import UserError
 from skyreels_v2 import text
 from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 NUM_HEADS = 4
 """Heads of the reference's CLIP tower, which its weights do not tell."""
@@ -89,7 +91,7 @@ def vision(clip_path: Path) -> VisionEncoder:
 
 def test_umt5_equals_the_reference(umt5: dict[str, Tensor], encoder: TextEncoder):
     out = text.encode_tokens(encoder.model, umt5["in.ids"], mask_BL=umt5["in.mask"])
-    assert_close(out, umt5["out.masked"], ulps=128)
+    assert_close(out, umt5["out.masked"], ulps=256)
     assert torch.all(out[umt5["in.mask"] == 0] == 0)
 
 
@@ -98,7 +100,7 @@ def test_clip_and_its_preprocessing_equal_the_reference(
 ):
     image = clip["in.video"][:, :, 0]
     assert_close(vision.prepare(image), clip["out.pixels"], ulps=256)
-    assert_close(vision.encode(image), clip["out.features"], ulps=128)
+    assert_close(vision.encode(image), clip["out.features"], ulps=256)
 
 
 def test_image_features_leave_out_the_last_block(clip: dict[str, Tensor], vision: VisionEncoder):

@@ -11,6 +11,8 @@ from flowcache.errors import UserError
 from skyreels_v2 import vae
 from skyreels_v2.vae import VAE, original_key
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2" / "vae.safetensors"
 
 
