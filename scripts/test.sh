@@ -4,6 +4,9 @@
 #     bash scripts/test.sh                          all but the slow tests
 #     bash scripts/test.sh -m "slow or not slow"    all tests
 #     bash scripts/test.sh tests/common -k config   some tests
+#
+# Results must not depend on the processor: ATEN_CPU_CAPABILITY=default (or avx2) before the command
+# takes torch's kernels of other vector widths, OMP_NUM_THREADS=4 more threads (default: 1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

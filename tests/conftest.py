@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, no network, GPU tests only where there is a GPU.
+"""What holds for every test: few threads, no network, GPU tests only where there is a GPU.
 
 And what the tests of both models share: short runs, a picture, copies of the launchers.
 """
@@ -29,10 +29,18 @@ from flowcache.record import read_record
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+NUM_THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Tiny models would spend their time on handing work between threads."""
+
+
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Keep tiny models from spending their time on handing work between threads."""
-    torch.set_num_threads(1)
+def few_threads() -> None:
+    torch.set_num_threads(int(NUM_THREADS))
+
+
+def pytest_report_header() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}: {capability}, threads: {NUM_THREADS}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,7 +91,7 @@ def run_in_ranks() -> RunInRanks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes = [
             subprocess.Popen(
                 [sys.executable, str(script), *arguments],

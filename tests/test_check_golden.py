@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "skyreels_v2"
 MAGI1 = ROOT / "tests" / "golden" / "magi1"

@@ -39,6 +39,7 @@ OWNERS = {
 OPTIONAL = {"flash_attn", "flash_attn_interface"}  # the extra "flash", for CUDA only
 LOCAL = [
     *(REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "tests" / "scripts"),
+    REPOSITORY / "tests" / "shared",
     REPOSITORY / "FlowCache4SkyReels-V2",
 ]
 
@@ -129,6 +130,22 @@ def declared(*, with_extras: bool) -> set[str]:
     return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in wanted}
 
 
+@functools.cache
+def installed() -> dict[str, set[str]]:
+    """Return the distributions that hold each importable name.
+
+    By their files: Python 3.10's `packages_distributions` reads only `top_level.txt`, which many
+    wheels have no more.
+    """
+    found: dict[str, set[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or []:
+            if file.suffix in {".py", ".so", ".pyi"}:
+                name = file.parts[0].partition(".")[0]
+                found.setdefault(name, set()).add(distribution.name)
+    return found
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -138,7 +155,7 @@ def normal(name: str) -> str:
     [*((path, False) for path in PACKAGES.values()), (REPOSITORY / "tests", True)],
 )
 def test_every_imported_library_is_a_declared_dependency(folder: Path, with_extras: bool):
-    distributions = importlib.metadata.packages_distributions()
+    distributions = installed()
     declared_names = declared(with_extras=with_extras)
     for path in sorted(folder.rglob("*.py")):
         for name in top_level(path) - OURS - sys.stdlib_module_names - OPTIONAL:
@@ -150,6 +167,13 @@ def test_every_imported_library_is_a_declared_dependency(folder: Path, with_extr
                     (root / f"{name}.py").exists() or (root / name).is_dir() for root in LOCAL
                 )
                 assert is_local, f"{path.name} imports {name}, which is not installed"
+
+
+def test_what_compares_in_ulps_is_marked_to_run_with_other_vector_widths():
+    for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "closeness" in imported(path) and path.stem != "test_closeness":
+            assert "pytest.mark.numeric" in text, path.name
 
 
 def test_no_file_names_a_folder_of_somebodys_machine():

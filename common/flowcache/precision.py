@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# torch 2.8 has no shape rule for a product with `out_dtype`: it can't be compiled. 2.11 has one.
+HAS_WIDE_PRODUCT = torch.__version__ >= "2.11"
+
 
 def linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a linear layer to `x` in float32 and return float32.
@@ -17,7 +20,7 @@ def linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     bias = cast("Tensor | None", layer.bias)
     wide_bias = None if bias is None else bias.float()
     is_half = x.dtype == layer.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    if not (x.is_cuda and is_half and x.ndim > 1):
+    if not (HAS_WIDE_PRODUCT and x.is_cuda and is_half and x.ndim > 1):
         return functional.linear(x.float(), layer.weight.float(), wide_bias)
     y = torch.mm(x.flatten(0, -2), layer.weight.t(), out_dtype=torch.float32)
     y = y.unflatten(0, x.shape[:-1])

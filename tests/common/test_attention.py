@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,8 @@ from flowcache.attention import (
     describe_choice,
 )
 from flowcache.errors import UserError
+
+pytestmark = pytest.mark.numeric
 
 CUDA = torch.device("cuda")
 """Only named: nothing is put there."""
@@ -45,7 +48,7 @@ def test_attention_equals_its_definition_with_shared_key_heads(kv_heads: int):
     draw = torch.Generator().manual_seed(0)
     q = torch.randn(2, 5, 6, 8, generator=draw)
     k, v = torch.randn(2, 2, 7, kv_heads, 8, generator=draw)
-    torch.testing.assert_close(SDPA(q, k, v), by_definition(q, k, v), rtol=0, atol=1e-6)
+    assert_close(SDPA(q, k, v), by_definition(q, k, v), ulps=64)
 
 
 def test_one_key_gives_its_value_whatever_the_query():
@@ -160,7 +163,7 @@ def test_a_shape_that_no_kernel_can_do_is_an_error():
 def test_the_math_backend_of_torch_gives_what_the_definition_gives():
     kernel = available_kernels(CUDA, dtype=HALF)["math"]
     q, k, v = SHAPE.tensors(device=torch.device("cpu"), dtype=torch.float32)
-    torch.testing.assert_close(kernel(q, k, v), by_definition(q, k, v), rtol=0, atol=1e-5)
+    assert_close(kernel(q, k, v), by_definition(q, k, v), ulps=64)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
@@ -209,4 +212,4 @@ def test_the_probe_times_real_kernels():
     assert kernel.probed
     assert kernel.name == kernel.probed[0][0]
     q, k, v = SHAPE.tensors(device=CUDA, dtype=torch.bfloat16)
-    torch.testing.assert_close(kernel(q, k, v), SDPA(q, k, v), rtol=0.02, atol=0.02)
+    assert_close(kernel(q, k, v), SDPA(q, k, v), ulps=4)  # of bfloat16

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from flowcache.compress import (
 )
 from flowcache.errors import UserError
 from flowcache.scoring import (
+    EXCLUDED_SCORE,
     WEIGHTINGS,
     importance,
     position_weights,
@@ -29,10 +31,11 @@ from flowcache.scoring import (
     weigh,
 )
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = Path(__file__).parents[1] / "golden/skyreels_v2/kv_compress.safetensors"
-PART_TOLERANCE = 1e-6
-SMALLEST_ORDERED_GAP = 1e-8
-"""Neighbouring scores nearer than this may swap: float32 noise is about 2e-9."""
+SMALLEST_ORDERED_GAP = 32
+"""Neighbouring scores nearer than this, in ulps, may swap: each is off by about 3."""
 
 LAYOUT = TokenLayout(frame_tokens=6, chunk_tokens=12)
 
@@ -111,10 +114,12 @@ def test_reference_scores_and_kept_tokens_are_reproduced(case: dict[str, Any]) -
             if key.startswith(case["name"] + ".")
         }
     assert {"indices", "score"} <= set(stored) <= set(ours)
-    for part in {"importance_unpooled", "importance", "redundancy", "score"} & set(stored):
-        torch.testing.assert_close(ours[part], stored[part], rtol=0, atol=PART_TOLERANCE)
+    size = stored["score"][stored["score"] > EXCLUDED_SCORE].abs().max().item()
+    assert_close(ours["score"], stored["score"], ulps=64, size=size)
+    for part in {"importance_unpooled", "importance", "redundancy"} & set(stored):
+        assert_close(ours[part], stored[part], ulps=64)
     assert torch.equal(ours["indices"].sort(dim=0).values, stored["indices"].sort(dim=0).values)
-    if case["min_gap"] > SMALLEST_ORDERED_GAP:
+    if case["min_gap"] > SMALLEST_ORDERED_GAP * torch.finfo(torch.float32).eps * size:
         for part in {"indices", "k_out", "v_out"} & set(stored):
             assert torch.equal(ours[part], stored[part])
 
@@ -135,20 +140,20 @@ def test_linear_redundancy_equals_its_definition_over_all_pairs() -> None:
     cosines = torch.nn.functional.cosine_similarity(k[:, None], k[None], dim=-1)
     cosines *= 1 - torch.eye(len(k)).unsqueeze(-1)
     direct = (cosines.sum(dim=0) / len(k)).softmax(dim=0).T
-    torch.testing.assert_close(redundancy(k), direct, rtol=0, atol=1e-7)
+    assert_close(redundancy(k), direct, ulps=64)
 
 
 def test_redundancy_of_three_keys_is_that_worked_by_hand() -> None:
     k = torch.tensor([[5.0, 0.0], [0.1, 0.0], [0.0, 2.0]]).unsqueeze(1)
     weights = [math.exp(1 / 3), math.exp(1 / 3), 1.0]
     expected = torch.tensor([[weight / sum(weights) for weight in weights]])
-    torch.testing.assert_close(redundancy(k), expected)
+    assert_close(redundancy(k), expected, ulps=8)
 
 
 def test_importance_of_two_keys_is_that_worked_by_hand() -> None:
     q, k = torch.ones(1, 1, 1), torch.tensor([0.0, math.log(3)]).view(2, 1, 1)
-    torch.testing.assert_close(importance(q, k, kernel=1), torch.tensor([[0.25, 0.75]]))
-    torch.testing.assert_close(importance(q, k, kernel=3), torch.tensor([[0.75, 0.75]]))
+    assert_close(importance(q, k, kernel=1), torch.tensor([[0.25, 0.75]]), ulps=8)
+    assert_close(importance(q, k, kernel=3), torch.tensor([[0.75, 0.75]]), ulps=8)
 
 
 def test_the_least_redundant_and_most_attended_key_is_kept() -> None:
@@ -165,9 +170,9 @@ def test_query_head_j_scores_for_kv_head_j_over_group() -> None:
     q = torch.zeros(1, 4, 16)
     q[0, 2], q[0, 3] = 3 * k[5, 1], 3 * k[1, 1]
     received = importance(q, k, kernel=1)
-    torch.testing.assert_close(received[0], torch.full((9,), 1 / 9))
+    assert_close(received[0], torch.full((9,), 1 / 9), ulps=8)
     logits = (q[0, 2:] @ k[:, 1].T / 4).amax(dim=0)
-    torch.testing.assert_close(received[1], logits.softmax(dim=0))
+    assert_close(received[1], logits.softmax(dim=0), ulps=64)
 
 
 @pytest.mark.parametrize("query_heads", [4, 8])
@@ -175,12 +180,12 @@ def test_query_head_j_scores_for_kv_head_j_over_group() -> None:
 def test_importance_in_blocks_equals_importance_at_once(query_heads: int, max_bytes: int) -> None:
     q, k = random_keys(4, num_tokens=37, heads=query_heads), random_keys(5, heads=4)
     blocked = importance(q, k, max_bytes=max_bytes)
-    torch.testing.assert_close(blocked, importance(q, k), rtol=0, atol=1e-7)
+    assert_close(blocked, importance(q, k), ulps=64)
 
 
 def test_redundancy_head_by_head_equals_redundancy_at_once() -> None:
     k = random_keys(6)
-    torch.testing.assert_close(redundancy(k, max_bytes=1), redundancy(k), rtol=0, atol=1e-7)
+    assert_close(redundancy(k, max_bytes=1), redundancy(k), ulps=64)
 
 
 def test_half_precision_inputs_are_scored_in_float32() -> None:
@@ -250,7 +255,7 @@ def test_position_weights_meet_their_ends() -> None:
         "gaussian": [1, 0.1],
     }
     middle = position_weights(3, "polynomial", power=2)[1]
-    assert middle.item() == pytest.approx(0.325)
+    assert_close(middle, torch.tensor(0.325), ulps=8)
 
 
 def test_hard_weighting_never_keeps_the_first_chunk_while_others_remain() -> None:

@@ -18,6 +18,8 @@ from flowcache.kv import (
 )
 from flowcache.schedule import staggered
 
+pytestmark = pytest.mark.numeric
+
 
 def empty_cache(capacity: int, *, num_heads: int = 1) -> KVCache:
     place = {"dtype": torch.float32, "device": torch.device("cpu")}

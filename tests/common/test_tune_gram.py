@@ -18,6 +18,8 @@ from flowcache.tune.gram import (
     most_active,
 )
 
+pytestmark = pytest.mark.numeric
+
 NUM_STEPS = 6
 SIGMAS = [1.0, 0.85, 0.7, 0.5, 0.3, 0.1]
 WEIGHTS = {"cond": 4.0, "uncond": -3.0}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from flowcache.attention import SDPA
@@ -14,8 +15,7 @@ from magi1.config import ModelConfig
 from magi1.dit import DiT, is_float32, set_precision
 from magi1.layers import SelfAttend, attend_to_text, interleave, rope_table
 
-TOLERANCE = 5e-5
-"""Largest difference to the reference over its largest value."""
+pytestmark = pytest.mark.numeric
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -50,28 +50,28 @@ def test_a_24b_style_model_gives_the_reference_velocities(golden: Callable[[str]
     attend = ranged(past, want["kv_range"].tolist(), seen)
 
     cond = dit(x, t, text, mask_RL=mask, first_frame=6, self_attend=attend)
-    assert difference(cond, want["out_cond"]) < TOLERANCE
+    assert_close(cond, want["out_cond"], ulps=256)
 
     prev = dit(x, t, text, mask_RL=mask, first_frame=6, self_attend=attend, is_null=True)
-    assert difference(prev, want["out_prev"]) < TOLERANCE
+    assert_close(prev, want["out_prev"], ulps=256)
     for layer, kv in seen.items():
         written = want[f"kv_out.{layer}"][chunk_tokens:]
-        assert difference(kv, written) < TOLERANCE
+        assert_close(kv, written, ulps=256)
 
     separate = x[:, :, 6:].unflatten(2, (2, 6))[0].movedim(1, 0)
     uncond = dit(separate, t[0, 1:, None], text[1:], mask_RL=mask[1:], is_null=True)
-    assert difference(uncond, want["out_uncond"]) < TOLERANCE
+    assert_close(uncond, want["out_uncond"], ulps=256)
 
 
 def test_the_embeddings_are_the_reference_ones(golden: Callable[[str], Any]):
     want = golden("dit_24b_style")
     dit = want.dit()
     embedded = dit.embed(want["x"], want["t"], is_null=False)
-    assert difference(embedded.tokens[0], want["pre.tokens"][:, 0]) < TOLERANCE
-    assert difference(embedded.condition, want["pre.condition"]) < TOLERANCE
+    assert_close(embedded.tokens[0], want["pre.tokens"][:, 0], ulps=256)
+    assert_close(embedded.condition, want["pre.condition"], ulps=256)
     height, width = want.case["latent_hw"]
     rope = dit.rope_table(first_frame=6, num_frames=18, latent_height=height, latent_width=width)
-    assert difference(torch.cat([rope[..., 1], rope[..., 0]], dim=1), want["pre.rope"]) < TOLERANCE
+    assert_close(torch.cat([rope[..., 1], rope[..., 0]], dim=1), want["pre.rope"], ulps=256)
 
 
 def test_a_distilled_model_sees_its_step_width(model_tiny: ModelConfig):
@@ -82,7 +82,7 @@ def test_a_distilled_model_sees_its_step_width(model_tiny: ModelConfig):
     untold = dit.embed(x, t, is_null=False).condition
     # the same embedder as the timestep's
     width = dit.t_embedder(torch.tensor([[4.0]]), dtype=torch.float32)
-    torch.testing.assert_close(told, untold + width)
+    assert_close(told, untold + width, ulps=8)
 
 
 def test_chunk_by_chunk_through_a_cache_is_the_block_causal_forward(model_tiny: ModelConfig):
@@ -111,7 +111,7 @@ def test_chunk_by_chunk_through_a_cache_is_the_block_causal_forward(model_tiny: 
         )
         for chunk in range(3)
     ]
-    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-5, atol=1e-6)
+    assert_close(torch.cat(parts, dim=2), whole, ulps=256)
 
 
 def test_masked_text_equals_shorter_text_and_no_text_gives_nothing(model_tiny: ModelConfig):
@@ -121,7 +121,7 @@ def test_masked_text_equals_shorter_text_and_no_text_gives_nothing(model_tiny: M
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
     out = attend_to_text(q, attention.encode(text, mask), kernel=SDPA)
     short = attend_to_text(q[:, :4], attention.encode(text[:1, :4], None), kernel=SDPA)
-    torch.testing.assert_close(out[:, :4], short)
+    assert_close(out[:, :4], short, ulps=64)
     assert torch.equal(out[:, 4:], torch.zeros(1, 4, 4, 8))
     nothing = attend_to_text(q[:, :4], attention.encode(text[:1, :0], None), kernel=SDPA)
     assert torch.equal(nothing, torch.zeros(1, 4, 4, 8))
@@ -138,7 +138,7 @@ def test_rows_and_columns_are_scaled_to_the_reference_area():
     for height, width in ((32, 8), (64, 16)):
         table = rope_table(torch.ones(1), first_frame=2, num_frames=1, height=height, width=width)
         angle = torch.tensor([2.0, -15.5, -3.5])
-        torch.testing.assert_close(table[0, :, 1], angle.sin())
+        assert_close(table[0, :, 1], angle.sin(), ulps=64)
 
 
 def test_frames_count_from_the_start_of_the_video():
@@ -216,7 +216,7 @@ def test_a_bfloat16_run_stays_near_the_float32_one(golden: Callable[[str], Any])
     dit = want.dit()
     text, mask = want["y"][:1, 0], want["mask"][:1, 0].bool()
     x, t = want["x"][:, :, :6], want["t"][:, 1:2]
-    assert difference(dit(x, t, text, mask_RL=mask), want["out_first"]) < TOLERANCE
+    assert_close(dit(x, t, text, mask_RL=mask), want["out_first"], ulps=256)
     set_precision(dit, torch.bfloat16)
     velocity = dit(x, t, text, mask_RL=mask)
     assert velocity.dtype == torch.float32

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from magi1.vae import VAE
 
+pytestmark = pytest.mark.numeric
+
 Make = Callable[..., Any]
 
 

@@ -11,6 +11,8 @@ from flowcache.record import read_record
 from flowcache.video import read_video
 from magi1.__main__ import main
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = ("reuse.threshold=0.05", "reuse.warmup_steps=1", "runtime_config.num_steps=8")
 
 

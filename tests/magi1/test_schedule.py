@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from flowcache.errors import UserError
@@ -17,6 +18,8 @@ from magi1.schedule import (
     visible,
 )
 
+pytestmark = pytest.mark.numeric
+
 PADDING = -1
 
 
@@ -25,7 +28,7 @@ def test_timesteps_and_intervals_are_the_reference_ones(golden: Callable[[str], 
     for num_steps, mode in want.case["rows"]:
         key = f"{num_steps}.{mode.replace(',', '_')}"
         table = timestep_table(num_steps, shortcut_mode=mode)
-        torch.testing.assert_close(table, want[f"t.{key}"], rtol=0, atol=1e-7)
+        assert_close(table, want[f"t.{key}"], ulps=8)
         intervals = torch.tensor(interval_table(num_steps, shortcut_mode=mode))
         assert torch.equal(intervals, want[f"interval.{key}"])
 
@@ -35,7 +38,7 @@ def test_the_other_warps_are_the_reference_ones(warp: Any, golden: Callable[[str
     want = golden("timesteps")
     shift = want.case["other"]["shift_of_sd3_shift"]
     table = timestep_table(16, warp=warp, shift=shift)
-    torch.testing.assert_close(table, want[f"other.{warp}.16"], rtol=0, atol=1e-7)
+    assert_close(table, want[f"other.{warp}.16"], ulps=8)
 
 
 SETTINGS = (
@@ -85,7 +88,7 @@ def test_every_tick_is_the_reference_one(name: str, golden: Callable[[str], Any]
         steps = list(tick.steps.values())
         assert unpadded(want["timestep_index"][tick.index]) == steps
         times = [setting["clean_t"]] * feeds_clean + table[steps].tolist()
-        assert unpadded(want["t"][tick.index]) == pytest.approx(times, abs=1e-7)
+        assert_close(unpadded(want["t"][tick.index]), times, ulps=8, size=1.0, dtype=torch.float32)
 
         seen = [visible(first, clock.reach_clean())] * feeds_clean
         seen += [visible(chunk, clock.reach(step)) for chunk, step in tick.steps.items()]

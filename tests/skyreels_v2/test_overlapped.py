@@ -10,6 +10,8 @@ from torch import Tensor
 from flowcache.timeline import Period
 from skyreels_v2.vae import VAEStream
 
+pytestmark = pytest.mark.numeric
+
 Make = Callable[..., Any]
 
 LONG = ("num_frames=41", "base_num_frames=25", "overlap_history=9", "attention=causal")

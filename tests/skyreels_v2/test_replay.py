@@ -14,6 +14,8 @@ from flowcache.video import read_video
 from skyreels_v2.__main__ import main
 from skyreels_v2.released import RELEASED
 
+pytestmark = pytest.mark.numeric
+
 LONG = ("num_frames=25", "base_num_frames=17", "overlap_history=9", "causal_block_size=2")
 """Two segments, of 5 latent frames in 3 chunks, and of 2 new latent frames in one."""
 SETTINGS = (

@@ -19,6 +19,8 @@ from skyreels_v2.dit import DiT
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import cut_window
 
+pytestmark = pytest.mark.numeric
+
 MakeDiT = Callable[..., DiT]
 Denoise = Callable[..., Any]
 """`denoise_window` of conftest.py"""

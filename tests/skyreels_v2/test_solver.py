@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from diffusers import UniPCMultistepScheduler
 from safetensors import safe_open
 
 from skyreels_v2.solver import UniPC, timestep_grid
+
+pytestmark = pytest.mark.numeric
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2" / "schedule.safetensors"
 
@@ -18,10 +21,23 @@ def golden_sets() -> list[dict[str, Any]]:
         return json.loads(file.metadata()["case"])["sets"]
 
 
+def diffusers_scheduler(num_steps: int, *, shift: float) -> UniPCMultistepScheduler:
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    first = float(np.float32(0.999))
+    scheduler.set_timesteps(sigmas=np.linspace(first, 0.0, num_steps + 1)[:-1])
+    return scheduler
+
+
 @pytest.mark.parametrize(
     "entry", golden_sets(), ids=lambda e: f"{e['N']} steps, shift {e['shift']}"
 )
-def test_noise_levels_and_trajectory_equal_the_reference_bit_for_bit(entry: dict[str, Any]):
+def test_noise_levels_and_trajectory_equal_the_reference(entry: dict[str, Any]):
+    """Bit for bit those of diffusers on this machine; the stored ones come from another.
+
+    Some processors' `expm1` has another last bit, and so have a few of the coefficients.
+    """
     with safe_open(GOLDEN, "pt") as file:
         stored = {
             part: file.get_tensor(f"{entry['i']}.{part}")
@@ -31,9 +47,15 @@ def test_noise_levels_and_trajectory_equal_the_reference_bit_for_bit(entry: dict
     assert timesteps == stored["timesteps"].tolist()
     assert torch.equal(torch.tensor(sigmas), stored["sigmas"])
     solver, sample = UniPC(entry["N"], shift=entry["shift"]), stored["trajectory"][0]
-    for velocity, after in zip(stored["velocity"], stored["trajectory"][1:], strict=True):
+    scheduler = diffusers_scheduler(entry["N"], shift=entry["shift"])
+    here = sample
+    for t, velocity, after in zip(
+        scheduler.timesteps, stored["velocity"], stored["trajectory"][1:], strict=True
+    ):
+        here = scheduler.step(velocity, t, here, return_dict=False)[0]
         sample = solver.step(velocity, sample=sample)
-        assert torch.equal(sample, after)
+        assert torch.equal(sample, here)
+        assert_close(sample, after, ulps=64)
 
 
 def test_thirty_steps_with_shift_8_are_the_published_ones():
@@ -48,17 +70,14 @@ def test_the_last_step_lands_on_the_predicted_data():
     data = torch.randn(2, 4)
     for sigma in sigmas[:-1]:
         sample = solver.step((sample - data) / sigma, sample=sample)
-    torch.testing.assert_close(sample, data, rtol=0, atol=1e-5)
+    assert_close(sample, data, ulps=64)
 
 
 def test_stepping_in_place_equals_the_released_pipelines_assignment():
     """The released code writes each step's result into the slice that it gave to the solver."""
     draw = torch.Generator().manual_seed(0)
     start, velocities = (torch.randn(*n, 3, 2, 4, generator=draw) for n in ((), (6,)))
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-    )
-    scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0.0, 7)[:-1])
+    scheduler = diffusers_scheduler(6, shift=8.0)
     frames, ours, plain = start.clone(), start.clone(), start
     solver, without_quirk = UniPC(6, shift=8.0), UniPC(6, shift=8.0)
     for t, velocity in zip(scheduler.timesteps, velocities, strict=True):
@@ -78,7 +97,7 @@ def test_chunks_have_solvers_of_their_own():
     for velocity in velocities:
         both = together.step(velocity, sample=both)
         each = [s.step(v, sample=x) for s, v, x in zip(apart, velocity, each, strict=True)]
-    torch.testing.assert_close(both, torch.stack(each), rtol=0, atol=1e-6)
+    assert_close(both, torch.stack(each), ulps=64)
 
 
 def test_after_a_skipped_step_the_next_one_is_of_first_order():
@@ -92,10 +111,6 @@ def test_after_a_skipped_step_the_next_one_is_of_first_order():
     solver.skip()
     after = solver.step(velocities[3], sample=sample)
     straight = sample + (sigmas[4] - sigmas[3]) * velocities[3]
-    torch.testing.assert_close(after, straight, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        solver.step(velocities[4], sample=after) + sigmas[4] * velocities[4],
-        after,
-        rtol=0,
-        atol=1e-5,
-    )
+    assert_close(after, straight, ulps=64)
+    data = solver.step(velocities[4], sample=after)
+    assert_close(data + sigmas[4] * velocities[4], after, ulps=64)

@@ -35,6 +35,8 @@ from skyreels_v2.run import (
     read_settings,
 )
 
+pytestmark = pytest.mark.numeric
+
 NUM_STEPS = 6
 SETTINGS = (f"num_steps={NUM_STEPS}", "prompt=a red circle")
 
