@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from html.entities import html5
 from html.parser import HTMLParser
 
-import ftfy
-
 Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 MAX_JOINTS = 3
@@ -96,6 +94,8 @@ def clean(prompt: str) -> str:
 
 def clean_once(prompt: str) -> str:
     """Apply all rules once: links, markup, odd characters, mojibake, spam, edges."""
+    import ftfy
+
     text = urllib.parse.unquote_plus(prompt).strip().lower()
     text = _apply(_LINKS, text)
     text = _apply(_CHARACTERS, markup_text(text))
