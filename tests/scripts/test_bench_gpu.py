@@ -58,7 +58,10 @@ def row(seconds: float, **changes: Any) -> dict[str, Any]:
         "caching_share": None,
         "compression_share": 0.0,
         "peak_bytes": 20e9,
+        "reserved_bytes": None,
         "attention_kernel": "a kernel",
+        "cross_attention_kernel": "another",
+        "compilation": None,
         "warm_up_seconds": 30.0,
         "kinds": {"attention": 0.5, "linears": 0.25, "other": 0.25},
     } | changes
