@@ -42,9 +42,11 @@ SUBJECTS: Mapping[str, Subject[Any]] = {
 TABLES = Path(__file__).resolve().parents[1] / "assets" / "bench"
 WHOLE_SECONDS = 240
 """A method that will take longer is measured with fewer steps and scaled up."""
+DECODED_APART = "overlap=false"
+"""Setting of shortened runs, see `Job`."""
 ASSUMED_SHARE = 0.4
 """Of the matrix product's rate, to guess how long a method will take."""
-SAME = ("device", "torch", "commit", "size", "is_quick", "settings")
+SAME = ("device", "torch", "commit", "size", "is_quick", "settings", "without")
 """What all rows of one file have in common."""
 EXAMPLES = """examples:
   python scripts/bench_gpu.py
@@ -191,8 +193,9 @@ def make_job(subject: Subject[Any], method: Method, choice: Choice, *, rate: flo
         factor = factors[-1]
     elif factors and is_long and not choice.is_whole:
         factor = factors[0]
+    apart = (*choice.settings, DECODED_APART)
     short, glance = (
-        whole if each == 1 else subject.plan(method, choice.size, each, choice.settings)
+        whole if each == 1 else subject.plan(method, choice.size, each, apart)
         for each in (factor, factors[-1] if factors else 1)
     )
     return Job(short, whole, glance, factor, method.speed, choice.trace)
@@ -251,6 +254,8 @@ def measure_model(
     missing = [m for m in methods if m.name not in rows or "error" in rows[m.name]]
     if not missing:
         return
+    if not subject.has_vae:
+        print(f"{model}: the VAE is left out of all rows: {subject.vae_package} is not installed")
     rate = matrix_rate(device)
     jobs = {method.name: make_job(subject, method, choice, rate=rate) for method in missing}
     models = subject.build(jobs[missing[0].name].plan, choice.size, device)
@@ -312,6 +317,7 @@ def bench(options: argparse.Namespace) -> None:
             "size": choice.size,
             "is_quick": choice.is_quick,
             "settings": list(choice.settings),
+            "without": [name for name in methods if not SUBJECTS[name].has_vae],
         },
         "is_judged": is_cuda and choice.size == "paper",
         "models": {},

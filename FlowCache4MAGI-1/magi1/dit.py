@@ -135,7 +135,7 @@ class DiT(nn.Module):
     def __init__(self, config: ModelConfig, *, is_fp8: bool = False, kernel: Kernel = SDPA) -> None:
         super().__init__()
         self.config = config
-        self.kernel = kernel
+        self.kernel = self.cross_kernel = kernel
         self.parts = LayerParts()
         self.patch = (config.t_patch_size, config.patch_size, config.patch_size)
         volume = config.t_patch_size * config.patch_size**2
@@ -236,7 +236,7 @@ class DiT(nn.Module):
                 context[index],
                 layer=index,
                 self_attend=self_attend,
-                kernel=self.kernel,
+                kernel=self.cross_kernel,
                 parts=self.parts,
             )
         return x

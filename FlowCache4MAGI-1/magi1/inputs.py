@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowcache.errors import UserError
@@ -30,6 +29,8 @@ def read_prefix(config: RunConfig) -> Tensor | None:
     """
     run = config.runtime_config
     if config.image is not None:
+        from PIL import Image
+
         size = (run.video_size_w, run.video_size_h)
         image = read_image(Path(config.image)).resize(size, Image.Resampling.BICUBIC)
         return to_pixels(torch.from_numpy(np.array(image)).unsqueeze(0))

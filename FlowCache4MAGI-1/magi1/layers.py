@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
-from flowcache.compiling import compiled
+from flowcache.compiling import Compilation, compiled
 from flowcache.precision import linear_in_float32
 from magi1.config import PROJECTION_GROUPS, ModelConfig
 from magi1.fp8 import Fp8Linear, SmoothFp8Linear
@@ -266,13 +266,17 @@ class LayerParts:
         before_attention
     )
     after: Callable[[Layer, Tensor, Tensor, Tensor, Tensor], Tensor] = after_attention
+    compilation: Compilation | None = None
+    """How compiling went; None: nothing is compiled."""
 
 
 def compiled_parts() -> LayerParts:
     """Return the parts of a layer, compiled once for all layers of a kind and all lengths."""
+    together = Compilation()
     return LayerParts(
-        compiled(before_attention, lengths=(1, 0)),
-        compiled(after_attention, lengths=(1, 1, 1, None)),
+        compiled(before_attention, lengths=(1, 0), together=together),
+        compiled(after_attention, lengths=(1, 1, 1, None), together=together),
+        together,
     )
 
 

@@ -9,8 +9,6 @@ import re
 import urllib.parse
 from collections.abc import Iterable
 
-import ftfy
-
 from magi1.markup import markup_text
 
 Rules = tuple[tuple[re.Pattern[str], str], ...]
@@ -99,6 +97,8 @@ def clean(prompt: str) -> str:
 
 def clean_once(prompt: str) -> str:
     """Apply all rules once: links, markup, odd characters, mojibake, spam, edges."""
+    import ftfy
+
     text = urllib.parse.unquote_plus(prompt).strip().lower()
     text = _apply(_LINKS, text)
     text = _apply(_CHARACTERS, markup_text(text))

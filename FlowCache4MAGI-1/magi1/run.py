@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowcache import job as jobs
-from flowcache.attention import check_available, choose_kernel, describe_choice
+from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.cli import choose_device
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
@@ -30,6 +30,7 @@ from flowcache.job import (
 from flowcache.memory import MemoryPlan, limit_of, parse_limit
 from flowcache.overlap import should_overlap
 from flowcache.parallel import layout_lines, layout_of, own_bytes
+from flowcache.precision import release_cache, set_float32_precision
 from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import guidance_of, threshold_of
@@ -309,6 +310,7 @@ def _name(dtype: torch.dtype) -> str:
 def load_models(job: Job, *, stats: RunStats) -> Models:
     """Load transformer and VAE, compile layers; with `offload` the VAE waits on the CPU."""
     config = job.config
+    set_float32_precision(job.dtype)
     if config.engine_config.fp8_quant and not has_fp8_gemm(job.device):
         logger.warning("8-bit products are emulated in float32: %s has none", job.device)
     if config.engine_config.cp_size * config.engine_config.pp_size > 1:
@@ -318,13 +320,14 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
         )
     with stats.stage("load", is_on_host=True):
         dit = checkpoints.load_dit(job.checkpoint, device=job.device, dtype=job.dtype)
-        dit.kernel = choose_kernel(
+        dit.kernel, dit.cross_kernel = choose_kernels(
             job.device,
             dtype=job.dtype,
             shape=attention_shape(config, job.plan),
+            num_text=job.plan.text_tokens,
             wanted=config.attention_kernel,
         )
-        logger.info("%s", describe_choice(dit.kernel))
+        logger.info("%s", describe_choice(dit.kernel, dit.cross_kernel))
         if should_compile(config.compile, job.device):
             dit.parts = compiled_parts()
             # here, where processes may differ by minutes; in the first tick they may not
@@ -398,7 +401,9 @@ def run(job: Job) -> dict[str, Any]:
     job = replace(job, ranks=job.ranks.divided(job.device))
     stats = RunStats(job.device, records=job.record)
     conditioning = encode_inputs(job, stats=stats)
+    release_cache(job.device)
     models = load_models(job, stats=stats)
+    release_cache(job.device)
     job.ranks.wait()
     return render(job, models, conditioning, stats=stats)
 
@@ -435,6 +440,9 @@ def render(
             model=job.source.name,
             attention_kernel=models.dit.kernel.name,
             attention_probe=dict(models.dit.kernel.probed),
+            cross_attention_kernel=models.dit.cross_kernel.name,
+            cross_attention_probe=dict(models.dit.cross_kernel.probed),
+            compilation=models.dit.parts.compilation,
             config=to_dict(job.config),
             policy=job.config.reuse.policy,
             threshold=threshold_of(job.config.reuse),

@@ -3,21 +3,26 @@
 Axes: L prompt tokens, C width of the encoder.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
 from flowcache.tune import profile
 from flowcache.weights import check_files, find_shards, load_files, match, read
 from magi1.prompt import clean
+
+# Seconds to import: where nothing is encoded, as for --help, they are never loaded.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._max_length = max_length
 
-    def to(self, device: torch.device | str) -> "TextEncoder":
+    def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns the encoder itself."""
         self.model.to(device)
         return self
@@ -95,6 +100,8 @@ def find_files(folder: str | Path) -> tuple[Path, ...]:
 
 def _build(folder: Path) -> T5EncoderModel:
     """Build an empty encoder."""
+    from transformers import T5Config, T5EncoderModel
+
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; the encoder is not complete, download it again")
@@ -115,6 +122,8 @@ def _build(folder: Path) -> T5EncoderModel:
 
 def released() -> T5EncoderModel:
     """Build an empty encoder of the released size (T5 v1.1 XXL)."""
+    from transformers import T5Config, T5EncoderModel
+
     config = T5Config(
         vocab_size=32128,
         d_model=4096,
@@ -153,6 +162,8 @@ def _is_decoder(key: str) -> bool:
 
 
 def _load_tokenizer(folder: Path, *, vocab_size: int) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     # without either, transformers makes up a tokenizer that knows no words
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder}: holds no tokenizer ({' or '.join(_TOKENIZER_FILES)})")

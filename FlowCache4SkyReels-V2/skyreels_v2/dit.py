@@ -124,7 +124,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, *, kernel: Kernel = SDPA) -> None:
         super().__init__()
         self.config = config
-        self.kernel = kernel
+        self.kernel = self.cross_kernel = kernel
         self.parts = BlockParts()
         dim, has_image = config.dim, config.model_type == "i2v"
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
@@ -241,7 +241,7 @@ class DiT(nn.Module):
                 context[layer],
                 layer=layer,
                 self_attend=self_attend,
-                kernel=self.kernel,
+                kernel=self.cross_kernel,
                 parts=self.parts,
             )
         return x

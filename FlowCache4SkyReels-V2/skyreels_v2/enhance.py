@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flowcache.errors import UserError
 
@@ -28,6 +27,8 @@ def enhance(prompt: str, *, model: str, device: torch.device) -> str:
     Raises:
         UserError: the model can't be loaded, is no chat model, or answers nothing.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import
+
     try:
         # Any: transformers types its methods as untyped wrappers
         tokenizer: Any = AutoTokenizer.from_pretrained(model)

@@ -1,17 +1,22 @@
 """Images and videos that a run starts from: read, cropped, scaled, as pixels in -1..1."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.video import probe, read_image, read_video, to_pixels
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiTConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ def fit_image(image: Image.Image, *, height: int, width: int) -> Tensor:
 
     Returns: `[3, 1, height, width]` float32 in -1..1.
     """
+    from PIL import Image
+
     if image.width * height > image.height * width:
         cut_width, cut_height = int(image.height * width / height), image.height
     else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
-from flowcache.compiling import compiled
+from flowcache.compiling import Compilation, compiled
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""
@@ -254,14 +254,18 @@ class BlockParts:
     )
     between: Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = between_attentions
     after: Callable[[Block, Tensor, Tensor, Tensor], Tensor] = after_attention
+    compilation: Compilation | None = None
+    """How compiling went; None: nothing is compiled."""
 
 
 def compiled_parts() -> BlockParts:
     """Return the parts of a block, compiled once for all blocks and lengths."""
+    together = Compilation()
     return BlockParts(
-        compiled(before_attention, lengths=(1, 1, 0)),
-        compiled(between_attentions, lengths=(1, 1, 1)),
-        compiled(after_attention, lengths=(1, 1, 1)),
+        compiled(before_attention, lengths=(1, 1, 0), together=together),
+        compiled(between_attentions, lengths=(1, 1, 1), together=together),
+        compiled(after_attention, lengths=(1, 1, 1), together=together),
+        together,
     )
 
 

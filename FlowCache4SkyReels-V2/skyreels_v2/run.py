@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowcache.attention import check_available, choose_kernel, describe_choice
+from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
@@ -29,6 +29,7 @@ from flowcache.job import (
 from flowcache.memory import MemoryPlan, limit_of, parse_limit
 from flowcache.overlap import should_overlap
 from flowcache.parallel import layout_lines, layout_of, own_bytes
+from flowcache.precision import release_cache, set_float32_precision
 from flowcache.ranks import Layout, Ranks
 from flowcache.record import Record, check_replay, replay_policies
 from flowcache.settings import threshold_of
@@ -274,20 +275,23 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
 
 def load_models(job: Job, *, stats: RunStats) -> Models:
     """Load the transformer, compile its blocks, load the VAE."""
+    set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
-        kernel = choose_kernel(
+        kernel, cross_kernel = choose_kernels(
             job.device,
             dtype=job.dtype,
             shape=attention_shape(job.config, job.checkpoint.config, job.plan),
+            num_text=job.checkpoint.config.text_len,
             wanted=job.config.attention_kernel,
         )
-        logger.info("%s", describe_choice(kernel))
+        logger.info("%s", describe_choice(kernel, cross_kernel))
         dit = checkpoints.load_dit(
             job.checkpoint,
             dtype=job.dtype,
             device=job.device if job.config.quantize is None else "cpu",
             kernel=kernel,
         )
+        dit.cross_kernel = cross_kernel
         if job.config.quantize is not None:
             quantize.quantize(dit, job.config.quantize, device=job.device)
         if should_compile(job.config.compile, job.device):
@@ -375,7 +379,9 @@ def run(job: Job) -> dict[str, Any]:
     job = replace(job, ranks=job.ranks.divided(job.device))
     stats = RunStats(job.device, records=job.record)
     conditioning = encode_inputs(job, stats=stats)
+    release_cache(job.device)
     models = load_models(job, stats=stats)
+    release_cache(job.device)
     job.ranks.wait()
     return render(job, models, conditioning, stats=stats)
 
@@ -413,6 +419,9 @@ def render(
             model=job.checkpoint.folder.name,
             attention_kernel=models.dit.kernel.name,
             attention_probe=dict(models.dit.kernel.probed),
+            cross_attention_kernel=models.dit.cross_kernel.name,
+            cross_attention_probe=dict(models.dit.cross_kernel.probed),
+            compilation=models.dit.parts.compilation,
             config=to_dict(config),
             policy=config.reuse.policy,
             threshold=threshold_of(config.reuse),

@@ -3,33 +3,36 @@
 Axes: B batch, L prompt tokens, P image tokens (class token, then patches), D width.
 """
 
+from __future__ import annotations
+
 import html
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ftfy
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    UMT5Config,
-    UMT5EncoderModel,
-)
 
 from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
 from flowcache.tune import profile
 from flowcache.weights import Origin, check_files, find_shards, load_files, match, read, rename
+
+# Seconds to import: where nothing is encoded, as for --help, they are never loaded.
+if TYPE_CHECKING:
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        UMT5Config,
+        UMT5EncoderModel,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ def clean_prompt(prompt: str) -> str:
 
     Example: `"a  caf&amp;eacute;\\n"` becomes `"a café"`.
     """
+    import ftfy
+
     return _BLANKS.sub(" ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
@@ -90,7 +95,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._text_len = text_len
 
-    def to(self, device: torch.device | str) -> "TextEncoder":
+    def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns the encoder itself."""
         self.model.to(device)
         return self
@@ -142,7 +147,7 @@ class VisionEncoder:
     def __init__(self, model: CLIPVisionModelWithProjection) -> None:
         self.model: Any = model
 
-    def to(self, device: torch.device | str) -> "VisionEncoder":
+    def to(self, device: torch.device | str) -> VisionEncoder:
         """Move the weights; returns the encoder itself."""
         self.model.to(device)
         return self
@@ -216,6 +221,8 @@ def _count(shapes: Mapping[str, torch.Size], pattern: str) -> int:
 
 def _umt5_config(path: Path) -> UMT5Config:
     """Derive the config of an original UMT5 file from its shapes."""
+    from transformers import UMT5Config
+
     shapes = _shapes(path)
     try:
         vocab_size, width = shapes["token_embedding.weight"]
@@ -235,6 +242,8 @@ def _umt5_config(path: Path) -> UMT5Config:
 
 def _clip_config(path: Path, *, num_heads: int) -> CLIPVisionConfig:
     """Derive the config of an original CLIP file from its shapes."""
+    from transformers import CLIPVisionConfig
+
     shapes = _shapes(path)
     try:
         width, _, patch, _ = shapes["visual.patch_embedding.weight"]
@@ -284,6 +293,8 @@ def _build_encoder(
     path: Path,
 ) -> tuple[UMT5EncoderModel, tuple[Path, ...], Callable[[str], Origin]]:
     """Build an empty UMT5 encoder for a folder of transformers or an original file."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
     if path.is_dir():
         config = _read_config(UMT5Config, path)
         return _empty(path, UMT5EncoderModel, config), find_shards(path), Origin
@@ -319,6 +330,8 @@ def vision_weights(path: str | Path) -> int:
 
 def released_encoder() -> UMT5EncoderModel:
     """Build an empty encoder of the released size (UMT5-XXL)."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
     config = UMT5Config(
         vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
     )
@@ -369,6 +382,8 @@ def _load_tokenizer(folder: str | Path, *, vocab_size: int) -> PreTrainedTokeniz
         UserError: if the folder holds none, or one that cannot pad or knows more tokens than the
             encoder.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
@@ -385,6 +400,8 @@ def _build_vision(
     path: Path, *, num_heads: int
 ) -> tuple[CLIPVisionModelWithProjection, dict[str, Any]]:
     """Build an empty CLIP tower; return it with what `weights` needs to fill it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     if path.is_dir():
         config = _read_config(CLIPVisionConfig, path)
         source = {"paths": find_shards(path), "origin": Origin, "ignored": _is_position_table}

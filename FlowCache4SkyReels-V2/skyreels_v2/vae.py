@@ -4,20 +4,25 @@ The first frame makes one latent, every four more make another: T frames, (T - 1
 Axes: B batch, T frames, H/W rows/columns of pixels, F latents, h/w rows/columns of latents.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
 from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.ranks import Ranks
 from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
 from skyreels_v2.decoder import Seen, Strip, decode_latent
+
+# Seconds to import: where nothing is decoded, as for --help, it is never loaded.
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 TEMPORAL_STRIDE = 4
 """Frames per latent, after the first."""
@@ -69,7 +74,7 @@ class VAE:
         """Pixels per latent, in both directions."""
         return 2 ** (len(self.model.config.dim_mult) - 1)
 
-    def to(self, device: torch.device | str) -> "VAE":
+    def to(self, device: torch.device | str) -> VAE:
         """Move the weights; returns the VAE itself."""
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -97,7 +102,7 @@ class VAE:
         """Decode normalised latents to pixels `[B, 3, T, H, W]` in -1..1."""
         return self.stream().decode(latents_BCFhw)
 
-    def stream(self, ranks: Ranks | None = None) -> "VAEStream":
+    def stream(self, ranks: Ranks | None = None) -> VAEStream:
         """Begin to decode one video whose latents come bit by bit.
 
         Args:
@@ -118,6 +123,8 @@ class VAEStream:
     """
 
     def __init__(self, vae: VAE, ranks: Ranks) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
         self._vae, self._ranks = vae, ranks
         decoder = vae.model.decoder
         num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
@@ -237,6 +244,8 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
     Raises:
         UserError: if the settings are not those of a Wan 2.1 VAE.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
     try:
         with torch.device("meta"):
             model: Any = AutoencoderKLWan.from_config(settings)
@@ -262,6 +271,8 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
 
 def released() -> VAE:
     """Build an empty VAE of the released size, float32 on the meta device."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
     with torch.device("meta"):
         return VAE(AutoencoderKLWan())
 

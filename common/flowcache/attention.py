@@ -52,7 +52,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The self-attention that a run spends its time on."""
+    """A kind of attention that a run spends its time on, at its largest."""
 
     num_queries: int
     num_keys: int
@@ -263,7 +263,37 @@ def choose_kernel(
     )
 
 
-def describe_choice(kernel: Kernel) -> str:
-    """Say which kernel was taken, and how long those took that were tried."""
+def choose_kernels(
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    shape: AttentionShape,
+    num_text: int,
+    wanted: KernelName = "auto",
+    seconds: Seconds = measure,
+) -> tuple[Kernel, Kernel]:
+    """Pick the fastest kernel for self-attention, and the one for attention to the prompt.
+
+    Args:
+        shape: the largest self-attention; the other one has as many queries.
+        num_text: tokens of the prompt.
+
+    Raises:
+        UserError: the wanted kernel can't run here.
+    """
+    to_text = replace(shape, num_keys=max(num_text, 1))
+    own, cross = (
+        choose_kernel(device, dtype=dtype, shape=each, wanted=wanted, seconds=seconds)
+        for each in (shape, to_text)
+    )
+    return own, cross
+
+
+def describe_choice(kernel: Kernel, cross_kernel: Kernel) -> str:
+    """Say which kernels were taken, and how long those took that were tried."""
+    return f"attention     {_described(kernel)}; to the prompt {_described(cross_kernel)}"
+
+
+def _described(kernel: Kernel) -> str:
     tried = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in kernel.probed)
-    return f"attention     {kernel.name}" + (f" (probed: {tried})" if tried else "")
+    return kernel.name + (f" (probed: {tried})" if tried else "")

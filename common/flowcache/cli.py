@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from flowcache.errors import UserError
 from flowcache.files import fresh_path
+from flowcache.precision import set_allocator
 from flowcache.ranks import Place
 from flowcache.stats import RunStats
 
@@ -159,6 +160,7 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name} is not supported: use auto, cpu, cuda or cuda:0")
     if device.type == "cuda":
+        set_allocator()
         if local_rank is not None:
             if ":" in name:
                 raise UserError(

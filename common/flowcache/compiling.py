@@ -1,5 +1,7 @@
 """torch.compile of the part of a model that is repeated, where it can be had.
 
+A compiler that fails costs speed, never a run: everything goes on uncompiled, and says so once.
+
 What is compiled are functions that take a block as an argument: all blocks, and chunks of any
 length, share the code of the first. Attention stays outside, so that no length of a KV cache is
 ever compiled for.
@@ -11,7 +13,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,34 +26,65 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def compiled(function: Callable[..., T], *, lengths: Sequence[int | None]) -> Callable[..., T]:
+@dataclass
+class Compilation:
+    """Whether the functions of a model that are compiled together are still run compiled."""
+
+    failure: str | None = None
+    """Why they are not any more: the first line of what the compiler said."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {"is_compiled": self.failure is None, "failure": self.failure}
+
+
+def compiled(
+    function: Callable[..., T],
+    *,
+    lengths: Sequence[int | None],
+    together: Compilation | None = None,
+) -> Callable[..., T]:
     """Return a function that is compiled at its first call, once for all lengths; no gradients.
 
-    Args:
-        function: takes a module and tensors.
-        lengths: of each tensor the axis that differs from call to call, None: all stay the same.
+    If that fails it runs as it is, and a line of the log says why.
 
-    Raises:
-        UserError: when called, if the compiler fails.
+    Args:
+        function: takes a module and tensors; calling it twice does no harm.
+        lengths: of each tensor the axis that differs from call to call, None: all stay the same.
+        together: shared with other functions; where one can't be compiled, none is run compiled.
     """
     # this takes seconds to import, and nothing else needs it
     from torch._dynamo import maybe_mark_dynamic
     from torch._dynamo.exc import TorchDynamoException
 
     compiled_function = torch.compile(function, fullgraph=True)
+    state = Compilation() if together is None else together
 
     def call(module: nn.Module, *tensors: Tensor) -> T:
+        if state.failure is not None:
+            return function(module, *tensors)
         given = [_in_one_form(tensor) for tensor in tensors]
         for tensor, axis in zip(given, lengths, strict=True):
             if axis is not None:
                 maybe_mark_dynamic(tensor, axis)
         try:
             return compiled_function(module, *given)
-        except (TorchDynamoException, subprocess.CalledProcessError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"the blocks can't be compiled ({reason}): give --no-compile, or compile=false"
-            ) from error
+        except torch.OutOfMemoryError:
+            raise
+        # what compilers raise; an error of the function itself comes again below
+        except (
+            TorchDynamoException,
+            subprocess.SubprocessError,
+            RuntimeError,
+            ImportError,
+            OSError,
+        ) as error:
+            state.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning(
+                "the blocks can't be compiled and run as they are, which is slower: %s",
+                state.failure,
+            )
+            return function(module, *tensors)
 
     return call
 

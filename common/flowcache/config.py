@@ -13,10 +13,15 @@ defaults are the lowest layer. Every later layer changes only the keys it names:
     -> Run(reuse=Reuse(policy="flowcache", threshold=0.2))
 
 OmegaConf reads the YAML and converts the values. A `${...}` in a string is text, not a reference.
+Where it is not installed, as on a GPU machine that only measures, PyYAML reads the same settings.
 """
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
 import difflib
+import importlib
 import math
 import re
 import types
@@ -24,13 +29,14 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from flowcache.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 T = TypeVar("T")
 
@@ -50,6 +56,10 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
         UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type, or
             a key without a default was given no value. One line that names file, key and value.
     """
+    if not has_omegaconf():
+        return _load_plain(schema, layers, overrides=overrides)
+    from omegaconf import OmegaConf
+
     config: DictConfig = OmegaConf.structured(schema)
     for path in layers:
         config = _merged(config, schema, read_yaml(path), source=str(path))
@@ -61,12 +71,24 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
     return cast(T, OmegaConf.to_object(config))
 
 
+def has_omegaconf() -> bool:
+    """Tell whether OmegaConf is installed."""
+    try:
+        importlib.import_module("omegaconf")
+    except ImportError:
+        return False
+    return True
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; an empty file is an empty mapping.
 
     Raises:
         UserError: the file is missing, unreadable, not YAML (with the line), or not a mapping.
     """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import GrammarParseError
+
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError:
@@ -92,6 +114,9 @@ def parse_override(text: str, schema: type) -> dict[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     value: Any = raw
     if not _is_text(_hint_of(schema, key)):
         try:
@@ -139,6 +164,8 @@ def describe(schema: type, *, commented: Path | None = None) -> list[str]:
         schema: the dataclass.
         commented: a YAML file whose trailing `# comments` explain the keys.
     """
+    from omegaconf import OmegaConf
+
     comments = {} if commented is None else yaml_comments(commented)
     defaults = OmegaConf.structured(schema)
     required = OmegaConf.missing_keys(defaults)  # sections too: their keys have no default either
@@ -181,6 +208,9 @@ def _merged(
     config: DictConfig, schema: type, layer: Mapping[str, Any], *, source: str
 ) -> DictConfig:
     """Merge a layer key by key, so that a wrong value can be named with its key and source."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     for key, hint, value in _assignments(schema, layer, prefix="", source=source):
         try:
             merged = OmegaConf.unsafe_merge(config, _nested(key, _adapted(hint, value)))
@@ -188,7 +218,7 @@ def _merged(
         except (OmegaConfBaseException, ValueError, TypeError):
             problem = f"{source}: {key} is {_shown(value)}, but must be {_expected(hint)}"
             raise UserError(problem) from None
-        config = cast(DictConfig, merged)
+        config = cast("DictConfig", merged)
     return config
 
 
@@ -335,3 +365,139 @@ def _shown(value: object) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+# Without OmegaConf --------------------------------------------------------------------------------
+
+
+def _load_plain(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str]) -> T:
+    """Read the settings with PyYAML alone: the same values, from files and texts in plain order.
+
+    Values must have the type of their field as YAML reads them; whole numbers count as floats.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    made: dict[str, Any] = {}
+    for source, layer in (
+        *((str(path), _read_plain(path)) for path in layers),
+        *((COMMAND_LINE, _plain_override(text, schema)) for text in overrides),
+    ):
+        for key, hint, value in _assignments(schema, layer, prefix="", source=source):
+            section = made
+            *names, last = key.split(".")
+            for name in names:
+                section = section.setdefault(name, {})
+            if _section(hint) is not None and value is not None:
+                section.setdefault(last, {})
+            elif isinstance(value, Mapping) and isinstance(section.get(last), Mapping):
+                section[last] = section[last] | _typed(hint, value, key=key, source=source)
+            else:
+                section[last] = _typed(hint, value, key=key, source=source)
+    return _instance(schema, made, prefix="")
+
+
+def _read_plain(path: Path) -> dict[str, Any]:
+    try:
+        content = _yaml_value(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: {line}not valid YAML ({error.problem})") from None
+    except yaml.YAMLError as error:  # a character that no text holds
+        raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found a list")
+    return content or {}
+
+
+def _plain_override(text: str, schema: type) -> dict[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
+    hint = _hint_of(schema, key)
+    if _is_text(hint):
+        return _nested(key, None if raw == "null" and _accepts_none(hint) else raw)
+    try:
+        return _nested(key, _yaml_value(raw))
+    except yaml.YAMLError:
+        raise UserError(f"{COMMAND_LINE}: {key}={_shown(raw)} is not valid YAML") from None
+
+
+def _yaml_value(text: str) -> Any:
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 takes 1e-3 for text, where a number is meant, and the last of equal keys."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            for place, (key, _) in enumerate(node.value):
+                if key.value in names[:place]:
+                    problem = f"found duplicate key {key.value}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
+def _typed(hint: Any, value: Any, *, key: str, source: str) -> Any:
+    """Return a value in the first of a field's types that it fits."""
+    for option in _options(hint):
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            return _as_option(option, value)
+    raise UserError(f"{source}: {key} is {_shown(value)}, but must be {_expected(hint)}")
+
+
+def _as_option(hint: Any, value: Any) -> Any:
+    arguments, origin = typing.get_args(hint), typing.get_origin(hint) or hint
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (list, tuple) and isinstance(value, list):
+        items = cast("list[Any]", value)
+        is_open = origin is list or arguments[-1:] == (Ellipsis,)
+        hints = [arguments[0]] * len(items) if is_open else arguments
+        parts = zip(hints, items, strict=True)
+        return origin(_typed(each, item, key="", source="") for each, item in parts)
+    if origin is dict and isinstance(value, Mapping):
+        given = cast("Mapping[str, Any]", value)
+        return {name: _typed(arguments[1], item, key="", source="") for name, item in given.items()}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint[value]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and is_number:
+        number = float(value)
+        if math.isnan(number):
+            raise ValueError("NaN")
+        return number
+    if hint is str and is_number:
+        return str(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is Any or (isinstance(hint, type) and type(value) is hint):
+        return value
+    raise TypeError(hint)
+
+
+def _instance(schema: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
+    """Make a schema of its defaults and some values, checked once, at the end."""
+    hints, given = typing.get_type_hints(schema), dict[str, Any]()
+    for field in dataclasses.fields(cast(Any, schema)):
+        name, section = field.name, _section(hints[field.name])
+        has_default = not (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if section is not None and not (has_default and name not in values):
+            given[name] = _instance(section, values.get(name, {}), prefix=f"{prefix}{name}.")
+        elif name in values:
+            given[name] = values[name]
+        elif not has_default or field.default == "???":  # as OmegaConf marks it
+            key = f"{prefix}{name}"
+            raise UserError(f"{key} has no value: set it in a preset or as {key}=VALUE")
+    return schema(**given)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowcache.cli import ProgressBar, choose_output
+from flowcache.compiling import Compilation
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
 from flowcache.overlap import Later, lane_for
@@ -69,6 +70,11 @@ class Facts:
     attention_kernel: str
     attention_probe: Mapping[str, float]
     """Seconds of the kernels that were tried; empty without a probe."""
+    cross_attention_kernel: str
+    cross_attention_probe: Mapping[str, float]
+    """The same of the attention to the prompt."""
+    compilation: Compilation | None
+    """How compiling the blocks went; None: it was not asked for."""
     config: Mapping[str, Any]
     policy: str
     threshold: float | None
@@ -170,7 +176,12 @@ def config_layers(
 
 
 def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
-    """Exchange what the processes of a run traced; None: nothing was. All must ask for it."""
+    """Exchange what the processes of a run traced; None: nothing was. All must ask for it.
+
+    Raises:
+        LostProcessError: one of them ended or hangs.
+    """
+    ranks.confirm()
     if stats.trace is None:
         return None
     # the sequence ranks of a group make the same passes together: the first one tells of them
@@ -244,6 +255,9 @@ def write_run(
         "model": facts.model,
         "attention_kernel": facts.attention_kernel,
         "attention_probe": facts.attention_probe,
+        "cross_attention_kernel": facts.cross_attention_kernel,
+        "cross_attention_probe": facts.cross_attention_probe,
+        "compilation": None if facts.compilation is None else facts.compilation.to_dict(),
         "config": facts.config,
         "memory": facts.memory,
         "processes": asdict(ranks.layout),

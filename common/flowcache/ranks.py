@@ -15,6 +15,7 @@ all of them: the processes above have the shares 0 to 3.
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -175,6 +176,9 @@ class Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            # 2: an exchange that takes too long is aborted and the next call raises. The default
+            # ends the process at once, so that nobody could say why.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         numbers = torch.arange(layout.size).view(layout.branch, layout.sequence)
 
         def own(groups: list[list[int]]) -> Group:
@@ -274,6 +278,17 @@ class Ranks:
         with contact():
             dist.broadcast_object_list(values, src=0, group=self.patient.handle)
         return cast(T, values[0])
+
+    def confirm(self) -> None:
+        """Check that all exchanges on the device came about: the next one after a failure raises.
+
+        Raises:
+            LostProcessError: one did not.
+        """
+        for group in (self.branches, self.sequence):
+            if group.size > 1:
+                with contact():
+                    dist.barrier(group=group.handle)
 
     def wait(self) -> None:
         """Wait until all processes are here, however long they read from the disk."""

@@ -262,6 +262,12 @@ class RunStats:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # ru_maxrss: bytes / KiB
 
+    def peak_reserved_bytes(self) -> int | None:
+        """Return the most memory that PyTorch took from the GPU, gaps included; None without."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_reserved(self.device)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; a number that is not finite is None."""
         per_branch: dict[str, dict[str, int]] = {}
@@ -286,6 +292,7 @@ class RunStats:
             },
             "peak_memory": {
                 "bytes": self.peak_memory_bytes(),
+                "reserved_bytes": self.peak_reserved_bytes(),
                 "of": "CUDA tensors" if self.device.type == "cuda" else "process",
             },
             "decisions": {
@@ -310,7 +317,10 @@ class RunStats:
                 f"without reuse ({scaled(self.flops_without_reuse, 'FLOP')})"
             )
         lines.append(f"time          {self._time_line()}")
-        owner = "tensors on the GPU" if self.device.type == "cuda" else "the whole process"
+        reserved = self.peak_reserved_bytes()
+        owner = "the whole process"
+        if reserved is not None:
+            owner = f"tensors on the GPU; {scaled(reserved, 'B')} reserved for them"
         lines.append(f"peak memory   {scaled(self.peak_memory_bytes(), 'B')} ({owner})")
         return "\n".join(lines)
 

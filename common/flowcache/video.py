@@ -4,6 +4,8 @@ Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg (fr
 encodes and decodes.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import logging
@@ -14,16 +16,19 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 
 from flowcache.errors import UserError
 from flowcache.files import check_writable, fresh_path, remove_stale_parts
+
+# Packages for files are imported where a file is read or written: what makes videos in memory, as
+# the benchmark, runs without them.
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +116,8 @@ class VideoWriter:
         before, after = f".{path.stem[:40]}.", ".part.mp4"
         remove_stale_parts(path.parent, before=before, after=after)
         self._part = path.with_name(f"{before}{os.getpid()}{after}")
+        import imageio_ffmpeg
+
         self._encoder = imageio_ffmpeg.write_frames(
             str(self._part.resolve()),
             (size[1], size[0]),
@@ -123,7 +130,7 @@ class VideoWriter:
             output_params=(["-crf", "0"] if is_lossless else COLOUR) + FRAGMENTS,
         )
 
-    def __enter__(self) -> "VideoWriter":
+    def __enter__(self) -> VideoWriter:
         """Return the writer; the encoder starts with the first frame."""
         return self
 
@@ -246,6 +253,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: the file is missing, empty, or not an image.
     """
+    from PIL import Image, ImageOps
+
     _check_file(path)
     try:
         with Image.open(path) as image:
@@ -290,6 +299,8 @@ def check_ffmpeg() -> None:
 
 
 def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
+    from PIL import Image
+
     image = Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
@@ -297,6 +308,8 @@ def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
 def _open_video(
     path: Path, *, max_frames: int | None, is_strict: bool = False
 ) -> tuple[dict[str, object], Generator[bytes, None, None]]:
+    import imageio_ffmpeg
+
     _check_file(path)
     output = ["-fps_mode", "passthrough"]  # the frames as they are, none doubled or dropped
     if max_frames is not None:
@@ -329,6 +342,8 @@ def _decoded(
 
 def _num_decodable(path: Path) -> int:
     """Return the number of frames that decode; 0 if the file can't be read."""
+    import imageio_ffmpeg
+
     try:
         num_frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path.resolve()))
     except (OSError, RuntimeError):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from flops import MAGI1_WINDOWS, magi1_clip
 
-from flowcache.attention import choose_kernel
-from flowcache.compiling import should_compile
+from flowcache.attention import Kernel, choose_kernels
+from flowcache.compiling import Compilation, should_compile
+from flowcache.precision import set_float32_precision
 from flowcache.reuse import Policies
 from flowcache.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
@@ -96,6 +97,7 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         stored_shape=(clip.chunk_width, config.model_config.latent_channels, height, width),
         stored_dtype=torch.float32,
         attention=attention_shape(config, made),
+        num_text=made.text_tokens,
     )
 
 
@@ -126,6 +128,7 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
     vae.to(dtype)
     for model in (dit, vae):
         fill(model, device=device)
+    set_float32_precision(dtype)
     if should_compile(config.compile, device):
         dit.parts = compiled_parts()
     draw = torch.Generator().manual_seed(0)
@@ -134,16 +137,23 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
     return Models(dit, codec, Conditioning(text.to(device)))
 
 
-def choose(models: Models, made: Plan) -> str:
-    """Take the fastest attention kernel; see `Subject.choose`."""
+def choose(models: Models, made: Plan) -> tuple[Kernel, Kernel]:
+    """Take the fastest attention kernels; see `Subject.choose`."""
     config: RunConfig = made.config
-    models.dit.kernel = choose_kernel(
+    dit = models.dit
+    dit.kernel, dit.cross_kernel = choose_kernels(
         models.vae.device,
-        dtype=models.dit.dtype,
+        dtype=dit.dtype,
         shape=made.attention,
+        num_text=made.num_text,
         wanted=config.attention_kernel,
     )
-    return models.dit.kernel.name
+    return dit.kernel, dit.cross_kernel
+
+
+def compilation(models: Models) -> Compilation | None:
+    """Say how compiling the layers went."""
+    return models.dit.parts.compilation
 
 
 def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
@@ -181,5 +191,6 @@ SUBJECT: Subject[Models] = Subject(
     plan=plan,
     build=build,
     choose=choose,
+    compilation=compilation,
     play=play,
 )

@@ -31,6 +31,7 @@ from gpu.subject import Models, Plan, Speed, Subject
 from gpu.traces import CACHING, make_trace, policies_of
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 512}
+WARM_UP_TICKS = 2
 NUM_REPEATS = 20
 """Of a short operation that is timed apart."""
 COMPRESSION = "kv_compression"
@@ -65,6 +66,9 @@ class TimedStats(RunStats):
 @dataclass(frozen=True)
 class Job:
     """One method's run: as it is measured, and as it would be with all steps.
+
+    A shortened run decodes apart from its ticks (`overlap=false`): seconds of passes that are
+    scaled up must not hold those of a decoder at work at the same time.
 
     Attributes:
         glance: the same with the fewest steps, for a look at one tick.
@@ -181,17 +185,31 @@ def store_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
 
 @torch.no_grad()
 def measure(
-    subject: Subject[Models], models: Models, job: Job, device: torch.device
+    subject: Subject[Models],
+    models: Models,
+    job: Job,
+    device: torch.device,
+    *,
+    is_profiled: bool = True,
 ) -> dict[str, Any]:
     """Run a method and return its figures as plain values.
+
+    Args:
+        is_profiled: whether a tick is looked into first; else two ticks serve as warm-up.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
         UserError: the trace does not fit the run.
     """
-    rate, kernel = matrix_rate(device), subject.choose(models, job.plan)
+    rate, (kernel, cross_kernel) = matrix_rate(device), subject.choose(models, job.plan)
     start = time.perf_counter()
-    kinds = shares_of_kinds(subject, models, job.glance, device)
+    kinds = None
+    if is_profiled:
+        kinds = shares_of_kinds(subject, models, job.glance, device)
+    else:
+        shown = subject.play(models, job.glance, RunStats(device), all_computed)
+        for _ in range(WARM_UP_TICKS):
+            next(shown)
     warm_up = time.perf_counter() - start
     gc.collect()
     if device.type == "cuda":
@@ -205,6 +223,7 @@ def measure(
     num_frames = take_frames(shown, device=device, is_beside=is_beside)
     wait(device)
     total = time.perf_counter() - start
+    compilation = subject.compilation(models)
     return {
         **_figures(subject, job, stats, total=total),
         "matrix_rate": rate,
@@ -212,7 +231,12 @@ def measure(
         "caching_share": _caching_share(job, stats, device),
         "kinds": kinds,
         "num_frames": num_frames,
-        "attention_kernel": kernel,
+        "attention_kernel": kernel.name,
+        "attention_probe": dict(kernel.probed),
+        "cross_attention_kernel": cross_kernel.name,
+        "cross_attention_probe": dict(cross_kernel.probed),
+        "compilation": None if compilation is None else compilation.to_dict(),
+        "is_overlapped": is_beside,
         "warm_up_seconds": warm_up,
     }
 
@@ -263,12 +287,14 @@ def _figures(
         "flops": flops,
         "rate": stats.computed_flops / dit,
         "dit_seconds": whole,
-        "vae_seconds": times["vae"].seconds if "vae" in times else None,
+        "vae_seconds": times["vae"].seconds if "vae" in times and subject.has_vae else None,
         "total_seconds": total - dit + whole,
-        "exposed_share": (total - dit) / (total - dit + whole),
+        # decoded apart, a shortened run says nothing of how much of the decoding a whole one hides
+        "exposed_share": (total - dit) / (total - dit + whole) if job.thin == 1 else None,
         "outside_share": 1 - sum(forwards) / dit,
         "compression_share": compression / whole,
         "peak_bytes": stats.peak_memory_bytes(),
+        "reserved_bytes": stats.peak_reserved_bytes(),
     }
 
 

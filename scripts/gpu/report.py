@@ -9,7 +9,7 @@ Row = Mapping[str, Any]
 HEAD = (
     *("method", "PFLOPs", "s end to end", "speed-up", "s per tick", "s per chunk forward"),
     *("TFLOP/s", "of matrix product", "attention / linears / other", "caching", "compression"),
-    *("outside DiT", "VAE s", "peak GB", "attention kernel"),
+    *("outside DiT", "VAE s", "peak GB", "reserved GB", "attention kernel", "of the prompt"),
     *("warm-up s", "measured"),
 )
 KINDS = ("attention", "linears", "other")
@@ -128,7 +128,9 @@ def _table(subject: Subject[Any], rows: Mapping[str, Row]) -> list[str]:
 def _cells(name: str, row: Row) -> Sequence[str]:
     kinds = row["kinds"]
     measured = f"{row['measured_ticks']} of {row['num_ticks']} ticks"
-    how = "whole" if row["factor"] == 1 else f"{measured}, scaled up"
+    how = "whole" if row["factor"] == 1 else f"{measured}, scaled up, decoded apart"
+    if row["compilation"] is not None and row["compilation"]["failure"] is not None:
+        how += f", not compiled: {row['compilation']['failure']}".replace("|", "\\|")
     if "trace" in row:
         how += f", decisions of {row['trace']}"
     return (
@@ -146,7 +148,9 @@ def _cells(name: str, row: Row) -> Sequence[str]:
         _percent(row["exposed_share"]),
         "-" if row["vae_seconds"] is None else f"{row['vae_seconds']:.3g}",
         f"{row['peak_bytes'] / 1e9:.1f}",
+        "-" if row["reserved_bytes"] is None else f"{row['reserved_bytes'] / 1e9:.1f}",
         row["attention_kernel"],
+        row["cross_attention_kernel"],
         f"{row['warm_up_seconds']:.3g}",
         how,
     )

@@ -4,17 +4,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from flops import skyreels_active_only
 
-from flowcache.attention import choose_kernel
+from flowcache.attention import Kernel, choose_kernels
 from flowcache.cli import DTYPES
-from flowcache.compiling import should_compile
+from flowcache.compiling import Compilation, should_compile
 from flowcache.config import find_preset
 from flowcache.job import Request
+from flowcache.precision import set_float32_precision
 from flowcache.reuse import Policies
 from flowcache.stats import RunStats
-from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
+from gpu.subject import (
+    TARGETS_OF_ALL,
+    Method,
+    NoVideo,
+    Plan,
+    Size,
+    Subject,
+    Target,
+    fill,
+    is_installed,
+)
 from gpu.traces import SKYREELS_CURVE
 from skyreels_v2.build import branches_of, sampling_of, tokens_per_frame
 from skyreels_v2.config import RunConfig
@@ -43,6 +53,7 @@ SETTINGS: Mapping[Size, tuple[str, ...]] = {
 }
 """Beside the presets, whose values are those of the published experiments."""
 TINY_VAE_WIDTH = 4
+VAE_PACKAGE = "diffusers"
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ class Models:
     """Transformer, VAE, and what stands for encoded prompts."""
 
     dit: DiT
-    vae: VAE
+    vae: VAE | NoVideo
+    """Black pixels where the package that the VAE needs is missing."""
     conditioning: Conditioning
 
 
@@ -74,6 +86,7 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         stored_shape=(config.causal_block_size, tokens_per_frame(config), DIT[size].dim),
         stored_dtype=DTYPES[config.dtype],
         attention=attention_shape(config, DIT[size], made),
+        num_text=DIT[size].text_len,
     )
 
 
@@ -83,27 +96,45 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
     dtype = DTYPES[config.dtype]
     with torch.device("meta"):
         dit = DiT(DIT[size]).to(dtype)
-        vae = AutoencoderKLWan(**({} if size == "paper" else {"base_dim": TINY_VAE_WIDTH}))
-    for model in (dit, vae):
-        fill(model, device=device)
+    fill(dit, device=device)
+    set_float32_precision(dtype)
     if should_compile(config.compile, device):
         dit.parts = compiled_parts()
     draw = torch.Generator().manual_seed(0)
     shape = (1, DIT[size].text_len, DIT[size].text_dim)
     text = {name: torch.randn(shape, generator=draw).to(device) for name in branches_of(config)}
-    return Models(dit, VAE(vae), Conditioning(text))
+    return Models(dit, build_vae(size, device), Conditioning(text))
 
 
-def choose(models: Models, made: Plan) -> str:
-    """Take the fastest attention kernel; see `Subject.choose`."""
+def build_vae(size: Size, device: torch.device) -> VAE | NoVideo:
+    """Make random weights in float32, as loaded; nothing where diffusers is missing."""
+    if not is_installed(VAE_PACKAGE):
+        return NoVideo()
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    with torch.device("meta"):
+        model = AutoencoderKLWan(**({} if size == "paper" else {"base_dim": TINY_VAE_WIDTH}))
+    fill(model, device=device)
+    return VAE(model)
+
+
+def choose(models: Models, made: Plan) -> tuple[Kernel, Kernel]:
+    """Take the fastest attention kernels; see `Subject.choose`."""
     config: RunConfig = made.config
-    models.dit.kernel = choose_kernel(
-        models.vae.device,
-        dtype=models.dit.dtype,
+    dit = models.dit
+    dit.kernel, dit.cross_kernel = choose_kernels(
+        dit.head.modulation.device,
+        dtype=dit.dtype,
         shape=made.attention,
+        num_text=made.num_text,
         wanted=config.attention_kernel,
     )
-    return models.dit.kernel.name
+    return dit.kernel, dit.cross_kernel
+
+
+def compilation(models: Models) -> Compilation | None:
+    """Say how compiling the blocks went."""
+    return models.dit.parts.compilation
 
 
 def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
@@ -136,5 +167,7 @@ SUBJECT: Subject[Models] = Subject(
     plan=plan,
     build=build,
     choose=choose,
+    compilation=compilation,
     play=play,
+    vae_package=VAE_PACKAGE,
 )

@@ -1,15 +1,18 @@
 """What the measurement needs of a model, whichever it is."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flowcache.attention import AttentionShape
+from flowcache.attention import AttentionShape, Kernel
+from flowcache.compiling import Compilation
 from flowcache.job import Shown
+from flowcache.ranks import Ranks
 from flowcache.reuse import Policies
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -55,6 +58,7 @@ class Plan:
         stored_shape: of a stored result, frames first.
         stored_dtype: its type.
         attention: the largest self-attention.
+        num_text: tokens of a prompt.
     """
 
     config: Any
@@ -66,6 +70,7 @@ class Plan:
     stored_shape: tuple[int, ...]
     stored_dtype: torch.dtype
     attention: AttentionShape
+    num_text: int
 
     @property
     def num_ticks(self) -> int:
@@ -109,8 +114,11 @@ class Subject(Generic[Models]):
         shares: of the FLOPs of all steps, by the published count, that each speed computes.
         plan: `(method, size, factor, more settings)`: the run with that many times fewer steps.
         build: make random weights; blocks are compiled as the settings say.
-        choose: take the fastest attention kernel for a method's run; return its name.
+        choose: take the fastest attention kernels for a method's run; return them, the second of
+            attention to the prompt.
+        compilation: how compiling the blocks went; None: they run as they are.
         play: run it.
+        vae_package: without which the VAE is left out; None: it needs none.
     """
 
     title: str
@@ -121,8 +129,15 @@ class Subject(Generic[Models]):
     shares: Mapping[Speed, float]
     plan: Callable[[Method, Size, int, Sequence[str]], Plan]
     build: Callable[[Plan, Size, torch.device], Models]
-    choose: Callable[[Models, Plan], str]
+    choose: Callable[[Models, Plan], tuple[Kernel, Kernel]]
+    compilation: Callable[[Models], Compilation | None]
     play: Callable[[Models, Plan, RunStats, Policies], Iterator[Shown]]
+    vae_package: str | None = None
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether what the VAE needs is installed."""
+        return self.vae_package is None or is_installed(self.vae_package)
 
     def pattern(self, plan: Plan, speed: Speed) -> Pattern:
         """Return the own steps that a speed computes."""
@@ -133,6 +148,34 @@ class Subject(Generic[Models]):
             costs=plan.costs,
             share=self.shares[speed],
         )
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported; it is not looked into."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+class NoVideo:
+    """Stands in for a VAE where only the transformer is measured: its pixels are black."""
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        """Refuse: a video from a prompt alone has nothing to encode."""
+        raise AssertionError(f"nothing is given, but {tuple(pixels_B3THW.shape)} is encoded")
+
+    def decode(self, latents_BCFhw: Tensor, ranks: Ranks | None = None, /) -> Tensor:
+        """Return a pixel per latent."""
+        return torch.zeros(1, 3, *latents_BCFhw.shape[2:])
+
+    def stream(self, ranks: Ranks, /) -> "NoVideo":
+        """Begin a segment."""
+        return self
+
+    def to(self, device: torch.device | str, /) -> "NoVideo":
+        """Stay."""
+        return self
 
 
 def fill(model: nn.Module, *, device: torch.device, seed: int = 0) -> None:

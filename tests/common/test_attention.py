@@ -16,6 +16,7 @@ from flowcache.attention import (
     Seconds,
     available_kernels,
     choose_kernel,
+    choose_kernels,
     describe_choice,
 )
 from flowcache.errors import UserError
@@ -117,10 +118,29 @@ def test_the_fastest_kernel_of_the_probe_is_taken_and_all_times_are_told():
     kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=seconds)
     assert kernel.name == "torch SDPA, flash"
     assert [name.split()[-1] for name, _ in kernel.probed] == ["flash", "cudnn", "efficient"]
-    assert describe_choice(kernel) == (
+    assert describe_choice(kernel, SDPA) == (
         "attention     torch SDPA, flash (probed: torch SDPA, flash 1.5 ms, torch SDPA, cudnn 2 ms,"
-        " torch SDPA, efficient 9 ms)"
+        " torch SDPA, efficient 9 ms); to the prompt torch scaled_dot_product_attention"
     )
+
+
+def test_attention_to_the_prompt_is_probed_at_its_own_shape():
+    def seconds(kernel: Kernel, shape: AttentionShape, *_: object) -> float:
+        if not kernel.name.endswith(("flash", "cudnn")):
+            return math.inf
+        is_flash = kernel.name.endswith("flash")
+        return 1.0 if is_flash == (shape.num_keys > 100) else 2.0
+
+    own, cross = choose_kernels(CUDA, dtype=HALF, shape=SHAPE, num_text=7, seconds=seconds)
+    assert own.name == "torch SDPA, flash"
+    assert cross.name == "torch SDPA, cudnn"
+    assert dict(own.probed)["torch SDPA, cudnn"] == 2.0
+    assert dict(cross.probed)["torch SDPA, flash"] == 2.0
+
+
+def test_without_cuda_both_attentions_are_the_same_function():
+    own, cross = choose_kernels(torch.device("cpu"), dtype=torch.float32, shape=SHAPE, num_text=7)
+    assert own is cross is SDPA
 
 
 @pytest.mark.parametrize(("sparing", "name"), [({"flash": 5.0}, "flash"), ({}, "math")])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
+from flowcache import config as configs
 from flowcache.config import (
     describe,
     find_preset,
@@ -45,6 +46,13 @@ class Run:
     weights: dict[str, float] = field(default_factory=dict)
     images: list[str] | None = None
     output: Path | None = None
+
+
+@pytest.fixture(autouse=True, params=["OmegaConf", "PyYAML alone"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "OmegaConf":
+        monkeypatch.setattr(configs, "has_omegaconf", lambda: False)
+    return request.param
 
 
 @pytest.fixture

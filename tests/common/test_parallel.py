@@ -5,13 +5,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 
 import pytest
 import torch
 
 from flowcache.errors import UserError
 from flowcache.parallel import ParallelRule, layout_of, own_bytes
-from flowcache.ranks import Group, Layout, Place, Ranks
+from flowcache.ranks import Group, Layout, LostProcessError, Place, Ranks
 from flowcache.reuse import Vanilla
 from flowcache.ulysses import TokenSplit
 
@@ -129,6 +130,39 @@ def test_one_process_exchanges_nothing():
     assert ranks.divided(torch.device("cpu")) is ranks
     split = TokenSplit(Group(), 2, 3)
     assert split.own(x, axis=0) is x
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_a_lost_process_of_nccl_is_an_error_that_can_be_told_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+):
+    name, seen = "TORCH_NCCL_ASYNC_ERROR_HANDLING", list[tuple[object, ...]]()
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+
+    def new_group(members: list[int], *, timeout: object, backend: str) -> object:
+        seen.append((tuple(members), timeout, backend, os.environ[name]))
+        return object()
+
+    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    ranks = Ranks(Place(0, 2), Layout(sequence=2), timeout=timedelta(seconds=7))
+    ranks.divided(torch.device("cuda"))
+    # 2: abort the exchange; the constructor of the group reads it
+    assert seen == [((0, 1), timedelta(seconds=7), "nccl", given or "2")]
+    monkeypatch.delenv(name, raising=False)
+
+
+def test_the_end_of_a_run_confirms_what_was_exchanged(monkeypatch: pytest.MonkeyPatch):
+    def fail(*, group: object) -> None:
+        raise RuntimeError(f"{group} was aborted\nlong story")
+
+    monkeypatch.setattr("torch.distributed.barrier", fail)
+    Ranks().confirm()
+    ranks = Ranks(Place(0, 2), Layout(sequence=2), sequence=Group(0, 2))
+    with pytest.raises(LostProcessError, match=r"lost contact .*\(None was aborted\)"):
+        ranks.confirm()
 
 
 def test_every_frame_is_divided_and_all_tokens_have_one_owner():

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowcache.precision import HAS_WIDE_PRODUCT, linear_in_float32
+from flowcache import precision
+from flowcache.precision import (
+    HAS_WIDE_PRODUCT,
+    linear_in_float32,
+    set_allocator,
+    set_float32_precision,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -64,3 +71,58 @@ def test_16_bit_products_on_cuda_are_those_of_float32():
     x = torch.randn(3, 40, 512, device="cuda").bfloat16()
     exact = functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     assert_close(linear_in_float32(layer, x), exact, ulps=64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_tf32"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+)
+def test_a_run_in_float32_has_no_shorter_products_and_no_run_has_in_linear_layers(
+    dtype: torch.dtype, is_tf32: bool
+):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = not is_tf32, True
+        set_float32_precision(dtype)
+        assert cudnn.allow_tf32 is is_tf32
+        assert matmul.allow_tf32 is False
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({}, ["expandable_segments:True"]),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, []),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, []),
+    ],
+)
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("2.8.0+cu128", "_cuda_cudaCachingAllocator_set_allocator_settings"),
+        ("2.13.0+cu130", "_accelerator_setAllocatorSettings"),
+    ],
+)
+def test_segments_of_gpu_memory_grow_unless_the_user_chose_something_else(
+    variables: dict[str, str],
+    asked: list[str],
+    version: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    told: list[str] = []
+    for variable in precision.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch, "__version__", version)
+    fake = SimpleNamespace(import_module=lambda _: SimpleNamespace(**{name: told.append}))
+    monkeypatch.setattr(precision, "importlib", fake)
+    set_allocator()
+    assert told == asked
+
+
+def test_the_pinned_torch_knows_the_allocator_setting():
+    assert callable(torch._C._accelerator_setAllocatorSettings)

@@ -303,6 +303,17 @@ def test_relative_distances_are_those_worked_by_hand():
     assert relative_l1({}) == {}
 
 
+def test_the_distance_of_16_bit_signals_is_not_rounded_to_16_bits():
+    torch.manual_seed(0)
+    before = torch.randn(4096).bfloat16()
+    now = (before.float() * 1.015).bfloat16()
+    wide = relative_l1({0: (now.double(), before.double())})[0]
+    # differences of neighbouring 16-bit numbers are exact; sums of 4096 float32 err by 1e-6 or so
+    assert relative_l1({0: (now, before)})[0] == pytest.approx(wide, rel=1e-5)
+    coarse = ((now - before).abs().mean() / before.abs().mean()).item()
+    assert abs(coarse - wide) > 1e-4 * wide
+
+
 def test_half_precision_signals_are_compared_without_overflow():
     large = torch.full((4096,), 60000.0, dtype=torch.float16)
     assert_close(relative_l1({0: (large, large / 2)})[0], 1.0, ulps=64, dtype=torch.float32)

@@ -196,3 +196,18 @@ def test_cuda_stages_measure_the_work_queued_in_them():
     assert write[1] < stats.elapsed_seconds()
     assert dit[1] - dit[0] == pytest.approx(times["dit"].seconds, abs=0.001)
     assert stats.peak_memory_bytes() >= matrix.numel() * 4
+    reserved = stats.peak_reserved_bytes()
+    assert reserved is not None
+    assert reserved >= stats.peak_memory_bytes()
+
+
+def test_memory_is_told_as_tensors_and_as_what_was_reserved_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    stats = RunStats(CPU)
+    assert stats.to_dict()["peak_memory"]["reserved_bytes"] is None
+    monkeypatch.setattr(stats, "device", torch.device("cuda"))
+    for name, value in (("allocated", 16e9), ("reserved", 21e9)):
+        monkeypatch.setattr(f"torch.cuda.max_memory_{name}", lambda _, value=value: int(value))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda _: None)
+    assert "16 GB (tensors on the GPU; 21 GB reserved for them)" in stats.summary()

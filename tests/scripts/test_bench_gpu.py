@@ -58,7 +58,10 @@ def row(seconds: float, **changes: Any) -> dict[str, Any]:
         "caching_share": None,
         "compression_share": 0.0,
         "peak_bytes": 20e9,
+        "reserved_bytes": None,
         "attention_kernel": "a kernel",
+        "cross_attention_kernel": "another",
+        "compilation": None,
         "warm_up_seconds": 30.0,
         "kinds": {"attention": 0.5, "linears": 0.25, "other": 0.25},
     } | changes
@@ -157,6 +160,22 @@ def test_the_papers_run_is_planned_with_the_flops_that_the_issue_is_about(script
     whole = magi1.plan(magi1.methods[2], "paper", 1, ())
     assert whole.flops / short.flops == pytest.approx(4, rel=0.01)
     assert whole.num_ticks == 4 * short.num_ticks
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_methods_have_the_same_settings_where_omegaconf_is_missing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str
+):
+    subject, settings = script.SUBJECTS[model], ("compile=false", "reuse.threshold=1e-3", "seed=7")
+    settings = settings if model == "skyreels_v2" else settings[:2]
+
+    def read() -> list[Any]:
+        return [subject.plan(method, "paper", 1, settings).config for method in subject.methods]
+
+    with_omegaconf = read()
+    monkeypatch.setattr("flowcache.config.has_omegaconf", lambda: False)
+    assert read() == with_omegaconf
+    assert with_omegaconf[0].compile is False
 
 
 # Kinds of kernels, targets and tables -------------------------------------------------------------
