@@ -215,14 +215,19 @@ class RunMemory:
         return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
 
     def _dit_scratch(self) -> int:
-        """Return what the pass of a chunk holds beside weights and caches: a layer is as all."""
+        """Return what the pass of a chunk holds beside weights and caches: a layer is as all.
+
+        An 8-bit layer needs more than a plain one, and stands between two of those.
+        """
+        is_fp8 = self.config.engine_config.fp8_quant
+        model = replace(self.model, num_layers=3 if is_fp8 else 1)
         with META:
-            dit = DiT(replace(self.model, num_layers=1))
+            dit = DiT(model, is_fp8=is_fp8)
         set_precision(dit, self.dtype)
         width = self.config.runtime_config.chunk_width
         tokens = layout_of(self.config).chunk_tokens
         caches = caches_for(
-            1,
+            model.num_layers,
             capacity=tokens,
             num_heads=self.model.num_query_groups // self.ranks.sequence.size,
             head_width=self.model.kv_channels,
