@@ -16,7 +16,12 @@ GEMM_MULTIPLE = 16
 
 
 def has_fp8_gemm(device: torch.device) -> bool:
-    """Tell whether 8-bit matrix products run natively; elsewhere they are emulated in float32."""
+    """Tell whether 8-bit matrix products run natively; elsewhere they are emulated in float32.
+
+    Shapes on the meta device are traced as on a GPU that has them.
+    """
+    if device.type == "meta":
+        return True
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
@@ -27,8 +32,9 @@ def quantise(x: Tensor, divisor: Tensor) -> Tensor:
 
     The rounding to bfloat16 in between is part of how the checkpoints were made.
     """
-    scaled = (x.float() / divisor.float()).clamp(-FP8_MAX, FP8_MAX)
-    return scaled.to(torch.bfloat16).to(FP8)
+    # In one line: the float32 quotient is the largest tensor of a layer, and is gone after it is
+    # rounded. A 16-bit x is widened inside the division, without a copy of its own.
+    return (x / divisor.float()).clamp_(-FP8_MAX, FP8_MAX).to(torch.bfloat16).to(FP8)
 
 
 def emulated_product(

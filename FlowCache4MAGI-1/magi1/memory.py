@@ -18,13 +18,17 @@ from flowcache.memory import (
     make_memory_plan,
     one_layer,
     scratch_bytes,
+    traced_ranks,
     weight_bytes,
 )
+from flowcache.parallel import own_branches
+from flowcache.ranks import Layout
+from flowcache.ulysses import TokenSplit
 from magi1 import text, vae
 from magi1.build import budget_of, latent_size, layout_of, tiling_of
 from magi1.captions import NULL_TOKENS
 from magi1.checkpoint import Checkpoint
-from magi1.dit import DiT, set_precision
+from magi1.dit import DiT, Embedded, set_precision
 from magi1.plan import Plan
 from magi1.schedule import Clock
 from magi1.settings import RunConfig
@@ -65,9 +69,11 @@ class RunMemory:
     """Counts what a run needs; the slow part, tracing the networks' scratch memory, once.
 
     Args:
+        plan: of a process, see `per_process`.
         networks: what runs beside the transformer; the text encoder is float32.
         dtype: type of the weights inside the blocks.
         overlaps: whether chunks are decoded while others are denoised, if both networks are there.
+        layout: how processes divide the run; default: it is not divided.
     """
 
     def __init__(
@@ -78,8 +84,10 @@ class RunMemory:
         networks: Networks,
         dtype: torch.dtype,
         overlaps: bool,
+        layout: Layout | None = None,
     ) -> None:
         self.overlaps = overlaps
+        self.ranks = traced_ranks(layout or Layout())
         self.config, self.plan, self.dtype = config, plan, dtype
         self.networks = networks
         self.model = replace(config.model_config, params_dtype=str(dtype))
@@ -157,7 +165,8 @@ class RunMemory:
     @property
     def _layer_bytes(self) -> int:
         """Return the keys and values of one layer and branch."""
-        return self.plan.kv_bytes // (self.model.num_layers * self.plan.num_branches)
+        num_own = own_branches(self.ranks.layout, num_branches=self.plan.num_branches)
+        return self.plan.kv_bytes // (self.model.num_layers * num_own)
 
     def _kv(self, residence: Residence) -> Part:
         remedy = "set kv.compress=importance and a smaller kv.total_chunks"
@@ -208,16 +217,21 @@ class RunMemory:
         return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
 
     def _dit_scratch(self) -> int:
-        """Return what the pass of a chunk holds beside weights and caches: a layer is as all."""
+        """Return what the pass of a chunk holds beside weights and caches: a layer is as all.
+
+        An 8-bit layer needs more than a plain one, and stands between two of those.
+        """
+        is_fp8 = self.config.engine_config.fp8_quant
+        model = replace(self.model, num_layers=3 if is_fp8 else 1)
         with META:
-            dit = DiT(replace(self.model, num_layers=1))
+            dit = DiT(model, is_fp8=is_fp8)
         set_precision(dit, self.dtype)
         width = self.config.runtime_config.chunk_width
         tokens = layout_of(self.config).chunk_tokens
         caches = caches_for(
-            1,
+            model.num_layers,
             capacity=tokens,
-            num_heads=self.model.num_query_groups,
+            num_heads=self.model.num_query_groups // self.ranks.sequence.size,
             head_width=self.model.kv_channels,
             dtype=self.dtype,
             device=META,
@@ -225,6 +239,7 @@ class RunMemory:
         words = torch.empty(1, max(self.plan.text_tokens, 1), self.model.caption_channels)
         context = dit.encode_context(words.to(META))
         attend = cached_attention([caches], active=[range(tokens)], kernel=dit.kernel)
+        split = TokenSplit(self.ranks.sequence, 1, tokens)
 
         def forward() -> Tensor:
             latents = torch.empty(1, self.model.latent_channels, width, *self.size, device=META)
@@ -235,17 +250,22 @@ class RunMemory:
                 latent_height=self.size[0],
                 latent_width=self.size[1],
             )
-            hidden = dit.run_blocks(embedded, rope, context, self_attend=attend)
+            own = Embedded(split.own(embedded.tokens, axis=1), embedded.condition)
+            hidden = split.whole(
+                dit.run_blocks(
+                    own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+                )
+            )
             return dit.velocity(hidden, latent_height=self.size[0], latent_width=self.size[1])
 
         return scratch_bytes(forward)
 
     def _decode_scratch(self) -> int:
-        """Return what decoding a chunk holds; one of several processes holds no more."""
+        """Return what decoding a chunk holds; one of several processes decodes some tiles."""
         frames = self.config.runtime_config.chunk_width
         latents = torch.empty(1, self.model.latent_channels, frames, *self.size, device=META)
         codec = self._one_layer()
-        return scratch_bytes(lambda: codec.decode(latents))
+        return scratch_bytes(lambda: codec.decode(latents, self.ranks))
 
     def _encode_scratch(self) -> int:
         """Return what encoding the given frames holds."""
@@ -275,24 +295,25 @@ def plan_memory(
     dtype: torch.dtype,
     limit: int | None,
     has_host: bool,
+    layout: Layout | None = None,
 ) -> MemoryPlan:
     """Find what must be kept on the host so that the run fits.
 
     Args:
+        plan: of a process, see `per_process`.
         checkpoint: None: a released model that isn't here.
         limit: bytes of the device that may be used; None: not known.
         has_host: whether the device is not the host itself.
+        layout: how processes divide the run; default: it is not divided.
 
     Raises:
         UserError: it can't be made to fit.
     """
     networks = networks_of(checkpoint, config, dtype=dtype)
+    layout = layout or Layout()
+    overlaps = (has_host if config.overlap is None else config.overlap) and layout.size == 1
     needs = RunMemory(
-        config,
-        plan,
-        networks=networks,
-        dtype=dtype,
-        overlaps=has_host if config.overlap is None else config.overlap,
+        config, plan, networks=networks, dtype=dtype, overlaps=overlaps, layout=layout
     )
     return make_memory_plan(
         needs.stages, wanted=wanted_residence(config), limit_bytes=limit, has_host=has_host

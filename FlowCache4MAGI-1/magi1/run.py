@@ -148,7 +148,13 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     limit, memory = limit_of(config.memory_limit, device), None
     if config.memory_limit != "none" and (limit or request.is_dry):
         memory = plan_memory(
-            config, checkpoint, plan, dtype=dtype, limit=limit, has_host=device.type != "cpu"
+            config,
+            checkpoint,
+            plan,
+            dtype=dtype,
+            limit=limit,
+            has_host=device.type != "cpu",
+            layout=layout,
         )
     return Job(
         config=config,
@@ -286,8 +292,10 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     plan, head = per_process(plan, layout), [*head, *layout_lines(layout)]
     limit = parse_limit(config.memory_limit)
     logger.info("planning the memory: some seconds")
-    memory = plan_memory(config, None, plan, dtype=dtype, limit=limit, has_host=True).lines()
-    return "\n".join([*head, *replay_lines(replay), *lines(plan, config), *memory])
+    memory = plan_memory(
+        config, None, plan, dtype=dtype, limit=limit, has_host=True, layout=layout
+    )
+    return "\n".join([*head, *replay_lines(replay), *lines(plan, config), *memory.lines()])
 
 
 def _head(source: Source, config: RunConfig, preset: str, *, where: str) -> list[str]:

@@ -17,13 +17,17 @@ from flowcache.memory import (
     make_memory_plan,
     one_layer,
     scratch_bytes,
+    traced_ranks,
     weight_bytes,
 )
+from flowcache.parallel import own_branches
+from flowcache.ranks import Layout, Ranks
+from flowcache.ulysses import TokenSplit
 from skyreels_v2 import text, vae
 from skyreels_v2.build import VAE_STRIDE, batches_branches, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT, DiTConfig, whole_window
+from skyreels_v2.dit import DiT, DiTConfig, Embedded, whole_window
 from skyreels_v2.layers import join_contexts
 from skyreels_v2.plan import Plan
 from skyreels_v2.window import pixel_frames
@@ -65,9 +69,11 @@ class RunMemory:
     """Counts what a run needs; the slow part, tracing the networks' scratch memory, once.
 
     Args:
+        plan: of a process, see `per_process`.
         networks: what runs beside the transformer.
         dtype: of the transformer's and the text encoder's weights; the VAE is float32.
         overlaps: whether chunks are decoded while others are denoised, if both networks are there.
+        layout: how processes divide the run; default: it is not divided.
     """
 
     def __init__(
@@ -79,8 +85,12 @@ class RunMemory:
         networks: Networks,
         dtype: torch.dtype,
         overlaps: bool,
+        layout: Layout | None = None,
     ) -> None:
         self.overlaps = overlaps
+        self.ranks = traced_ranks(layout or Layout())
+        self.num_own = own_branches(self.ranks.layout, num_branches=plan.num_branches)
+        """Branches of this process."""
         self.config, self.dit, self.plan, self.dtype = config, dit, plan, dtype
         self.networks = networks
         self.largest = max(
@@ -89,7 +99,14 @@ class RunMemory:
         self.vae_bytes = weight_bytes(networks.vae.model)
         self.text_bytes = sum(p.numel() for p in networks.text.parameters()) * dtype.itemsize
         self.text_scratch = self._text_scratch()
-        self.dit_scratch = _dit_scratch(config, dit, plan, dtype=dtype)
+        self.dit_scratch = _dit_scratch(
+            config,
+            dit,
+            plan,
+            dtype=dtype,
+            batch=self.num_own if batches_branches(config) else 1,
+            ranks=self.ranks,
+        )
         self.decode_scratch, self.decoder_state = self._decoding()
         self.encode_scratch = self._encoding()
 
@@ -175,8 +192,8 @@ class RunMemory:
         dit = self.dit
         tokens = dit.text_len + (IMAGE_TOKENS if dit.model_type == "i2v" else 0)
         one = 2 * tokens * dit.dim * dit.num_layers * self.dtype.itemsize
-        copies = 2 if batches_branches(self.config) and self.plan.num_branches > 1 else 1
-        return Part("prompts", copies * self.plan.num_branches * one, "use a smaller model")
+        copies = 2 if batches_branches(self.config) and self.num_own > 1 else 1
+        return Part("prompts", copies * self.num_own * one, "use a smaller model")
 
     def _kv(self, residence: Residence) -> Part:
         remedy = "set kv.compress=importance, or fewer num_frames"
@@ -189,7 +206,7 @@ class RunMemory:
     @property
     def _layer_bytes(self) -> int:
         """Return the keys and values of one layer and branch."""
-        return self.plan.kv_bytes // (self.dit.num_layers * self.plan.num_branches)
+        return self.plan.kv_bytes // (self.dit.num_layers * self.num_own)
 
     def _scoring(self, residence: Residence) -> Part:
         """Return what compression adds: scores, kept rows; those of the host are read."""
@@ -199,7 +216,8 @@ class RunMemory:
         return Part("KV scoring", self.plan.scoring_bytes + rows, "set kv.queries=frame")
 
     def _stored(self) -> Part:
-        return Part("stored results", self.plan.stored_bytes, "set reuse.predict=velocity")
+        own = self.plan.stored_bytes * self.num_own // self.plan.num_branches
+        return Part("stored results", own, "set reuse.predict=velocity")
 
     def _latents(self) -> Part:
         config = self.config
@@ -234,11 +252,11 @@ class RunMemory:
     def _decoding(self) -> tuple[int, int]:
         """Return what the decoder holds at most, and between two chunks.
 
-        That is for the whole picture; one of several processes, which has a strip, holds less.
+        One of several processes has a strip of the picture.
         """
         pixels = self.config.height * self.config.width * PIXEL_BYTES
         traced = 3  # from the third latent on every latent costs the same
-        decoder = self.networks.vae.stream()
+        decoder = self.networks.vae.stream(self.ranks)
 
         def decode() -> None:
             for num_frames in (1, traced - 1):
@@ -266,10 +284,16 @@ class RunMemory:
         return scratch_bytes(lambda: self.networks.vae.encode(torch.empty(shape, device=META)))
 
 
-def _dit_scratch(config: RunConfig, dit: DiTConfig, plan: Plan, *, dtype: torch.dtype) -> int:
-    """Return what one forward holds beside weights and caches: one layer stands for all."""
+def _dit_scratch(
+    config: RunConfig, dit: DiTConfig, plan: Plan, *, dtype: torch.dtype, batch: int, ranks: Ranks
+) -> int:
+    """Return what one forward holds beside weights and caches: one layer is as all.
+
+    Args:
+        batch: branches that go through the blocks together.
+        ranks: the processes that divide the tokens.
+    """
     frames = plan.forward_tokens // plan.frame_tokens
-    batch = plan.num_branches if batches_branches(config) else 1
     size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
     with META:
         model = DiT(replace(dit, num_layers=1)).to(dtype)
@@ -278,7 +302,7 @@ def _dit_scratch(config: RunConfig, dit: DiTConfig, plan: Plan, *, dtype: torch.
         caches_for(
             1,
             capacity=tokens,
-            num_heads=dit.num_heads,
+            num_heads=dit.num_heads // ranks.sequence.size,
             head_width=dit.head_width,
             dtype=dtype,
             device=META,
@@ -294,13 +318,19 @@ def _dit_scratch(config: RunConfig, dit: DiTConfig, plan: Plan, *, dtype: torch.
     context = model.encode_context(torch.empty(1, dit.text_len, dit.text_dim, device=META), image)
     contexts = join_contexts([context] * batch)
     rope = torch.empty(tokens, dit.head_width // 2, 2, device=META)
+    split = TokenSplit(ranks.sequence, frames, plan.frame_tokens)
 
     def forward() -> object:
         latents = torch.empty(batch, dit.in_dim, frames, *size, device=META)
         embedded = model.embed(
             latents, torch.empty(batch, frames, device=META), fps=[config.fps] * batch
         )
-        hidden = model.run_blocks(embedded, rope, contexts, self_attend=attend)
+        own = Embedded(split.own(embedded.tokens, axis=1), embedded.time, embedded.modulation)
+        hidden = split.whole(
+            model.run_blocks(
+                own, split.own(rope, axis=0), contexts, self_attend=split.over_heads(attend)
+            )
+        )
         velocity = model.velocity(hidden, embedded, latent_height=size[0], latent_width=size[1])
         return velocity, hidden - embedded.tokens
 
@@ -316,13 +346,16 @@ def plan_memory(
     dtype: torch.dtype,
     limit: int | None,
     has_host: bool = True,
+    layout: Layout | None = None,
 ) -> MemoryPlan:
     """Find what must be kept on the host so that the run fits.
 
     Args:
+        plan: of a process, see `per_process`.
         checkpoint: None: a released model that isn't here.
         limit: bytes of the device that may be used; None: not known.
         has_host: whether the device is not the host itself.
+        layout: how processes divide the run; default: it is not divided.
 
     Raises:
         UserError: it can't be made to fit.
@@ -331,8 +364,11 @@ def plan_memory(
         networks = released_networks(dtype=dtype, is_i2v=dit.model_type == "i2v")
     else:
         networks = networks_of(checkpoint, dtype=dtype)
-    overlaps = has_host if config.overlap is None else config.overlap
-    needs = RunMemory(config, dit, plan, networks=networks, dtype=dtype, overlaps=overlaps)
+    layout = layout or Layout()
+    overlaps = (has_host if config.overlap is None else config.overlap) and layout.size == 1
+    needs = RunMemory(
+        config, dit, plan, networks=networks, dtype=dtype, overlaps=overlaps, layout=layout
+    )
     return make_memory_plan(
         needs.stages, wanted=wanted_residence(config), limit_bytes=limit, has_host=has_host
     )

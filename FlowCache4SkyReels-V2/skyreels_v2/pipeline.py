@@ -164,9 +164,13 @@ def _last_frames(parts: list[Later[Tensor]], count: int) -> Tensor:
 
 
 def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
-    """Count what other processes did in the branches that this one does not compute."""
-    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse], device=stats.device)
-    stats.computed_flops, stats.flops_without_reuse = ranks.branches.total(own).tolist()
+    """Count what other processes did in the branches that this one does not compute.
+
+    Those that share a branch count it alike. The numbers are the host's: no device is asked.
+    """
+    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
+    every = ranks.everyone.total(own) // ranks.sequence.size
+    stats.computed_flops, stats.flops_without_reuse = every.tolist()
 
 
 def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) -> Tensor:

@@ -144,6 +144,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
             dtype=dtype,
             limit=limit,
             has_host=device.type != "cpu",
+            layout=layout,
         )
     return Job(
         config,
@@ -265,7 +266,13 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     replay = read_replay(request, config, plan)
     logger.info("planning the memory: some seconds")
     memory = plan_memory(
-        config, sizes, plan, checkpoint=None, dtype=dtype, limit=parse_limit(config.memory_limit)
+        config,
+        sizes,
+        plan,
+        checkpoint=None,
+        dtype=dtype,
+        limit=parse_limit(config.memory_limit),
+        layout=layout,
     )
     head_lines = [head, _preset_line(preset.stem, config)]
     head_lines += [*profile_lines(config.reuse), *replay_lines(replay)]

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowcache.errors import UserError
+from flowcache.ranks import Group, Layout, Ranks
 from flowcache.units import scaled
 
 RESERVED_SHARE = 0.05
@@ -108,6 +109,34 @@ def one_layer(encoder: Any) -> Any:
     config.num_layers = 1
     with torch.device("meta"):
         return type(encoder)(config).train(encoder.training)
+
+
+@dataclass(frozen=True)
+class _TracedGroup(Group):
+    """Processes whose exchanges have shapes, as all has on the meta device, and bring nothing."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    def copied(self, x: Tensor, *, source: int) -> Tensor:
+        return x
+
+    def swapped(self, pieces: Sequence[Tensor], *, sizes: Sequence[int]) -> list[Tensor]:
+        given = torch.cat([piece.flatten() for piece in pieces])
+        return list(given.new_empty(sum(sizes)).split(list(sizes)))
+
+
+def traced_ranks(layout: Layout) -> Ranks:
+    """Return the processes of a layout as one of them sees them whose run is only traced.
+
+    It is one in the middle: its strip of a picture has a margin on both sides.
+    """
+    branch, sequence = layout.branch, layout.sequence
+    return Ranks(
+        layout=layout,
+        branches=_TracedGroup(branch // 2, branch),
+        sequence=_TracedGroup(sequence // 2, sequence),
+    )
 
 
 def scratch_bytes(work: Callable[[], object]) -> int:

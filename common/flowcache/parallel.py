@@ -117,13 +117,18 @@ def _either(numbers: Sequence[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def own_branches(layout: Layout, *, num_branches: int) -> int:
+    """Return how many branches a process computes at most."""
+    return -(-num_branches // layout.branch)
+
+
 def own_bytes(num_bytes: int, layout: Layout, *, num_branches: int) -> int:
     """Return how much of what all branches hold per head a process has at most.
 
     Args:
         num_bytes: of all branches.
     """
-    held = -(-num_branches // layout.branch)
+    held = own_branches(layout, num_branches=num_branches)
     return num_bytes * held // (num_branches * layout.sequence)
 
 

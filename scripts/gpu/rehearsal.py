@@ -1,0 +1,260 @@
+"""Runs of both models on fake CUDA tensors, see `gpu.fake_cuda`, and what they show."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+from flowcache.attention import KernelName, choose_kernel
+from flowcache.job import Shown
+from flowcache.memory import MemoryPlan, make_memory_plan
+from flowcache.ranks import Ranks
+from flowcache.reuse import Policies
+from flowcache.schedule import Tick
+from flowcache.stats import RunStats
+from flowcache.video import to_uint8
+from gpu import magi1 as gpu_magi1
+from gpu import skyreels_v2 as gpu_skyreels
+from gpu.fake_cuda import CUDA, Ledger, pretended_cuda
+from gpu.measure import Job
+from gpu.subject import Method, Plan, Subject
+from magi1 import memory as magi1_memory
+from magi1 import pipeline as magi1_pipeline
+from magi1 import text as magi1_text
+from magi1.build import dtype_of
+from magi1.dit import DiT as MagiDiT
+from magi1.dit import set_precision
+from magi1.plan import make_plan as make_magi1_plan
+from magi1.run import per_process as magi1_per_process
+from magi1.vae import RELEASED as RELEASED_VAE
+from magi1.vae import VAE as MagiVAE
+from magi1.vit import ViTVAE
+from skyreels_v2 import memory, pipeline, quantize, text
+from skyreels_v2.build import branches_of
+from skyreels_v2.dit import DiT
+from skyreels_v2.plan import make_plan
+from skyreels_v2.run import per_process
+from skyreels_v2.vae import VAE
+
+ModelName: TypeAlias = Literal["skyreels_v2", "magi1"]
+SUBJECTS: Mapping[str, Subject[Any]] = {
+    "skyreels_v2": gpu_skyreels.SUBJECT,
+    "magi1": gpu_magi1.SUBJECT,
+}
+DTYPE = torch.bfloat16
+KERNEL: KernelName = "flash"
+"""Fake tensors know its operation on every machine; another kernel would change no count."""
+FRAMES = "frames"
+"""Stage in which finished frames go to the host."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to rehearse.
+
+    Attributes:
+        thin: by how much the number of steps, and the lag, is divided.
+        num_layers: of the transformer; None: all.
+        vae_layers: of MAGI-1's VAE; None: all.
+        settings: changes of the method's.
+        ranks: the processes that divide the run, seen by one of them.
+    """
+
+    model: ModelName
+    method: Method
+    thin: int = 1
+    num_layers: int | None = None
+    vae_layers: int | None = None
+    settings: tuple[str, ...] = ()
+    ranks: Ranks = Ranks()
+
+    @property
+    def plan(self) -> Plan:
+        """The run."""
+        settings = ("overlap=false", "compile=false", *self.settings)
+        if self.model == "magi1" and self.num_layers is not None:
+            settings += (f"model_config.num_layers={self.num_layers}",)
+        return SUBJECTS[self.model].plan(self.method, "paper", self.thin, settings)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one tick did.
+
+    Attributes:
+        reads: times that the host waited for a value, those for the VAE and its frames aside.
+        launches: operations of the transformer's part.
+    """
+
+    tick: Tick
+    reads: int
+    launches: int
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A run that was rehearsed.
+
+    Attributes:
+        ledger: what was done.
+        stats: what the run says of itself.
+        steps: by tick.
+        memory: what was planned to be in memory.
+    """
+
+    ledger: Ledger
+    stats: RunStats
+    steps: tuple[Step, ...]
+    memory: MemoryPlan
+
+    @property
+    def planned_bytes(self) -> int:
+        """The planned peak without the text encoder, which is gone when the run begins."""
+        return max(stage.peak_bytes for stage in self.memory.stages if stage.name != "text")
+
+
+class LedgerStats(RunStats):
+    """Statistics that also tell a ledger which stage is under way."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(CUDA)
+        self.ledger = ledger
+
+    @contextmanager
+    def stage(
+        self, name: str, *, is_on_host: bool = False, is_beside: bool = False
+    ) -> Generator[None, None, None]:
+        """See `RunStats.stage`."""
+        with (
+            self.ledger.stage(name),
+            super().stage(name, is_on_host=is_on_host, is_beside=is_beside),
+        ):
+            yield
+
+
+Play: TypeAlias = Callable[[RunStats, Policies | None], Iterator[Shown]]
+"""Makes the models, then the video."""
+
+
+def rehearse(case: Case, *, num_ticks: int | None = None) -> Rehearsed:
+    """Run a case on fake CUDA tensors.
+
+    Args:
+        num_ticks: how many; None: all.
+    """
+    made = case.plan
+    planned, play = (_skyreels if case.model == "skyreels_v2" else _magi1)(case, made)
+    steps: list[Step] = []
+    with pretended_cuda() as ledger:
+        stats = LedgerStats(ledger)
+        policies = None
+        if case.method.speed is not None:
+            job = Job(made, made, made, case.thin, case.method.speed)
+            policies = job.policies(SUBJECTS[case.model], stats)
+        before = (0, 0)
+        for shown in play(stats, policies):
+            if shown.later is not None:
+                with ledger.stage(FRAMES):
+                    to_uint8(shown.later.get()).cpu()
+            # what goes on once, before the first tick, counts in none
+            now = (_reads(ledger), ledger.total("dit", "caching", "kv_compression").launches)
+            steps.append(Step(shown.tick, now[0] - before[0], now[1] - before[1]))
+            before = now
+            if len(steps) == num_ticks:
+                break
+    return Rehearsed(ledger, stats, tuple(steps), planned)
+
+
+def _reads(ledger: Ledger) -> int:
+    return sum(count for site, count in ledger.reads.items() if site.stage not in ("vae", FRAMES))
+
+
+def _skyreels(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
+    """Plan the memory of a SkyReels-V2 run, and return what plays it."""
+    config, sizes = made.config, gpu_skyreels.DIT["paper"]
+    if case.num_layers is not None:
+        sizes = replace(sizes, num_layers=case.num_layers)
+    plan = per_process(make_plan(config, sizes, dtype=DTYPE), case.ranks.layout)
+    needs = memory.RunMemory(
+        config,
+        sizes,
+        plan,
+        networks=memory.released_networks(dtype=DTYPE, is_i2v=False),
+        dtype=DTYPE,
+        overlaps=False,
+        layout=case.ranks.layout,
+    )
+
+    def play(stats: RunStats, policies: Policies | None) -> Iterator[Shown]:
+        with torch.device("meta"):
+            dit, vae = DiT(sizes).to(DTYPE), AutoencoderKLWan()
+        for model in (dit, vae):
+            model.to_empty(device=CUDA).eval().requires_grad_(False)
+        if config.quantize is not None:
+            quantize.quantize(dit, config.quantize, device=CUDA)
+        dit.kernel = choose_kernel(CUDA, dtype=DTYPE, wanted=KERNEL)
+        texts = {
+            name: torch.randn(1, sizes.text_len, sizes.text_dim).to(CUDA)
+            for name in branches_of(config)
+        }
+        conditioning = pipeline.Conditioning(texts)
+        return pipeline.generate(
+            dit,
+            VAE(vae),
+            config,
+            conditioning,
+            stats=stats,
+            policies=policies,
+            ranks=case.ranks,
+        )
+
+    wanted = memory.wanted_residence(config)
+    return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), play
+
+
+def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
+    """Plan the memory of a MAGI-1 run, and return what plays it."""
+    config = made.config
+    model, num_tokens = config.model_config, gpu_magi1.TEXT_TOKENS["paper"]
+    vae_sizes = RELEASED_VAE
+    if case.vae_layers is not None:
+        vae_sizes = replace(vae_sizes, depth=case.vae_layers)
+    scale, dtype = config.runtime_config.scale_factor, dtype_of(config, CUDA)
+    plan = make_magi1_plan(
+        config, num_prefix=0, prompt_tokens=num_tokens, has_special_tokens=False, dtype=dtype
+    )
+    with torch.device("meta"):
+        empty = MagiVAE(ViTVAE(vae_sizes).to(dtype), scale=scale)
+    needs = magi1_memory.RunMemory(
+        config,
+        magi1_per_process(plan, case.ranks.layout),
+        networks=magi1_memory.Networks(magi1_text.released(), empty),
+        dtype=dtype,
+        overlaps=False,
+        layout=case.ranks.layout,
+    )
+
+    def play(stats: RunStats, policies: Policies | None) -> Iterator[Shown]:
+        with torch.device("meta"):
+            dit = MagiDiT(model, is_fp8=config.engine_config.fp8_quant)
+            vae = ViTVAE(vae_sizes).to(dtype)
+        set_precision(dit, dtype)
+        for network in (dit, vae):
+            network.to_empty(device=CUDA).eval().requires_grad_(False)
+        dit.kernel = choose_kernel(CUDA, dtype=dtype, wanted=KERNEL)
+        encoded = torch.randn(num_tokens, model.caption_channels)
+        return magi1_pipeline.generate(
+            dit,
+            MagiVAE(vae.to("cpu" if config.offload else CUDA), scale=scale),
+            config,
+            magi1_pipeline.Conditioning(encoded.to(CUDA)),
+            stats=stats,
+            policies=policies,
+            ranks=case.ranks,
+        )
+
+    wanted = magi1_memory.wanted_residence(config)
+    return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), play

@@ -1,0 +1,272 @@
+"""Both models at their real widths on fake CUDA tensors: two layers, few ticks."""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flowcache.ranks import Group, Layout, Place, Ranks
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from gpu.fake_cuda import CUDA, Ledger, pretended_cuda
+from gpu.rehearsal import FRAMES, SUBJECTS, Case, ModelName, Rehearsed, rehearse
+
+TOLERANCE = 0.15
+"""Of the memory plan."""
+SHORT: dict[ModelName, tuple[str, ...]] = {
+    "skyreels_v2": ("num_frames=57", "base_num_frames=57", "num_steps=5", "ar_step=1"),
+    "magi1": ("runtime_config.num_frames=96", "runtime_config.num_steps=4"),
+}
+SIX_CHUNKS = "runtime_config.num_frames=144"
+"""More than the compressed cache of MAGI-1 holds."""
+DIT = ("dit", "caching", "other")
+"""Stages whose FLOPs our own count covers: all but the VAE and the products of KV compression."""
+UPCASTS = {"skyreels_v2": 9, "magi1": 5}
+"""Large 16-bit tensors of a layer that are written once more in float32 before something is done
+with them, uncompiled: SkyReels-V2's two modulations, three norms of queries and keys, three sums
+and the attention's output; MAGI-1's queries and keys, two branches and what they are added to."""
+
+
+def case(
+    model: ModelName, method: str, *settings: str, num_layers: int = 2, layout: Layout | None = None
+) -> Case:
+    found = next(each for each in SUBJECTS[model].methods if each.name == method)
+    made = Case(model, found, num_layers=num_layers, vae_layers=1, settings=SHORT[model] + settings)
+    return made if layout is None else replace(made, ranks=Ranks(layout=layout))
+
+
+SKYREELS, MAGI = "skyreels_v2", "magi1"
+CASES: dict[str, Case] = {
+    "skyreels fast": case(SKYREELS, "FlowCache-fast"),
+    "magi fast": case(MAGI, "FlowCache-fast + KV compression", SIX_CHUNKS),
+}
+SLOW: dict[str, Case] = {
+    "skyreels vanilla": case(SKYREELS, "vanilla"),
+    "skyreels compression": case(SKYREELS, "FlowCache-slow + KV compression"),
+    "skyreels segments": case(SKYREELS, "FlowCache-fast", "num_frames=73", "overlap_history=17"),
+    "skyreels keys on the host": case(SKYREELS, "FlowCache-fast", "kv_on_host=true"),
+    "skyreels offload": case(SKYREELS, "FlowCache-fast", "offload=true"),
+    "skyreels two branch ranks": case(SKYREELS, "FlowCache-fast", layout=Layout(branch=2)),
+    "skyreels two token ranks": case(SKYREELS, "FlowCache-fast", layout=Layout(sequence=2)),
+    "magi vanilla": case(MAGI, "vanilla"),
+    "magi keys on the host": case(MAGI, "FlowCache-fast", "engine_config.kv_offload=true"),
+    "magi offload": case(MAGI, "FlowCache-fast", "offload=true"),
+    "magi 8-bit": case(MAGI, "FlowCache-fast", "engine_config.fp8_quant=true", num_layers=3),
+    "magi two token ranks": case(MAGI, "FlowCache-fast", layout=Layout(sequence=2)),
+}
+every = pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+
+
+@functools.cache
+def rehearsed(name: str) -> Rehearsed:
+    """Rehearse a case once for all tests of this file."""
+    made = (CASES | SLOW)[name]
+    layout = made.ranks.layout
+    if layout.size == 1:
+        return rehearse(made)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=layout.size, store=FakeStore())
+    try:
+        group = Group(0, layout.size, dist.group.WORLD)
+        divided = "branches" if layout.branch > 1 else "sequence"
+        ranks = Ranks(Place(0, layout.size), layout, everyone=group, **{divided: group})
+        return rehearse(replace(made, ranks=ranks))
+    finally:
+        dist.destroy_process_group()
+
+
+def num_deciding(made: Case) -> int:
+    """Return how many policies compare signals, of those that this process asks."""
+    if made.method.speed is None:
+        return 0
+    return len(made.plan.branches) // made.ranks.layout.branch
+
+
+@every
+def test_torch_counts_the_flops_that_we_count(name: str):
+    made, run = (CASES | SLOW)[name], rehearsed(name)
+    counted, own = run.ledger.total(*DIT).flops, run.stats.computed_flops
+    assert counted > 1e12
+    if made.ranks.layout.sequence == 1:
+        assert counted == own
+        return
+    # embeddings, gates and the prompt are each process's own work; the fake group adds nothing up,
+    # so that SkyReels-V2's count is half already
+    whole = own * (2 if made.model == SKYREELS else 1)
+    assert whole / 2 < counted < 1.01 * whole / 2
+
+
+def test_only_compression_has_products_beyond_our_count():
+    for name in CASES:
+        total = rehearsed(name).ledger.costs["kv_compression"].flops
+        assert (total > 0) == ("compress" in CASES[name].method.name.lower())
+
+
+@every
+def test_the_host_reads_once_per_deciding_policy_and_tick(name: str):
+    made, run = (CASES | SLOW)[name], rehearsed(name)
+    most = num_deciding(made)
+    assert max(step.reads for step in run.steps) == most
+    places = {site.place for site in run.ledger.reads}
+    assert places == ({"flowcache/reuse.py:relative_l1"} if most else set())
+
+
+@every
+def test_nothing_is_copied_in_the_way_of_the_host_but_finished_frames(name: str):
+    run = rehearsed(name)
+    shown = sum(bool(step.tick.finishing) for step in run.steps)
+    assert run.ledger.waits_in(FRAMES) == shown
+    for stage in ("dit", "caching", "kv_compression", "vae"):
+        assert run.ledger.waits_in(stage) == 0, run.ledger.waits
+
+
+@every
+def test_the_peak_is_as_planned(name: str):
+    run = rehearsed(name)
+    assert run.planned_bytes == pytest.approx(run.ledger.peak_bytes, rel=TOLERANCE)
+
+
+@every
+def test_a_layer_widens_no_more_large_tensors_than_it_did(name: str):
+    made, run = (CASES | SLOW)[name], rehearsed(name)
+    attention = "_scaled_dot_product_flash_attention"
+    # self-attention and cross-attention
+    passes = sum(c.launches for p, c in run.ledger.products.items() if p[:2] == ("dit", attention))
+    layers = f"{made.model}/layers.py"
+    upcasts = sum(n for s, n in run.ledger.upcasts.items() if s.place.startswith(layers))
+    assert upcasts / (passes / 2) == pytest.approx(UPCASTS[made.model], rel=0.1)
+
+
+@every
+def test_large_products_are_not_made_in_float32(name: str):
+    products = rehearsed(name).ledger.products
+    own = {p: c.flops for p, c in products.items() if p.stage in DIT}
+    wide = sum(flops for p, flops in own.items() if p.dtype == torch.float32)
+    # what is left: the head, patch and time embeddings
+    assert wide < 0.005 * sum(own.values())
+
+
+@every
+def test_reuse_saves_operations(name: str):
+    made, run = (CASES | SLOW)[name], rehearsed(name)
+    assert (run.stats.num_reused > 0) == (made.method.speed is not None)
+    assert run.stats.num_computed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("mode", ["int8_weight", "fp8_weight", "int8_dynamic"])
+def test_quantised_linears_run_and_fit_the_plan(mode: str):
+    run = rehearse(case(SKYREELS, "FlowCache-fast", f"quantize={mode}"))
+    assert run.planned_bytes == pytest.approx(run.ledger.peak_bytes, rel=TOLERANCE)
+    assert max(step.reads for step in run.steps) == 2
+
+
+# The rehearsal itself ------------------------------------------------------------------------------
+
+
+def entered(work: Callable[[], object]) -> Ledger:
+    with pretended_cuda() as ledger, ledger.stage("here"):
+        work()
+    return ledger
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=CUDA)
+
+
+@pytest.mark.parametrize(
+    ("work", "found"),
+    [
+        (lambda: half(3).sum().item(), "reads"),
+        (lambda: half(3).tolist(), "reads"),
+        (lambda: bool(half(1) > 0), "reads"),
+        (lambda: torch.ones(3).to(CUDA), "waits"),
+        (lambda: torch.ones(3).to(CUDA, non_blocking=True), "waits"),
+        (lambda: torch.tensor([1.0], device=CUDA), "waits"),
+        (lambda: half(3).cpu(), "waits"),
+        (lambda: torch.empty(3).copy_(half(3)), "waits"),
+        (lambda: torch.tensor([1.0], pin_memory=True).to(CUDA, non_blocking=True), "copies"),
+        (
+            lambda: torch.empty(3, pin_memory=True).copy_(half(3), non_blocking=True),
+            "copies",
+        ),
+        (lambda: half(1024, 1024).float(), "upcasts"),
+    ],
+)
+def test_the_ledger_shows_a_fault(work: Callable[[], object], found: str):
+    ledger = entered(work)
+    shown = {
+        name: sum(getattr(ledger, name).values())
+        for name in ("reads", "waits", "copies", "upcasts")
+    }
+    assert shown.pop(found) == 1
+    assert not any(shown.values()), shown
+
+
+def test_the_ledger_counts_launches_bytes_and_memory():
+    def work() -> None:
+        a = half(1000, 1000)
+        b = a @ a
+        a.view(-1)[:5].add_(1)
+        del b
+        half(500, 1000)
+
+    ledger = entered(work)
+    cost = ledger.costs["here"]
+    assert cost.launches == 2
+    assert cost.flops == 2 * 1000**3
+    assert cost.num_bytes == 2 * (3 * 1000**2 + 2 * 5)
+    assert ledger.peak_bytes == 2 * 2 * 1000**2
+    assert ledger.live_bytes == 0
+
+
+def test_what_concerns_the_host_alone_stays_real():
+    def work() -> None:
+        assert torch.linspace(0, 1, 3).tolist() == [0.0, 0.5, 1.0]
+        assert math.isclose(torch.ones(3).sum().item(), 3.0)
+
+    assert not entered(work).reads
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    with pytest.raises(RuntimeError, match="device"):
+        entered(lambda: half(3) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="mm of tensors of one dtype"):
+        entered(lambda: half(3, 3) @ torch.empty(3, 3, device=CUDA))
+
+
+@pytest.fixture
+def before() -> Iterator[None]:
+    """Check that what is pretended is gone afterwards."""
+    kept: dict[str, Any] = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}
+    generator = torch.Generator
+    yield
+    assert {name: getattr(torch.cuda, name) for name in dir(torch.cuda)} == kept
+    assert torch.Generator is generator
+    assert type(torch.ones(1)) is torch.Tensor
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.ones(1, device=CUDA)
+
+
+@pytest.mark.usefixtures("before")
+def test_nothing_is_pretended_afterwards():
+    entered(lambda: half(3))
+
+
+@pytest.mark.usefixtures("before")
+def test_nothing_is_pretended_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        entered(lambda: 1 / 0)
