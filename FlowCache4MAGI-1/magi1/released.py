@@ -73,7 +73,8 @@ def find_model(model: str) -> Source:
 
 
 def _only_config(folder: Path) -> Path:
-    found = sorted(folder.glob("*config.json"))
+    # hidden: macOS leaves ._NAME next to NAME on foreign disks
+    found = sorted(p for p in folder.glob("*config.json") if not p.name.startswith("."))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(

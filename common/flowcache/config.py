@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from flowcache.errors import UserError
+from flowcache.files import read_json
 
 T = TypeVar("T")
 
@@ -62,11 +63,16 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; an empty file is an empty mapping.
+    """Read a YAML or JSON file that holds a mapping; an empty YAML file is an empty mapping.
 
     Raises:
         UserError: the file is missing, unreadable, not YAML (with the line), or not a mapping.
     """
+    if path.suffix == ".json" and path.is_file():
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected an object {{...}}, found a {type(values).__name__}")
+        return cast("dict[str, Any]", values)
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError:
