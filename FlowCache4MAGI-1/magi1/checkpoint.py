@@ -18,8 +18,17 @@ import zstandard
 from flowcache.cli import gigabytes
 from flowcache.errors import UserError
 from flowcache.files import parse_json
+from flowcache.tokenizer import tokenizer_files
 from flowcache.tune import profile
-from flowcache.weights import StoredTensor, find_shards, load_into, match, read, wrapping_of
+from flowcache.weights import (
+    StoredTensor,
+    find_shards,
+    load_into,
+    match,
+    read,
+    read_model_config,
+    wrapping_of,
+)
 from magi1 import text, vae
 from magi1.config import MagiConfig
 from magi1.dit import DiT, set_precision
@@ -86,6 +95,18 @@ def find(config: MagiConfig) -> Checkpoint:
         vae=parts["vae_pretrained"],
         text_encoder=parts["t5_pretrained"],
     )
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Check that no file of the text encoder, its tokenizer and the VAE is missing.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for folder in (checkpoint.text_encoder, checkpoint.vae):
+        read_model_config(folder / "config.json")
+        find_shards(folder)
+    tokenizer_files(checkpoint.text_encoder)
 
 
 def find_dit_files(folder: Path) -> tuple[Path, ...]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.errors import UserError
 from flowcache.files import read_json
+from flowcache.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
+from flowcache.tokenizer import tokenizer_files
 from flowcache.tune import profile
 from flowcache.weights import (
     MAX_SIZE,
@@ -112,15 +112,41 @@ class Checkpoint:
         return self.config.model_type == "i2v"
 
 
-def find(model: str | Path) -> Checkpoint:
-    """Find a checkpoint: a local folder, or else a hub id, which is downloaded.
+def find(model: str | Path, *, hub: Hub = HUB) -> Checkpoint:
+    """Find a checkpoint: a local folder, or else a hub id, whose local copy or download is used.
 
     Raises:
         UserError: if there is neither, or the folder holds no complete checkpoint.
     """
     folder = Path(model).expanduser()
     if not folder.exists():
-        folder = _download(str(model))
+        folder = fetch(_hub_id(model), is_whole=_is_whole, hub=hub)
+    return _find_in(folder)
+
+
+def find_download(model: str | Path, *, hub: Hub = HUB) -> Missing | None:
+    """Return what `find` would download; None: nothing, the model is on the disk.
+
+    Raises:
+        UserError: it is not to be had, or the disk has no room for it.
+    """
+    if Path(model).expanduser().exists():
+        return None
+    repository = _hub_id(model)
+    if local_copy(repository, is_whole=_is_whole, hub=hub) is not None:
+        return None
+    missing = find_missing(repository, hub=hub)
+    missing.check_room()
+    return missing
+
+
+def _hub_id(model: str | Path) -> str:
+    if not _HUB_ID.fullmatch(str(model)):
+        raise UserError(f"{model}: no such folder; give a checkpoint's folder or a hub id ORG/NAME")
+    return str(model)
+
+
+def _find_in(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; give the checkpoint's folder")
     if (folder / "transformer" / "config.json").is_file():
@@ -133,18 +159,18 @@ def find(model: str | Path) -> Checkpoint:
     )
 
 
-def _download(model: str) -> Path:
-    """Fetch a whole repository from the hub, or find it in the local hub cache."""
-    if not _HUB_ID.fullmatch(model):
-        raise UserError(f"{model}: no such folder; give a checkpoint's folder or a hub id ORG/NAME")
+def _is_whole(folder: Path) -> bool:
+    """Whether no file of a checkpoint is missing."""
     try:
-        return Path(snapshot_download(model))
-    # covers an unknown repository, no network, a hub that refuses, and a full disk
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{model}: no such local folder, and not to be had from the hub ({reason})"
-        ) from error
+        found = _find_in(folder)
+        tokenizer_files(found.tokenizer)
+        for part in (found.vae, found.text_encoder, found.image_encoder):
+            if part is not None and part.is_dir():
+                read_model_config(part / "config.json")
+                find_shards(part)
+    except UserError:
+        return False
+    return True
 
 
 def _find_original(folder: Path) -> Checkpoint:
