@@ -9,7 +9,7 @@ from flowcache.parallel import run_in_ranks
 from flowcache.ranks import Ranks
 from magi1.config import MagiConfig
 from magi1.released import CONFIGS, RELEASED
-from magi1.run import BASE, PRESETS, Request, describe, plan_released, prepare, run
+from magi1.run import BASE, PRESETS, Request, describe, plan_without_files, prepare, run
 from magi1.settings import RunConfig
 
 EXAMPLES = """examples:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_dry=options.dry_run,
         download=options.download,
     )
-    return run_in_ranks(lambda ranks: execute(request, ranks, is_dry=options.dry_run))
+    return run_in_ranks(lambda ranks: execute(request, ranks))
 
 
 def list_settings() -> list[str]:
@@ -71,17 +71,17 @@ def list_settings() -> list[str]:
     return [*release, *describe_keys(RunConfig, commented=BASE)[len(release) :]]
 
 
-def execute(request: Request, ranks: Ranks, *, is_dry: bool) -> None:
+def execute(request: Request, ranks: Ranks) -> None:
     """Check, say what will be done, and do it unless the run is dry."""
-    if is_dry and request.model in RELEASED:
-        plan = ranks.together(lambda: plan_released(request, ranks))
+    plan = ranks.together(lambda: plan_without_files(request, ranks))
+    if plan is not None:
         if ranks.is_first:
             print(plan)
         return
     job = ranks.together(lambda: prepare(request, ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
-    if not is_dry:
+    if not request.is_dry:
         run(job)
 
 

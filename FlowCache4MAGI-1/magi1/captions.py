@@ -6,6 +6,10 @@ come from a file that is published apart from the weights, and may be left out.
 Axes: L text tokens, C caption channels.
 """
 
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,15 +126,37 @@ def load_special_tokens(path: str | Path, *, channels: int) -> SpecialTokens:
             for name in shapes:
                 if name not in file:
                     raise UserError(f"{path}: has no array {name}; not a special-token file")
-                arrays[name] = torch.from_numpy(np.asarray(file[name], dtype=np.float32))
+                array = np.asarray(file[name])
+                if array.dtype.kind not in "fiu":
+                    raise UserError(f"{path}: {name} holds {array.dtype}, expected real numbers")
+                arrays[name] = torch.from_numpy(array.astype(np.float32))
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable npz file; download it again") from error
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RuntimeError,  # a file that says it is encrypted, or packed in an unknown way
+        MemoryError,  # a header that announces more than there is
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        SyntaxError,  # of a header, which is a Python literal
+        tokenize.TokenError,
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable npz file ({reason}); download it again") from error
     for name, shape in shapes.items():
         found = tuple(arrays[name].shape)
         if found != shape:
             raise UserError(f"{path}: {name} has shape {list(found)}, expected {list(shape)}")
+        if not arrays[name].half().isfinite().all():
+            raise UserError(
+                f"{path}: {name} holds numbers that are not finite in float16; download it again"
+            )
     return SpecialTokens(*(arrays[name] for name in shapes))
 
 

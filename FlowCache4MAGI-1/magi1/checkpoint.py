@@ -4,29 +4,39 @@ The config names three folders: one above `inference_weight*`, one above `t5-v1_
 VAE's own. Shards may be compressed (`NAME.safetensors.zst`); they are unpacked one at a time.
 """
 
-import json
 import shutil
 import struct
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
+import zstandard
 
+from flowcache.cli import gigabytes
 from flowcache.errors import UserError
+from flowcache.files import parse_json
+from flowcache.tokenizer import tokenizer_files
 from flowcache.tune import profile
-from flowcache.weights import StoredTensor, find_shards, load_into, match, read
+from flowcache.weights import (
+    StoredTensor,
+    find_shards,
+    load_into,
+    match,
+    read,
+    read_model_config,
+    wrapping_of,
+)
 from magi1 import text, vae
 from magi1.config import MagiConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import FP8
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PACKED = ".zst"
+_FRAME_HEADER_BYTES = 18
+"""Most that the zstd format needs to say how large the content is."""
 _MAX_HEADER_BYTES = 100 * 2**20
 """Largest header that the safetensors format allows."""
 _DTYPES = {
@@ -87,39 +97,25 @@ def find(config: MagiConfig) -> Checkpoint:
     )
 
 
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Check that no file of the text encoder, its tokenizer and the VAE is missing.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for folder in (checkpoint.text_encoder, checkpoint.vae):
+        read_model_config(folder / "config.json")
+        find_shards(folder)
+    tokenizer_files(checkpoint.text_encoder)
+
+
 def find_dit_files(folder: Path) -> tuple[Path, ...]:
     """List the shards of a transformer: as they are where there, else packed.
 
     Raises:
-        UserError: a shard is missing in both forms, or a packed one cannot be unpacked here.
+        UserError: see `find_shards`.
     """
-    packed = sorted(folder.glob(f"*{PACKED}"))
-    if not packed:
-        return find_shards(folder)
-    names = _read_index(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
-    paths: list[Path] = []
-    for name in names:
-        plain, compressed = folder / name, folder / f"{name}{PACKED}"
-        paths.append(plain if plain.is_file() else compressed)
-        if not paths[-1].is_file():
-            raise UserError(f"{plain}: no such file, nor with {PACKED}; download it again")
-    _zstd()
-    return tuple(paths)
-
-
-def _read_index(path: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable index; download it again") from error
-
-
-def _zstd() -> str:
-    """Return the program that unpacks shards."""
-    program = shutil.which("zstd")
-    if program is None:
-        raise UserError(f"the program zstd is needed to unpack {PACKED} shards; install it")
-    return program
+    return find_shards(folder, packing=PACKED)
 
 
 def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
@@ -140,15 +136,30 @@ def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
 
 
 def _unpack(path: Path, target: Path) -> None:
-    done = subprocess.run(
-        [_zstd(), "-d", "-q", str(path), "-o", str(target)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"{path}: cannot be unpacked to {target.parent} ({reason})")
+    """Unpack a shard.
+
+    Raises:
+        UserError: it is damaged, or the disk is full.
+    """
+    free = shutil.disk_usage(target.parent).free
+    try:
+        with path.open("rb") as packed, target.open("wb") as unpacked:
+            wanted = zstandard.frame_content_size(packed.read(_FRAME_HEADER_BYTES))
+            if wanted > free:
+                raise UserError(
+                    f"{path}: unpacks to {gigabytes(wanted)}, but {target.parent} has "
+                    f"{gigabytes(free)} free: set TMPDIR to a larger disk, or unpack it once "
+                    f"(zstd -d {path.name})"
+                )
+            packed.seek(0)
+            zstandard.ZstdDecompressor().copy_stream(packed, unpacked)
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: cut short or corrupt ({error}); download it again") from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be unpacked to {target.parent} ({error.strerror}): set TMPDIR to "
+            "another folder"
+        ) from error
 
 
 def read_headers(paths: Iterable[Path]) -> Iterator[StoredTensor]:
@@ -163,32 +174,40 @@ def read_headers(paths: Iterable[Path]) -> Iterator[StoredTensor]:
         if path.suffix != PACKED:
             yield from read([path])
             continue
-        for key, entry in _packed_header(path).items():
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise UserError(f"{path}: key {key} has the unsupported type {entry['dtype']}")
-            yield StoredTensor(path, key, torch.empty(entry["shape"], dtype=dtype, device="meta"))
+        header = _packed_header(path)
+        wrapping = wrapping_of(header)
+        for key, entry in header.items():
+            try:
+                dtype = _DTYPES[entry["dtype"]]
+                empty = torch.empty(entry["shape"], dtype=dtype, device="meta")
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise UserError(
+                    f"{path}: key {key} has no supported type and shape ({error})"
+                ) from error
+            yield StoredTensor(path, key.removeprefix(wrapping), empty)
 
 
 def _packed_header(path: Path) -> dict[str, Any]:
     """Read the header of a packed safetensors file."""
-    command = [_zstd(), "-d", "-q", "-c", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        try:
-            header = _read_header(process.stdout)
-        except (struct.error, ValueError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cut short or corrupt; download it again") from error
-        finally:
-            process.terminate()
+    try:
+        with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as file:
+            header = _read_header(file, path)
+    except (zstandard.ZstdError, struct.error, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cut short or corrupt ({error}); download it again") from error
     return {key: entry for key, entry in header.items() if key != "__metadata__"}
 
 
-def _read_header(stream: IO[bytes]) -> dict[str, Any]:
+def _read_header(stream: IO[bytes], path: Path) -> dict[str, Any]:
     (num_bytes,) = struct.unpack("<Q", stream.read(8))
     if num_bytes > _MAX_HEADER_BYTES:
         raise ValueError("no safetensors header")
-    return json.loads(stream.read(num_bytes))
+    text = stream.read(num_bytes).decode()
+    header = parse_json(text, source=str(path), advice="download it again")
+    if not isinstance(header, dict):
+        raise ValueError("no safetensors header")
+    return cast("dict[str, Any]", header)
 
 
 def _fitting(dit: DiT, tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:

@@ -14,6 +14,7 @@ import torch
 
 from flowcache.config import load_config
 from flowcache.errors import UserError
+from flowcache.weights import MAX_LAYERS, MAX_SIZE
 
 PIXELS_PER_TOKEN = 16
 """Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""
@@ -168,6 +169,15 @@ def check_model(model: ModelConfig, *, source: str) -> None:
     )
     _check(
         source, model, ((name, getattr(model, name) > 0, "must be positive") for name in positive)
+    )
+    limits = {name: MAX_LAYERS if name == "num_layers" else MAX_SIZE for name in positive}
+    _check(
+        source,
+        model,
+        (
+            (name, getattr(model, name) <= limit, f"at most {limit} is supported")
+            for name, limit in limits.items()
+        ),
     )
     supported: dict[str, Any] = {
         "model_name": "videodit_ardf",

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flowcache.errors import UserError
+from flowcache.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
+from magi1 import checkpoint as checkpoints
 from magi1.config import MagiConfig
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ RELEASED = (
     *("24B_base", "24B_distill", "24B_distill_quant"),
 )
 REAL_MODEL = "4.5B_distill"
-HUB = "sand-ai/MAGI-1"
+REPOSITORY = "sand-ai/MAGI-1"
 PATH_FIELDS = ("load", "t5_pretrained", "vae_pretrained")
 
 Config = TypeVar("Config", bound=MagiConfig)
@@ -35,27 +35,33 @@ class Source:
         name: as reports show it.
         config_file: its JSON config; presets of its own may lie beside it.
         is_released: whether the name is that of a released model.
+        may_download: whether its weights come from the hub where they are not on the disk.
     """
 
     name: str
     config_file: Path
     is_released: bool = False
+    may_download: bool = False
 
 
-def find_model(model: str) -> Source:
+def find_model(model: str, *, has_cuda: bool | None = None) -> Source:
     """Find the JSON config of a model.
 
     Args:
+        has_cuda: whether there is a CUDA device; None: look for one.
         model: `demo`, `demo-base`, a name of `RELEASED`, a JSON file, a folder with one
             `*config.json`, or `auto`: 4.5B_distill where there is CUDA, else the demo.
 
     Raises:
         UserError: there is no such model, or a folder with none or several configs.
     """
-    if model == "auto":
-        model = REAL_MODEL if torch.cuda.is_available() else "demo"
+    is_auto = model == "auto"
+    if is_auto:
+        has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
+        model = REAL_MODEL if has_cuda else "demo"
     if model in RELEASED:
-        return Source(model, CONFIGS / f"{model}.json", is_released=True)
+        path = CONFIGS / f"{model}.json"
+        return Source(model, path, is_released=True, may_download=is_auto)
     if model in DEMOS:
         path = DEMO / DEMOS[model]
         if not path.is_file():
@@ -73,7 +79,8 @@ def find_model(model: str) -> Source:
 
 
 def _only_config(folder: Path) -> Path:
-    found = sorted(folder.glob("*config.json"))
+    # hidden: macOS leaves ._NAME next to NAME on foreign disks
+    found = sorted(p for p in folder.glob("*config.json") if not p.name.startswith("."))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(
@@ -95,8 +102,17 @@ def find_path(path: str, source: Source) -> str:
     return str(beside) if not Path(path).exists() and beside.exists() else path
 
 
-def download(config: Config, source: Source) -> Config:
-    """Fetch a released model from the hub, or find it in the local hub cache.
+def are_there(config: MagiConfig) -> bool:
+    """Whether the folders that a config names hold a whole model."""
+    try:
+        checkpoints.check_complete(checkpoints.find(config))
+    except UserError:
+        return False
+    return True
+
+
+def download(config: Config, source: Source, *, hub: Hub = HUB) -> Config:
+    """Find a released model in the local hub cache, or fetch it from the hub.
 
     Returns: the config with the folders of what was fetched.
 
@@ -108,17 +124,45 @@ def download(config: Config, source: Source) -> Config:
             f"--download fetches a released model, not {source.name}: give --model as one of "
             f"{', '.join(RELEASED)}"
         )
-    patterns = [f"ckpt/magi/{source.name}/*", "ckpt/vae/*", "ckpt/t5/*"]
-    try:
-        folder = Path(snapshot_download(HUB, allow_patterns=patterns)) / "ckpt"
-    # covers an unknown repository, no network, a hub that refuses, and a full disk
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{HUB}: not to be had from the hub ({reason})") from error
+    folder = fetch(
+        REPOSITORY,
+        patterns=_patterns(source),
+        is_whole=lambda folder: are_there(_in_folder(config, source, folder)),
+        hub=hub,
+    )
+    return _in_folder(config, source, folder)
+
+
+def find_download(config: MagiConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
+    """Return what `download` would fetch; None: nothing, a copy is in the local hub cache.
+
+    Raises:
+        UserError: it is not to be had, or the disk has no room for it.
+    """
+    patterns = _patterns(source)
+    found = local_copy(
+        REPOSITORY,
+        patterns=patterns,
+        is_whole=lambda folder: are_there(_in_folder(config, source, folder)),
+        hub=hub,
+    )
+    if found is not None:
+        return None
+    missing = find_missing(REPOSITORY, patterns=patterns, hub=hub)
+    missing.check_room()
+    return missing
+
+
+def _patterns(source: Source) -> list[str]:
+    return [f"ckpt/magi/{source.name}/*", "ckpt/vae/*", "ckpt/t5/*"]
+
+
+def _in_folder(config: Config, source: Source, folder: Path) -> Config:
+    """Return the config with the folders of a copy of the repository."""
     run = replace(
         config.runtime_config,
-        load=str(folder / "magi" / source.name),
-        t5_pretrained=str(folder / "t5"),
-        vae_pretrained=str(folder / "vae"),
+        load=str(folder / "ckpt" / "magi" / source.name),
+        t5_pretrained=str(folder / "ckpt" / "t5"),
+        vae_pretrained=str(folder / "ckpt" / "vae"),
     )
     return replace(config, runtime_config=run)

@@ -50,7 +50,17 @@ from magi1.layers import compiled_parts
 from magi1.memory import placed, plan_memory
 from magi1.pipeline import Conditioning, LatentCodec, generate
 from magi1.plan import Plan, attention_shape, lines, make_plan, shown_frames
-from magi1.released import FOLDER, Source, download, find_model, find_path, locate
+from magi1.released import (
+    FOLDER,
+    RELEASED,
+    Source,
+    are_there,
+    download,
+    find_download,
+    find_model,
+    find_path,
+    locate,
+)
 from magi1.sampler import ALL_BRANCHES, GUIDANCE
 from magi1.schedule import Clock
 from magi1.settings import RunConfig
@@ -126,7 +136,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
     prefix = read_prefix(config)
     replay = _read_replay(request, config, num_prefix=_num_prefix(config, prefix))
-    if request.download:
+    if request.download or (source.may_download and not are_there(config)):
         config = download(config, source)
     checkpoint = checkpoints.find(config)
     tokens = _read_tokens(config, source)
@@ -264,6 +274,26 @@ def describe(job: Job) -> str:
     head += layout_lines(job.ranks.layout)
     memory = [] if job.memory is None else job.memory.lines()
     return "\n".join([*head, *lines(job.plan, job.config), *memory, f"output       {job.path}"])
+
+
+def plan_without_files(request: Request, ranks: Ranks | None = None) -> str | None:
+    """Return the plan of a dry run that has no weights to look at; None: it has.
+
+    Args:
+        ranks: the processes that would make the video; None: this one.
+
+    Raises:
+        UserError: the settings are wrong, or the weights are not to be had.
+    """
+    if not request.is_dry:
+        return None
+    _, source, config = read_settings(request)
+    may_download = request.download or (source.may_download and not are_there(config))
+    missing = find_download(config, source) if source.is_released and may_download else None
+    if missing is None and request.model not in RELEASED:
+        return None
+    plan = plan_released(request, ranks)
+    return plan if missing is None else f"{plan}\ndownload     {missing.describe()}"
 
 
 def plan_released(request: Request, ranks: Ranks | None = None) -> str:

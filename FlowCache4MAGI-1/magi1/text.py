@@ -5,7 +5,6 @@ Axes: L prompt tokens, C width of the encoder.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
+from flowcache.tokenizer import load_tokenizer, tokenizer_files
 from flowcache.tune import profile
-from flowcache.weights import check_files, find_shards, load_files, match, read
+from flowcache.weights import check_files, find_shards, load_files, match, read, read_model_config
 from magi1.prompt import clean
 
 # Seconds to import: where nothing is encoded, as for --help, they are never loaded.
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 T5_FOLDER = "t5-v1_1-xxl"
 """Folder of the encoder below the `t5_pretrained` folder of a config."""
 
-_INDEX = "pytorch_model.bin.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _DECODER = ("decoder.", "lm_head.")
 
 
@@ -74,39 +72,14 @@ class TextEncoder:
         return self.model(input_ids=tokens.input_ids.to(self.model.device)).last_hidden_state[0]
 
 
-def find_files(folder: str | Path) -> tuple[Path, ...]:
-    """List the weight files of an encoder: safetensors, or else the `.bin` files of the release.
-
-    Raises:
-        UserError: a file is missing.
-    """
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")) or not folder.is_dir():
-        return find_shards(folder)
-    index = folder / _INDEX
-    if not index.is_file():
-        paths = (folder / "pytorch_model.bin",)
-    else:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            paths = tuple(folder / name for name in sorted(set(weight_map.values())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not a readable index; download it again") from error
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; the encoder is not complete, download it again")
-    return paths
-
-
 def _build(folder: Path) -> T5EncoderModel:
     """Build an empty encoder."""
     from transformers import T5Config, T5EncoderModel
 
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the encoder is not complete, download it again")
+    values = read_model_config(path)
     try:
-        config = T5Config.from_json_file(path)
+        config = T5Config(**values)
         with torch.device("meta"):
             return T5EncoderModel(config)
     except (
@@ -140,10 +113,8 @@ def released() -> T5EncoderModel:
 def fingerprint(folder: str | Path) -> str:
     """Return a hash of the encoder and its tokenizer; little of the weights is read."""
     folder = Path(folder)
-    weights = match(_build(folder), read(find_files(folder)), ignored=_is_decoder)
-    kept = [path for name in _TOKENIZER_FILES if (path := folder / name).is_file()]
-    kept += folder.glob("*token*config.json")
-    sizes = {"tokenizer": hash_files(kept)}
+    weights = match(_build(folder), read(find_shards(folder)), ignored=_is_decoder)
+    sizes = {"tokenizer": hash_files(tokenizer_files(folder))}
     return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
 
 
@@ -159,22 +130,6 @@ def empty(folder: str | Path) -> T5EncoderModel:
 def _is_decoder(key: str) -> bool:
     """Whether a key belongs to the half of a whole T5 that is not needed."""
     return key.startswith(_DECODER)
-
-
-def _load_tokenizer(folder: Path, *, vocab_size: int) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    # without either, transformers makes up a tokenizer that knows no words
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(f"{folder}: holds no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(f"{folder}: no readable tokenizer ({_reason(error)})") from error
-    if len(tokenizer) > vocab_size:
-        rule = f"the text encoder knows {vocab_size}"
-        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, {rule}")
-    return tokenizer
 
 
 def _reason(error: Exception) -> str:
@@ -194,8 +149,8 @@ def check(folder: str | Path, *, width: int) -> None:
     model = _build(folder)
     if model.config.d_model != width:
         raise UserError(f"{folder}: width is {model.config.d_model}, the transformer takes {width}")
-    check_files(model, find_files(folder), ignored=_is_decoder)
-    _load_tokenizer(folder, vocab_size=model.config.vocab_size)
+    check_files(model, find_shards(folder), ignored=_is_decoder)
+    load_tokenizer(folder, vocab_size=model.config.vocab_size)
 
 
 def count_tokens(folder: str | Path, prompt: str, *, max_length: int) -> int:
@@ -205,7 +160,7 @@ def count_tokens(folder: str | Path, prompt: str, *, max_length: int) -> int:
         UserError: the folder holds no tokenizer.
     """
     folder = Path(folder)
-    tokenizer = _load_tokenizer(folder, vocab_size=_build(folder).config.vocab_size)
+    tokenizer = load_tokenizer(folder, vocab_size=_build(folder).config.vocab_size)
     return min(len(tokenizer(clean(prompt), verbose=False).input_ids), max_length)
 
 
@@ -227,6 +182,6 @@ def load(
     """
     folder = Path(folder)
     model = _build(folder)
-    tokenizer = _load_tokenizer(folder, vocab_size=model.config.vocab_size)
-    load_files(model, find_files(folder), ignored=_is_decoder, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(folder, vocab_size=model.config.vocab_size)
+    load_files(model, find_shards(folder), ignored=_is_decoder, dtype=dtype, device=device)
     return TextEncoder(model, tokenizer, max_length=max_length)

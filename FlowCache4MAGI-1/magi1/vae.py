@@ -4,7 +4,6 @@ Four frames make one latent; a single frame makes one, too. Axes: B batch, T fra
 rows/columns of pixels, C latent channels, F latents, h/w rows/columns of latents.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.ranks import Ranks
-from flowcache.weights import check_files, find_shards, load_files
+from flowcache.weights import check_files, find_shards, load_files, read_model_config
 from magi1.vit import VAEConfig, ViTVAE
 
 _ONLY = {
@@ -335,11 +334,8 @@ def read_config(folder: str | Path) -> VAEConfig:
         UserError: the file is not readable, describes another model, or has an unknown setting.
     """
     path = Path(folder) / "config.json"
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file; download it again") from error
-    if not isinstance(values, dict) or not isinstance(values.get("ddconfig"), dict):
+    values = read_model_config(path)
+    if not isinstance(values.get("ddconfig"), dict):
         raise UserError(f"{path}: has no section ddconfig; it must describe a ViTVAE")
     for key, wanted in (("_class_name", "ViTVAE"), ("model_type", "vit")):
         if values.get(key) != wanted:
@@ -380,8 +376,11 @@ def parse_config(values: dict[str, Any], *, source: str) -> VAEConfig:
 
 def _empty(folder: Path) -> ViTVAE:
     config = read_config(folder)
-    with torch.device("meta"):
-        return ViTVAE(config)
+    try:
+        with torch.device("meta"):
+            return ViTVAE(config)
+    except (RuntimeError, TypeError) as error:  # sizes whose product no tensor can have
+        raise UserError(f"{folder}: the config makes no VAE ({error})") from error
 
 
 RELEASED = VAEConfig(

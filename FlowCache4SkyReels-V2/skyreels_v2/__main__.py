@@ -9,7 +9,7 @@ from flowcache.parallel import run_in_ranks
 from flowcache.ranks import Ranks
 from skyreels_v2.config import RunConfig
 from skyreels_v2.released import RELEASED
-from skyreels_v2.run import PRESETS, Request, describe, plan_released, prepare, run
+from skyreels_v2.run import PRESETS, Request, describe, plan_without_files, prepare, run
 
 EXAMPLES = """examples:
   python -m skyreels_v2 --preset flowcache_fast --model demo \\
@@ -55,20 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         replay=options.replay,
         is_dry=options.dry_run,
     )
-    return run_in_ranks(lambda ranks: execute(request, ranks, is_dry=options.dry_run))
+    return run_in_ranks(lambda ranks: execute(request, ranks))
 
 
-def execute(request: Request, ranks: Ranks, *, is_dry: bool) -> None:
+def execute(request: Request, ranks: Ranks) -> None:
     """Check, say what will be done, and do it unless the run is dry."""
-    if is_dry and request.model in RELEASED:
-        plan = ranks.together(lambda: plan_released(request, ranks))
+    plan = ranks.together(lambda: plan_without_files(request, ranks))
+    if plan is not None:
         if ranks.is_first:
             print(plan)
         return
     job = ranks.together(lambda: prepare(request, ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
-    if not is_dry:
+    if not request.is_dry:
         run(job)
 
 

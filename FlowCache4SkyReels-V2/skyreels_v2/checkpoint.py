@@ -4,7 +4,6 @@ The original layout is one flat folder; the `*-Diffusers` layout has a folder pe
 is, and which model, is read from the files, never from the name of the folder.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,13 +11,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.errors import UserError
+from flowcache.files import read_json
+from flowcache.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
+from flowcache.tokenizer import tokenizer_files
 from flowcache.tune import profile
-from flowcache.weights import Origin, check_files, find_shards, load_files, match, read, rename
+from flowcache.weights import (
+    MAX_SIZE,
+    Origin,
+    check_files,
+    find_shards,
+    load_files,
+    match,
+    read,
+    read_model_config,
+    rename,
+)
 from skyreels_v2 import text, vae
 from skyreels_v2.dit import DiT, DiTConfig
 
@@ -102,15 +112,41 @@ class Checkpoint:
         return self.config.model_type == "i2v"
 
 
-def find(model: str | Path) -> Checkpoint:
-    """Find a checkpoint: a local folder, or else a hub id, which is downloaded.
+def find(model: str | Path, *, hub: Hub = HUB) -> Checkpoint:
+    """Find a checkpoint: a local folder, or else a hub id, whose local copy or download is used.
 
     Raises:
         UserError: if there is neither, or the folder holds no complete checkpoint.
     """
     folder = Path(model).expanduser()
     if not folder.exists():
-        folder = _download(str(model))
+        folder = fetch(_hub_id(model), is_whole=_is_whole, hub=hub)
+    return _find_in(folder)
+
+
+def find_download(model: str | Path, *, hub: Hub = HUB) -> Missing | None:
+    """Return what `find` would download; None: nothing, the model is on the disk.
+
+    Raises:
+        UserError: it is not to be had, or the disk has no room for it.
+    """
+    if Path(model).expanduser().exists():
+        return None
+    repository = _hub_id(model)
+    if local_copy(repository, is_whole=_is_whole, hub=hub) is not None:
+        return None
+    missing = find_missing(repository, hub=hub)
+    missing.check_room()
+    return missing
+
+
+def _hub_id(model: str | Path) -> str:
+    if not _HUB_ID.fullmatch(str(model)):
+        raise UserError(f"{model}: no such folder; give a checkpoint's folder or a hub id ORG/NAME")
+    return str(model)
+
+
+def _find_in(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; give the checkpoint's folder")
     if (folder / "transformer" / "config.json").is_file():
@@ -123,18 +159,18 @@ def find(model: str | Path) -> Checkpoint:
     )
 
 
-def _download(model: str) -> Path:
-    """Fetch a whole repository from the hub, or find it in the local hub cache."""
-    if not _HUB_ID.fullmatch(model):
-        raise UserError(f"{model}: no such folder; give a checkpoint's folder or a hub id ORG/NAME")
+def _is_whole(folder: Path) -> bool:
+    """Whether no file of a checkpoint is missing."""
     try:
-        return Path(snapshot_download(model))
-    # covers an unknown repository, no network, a hub that refuses, and a full disk
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{model}: no such local folder, and not to be had from the hub ({reason})"
-        ) from error
+        found = _find_in(folder)
+        tokenizer_files(found.tokenizer)
+        for part in (found.vae, found.text_encoder, found.image_encoder):
+            if part is not None and part.is_dir():
+                read_model_config(part / "config.json")
+                find_shards(part)
+    except UserError:
+        return False
+    return True
 
 
 def _find_original(folder: Path) -> Checkpoint:
@@ -175,11 +211,8 @@ def _part(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file; download it again") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_json(path, advice="download it again")
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, expected a JSON object")
     return values
@@ -189,7 +222,7 @@ def _text_len(tokenizer: Path) -> int:
     """Return the prompt tokens that the model takes: the tokenizer's limit, at most 512."""
     path = tokenizer / "tokenizer_config.json"
     # transformers writes 1e30 (a float) where a tokenizer has no limit
-    limit = _read_json(path).get("model_max_length", MAX_TEXT_LEN)
+    limit = _read_object(path).get("model_max_length", MAX_TEXT_LEN)
     if not isinstance(limit, int | float) or limit < 1:
         raise UserError(f"{path}: model_max_length is {limit!r}, expected a number of tokens >= 1")
     return int(min(limit, MAX_TEXT_LEN))
@@ -220,6 +253,10 @@ def _checked(config: DiTConfig, path: Path) -> DiTConfig:
     for name, (is_met, rule) in rules.items():
         if not is_met:
             raise UserError(f"{path}: {name} is {getattr(config, name)!r}, expected {rule}")
+    if config.dim > MAX_SIZE:
+        raise UserError(
+            f"{path}: the heads make a width of {config.dim}, at most {MAX_SIZE} expected"
+        )
     if config.dim % config.num_heads:
         raise UserError(f"{path}: {config.num_heads} heads do not divide the width {config.dim}")
     return config
@@ -231,7 +268,7 @@ def _is_size(value: object) -> bool:
 
 def _parse_original(path: Path) -> DiTConfig:
     """Read `config.json` of the original layout."""
-    values = _read_json(path)
+    values = read_model_config(path)
     # the original model class never saves these; a file that does must agree
     _require(values, path, patch_size=[1, 2, 2], qk_norm=True, cross_attn_norm=True)
     _require(values, path, window_size=[-1, -1])
@@ -243,7 +280,7 @@ def _parse_original(path: Path) -> DiTConfig:
 
 def _parse_diffusers(path: Path, *, text_len: int) -> DiTConfig:
     """Read `transformer/config.json`."""
-    values = _read_json(path)
+    values = read_model_config(path)
     _require(values, path, patch_size=[1, 2, 2], qk_norm="rms_norm_across_heads")
     _require(values, path, cross_attn_norm=True, pos_embed_seq_len=None)
     given = {_ORIGINAL_NAMES.get(name, name): value for name, value in values.items()}

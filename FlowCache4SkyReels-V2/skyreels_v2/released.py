@@ -30,3 +30,9 @@ RELEASED: Mapping[str, DiTConfig] = MappingProxyType(
     }
 )
 """By the end of the repository's name, in lower case."""
+
+
+def released_name(repository: str) -> str | None:
+    """Return the name here of a repository of the hub, in either layout; None: another model."""
+    name = repository.lower().removeprefix("skywork/skyreels-v2-").removesuffix("-diffusers")
+    return name if name in RELEASED else None

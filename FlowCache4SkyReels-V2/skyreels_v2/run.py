@@ -54,7 +54,7 @@ from skyreels_v2.layers import compiled_parts
 from skyreels_v2.memory import placed, plan_memory
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.plan import Plan, attention_shape, lines, make_plan, shown_frames
-from skyreels_v2.released import RELEASED
+from skyreels_v2.released import RELEASED, released_name
 
 logger = logging.getLogger(__name__)
 
@@ -241,6 +241,33 @@ def _preset_line(name: str, config: RunConfig) -> str:
         f"preset       {name}: {config.attention} attention, {config.reuse.policy} reuse, "
         f"{config.kv.compress} KV compression"
     )
+
+
+def plan_without_files(request: Request, ranks: Ranks | None = None) -> str | None:
+    """Return the plan of a dry run that has no files to look at; None: it has.
+
+    Args:
+        ranks: the processes that would make the video; None: this one.
+
+    Raises:
+        UserError: the settings are wrong, or the model is not to be had.
+    """
+    if not request.is_dry:
+        return None
+    if request.model in RELEASED:
+        return plan_released(request, ranks)
+    model = choose_model(request.model)
+    missing = checkpoints.find_download(model)
+    if missing is None:
+        return None
+    name = released_name(str(model))
+    if name is None:
+        raise UserError(
+            f"{missing.describe()}: is not downloaded in a dry run, and its sizes are not known: "
+            f"give --model as one of {', '.join(RELEASED)}, or run without --dry-run"
+        )
+    plan = plan_released(replace(request, model=name), ranks)
+    return f"{plan}\ndownload     {missing.describe()}"
 
 
 def plan_released(request: Request, ranks: Ranks | None = None) -> str:
@@ -444,9 +471,14 @@ def render(
     )
 
 
-def choose_model(name: str) -> str | Path:
-    """Return the folder or hub id of a model; `demo` and `auto` are names, see `Request`."""
-    if name == "demo" or (name == "auto" and not torch.cuda.is_available()):
+def choose_model(name: str, *, has_cuda: bool | None = None) -> str | Path:
+    """Return the folder or hub id of a model; `demo` and `auto` are names, see `Request`.
+
+    Args:
+        has_cuda: whether there is a CUDA device; None: look for one.
+    """
+    has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
+    if name == "demo" or (name == "auto" and not has_cuda):
         if not DEMO.is_dir():
             raise UserError(
                 f"{DEMO}: the demo checkpoint is missing: restore it from the repository"

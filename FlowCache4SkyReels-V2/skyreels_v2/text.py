@@ -19,8 +19,18 @@ from torch.nn import functional
 
 from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
+from flowcache.tokenizer import load_tokenizer, tokenizer_files
 from flowcache.tune import profile
-from flowcache.weights import Origin, check_files, find_shards, load_files, match, read, rename
+from flowcache.weights import (
+    Origin,
+    check_files,
+    find_shards,
+    load_files,
+    match,
+    read,
+    read_model_config,
+    rename,
+)
 
 # Seconds to import: where nothing is encoded, as for --help, they are never loaded.
 if TYPE_CHECKING:
@@ -272,11 +282,10 @@ def _reason(error: Exception) -> str:
 def _read_config(kind: type[PretrainedConfig], folder: Path) -> Any:
     """Read the config of a folder of transformers."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the checkpoint is not complete, download it again")
+    values = read_model_config(path)
     try:
-        return kind.from_json_file(path)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        return kind(**values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a readable config; download it again") from error
 
 
@@ -315,7 +324,7 @@ def check_encoder(path: str | Path, *, tokenizer: str | Path, width: int) -> Non
     if model.config.d_model != width:
         raise UserError(f"{path}: width is {model.config.d_model}, the transformer takes {width}")
     check_files(model, files, origin=origin)
-    _load_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
+    load_tokenizer(Path(tokenizer), vocab_size=model.config.vocab_size, needs_padding=True)
 
 
 RELEASED_VISION_WEIGHTS = 632_076_800
@@ -342,7 +351,7 @@ def fingerprint(path: str | Path, *, tokenizer: str | Path) -> str:
     """Return a hash of the text encoder and its tokenizer; little of the weights is read."""
     model, files, origin = _build_encoder(Path(path))
     weights = match(model, read(files), origin=origin)
-    sizes = {"tokenizer": hash_files(f for f in Path(tokenizer).iterdir() if f.is_file())}
+    sizes = {"tokenizer": hash_files(tokenizer_files(Path(tokenizer)))}
     return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
 
 
@@ -370,30 +379,9 @@ def load_encoder(
         UserError: naming the file and the key, if the files do not fit.
     """
     model, files, origin = _build_encoder(Path(path))
-    words = _load_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
+    words = load_tokenizer(Path(tokenizer), vocab_size=model.config.vocab_size, needs_padding=True)
     load_files(model, files, origin=origin, dtype=dtype, device=device)
     return TextEncoder(model, words, text_len=text_len)
-
-
-def _load_tokenizer(folder: str | Path, *, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder.
-
-    Raises:
-        UserError: if the folder holds none, or one that cannot pad or knows more tokens than the
-            encoder.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(f"{folder}: no readable tokenizer ({_reason(error)})") from error
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no padding token; prompts need one")
-    if len(tokenizer) > vocab_size:
-        rule = f"the text encoder knows {vocab_size}"
-        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, {rule}")
-    return tokenizer
 
 
 def _build_vision(

@@ -19,8 +19,18 @@ from flowcache.parallel import run_in_ranks
 from flowcache.ranks import Ranks
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
+from skyreels_v2.dit import DiTConfig
 from skyreels_v2.enhance import enhance
-from skyreels_v2.run import Job, Request, choose_model, describe, prepare, run
+from skyreels_v2.released import RELEASED, released_name
+from skyreels_v2.run import (
+    Job,
+    Request,
+    choose_model,
+    describe,
+    plan_without_files,
+    prepare,
+    run,
+)
 from skyreels_v2.upstream_flags import SIZES, Script, parser_of
 from skyreels_v2.window import latent_frames
 
@@ -51,7 +61,14 @@ def main(script: Script, arguments: Sequence[str] | None = None) -> int:
 
 def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
     options.seed = ranks.from_first(lambda: _seed_of(options))
-    job = ranks.together(lambda: _prepare(script, options, ranks))
+    request = ranks.together(lambda: _request(script, options, ranks))
+    planned = replace(request, is_dry=options.dry_run)
+    plan = ranks.together(lambda: plan_without_files(planned, ranks))
+    if plan is not None:
+        if ranks.is_first:
+            print(plan)
+        return
+    job = ranks.together(lambda: _prepare(script, request, ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
     if options.dry_run:
@@ -72,13 +89,17 @@ def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
     run(job)
 
 
-def _prepare(script: Script, options: Namespace, ranks: Ranks) -> Job:
+def _request(script: Script, options: Namespace, ranks: Ranks) -> Request:
     if options.use_usp and ranks.place.size == 1:
         raise UserError(
             f"--use_usp divides the work among processes, but one runs: start it with torchrun "
             f"--nproc_per_node=N {script}"
         )
-    job = prepare(request_of(script, options), ranks)
+    return request_of(script, options)
+
+
+def _prepare(script: Script, request: Request, ranks: Ranks) -> Job:
+    job = prepare(request, ranks)
     _check_model(script, job)
     return job
 
@@ -218,10 +239,18 @@ def _flowcache_settings(options: Namespace, own: set[str]) -> Iterator[str]:
     yield from _reuse_settings(options, policy="flowcache" if is_on else "vanilla")
     yield "reuse.signal=timestep"
     if is_on and not options.use_ret_steps and "reuse.rescale" not in own:
-        model = checkpoints.find(choose_model(options.model_id)).config
+        model = _sizes_of(choose_model(options.model_id))
         name = coefficients_for(model, signal="timestep_embedding", height=0, width=0)
         if name is not None:
             yield f"reuse.rescale={name}"
+
+
+def _sizes_of(model: str | Path) -> DiTConfig:
+    """Return the sizes of a model; of a released one without a download."""
+    name = released_name(str(model))
+    if name is not None and not Path(model).expanduser().exists():
+        return RELEASED[name]
+    return checkpoints.find(model).config
 
 
 def _reuse_settings(options: Namespace, *, policy: str) -> Iterator[str]:

@@ -6,7 +6,6 @@ Axes: B batch, T frames, H/W rows/columns of pixels, F latents, h/w rows/columns
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,15 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.ranks import Ranks
-from flowcache.weights import Origin, check_files, find_shards, load_files, read, rename
+from flowcache.weights import (
+    Origin,
+    check_files,
+    find_shards,
+    load_files,
+    read,
+    read_model_config,
+    rename,
+)
 from skyreels_v2.decoder import Seen, Strip, decode_latent
 
 # Seconds to import: where nothing is decoded, as for --help, it is never loaded.
@@ -220,7 +227,7 @@ def _original_levels(shapes: Mapping[str, torch.Size], *, base: int) -> dict[str
 def _build(path: Path) -> tuple[AutoencoderKLWan, tuple[Path, ...], Callable[[str], Origin]]:
     """Build an empty VAE for a folder of diffusers or an original file; say how to fill it."""
     if path.is_dir():
-        config = _read_config(path / "config.json")
+        config = read_model_config(path / "config.json")
         return _empty(path, config), find_shards(path), Origin
     config = _original_config(path)
     num_res_blocks = config["num_res_blocks"]
@@ -229,13 +236,6 @@ def _build(path: Path) -> tuple[AutoencoderKLWan, tuple[Path, ...], Callable[[st
         return Origin(original_key(name, num_res_blocks=num_res_blocks))
 
     return _empty(path, config), (path,), origin
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable config; download it again") from error
 
 
 def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:

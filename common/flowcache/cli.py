@@ -123,7 +123,7 @@ def run_command(command: Callable[[], None]) -> int:
     A mistake of the user is one line on standard error and exit code 2.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "diffusers", "transformers"):
+    for name in ("httpx", "httpx2", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import yaml
 
 from flowcache.errors import UserError
+from flowcache.files import read_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -81,11 +82,16 @@ def has_omegaconf() -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; an empty file is an empty mapping.
+    """Read a YAML or JSON file that holds a mapping; an empty YAML file is an empty mapping.
 
     Raises:
         UserError: the file is missing, unreadable, not YAML (with the line), or not a mapping.
     """
+    if path.suffix == ".json" and path.is_file():
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected an object {{...}}, found a {type(values).__name__}")
+        return cast("dict[str, Any]", values)
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import GrammarParseError
 

@@ -4,7 +4,6 @@ Tensors are mapped from disk, never read as a whole: a header check costs millis
 holds one tensor more than the module itself.
 """
 
-import json
 import logging
 import pickle
 import re
@@ -12,24 +11,39 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
+from flowcache.files import read_json
 
 logger = logging.getLogger(__name__)
 
-_INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD_OF = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+MAX_LAYERS = 1000
+"""Layers of a model, and entries of a list in its config; released models have 48 at most."""
+MAX_SIZE = 1_000_000
+"""Any other number of a config: widths, words, pixels; released models have 256384 at most."""
+
+_SAFETENSORS, _BIN, _INDEX = ".safetensors", ".bin", ".index.json"
+_OTHER_WEIGHTS = (".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".zst")
+# libraries put the name of a variant, as fp16, before or after the number
+_SHARD_OF = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>(\.[^.]+)?)")
+_WRAPPERS = ("module.", "model.", "diffusion_model.", "_orig_mod.")
+"""What training and other programs put before all keys of a model."""
+_SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")
+"""Ends of the keys of 8-bit weights that must be multiplied by a scale."""
 _LFS_POINTER = b"version https://git-lfs"
 _MISFIT = "the file does not fit the model config"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values."""
+    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values.
+
+    What a wrapper put before all keys of a file is no part of the key, see `wrapping_of`.
+    """
 
     path: Path
     key: str
@@ -69,64 +83,147 @@ def ignore_none(_key: str) -> bool:
     return False
 
 
-def find_shards(folder: str | Path) -> tuple[Path, ...]:
-    """List the safetensors files that make up one checkpoint.
+def find_shards(folder: str | Path, *, packing: str = "") -> tuple[Path, ...]:
+    """List the files that make up one checkpoint: safetensors, or else pickled `.bin` files.
 
-    An index (`*.safetensors.index.json`) names them; without one it is every `*.safetensors` of
-    the folder, and files called `NAME-00002-of-00006.safetensors` must be there in full number.
+    An index (`*.safetensors.index.json`) names them; without one it is every such file of the
+    folder, and files called `NAME-00002-of-00006.safetensors` must be there in full number.
+    `NAME.VARIANT.safetensors` is left out where `NAME.safetensors` is there: a copy in another
+    type. Hidden files are none of them: macOS leaves `._NAME` next to `NAME` on foreign disks.
+
+    Args:
+        packing: suffix of compressed files, as `.zst`; one is listed where the file itself is not.
 
     Raises:
         UserError: if the folder, a file the index or the numbering calls for, or any file at all
-            is missing, or if the index is not readable.
+            is missing, or if the index is not readable or points elsewhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it must hold the *.safetensors weights")
-    indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
-    if len(indexes) == 1:
-        shards = sorted(set(_read_index(indexes[0]).values()))
-        paths = tuple(folder / name for name in shards)
-        origin = indexes[0].name
-    else:
-        paths = tuple(sorted(folder.glob("*.safetensors")))
-        paths = _complete_numbering(paths)
-        origin = "the numbering of its neighbours"
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, but {origin} calls for it; download it again")
-    if not paths:
-        raise UserError(f"{folder}: holds no *.safetensors file; is the download complete?")
-    return paths
+    try:
+        found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
+    names = {name.removesuffix(packing) for name in found}
+    for suffix in (_SAFETENSORS, _BIN):
+        indexes = [name for name in names if name.endswith(suffix + _INDEX)]
+        if len(indexes) == 1:
+            index = folder / indexes[0]
+            shards = sorted(set(_read_index(index).values()))
+            return tuple(_stored(folder / name, packing, index.name) for name in shards)
+        if own := _without_variants([name for name in names if name.endswith(suffix)], suffix):
+            own = _in_full_number(own, suffix, folder)
+            return tuple(_stored(folder / name, packing, "its name") for name in sorted(own))
+    others = [name for name in sorted(names) if name.endswith(_OTHER_WEIGHTS)]
+    hint = f"{others[0]} is not read" if others else "is the download complete?"
+    raise UserError(f"{folder}: holds no *.safetensors file; {hint}")
+
+
+def _stored(path: Path, packing: str, origin: str) -> Path:
+    """Return the file itself, or else the packed one."""
+    packed = path.with_name(path.name + packing)
+    for candidate in (path, packed):
+        if candidate.is_file():
+            return candidate
+    alternative = f", nor with {packing}" if packing else ""
+    raise UserError(
+        f"{path}: no such file{alternative}, but {origin} calls for it; download it again"
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Read the map from key to file name of an index.
 
     Raises:
-        UserError: if it is not JSON with a `weight_map` from text to text.
+        UserError: if it has no `weight_map` from text to names of files in its own folder.
     """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if weight_map and all(isinstance(name, str) for name in weight_map.values()):
-            return weight_map
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        logger.debug("unreadable index %s", path, exc_info=True)
-    raise UserError(
-        f"{path}: not a readable safetensors index with a weight_map; download it again"
-    )
+    content = read_json(path, advice="download it again")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise UserError(
+            f"{path}: not a readable index of weights with a weight_map; download it again"
+        )
+    for name in set(weight_map.values()):
+        if name in ("", ".", "..") or re.search(r"[/\\]", name) or not name.isprintable():
+            raise UserError(
+                f"{path}: names the file {name[:80]!r}, but an index may only name files of its "
+                "own folder; download it again"
+            )
+    return weight_map
 
 
-def _complete_numbering(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Add the files that the numbering of the given ones calls for, in order."""
-    complete = set(paths)
-    for path in paths:
-        if matched := _SHARD_OF.fullmatch(path.name):
+def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
+    """Leave out the copies in another type: `NAME.fp16.safetensors` next to `NAME.safetensors`."""
+
+    def stem(name: str) -> str:
+        matched = _SHARD_OF.fullmatch(name.removesuffix(suffix))
+        return matched["stem"] + matched["variant"] if matched else name.removesuffix(suffix)
+
+    stems = {stem(name) for name in names}
+    kept = [name for name in names if stem(name).rpartition(".")[0] not in stems]
+    if len(kept) < len(names):
+        spare = min(set(names) - set(kept))
+        logger.info("%s is left out: a copy of %s", spare, min(kept))
+    return kept
+
+
+def _in_full_number(names: Sequence[str], suffix: str, folder: Path) -> Sequence[str]:
+    """Check that of every numbered file its neighbours are there, and return the names.
+
+    Raises:
+        UserError: naming the first missing one.
+    """
+    present = set(names)
+    for name in names:
+        if matched := _SHARD_OF.fullmatch(name.removesuffix(suffix)):
             stem, digits, total = matched["stem"], len(matched["number"]), matched["total"]
-            complete |= {
-                path.with_name(f"{stem}-{number:0{digits}d}-of-{total}.safetensors")
-                for number in range(1, int(total) + 1)
-            }
-    return tuple(sorted(complete))
+            # ends at the first missing one: the announced number may be anything
+            for number in range(1, int(total) + 1):
+                wanted = f"{stem}-{number:0{digits}d}-of-{total}{matched['variant']}{suffix}"
+                if wanted not in present:
+                    raise UserError(
+                        f"{folder / wanted}: no such file, but {name} calls for it; download it "
+                        "again"
+                    )
+    return names
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read the JSON that holds a model's sizes, and check that no number or list is absurd.
+
+    Raises:
+        UserError: it is not readable, no object, or holds more than a model can have.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the checkpoint is not complete, download it again")
+    content = read_json(path, advice="download it again")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    _check_sizes(path, "", content)
+    return cast("dict[str, Any]", content)
+
+
+def _check_sizes(path: Path, name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in cast("dict[str, Any]", value).items():
+            _check_sizes(path, key, item)
+    elif isinstance(value, list):
+        items = cast("list[Any]", value)
+        if len(items) > MAX_LAYERS:
+            raise UserError(
+                f"{path}: {name} has {len(items)} entries, at most {MAX_LAYERS} expected"
+            )
+        for item in items:
+            _check_sizes(path, name, item)
+    elif isinstance(value, int):
+        limit = MAX_LAYERS if re.search("layer|depth|block", name) else MAX_SIZE
+        if abs(value) > limit:
+            raise UserError(f"{path}: {name} is {value:.6g}, expected at most {limit}")
 
 
 def read(paths: Iterable[str | Path]) -> Iterator[StoredTensor]:
@@ -147,12 +244,30 @@ def read(paths: Iterable[str | Path]) -> Iterator[StoredTensor]:
             yield from _read_pickle(path)
 
 
+def wrapping_of(keys: Iterable[str]) -> str:
+    """Return what wrappers put before all keys, as `model.diffusion_model.`; else nothing."""
+    keys, wrapping = list(keys), ""
+    while keys:
+        shared = (
+            wrapper
+            for wrapper in _WRAPPERS
+            if all(key.startswith(wrapping + wrapper) for key in keys)
+        )
+        found = next(shared, None)
+        if found is None:
+            break
+        wrapping += found
+    return wrapping
+
+
 def _read_safetensors(path: Path) -> Iterator[StoredTensor]:
     try:
         # opening parses the header and compares the size it announces with the file's
         with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield StoredTensor(path, key, file.get_tensor(key))
+            keys = list(file.keys())
+            wrapping = wrapping_of(keys)
+            for key in keys:
+                yield StoredTensor(path, key.removeprefix(wrapping), file.get_tensor(key))
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
     except RuntimeError as error:  # torch's, when the system refuses to map the file
@@ -177,11 +292,14 @@ def _read_pickle(path: Path) -> Iterator[StoredTensor]:
         raise _unreadable(path, error) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a map of named tensors")
+    if isinstance(state.get("state_dict"), Mapping):  # as training programs save
+        state = state["state_dict"]
+    wrapping = wrapping_of(map(str, state))
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise UserError(f"{path}: key {key} holds a {kind}, expected a tensor")
-        yield StoredTensor(path, key, tensor)
+        yield StoredTensor(path, str(key).removeprefix(wrapping), tensor)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -262,7 +380,7 @@ def match(
         if key in first_path:
             raise UserError(f"{path}: key {key} is also in {first_path[key]}; remove one of them")
         if key not in targets:
-            raise UserError(f"{path}: key {key} is unexpected; {_MISFIT}")
+            raise UserError(f"{path}: key {key} {_why_unexpected(key, targets)}")
         first_path[key] = path
         for target in targets[key]:
             part = _take(target, path, key, tensor)
@@ -279,6 +397,19 @@ def match(
         where = paths[0] if len(paths) == 1 else f"{len(paths)} files of {paths[0].parent}"
         count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{where}: key {missing[0]}{count} is missing; {_MISFIT}")
+
+
+def _why_unexpected(key: str, targets: Iterable[str]) -> str:
+    """Say what is wrong with a key, where its name shows another form of the same model."""
+    form = "give the released *.safetensors"
+    if key.endswith(_SCALES):
+        return f"is a scale of 8-bit weights, which are not read in this form; {form}"
+    example = None
+    for target in targets:
+        if re.sub(r"\.\d+\.", ".", target, count=1) == key:
+            return f"holds all layers in one tensor, expected one per layer, as {target}; {form}"
+        example = example or target
+    return f"is unexpected; {_MISFIT}, which has keys as {example}"
 
 
 def _take(target: _Target, path: Path, key: str, tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from flowcache.weights import (
     load_into,
     match,
     read,
+    read_model_config,
     rename,
 )
 
@@ -318,3 +319,184 @@ def test_a_pth_file_of_the_oldest_format_is_read_too(tmp_path: Path):
     module = _empty()
     load_files(module, [path], dtype=None, device="cpu")
     assert torch.equal(module.state_dict()["0.weight"], tensors["0.weight"])
+
+
+# Other forms of the same weights ------------------------------------------------------------------
+
+
+def _is_read(folder: Path) -> None:
+    """Require that a folder fills the module with the tensors."""
+    module = _empty()
+    load_files(module, find_shards(folder), dtype=None, device="cpu")
+    for key, value in _tensors().items():
+        assert torch.equal(module.state_dict()[key], value), key
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(_tensors(), folder / "pytorch_model.bin")
+
+
+def _pickled_shards(folder: Path) -> None:
+    tensors = _tensors()
+    names = {key: f"pytorch_model-0000{1 + (key == '1.weight')}-of-00002.bin" for key in tensors}
+    for name in set(names.values()):
+        torch.save({key: tensors[key] for key in tensors if names[key] == name}, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def _pickled_and_not(folder: Path) -> None:
+    save_file(_tensors(), folder / "model.safetensors")
+    torch.save({"other": torch.zeros(1)}, folder / "pytorch_model.bin")
+
+
+def _with_copies(folder: Path) -> None:
+    save_file(_tensors(), folder / "model.safetensors")
+    half = {key: value.half() for key, value in _tensors().items()}
+    save_file(half, folder / "model.fp16.safetensors")
+    save_file(half, folder / "model.fp16-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.fp16.json").write_text("{}")
+
+
+def _shards_with_copies(folder: Path) -> None:
+    _two_shards(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    for path in sorted(folder.glob("*.safetensors")):
+        copy = f"{path.stem}.fp16.safetensors"  # as diffusers named them once
+        (folder / copy).write_bytes(path.read_bytes())
+
+
+def _only_a_copy(folder: Path) -> None:
+    save_file(_tensors(), folder / "model.fp16.safetensors")
+
+
+def _with_what_else_lies_there(folder: Path) -> None:
+    _two_shards(folder)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    for name in (".DS_Store", ".gitattributes", "README.md", "LICENSE"):
+        (folder / name).write_text("text")
+    index = folder / "model.safetensors.index.json"
+    content = {"metadata": {"total_size": "much", "format": "pt"}, "extra": [1]}
+    index.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(content | json.loads(index.read_text())).encode()
+    )
+
+
+def _wrapped(prefix: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensors = {prefix + key: value for key, value in _tensors().items()}
+        save_file(tensors, folder / "model.safetensors")
+
+    return write
+
+
+def _in_a_state_dict(folder: Path) -> None:
+    state = {f"module.{key}": value for key, value in _tensors().items()}
+    torch.save({"state_dict": state, "epoch": 3}, folder / "pytorch_model.bin")
+
+
+def _linked(folder: Path) -> None:
+    blobs = folder.parent / "blobs"  # as the cache of the hub lays them out
+    blobs.mkdir()
+    save_file(_tensors(), blobs / "0123")
+    (folder / "model.safetensors").symlink_to("../blobs/0123")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _pickled,
+        _pickled_shards,
+        _pickled_and_not,
+        _with_copies,
+        _shards_with_copies,
+        _only_a_copy,
+        _with_what_else_lies_there,
+        _wrapped("module."),
+        _wrapped("model."),
+        _wrapped("diffusion_model."),
+        _wrapped("model.diffusion_model."),
+        _in_a_state_dict,
+        _linked,
+    ],
+)
+def test_the_same_weights_are_read_in_every_form(tmp_path: Path, write: Callable[[Path], None]):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder)
+    _is_read(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("1.scale_weight", "is a scale of 8-bit weights, which are not read in this form"),
+        ("scaled_fp8", "is a scale of 8-bit weights, which are not read in this form"),
+        ("layers.weight", "holds all layers in one tensor, expected one per layer"),
+        ("lora.up", "is unexpected; the file does not fit the model config, which has keys as"),
+    ],
+)
+def test_a_form_that_is_not_read_is_named(tmp_path: Path, key: str, message: str):
+    with torch.device("meta"):
+        module = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(2, 2, bias=False))})
+    save_file({key: torch.zeros(1, 2, 2)}, tmp_path / "model.safetensors")
+    _fails(
+        lambda: check_files(module, find_shards(tmp_path)),
+        f"model.safetensors: key {key} {message}",
+        "layers.0.weight" if "scale" not in key else "released *.safetensors",
+    )
+
+
+def test_weights_of_another_program_are_named(tmp_path: Path):
+    (tmp_path / "model-Q4.gguf").touch()
+    _fails(lambda: find_shards(tmp_path), "no *.safetensors file; model-Q4.gguf is not read")
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\nb", "a\\b"]
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: str):
+    save_file(_tensors(), tmp_path / "model.safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"0.weight": name}}))
+    _fails(lambda: find_shards(folder), f"{path}: names the file {name!r}, but")
+
+
+def test_links_that_go_round_are_named(tmp_path: Path):
+    _two_shards(tmp_path)
+    shard, index = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
+    (tmp_path / shard).unlink()
+    (tmp_path / shard).symlink_to(shard)
+    _fails(lambda: find_shards(tmp_path), f"{shard}: no such file")
+    (tmp_path / index).unlink()
+    (tmp_path / index).symlink_to(index)
+    _fails(lambda: find_shards(tmp_path), f"{index}: not a readable JSON file (Too many levels")
+
+
+def test_an_announced_number_of_files_costs_nothing(tmp_path: Path):
+    (tmp_path / f"model-00001-of-{10**18}.safetensors").touch()
+    _fails(
+        lambda: find_shards(tmp_path),
+        f"model-00002-of-{10**18}.safetensors: no such file, but model-00001-of-",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"num_layers": 10**9}, "num_layers is 1e+09, expected at most 1000"),
+        ({"ddconfig": {"depth": 1001}}, "depth is 1001, expected at most 1000"),
+        ({"dim_mult": [1, 2, 10**30]}, "dim_mult is 1e+30, expected at most 1000000"),
+        ({"dim_mult": [1] * 1001}, "dim_mult has 1001 entries, at most 1000 expected"),
+        ([], "holds a list, expected a JSON object"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    tmp_path: Path, content: object, message: str
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    _fails(lambda: read_model_config(path), f"{path}: {message}")

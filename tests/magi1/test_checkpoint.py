@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,8 +18,6 @@ from flowcache.errors import UserError
 from magi1.checkpoint import check_dit, find, find_dit_files, load_dit, read_shards
 from magi1.config import MagiConfig, ModelConfig
 from magi1.dit import DiT, is_float32
-
-needs_zstd = pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the program zstd")
 
 
 @pytest.fixture
@@ -70,7 +69,9 @@ def write_checkpoint(config: MagiConfig, state: dict[str, Tensor], *, suffix: st
 
 
 def pack(path: Path) -> None:
-    subprocess.run(["zstd", "-q", "--rm", str(path)], check=True)
+    packed = path.with_name(f"{path.name}.zst")
+    packed.write_bytes(zstandard.compress(path.read_bytes()))
+    path.unlink()
 
 
 def assert_loaded(dit: DiT, state: dict[str, Tensor]) -> None:
@@ -93,7 +94,6 @@ def test_another_type_inside_the_blocks_can_be_asked_for(config: MagiConfig):
     assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
 
 
-@needs_zstd
 def test_packed_shards_are_loaded_as_plain_ones(config: MagiConfig):
     state = released_state(config)
     folder = write_checkpoint(config, state)
@@ -105,7 +105,6 @@ def test_packed_shards_are_loaded_as_plain_ones(config: MagiConfig):
     assert_loaded(load_dit(checkpoint, device="cpu"), state)
 
 
-@needs_zstd
 def test_a_packed_file_without_index_is_loaded(config: MagiConfig, tmp_path: Path):
     state = released_state(config)
     save_file(state, tmp_path / "model.safetensors")
@@ -115,7 +114,6 @@ def test_a_packed_file_without_index_is_loaded(config: MagiConfig, tmp_path: Pat
     assert all(torch.equal(stored[key].float(), state[key].float()) for key in state)
 
 
-@needs_zstd
 def test_a_damaged_packed_shard_is_named(config: MagiConfig):
     folder = write_checkpoint(config, released_state(config))
     pack(folder / "model-00001-of-00002.safetensors")
@@ -129,15 +127,25 @@ def test_a_damaged_packed_shard_is_named(config: MagiConfig):
         check_dit(config, find(config).dit_files)
 
 
-def test_without_the_program_packed_shards_are_refused_at_once(
-    config: MagiConfig, monkeypatch: pytest.MonkeyPatch
+def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
+    config: MagiConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = write_checkpoint(config, released_state(config))
-    shard = folder / "model-00001-of-00002.safetensors"
-    shard.rename(f"{shard}.zst")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="the program zstd is needed"):
-        find(config)
+    pack(folder / "model-00001-of-00002.safetensors")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    load_dit(find(config), device="cpu")
+    shards = read_shards(find(config).dit_files)
+    next(shards)
+    assert len(list(temporary.iterdir())) == 1  # unpacked while it is read
+    shards.close()  # as an exception does
+    assert list(temporary.iterdir()) == []
+    header = zstandard.ZstdCompressor().compressobj(size=10**18).compress(b"a" * 2**20)
+    (folder / "model-00001-of-00002.safetensors.zst").write_bytes(header)
+    with pytest.raises(UserError, match=r"unpacks to 1e\+09 GB, but .* free: set TMPDIR"):
+        list(read_shards(find(config).dit_files))
+    assert list(temporary.iterdir()) == []
 
 
 def test_quantised_checkpoints_are_loaded_as_stored(config: MagiConfig):

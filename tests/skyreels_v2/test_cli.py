@@ -206,7 +206,7 @@ def test_a_checkpoint_that_is_none_is_named(refused: Refused, tmp_path: Path, pi
     assert "no such folder" in refused("--model", str(tmp_path / "missing"))
     assert "is a file" in refused("--model", str(picture))
     assert "no SkyReels-V2 checkpoint" in refused("--model", str(tmp_path))
-    assert "not to be had from the hub" in refused("--model", "nobody/nothing")
+    assert "HF_HUB_OFFLINE forbids a download" in refused("--model", "nobody/nothing")
 
 
 def test_a_hub_id_is_fetched_only_after_the_settings_are_checked(refused: Refused):

@@ -377,9 +377,13 @@ def test_a_folder_that_is_no_encoder_is_refused(
     _refuses(lambda: text.check_vision(tmp_path, width=32), f"{config}: no such file")
     encoder.model.save_pretrained(tmp_path)
     good = json.loads(config.read_text())
-    for content in ("{", "[]", json.dumps(good | {"d_model": "wide"})):
+    for content, reason in (
+        ("{", "not a readable JSON file"),
+        ("[]", "holds a list, expected a JSON object"),
+        (json.dumps(good | {"d_model": "wide"}), "not a readable config"),
+    ):
         config.write_text(content)
-        _refuses(check, f"{config}: not a readable config")
+        _refuses(check, f"{config}: {reason}")
     config.write_text(json.dumps(good | {"num_layers": 4}))
     _refuses(check, str(tmp_path / "model.safetensors"), "key encoder.block.3.", "is missing")
     config.write_text(json.dumps(good | {"d_ff": -1}))
@@ -394,7 +398,7 @@ def test_a_folder_that_is_no_fitting_tokenizer_is_refused(
 
     check(tokenizer)
     for folder in (tmp_path, tmp_path / "none"):
-        _refuses(lambda folder=folder: check(folder), f"{folder}: no readable tokenizer")
+        _refuses(lambda folder=folder: check(folder), f"{folder}: holds no tokenizer")
     made = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     made.add_tokens([f"word{i}" for i in range(91)])
     made.save_pretrained(tmp_path / "large")

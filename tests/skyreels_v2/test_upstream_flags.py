@@ -318,7 +318,7 @@ def refused(
         ("--end_image missing.png", "missing.png: no such file"),
         ("--prompt=", "prompt is empty"),
         ("--model_id nowhere --resolution 540P", "nowhere: no such folder"),
-        ("--model_id nobody/nothing --resolution 540P", "not to be had from the hub"),
+        ("--model_id nobody/nothing --resolution 540P", "HF_HUB_OFFLINE forbids a download"),
         ("--model_id nobody/nothing", "--resolution is missing: give 540P"),
         ("--use_compress --budget_block -1 --flowcache wrong=1", "unknown key 'wrong'"),
     ],

@@ -238,7 +238,7 @@ def test_a_folder_that_is_no_wan_2_1_vae_is_refused(model: VAE, tmp_path: Path):
         path.write_text(json.dumps(config | change))
         _refuses(tmp_path, part)
     path.write_text("{")
-    _refuses(tmp_path, "not a readable config")
+    _refuses(tmp_path, "not a readable JSON file")
 
 
 def test_a_vae_that_does_not_fit_its_config_names_file_and_key(model: VAE, tmp_path: Path):
