@@ -23,7 +23,8 @@ LOOP_TOLERANCE = 2e-4
 """Of latents after a whole loop, relative to the largest reference value."""
 DISTANCE_TOLERANCE = 1e-5
 """Of accumulated distances, absolute."""
-TABLE_TOLERANCE = 1e-7
+TABLE_TOLERANCE = 5e-7
+"""Of float32 values up to 1: four of their last bits."""
 NOT_ACTIVE = -1
 
 _FLAGS = {
