@@ -223,12 +223,18 @@ def _driver() -> str | None:
 
 
 def row_of(
-    subject: Subject[Models], models: Models, method: Method, job: Job, device: torch.device
+    subject: Subject[Models],
+    models: Models,
+    method: Method,
+    job: Job,
+    device: torch.device,
+    *,
+    is_profiled: bool = True,
 ) -> dict[str, Any]:
     """Measure a method; one that does not fit into memory, or that PyTorch can't run, says so."""
     facts = {"preset": method.preset, "settings": list(method.settings)}
     try:
-        return measure(subject, models, job, device) | facts
+        return measure(subject, models, job, device, is_profiled=is_profiled) | facts
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         return {"error": f"out of memory: {reason}", **facts}

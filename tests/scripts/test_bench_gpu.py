@@ -362,7 +362,7 @@ def test_a_method_that_fails_is_named_and_the_others_go_on(
     said: str,
     shown: str,
 ):
-    def fail(_subject: Any, _models: Any, job: Any, _device: Any) -> dict[str, Any]:
+    def fail(_subject: Any, _models: Any, job: Any, _device: Any, **_: Any) -> dict[str, Any]:
         if job.speed is None:
             return row(10.0)
         raise error
@@ -382,7 +382,7 @@ def test_a_file_of_another_machine_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(script, "measure", lambda *_: row(10.0))
+    monkeypatch.setattr(script, "measure", lambda *_, **__: row(10.0))
     run(script, tmp_path, "--model", "magi1", "--methods", "vanilla")
     path = tmp_path / "gpu_test.json"
     document = json.loads(path.read_text())

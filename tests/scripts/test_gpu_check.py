@@ -1,0 +1,280 @@
+"""The check of a GPU: what is right or wrong, what is written when, and its rehearsal on a CPU."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flowcache.results import ResultStore
+
+ROOT = Path(__file__).parents[2]
+LEAN = ("torch", "transformers", "einops", "accelerate", "safetensors")
+"""What a lent GPU machine has, with what these need themselves."""
+REFUSE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    return importlib.import_module("gpu.check")
+
+
+@pytest.fixture
+def paths() -> ModuleType:
+    return importlib.import_module("gpu.paths")
+
+
+def document_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "gpu_check.json").read_text())
+
+
+# Paths --------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_relative_and_never_right_if_it_is_no_number(paths: ModuleType):
+    wanted = torch.tensor([3.0, 4.0])
+    assert paths.relative_error(wanted + torch.tensor([0.5, 0.0]), wanted) == pytest.approx(0.1)
+    assert paths.relative_error(wanted[:1], wanted) == float("inf")
+    nan = paths.relative_error(wanted * float("nan"), wanted)
+    assert not paths.Outcome(nan, 1.0).is_right
+    assert paths.Outcome(0.1, 0.1).is_right
+
+
+@pytest.mark.parametrize(
+    ("broken", "is_right"), [(lambda x: x, True), (lambda x: x * 1.1, False), (torch.sin, False)]
+)
+def test_a_wrong_attention_kernel_is_found(
+    paths: ModuleType, broken: Callable[[torch.Tensor], torch.Tensor], is_right: bool
+):
+    kernel = paths.Kernel("x", lambda q, k, v: broken(paths.SDPA(q, k, v)))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert paths.attention(kernel, torch.device("cpu"), dtype).is_right is is_right
+
+
+def test_a_kernel_that_can_do_no_shape_is_absent_and_one_that_can_do_some_says_which_not(
+    paths: ModuleType,
+):
+    cpu, dtype = torch.device("cpu"), torch.float32
+    kernel = paths.Kernel("x", paths.SDPA.run, lambda *_: False)
+    with pytest.raises(paths.AbsentError):
+        paths.attention(kernel, cpu, dtype)
+    kernel = paths.Kernel("x", paths.SDPA.run, lambda q, k, _v: q.shape[2] == k.shape[2])
+    assert paths.attention(kernel, cpu, dtype).note == "refuses grouped"
+
+
+def test_a_demo_whose_noise_or_reuse_went_wrong_is_found(
+    paths: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    demo, cpu = paths.demos.DEMOS["magi1"](), torch.device("cpu")
+    references = paths.References(demo, 4)
+    half = paths.Way(demo.fast, dtype=torch.bfloat16)
+    found = paths.compare(half, cpu, references, paths.BFLOAT16["magi1"])
+    assert found.is_right
+    assert found.error > 1e-4  # another precision was really used
+    predict = ResultStore.predict
+    monkeypatch.setattr(
+        ResultStore, "predict", lambda self, unit, **given: 0 * predict(self, unit, **given)
+    )
+    assert not paths.compare(half, cpu, references, paths.BFLOAT16["magi1"]).is_right
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def fake_checks(paths: ModuleType, outcomes: dict[str, Any]) -> Callable[[Any], list[Any]]:
+    def run(outcome: Any) -> Any:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return lambda _device: [
+        paths.Check(name, lambda outcome=outcome: run(outcome))
+        for name, outcome in outcomes.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "code"),
+    [
+        ((0.1, 0.2), "right", 0),
+        ((0.3, 0.2), "wrong", 1),
+        ((float("nan"), 0.2), "wrong", 1),
+        (RuntimeError("CUDA error: no kernel image\nfor line 2"), "error", 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error", 1),
+    ],
+)
+def test_a_row_that_fails_is_named_the_others_go_on_and_the_exit_code_says_so(
+    check: ModuleType,
+    paths: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outcome: Any,
+    state: str,
+    code: int,
+):
+    if isinstance(outcome, tuple):
+        outcome = paths.Outcome(*outcome)
+    outcomes = {
+        "first": outcome,
+        "second": paths.AbsentError("no such thing here"),
+        "third": paths.Outcome(0.0, 1.0),
+    }
+    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, outcomes))
+    arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
+    assert check.main(arguments) == code
+    document = document_of(tmp_path)
+    assert [row["state"] for row in document["paths"]] == [state, "absent", "right"]
+    assert document["state"] == "complete"
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert "REHEARSAL ON A CPU" in page
+    assert re.search(rf"\| first \| {state} \|", page)
+    shown = capsys.readouterr().out
+    assert len([line for line in shown.splitlines() if " first " in line]) == 1
+    if state == "error":
+        assert "for line 2" not in shown
+
+
+def test_an_interruption_keeps_the_rows_before_it(
+    check: ModuleType, paths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    outcomes = {"first": paths.Outcome(0.0, 1.0), "second": KeyboardInterrupt()}
+    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, outcomes))
+    assert check.main(["--device", "cpu", "--out", str(tmp_path)]) == 130
+    document = document_of(tmp_path)
+    assert [row["path"] for row in document["paths"]] == ["first"]
+    assert document["state"] == "interrupted during: second"
+
+
+def test_rows_that_no_longer_fit_are_named_and_not_called_right(
+    check: ModuleType, paths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(check.Report, "left", lambda _self: 0.0)
+    outcomes = {"first": paths.Outcome(0.0, 1.0)}
+    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, outcomes))
+    arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
+    assert check.main(arguments) == 1
+    assert document_of(tmp_path)["paths"][0]["state"] == "skipped"
+
+
+def test_a_second_check_keeps_the_file_of_the_first(
+    check: ModuleType, paths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, {}))
+    arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
+    assert check.main(arguments) == check.main(arguments) == 0
+    assert len(list(tmp_path.glob("gpu_check*.json"))) == 2
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "x", "1e9"])
+def test_a_time_that_is_none_is_refused_in_one_line(
+    check: ModuleType, minutes: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        check.main(["--minutes", minutes])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# The whole of it ----------------------------------------------------------------------------------
+
+
+def refused_modules() -> set[str]:
+    """Return the modules of all installed packages that the lean ones don't need."""
+    kept, waiting = set[str](), list(LEAN)
+    while waiting:
+        name = re.split(r"[^\w.-]", waiting.pop())[0].lower().replace("_", "-")
+        if name in kept:
+            continue
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        kept.add(name)
+        waiting += [need for need in needs if "extra ==" not in need]
+    owners = importlib.metadata.packages_distributions()
+    return {
+        module
+        for module, names in owners.items()
+        if not module.startswith("_")
+        and not {name.lower().replace("_", "-") for name in names} & {*kept, "flowcache"}
+    }
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_with_nothing_but_what_a_lent_machine_has(tmp_path: Path):
+    names = refused_modules()
+    assert {"omegaconf", "diffusers", "ftfy", "imageio_ffmpeg", "PIL", "av"} <= names
+    assert not {"torch", "numpy", "yaml", "tqdm", "einops"} & names
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(REFUSE.format(names=names))
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--out", str(out)],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(tmp_path / "hook"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = document_of(out)
+    states = {row["path"]: row["state"] for row in document["paths"]}
+    absent = {path for path, state in states.items() if state == "absent"}
+    assert {"SkyReels-V2: decoded, float32"} < absent
+    assert set(states.values()) == {"right", "absent"}
+    assert len(states) - len(absent) >= 15
+    check = importlib.import_module("gpu.check")
+    for model, methods in check.ROWS.items():
+        assert list(document["speed"]["models"][model]) == list(methods)
+        assert document["before"][model]["kinds"] is not None
+    assert document["speed"]["models"]["skyreels_v2"]["vanilla"]["vae_seconds"] is None
+    assert document["speed"]["models"]["magi1"]["vanilla"]["vae_seconds"] > 0
+    assert "skyreels_v2: the VAE is left out: diffusers is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["skyreels_v2", "magi1", "gpu.check", "bench_gpu"])
+def test_help_loads_neither_transformers_nor_diffusers(command: str):
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = [{command!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_module({command!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "slow = ('transformers', 'diffusers', 'scipy', 'torchmetrics', 'ftfy', 'torch._dynamo')\n"
+        "print([name for name in slow if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
