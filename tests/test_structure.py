@@ -36,7 +36,7 @@ OWNERS = {
     "imageio": {"video.py"},
 }
 
-OPTIONAL = {"flash_attn", "flash_attn_interface"}  # the extra "flash", for CUDA only
+OPTIONAL = {"flash_attn", "flash_attn_interface", "triton"}  # for CUDA only
 LOCAL = [
     *(REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "tests" / "scripts"),
     REPOSITORY / "tests" / "shared",

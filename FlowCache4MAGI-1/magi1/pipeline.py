@@ -1,15 +1,16 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowcache.noise import Draw, seeded_noise
+from flowcache.offload import HostWeights, aside
 from flowcache.overlap import Later, lane_for, should_overlap
 from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, Policies
@@ -35,8 +36,9 @@ class LatentCodec(Protocol):
         """Return pixels `[B, 3, T, H, W]`, about -1..1; the processes may divide the work."""
         ...
 
-    def to(self, device: torch.device | str, /) -> "LatentCodec":
-        """Move the weights."""
+    @property
+    def model(self) -> nn.Module:
+        """Its network; it is moved where memory is scarce."""
         ...
 
 
@@ -92,7 +94,7 @@ def generate(
     """
     ranks = Ranks() if ranks is None else ranks
     policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
-    codec = _Codec(dit, vae, is_offloaded=config.offload, stats=stats, ranks=ranks)
+    codec = _Codec(dit, vae, turns=_Turns.of(config, dit, vae), stats=stats, ranks=ranks)
     if draw is None:
         draw = seeded_noise(config.runtime_config.seed, device=codec.device)
     prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
@@ -166,12 +168,41 @@ def _decode_chunk(
 
 
 @dataclass(frozen=True)
+class _Turns:
+    """The weights of transformer and VAE on the host, where one of them is on the device at a time.
+
+    The VAE is the one that waits.
+    """
+
+    dit: HostWeights
+    vae: HostWeights
+
+    @classmethod
+    def of(cls, config: RunConfig, dit: DiT, vae: LatentCodec) -> "_Turns | None":
+        """Return them if memory is scarce."""
+        if not config.offload:
+            return None
+        device = dit.x_embedder.weight.device
+        return cls(HostWeights(dit, device), HostWeights(vae.model, device))
+
+    @contextmanager
+    def of_vae(self) -> Generator[None, None, None]:
+        """Have the VAE on the device, and the transformer off it."""
+        with aside(self.dit):
+            self.vae.come()
+            try:
+                yield
+            finally:
+                self.vae.leave()
+
+
+@dataclass(frozen=True)
 class _Codec:
     """The VAE, which may have to take turns on the device with the transformer."""
 
     dit: DiT
     vae: LatentCodec
-    is_offloaded: bool
+    turns: _Turns | None
     stats: RunStats
     ranks: Ranks
 
@@ -194,14 +225,8 @@ class _Codec:
     def _at_work(self, *, is_beside: bool = False) -> Generator[torch.device, None, None]:
         """Put the VAE on the device of the run, and the transformer off it, if memory is scarce."""
         device = self.device
-        with self.stats.stage("vae", is_beside=is_beside):
-            if not self.is_offloaded:
-                yield device
-                return
-            self.dit.to("cpu")
-            self.vae.to(device)
-            try:
-                yield device
-            finally:
-                self.vae.to("cpu")
-                self.dit.to(device)
+        with (
+            self.stats.stage("vae", is_beside=is_beside),
+            nullcontext() if self.turns is None else self.turns.of_vae(),
+        ):
+            yield device

@@ -322,9 +322,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     plan, head = per_process(plan, layout), [*head, *layout_lines(layout)]
     limit = parse_limit(config.memory_limit)
     logger.info("planning the memory: some seconds")
-    memory = plan_memory(
-        config, None, plan, dtype=dtype, limit=limit, has_host=True, layout=layout
-    )
+    memory = plan_memory(config, None, plan, dtype=dtype, limit=limit, has_host=True, layout=layout)
     return "\n".join([*head, *replay_lines(replay), *lines(plan, config), *memory.lines()])
 
 

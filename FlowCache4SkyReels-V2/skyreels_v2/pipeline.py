@@ -1,7 +1,6 @@
 """From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean."""
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
+from flowcache.offload import HostWeights, aside
 from flowcache.overlap import Lane, Later, lane_for, should_overlap
 from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, Policies, ReusePolicy
@@ -119,6 +119,7 @@ def generate(
     if draw is None:
         draw = seeded_noise(config.seed, device=device)
     ranks = Ranks() if ranks is None else ranks
+    dit_weights = HostWeights(dit, device) if config.offload else None
     contexts = _encode_contexts(dit, conditioning, stats=stats, ranks=ranks)
     segments = segments_of(config)
     # before any that is blended into a prefix, which upstream takes from another source
@@ -144,6 +145,7 @@ def generate(
                 policies or _settings_policies(config, dit),
                 ranks,
                 lane,
+                dit_weights,
             )
             for tick, frames in maker.run(None if tail is None else tail.get()):
                 yield Progress(segment, len(segments), tick, frames)
@@ -238,6 +240,8 @@ class _SegmentMaker:
     policies: Policies
     ranks: Ranks
     lane: Lane
+    dit_weights: HostWeights | None
+    """On the host, if the transformer leaves the device while the VAE works."""
 
     def __post_init__(self) -> None:
         self.device = self.dit.patch_embedding.weight.device
@@ -346,7 +350,7 @@ class _SegmentMaker:
         return torch.cat([mask, latents])
 
     def _encode(self, pixels_3THW: Tensor) -> Tensor:
-        with self.stats.stage("vae"), self._dit_aside():
+        with self.stats.stage("vae"), aside(self.dit_weights):
             latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(self.device))
         return latents[0].to(device=self.device, dtype=torch.float32)
 
@@ -357,19 +361,8 @@ class _SegmentMaker:
         own = latents_CFhw.unsqueeze(0).clone() if self.lane.is_beside else latents_CFhw[None]
 
         def decode() -> Tensor:
-            with self.stats.stage("vae", is_beside=self.lane.is_beside), self._dit_aside():
+            is_beside = self.lane.is_beside
+            with self.stats.stage("vae", is_beside=is_beside), aside(self.dit_weights):
                 return decoder.decode(own)[0].float()[:, skipped:]
 
         return self.lane.submit(decode)
-
-    @contextmanager
-    def _dit_aside(self) -> Generator[None, None, None]:
-        """Keep the DiT off the device while the VAE works, if the run is to save memory."""
-        if not self.config.offload:
-            yield
-            return
-        self.dit.to("cpu")
-        try:
-            yield
-        finally:
-            self.dit.to(self.device)

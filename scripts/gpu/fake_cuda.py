@@ -10,7 +10,6 @@ What no fake can show: values, times, the order of streams, what a library alloc
 
 import ctypes
 import sys
-import traceback
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -48,9 +47,12 @@ OWN_FOLDERS = tuple(
     str(ROOT / name) for name in ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
 )
 NO_KERNEL = frozenset(
-    """view _unsafe_view reshape transpose permute expand slice select unsqueeze squeeze split
-    split_with_sizes unbind t alias detach as_strided narrow unflatten _reshape_alias diagonal
-    lift_fresh unfold empty empty_like new_empty empty_strided new_empty_strided""".split()
+    (
+        *("view", "_unsafe_view", "_reshape_alias", "unflatten", "squeeze", "unsqueeze", "expand"),
+        *("t", "transpose", "permute", "slice", "select", "narrow", "diagonal", "unfold"),
+        *("split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "lift_fresh"),
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    )
 )
 """Operations that start nothing on a device: views, and memory without values."""
 READS = frozenset(["_local_scalar_dense", "is_nonzero", "nonzero", "equal"])
@@ -153,7 +155,7 @@ class Ledger:
 # Modes --------------------------------------------------------------------------------------------
 
 
-class _Forgetful(FakeTensorConverter):
+class Forgetful(FakeTensorConverter):
     """Keeps no references to fake tensors, which would forbid `Module.to` to swap parameters."""
 
     def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
@@ -371,13 +373,13 @@ class _Stream:
 class _Generator(torch.Generator):
     """A source of random numbers for any device; fake tensors have none of them."""
 
-    def __new__(cls, device: Any = "cpu") -> "_Generator":
+    def __new__(cls, _device: Any = "cpu") -> "_Generator":
         """Make it on the CPU, where there is one."""
         return super().__new__(cls, "cpu")
 
 
 @contextmanager
-def _device_guard() -> Iterator[None]:
+def device_guard() -> Iterator[None]:
     """Give PyTorch a device guard for CUDA, as operations on fake tensors ask for one.
 
     A build without CUDA has none. That of the meta device does nothing, which is right here.
@@ -409,7 +411,7 @@ def pretended_cuda() -> Generator[Ledger, None, None]:
     """
     ledger, pinned = Ledger(), _Pinned()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    fake.fake_tensor_converter = _Forgetful()
+    fake.fake_tensor_converter = Forgetful()
     cuda: dict[str, Any] = {
         "Event": _Event,
         "Stream": _Stream,
@@ -430,7 +432,7 @@ def pretended_cuda() -> Generator[Ledger, None, None]:
         return torch.zeros(tensor.shape).tolist()
 
     with ExitStack() as stack:
-        stack.enter_context(_device_guard())
+        stack.enter_context(device_guard())
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(patch.multiple(torch.cuda, **cuda))
         stack.enter_context(patch.object(torch, "Generator", _Generator))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from flowcache.attention import KernelName, choose_kernel
 from flowcache.job import Shown
-from flowcache.memory import MemoryPlan, make_memory_plan
+from flowcache.memory import MemoryPlan, make_memory_plan, weight_bytes
 from flowcache.ranks import Ranks
 from flowcache.reuse import Policies
 from flowcache.schedule import Tick
@@ -18,21 +18,20 @@ from flowcache.stats import RunStats
 from flowcache.video import to_uint8
 from gpu import magi1 as gpu_magi1
 from gpu import skyreels_v2 as gpu_skyreels
-from gpu.fake_cuda import CUDA, Ledger, pretended_cuda
+from gpu.fake_cuda import CUDA, Cost, Ledger, pretended_cuda
 from gpu.measure import Job
 from gpu.subject import Method, Plan, Subject
 from magi1 import memory as magi1_memory
 from magi1 import pipeline as magi1_pipeline
 from magi1 import text as magi1_text
+from magi1 import vae as magi1_vae
 from magi1.build import dtype_of
 from magi1.dit import DiT as MagiDiT
 from magi1.dit import set_precision
 from magi1.plan import make_plan as make_magi1_plan
 from magi1.run import per_process as magi1_per_process
-from magi1.vae import RELEASED as RELEASED_VAE
-from magi1.vae import VAE as MagiVAE
 from magi1.vit import ViTVAE
-from skyreels_v2 import memory, pipeline, quantize, text
+from skyreels_v2 import memory, pipeline, quantize
 from skyreels_v2.build import branches_of
 from skyreels_v2.dit import DiT
 from skyreels_v2.plan import make_plan
@@ -58,7 +57,7 @@ class Case:
     Attributes:
         thin: by how much the number of steps, and the lag, is divided.
         num_layers: of the transformer; None: all.
-        vae_layers: of MAGI-1's VAE; None: all.
+        vae_layers: of MAGI-1's VAE, see `vae_bytes_left_out`.
         settings: changes of the method's.
         ranks: the processes that divide the run, seen by one of them.
     """
@@ -67,9 +66,9 @@ class Case:
     method: Method
     thin: int = 1
     num_layers: int | None = None
-    vae_layers: int | None = None
+    vae_layers: int = 1
     settings: tuple[str, ...] = ()
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def plan(self) -> Plan:
@@ -78,6 +77,10 @@ class Case:
         if self.model == "magi1" and self.num_layers is not None:
             settings += (f"model_config.num_layers={self.num_layers}",)
         return SUBJECTS[self.model].plan(self.method, "paper", self.thin, settings)
+
+    def with_layers(self, number: int) -> "Case":
+        """Return the same with another number of layers."""
+        return replace(self, num_layers=number)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,26 @@ class Step:
     tick: Tick
     reads: int
     launches: int
+
+
+def num_layers_of(case: Case) -> int:
+    """Return the layers that the released transformer has."""
+    if case.model == "magi1":
+        return case.plan.config.model_config.num_layers
+    return gpu_skyreels.DIT["paper"].num_layers
+
+
+def vae_bytes_left_out(case: Case) -> int:
+    """Return the weights of the VAE layers that a case does without; SkyReels-V2 has all."""
+    if case.model == "skyreels_v2":
+        return 0
+    dtype = dtype_of(case.plan.config, CUDA)
+    with torch.device("meta"):
+        made, whole = (
+            ViTVAE(replace(magi1_vae.RELEASED, depth=depth)).to(dtype)
+            for depth in (case.vae_layers, magi1_vae.RELEASED.depth)
+        )
+    return weight_bytes(whole) - weight_bytes(made)
 
 
 @dataclass(frozen=True)
@@ -109,6 +132,11 @@ class Rehearsed:
     stats: RunStats
     steps: tuple[Step, ...]
     memory: MemoryPlan
+
+    @property
+    def dit(self) -> Cost:
+        """What the transformer's part does, decisions and compression included."""
+        return self.ledger.total("dit", "caching", "kv_compression", "other")
 
     @property
     def planned_bytes(self) -> int:
@@ -219,15 +247,13 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
     """Plan the memory of a MAGI-1 run, and return what plays it."""
     config = made.config
     model, num_tokens = config.model_config, gpu_magi1.TEXT_TOKENS["paper"]
-    vae_sizes = RELEASED_VAE
-    if case.vae_layers is not None:
-        vae_sizes = replace(vae_sizes, depth=case.vae_layers)
+    vae_sizes = replace(magi1_vae.RELEASED, depth=case.vae_layers)
     scale, dtype = config.runtime_config.scale_factor, dtype_of(config, CUDA)
     plan = make_magi1_plan(
         config, num_prefix=0, prompt_tokens=num_tokens, has_special_tokens=False, dtype=dtype
     )
     with torch.device("meta"):
-        empty = MagiVAE(ViTVAE(vae_sizes).to(dtype), scale=scale)
+        empty = magi1_vae.VAE(ViTVAE(vae_sizes).to(dtype), scale=scale)
     needs = magi1_memory.RunMemory(
         config,
         magi1_per_process(plan, case.ranks.layout),
@@ -248,7 +274,7 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
         encoded = torch.randn(num_tokens, model.caption_channels)
         return magi1_pipeline.generate(
             dit,
-            MagiVAE(vae.to("cpu" if config.offload else CUDA), scale=scale),
+            magi1_vae.VAE(vae.to("cpu" if config.offload else CUDA), scale=scale),
             config,
             magi1_pipeline.Conditioning(encoded.to(CUDA)),
             stats=stats,

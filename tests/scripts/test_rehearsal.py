@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def test_quantised_linears_run_and_fit_the_plan(mode: str):
     assert max(step.reads for step in run.steps) == 2
 
 
-# The rehearsal itself ------------------------------------------------------------------------------
+# The rehearsal itself -----------------------------------------------------------------------------
 
 
 def entered(work: Callable[[], object]) -> Ledger:

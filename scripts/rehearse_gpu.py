@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""Count what the CUDA paths do at the released sizes, without a GPU: a table of each model.
+
+Tensors are fake: they have a device, a shape and a dtype, no values (see gpu/fake_cuda.py). Nothing
+is timed. A method runs with a fraction of the steps, as the benchmark's shortened rows do, with one
+layer and with two; layers are alike, so that the difference gives the counts of all.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from gpu.rehearsal import (
+    SUBJECTS,
+    Case,
+    ModelName,
+    Rehearsed,
+    num_layers_of,
+    rehearse,
+    vae_bytes_left_out,
+)
+
+from flowcache.cli import Parser, run_command
+from flowcache.errors import UserError
+
+EXAMPLES = """examples:
+  python scripts/rehearse_gpu.py
+  python scripts/rehearse_gpu.py --model magi1 --methods vanilla
+"""
+HEAD = (
+    "| method | ticks | host reads per tick, at most | launches per tick | moved, TB | PFLOPs "
+    "| of KV compression | our count | peak, GB | planned, GB |"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method does, all layers, from the first tick to the last; decoding counts in memory.
+
+    Attributes:
+        reads: times that the host waits for a value in a tick, at most.
+        launches: operations of the transformer that start kernels, uncompiled.
+        moved_bytes: that they read and write.
+        flops: of their products, counted by PyTorch's formulas.
+        compression_flops: of these, of KV compression.
+        own_flops: what the run's own statistics say; compression is no part of them.
+    """
+
+    num_ticks: int
+    reads: int
+    launches: float
+    moved_bytes: float
+    flops: float
+    compression_flops: float
+    own_flops: float
+    peak_bytes: float
+    planned_bytes: float
+
+
+def row_of(case: Case) -> Row:
+    """Rehearse a case with one layer and with two, and return the counts of all layers."""
+    num_layers, more_vae = num_layers_of(case), vae_bytes_left_out(case)
+    one, two = (rehearse(case.with_layers(number)) for number in (1, 2))
+
+    def all_layers(figure: Callable[[Rehearsed], float]) -> float:
+        return figure(one) + (num_layers - 1) * (figure(two) - figure(one))
+
+    return Row(
+        num_ticks=len(one.steps),
+        reads=max(step.reads for step in one.steps),
+        launches=all_layers(lambda run: run.dit.launches),
+        moved_bytes=all_layers(lambda run: run.dit.num_bytes),
+        flops=all_layers(lambda run: run.dit.flops),
+        compression_flops=all_layers(lambda run: run.ledger.costs["kv_compression"].flops),
+        own_flops=all_layers(lambda run: run.stats.computed_flops),
+        peak_bytes=all_layers(lambda run: run.ledger.peak_bytes) + more_vae,
+        planned_bytes=all_layers(lambda run: run.planned_bytes) + more_vae,
+    )
+
+
+def line(name: str, row: Row) -> str:
+    """Return a row of the table."""
+    cells = (
+        f"{row.num_ticks}",
+        f"{row.reads}",
+        f"{row.launches / row.num_ticks:,.0f}",
+        f"{row.moved_bytes / 1e12:.1f}",
+        f"{row.flops / 1e15:.2f}",
+        f"{row.compression_flops / 1e15:.2f}",
+        f"{row.own_flops / 1e15:.2f}",
+        f"{row.peak_bytes / 1e9:.1f}",
+        f"{row.planned_bytes / 1e9:.1f}",
+    )
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = Parser(
+        prog="python scripts/rehearse_gpu.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", choices=get_args(ModelName), help="one model (default: both)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows (default: all)")
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        models = [options.model] if options.model else list(get_args(ModelName))
+        known = {method.name for model in models for method in SUBJECTS[model].methods}
+        wanted = known if options.methods is None else set(options.methods)
+        if unknown := wanted - known:
+            raise UserError(
+                f"--methods {sorted(unknown)[0]!r} is unknown: use {', '.join(sorted(known))}"
+            )
+        for model in models:
+            subject = SUBJECTS[model]
+            thin = subject.thin["paper"][0]
+            print(f"\n{subject.title}; 1 of {thin} steps\n\n{HEAD}\n|---|{'---:|' * 9}", flush=True)
+            for method in subject.methods:
+                if method.name in wanted:
+                    print(line(method.name, row_of(Case(model, method, thin))), flush=True)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
