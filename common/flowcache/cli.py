@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -198,7 +199,8 @@ def choose_output(out: str | None, *, folder: Path, stem: str, overwrite: bool) 
     Raises:
         UserError: the file exists and must not be overwritten, or is no `.mp4`.
     """
-    if out is None or not Path(out).suffix or Path(out).is_dir():
+    # a name as results/4.5B is a folder's: no file type starts with a digit
+    if out is None or not re.match(r"\.[A-Za-z]", Path(out).suffix) or Path(out).is_dir():
         return fresh_path(folder if out is None else Path(out), stem, ".mp4")
     path = Path(out)
     if path.suffix.lower() != ".mp4":

@@ -3,6 +3,7 @@
 A pretended hub is passed in; in the last tests the real client talks to a server of this machine.
 """
 
+import hashlib
 import http.server
 import importlib
 import json
@@ -137,12 +138,17 @@ def test_a_name_that_no_hub_has_is_one_line():
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves repositories of small files; the first answer with the file `cut` ends half-way."""
+    """Serves repositories of small files.
+
+    The file `cut` is sent by half only, until the sizes of its repository were asked three times:
+    for a dry run, for the run that fails, and for the next one.
+    """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]], *, cut: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.cut = repositories, cut
         self.sent: list[str] = []
+        self.num_asked = 0
 
     @property
     def url(self) -> str:
@@ -165,6 +171,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         for name, files in self.server.repositories.items():
             if path.startswith(f"/api/models/{name}"):
+                self.server.num_asked += self.server.cut in files and "blobs=" in self.path
                 return self.send_json(name, files, is_tree="/tree/" in path)
             if found := re.fullmatch(rf"/{name}/resolve/[^/]+/(.+)", path):
                 return self.send_file(found[1], files[found[1]], with_body=with_body)
@@ -176,7 +183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_json(self, name: str, files: dict[str, bytes], *, is_tree: bool) -> None:
         tree = [
-            {"type": "file", "path": path, "size": len(data), "oid": f"{len(data):040x}"}
+            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for path, data in files.items()
         ]
         siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
@@ -191,11 +198,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_file(self, path: str, data: bytes, *, with_body: bool) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{len(data):040x}"')
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", "1" * 40)
         self.end_headers()
         if with_body:
-            is_cut = path == self.server.cut and path not in self.server.sent
+            is_cut = path == self.server.cut and self.server.num_asked < 3
             self.server.sent.append(path)
             self.wfile.write(data[: len(data) // 2] if is_cut else data)
             self.close_connection = is_cut
@@ -292,7 +299,9 @@ def test_auto_downloads_once_where_there_is_cuda_in_both_models(tmp_path: Path):
     codes, told = run_auto(tmp_path, server, *dry, make[0], *make, *dry)
     assert codes == [0, 0, 2, 0, 0, 0, 0], told
     announced = [re.findall(r"downloading  (\S+), (\d+) files, .* GB, to .*hub", t) for t in told]
-    num_files = {name: str(len(files)) for name, files in repositories.items()}
+    # of MAGI-1 one model of many
+    wanted = {name: [f for f in files if "base/" not in f] for name, files in repositories.items()}
+    num_files = {name: str(len(files)) for name, files in wanted.items()}
     (first,), (resumed,), (other,) = announced[2:5]
     assert first == (SKYREELS_ID, num_files[SKYREELS_ID])
     assert other == ("sand-ai/MAGI-1", num_files["sand-ai/MAGI-1"])
@@ -301,7 +310,6 @@ def test_auto_downloads_once_where_there_is_cuda_in_both_models(tmp_path: Path):
     # the hub ended in the middle of a file: told in one line, and what was whole is kept
     assert re.search(r"^error: .*no local copy, and not to be had from the hub", told[2], re.M)
     assert int(resumed[1]) < int(first[1])
-    assert server.sent.count(cut) == 2
     assert server.sent.count("model_index.json") == 1
     assert (tmp_path / "s.mp4").is_file()
     assert (tmp_path / "m.mp4").is_file()

@@ -47,7 +47,7 @@ LAUNCHER = """
 set -euo pipefail
 cd /
 source "$1/scripts/setup.sh"
-echo "entered $VIRTUAL_ENV with $(command -v python)"
+echo "entered ${VIRTUAL_ENV-none} with $(command -v python)"
 """
 
 
@@ -219,6 +219,64 @@ def test_the_environment_may_lie_elsewhere(sandbox: Sandbox, tmp_path: Path):
     assert status == 0
     assert f"entered {venv} " in out
     assert not (sandbox.root / ".venv").exists()
+
+
+@pytest.fixture
+def own(sandbox: Sandbox, tmp_path: Path) -> Path:
+    """An environment of the user's own, whose Python finds the clone as `pip install -e` does."""
+    (sandbox.root / "common" / "flowcache").mkdir(parents=True)
+    (sandbox.root / "common" / "flowcache" / "__init__.py").touch()
+    own = tmp_path / "an own"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(own)], check=True)
+    (packages,) = own.glob("lib/python*/site-packages")
+    (packages / "flowcache.pth").write_text(f"{sandbox.root / 'common'}\n")
+    return own
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_that_holds_this_clone_is_used_as_it_is(
+    sandbox: Sandbox, own: Path, variable: str
+):
+    sandbox.environment[variable] = str(own)
+    entered = own if variable == "VIRTUAL_ENV" else "none"  # conda's are no virtual environments
+    assert sandbox.run() == (0, f"entered {entered} with {own}/bin/python\n", "")
+    assert sandbox.calls() == []
+    assert not (sandbox.root / ".venv").exists()
+
+
+def test_an_active_environment_without_this_clone_is_passed_over(
+    sandbox: Sandbox, own: Path, tmp_path: Path
+):
+    (packages,) = own.glob("lib/python*/site-packages")
+    (packages / "flowcache.pth").write_text(f"{tmp_path / 'another clone'}\n")
+    (tmp_path / "another clone" / "flowcache").mkdir(parents=True)
+    (tmp_path / "another clone" / "flowcache" / "__init__.py").touch()
+    status, out, err = sandbox.run(VIRTUAL_ENV=str(own))
+    assert status == 0, err
+    assert f"entered {sandbox.root}/.venv with" in out
+    assert sandbox.calls() == COMPLETE
+    path = f"{sandbox.root / 'common'}"  # found there, but not installed
+    status, out, err = sandbox.run(VIRTUAL_ENV=str(own), PYTHONPATH=path)
+    assert f"entered {sandbox.root}/.venv with" in out
+
+
+def test_the_named_environment_wins_over_the_active_one(
+    sandbox: Sandbox, own: Path, tmp_path: Path
+):
+    status, out, err = sandbox.run(VIRTUAL_ENV=str(own), FLOWCACHE_VENV=str(tmp_path / "named"))
+    assert status == 0, err
+    assert f"entered {tmp_path}/named with" in out
+
+
+@pytest.mark.parametrize("model", ["FlowCache4MAGI-1", "FlowCache4SkyReels-V2"])
+def test_the_requirements_of_a_model_are_this_repository_with_its_pins(model: str):
+    folder = REPOSITORY / model
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    options = [line.split() for line in lines if not line.startswith("#")]
+    assert [option for option, _ in options] == ["-c", "-e"]
+    constraints, project = (folder / path for _, path in options)
+    assert constraints.resolve() == REPOSITORY / "constraints.txt"
+    assert project.resolve() == REPOSITORY
 
 
 def test_an_environment_made_by_hand_is_never_emptied(sandbox: Sandbox, tmp_path: Path):

@@ -1,0 +1,315 @@
+"""Every command on replicas of the releases as they lie on the hub, to a video that plays.
+
+The fast tests run a command or two on one replica per feature of a layout, the slow ones all
+commands on all replicas. `-rP` (or `-s`) shows the list of what ran.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from replicas import (
+    MAGI,
+    SKYREELS,
+    SkyReels,
+    magi_state,
+    skyreels_shapes,
+    tree,
+    wan_vae_shapes,
+    write_magi,
+    write_skyreels,
+    write_spiece,
+)
+
+from flowcache.video import VideoWriter, probe
+from magi1 import __main__ as magi1
+from magi1 import upstream as magi1_upstream
+from magi1.released import CONFIGS
+from magi1.released import FOLDER as MAGI_FOLDER
+from skyreels_v2 import __main__ as skyreels_v2
+from skyreels_v2 import upstream as skyreels_upstream
+from skyreels_v2.run import FOLDER as SKYREELS_FOLDER
+
+PROMPT = "a red circle moving right on a black background"
+
+
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_spiece(tmp_path_factory.mktemp("spiece"))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    rows = np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None]
+    Image.fromarray(np.broadcast_to(rows, (40, 60, 3)).copy()).save(path)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.mp4"
+    frames = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
+    with VideoWriter(path, fps=24, size=(32, 48)) as writer:
+        writer.append(frames)
+    return path
+
+
+def report(replica: str, command: str, video: Path, *, start: float) -> None:
+    """Add a line to the printed list."""
+    shown = probe(video)
+    took = f"{shown.num_frames} frames, {time.perf_counter() - start:.1f} s"
+    sys.stdout.write(f"{replica:32s} {command:44s} {took}\n")
+
+
+def one_video(folder: Path) -> Path:
+    """Return the only video of a folder."""
+    (video,) = folder.rglob("*.mp4")
+    return video
+
+
+# What the builder makes is the releases' ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers", "num_keys"),
+    [
+        ("DF-1.3B-540P", 30, 830),
+        ("DF-14B-540P", 40, 1095),
+        ("T2V-14B-720P", 40, 1095),
+        ("I2V-1.3B-540P", 30, 983),
+        ("I2V-14B-720P", 40, 1303),
+    ],
+)
+def test_replicas_of_skyreels_have_the_released_number_of_tensors(
+    name: str, num_layers: int, num_keys: int
+):
+    (model,) = [each for each in SKYREELS if each.name == name]
+    assert len(skyreels_shapes(model, num_layers=num_layers)) == num_keys
+
+
+def test_the_replica_of_the_wan_vae_has_the_released_number_of_values():
+    shapes = wan_vae_shapes(96)
+    assert (len(shapes), sum(map(prod, shapes.values()))) == (194, 126_892_531)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "is_fp8", "num_keys"), [(34, False, 898), (34, True, 1410), (48, False, 1262)]
+)
+def test_replicas_of_magi_have_the_released_number_of_tensors(
+    num_layers: int, is_fp8: bool, num_keys: int
+):
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": 16,
+        "ffn_hidden_size": 16,
+        "num_query_groups": 1,
+        "kv_channels": 8,
+        "caption_channels": 8,
+        "caption_max_length": 4,
+        "in_channels": 2,
+        "gated_linear_unit": False,
+    }
+    assert len(magi_state(sizes, is_fp8=is_fp8)) == num_keys
+
+
+# SkyReels-V2 --------------------------------------------------------------------------------------
+
+LAYOUTS = ("original", "diffusers")
+RUNS = (
+    "vanilla",
+    "flowcache_fast",
+    "flowcache_slow",
+    "flowcache_kvcompress",
+    "teacache_fast",
+    "teacache_slow",
+)
+SHORT = ["num_steps=3", "base_num_frames=17", "overlap_history=null", "causal_block_size=2"]
+# the published coefficients are of models of the released widths
+SHORT += ["reuse.rescale=none"]
+SIZE = {"HEIGHT": "16", "WIDTH": "32", "NUM_FRAMES": "17"}
+
+
+@pytest.fixture
+def skyreels_launchers(copy_launchers: Callable[..., Any]) -> Any:
+    return copy_launchers(
+        SKYREELS_FOLDER,
+        [f"run_{name}.sh" for name in RUNS],
+        pattern="run_{}.sh",
+        package="skyreels_v2",
+        variables=(*SIZE, "MODEL", "PROMPT", "IMAGE", "VIDEO", "SEED", "GPUS", "OUT"),
+    )
+
+
+def run_skyreels(
+    folder: Path, model: SkyReels, launchers: Any, picture: Path, names: Sequence[str]
+) -> None:
+    """Run launchers on a replica."""
+    for name in names:
+        start, out = time.perf_counter(), folder.with_name(f"{folder.name}-{name}")
+        image = {"IMAGE": str(picture)} if model.is_i2v else {}
+        variables = {"MODEL": str(folder), "PROMPT": PROMPT, "OUT": str(out)} | SIZE | image
+        assert skyreels_v2.main(launchers.handed_on(name, *SHORT, **variables)) == 0, name
+        report(folder.name, f"run_{name}.sh", one_video(out), start=start)
+
+
+def run_upstream_skyreels(
+    folder: Path, model: SkyReels, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run upstream's script of the model's kind, with its caches."""
+    monkeypatch.chdir(folder.parent)
+    size = ["height=16", "width=32", *SHORT[:1], *SHORT[-1:]]
+    base = ["--model_id", str(folder), "--resolution", model.name[-4:], "--prompt", PROMPT]
+    base += ["--num_frames", "17", "--seed", "1"]
+    runs: list[tuple[Any, list[str]]]
+    if model.name.startswith("DF"):
+        forcing = ["--base_num_frames", "17", "--ar_step", "1", "--causal_block_size", "2"]
+        script = "generate_video_df.py"
+        runs = [
+            (script, forcing),
+            (script, [*forcing, "--teacache", "--use_ret_steps"]),
+            (script, [*forcing, "--teacache", "--use_ret_steps", "--flowcache"]),
+            (script, [*forcing, "--flowcache", "--use_compress", "--budget_block", "1"]),
+        ]
+    else:
+        image = ["--image", str(picture)] if model.is_i2v else []
+        script = "generate_video.py"
+        runs = [(script, image), (script, [*image, "--teacache", "--use_ret_steps"])]
+    for place, (script, flags) in enumerate(runs):
+        start, out = time.perf_counter(), f"{folder.name}-{place}"
+        given = [*base, *flags, "--outdir", out, *size]
+        assert skyreels_upstream.main(script, given) == 0, flags
+        shown = " ".join([script, *(flag for flag in flags if flag.startswith("--"))])
+        report(folder.name, shown[:44], one_video(folder.parent / "result" / out), start=start)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "launcher"),
+    [
+        ("DF-1.3B-540P", "original", "vanilla"),  # one file, rates
+        ("DF-14B-720P", "original", "flowcache_fast"),  # shards with an index, bfloat16
+        ("I2V-14B-540P", "original", "teacache_fast"),  # CLIP
+        ("DF-14B-540P", "diffusers", "flowcache_kvcompress"),  # shards everywhere
+        ("I2V-1.3B-540P", "diffusers", None),  # CLIP, upstream's script
+    ],
+)
+def test_a_replica_of_skyreels_makes_a_video(
+    name: str,
+    layout: str,
+    launcher: str | None,
+    spiece: Path,
+    skyreels_launchers: Any,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (model,) = [each for each in SKYREELS if each.name == name]
+    folder = tmp_path / f"SkyReels-V2-{name}-{layout}"
+    write_skyreels(folder, model, spiece, layout=layout)
+    if launcher is None:
+        run_upstream_skyreels(folder, model, picture, monkeypatch)
+    else:
+        run_skyreels(folder, model, skyreels_launchers, picture, [launcher])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", SKYREELS, ids=lambda model: model.name)
+def test_every_command_runs_on_every_replica_of_skyreels(
+    model: SkyReels,
+    layout: str,
+    spiece: Path,
+    skyreels_launchers: Any,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = tmp_path / f"SkyReels-V2-{model.name}-{layout}"
+    write_skyreels(folder, model, spiece, layout=layout)
+    sys.stdout.write(f"{folder.name}: {', '.join(tree(folder))}\n")
+    run_skyreels(folder, model, skyreels_launchers, picture, RUNS)
+    run_upstream_skyreels(folder, model, picture, monkeypatch)
+
+
+# MAGI-1 -------------------------------------------------------------------------------------------
+
+METHODS = ("vanilla", "teacache", "flowcache")
+MODES = ("t2v", "i2v", "v2v")
+
+
+@pytest.fixture
+def magi_launchers(copy_launchers: Callable[..., Any]) -> Any:
+    names = ("MODEL", "PRESET", "PROMPT", "IMAGE", "VIDEO", "PREFIX_FRAMES", "HEIGHT", "WIDTH")
+    names += ("NUM_FRAMES", "NUM_STEPS", "WINDOW", "THRESHOLD", "TOTAL_CHUNKS", "SEED")
+    return copy_launchers(
+        MAGI_FOLDER,
+        ["scripts", "assets"],
+        pattern="scripts/single_run/{}.sh",
+        package="magi1",
+        variables=(*names, "SPECIAL_TOKENS", "GPUS", "OUT"),
+    )
+
+
+def run_magi(config: Path, launchers: Any, picture: Path, clip: Path, names: Sequence[str]) -> None:
+    """Run launchers on a replica."""
+    for name in names:
+        start, out = time.perf_counter(), config.parent.with_name(f"{config.stem}-{name}")
+        variables = {"MODEL": str(config), "PROMPT": PROMPT, "OUT": str(out)}
+        variables |= {"SPECIAL_TOKENS": str(config.parent / "example/assets/special_tokens.npz")}
+        variables |= {"IMAGE": str(picture), "VIDEO": str(clip)}
+        assert magi1.main(launchers.handed_on(name, **variables)) == 0, name
+        report(config.parent.name, f"single_run/{name}.sh", one_video(out), start=start)
+
+
+def run_upstream_magi(config: Path, picture: Path, clip: Path, modes: Sequence[str]) -> None:
+    """Run upstream's entry point."""
+    given = {"i2v": ["--image_path", str(picture)], "v2v": ["--prefix_video_path", str(clip)]}
+    for mode in modes:
+        start, out = time.perf_counter(), config.parent.with_name(f"{config.stem}-{mode}.mp4")
+        arguments = ["--config_file", str(config), "--mode", mode, "--prompt", PROMPT]
+        arguments += ["--output_path", str(out), *given.get(mode, [])]
+        tokens = f"special_tokens={config.parent}/example/assets/special_tokens.npz"
+        assert magi1_upstream.main([*arguments, tokens]) == 0, mode
+        report(config.parent.name, f"entry.py --mode {mode}", out, start=start)
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        ("4.5B_base", None),  # three passes, upstream's entry point
+        ("4.5B_distill_quant", "flowcache_t2v"),  # 8 bits, packed shards
+        ("24B_distill", "flowcache_i2v"),  # gated, half of the channels
+    ],
+)
+def test_a_replica_of_magi_makes_a_video(
+    name: str,
+    launcher: str | None,
+    spiece: Path,
+    magi_launchers: Any,
+    picture: Path,
+    clip: Path,
+    tmp_path: Path,
+):
+    config = write_magi(tmp_path / name, name, spiece, config=CONFIGS / f"{name}.json")
+    if launcher is None:
+        run_upstream_magi(config, picture, clip, ["v2v"])
+    else:
+        run_magi(config, magi_launchers, picture, clip, [launcher])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAGI)
+def test_every_command_runs_on_every_replica_of_magi(
+    name: str, spiece: Path, magi_launchers: Any, picture: Path, clip: Path, tmp_path: Path
+):
+    config = write_magi(tmp_path / name, name, spiece, config=CONFIGS / f"{name}.json")
+    sys.stdout.write(f"{name}: {', '.join(tree(config.parent))}\n")
+    names = [f"{method}_{mode}" for method in METHODS for mode in MODES]
+    run_magi(config, magi_launchers, picture, clip, names)
+    run_upstream_magi(config, picture, clip, MODES)
