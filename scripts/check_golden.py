@@ -14,9 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from golden import magi1, skyreels_v2
 from golden.case import Check, Kind, read_case
+
+from flowcache.cli import run_command
 
 KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS)
 ENDINGS = (".safetensors", ".json")
@@ -39,13 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
     if not paths:
         parser.error(f"{folder} holds no case files (*.safetensors, *.json)")
+    codes: list[int] = []
+    return run_command(lambda: codes.append(check(paths, folder=folder))) or codes[0]
+
+
+def check(paths: Sequence[Path], *, folder: Path) -> int:
+    """Compare all files, and print a table; return the exit code."""
     width = max(len(str(path.relative_to(folder).with_suffix(""))) for path in paths)
     total: Counter[str] = Counter()
     for path in paths:
         name = str(path.relative_to(folder).with_suffix(""))
-        for check in check_file(path, folder=folder):
-            print(row(name, check, width=width), flush=True)
-            total[check.status] += 1
+        for found in check_file(path, folder=folder):
+            print(row(name, found, width=width), flush=True)
+            total[found.status] += 1
     counts = ", ".join(f"{total[status]} {status}" for status in ("pass", "known", "fail"))
     print(f"{len(paths)} files, {total.total()} checks: {counts}")
     return 1 if total["fail"] else 0

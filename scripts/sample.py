@@ -16,6 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from sampling.claims import STALE_SECONDS
 from sampling.protocol import VIDEOS, Protocol, keep_protocol, read_protocol

@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from flowcache.cli import EXIT_USER_ERROR, run_command
 from flowcache.ending import END_SECONDS, rescue, undisturbed
 from flowcache.errors import UserError
