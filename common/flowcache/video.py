@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from flowcache.ending import Stopped, current, undisturbed
+from flowcache.ending import Ending, Stopped, current, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import check_writable, fresh_path, remove_stale_parts
 
@@ -118,7 +118,7 @@ class VideoWriter:
         self._overwrite = overwrite
         self._publishes = publishes
         self._keeps_partial = keeps_partial
-        self._ending = current()
+        self._ending: Ending | None = None
         before, after = f".{path.stem[:40]}.", ".part.mp4"
         remove_stale_parts(path.parent, before=before, after=after)
         self._part = path.with_name(f"{before}{os.getpid()}{after}")
@@ -136,6 +136,7 @@ class VideoWriter:
 
     def __enter__(self) -> "VideoWriter":
         """Return the writer; the encoder starts with the first frame."""
+        self._ending = current()
         if self._ending is not None and self._keeps_partial:
             self._ending.begin(self._part, self._partial_name())
         return self
