@@ -31,6 +31,7 @@ END_SECONDS = 60
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PROMPT = ("--prompt", "a red circle moving right on a black background")
 MAGI = ("runtime_config.num_frames=48", "runtime_config.num_steps=8")
+MODELS = ("FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
 LAUNCH = ("-m", "flowcache.launch", "2")
 PROMPTS = "a red circle moving right on a black background\na blue square\na green circle\n"
 
@@ -81,7 +82,7 @@ class Run:
     def start(self) -> "subprocess.Popen[str]":
         self.folder.mkdir(parents=True, exist_ok=True)
         self.said = (self.folder.parent / "said").open("w+")
-        code = [str(REPOSITORY / name) for name in ("common", "FlowCache4MAGI-1")]
+        code = [str(REPOSITORY / name) for name in ("common", *MODELS)]
         return subprocess.Popen(
             [sys.executable, *self.kind.arguments(self.folder)],
             env=os.environ
