@@ -3,7 +3,7 @@
 
 Processes share the work through the output folder alone: each takes the next video that nobody has
 claimed, so fast ones make more. Models are loaded once per process. Every NAME.mp4 gets a receipt,
-NAME.json, written last: settings, versions, statistics and the video's SHA-256. A second start
+NAME.json, written just before: settings, versions, statistics, the video's SHA-256. A second start
 makes only what has no valid receipt, whatever ended the first one; videos of another preset,
 model or setting are kept, and end it. A video that fails is recorded
 in NAME.error.json, the others go on; the next start tries it again.
@@ -60,7 +60,8 @@ EXAMPLES = """examples:
 Several machines: start the same command on each, with an output folder that all of them see.
 A video of VBench is named PROMPT-I.mp4, I = 0 .. per-prompt - 1, and made with the seed plus I.
 
-Exit code: 0; 1 if a video failed; 2 if something given is wrong or the disk is full.
+Exit code: 0; 1 if a video failed; 2 if something given is wrong or the disk is full; 128 + N after
+signal N, with one line, and the claims given back.
 """
 
 

@@ -8,7 +8,6 @@ import json
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import torch
 
+from flowcache.ending import temporary_folder
 from flowcache.errors import UserError
 from flowcache.tune import profile
 from flowcache.weights import StoredTensor, find_shards, load_into, match, read
@@ -132,8 +132,8 @@ def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
         if path.suffix != PACKED:
             yield from read([path])
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            unpacked = Path(folder) / path.stem
+        with temporary_folder() as folder:
+            unpacked = folder / path.stem
             _unpack(path, unpacked)
             for _, key, tensor in read([unpacked]):
                 yield StoredTensor(path, key, tensor)

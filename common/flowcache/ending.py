@@ -17,13 +17,16 @@ The state lives in the installed signal handler, of which a process has one.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator
@@ -49,6 +52,7 @@ AGAIN_SECONDS = 0.05
 OVER, LOST = b"\0", b"\xff"
 """What the watching thread is woken with, next to numbers of signals."""
 
+TEMPORARY = "flowcache-unpacked-"
 INTERRUPTED = "interrupted"
 ORPHANED = "the process that started this one has ended"
 
@@ -99,8 +103,8 @@ class Ending:
         self.number: int | None = None
         """The signal that came."""
         self.reason = INTERRUPTED
-        self.unfinished: dict[Path, Path] = {}
-        """File that is being written -> its name if it is never finished."""
+        self.unfinished: dict[Path, Path | None] = {}
+        """What is being written -> its name if it is never finished; None: it goes."""
         self.depth = 0
         """Of `undisturbed` sections."""
         self._starter = starter
@@ -182,11 +186,11 @@ class Ending:
         if self.number is not None:
             raise self._stopped()
 
-    def begin(self, part: Path, partial: Path) -> None:
-        """Note a file that is being written.
+    def begin(self, part: Path, partial: Path | None) -> None:
+        """Note a file or folder that is being written.
 
         Args:
-            partial: its name if it is never finished.
+            partial: its name if it is never finished; None: it is of no use then, and goes.
         """
         self.unfinished[part] = partial
         self._write_notes()
@@ -199,7 +203,9 @@ class Ending:
     def _write_notes(self) -> None:
         if self._starter is None or self._starter.notes is None:
             return
-        text = json.dumps([[str(part), str(name)] for part, name in self.unfinished.items()])
+        text = json.dumps(
+            [[str(part), name and str(name)] for part, name in self.unfinished.items()]
+        )
         os.ftruncate(self._starter.notes, 0)
         os.pwrite(self._starter.notes, text.encode(), 0)
 
@@ -280,11 +286,14 @@ def message(reason: str, kept: list[str]) -> str:
     return ": ".join(part for part in (reason, "; ".join(kept)) if part)
 
 
-def rescue(part: Path, partial: Path) -> str | None:
-    """Name an unfinished file, and say so; None: there is none.
+def rescue(part: Path, partial: Path | None) -> str | None:
+    """Name what is unfinished, and say so; None: there is nothing, or it was of no use.
 
     Example: `.a.4711.part.mp4` becomes `a.partial.mp4`.
     """
+    if partial is None:
+        shutil.rmtree(part, ignore_errors=True)
+        return None
     with contextlib.suppress(OSError):
         if part.stat().st_size > 0:
             target = fresh_path(partial.parent, partial.stem, partial.suffix)
@@ -332,3 +341,31 @@ def undisturbed() -> Generator[None, None, None]:
         ending.depth -= 1
         if not ending.depth and not had_number:
             ending.check()
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Generator[Path, None, None]:
+    """Make a folder for large temporary files, of which none outlives the next run.
+
+    It is gone at the end, and when a signal or an error ends the command. What a killed process
+    left is removed by the next one that makes such a folder: the system has dropped its lock.
+    """
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    made, ending = Path(tempfile.mkdtemp(prefix=f"new-{TEMPORARY}")), current()
+    folder = made.with_name(made.name.removeprefix("new-"))
+    try:
+        with (made / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made.rename(folder)  # under this name it is looked at, so not before it is locked
+            if ending is not None:
+                ending.begin(folder, None)
+            yield folder
+    finally:
+        for path in (made, folder):
+            shutil.rmtree(path, ignore_errors=True)
+        if ending is not None:
+            ending.finish(folder)

@@ -155,7 +155,7 @@ class Processes:
             unfinished = json.loads(self._notes.read() or b"[]")
         except ValueError:  # killed in the middle of a note
             return []
-        kept = [rescue(Path(part), Path(partial)) for part, partial in unfinished]
+        kept = [rescue(Path(part), name and Path(name)) for part, name in unfinished]
         return [sentence for sentence in kept if sentence is not None]
 
 

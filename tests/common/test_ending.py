@@ -259,3 +259,51 @@ def test_a_message_is_one_line():
     assert message("interrupted", []) == "interrupted"
     assert message("interrupted", ["a", "b"]) == "interrupted: a; b"
     assert message("", ["a"]) == "a"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_temporary_folder_does_not_stay(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = """
+def command(own):
+    with ending.temporary_folder() as folder:
+        (folder / "shard").write_text("large")
+        ready()
+        time.sleep(60)
+
+run(command)
+"""
+    first, second = start(code, tmp_path), start(code, tmp_path)
+    first.send_signal(number)
+    first.communicate(timeout=20)
+    assert len(list(tmp_path.iterdir())) == (2 if number == signal.SIGKILL else 1)
+    third = start(code, tmp_path)  # removes what was left, and nothing that is in use
+    assert len(list(tmp_path.glob("*/shard"))) == 2
+    for process in (second, third):
+        process.terminate()
+        process.communicate(timeout=20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_goes_where_the_command_waits_in_c_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = """
+def command(own):
+    mutex = ctypes.create_string_buffer(64)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    with ending.temporary_folder() as folder:
+        ready()
+        lock(mutex)
+
+run(command)
+"""
+    process = start(code, tmp_path)
+    time.sleep(0.5)  # until it waits
+    process.terminate()
+    assert process.communicate(timeout=20) == ("", "\ninterrupted\n")
+    assert list(tmp_path.iterdir()) == []
