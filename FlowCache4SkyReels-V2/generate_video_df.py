@@ -2,6 +2,10 @@
 
 import sys
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from skyreels_v2.upstream import main
 
 if __name__ == "__main__":

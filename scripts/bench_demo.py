@@ -21,6 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from benchmark import magi1, skyreels_v2
 from benchmark.budgets import read_budgets

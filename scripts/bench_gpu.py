@@ -22,6 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from gpu import growth, magi1, overhead, skyreels_v2
 from gpu.measure import Job, matrix_rate, measure

@@ -16,9 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from golden import magi1, skyreels_v2
 from golden.case import Check, Kind, read_case
+
+from flowcache.cli import run_command
+from flowcache.errors import UserError
 
 KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS)
 SELF_FORCING = frozenset({"frame_tokens", "flow_match", "frames_of_chunk"})
@@ -45,20 +52,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = [path for path in files if path.suffix in ENDINGS]
     if not paths:
         parser.error(f"{folder} holds no case files (*.safetensors, *.json)")
+    codes: list[int] = []
+    others = [str(path.relative_to(folder)) for path in files if path.suffix not in ENDINGS]
+    return run_command(lambda: codes.append(check(paths, others, folder=folder))) or codes[0]
+
+
+def check(paths: Sequence[Path], others: Sequence[str], *, folder: Path) -> int:
+    """Compare all files, and print a table; return the exit code.
+
+    Args:
+        others: names of files of the folder that are no cases.
+
+    Raises:
+        UserError: there is nothing to compare.
+    """
     width = max(len(str(path.relative_to(folder).with_suffix(""))) for path in paths)
     total, absent = Counter[str](), list[str]()
     for path in paths:
         name = str(path.relative_to(folder).with_suffix(""))
-        for check in check_file(path, folder=folder):
-            total[check.status] += 1
-            if check.status == "absent":
+        for found in check_file(path, folder=folder):
+            total[found.status] += 1
+            if found.status == "absent":
                 absent.append(name)
             else:
-                print(row(name, check, width=width), flush=True)
+                print(row(name, found, width=width), flush=True)
     not_compared = f"{', '.join(absent)}: {ABSENT}"
     if len(absent) == len(paths):
-        parser.error(f"nothing to compare in {folder}: {not_compared}")
-    others = [str(path.relative_to(folder)) for path in files if path.suffix not in ENDINGS]
+        raise UserError(f"nothing to compare in {folder}: {not_compared}")
     if others:
         print(f"no case files, not compared: {', '.join(others)}")
     if absent:

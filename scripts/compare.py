@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from tqdm import tqdm
 

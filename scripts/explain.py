@@ -16,6 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from explain_page.compare import Metrics, figure_rows, measure
 from explain_page.frames import read_clip
 from explain_page.page import headline, write_page

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
 from flowcache.flops import attention

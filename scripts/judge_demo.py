@@ -12,6 +12,10 @@ import json
 import sys
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from flowcache.cli import run_command
 from flowcache.demo.clips import Attributes, parse_caption
 from flowcache.demo.judge import ATTRIBUTE_NAMES, judge

@@ -28,6 +28,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from benchmark import magi1, skyreels_v2
 from figures.distances import draw_distances
 from figures.framework import draw_framework

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from golden.case import Case, read_case
 from golden.skyreels_v2_loops import build_dit

@@ -13,6 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from compare import make_network
 from sampling.evidence import JSON_FILE, Evidence, read_table, verify, write_table
 from sampling.figures import Judge

@@ -3,21 +3,24 @@
 
 Processes share the work through the output folder alone: each takes the next video that nobody has
 claimed, so fast ones make more. Models are loaded once per process. Every NAME.mp4 gets a receipt,
-NAME.json, written last: settings, versions, statistics and the video's SHA-256. A second start
+NAME.json, written just before: settings, versions, statistics, the video's SHA-256. A second start
 makes only what has no valid receipt, whatever ended the first one; videos of another preset,
 model or setting are kept, and end it. A video that fails is recorded
 in NAME.error.json, the others go on; the next start tries it again.
 """
 
 import argparse
-import signal
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
 
 import torch
-from accelerate import PartialState
 from sampling.claims import STALE_SECONDS
 from sampling.protocol import VIDEOS, Protocol, keep_protocol, read_protocol
 from sampling.quiet import warned_once
@@ -32,11 +35,14 @@ from sampling.sources import (
 from sampling.tasks import FAMILIES, Kind, Origin, Task, check_names
 from sampling.worker import Worker, say_failures
 
-from flowcache.cli import Parser, run_command
+from flowcache.cli import Parser, choose_device, run_command
 from flowcache.errors import UserError
 from flowcache.files import check_writable
+from flowcache.ranks import Place
+from flowcache.settings import MAX_SEED
 
 EXIT_SOME_FAILED = 1
+MAX_PER_PROMPT = 10_000
 
 DEFAULTS = {"preset": "flowcache_fast", "seed": 0, "per_prompt": 1}
 """What a protocol says itself."""
@@ -46,7 +52,7 @@ EXAMPLES = """examples:
   python scripts/sample.py magi1 --vbench VBench/prompts --dimensions color,scene --per-prompt 5 \\
       --out result/vbench
   python scripts/sample.py magi1 --physics-iq physics-IQ --out result/physics prefix_frames=72
-  accelerate launch --multi_gpu --num_processes 8 scripts/sample.py skyreels_v2 \\
+  python -m flowcache.launch 8 scripts/sample.py skyreels_v2 \\
       --model /data/SkyReels-V2-DF-1.3B-540P --vbench VBench/prompts --out /shared/vbench
   python scripts/sample.py --protocol scripts/protocols/skyreels_v2_demo.yaml \\
       --out result/reproduce_skyreels_v2
@@ -54,7 +60,8 @@ EXAMPLES = """examples:
 Several machines: start the same command on each, with an output folder that all of them see.
 A video of VBench is named PROMPT-I.mp4, I = 0 .. per-prompt - 1, and made with the seed plus I.
 
-Exit code: 0; 1 if a video failed; 2 if something given is wrong or the disk is full.
+Exit code: 0; 1 if a video failed; 2 if something given is wrong or the disk is full; 128 + N after
+signal N, with one line, and the claims given back.
 """
 
 
@@ -127,8 +134,7 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
         raise UserError("--num-prompts is of a protocol's prompts: leave it out")
     if family not in FAMILIES:
         raise UserError(f"the first argument must be {' or '.join(FAMILIES)}, not {family}")
-    if options.per_prompt < 1:
-        raise UserError(f"--per-prompt must be 1 or more, not {options.per_prompt}")
+    check_numbers(options)
     template = Task(
         name="",
         family=family,
@@ -149,7 +155,25 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def place(options: argparse.Namespace) -> Path:
+def check_numbers(options: argparse.Namespace) -> None:
+    """Check the numbers of an own list.
+
+    Raises:
+        UserError: one is too small or too large.
+    """
+    if not 1 <= options.per_prompt <= MAX_PER_PROMPT:
+        raise UserError(
+            f"--per-prompt must be 1 to {MAX_PER_PROMPT}, not {options.per_prompt}: give more "
+            "prompts, or start again with another --seed"
+        )
+    last = MAX_SEED - (options.per_prompt - 1)
+    if not 0 <= options.seed <= last:
+        raise UserError(
+            f"--seed must be 0 to {last}, so that that of every video is a seed, not {options.seed}"
+        )
+
+
+def prepare_folder(options: argparse.Namespace) -> Path:
     """Return the folder of the videos; that of a protocol gets its copy first.
 
     Raises:
@@ -181,36 +205,38 @@ def check_kinds(
 
 def execute(options: argparse.Namespace) -> int:
     """Make everything; return the exit code."""
+    if not options.stale_after > 0 or math.isinf(options.stale_after):
+        raise UserError(f"--stale-after must be above 0 seconds, not {options.stale_after:g}")
     tasks = list_tasks(options)
-    out = place(options)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    renderer = Renderer(str(state.device))
+    out = prepare_folder(options)
+    place = Place.of(os.environ)
+    renderer = Renderer(_device(place))
     protocol = None if options.protocol is None else read_protocol(options.protocol)
     origins = check_kinds(tasks, renderer, protocol)
     worker = Worker(tasks, out, renderer.render, origins, stale_seconds=options.stale_after)
-    try:
-        with warned_once(f"{family}.run" for family in FAMILIES):
-            failures = worker.run(first=state.process_index * len(tasks) // state.num_processes)
-    finally:
-        state.destroy_process_group()
-    if state.is_main_process:
+    with warned_once(f"{family}.run" for family in FAMILIES):
+        failures = worker.run(first=place.rank * len(tasks) // place.size)
+    if place.rank == 0:
         done = len(tasks) - len(failures)
         print(f"{done} of {len(tasks)} videos are complete in {out}")
         say_failures(failures)
     # all know all failures; one that ended with an error would make the launcher end the others
     # before the main one has listed them
-    return EXIT_SOME_FAILED if failures and state.is_main_process else 0
+    return EXIT_SOME_FAILED if failures and place.rank == 0 else 0
 
 
-def stop(_number: int, _frame: object) -> NoReturn:
-    """End as by Ctrl-C, so that claims are given back."""
-    raise KeyboardInterrupt
+def _device(place: Place) -> str:
+    """Return the device of this process, as the setting `device`: each has a GPU of its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    device = choose_device("cuda", local_rank=place.shared_rank)
+    torch.cuda.set_device(device)
+    return str(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = make_parser().parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, stop)
     codes: list[int] = []
     return run_command(lambda: codes.append(execute(options))) or codes[0]
 

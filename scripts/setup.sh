@@ -9,6 +9,13 @@
 #
 #   FLOWCACHE_VENV   folder of the environment (default: .venv beside the README)
 #   PYTHON           interpreter to make it with (default: the first Python >= 3.10 found)
+#
+# Only an environment that this clone made is ever emptied. In one that FLOWCACHE_VENV names:
+#
+#   another clone works in it, versions as pinned here   it is left as it is, and this clone's code
+#                                                        comes first by PYTHONPATH
+#   nobody does, no version differs from the pins here   this clone is installed into it
+#   versions differ                                      one line, exit code 2
 
 flowcache_root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 flowcache_venv="${FLOWCACHE_VENV:-$flowcache_root/.venv}"
@@ -36,23 +43,45 @@ if [[ -z "${FLOWCACHE_VENV:-}" ]]; then
     unset flowcache_candidate
 fi
 
-# Prints what the stamp must hold. A moved environment does not work, so the folders are part of it.
+# Prints what the stamp must hold after its first line, the clone. A moved environment does not work,
+# so its folder is part of it.
 flowcache_wanted() {
-    printf '%s\n' "$flowcache_root" "$flowcache_venv"
+    printf '%s\n' "$flowcache_venv"
     cat "$flowcache_root/constraints.txt" "$flowcache_root/pyproject.toml"
 }
 
+# Reads the stamp: flowcache_clone is the clone that it names, flowcache_stamp the rest.
+flowcache_read_stamp() {
+    flowcache_clone='' flowcache_stamp=''
+    [[ -f "$flowcache_venv/flowcache.stamp" ]] || return 0
+    flowcache_stamp="$(<"$flowcache_venv/flowcache.stamp")"
+    flowcache_clone="${flowcache_stamp%%$'\n'*}"
+    flowcache_stamp="${flowcache_stamp#*$'\n'}"
+}
+
+# one name for one folder, however it is written
+[[ ! -d "$flowcache_venv" ]] || flowcache_venv="$(CDPATH='' cd -- "$flowcache_venv" && pwd -P)"
+flowcache_read_stamp
+[[ -z "$flowcache_is_active" ]] || flowcache_clone="$flowcache_root"
 if [[ -z "$flowcache_is_active" ]] &&
-    [[ ! -x "$flowcache_venv/bin/python" || ! -f "$flowcache_venv/flowcache.stamp" ||
-        "$(flowcache_wanted)" != "$(<"$flowcache_venv/flowcache.stamp")" ]]; then
+    [[ ! -x "$flowcache_venv/bin/python" || "$(flowcache_wanted)" != "$flowcache_stamp" ]]; then
     # A failure ends a launcher (set -e) with the installer's status, and leaves a terminal open.
     bash "$flowcache_root/scripts/install.sh" "$flowcache_root" "$flowcache_venv" || {
         flowcache_status=$?
         return "$flowcache_status" 2>/dev/null || exit "$flowcache_status"
     }
+    flowcache_read_stamp
+fi
+
+if [[ "$flowcache_clone" != "$flowcache_root" ]]; then
+    for flowcache_part in FlowCache4SkyReels-V2 FlowCache4MAGI-1 common; do
+        PYTHONPATH="$flowcache_root/$flowcache_part${PYTHONPATH:+:$PYTHONPATH}"
+    done
+    export PYTHONPATH
+    unset flowcache_part
 fi
 
 [[ "$flowcache_venv" == "${CONDA_PREFIX:-}" ]] || export VIRTUAL_ENV="$flowcache_venv"
 export PATH="$flowcache_venv/bin:$PATH"
-unset PYTHONHOME flowcache_root flowcache_venv flowcache_is_active
-unset -f flowcache_wanted flowcache_in
+unset PYTHONHOME flowcache_root flowcache_venv flowcache_is_active flowcache_clone flowcache_stamp
+unset -f flowcache_in flowcache_wanted flowcache_read_stamp

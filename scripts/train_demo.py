@@ -18,9 +18,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import torch
 from training import magi1, skyreels_v2
 from training.work import Recipe, Work, write_record
+
+from flowcache.cli import run_command
 
 logger = logging.getLogger("train_demo")
 RECIPES: Mapping[str, Recipe] = {"magi1": magi1.RECIPE, "skyreels_v2": skyreels_v2.RECIPE}
@@ -35,9 +41,14 @@ STEP_NAMES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages asked for."""
+    """Run the command line; return the exit code."""
     options = parse_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    return run_command(lambda: train(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run the stages asked for."""
     torch.set_num_threads(options.threads)
     recipe = RECIPES[options.model]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
             write_record(work, recipe, folder, model=options.model, parts=parts, note=options.note)
         else:
             recipe.stages[stage](work)
-    return 0
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

@@ -19,6 +19,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from figures.reuse import draw_tuning
 from tuning import magi1, skyreels_v2
 from tuning.findings import (

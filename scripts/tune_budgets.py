@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 import tune
 from benchmark import magi1, skyreels_v2
 from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets

@@ -43,6 +43,10 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}: {capability}, threads: {NUM_THREADS}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=12, help="how often test_kills.py kills (12)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

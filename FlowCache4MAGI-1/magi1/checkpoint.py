@@ -6,7 +6,6 @@ VAE's own. Shards may be compressed (`NAME.safetensors.zst`); they are unpacked 
 
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import zstandard
 
 from flowcache.cli import gigabytes
+from flowcache.ending import temporary_folder
 from flowcache.errors import UserError
 from flowcache.files import parse_json
 from flowcache.tokenizer import tokenizer_files
@@ -128,8 +128,8 @@ def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
         if path.suffix != PACKED:
             yield from read([path])
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            unpacked = Path(folder) / path.stem
+        with temporary_folder() as folder:
+            unpacked = folder / path.stem
             _unpack(path, unpacked)
             for _, key, tensor in read([unpacked]):
                 yield StoredTensor(path, key, tensor)

@@ -103,6 +103,8 @@ class Job:
     replay: Record | None
     ranks: Ranks
     """The processes that make the video; before `run` their layout only."""
+    keeps_partial: bool = True
+    """Whether the frames of an unfinished video are kept."""
 
     @property
     def placed(self) -> RunConfig:
@@ -463,7 +465,13 @@ def render(
         return follow(shown, stats=stats, ranks=job.ranks)
     return write_run(
         shown,
-        Target(job.path, job.overwrite, fps=run_config.fps, size=size),
+        Target(
+            job.path,
+            job.overwrite,
+            fps=run_config.fps,
+            size=size,
+            keeps_partial=job.keeps_partial,
+        ),
         stats=stats,
         ranks=job.ranks,
         num_ticks=job.plan.num_ticks,

@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Sequence
 
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
+
 from flowcache.cli import overrides_of, run_command, run_parser
 from flowcache.config import describe as describe_keys
 from flowcache.parallel import run_in_ranks

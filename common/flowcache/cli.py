@@ -1,6 +1,7 @@
 """What every model's command line shares: arguments, exit codes, device, output name, progress."""
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -13,10 +14,11 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
+from flowcache.ending import Ending, Stopped
 from flowcache.errors import UserError
 from flowcache.files import fresh_path
 from flowcache.precision import set_allocator
-from flowcache.ranks import Place
+from flowcache.ranks import Place, starter_of
 from flowcache.stats import RunStats
 
 EXIT_USER_ERROR = 2
@@ -34,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and end; of several processes one says it."""
-        if Place.of(os.environ).rank:
+        if os.environ.get("RANK", "0").strip("0"):
             self.exit()
         self.exit(EXIT_USER_ERROR, f"error: {message} (--help says what can be given)\n")
 
@@ -121,17 +123,24 @@ def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[s
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; return its exit code.
 
-    A mistake of the user is one line on standard error and exit code 2.
+    A mistake of the user is one line on standard error and exit code 2; a signal is one line and
+    128 + its number.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "httpx2", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        command()
+        place = Place.of(os.environ)
+        with Ending(starter_of(os.environ, place), is_first=place.rank == 0):
+            command()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER_ERROR
+    except Stopped as stopped:
+        with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            sys.stderr.write(f"{stopped}\n" if str(stopped) else "")
+        return stopped.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED

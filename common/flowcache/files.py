@@ -142,9 +142,10 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(stream.fileno())  # else a power cut may leave an empty file of that name
         os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is there after an error or a signal only
+            part.unlink()
 
 
 def _json(value: Any, *, indent: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.compiling import Compilation
+from flowcache.ending import check_stopped, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
 from flowcache.overlap import Later, lane_for
@@ -59,6 +60,8 @@ class Target:
     fps: int
     size: tuple[int, int]
     """Height and width in pixels."""
+    keeps_partial: bool = True
+    """Whether the frames of an unfinished video are kept."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
 def follow(shown: Iterable[Shown], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
     """Carry out a pipeline in a process that writes nothing; return nothing."""
     for _ in shown:
-        pass
+        check_stopped()
     traced_by_all(stats, ranks)
     return {}
 
@@ -226,6 +229,8 @@ def write_run(
         size=target.size,
         quality=VIDEO_QUALITY,
         overwrite=target.overwrite,
+        publishes=False,
+        keeps_partial=target.keeps_partial,
     )
     first: list[float] = []
 
@@ -240,6 +245,7 @@ def write_run(
             if before is not None:
                 writer.append(before)
             for progress in shown:
+                check_stopped()
                 bar.update(stats, num_finished=len(progress.tick.finishing))
                 if progress.later is not None:
                     written.submit(partial(write, progress.later))
@@ -265,7 +271,7 @@ def write_run(
         "environment": surroundings,
         "stats": stats.to_dict(),
     }
-    write_json(writer.path.with_suffix(".json"), report)
+    record = None
     if traced is not None:
         record = build_record(
             stats,
@@ -280,7 +286,11 @@ def write_run(
             environment=surroundings,
             chunk_frames=facts.chunk_frames,
         )
-        write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
+    with undisturbed():  # the video goes last: one that has its name has its JSON, too
+        write_json(writer.path.with_suffix(".json"), report)
+        if record is not None:
+            write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
+        writer.publish()
     logger.info("%s", stats.summary())
     logger.info(
         "wrote         %s: %d frames of %dx%d at %d fps, and %s",
@@ -296,6 +306,9 @@ def write_run(
 
 def collect(shown: Iterable[Shown], stats: RunStats) -> Clip:
     """Carry out a pipeline and keep its frames in memory."""
-    laters = (progress.later for progress in shown)
-    parts = [to_uint8(later.get()).cpu() for later in laters if later is not None]
+    parts: list[Tensor] = []
+    for progress in shown:
+        check_stopped()
+        if progress.later is not None:
+            parts.append(to_uint8(progress.later.get()).cpu())
     return Clip(torch.cat(parts), stats)

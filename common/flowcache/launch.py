@@ -1,48 +1,175 @@
 """Start the processes of a run on this machine: `python -m flowcache.launch 4 -m magi1 ARGUMENTS`.
 
-This is `torchrun --standalone --nproc_per_node=4 -m magi1 ARGUMENTS`, but what is wrong with the
-arguments is told in one line, without torchrun's account of how its processes ended.
+This is `torchrun --standalone --nproc_per_node=4 -m magi1 ARGUMENTS` with three differences. All
+sockets listen on the loopback interface only. Whatever ends the run is one line, without an account
+of several programs. What a killed process was writing keeps its frames as `NAME.partial.mp4`.
 """
 
-import logging
+import contextlib
+import json
 import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from flowcache.starting import start_quietly
+
+start_quietly(__name__)
 
 from flowcache.cli import EXIT_USER_ERROR, run_command
+from flowcache.ending import END_SECONDS, rescue, undisturbed
 from flowcache.errors import UserError
+from flowcache.parallel import EXIT_LOST
+from flowcache.ranks import LAUNCHER, PATIENCE, TIMEOUT
 
-REPORTER = "torch.distributed.elastic.multiprocessing.api"
-"""Logs that a process failed, which `ChildFailedError` tells, too."""
+POLL_SECONDS = 0.05
+SETTLE_SECONDS = 0.5
+"""After the first failure, until those that have to do with it have failed, too."""
+KILL_SECONDS = END_SECONDS + 10
+"""Between the request to end and SIGKILL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the processes and wait for them; return the exit code (2: something given is wrong).
+    """Start the processes and wait for them; return the exit code.
 
-    Raises:
-        ChildFailedError: a process ended for another reason.
+    It is 0, 2 (something given is wrong), 128 + N where signal N ended this or a process, else that
+    of the process which failed.
     """
     num, *command = (sys.argv[1:] if arguments is None else arguments) or [""]
-    if not num.isdecimal() or int(num) < 1:
-        return run_command(lambda: refuse(num))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does, too, and warns of it
-    logging.getLogger(REPORTER).setLevel(logging.CRITICAL)
-    try:
-        run(parse_args(["--standalone", f"--nproc_per_node={num}", *command]))
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        if first.exitcode != EXIT_USER_ERROR:
-            raise
-        return EXIT_USER_ERROR  # the process has said why
-    return 0
+    codes: list[int] = []
+    return run_command(lambda: codes.append(launch(num, command))) or codes[0]
 
 
-def refuse(num: str) -> None:
-    """Refuse a number of processes."""
-    raise UserError(f"GPUS={num} must be a whole number of processes, 1 or more")
+def launch(num: str, command: Sequence[str]) -> int:
+    """Run a command in several processes; return the exit code.
+
+    Args:
+        num: how many.
+        command: what follows `python`.
+
+    Raises:
+        UserError: that is no number, or there is no command.
+    """
+    if not (num.isascii() and num.isdecimal() and 0 < int(num[:9]) < 10_000):
+        raise UserError(f"GPUS={num} must be a whole number of processes, 1 or more")
+    if not command:
+        raise UserError("nothing to start: give a module or a script, as in 2 -m magi1 --help")
+    with Processes(int(num)) as processes:
+        processes.start(command)
+        return processes.wait()
+
+
+@dataclass
+class Processes:
+    """The processes of a run, as a context at whose end none is left."""
+
+    num: int
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _notes: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+
+    def __enter__(self) -> "Processes":
+        """Return the processes; none runs yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what runs, and keep what it was writing."""
+        with undisturbed():
+            self._end()
+            for sentence in self._rescue():
+                sys.stderr.write(f"{sentence}\n")
+            self._notes.close()
+
+    def start(self, command: Sequence[str]) -> None:
+        """Start all of them."""
+        with socket.create_server(("127.0.0.1", 0)) as meeting:
+            own = (self._notes.fileno(), meeting.fileno())
+            shared = {
+                "WORLD_SIZE": str(self.num),
+                "LOCAL_WORLD_SIZE": str(self.num),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(meeting.getsockname()[1]),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+                LAUNCHER: ",".join(map(str, (os.getpid(), *own))),
+            }
+            for rank in range(self.num):
+                with undisturbed():
+                    process = subprocess.Popen(
+                        [sys.executable, "-u", *command],
+                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        pass_fds=own if rank == 0 else (),
+                        start_new_session=True,  # Ctrl-C reaches the launcher alone
+                    )
+                    self.running.append(process)
+
+    def wait(self) -> int:
+        """Wait until all have ended or one failed; say why that did; return the exit code."""
+        while None in (codes := self._codes()) and not any(codes):
+            time.sleep(POLL_SECONDS)
+        if not any(codes):
+            return 0
+        time.sleep(SETTLE_SECONDS)
+        codes = self._codes()
+        rank = min(range(self.num), key=lambda rank: _blame(codes[rank]))
+        code = codes[rank] or 0
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (by the system, if memory was short)" if -code == signal.SIGKILL else ""
+            _say(f"process {rank} of {self.num} was ended by {name}{hint}, so the others end, too")
+            return 128 - code
+        if code == EXIT_LOST:
+            _say(
+                f"process {rank} of {self.num} lost contact with the others, of which one hangs: "
+                f"an exchange may take {TIMEOUT.seconds} seconds, loading {PATIENCE.seconds // 60} "
+                "minutes; look at memory and disk, and start again"
+            )
+        elif code != EXIT_USER_ERROR:  # which the process has explained
+            _say(f"process {rank} of {self.num} ended with exit code {code}; why stands above")
+        return code
+
+    def _codes(self) -> list[int | None]:
+        return [process.poll() for process in self.running]
+
+    def _end(self) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + KILL_SECONDS
+        for process in self.running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
+            process.wait()
+
+    def _rescue(self) -> list[str]:
+        """Name what a process was writing that had no time to do so itself."""
+        self._notes.seek(0)
+        try:
+            unfinished = json.loads(self._notes.read() or b"[]")
+        except ValueError:  # killed in the middle of a note
+            return []
+        kept = [rescue(Path(part), name and Path(name)) for part, name in unfinished]
+        return [sentence for sentence in kept if sentence is not None]
+
+
+def _blame(code: int | None) -> int:
+    """Order exit codes by how near to the cause they are: killed, wrong input, failed, lost."""
+    if code is None or code == 0:
+        return 4
+    if code < 0:
+        return 0
+    return {EXIT_USER_ERROR: 1, EXIT_LOST: 3}.get(code, 2)
+
+
+def _say(reason: str) -> None:
+    sys.stderr.write(f"error: {reason}\n")
 
 
 if __name__ == "__main__":

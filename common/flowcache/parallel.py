@@ -2,19 +2,20 @@
 
 import logging
 import os
-import signal
-from collections.abc import Callable, Generator, Sequence
+import socket
+import sys
+from collections.abc import Callable, Generator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import cast
 
 import torch.distributed as dist
 
-from flowcache.cli import EXIT_INTERRUPTED, run_command
+from flowcache.cli import run_command
 from flowcache.errors import UserError
 from flowcache.ranks import (
+    LAUNCHER,
     PATIENCE,
     TIMEOUT,
     Group,
@@ -26,8 +27,8 @@ from flowcache.ranks import (
     contact,
 )
 
-EXIT_LOST = 1
-EXIT_TERMINATED = 143
+EXIT_LOST = 75
+"""Of a process whose others ended or hang; by convention: to try again may help."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,18 @@ def joined(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ranks, No
         timeout: how long to wait for them, now and whenever something is exchanged.
 
     Raises:
+        UserError: it is not said where to meet.
         LostProcessError: one did not come in time.
     """
     if place.size == 1:
         yield Ranks()
         return
     with contact():
-        dist.init_process_group("gloo", timeout=timeout)
+        # None: by the environment, which torchrun sets
+        store = _meeting(place, os.environ, timeout=timeout)
+        dist.init_process_group(
+            "gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout
+        )
         every = dist.new_group(timeout=PATIENCE, backend="gloo")
     everyone = Group(place.rank, place.size, dist.group.WORLD)
     patient = Group(place.rank, place.size, cast("dist.ProcessGroup", every))
@@ -167,35 +173,87 @@ def joined(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ranks, No
     dist.destroy_process_group()  # not after an error: it would wait for those that are lost
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _meeting(
+    place: Place, variables: MutableMapping[str, str], *, timeout: timedelta
+) -> dist.TCPStore | None:
+    """Return where the processes meet, None: where torchrun listens.
+
+    On one machine all of them talk through the loopback interface; left to themselves PyTorch's
+    store, gloo and NCCL listen on every one.
+
+    Raises:
+        UserError: it is not said where to meet.
+    """
+    host, port = variables.get("MASTER_ADDR", ""), variables.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or not 0 < int(port[:9]) < 2**16:
+        raise UserError(
+            f"RANK={place.rank} and WORLD_SIZE={place.size} are in the environment, but "
+            f"MASTER_ADDR={host} and MASTER_PORT={port} name no place to meet: start several "
+            "processes by torchrun, or unset RANK and WORLD_SIZE for one"
+        )
+    is_local = host in LOOPBACK or variables.get("LOCAL_WORLD_SIZE") == str(place.size)
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if is_local and loopback is not None:
+        for library in ("GLOO", "NCCL"):
+            variables.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+    if host not in LOOPBACK or variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    listener: int | None = None
+    if place.rank == 0 and LAUNCHER in variables:
+        listener = int(variables[LAUNCHER].split(",")[2])
+    elif place.rank == 0:
+        listener = _listen(host, int(port))
+    return dist.TCPStore(
+        host,
+        int(port),
+        place.size,
+        place.rank == 0,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+def _listen(host: str, port: int) -> int:
+    """Return the descriptor of a socket that listens at an address of this machine only."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family).detach()
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={host} MASTER_PORT={port}: no place to meet ({error.strerror}): choose "
+            "another port"
+        ) from None
+
+
 def run_in_ranks(command: Callable[[Ranks], None]) -> int:
     """Run a command in each process that torchrun started; return the exit code.
 
-    The first process speaks for all. One that is asked to end puts its files in order first.
+    The first process speaks for all.
     """
-    place = Place.of(os.environ)
-    if place.size == 1:
-        return run_command(lambda: command(Ranks()))
-    signal.signal(signal.SIGTERM, _terminated)
+    codes: list[int] = []
+    code = run_command(lambda: codes.append(_join_and_run(command, Place.of(os.environ))))
+    code = code or codes[0]
+    if code and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # an ordinary end would wait for processes that are lost
+    return code
+
+
+def _join_and_run(command: Callable[[Ranks], None], place: Place) -> int:
     if place.rank:
         logging.disable(logging.WARNING)
-    return run_command(lambda: _join_and_run(command, place))
-
-
-def _join_and_run(command: Callable[[Ranks], None], place: Place) -> None:
     try:
         with joined(place) as ranks:
             command(ranks)
     except ToldElsewhereError:
-        raise SystemExit(0) from None
+        return 0
     except LostProcessError as error:
-        if place.rank:
-            raise SystemExit(EXIT_LOST) from None
-        raise UserError(str(error)) from None
-    except KeyboardInterrupt:
-        if place.rank:
-            raise SystemExit(EXIT_INTERRUPTED) from None
-        raise
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+        if place.rank == 0 and LAUNCHER not in os.environ:  # else the launcher says it
+            sys.stderr.write(f"error: {error}\n")
+        return EXIT_LOST
+    return 0

@@ -16,6 +16,8 @@ all of them: the processes above have the shares 0 to 3.
 
 import math
 import os
+import signal
+import socket
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowcache.ending import ORPHANED, Starter, Stopped
 from flowcache.errors import UserError
 from flowcache.reuse import Decision, ReusePolicy
 from flowcache.schedule import Tick
@@ -62,11 +65,69 @@ class Place:
 
     @classmethod
     def of(cls, variables: Mapping[str, str]) -> "Place":
-        """Read what torchrun tells its processes; without it there is one process."""
-        return cls(*(int(variables.get(n, d)) for n, d in _VARIABLES.items()))
+        """Read what torchrun tells its processes; without it there is one process.
+
+        Raises:
+            UserError: the variables contradict each other, or are no numbers.
+        """
+        read = {name: variables.get(name, "") for name in _VARIABLES}
+        for name, text in read.items():
+            if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
+                raise UserError(
+                    f"{name}={text[:40]} in the environment must be a whole number, 0 or more: "
+                    f"{_UNSET}"
+                )
+        if not read["RANK"] and int(read["WORLD_SIZE"] or 1) != 1:
+            raise UserError(
+                f"WORLD_SIZE={read['WORLD_SIZE']} is in the environment, but no RANK: {_UNSET}"
+            )
+        rank, size = int(read["RANK"] or 0), int(read["WORLD_SIZE"] or 1)
+        place = cls(rank, size, int(read["LOCAL_RANK"] or 0))
+        for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+            if value >= size:
+                raise UserError(
+                    f"{name}={value} in the environment must be below WORLD_SIZE={size}: {_UNSET}"
+                )
+        return place
 
 
-_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_UNSET = "unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process, else start it by torchrun"
+
+LAUNCHER = "FLOWCACHE_LAUNCHER"
+"""Variable by which `flowcache.launch` says its process number and two descriptors of the first
+process: its notes, see `Starter`, and the socket at which the processes meet."""
+
+
+def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:
+    """Return the process that started this one as one of several; None: this one is alone.
+
+    Raises:
+        Stopped: it has ended already.
+    """
+    if LAUNCHER in variables:
+        pid, notes, _ = map(int, variables[LAUNCHER].split(","))
+        starter = Starter(pid, says_why=True, notes=notes if place.rank == 0 else None)
+    elif place.size > 1 or "TORCHELASTIC_RUN_ID" in variables:
+        starter = Starter(os.getppid())
+    else:
+        return None
+    is_torchrun = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if starter.pid != os.getppid() or (is_torchrun and not _is_there(variables)):
+        raise Stopped(signal.SIGTERM, "" if place.rank else ORPHANED)
+    return starter
+
+
+def _is_there(variables: Mapping[str, str]) -> bool:
+    """Tell whether torchrun still listens; it may have ended while Python started here."""
+    try:
+        address = (variables["MASTER_ADDR"], int(variables["MASTER_PORT"]))
+        socket.create_connection(address, timeout=TIMEOUT.total_seconds()).close()
+    except ConnectionRefusedError:
+        return False
+    except (OSError, KeyError, ValueError):
+        return True  # not known
+    return True
 
 
 @dataclass(frozen=True)

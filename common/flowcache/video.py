@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flowcache.ending import Ending, Stopped, current, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import check_writable, fresh_path, remove_stale_parts
 
@@ -67,6 +68,9 @@ class VideoWriter:
     Until the end the frames are in `.NAME.PID.part.mp4` in the same folder. If the body raises (or
     is interrupted), the frames so far become `STEM.partial.mp4`; see `partial_path`. What a killed
     process left is removed by a later writer of that name; see `remove_stale_parts`.
+
+    With `publishes=False` a complete file keeps that name until `publish`, so that what has to lie
+    next to the video can be written first.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class VideoWriter:
         quality: int = 8,
         is_lossless: bool = False,
         overwrite: bool = False,
+        publishes: bool = True,
+        keeps_partial: bool = True,
     ) -> None:
         """Check what can be checked before the first frame exists.
 
@@ -88,6 +94,8 @@ class VideoWriter:
             quality: 1 (small) to 10 (constant rate factor 0); 8 is factor 10.
             is_lossless: store the exact RGB values (H.264 4:4:4; few players show it).
             overwrite: replace an existing file.
+            publishes: give the file its name at the end of the context; else `publish` does.
+            keeps_partial: keep the frames of an unfinished video.
 
         Raises:
             UserError: the size, rate, quality or name is not possible, the file exists, or the
@@ -113,6 +121,9 @@ class VideoWriter:
         self.partial_path: Path | None = None
         self._size = size
         self._overwrite = overwrite
+        self._publishes = publishes
+        self._keeps_partial = keeps_partial
+        self._ending: Ending | None = None
         before, after = f".{path.stem[:40]}.", ".part.mp4"
         remove_stale_parts(path.parent, before=before, after=after)
         self._part = path.with_name(f"{before}{os.getpid()}{after}")
@@ -132,6 +143,9 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         """Return the writer; the encoder starts with the first frame."""
+        self._ending = current()
+        if self._ending is not None and self._keeps_partial:
+            self._ending.begin(self._part, self._partial_name())
         return self
 
     def append(self, frames_THW3: Pixels | torch.Tensor) -> None:
@@ -146,11 +160,12 @@ class VideoWriter:
             wanted = f"uint8 [T, {self._size[0]}, {self._size[1]}, 3]"
             raise ValueError(f"frames must be {wanted}, got {frames.dtype} {list(frames.shape)}")
         try:
-            if self.num_frames == 0 and len(frames):
-                self._encoder.send(None)
-            for frame in frames:
-                self._encoder.send(frame)
-                self.num_frames += 1
+            with undisturbed():  # imageio ends the encoder at once if a signal meets it here
+                if self.num_frames == 0 and len(frames):
+                    self._encoder.send(None)
+                for frame in frames:
+                    self._encoder.send(frame)
+                    self.num_frames += 1
         except OSError as error:
             raise UserError(self._failure(str(error).partition("\n")[0])) from None
 
@@ -161,20 +176,60 @@ class VideoWriter:
         trace: TracebackType | None,
     ) -> None:
         """Finish the file and give it its name: the result's, or a partial one after an error."""
+        with undisturbed():
+            self._finish(error)
+
+    def publish(self) -> None:
+        """Give a complete file its name.
+
+        Raises:
+            UserError: a file of that name appeared meanwhile; the video is kept as a partial one.
+        """
+        if self.path.exists() and not self._overwrite:
+            self._keep(None, self.num_frames)
+            self._end()
+            raise UserError(f"{self.path} appeared meanwhile and is kept: see {self.partial_path}")
+        os.replace(self._part, self.path)
+        self._end()
+
+    def _finish(self, error: BaseException | None) -> None:
         self._encoder.close()
         num_written = _num_decodable(self._part) if self._part.exists() else 0
-        if kind is None and self.num_frames == 0:
+        if error is None and self.num_frames == 0:
+            self._end()
             raise UserError(f"{self.path}: no frame was written")
-        if kind is None and num_written == self.num_frames:
-            self.path = _settle(self._part, self.path, overwrite=self._overwrite)
+        if error is None and num_written == self.num_frames:
+            if not self._overwrite:  # another run may have taken the name
+                self.path = fresh_path(self.path.parent, self.path.stem, self.path.suffix)
+            if self._publishes:
+                self.publish()
             return
-        if num_written:
-            partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
-            self.partial_path = _settle(self._part, partial, overwrite=self._overwrite)
-            logger.warning("kept the first %d frames in %s", num_written, self.partial_path)
-        self._part.unlink(missing_ok=True)
-        if kind is None:
+        if num_written and self._keeps_partial:
+            self._keep(error, num_written)
+        self._end()
+        if error is None:
             raise UserError(self._failure("the file holds fewer frames"))
+
+    def _keep(self, error: BaseException | None, num_frames: int) -> None:
+        """Give an unfinished file the name that says so, and name it with what ended the run."""
+        name = self._partial_name()
+        if not self._overwrite:
+            name = fresh_path(name.parent, name.stem, name.suffix)
+        self.partial_path = name
+        os.replace(self._part, self.partial_path)
+        sentence = f"kept the first {num_frames} frames in {self.partial_path}"
+        if isinstance(error, Stopped):
+            error.kept.append(sentence)
+        else:
+            logger.warning("%s", sentence)
+
+    def _end(self) -> None:
+        self._part.unlink(missing_ok=True)
+        if self._ending is not None:
+            self._ending.finish(self._part)
+
+    def _partial_name(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}.partial.mp4")
 
     def _failure(self, reason: str) -> str:
         done = f"after {self.num_frames} frames"
@@ -291,7 +346,9 @@ def check_ffmpeg() -> None:
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            VideoWriter(Path(folder) / "trial.mp4", fps=24, size=(16, 16)) as writer,
+            VideoWriter(
+                Path(folder) / "trial.mp4", fps=24, size=(16, 16), keeps_partial=False
+            ) as writer,
         ):
             writer.append(np.zeros((1, 16, 16, 3), np.uint8))
     except (UserError, OSError, RuntimeError) as error:
@@ -349,14 +406,6 @@ def _num_decodable(path: Path) -> int:
     except (OSError, RuntimeError):
         return 0
     return int(num_frames or 0)
-
-
-def _settle(part: Path, path: Path, *, overwrite: bool) -> Path:
-    """Give a finished file its name, or a fresh one if that exists by now."""
-    if not overwrite:
-        path = fresh_path(path.parent, path.stem, path.suffix)
-    os.replace(part, path)
-    return path
 
 
 def _check_file(path: Path) -> None:

@@ -16,9 +16,6 @@ sample_videos() {
     if [[ $count == 1 ]]; then
         python "$flowcache_scripts/sample.py" "$@"
     else
-        # --multi_gpu starts several processes on this machine, without GPUs as well
-        accelerate launch --multi_gpu --num_processes "$count" --num_machines 1 \
-            --main_process_port "${PORT:-29517}" --mixed_precision no --dynamo_backend no \
-            "$flowcache_scripts/sample.py" "$@"
+        python -m flowcache.launch "$count" "$flowcache_scripts/sample.py" "$@"
     fi
 }

@@ -104,7 +104,8 @@ class Renderer:
         loaded = self._load(task, job)
         stats = RunStats(job.device)
         conditioning = run.encode_inputs(job, stats=stats, encoder=loaded.encoder)
-        report = run.render(_only_new(task, job), loaded.models, conditioning, stats=stats)
+        job = replace(_only_new(task, job), keeps_partial=False)  # it is made again as a whole
+        report = run.render(job, loaded.models, conditioning, stats=stats)
         return {**report, "kv_cache_bytes": job.plan.kv_bytes, "gpus": describe_gpus()}
 
     def _check_origin(self, task: Task, job: Any) -> None:

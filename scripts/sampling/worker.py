@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowcache.ending import check_stopped, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import write_json
 from sampling.claims import STALE_SECONDS, Claim, Claims
@@ -80,6 +81,7 @@ class Worker:
         while pending:
             waiting: list[Task] = []
             for task in pending:
+                check_stopped()
                 if not self._try(task, failures):
                     waiting.append(task)
             if len(waiting) == len(pending):
@@ -170,8 +172,9 @@ def publish(task: Task, out: Path, work: Path, *, report: dict[str, Any]) -> Non
         os.fsync(stream.fileno())
     # in the folder that goes with the claim, so that a killed process leaves no part beside videos
     write_json(work / RECEIPT, receipt)
-    os.replace(made, target)
-    os.replace(work / RECEIPT, target.with_suffix(".json"))
+    with undisturbed():  # the video goes last: one that has its name has its receipt, too
+        os.replace(work / RECEIPT, target.with_suffix(".json"))
+        os.replace(made, target)
 
 
 def check_disk(folder: Path) -> None:

@@ -10,9 +10,11 @@ from datetime import timedelta
 import pytest
 import torch
 
+from flowcache.cli import EXIT_USER_ERROR
+from flowcache.ending import Starter, Stopped
 from flowcache.errors import UserError
-from flowcache.parallel import ParallelRule, layout_of, own_bytes
-from flowcache.ranks import Group, Layout, LostProcessError, Place, Ranks
+from flowcache.parallel import ParallelRule, layout_of, own_bytes, run_in_ranks
+from flowcache.ranks import LAUNCHER, Group, Layout, LostProcessError, Place, Ranks, starter_of
 from flowcache.reuse import Vanilla
 from flowcache.ulysses import TokenSplit
 
@@ -97,6 +99,71 @@ def test_without_torchrun_there_is_one_process():
     assert Place.of({}) == Place(0, 1, 0)
     assert Place.of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)
     assert Place.of({}).shared_rank is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is in the environment, but no RANK"),
+        ({"RANK": "abc"}, "RANK=abc in the environment must be a whole number, 0 or more"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 in the environment must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "1.5"}, "WORLD_SIZE=1.5 in the environment must be a whole"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, "RANK=9999"),
+        ({"RANK": "٣", "WORLD_SIZE": "4"}, "RANK=٣ in the environment must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1 in the environment must be below WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 in the environment must be below WORLD_SIZE=0"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "2"},
+            "LOCAL_RANK=2 in the environment must be below WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused_in_one_line(
+    variables: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_in_ranks(lambda _: pytest.fail("it ran")) == EXIT_USER_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+    assert "unset RANK, WORLD_SIZE and LOCAL_RANK" in err
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "1"}, {"RANK": "0"}, {"RANK": ""}])
+def test_what_clusters_set_for_one_process_is_one_process(variables: dict[str, str]):
+    assert Place.of(variables) == Place(0, 1, 0)
+
+
+@pytest.mark.parametrize("place", [{}, {"MASTER_ADDR": "here"}, {"MASTER_PORT": "x"}])
+def test_processes_that_do_not_know_where_to_meet_are_refused(
+    place: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | place).items():
+        monkeypatch.setenv(name, value)
+    assert run_in_ranks(lambda _: pytest.fail("it ran")) == EXIT_USER_ERROR
+    assert "name no place to meet" in capsys.readouterr().err
+
+
+def test_a_process_whose_launcher_has_ended_does_not_begin():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    agent |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for variables in ({LAUNCHER: "1,5,6"}, agent):
+        with pytest.raises(Stopped, match="the process that started this one has ended"):
+            starter_of(variables, Place(0, 2, 0))
+        with pytest.raises(Stopped, match=r"^$"):
+            starter_of(variables, Place(1, 2, 1))
+    assert starter_of({}, Place()) is None
+    assert starter_of({}, Place(0, 2)) == Starter(os.getppid())
+    own = {LAUNCHER: f"{os.getppid()},5,6"}
+    assert starter_of(own, Place(0, 2)) == Starter(os.getppid(), says_why=True, notes=5)
+    assert starter_of(own, Place(1, 2)) == Starter(os.getppid(), says_why=True, notes=None)
 
 
 def test_every_branch_has_one_group():

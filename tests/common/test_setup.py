@@ -34,6 +34,11 @@ elif [[ "$1 $2 $3" == "-m pip install" ]]; then
     echo "$*" >>"$(dirname "$0")/../installed"
 elif [[ "$*" == *"import torch"* ]]; then
     echo "check" >>"$home/calls"
+elif [[ "$*" == *"direct_url.json"* ]]; then
+    cat "$home/clone_in" 2>/dev/null
+elif [[ "$*" == *"packaging"* ]]; then
+    cat "$home/misfits" 2>/dev/null
+    exit 0
 elif [[ "$*" == *"import ensurepip"* && -f "$home/no_venv" ]]; then
     exit 1
 elif [[ "$*" == *"version_info"* && -f "$home/is_old" ]]; then
@@ -48,6 +53,7 @@ set -euo pipefail
 cd /
 source "$1/scripts/setup.sh"
 echo "entered ${VIRTUAL_ENV-none} with $(command -v python)"
+[[ -z "${PYTHONPATH:-}" ]] || echo "$PYTHONPATH"
 """
 
 
@@ -110,6 +116,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return Sandbox(root, home, environment)
 
 
+CODE = ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
 COMPLETE = ["venv", "pip", "pip", "check"]
 
 
@@ -289,6 +296,144 @@ def test_an_environment_made_by_hand_is_never_emptied(sandbox: Sandbox, tmp_path
     sandbox.clear("pip_fails")
     assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
     assert (venv / "keep").exists()
+
+
+def second_clone(sandbox: Sandbox) -> Sandbox:
+    root = sandbox.root.with_name("second clone")
+    shutil.copytree(sandbox.root, root)
+    return Sandbox(root, sandbox.home, sandbox.environment)
+
+
+@pytest.fixture(name="shared")
+def _shared(sandbox: Sandbox, tmp_path: Path) -> Path:
+    """Return an environment that a first clone made, in which it may be working."""
+    venv = tmp_path / "shared"
+    assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
+    (venv / "in use").touch()
+    sandbox.set("clone_in", str(sandbox.root))
+    sandbox.calls()
+    return venv
+
+
+def test_two_clones_work_in_one_environment_each_with_its_own_code(sandbox: Sandbox, shared: Path):
+    second = second_clone(sandbox)
+    status, out, err = second.run(FLOWCACHE_VENV=str(shared), PYTHONPATH="/mine")
+    assert (status, err) == (0, "")
+    parts = [f"{second.root}/{name}" for name in CODE]
+    assert out.splitlines()[1] == ":".join([*parts, "/mine"])
+    status, out, err = sandbox.run(FLOWCACHE_VENV=str(shared))
+    assert (status, len(out.splitlines()), err) == (0, 1, "")
+    assert sandbox.calls() == []
+    assert (shared / "in use").exists()
+
+
+def test_a_clone_with_other_pins_may_share_an_environment_that_fits_them(
+    sandbox: Sandbox, shared: Path
+):
+    second = second_clone(sandbox)
+    (second.root / "constraints.txt").write_text("torch==1\n# the same\n")
+    for _ in range(2):
+        status, out, err = second.run(FLOWCACHE_VENV=str(shared))
+        assert (status, err) == (0, "")
+        assert str(second.root / "common") in out
+    assert sandbox.calls() == []
+    assert sandbox.run(FLOWCACHE_VENV=str(shared))[2] == ""
+
+
+def test_an_environment_of_another_clone_that_does_not_fit_is_refused_in_one_line(
+    sandbox: Sandbox, shared: Path
+):
+    second = second_clone(sandbox)
+    (second.root / "constraints.txt").write_text("torch==2\n")
+    sandbox.set("misfits", "torch 1, not ==2\n")
+    status, out, err = second.run(FLOWCACHE_VENV=str(shared))
+    assert (status, out) == (2, "")
+    assert err == (
+        f"setup: {shared} belongs to the clone {sandbox.root} and does not fit (torch 1, not ==2): "
+        "set FLOWCACHE_VENV to another folder\n"
+    )
+    assert (shared / "in use").exists()
+    assert sandbox.calls() == []
+    assert sandbox.run(FLOWCACHE_VENV=str(shared))[2] == ""
+
+
+def test_what_another_clone_has_not_finished_is_not_emptied(sandbox: Sandbox, shared: Path):
+    (shared / "flowcache.incomplete").touch()
+    (shared / "flowcache.stamp").unlink()
+    second = second_clone(sandbox)
+    status, _, err = second.run(FLOWCACHE_VENV=str(shared))
+    assert status == 2
+    assert "another set-up of" in err
+    assert len(err.splitlines()) == 1
+    assert (shared / "in use").exists()
+
+
+def test_an_interrupted_update_empties_no_environment_made_by_hand(
+    sandbox: Sandbox, tmp_path: Path
+):
+    venv = tmp_path / "mine"
+    subprocess.run([sandbox.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
+    assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
+    (venv / "keep").touch()
+    sandbox.set("clone_in", str(sandbox.root))
+    (sandbox.root / "constraints.txt").write_text("torch==2\n")
+    sandbox.clear("pip_runs")
+    sandbox.set("pip_sleeps", "30")
+    process = sandbox.start(FLOWCACHE_VENV=str(venv))
+    wait_for(sandbox.home / "pip_runs")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    sandbox.clear("pip_sleeps")
+    assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
+    assert (venv / "keep").exists()
+
+
+def test_an_environment_made_by_hand_with_other_versions_is_refused(
+    sandbox: Sandbox, tmp_path: Path
+):
+    venv = tmp_path / "mine"
+    subprocess.run([sandbox.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
+    sandbox.calls()
+    sandbox.set("misfits", "torch 0, not ==1\n")
+    status, _, err = sandbox.run(FLOWCACHE_VENV=str(venv))
+    assert status == 2
+    assert err.startswith(
+        f"setup: {venv} does not fit this clone (torch 0, not ==1): set FLOWCACHE"
+    )
+    assert len(err.splitlines()) == 1
+    assert sandbox.calls() == []
+
+
+def test_a_name_for_the_same_folder_empties_no_environment(sandbox: Sandbox, tmp_path: Path):
+    venv = tmp_path / "venv"
+    assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
+    (venv / "in use").touch()
+    (tmp_path / "link").symlink_to(venv)
+    for name in (f"{tmp_path}/other/../venv", f"{tmp_path}/link"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        assert sandbox.run(FLOWCACHE_VENV=name)[0] == 0
+    assert (venv / "in use").exists()
+
+
+@pytest.mark.parametrize(("pin", "status"), [("", 0), ("pytest==0.1", 2)])
+def test_versions_in_a_real_environment_are_compared_with_the_pins(
+    sandbox: Sandbox, pin: str, status: int
+):
+    for name in ("constraints.txt", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, sandbox.root)
+    pins = [
+        line
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if not pin or not line.startswith("pytest==")
+    ]
+    (sandbox.root / "constraints.txt").write_text("\n".join([*pins, pin, ""]))
+    install = [str(sandbox.root / "scripts" / "install.sh"), str(sandbox.root), sys.prefix]
+    done = subprocess.run(["bash", *install], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == bool(pin)
+    if pin:
+        version = importlib.metadata.version("pytest")
+        assert f"does not fit (pytest {version}, not ==0.1)" in done.stderr
 
 
 def test_a_folder_of_something_else_is_left_alone(sandbox: Sandbox, tmp_path: Path):

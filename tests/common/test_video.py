@@ -1,14 +1,16 @@
 import logging
 import os
+import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from flowcache.ending import Ending, Stopped
 from flowcache.errors import UserError
 from flowcache.video import (
     Pixels,
@@ -127,6 +129,76 @@ def test_an_interruption_before_the_first_frame_leaves_nothing(tmp_path: Path):
     ):
         raise KeyboardInterrupt
     assert files(tmp_path) == []
+
+
+def test_what_ends_a_run_names_the_frames_that_were_kept(tmp_path: Path):
+    with (
+        pytest.raises(Stopped, match=r"interrupted: kept the first 2 frames in .*partial\.mp4"),
+        VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer,
+    ):
+        writer.append(smooth_clip(2))
+        raise Stopped(signal.SIGTERM, "interrupted")
+    assert files(tmp_path) == ["clip.partial.mp4"]
+
+
+def test_nothing_is_kept_of_a_video_that_is_made_again(tmp_path: Path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        VideoWriter(
+            tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH), keeps_partial=False
+        ) as writer,
+    ):
+        writer.append(smooth_clip(2))
+        raise KeyboardInterrupt
+    assert files(tmp_path) == []
+
+
+def test_a_signal_while_frames_are_encoded_loses_none_of_them(tmp_path: Path):
+    with (
+        pytest.raises(Stopped, match="kept the first 6 frames"),
+        Ending(),
+        VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer,
+    ):
+        encoder = writer._encoder
+        clip = smooth_clip(6)
+
+        class Signalled:
+            """Passes frames on; the third one meets a signal."""
+
+            def send(self, frame: Any) -> None:
+                if frame is not None and np.array_equal(frame, clip[2]):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                encoder.send(frame)
+
+            def close(self) -> None:
+                encoder.close()
+
+        writer._encoder = cast(Any, Signalled())
+        writer.append(clip)
+        pytest.fail("the signal was lost")
+    assert probe(tmp_path / "clip.partial.mp4").num_frames == 6
+
+
+def test_a_video_can_be_published_after_what_lies_next_to_it(tmp_path: Path):
+    writer = VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH), publishes=False)
+    with Ending() as ending:
+        with writer:
+            writer.append(smooth_clip(3))
+        assert files(tmp_path) == [f".clip.{os.getpid()}.part.mp4"]
+        assert len(ending.unfinished) == 1
+        writer.publish()
+        assert not ending.unfinished
+    assert files(tmp_path) == ["clip.mp4"]
+
+
+def test_a_video_that_is_never_published_is_kept_as_a_partial_one(tmp_path: Path):
+    with pytest.raises(ValueError, match="no room for the JSON"), Ending():
+        with VideoWriter(
+            tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH), publishes=False
+        ) as writer:
+            writer.append(smooth_clip(3))
+        raise ValueError("no room for the JSON")
+    assert files(tmp_path) == ["clip.partial.mp4"]
 
 
 def test_the_name_of_the_result_appears_only_at_the_end(tmp_path: Path):

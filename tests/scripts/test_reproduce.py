@@ -208,19 +208,18 @@ def test_the_command_of_a_table_makes_videos_then_the_table(family: str, tmp_pat
     shutil.copy(SCRIPTS / "sampling" / "launch.sh", copy / "sampling")
     shutil.copy(SCRIPTS / f"reproduce_{family}.sh", copy)
     (copy / "setup.sh").write_text(f'export PATH="{tools}:$PATH"\n')
-    for tool in ("python", "accelerate"):
-        path = tools / tool
-        path.write_text(
-            f'#!/usr/bin/env bash\nprintf "%s " {tool} "$@" >> "{tmp_path}/said"\n'
-            f'echo >> "{tmp_path}/said"\n'
-        )
-        path.chmod(0o755)
+    path = tools / "python"
+    path.write_text(
+        f'#!/usr/bin/env bash\nprintf "%s " python "$@" >> "{tmp_path}/said"\n'
+        f'echo >> "{tmp_path}/said"\n'
+    )
+    path.chmod(0o755)
     clean = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     variables = {"GPUS": "2", "OUT": str(tmp_path / "out"), "MODEL": "m", "NUM_PROMPTS": "2"}
     command = ["bash", str(copy / f"reproduce_{family}.sh")]
     subprocess.run(command, env=clean | variables, cwd=tmp_path, check=True)
     first, second = (tmp_path / "said").read_text().splitlines()
-    assert first.startswith("accelerate launch --multi_gpu --num_processes 2 ")
+    assert first.startswith("python -m flowcache.launch 2 ")
     protocol = f"{copy}/protocols/{family}_demo.yaml"
     given = f"--protocol {protocol} --out {tmp_path}/out --model m --num-prompts 2"
     assert first.rstrip().endswith(f"sample.py {given}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -94,17 +94,37 @@ def test_only_the_main_process_ends_with_the_code_of_failures(
 
     monkeypatch.setattr(importlib.import_module("sampling.renderer").Renderer, "render", fail)
     arguments = ["magi1", "--prompts", "prompts.txt", "--out", "out"]
-    for is_main, code in ((True, 1), (False, 0)):
-        state = SimpleNamespace(
-            device="cpu",
-            process_index=0,
-            num_processes=1,
-            is_main_process=is_main,
-            destroy_process_group=lambda: None,
-        )
-        monkeypatch.setattr(sample, "PartialState", lambda state=state, **_: state)
+    for rank, code in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
         assert sample.main(arguments) == code
-        assert ("0 of 1 videos are complete" in capfd.readouterr().out) == is_main
+        assert ("0 of 1 videos are complete" in capfd.readouterr().out) == (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        (["--seed", "-1"], "--seed must be 0 to 9223372036854775807"),
+        (["--seed", str(2**63)], "--seed must be 0 to 9223372036854775807"),
+        (["--seed", str(2**63 - 1), "--per-prompt", "2"], "--seed must be 0 to 922"),
+        (["--per-prompt", "1000000000"], "--per-prompt must be 1 to 10000, not 1000000000"),
+        (["--stale-after", "nan"], "--stale-after must be above 0 seconds, not nan"),
+        (["--stale-after", "-1"], "--stale-after must be above 0 seconds, not -1"),
+    ],
+)
+def test_numbers_are_refused_before_any_work(
+    sample: ModuleType,
+    numbers: list[str],
+    said: str,
+    fake: list[Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "numbers"
+    assert sample.main(["magi1", "--prompts", "prompts.txt", "--out", str(out), *numbers]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {said}")
+    assert fake == []
+    assert not out.exists()
 
 
 def examples(sample: ModuleType) -> list[list[str]]:
@@ -117,7 +137,7 @@ def test_help_shows_examples(sample: ModuleType, capfd: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as ended:
         sample.main(["--help"])
     assert ended.value.code == 0
-    assert "accelerate launch --multi_gpu" in capfd.readouterr().out
+    assert "python -m flowcache.launch 8" in capfd.readouterr().out
 
 
 def test_every_example_runs(sample: ModuleType, fake: list[Any], tmp_path: Path):

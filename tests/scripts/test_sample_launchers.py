@@ -27,7 +27,7 @@ Launch = Callable[..., list[str]]
 
 @pytest.fixture(name="launch")
 def _launch(tmp_path: Path) -> Launch:
-    """Return what runs a launcher and gives what it hands to Python or accelerate."""
+    """Return what runs a launcher and gives what it hands to Python."""
     copy, tools = tmp_path / "a copy", tmp_path / "tools"
     tools.mkdir()
     (copy / "scripts" / "sampling").mkdir(parents=True)
@@ -35,10 +35,9 @@ def _launch(tmp_path: Path) -> Launch:
     (copy / "scripts" / "setup.sh").write_text(f'export PATH="{tools}:$PATH"\n')
     for folder in FOLDERS.values():
         shutil.copytree(folder / "scripts" / "sample", copy / folder.name / "scripts" / "sample")
-    for tool in ("python", "accelerate"):
-        path = tools / tool
-        path.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" {tool} "$@" > "{tmp_path}/said"\n')
-        path.chmod(0o755)
+    path = tools / "python"
+    path.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" python "$@" > "{tmp_path}/said"\n')
+    path.chmod(0o755)
 
     def run(family: str, name: str, **variables: str) -> list[str]:
         path = copy / FOLDERS[family].name / "scripts" / "sample" / f"{name}.sh"
@@ -69,7 +68,7 @@ def test_a_launcher_makes_its_videos(
 
 def test_a_launcher_starts_as_many_processes_as_it_is_told(launch: Launch):
     words = launch("skyreels_v2", "flowcache_vbench", GPUS="4", PER_PROMPT="5", DIMENSIONS="color")
-    assert words[:2] == ["accelerate", "launch"]
-    assert words[words.index("--num_processes") + 1] == "4"
+    assert words[:4] == ["python", "-m", "flowcache.launch", "4"]
+    assert Path(words[4]).name == "sample.py"
     assert words[words.index("--per-prompt") + 1] == "5"
     assert words[words.index("--dimensions") + 1] == "color"

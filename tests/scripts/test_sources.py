@@ -55,7 +55,10 @@ def test_clips_of_physics_iq_are_continued_under_the_names_of_its_evaluation(
         (["magi1", "--physics-iq", "nowhere"], "nowhere: holds no descriptions.csv: download"),
         (["wan", "--prompts", "p.txt"], "the first argument must be skyreels_v2 or magi1, not wan"),
         (["magi1", "--prompts", "nowhere"], "nowhere: can't be read as text"),
-        (["magi1", "--prompts", "p.txt", "--per-prompt", "0"], "--per-prompt must be 1 or more"),
+        (
+            ["magi1", "--prompts", "p.txt", "--per-prompt", "0"],
+            "--per-prompt must be 1 to 10000",
+        ),
         (["magi1", "--protocol", "x.yaml"], "--protocol says family and settings"),
         (["magi1", "--prompts", "p.txt", "--num-prompts", "1"], "--num-prompts is of a protocol"),
         (["--protocol", "x.yaml"], "x.yaml: no such file"),

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -64,9 +63,22 @@ def test_a_second_start_makes_nothing_again(tmp_path: Path):
     assert receipts(tmp_path) == before
 
 
-def test_a_termination_gives_the_claim_back(sample: ModuleType):
-    with pytest.raises(KeyboardInterrupt):
-        sample.stop(signal.SIGTERM, None)
+def test_a_receipt_is_there_before_the_video_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def replace(source: Path, target: Path) -> None:
+        if target.suffix == ".mp4":
+            assert target.with_suffix(".json").exists()
+            raise KeyboardInterrupt  # as if killed here
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            make_worker([make_task("a")], tmp_path).run()
+    assert list(videos(tmp_path)) == []
+    assert make_worker([make_task("a")], tmp_path).run() == {}
+    assert list(videos(tmp_path)) == ["a.mp4"]
 
 
 def test_an_interruption_leaves_no_claim_and_no_half_file(tmp_path: Path):

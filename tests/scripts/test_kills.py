@@ -1,0 +1,228 @@
+"""Kills at random moments: nothing is left running, half written, or different afterwards.
+
+    python -m pytest -n 0 -m slow tests/scripts/test_kills.py --kills 200 --durations 1
+
+Runs are short, so that their moments are spread evenly over start, loading, denoising and writing.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from sampling_cases import REPOSITORY, SCRIPTS, SHORT, videos
+
+from flowcache.video import probe
+
+MARK = "FLOWCACHE_TEST_OF_KILLS"
+"""Variable by which every process of a run is found, whoever started it."""
+END_SECONDS = 60
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PROMPT = ("--prompt", "a red circle moving right on a black background")
+MAGI = ("runtime_config.num_frames=48", "runtime_config.num_steps=8")
+MODELS = ("FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
+LAUNCH = ("-m", "flowcache.launch", "2")
+PROMPTS = "a red circle moving right on a black background\na blue square\na green circle\n"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to make videos."""
+
+    name: str
+    command: Sequence[str]
+    """What follows `python`, but the output."""
+    is_set: bool = False
+    """Whether it makes many videos, and is started again until all are there."""
+
+    @property
+    def is_launched(self) -> bool:
+        return self.command[:3] == LAUNCH
+
+    def arguments(self, folder: Path) -> list[str]:
+        out = folder if self.is_set else folder / "v.mp4"
+        if not self.is_set:
+            return [*self.command, "--out", str(out)]
+        (folder.parent / "prompts.txt").write_text(PROMPTS)
+        given = ["--prompts", str(folder.parent / "prompts.txt"), "--out", str(out)]
+        return [*self.command[:6], *given, *self.command[6:]]
+
+
+KINDS = (
+    Kind("magi1", ("-m", "magi1", "--model", "demo", *PROMPT, *MAGI)),
+    Kind("skyreels_v2", ("-m", "skyreels_v2", "--model", "demo", *PROMPT, *SHORT)),
+    Kind("magi1 by two", (*LAUNCH, "-m", "magi1", "--model", "demo", *PROMPT, *MAGI)),
+    Kind(
+        "sampling by two",
+        (*LAUNCH, str(SCRIPTS / "sample.py"), "skyreels_v2", "--model=demo", *SHORT),
+        is_set=True,
+    ),
+)
+
+
+@dataclass
+class Run:
+    """A run that is to be killed."""
+
+    kind: Kind
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def start(self) -> "subprocess.Popen[str]":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.said = (self.folder.parent / "said").open("w+")
+        code = [str(REPOSITORY / name) for name in ("common", *MODELS)]
+        return subprocess.Popen(
+            [sys.executable, *self.kind.arguments(self.folder)],
+            env=os.environ
+            | {MARK: self.mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            | {"PYTHONPATH": os.pathsep.join(code)},
+            stdout=subprocess.DEVNULL,
+            stderr=self.said,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def living(self) -> list[psutil.Process]:
+        """Return all its processes."""
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            try:
+                is_own = process.environ().get(MARK) == self.mark
+                if is_own and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:  # it has just ended, or is another user's
+                continue
+        return found
+
+    def text(self) -> str:
+        self.said.seek(0)
+        return self.said.read()
+
+
+def seconds_until_none_is_left(run: Run) -> float:
+    start = time.monotonic()
+    while living := run.living():
+        assert time.monotonic() - start < END_SECONDS, f"left after 60 s: {living}\n{run.text()}"
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def kill(run: Run, process: "subprocess.Popen[str]", dice: random.Random) -> str:
+    """Send a signal to the command or one of the processes that it started; return what it was."""
+    number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, *ASKED])
+    workers = [
+        each
+        for each in run.living()
+        if run.kind.is_launched and each.pid != process.pid and "RANK" in each.environ()
+    ]
+    if number == signal.SIGKILL and workers and dice.random() < 0.6:
+        rank = dice.choice(workers)
+        which = f"process {rank.environ()['RANK']}"
+        rank.kill()
+    else:
+        which = "launcher" if run.kind.is_launched else "command"
+        process.send_signal(number)
+    return f"{number.name} of the {which}"
+
+
+def check_folder(run: Run, *, was_killed: bool) -> Counter[str]:
+    """Check every file: complete ones have their JSON, partial ones are called so."""
+    found: Counter[str] = Counter()
+    for path in sorted(run.folder.glob("*.mp4")):
+        if ".partial" in path.name:
+            assert probe(path).num_frames > 0
+            found["partial videos"] += 1
+            path.unlink()
+            continue
+        if path.name.startswith("."):
+            assert was_killed, f"{path} is hidden"
+            found["hidden parts"] += 1
+            path.unlink()
+            continue
+        report = json.loads(path.with_suffix(".json").read_text())
+        assert probe(path).num_frames == report["num_frames"]
+        found["complete videos"] += 1
+    assert run.kind.is_set or not list(run.folder.glob("*.json")) or found["complete videos"]
+    return found
+
+
+@pytest.fixture(name="num_kills")
+def _num_kills(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--kills")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_kills_at_random_moments_leave_nothing_behind(
+    num_kills: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    dice = random.Random(11)
+    whole: dict[str, dict[str, bytes]] = {}
+    seconds: dict[str, float] = {}
+    for kind in KINDS:
+        run, start = Run(kind, tmp_path / kind.name / "whole"), time.monotonic()
+        assert run.start().wait() == 0, run.text()
+        seconds[kind.name] = time.monotonic() - start
+        whole[kind.name] = videos(run.folder)
+    counts: Counter[str] = Counter()
+    slowest, num_done, turn = 0.0, 0, 0
+    while num_done < num_kills:
+        kind = KINDS[turn % len(KINDS)]
+        turn += 1
+        run = Run(kind, tmp_path / kind.name / "killed")
+        process = run.start()
+        time.sleep(dice.uniform(0.05, 1.05) * seconds[kind.name])
+        if process.poll() is None:
+            what = kill(run, process, dice)
+            counts[f"{kind.name}: {what}"] += 1
+            num_done += 1
+            slowest = max(slowest, seconds_until_none_is_left(run))
+            code = process.wait()
+            check_end(what, code, run.text())
+            counts += check_folder(run, was_killed="SIGKILL" in what)
+        else:
+            code = process.wait()
+            counts["ended before"] += 1
+            seconds_until_none_is_left(run)
+        counts[f"exit code {code}"] += 1
+        if code == 0 or (not kind.is_set and videos(run.folder)):  # killed after the last write
+            assert videos(run.folder) == whole[kind.name]
+            counts["sets compared"] += 1
+            shutil.rmtree(run.folder)
+    for kind in KINDS:  # the last ones are made to the end
+        run = Run(kind, tmp_path / kind.name / "killed")
+        assert run.start().wait() == 0, run.text()
+        assert videos(run.folder) == whole[kind.name]
+        counts["sets compared"] += 1
+    with capsys.disabled():
+        lines = [f"{num_done} kills; the last process ended within {slowest:.1f} s"]
+        lines += [f"{count:6} {name}" for name, count in sorted(counts.items())]
+        sys.stdout.write("\n" + "\n".join(lines) + "\n")
+
+
+def check_end(what: str, code: int, said: str) -> None:
+    """Check exit code and message."""
+    name, _, victim = what.partition(" of the ")
+    number = signal.Signals[name]
+    is_asked = number in ASKED
+    assert code in ((128 + number, -number, 0) if is_asked else (137, -9, 0)), f"{what}: {said}"
+    assert "Traceback" not in said, f"{what}: {said}"
+    lines = [line for line in said.splitlines() if line.startswith(("error: ", "interrupted"))]
+    if victim.startswith("process") and code:
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {victim} of 2 was ended by SIGKILL")
+    if code == 128 + number and is_asked:
+        assert len(lines) == 1
