@@ -7,12 +7,17 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 from flowcache.errors import UserError
 
 MAX_FRESH_NAMES = 100_000
+MAX_JSON_DEPTH = 100
+"""Nested lists and objects of a JSON file; none that is read here has more than 10."""
+_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 STALE_SECONDS = 24 * 3600
 """After so long without a write an unfinished file may be removed."""
 
@@ -69,6 +74,52 @@ def _is_running(pid: int) -> bool:
     except (OSError, OverflowError):
         return True
     return True
+
+
+def read_json(path: Path, *, advice: str = "") -> Any:
+    """Read a JSON file; a byte order mark is skipped.
+
+    Args:
+        advice: what to do about a broken file; the end of the message.
+
+    Raises:
+        UserError: the file can't be read, is not UTF-8 or not JSON, or nests too deep.
+    """
+    end = f"; {advice}" if advice else ""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a readable JSON file (not UTF-8 text){end}") from None
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a readable JSON file ({reason}){end}") from None
+    return parse_json(text, source=str(path), advice=advice)
+
+
+def parse_json(text: str, *, source: str, advice: str = "") -> Any:
+    """Parse JSON, but never one so deep that a parser, or what reads the result, runs out of stack.
+
+    Args:
+        source: the file, for messages.
+        advice: as of `read_json`.
+
+    Raises:
+        UserError: the text is not JSON or nests deeper than `MAX_JSON_DEPTH`.
+    """
+    end = f"; {advice}" if advice else ""
+    if _json_depth(text) > MAX_JSON_DEPTH:
+        reason = f"more than {MAX_JSON_DEPTH} nested brackets"
+        raise UserError(f"{source}: not a readable JSON file ({reason}){end}")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{source}: not a readable JSON file ({error}){end}") from None
+
+
+def _json_depth(text: str) -> int:
+    """Return how many brackets are open at once at most, those inside strings left out."""
+    brackets = _NO_BRACKETS.sub("", _JSON_STRING.sub("", text))
+    return max(accumulate((1 if bracket in "[{" else -1 for bracket in brackets), initial=0))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

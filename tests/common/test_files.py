@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.files import check_writable, fresh_path, write_json, write_text
+from flowcache.files import (
+    MAX_JSON_DEPTH,
+    check_writable,
+    fresh_path,
+    parse_json,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def test_fresh_paths_count_up(tmp_path: Path):
@@ -59,3 +67,49 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.json"]
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "a.json" / "b.json", {})
+
+
+def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path: Path):
+    for name, start in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(start + '{"name": "猫"}'.encode())
+        assert read_json(tmp_path / name) == {"name": "猫"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "more than 100 nested brackets"),
+        (b'{"a":' * 100_000, "more than 100 nested brackets"),
+        (b'{"a": 1', "Expecting ',' delimiter: line 1 column 8"),
+        (b"", "Expecting value: line 1 column 1"),
+        (b"1" * 10_000, "Exceeds the limit"),
+        ("{}".encode("utf-16"), "not UTF-8 text"),
+        (b"\x00\x05\x16\x07", "Expecting value"),
+    ],
+    ids=["lists", "objects", "cut short", "empty", "long number", "UTF-16", "AppleDouble"],
+)
+def test_broken_json_is_named_in_one_line(tmp_path: Path, content: bytes, reason: str):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_json(path, advice="download it again")
+    assert str(error.value).startswith(f"{path}: not a readable JSON file (")
+    assert reason in str(error.value)
+    assert str(error.value).endswith("); download it again")
+    assert "\n" not in str(error.value)
+
+
+def test_json_that_cannot_be_opened_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"none\.json: not a readable JSON file \(No such file"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"not a readable JSON file \(Is a directory\)"):
+        read_json(tmp_path)
+
+
+def test_brackets_are_counted_outside_strings_only():
+    deepest = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
+    assert parse_json(deepest, source="a") is not None
+    with pytest.raises(UserError, match="nested brackets"):
+        parse_json(f"[{deepest}]", source="a")
+    text = json.dumps(["[" * 200, '"' + "{" * 200, "\\" * 200, *([0] for _ in range(200))])
+    assert parse_json(text, source="a") == json.loads(text)
