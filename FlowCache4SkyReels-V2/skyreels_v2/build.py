@@ -20,7 +20,16 @@ VAE_STRIDE = 8
 
 
 def segments_of(config: RunConfig) -> list[Segment]:
-    """Cut the run into segments."""
+    """Cut the run into segments.
+
+    Raises:
+        UserError: frames, windows and overlap don't fit each other, or the video is too long.
+    """
+    window = latent_frames(min(config.num_frames, config.base_num_frames))
+    step = max(window - latent_frames(config.overlap_history or 1), 1)
+    num_segments = -(-latent_frames(config.num_frames) // step)
+    num_chunks = num_segments * -(-window // config.causal_block_size)
+    settings.check_work(num_chunks=num_chunks, num_steps=config.num_steps)
     return cut_segments(
         config.num_frames,
         base=config.base_num_frames,

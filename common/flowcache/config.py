@@ -17,6 +17,7 @@ OmegaConf reads the YAML and converts the values. A `${...}` in a string is text
 
 import dataclasses
 import difflib
+import io
 import math
 import re
 import types
@@ -24,18 +25,25 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from flowcache.bounds import annotated_hints, bounds_of, given_path
 from flowcache.errors import UserError
+from flowcache.files import read_json
 
 T = TypeVar("T")
 
 COMMAND_LINE = "command line"
 VALUE_CHARACTERS = 80  # of a wrong value shown in an error
+KEY_CHARACTERS = 200  # no key is longer
+MAX_YAML_CHARACTERS = 1_000_000
+"""Of a file; the longest that is read here, a profile of many clips, has some ten thousand."""
+MAX_YAML_DEPTH = 20
+"""Nested lists and mappings; none that is read here has more than 5."""
 
 
 def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str] = ()) -> T:
@@ -52,7 +60,7 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
     """
     config: DictConfig = OmegaConf.structured(schema)
     for path in layers:
-        config = _merged(config, schema, read_yaml(path), source=str(path))
+        config = _merged(config, schema, read_layer(path), source=str(path))
     for text in overrides:
         config = _merged(config, schema, parse_override(text, schema), source=COMMAND_LINE)
     missing = sorted(OmegaConf.missing_keys(config))
@@ -61,26 +69,77 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
     return cast(T, OmegaConf.to_object(config))
 
 
+def read_layer(path: Path) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds a mapping.
+
+    Raises:
+        UserError: the file can't be read, or holds no mapping.
+    """
+    if path.suffix != ".json":
+        return read_yaml(path)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return cast("dict[str, Any]", content)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; an empty file is an empty mapping.
 
     Raises:
-        UserError: the file is missing, unreadable, not YAML (with the line), or not a mapping.
+        UserError: the file is missing, unreadable, not plain YAML (with the line), or no mapping.
     """
     try:
-        content = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8-sig")
+        check_plain_yaml(text)
+        content = OmegaConf.load(io.StringIO(text))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: {line}not valid YAML ({error.problem})") from None
     except GrammarParseError as error:
         raise UserError(f"{path}: {error.full_key}: write '$' and '{{' apart") from None
+    except YAML_ERRORS as error:
+        raise UserError(f"{path}: {_yaml_reason(error)}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: expected 'key: value' lines, found a list")
     return cast("dict[str, Any]", OmegaConf.to_container(content, resolve=False))
+
+
+YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, TypeError)
+"""What reading YAML raises: also the errors of numbers too long, of dates, of unhashable keys."""
+
+
+def check_plain_yaml(text: str) -> None:
+    """Refuse YAML that would exhaust the stack or the memory of what reads it, and odd YAML.
+
+    Settings need no anchors, aliases or tags, and little depth. Nothing is built here.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or not plain.
+    """
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise yaml.YAMLError(f"it has over {MAX_YAML_CHARACTERS} characters")
+    depth = 0
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C: where libyaml is there
+    for event in yaml.parse(text, Loader=loader):
+        mark = event.start_mark
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            problem = f"more than {MAX_YAML_DEPTH} nested lists and mappings"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            raise yaml.MarkedYAMLError(problem="anchors and aliases (& and *)", problem_mark=mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem="tags (!)", problem_mark=mark)
+
+
+def _yaml_reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return f"{line}not valid YAML for settings ({error.problem})"
+    return f"not valid YAML for settings ({_one_line(error)})"
 
 
 def parse_override(text: str, schema: type) -> dict[str, Any]:
@@ -90,13 +149,14 @@ def parse_override(text: str, schema: type) -> dict[str, Any]:
         UserError: there is no `=`, no key, or the value is not YAML.
     """
     key, equals, raw = text.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
         raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
     value: Any = raw
     if not _is_text(_hint_of(schema, key)):
         try:
+            check_plain_yaml(raw)
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
-        except (yaml.YAMLError, OmegaConfBaseException):
+        except YAML_ERRORS:
             raise UserError(f"{COMMAND_LINE}: {key}={_shown(raw)} is not valid YAML") from None
         value = cast("dict[str, Any]", value)["value"]
     elif raw == "null" and _accepts_none(_hint_of(schema, key)):
@@ -113,9 +173,10 @@ def find_preset(folder: Path, name: str) -> Path:
     available = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name in available:
         return available[name]
-    if Path(name).suffix in (".yaml", ".yml"):
-        if Path(name).is_file():
-            return Path(name)
+    given = given_path(name, name="preset")
+    if given.suffix in (".yaml", ".yml"):
+        if given.is_file():
+            return given
         raise UserError(f"{name}: no such file; presets: {', '.join(available) or 'none'}")
     close = difflib.get_close_matches(name, available, n=1)
     hint = f", did you mean {close[0]}?" if close else ";"
@@ -145,6 +206,8 @@ def describe(schema: type, *, commented: Path | None = None) -> list[str]:
     lines: list[str] = []
     for key, hint in _leaves(schema):
         line = f"{key}: {_expected(hint)}"
+        bounds = bounds_of(hint)
+        line += "" if bounds is None else f" {bounds.rule()}"
         if key not in required and key.partition(".")[0] not in required:
             default = OmegaConf.select(defaults, key)
             value = _plain(
@@ -232,7 +295,7 @@ def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
 
 def _leaves(schema: type) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, type) of every value of a schema, in the order of its fields."""
-    hints = typing.get_type_hints(schema)
+    hints = annotated_hints(schema)
     for field in dataclasses.fields(schema):
         section = _section(hints[field.name])
         if section is None:
@@ -247,7 +310,9 @@ def _hint_of(schema: type, key: str) -> Any:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself."""
+    """Return the members of a union, or the type itself; annotations are left out."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import cast
+from typing import Annotated, cast
 
 import torch.distributed as dist
 
+from flowcache.bounds import Bounds
 from flowcache.cli import EXIT_INTERRUPTED, run_command
 from flowcache.errors import UserError
 from flowcache.ranks import (
@@ -26,6 +27,7 @@ from flowcache.ranks import (
     contact,
 )
 
+MAX_PROCESSES = 4096
 EXIT_LOST = 1
 EXIT_TERMINATED = 143
 
@@ -34,13 +36,8 @@ EXIT_TERMINATED = 143
 class ParallelRule:
     """How several processes divide a run."""
 
-    branch: int | None = None
-    sequence: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("branch", self.branch), ("sequence", self.sequence)):
-            if value is not None and value < 1:
-                raise UserError(f"parallel.{name} must be 1 or more, or null, not {value}")
+    branch: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
+    sequence: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
 
 
 def layout_of(
