@@ -44,7 +44,7 @@ class ModelConfig:
     """Sizes of the transformer."""
 
     model_name: str
-    num_layers: Annotated[int, Bounds(1, 1000)]
+    num_layers: Annotated[int, Bounds(1, 256)]
     hidden_size: Width
     ffn_hidden_size: Width
     num_attention_heads: Width

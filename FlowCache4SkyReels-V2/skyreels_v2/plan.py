@@ -8,7 +8,7 @@ import torch
 from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
 from flowcache.scoring import scoring_bytes
-from flowcache.settings import stored_results
+from flowcache.settings import check_pass, stored_results
 from skyreels_v2 import flops
 from skyreels_v2.build import (
     batches_branches,
@@ -83,6 +83,10 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
     num_branches = len(branches_of(config))
     frame_tokens = tokens_per_frame(config)
     segments = segments_of(config)
+    frames = max(segment.num_frames for segment in segments)
+    if config.attention == "causal":
+        frames = min(frames, config.causal_block_size)
+    check_pass(frames * frame_tokens, sizes="height, width, base_num_frames or causal_block_size")
     plans: list[SegmentPlan] = []
     for segment in segments:
         window = window_of(

@@ -36,12 +36,14 @@ MAX_STEPS = 1000
 """Denoising steps of a chunk. Source: the timesteps that the models were trained with."""
 MAX_FRAMES = 1_000_000
 """Of a video: eleven hours at 24 frames per second."""
-MAX_CHUNK_STEPS = 4_000_000
-"""Steps of all chunks, which are planned one by one: a day of MAGI-1's 64 steps."""
+MAX_CHUNK_STEPS = 1_000_000
+"""Steps of all chunks, which are planned one by one: four hours of video in MAGI-1's 64 steps."""
+MAX_PASS_TOKENS = 2**20
+"""Tokens that attend to each other in one pass; 97 frames of 4K are 810,000 in SkyReels-V2."""
 
 Seed: TypeAlias = Annotated[int, Bounds(0, MAX_SEED)]
 Frames: TypeAlias = Annotated[int, Bounds(1, MAX_FRAMES)]
-Pixels: TypeAlias = Annotated[int, Bounds(16, 8192)]
+Pixels: TypeAlias = Annotated[int, Bounds(16, 4096)]
 Fps: TypeAlias = Annotated[int, Bounds(1, 1000)]
 NumSteps: TypeAlias = Annotated[int, Bounds(1, MAX_STEPS)]
 OwnSteps: TypeAlias = Annotated[list[int] | None, Bounds(0, MAX_STEPS - 1)]
@@ -244,4 +246,21 @@ def check_work(*, num_chunks: int, num_steps: int) -> None:
             f"{num_chunks} chunks of {num_steps} steps are {num_chunks * num_steps} steps, at "
             f"most {MAX_CHUNK_STEPS} are planned: make a shorter video (num_frames), or use larger "
             "chunks or fewer steps"
+        )
+
+
+def check_pass(num_tokens: int, *, sizes: str) -> None:
+    """Refuse a pass over more tokens than any model and device can do.
+
+    Args:
+        num_tokens: that go through the blocks at once, at least.
+        sizes: the settings that make it smaller.
+
+    Raises:
+        UserError: there are too many.
+    """
+    if num_tokens > MAX_PASS_TOKENS:
+        raise UserError(
+            f"one pass would have {num_tokens} tokens, at most {MAX_PASS_TOKENS} are possible: "
+            f"lower {sizes}"
         )
