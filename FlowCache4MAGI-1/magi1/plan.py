@@ -6,7 +6,7 @@ import torch
 
 from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
-from flowcache.compress import ImportanceRedundancy
+from flowcache.compress import ImportanceRedundancy, kept_tokens
 from flowcache.schedule import Tick
 from flowcache.scoring import scoring_bytes
 from flowcache.settings import POLICIES, check_pass, stored_results
@@ -89,6 +89,8 @@ def make_plan(
         num_branches=num_branches,
     )
     ticks = clock.ticks(clip)
+    if budget is not None:
+        _check_budget(budget, clip, ticks)
     return Plan(
         clip=clip,
         num_ticks=len(ticks),
@@ -112,6 +114,31 @@ def make_plan(
         activation_bytes=layout.chunk_tokens
         * (TOKEN_COPIES * 4 * model.hidden_size + 2 * dtype.itemsize * model.ffn_hidden_size),
     )
+
+
+def _check_budget(budget: KVBudget, clip: Clip, ticks: list[Tick]) -> None:
+    """Compress the number of clean chunks as the sampler does.
+
+    Raises:
+        UserError: the rule that picks what stays can't work with such a budget.
+    """
+    compressions: set[tuple[int, int]] = set()
+    num_clean, waiting = clip.num_given, 0
+    for tick in ticks:
+        num_clean += waiting
+        kept = budget.total_chunks - len(tick.steps)
+        if tick.entering and num_clean > kept:
+            compressions.add((num_clean, kept))
+            num_clean = kept
+        waiting = len(tick.finishing)
+    tokens = budget.layout.chunk_tokens
+    for num_clean, kept in compressions:
+        kept_tokens(
+            budget.strategy,
+            num_keys=num_clean * tokens,
+            budget=kept * tokens,
+            layout=budget.layout,
+        )
 
 
 @dataclass

@@ -13,7 +13,7 @@ from flowcache.attention import check_available, choose_kernel, describe_choice
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
-from flowcache.embeddings import cached_embedding
+from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
 from flowcache.job import (
     Facts,
@@ -122,6 +122,9 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     dtype = choose_dtype(config.dtype, device)
     check_available(config.attention_kernel, device, dtype=dtype)
+    if config.compile:
+        should_compile(config.compile, device)
+    check_cache(config.embedding_cache)
     quantize.check(config.quantize, checkpoint.config, device=device, dtype=dtype)
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
