@@ -76,10 +76,9 @@ class TracedVAE(vae.VAE):
                 continue
             batch, _, frames, height, width = tile.shape
             stride = self.spatial_stride
-            pixels = tile.new_empty(
-                (batch, self.model.config.in_chans, frames * self.temporal_stride)
-                + (height * stride, width * stride)
-            )
+            num_frames = frames * self.temporal_stride
+            shape = (batch, self.model.config.in_chans, num_frames, height * stride, width * stride)
+            pixels = tile.new_empty(shape)
             yield pixels[:, :, :1] if frames == 1 else pixels
 
 

@@ -16,7 +16,7 @@ import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -67,7 +67,7 @@ def bounds_of(hint: Any) -> Bounds | None:
     return next((x for x in _annotations(hint) if isinstance(x, Bounds)), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def annotated_hints(schema: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields, their annotations included."""
     return typing.get_type_hints(schema, include_extras=True)

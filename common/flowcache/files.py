@@ -17,6 +17,7 @@ MAX_FRESH_NAMES = 100_000
 MAX_JSON_DEPTH = 100
 """Nested lists and objects of a JSON file; none that is read here has more than 10."""
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 STALE_SECONDS = 24 * 3600
 """After so long without a write an unfinished file may be removed."""
@@ -111,7 +112,10 @@ def parse_json(text: str, *, source: str, advice: str = "") -> Any:
         reason = f"more than {MAX_JSON_DEPTH} nested brackets"
         raise UserError(f"{source}: not a readable JSON file ({reason}){end}")
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if _SURROGATE.search(text):  # alone, it can be written nowhere
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except ValueError as error:
         raise UserError(f"{source}: not a readable JSON file ({error}){end}") from None
 
