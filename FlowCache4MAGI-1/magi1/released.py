@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from magi1.config import MagiConfig
 
@@ -61,7 +62,7 @@ def find_model(model: str) -> Source:
         if not path.is_file():
             raise UserError(f"{path}: the demo checkpoint is missing: restore it with git")
         return Source(model, path)
-    path = Path(model).expanduser()
+    path = given_path(model, name="model")
     if path.is_dir():
         path = _only_config(path)
     if not path.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flowcache.attention import check_available, choose_kernel, describe_choice
+from flowcache.bounds import given_path
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
@@ -444,4 +445,5 @@ def choose_model(name: str) -> str | Path:
             f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
             f"its hub id, as {REAL_MODEL}"
         )
+    given_path(name, name="model")
     return REAL_MODEL if name == "auto" else name

@@ -16,9 +16,7 @@ _ALLOCATION = re.compile(
     re.IGNORECASE,
 )
 """How PyTorch, NumPy, CUDA's libraries and C++ say that there is no memory."""
-_ASKED = re.compile(
-    r"(?:allocate|mmap)\s+(\d+(?:\.\d+)?\s*(?:bytes|[KMGTPE]i?B)\b)", re.IGNORECASE
-)
+_ASKED = re.compile(r"(?:allocate|mmap)\s+(\d+(?:\.\d+)?\s*(?:bytes|[KMGTPE]i?B)\b)", re.IGNORECASE)
 """What was asked for, in such a message: `allocate 2.00 GiB`, `allocate 4096 bytes`."""
 
 
