@@ -216,7 +216,7 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
     passes = 1 if engine.distill or engine.fp8_quant else 3
     kind = "distilled" if passes == 1 else "base"
     ranges, num_scales = run.noise2clean_kvrange, len(run.cfg_t_range)
-    size_rule = f"must be a multiple of {PIXELS_PER_TOKEN} pixels"
+    size_rule = f"must be a positive multiple of {PIXELS_PER_TOKEN} pixels"
     range_rule = f"must divide by the {len(ranges)} entries of noise2clean_kvrange"
     scale_rule = f"needs {num_scales} entries, as cfg_t_range has"
     rules = (

@@ -33,7 +33,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from flowcache.bounds import annotated_hints, bounds_of, given_path
 from flowcache.errors import UserError
-from flowcache.files import read_json
+from flowcache.files import read_json, read_regular
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable, not plain YAML (with the line), or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path)
         check_plain_yaml(text)
         content = OmegaConf.load(io.StringIO(text))
     except FileNotFoundError:
@@ -130,16 +130,16 @@ def check_plain_yaml(text: str) -> None:
             problem = f"more than {MAX_YAML_DEPTH} nested lists and mappings"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases (& and *)", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="anchors and aliases, & and *, are not taken", problem_mark=mark)
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(problem="tags (!)", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="tags, !, are not taken", problem_mark=mark)
 
 
 def _yaml_reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        return f"{line}not valid YAML for settings ({error.problem})"
-    return f"not valid YAML for settings ({_one_line(error)})"
+        return f"{line}not valid YAML ({error.problem})"
+    return f"not valid YAML ({_one_line(error)})"
 
 
 def parse_override(text: str, schema: type) -> dict[str, Any]:

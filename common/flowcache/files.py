@@ -1,6 +1,7 @@
 """Results on the disk: fresh names, folders that can be written, files written in one step."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -77,6 +78,18 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def read_regular(path: Path) -> str:
+    """Read a UTF-8 text; a byte order mark is skipped. Never from a device or a pipe: without end.
+
+    Raises:
+        OSError: the file is missing, or no file, or can't be read.
+        ValueError: it is not UTF-8, or the name can't be one.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_json(path: Path, *, advice: str = "") -> Any:
     """Read a JSON file; a byte order mark is skipped.
 
@@ -88,7 +101,7 @@ def read_json(path: Path, *, advice: str = "") -> Any:
     """
     end = f"; {advice}" if advice else ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a readable JSON file (not UTF-8 text){end}") from None
     except (OSError, ValueError) as error:  # ValueError: no path at all

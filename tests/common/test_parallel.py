@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from flowcache.bounds import check_values
 from flowcache.errors import UserError
 from flowcache.parallel import ParallelRule, layout_of, own_bytes
 from flowcache.ranks import Group, Layout, Place, Ranks
@@ -82,8 +83,8 @@ def test_heads_that_can_not_be_divided_name_the_numbers_that_fit(
 
 
 def test_a_number_of_processes_below_one_is_refused():
-    with pytest.raises(UserError, match=r"parallel\.sequence must be 1 or more, or null, not 0"):
-        ParallelRule(sequence=0)
+    with pytest.raises(UserError, match=r"parallel\.sequence must be in 1\.\.4096, not 0"):
+        check_values(ParallelRule(sequence=0), prefix="parallel.")
 
 
 def test_a_process_holds_its_branches_and_heads():

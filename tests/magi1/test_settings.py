@@ -34,12 +34,12 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
         ("model_config.layernorm_epsilon=.inf", "layernorm_epsilon must be a finite number"),
         ("prompt= ", "prompt is empty"),
         ("prefix_frames=30", "prefix_frames must be a positive multiple of 4"),
-        ("passes.prev_share=1.5", "passes.prev_share is a share"),
-        ("reuse.threshold=-1", "reuse.threshold must be 0 or more"),
-        ("reuse.warmup_steps=-1", "reuse.warmup_steps must be 0 or more"),
-        ("reuse.every=0", "reuse.every must be 1 or more"),
+        ("passes.prev_share=1.5", "passes.prev_share must be in 0..1, not 1.5"),
+        ("reuse.threshold=-1", "reuse.threshold must be in 0..1000000000, not -1"),
+        ("reuse.warmup_steps=-1", "reuse.warmup_steps must be in 0..1000, not -1"),
+        ("reuse.every=0", "reuse.every must be in 1..1000, not 0"),
         ("reuse.steps=[64]", "reuse.steps are own steps of a chunk, 0..63: 64 is none"),
-        ("kv.mix=2", "kv.mix is a share"),
+        ("kv.mix=2", "kv.mix must be in 0..1, not 2"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_rule(configure: Configure, setting: str, message: str):
