@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.files import ARRAY_ERRORS
 
 NULL_TOKENS = 50
 """Tokens of the learned caption that stand for no text; the rest of it is never attended to."""
@@ -125,7 +126,7 @@ def load_special_tokens(path: str | Path, *, channels: int) -> SpecialTokens:
                 arrays[name] = torch.from_numpy(np.asarray(file[name], dtype=np.float32))
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{path}: not a readable npz file; download it again") from error
     for name, shape in shapes.items():
         found = tuple(arrays[name].shape)

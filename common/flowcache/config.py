@@ -130,7 +130,9 @@ def check_plain_yaml(text: str) -> None:
             problem = f"more than {MAX_YAML_DEPTH} nested lists and mappings"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases, & and *, are not taken", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases, & and *, are not taken", problem_mark=mark
+            )
         if getattr(event, "tag", None) is not None:
             raise yaml.MarkedYAMLError(problem="tags, !, are not taken", problem_mark=mark)
 

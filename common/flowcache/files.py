@@ -5,8 +5,12 @@ import errno
 import json
 import os
 import re
+import struct
 import tempfile
 import time
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +24,14 @@ MAX_JSON_DEPTH = 100
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+ARRAY_ERRORS = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    RuntimeError,  # a file that says it is encrypted, or packed in an unknown way
+    MemoryError,  # a header that announces more than there is
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(SyntaxError, tokenize.TokenError),  # of a header, which is a Python literal
+)
+"""What NumPy raises for damaged `.npy` and `.npz` files."""
 STALE_SECONDS = 24 * 3600
 """After so long without a write an unfinished file may be removed."""
 
@@ -85,7 +97,7 @@ def read_regular(path: Path) -> str:
         OSError: the file is missing, or no file, or can't be read.
         ValueError: it is not UTF-8, or the name can't be one.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_text(encoding="utf-8-sig")
 

@@ -157,7 +157,9 @@ def _check_fields(path: Path, where: str, value: Any, fields: "Mapping[str, _Kin
     prefix = f"{where}." if where else ""
     for name in row:
         if name not in fields:
-            raise UserError(f"{path}: {prefix}{name} is unknown; known: {', '.join(fields)}")
+            raise UserError(
+                f"{path}: {prefix}{_short(name)} is unknown; known: {', '.join(fields)}"
+            )
     for name, (rule, is_right) in fields.items():
         if name not in row:
             raise UserError(f"{path}: {prefix}{name} is missing; record the run again")
