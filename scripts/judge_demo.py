@@ -8,7 +8,6 @@ attribute.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from flowcache.cli import run_command
 from flowcache.demo.clips import Attributes, parse_caption
 from flowcache.demo.judge import ATTRIBUTE_NAMES, judge
 from flowcache.errors import UserError
+from flowcache.files import read_json
 from flowcache.video import read_video
 
 
@@ -31,8 +31,8 @@ def judged(video: Path) -> tuple[Attributes, dict[str, bool]]:
     """
     report = video.with_suffix(".json")
     try:
-        prompt = json.loads(report.read_text(encoding="utf-8"))["config"]["prompt"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        prompt = read_json(report)["config"]["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{report}: holds no config.prompt ({error!r})") from error
     frames, _ = read_video(video)
     try:

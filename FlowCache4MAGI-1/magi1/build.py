@@ -7,7 +7,7 @@ import torch
 from flowcache.cli import DTYPES
 from flowcache.compress import TokenLayout
 from flowcache.reuse import ReusePolicy
-from flowcache.settings import policy_maker, strategy_of
+from flowcache.settings import check_work, policy_maker, strategy_of
 from flowcache.tune.profile import Setting
 from magi1.config import PIXELS_PER_TOKEN
 from magi1.sampling import KVBudget, Sampling
@@ -24,15 +24,20 @@ def clip_of(config: RunConfig, *, num_prefix: int) -> Clip:
 
     Args:
         num_prefix: given latents.
+
+    Raises:
+        UserError: the video is too short or too long.
     """
     run = config.runtime_config
-    return Clip(
+    clip = Clip(
         run.num_frames,
         num_prefix=num_prefix,
         is_image=config.image is not None,
         chunk_width=run.chunk_width,
         temporal_stride=run.temporal_downsample_factor,
     )
+    check_work(num_chunks=clip.num_chunks, num_steps=run.num_steps)
+    return clip
 
 
 def sampling_of(config: RunConfig) -> Sampling:

@@ -6,10 +6,6 @@ come from a file that is published apart from the weights, and may be left out.
 Axes: L text tokens, C caption channels.
 """
 
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.files import ARRAY_ERRORS
 
 NULL_TOKENS = 50
 """Tokens of the learned caption that stand for no text; the rest of it is never attended to."""
@@ -132,21 +129,7 @@ def load_special_tokens(path: str | Path, *, channels: int) -> SpecialTokens:
                 arrays[name] = torch.from_numpy(array.astype(np.float32))
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        RuntimeError,  # a file that says it is encrypted, or packed in an unknown way
-        MemoryError,  # a header that announces more than there is
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        SyntaxError,  # of a header, which is a Python literal
-        tokenize.TokenError,
-    ) as error:
+    except ARRAY_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable npz file ({reason}); download it again") from error
     for name, shape in shapes.items():

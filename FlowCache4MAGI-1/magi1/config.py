@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 
+from flowcache.bounds import IS_PATH, Bounds, check_values
 from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.weights import MAX_LAYERS, MAX_SIZE
+from flowcache.parallel import MAX_PROCESSES
+from flowcache.settings import MAX_FRAMES, Fps, Frames, NumSteps, Pixels, Seed, Share
 
 PIXELS_PER_TOKEN = 16
 """Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""
@@ -25,6 +27,14 @@ PROJECTION_GROUPS = 8
 Source: the released weights, which were trained with eight key/value heads.
 """
 
+Width: TypeAlias = Annotated[int, Bounds(1, 2**17)]
+"""Channels, or heads; the widest layer of a released model, an MLP's, has 16384."""
+Factor: TypeAlias = Annotated[float, Bounds(0, 1000, is_open=True)]
+Ratio: TypeAlias = Annotated[float, Bounds(0, 16, is_open=True)]
+Scales: TypeAlias = Annotated[tuple[float, ...], Bounds(-1000, 1000)]
+Processes: TypeAlias = Annotated[int, Bounds(1, MAX_PROCESSES)]
+PlaceName: TypeAlias = Annotated[str, IS_PATH]
+
 ParamsDtype = Literal["torch.bfloat16", "torch.float16", "torch.float32"]
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 
@@ -34,30 +44,30 @@ class ModelConfig:
     """Sizes of the transformer."""
 
     model_name: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
+    num_layers: Annotated[int, Bounds(1, 256)]
+    hidden_size: Width
+    ffn_hidden_size: Width
+    num_attention_heads: Width
+    num_query_groups: Width
     """Key/value heads."""
-    kv_channels: int
+    kv_channels: Width
     """Width of an attention head."""
-    layernorm_epsilon: float
+    layernorm_epsilon: Share
     apply_layernorm_1p: bool
-    x_rescale_factor: float
+    x_rescale_factor: Factor
     """Latents are multiplied by it on the way in, the velocity is divided by it."""
     half_channel_vae: bool
     """Whether the model sees every latent channel twice (24B)."""
     params_dtype: ParamsDtype
-    patch_size: int
-    t_patch_size: int
-    in_channels: int
-    out_channels: int
-    cond_hidden_ratio: float
-    caption_channels: int
-    caption_max_length: int
-    xattn_cond_hidden_ratio: float
-    cond_gating_ratio: float
+    patch_size: Width
+    t_patch_size: Width
+    in_channels: Width
+    out_channels: Width
+    cond_hidden_ratio: Ratio
+    caption_channels: Width
+    caption_max_length: Annotated[int, Bounds(1, 100_000)]
+    xattn_cond_hidden_ratio: Ratio
+    cond_gating_ratio: Ratio
     gated_linear_unit: bool
 
     @property
@@ -80,36 +90,36 @@ class ModelConfig:
 class RuntimeConfig:
     """What is generated, and how it is denoised."""
 
-    cfg_number: int
+    cfg_number: Annotated[int, Bounds(1, 3)]
     """Guidance passes: 3 (base) or 1 (distilled)."""
-    cfg_t_range: tuple[float, ...]
+    cfg_t_range: Annotated[tuple[float, ...], Bounds(0, 1)]
     """Lower ends of the timestep ranges of the two scale lists."""
-    prev_chunk_scales: tuple[float, ...]
-    text_scales: tuple[float, ...]
-    noise2clean_kvrange: tuple[int, ...]
+    prev_chunk_scales: Scales
+    text_scales: Scales
+    noise2clean_kvrange: Annotated[tuple[int, ...], Bounds(1, MAX_FRAMES)]
     """Chunks that a chunk sees, itself included, from its noisiest steps on; empty: all."""
-    clean_chunk_kvrange: int
+    clean_chunk_kvrange: Annotated[int, Bounds(-1, MAX_FRAMES)]
     """The same for a clean chunk; -1: the last entry above."""
-    clean_t: float
-    seed: int
-    num_frames: int
-    video_size_h: int
-    video_size_w: int
-    num_steps: int
-    window_size: int
+    clean_t: Annotated[float, Bounds(0, 1, is_open=True)]
+    seed: Seed
+    num_frames: Frames
+    video_size_h: Pixels
+    video_size_w: Pixels
+    num_steps: NumSteps
+    window_size: NumSteps
     """Chunks denoised at once."""
-    fps: int
-    chunk_width: int
+    fps: Fps
+    chunk_width: Annotated[int, Bounds(1, 10_000)]
     """Latent frames of a chunk."""
-    load: str
+    load: PlaceName
     """Folder that holds `inference_weight*`."""
-    t5_pretrained: str
+    t5_pretrained: PlaceName
     """Folder that holds `t5-v1_1-xxl`."""
     t5_device: str
-    vae_pretrained: str
-    scale_factor: float
+    vae_pretrained: PlaceName
+    scale_factor: Factor
     """Factor between the VAE's latents and the model's."""
-    temporal_downsample_factor: int
+    temporal_downsample_factor: Annotated[int, Bounds(1, 64)]
 
 
 @dataclass(frozen=True)
@@ -117,13 +127,13 @@ class EngineConfig:
     """How the weights are stored and the run is divided."""
 
     distributed_backend: str
-    distributed_timeout_minutes: int
-    pp_size: int
-    cp_size: int
+    distributed_timeout_minutes: Annotated[int, Bounds(0, 1_000_000)]
+    pp_size: Processes
+    cp_size: Processes
     cp_strategy: str
-    ulysses_overlap_degree: int
+    ulysses_overlap_degree: Processes
     fp8_quant: bool
-    distill_nearly_clean_chunk_threshold: float
+    distill_nearly_clean_chunk_threshold: Share
     """Timestep of the oldest chunk above which distilled models see it a second time."""
     shortcut_mode: str
     """Which three of the twelve-step model's quarters are short."""
@@ -160,25 +170,9 @@ def check_model(model: ModelConfig, *, source: str) -> None:
     """Check the sizes of a transformer.
 
     Raises:
-        UserError: one is not positive, does not divide another, or is not of a released model.
+        UserError: one is out of bounds, does not divide another, or is not of a released model.
     """
-    positive = (
-        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-        *("num_query_groups", "kv_channels", "in_channels", "caption_channels"),
-        *("caption_max_length", "x_rescale_factor", "cond_hidden_ratio"),
-    )
-    _check(
-        source, model, ((name, getattr(model, name) > 0, "must be positive") for name in positive)
-    )
-    limits = {name: MAX_LAYERS if name == "num_layers" else MAX_SIZE for name in positive}
-    _check(
-        source,
-        model,
-        (
-            (name, getattr(model, name) <= limit, f"at most {limit} is supported")
-            for name, limit in limits.items()
-        ),
-    )
+    check_values(model, source=source)
     supported: dict[str, Any] = {
         "model_name": "videodit_ardf",
         "apply_layernorm_1p": True,
@@ -217,8 +211,8 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
     Raises:
         UserError: a size, step count or guidance setting that the model cannot work with.
     """
-    positive = ("num_frames", "num_steps", "window_size", "fps", "chunk_width", "scale_factor")
-    _check(source, run, ((name, getattr(run, name) > 0, "must be positive") for name in positive))
+    check_values(run, source=source)
+    check_values(engine, source=source)
     passes = 1 if engine.distill or engine.fp8_quant else 3
     kind = "distilled" if passes == 1 else "base"
     ranges, num_scales = run.noise2clean_kvrange, len(run.cfg_t_range)
@@ -227,11 +221,10 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
     scale_rule = f"needs {num_scales} entries, as cfg_t_range has"
     rules = (
         ("cfg_number", run.cfg_number == passes, f"must be {passes} for a {kind} model"),
-        ("video_size_h", _is_size(run.video_size_h), size_rule),
-        ("video_size_w", _is_size(run.video_size_w), size_rule),
+        ("video_size_h", run.video_size_h % PIXELS_PER_TOKEN == 0, size_rule),
+        ("video_size_w", run.video_size_w % PIXELS_PER_TOKEN == 0, size_rule),
         ("num_steps", run.num_steps % run.window_size == 0, f"must divide by {run.window_size}"),
         ("num_steps", not ranges or run.num_steps % len(ranges) == 0, range_rule),
-        ("noise2clean_kvrange", all(count > 0 for count in ranges), "must hold counts from 1 on"),
         (
             "clean_chunk_kvrange",
             run.clean_chunk_kvrange == -1 or run.clean_chunk_kvrange > 0,
@@ -241,7 +234,6 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
         ("prev_chunk_scales", len(run.prev_chunk_scales) == num_scales, scale_rule),
         ("text_scales", len(run.text_scales) == num_scales, scale_rule),
         ("t5_device", _is_device(run.t5_device), "must be cpu, cuda or cuda:0"),
-        ("clean_t", 0 < run.clean_t <= 1, "must lie in 0..1, where 1 is clean"),
     )
     _check(source, run, rules)
 
@@ -253,10 +245,6 @@ def _is_rising(lows: Sequence[float]) -> bool:
 
 def _is_device(name: str) -> bool:
     return re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
-
-
-def _is_size(pixels: int) -> bool:
-    return pixels > 0 and pixels % PIXELS_PER_TOKEN == 0
 
 
 def _check(source: str, section: object, rules: Iterable[tuple[str, bool, str]]) -> None:

@@ -1,15 +1,15 @@
 """What a run will cost, by arithmetic: ticks, chunks, tokens, FLOPs, bytes. Nothing is loaded."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
-from flowcache.compress import ImportanceRedundancy
+from flowcache.compress import ImportanceRedundancy, kept_tokens
 from flowcache.schedule import Tick
 from flowcache.scoring import scoring_bytes
-from flowcache.settings import POLICIES, stored_results
+from flowcache.settings import POLICIES, check_pass, stored_results
 from magi1 import flops
 from magi1.build import budget_of, clip_of, latent_size, layout_of, sampling_of
 from magi1.captions import NULL_TOKENS
@@ -72,6 +72,7 @@ def make_plan(
     model = replace(config.model_config, params_dtype=str(dtype))
     clip, clock = clip_of(config, num_prefix=num_prefix), Clock.of(config)
     sampling, layout, budget = sampling_of(config), layout_of(config), budget_of(config)
+    check_pass(layout.chunk_tokens, sizes="video_size_h, video_size_w or chunk_width")
     special = len(config.tokens.names()) + config.tokens.duration if has_special_tokens else 0
     text = min(prompt_tokens + special, model.caption_max_length)
     total = None if budget is None else budget.total_chunks
@@ -88,6 +89,8 @@ def make_plan(
         num_branches=num_branches,
     )
     ticks = clock.ticks(clip)
+    if budget is not None:
+        _check_budget(budget, clip, ticks)
     return Plan(
         clip=clip,
         num_ticks=len(ticks),
@@ -113,6 +116,31 @@ def make_plan(
     )
 
 
+def _check_budget(budget: KVBudget, clip: Clip, ticks: list[Tick]) -> None:
+    """Compress the number of clean chunks as the sampler does.
+
+    Raises:
+        UserError: the rule that picks what stays can't work with such a budget.
+    """
+    compressions: set[tuple[int, int]] = set()
+    num_clean, waiting = clip.num_given, 0
+    for tick in ticks:
+        num_clean += waiting
+        kept = budget.total_chunks - len(tick.steps)
+        if tick.entering and num_clean > kept:
+            compressions.add((num_clean, kept))
+            num_clean = kept
+        waiting = len(tick.finishing)
+    tokens = budget.layout.chunk_tokens
+    for num_clean, kept in compressions:
+        kept_tokens(
+            budget.strategy,
+            num_keys=num_clean * tokens,
+            budget=kept * tokens,
+            layout=budget.layout,
+        )
+
+
 @dataclass
 class _FlopCounter:
     """Walks through the ticks as the sampler does, with every step computed."""
@@ -127,6 +155,8 @@ class _FlopCounter:
     num_branches: int
     num_clean: int = 0
     """Chunks whose clean keys are in the caches, or as many tokens."""
+    known: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    """What has been counted: the passes of a long video are alike."""
 
     def clip(self, clip: Clip, ticks: list[Tick]) -> int:
         """Return the FLOPs of a whole clip, given chunks included."""
@@ -171,9 +201,13 @@ class _FlopCounter:
 
     def _layers(self, num_seen: int, *, text: int) -> int:
         """Return the FLOPs of one chunk that sees `num_seen` chunks, itself included."""
-        tokens = self.chunk_tokens
-        embed = flops.embed(self.model, tokens=tokens, is_distilled=self.sampling.is_distilled)
-        return embed + flops.blocks(self.model, queries=tokens, keys=num_seen * tokens, text=text)
+        known = self.known.get((num_seen, text))
+        if known is None:
+            tokens = self.chunk_tokens
+            known = flops.embed(self.model, tokens=tokens, is_distilled=self.sampling.is_distilled)
+            known += flops.blocks(self.model, queries=tokens, keys=num_seen * tokens, text=text)
+            self.known[num_seen, text] = known
+        return known
 
 
 def _weight_bytes(config: RunConfig, dtype: torch.dtype) -> int:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from magi1 import checkpoint as checkpoints
@@ -67,7 +68,7 @@ def find_model(model: str, *, has_cuda: bool | None = None) -> Source:
         if not path.is_file():
             raise UserError(f"{path}: the demo checkpoint is missing: restore it with git")
         return Source(model, path)
-    path = Path(model).expanduser()
+    path = given_path(model, name="model")
     if path.is_dir():
         path = _only_config(path)
     if not path.is_file():

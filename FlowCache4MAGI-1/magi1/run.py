@@ -15,7 +15,7 @@ from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.cli import choose_device
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
-from flowcache.embeddings import cached_embedding
+from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
 from flowcache.job import (
     Facts,
@@ -135,6 +135,9 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     layout = divide(config, ranks)
     dtype = dtype_of(config, device)
     check_available(config.attention_kernel, device, dtype=dtype)
+    if config.compile:
+        should_compile(config.compile, device)
+    check_cache(config.embedding_cache)
     path = claim_output(request, stem=f"{preset.stem}-{config.runtime_config.seed}")
     prefix = read_prefix(config)
     replay = _read_replay(request, config, num_prefix=_num_prefix(config, prefix))

@@ -1,22 +1,23 @@
 """Every setting of a run: the release's JSON config, and what the release has no field for."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from flowcache.attention import KernelName
+from flowcache.bounds import Bounds, check_values
 from flowcache.errors import UserError
 from flowcache.memory import parse_limit
 from flowcache.parallel import ParallelRule
 from flowcache.settings import (
+    MAX_FRAMES,
     KVRule,
+    Place,
     ReuseRule,
-    check_finite,
+    Share,
+    Threshold,
     check_guidance,
-    check_least,
-    check_mix,
     check_prompt,
     check_reuse,
-    check_seed,
     strategy_of,
 )
 from magi1.captions import TokenChoice
@@ -31,14 +32,14 @@ class PassConfig:
 
     clean_pass: bool = True
     nearly_clean_pass: bool = True
-    prev_share: float = 0.7
+    prev_share: Share = 0.7
 
 
 @dataclass(frozen=True)
 class ReuseConfig(ReuseRule):
     """When a chunk is recomputed, and what it gets when it is not."""
 
-    threshold: float = 0.01
+    threshold: Threshold = 0.01
     compute_last_step: bool = False
     predict: Quantity = "latent_update"
 
@@ -47,7 +48,7 @@ class ReuseConfig(ReuseRule):
 class KVConfig(KVRule):
     """How many chunks the KV cache holds, and which clean tokens stay."""
 
-    total_chunks: int = 5
+    total_chunks: Annotated[int, Bounds(1, MAX_FRAMES)] = 5
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class RunConfig(MagiConfig):
     """One video: a JSON config of the release, under its own names, and more."""
 
     prompt: str = ""
-    image: str | None = None
-    video: str | None = None
-    prefix_frames: int | None = 32
-    special_tokens: str | None = None
+    image: Place = None
+    video: Place = None
+    prefix_frames: Annotated[int | None, Bounds(1, MAX_FRAMES)] = 32
+    special_tokens: Place = None
     tokens: TokenChoice = field(default_factory=TokenChoice)
     passes: PassConfig = field(default_factory=PassConfig)
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
@@ -68,17 +69,16 @@ class RunConfig(MagiConfig):
     device: str = "auto"
     offload: bool = False
     memory_limit: str = "auto"
-    embedding_cache: str | None = None
+    embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_values(self)
         check_model(self.model_config, source="model_config")
         check_runtime(self.runtime_config, self.engine_config, source="runtime_config")
-        check_prompt("prompt", self.prompt, may_be_empty=False)
-        check_seed("runtime_config.seed", self.runtime_config.seed)
+        check_prompt("prompt", self.prompt)
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
         check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
         self._check_given()
@@ -89,10 +89,6 @@ class RunConfig(MagiConfig):
         )
         self._check_kv()
         parse_limit(self.memory_limit)
-        if not 0 <= self.passes.prev_share <= 1:
-            raise UserError(
-                f"passes.prev_share is a share and must be in 0..1, not {self.passes.prev_share:g}"
-            )
         if self.engine_config.fp8_quant and self.dtype not in ("auto", "bfloat16"):
             raise UserError(
                 f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
@@ -101,7 +97,6 @@ class RunConfig(MagiConfig):
 
     def _check_given(self) -> None:
         stride = self.runtime_config.temporal_downsample_factor
-        check_least("runtime_config.temporal_downsample_factor", stride, 1)
         if self.image is not None and self.video is not None:
             raise UserError(
                 "image and video cannot both be the start: give image for a first frame, or video "
@@ -116,7 +111,6 @@ class RunConfig(MagiConfig):
             )
 
     def _check_kv(self) -> None:
-        check_mix(self.kv)
         window = self.runtime_config.window_size
         if strategy_of(self.kv) is not None and self.kv.total_chunks <= window:
             raise UserError(

@@ -20,7 +20,16 @@ VAE_STRIDE = 8
 
 
 def segments_of(config: RunConfig) -> list[Segment]:
-    """Cut the run into segments."""
+    """Cut the run into segments.
+
+    Raises:
+        UserError: frames, windows and overlap don't fit each other, or the video is too long.
+    """
+    window = latent_frames(min(config.num_frames, config.base_num_frames))
+    step = max(window - latent_frames(config.overlap_history or 1), 1)
+    num_segments = -(-latent_frames(config.num_frames) // step)
+    num_chunks = num_segments * -(-window // config.causal_block_size)
+    settings.check_work(num_chunks=num_chunks, num_steps=config.num_steps)
     return cut_segments(
         config.num_frames,
         base=config.base_num_frames,
@@ -128,11 +137,21 @@ def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | Non
     strategy = settings.strategy_of(config.kv)
     if strategy is None:
         return None
-    layout = TokenLayout(
+    layout = token_layout(config, frame_tokens=frame_tokens)
+    budget = budget_of(config, layout)
+    return Compression(budget, partial(strategy.keep, budget=budget, layout=layout))
+
+
+def token_layout(config: RunConfig, *, frame_tokens: int) -> TokenLayout:
+    """Return how tokens group into frames and chunks."""
+    return TokenLayout(
         frame_tokens=frame_tokens, chunk_tokens=frame_tokens * config.causal_block_size
     )
-    budget = int(config.kv.budget_chunks * layout.chunk_tokens)
-    return Compression(budget, partial(strategy.keep, budget=budget, layout=layout))
+
+
+def budget_of(config: RunConfig, layout: TokenLayout) -> int:
+    """Return how many clean tokens a compressed KV cache keeps."""
+    return int(config.kv.budget_chunks * layout.chunk_tokens)
 
 
 def tokens_per_frame(config: RunConfig) -> int:

@@ -1,23 +1,28 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from flowcache.attention import KernelName
+from flowcache.bounds import Bounds, check_values
 from flowcache.errors import UserError
 from flowcache.memory import parse_limit
 from flowcache.parallel import ParallelRule
 from flowcache.results import Quantity
 from flowcache.settings import (
+    MAX_FRAMES,
+    MAX_STEPS,
+    Fps,
+    Frames,
     KVRule,
+    NumSteps,
+    Pixels,
+    Place,
     ReuseRule,
-    check_finite,
+    Seed,
     check_guidance,
-    check_least,
-    check_mix,
     check_prompt,
     check_reuse,
-    check_seed,
     guidance_of,
 )
 from skyreels_v2.quantize import QuantizeName
@@ -31,8 +36,8 @@ NEGATIVE_PROMPT = (
 """The negative prompt of Wan 2.1, with which SkyReels-V2 is used."""
 
 MAX_ADDNOISE = 60
-MAX_STEPS = 1000
-"""Timesteps that the model was trained with; more steps would repeat some."""
+MAX_SCALE = 1000
+"""Of shift and guidance, far above what makes a picture."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class ReuseConfig(ReuseRule):
 class KVConfig(KVRule):
     """How many clean tokens the KV cache keeps, and which."""
 
-    budget_chunks: float = 1.0
+    budget_chunks: Annotated[float, Bounds(0, MAX_FRAMES)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,23 @@ class RunConfig:
 
     prompt: str = ""
     negative_prompt: str = NEGATIVE_PROMPT
-    image: str | None = None
-    end_image: str | None = None
-    video: str | None = None
-    height: int = 544
-    width: int = 960
-    num_frames: int = 97
-    base_num_frames: int = 97
-    overlap_history: int | None = None
-    fps: int = 24
-    seed: int = 0
+    image: Place = None
+    end_image: Place = None
+    video: Place = None
+    height: Pixels = 544
+    width: Pixels = 960
+    num_frames: Frames = 97
+    base_num_frames: Frames = 97
+    overlap_history: Annotated[int | None, Bounds(1, MAX_FRAMES)] = None
+    fps: Fps = 24
+    seed: Seed = 0
     noise_dtype: Literal["auto", "model", "float32"] = "auto"
-    num_steps: int = 50
-    shift: float = 8.0
-    guidance: float = 6.0
-    ar_step: int = 0
-    causal_block_size: int = 1
-    addnoise_condition: int = 0
+    num_steps: NumSteps = 50
+    shift: Annotated[float, Bounds(0, MAX_SCALE, is_open=True)] = 8.0
+    guidance: Annotated[float, Bounds(0, MAX_SCALE)] = 6.0
+    ar_step: Annotated[int, Bounds(0, MAX_STEPS)] = 0
+    causal_block_size: Annotated[int, Bounds(1, MAX_FRAMES)] = 1
+    addnoise_condition: Annotated[int, Bounds(0, MAX_ADDNOISE)] = 0
     attention: Literal["full", "causal"] = "full"
     clean_pass: bool = False
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
@@ -82,36 +87,20 @@ class RunConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     batch_branches: bool | None = None
-    together_tokens: int = 4096
+    together_tokens: Annotated[int, Bounds(0, 10**9)] = 4096
     offload: bool = False
     text_on_host: bool = False
     kv_on_host: bool = False
     memory_limit: str = "auto"
-    embedding_cache: str | None = None
+    embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
     quantize: QuantizeName | None = None
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        check_prompt("prompt", self.prompt, may_be_empty=False)
-        check_prompt("negative_prompt", self.negative_prompt, may_be_empty=True)
-        for name in ("num_frames", "base_num_frames", "num_steps", "causal_block_size", "fps"):
-            check_least(name, getattr(self, name), 1)
-        if self.num_steps > MAX_STEPS:
-            raise UserError(f"num_steps must be at most {MAX_STEPS}, not {self.num_steps}")
-        check_least("ar_step", self.ar_step, 0)
-        check_least("together_tokens", self.together_tokens, 0)
-        check_least("guidance", self.guidance, 0)
-        if self.shift <= 0:
-            raise UserError(f"shift must be above 0, not {self.shift:g}; 8 is usual")
-        check_seed("seed", self.seed)
-        if not 0 <= self.addnoise_condition <= MAX_ADDNOISE:
-            raise UserError(
-                f"addnoise_condition must be a timestep in 0..{MAX_ADDNOISE} (20 is usual), "
-                f"not {self.addnoise_condition}"
-            )
+        check_values(self)
+        check_prompt("prompt", self.prompt)
         check_reuse(self.reuse, num_steps=self.num_steps, least_warmup=1)
         if self.reuse.policy == "guarded" and self.reuse.signal != "content":
             raise UserError(
@@ -138,8 +127,6 @@ class RunConfig:
             )
 
     def _check_kv(self) -> None:
-        check_least("kv.budget_chunks", self.kv.budget_chunks, 0)
-        check_mix(self.kv)
         if self.kv.compress != "none" and self.attention != "causal":
             raise UserError(
                 f"kv.compress={self.kv.compress} needs a KV cache, which attention=full does not "

@@ -7,16 +7,19 @@ import torch
 
 from flowcache.attention import AttentionShape
 from flowcache.cli import gigabytes
+from flowcache.compress import kept_tokens
 from flowcache.scoring import scoring_bytes
-from flowcache.settings import stored_results
+from flowcache.settings import check_pass, stored_results, strategy_of
 from skyreels_v2 import flops
 from skyreels_v2.build import (
     batches_branches,
     branches_of,
+    budget_of,
     compression_of,
     kv_capacity,
     sampling_of,
     segments_of,
+    token_layout,
     tokens_per_frame,
     window_of,
 )
@@ -83,11 +86,16 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
     num_branches = len(branches_of(config))
     frame_tokens = tokens_per_frame(config)
     segments = segments_of(config)
+    frames = max(segment.num_frames for segment in segments)
+    if config.attention == "causal":
+        frames = min(frames, config.causal_block_size)
+    check_pass(frames * frame_tokens, sizes="height, width, base_num_frames or causal_block_size")
     plans: list[SegmentPlan] = []
     for segment in segments:
         window = window_of(
             config, segment, num_segments=len(segments), is_i2v=dit.model_type == "i2v"
         )
+        _check_compression(config, window)
         plans.append(_plan_segment(config, dit, window, num_branches=num_branches))
     width = dtype.itemsize
     largest = max(plans, key=lambda plan: plan.window.num_frames)
@@ -115,6 +123,28 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
         * forward_tokens
         * (RESIDUAL_COPIES * 4 * dit.dim + 2 * width * dit.ffn_dim),
     )
+
+
+def _check_compression(config: RunConfig, window: Window) -> None:
+    """Compress the number of clean tokens as a run does in which every step is computed.
+
+    Raises:
+        UserError: the rule that picks what stays can't work with such a budget.
+    """
+    strategy = strategy_of(config.kv)
+    if strategy is None:
+        return
+    per_frame = tokens_per_frame(config)
+    layout = token_layout(config, frame_tokens=per_frame)
+    budget = budget_of(config, layout)
+    kept: dict[int, int] = {}
+    clean = per_frame * sum(len(chunk) for chunk in window.chunks[: window.num_given])
+    for tick in sampling_of(config).ticks(window):
+        if clean > budget:
+            if clean not in kept:
+                kept[clean] = kept_tokens(strategy, num_keys=clean, budget=budget, layout=layout)
+            clean = kept[clean]
+        clean += per_frame * sum(len(window.chunks[chunk]) for chunk in tick.finishing)
 
 
 def _active_tokens(config: RunConfig, plans: Sequence[SegmentPlan]) -> int:

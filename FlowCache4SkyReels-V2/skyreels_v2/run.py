@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from flowcache.attention import check_available, choose_kernels, describe_choice
+from flowcache.bounds import given_path
 from flowcache.cli import DTYPES, choose_device, choose_dtype
 from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
-from flowcache.embeddings import cached_embedding
+from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
 from flowcache.job import (
     Facts,
@@ -125,6 +126,9 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     dtype = choose_dtype(config.dtype, device)
     check_available(config.attention_kernel, device, dtype=dtype)
+    if config.compile:
+        should_compile(config.compile, device)
+    check_cache(config.embedding_cache)
     quantize.check(config.quantize, checkpoint.config, device=device, dtype=dtype)
     if config.reuse.policy in ("flowcache", "teacache"):
         rescale_for(config, checkpoint.config)
@@ -497,4 +501,5 @@ def choose_model(name: str, *, has_cuda: bool | None = None) -> str | Path:
             f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
             f"its hub id, as {REAL_MODEL}"
         )
+    given_path(name, name="model")
     return REAL_MODEL if name == "auto" else name

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowcache.bounds import given_path
 from flowcache.config import read_yaml
 from flowcache.errors import UserError
 from flowcache.parallel import run_in_ranks
@@ -115,7 +116,7 @@ def request_of(script: Script, options: Namespace) -> Request:
         UserError: a flag is missing or not supported.
     """
     model = choose_model(options.model_id)
-    own = _own_keys(Path(model).expanduser())
+    own = _own_keys(given_path(str(model), name="model"))
     seed = _seed_of(options)
     settings = [f"prompt={options.prompt}", f"seed={seed}", *_model_settings(options, own)]
     if options.image is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from flowcache.ending import Ending, Stopped
-from flowcache.errors import UserError
+from flowcache.errors import UserError, no_memory
 from flowcache.files import fresh_path
 from flowcache.precision import set_allocator
 from flowcache.ranks import Place, starter_of
@@ -25,6 +26,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
 """As of a program that SIGPIPE ended."""
+SHOWN_PATH = 300
+"""Characters of a path in an error."""
 LOG_INTERVAL_SECONDS = 15
 """Between two states of the progress bar where it goes to a file."""
 
@@ -130,6 +133,8 @@ def run_command(command: Callable[[], None]) -> int:
     for name in ("httpx", "httpx2", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test captures it
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the characters
     try:
         place = Place.of(os.environ)
         with Ending(starter_of(os.environ, place), is_first=place.rank == 0):
@@ -144,11 +149,31 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        refusal = no_memory(error)
+        if refusal is None:
+            raise
+        sys.stderr.write(f"error: {refusal}\n")
+        return EXIT_USER_ERROR
     except BrokenPipeError:
         # who reads has seen enough, as `| head`; nothing more can be written there at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNREAD
+    except OSError as error:
+        # what no check can foresee: a folder that went away, a disk that is full or fails
+        sys.stderr.write(f"error: {no_memory(error) or _described(error)}\n")
+        return EXIT_USER_ERROR
     return 0
+
+
+def _described(error: OSError) -> str:
+    """Say what the system refuses, in one line."""
+    place = "" if error.filename is None else f"{_shortened(str(error.filename))}: "
+    return f"{place}{error.strerror or ' '.join(str(error).split())}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_PATH else f"{text[:SHOWN_PATH]}..."
 
 
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:

@@ -67,6 +67,19 @@ class CompressionStrategy(Protocol):
         ...
 
 
+def kept_tokens(
+    strategy: CompressionStrategy, *, num_keys: int, budget: int, layout: TokenLayout
+) -> int:
+    """Return how many of `num_keys` clean tokens a strategy keeps; no key is needed for that.
+
+    Raises:
+        UserError: as the strategy's `keep`, before there is a run.
+    """
+    k_LGD = torch.empty(num_keys, 1, 1, device="meta")
+    q_QHD = torch.empty(layout.chunk_tokens, 1, 1, device="meta")
+    return len(strategy.keep(q_QHD, k_LGD, budget=budget, layout=layout))
+
+
 def best(score_GN: Tensor, count: int, *, group_tokens: int = 1, order: Order) -> Tensor:
     """Return the token indices of the ``count`` best groups per head, int64 [K, G].
 

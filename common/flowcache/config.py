@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import math
 import re
 import types
@@ -29,12 +30,13 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 
+from flowcache.bounds import annotated_hints, bounds_of, given_path
 from flowcache.errors import UserError
-from flowcache.files import read_json
+from flowcache.files import read_json, read_regular
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,6 +45,11 @@ T = TypeVar("T")
 
 COMMAND_LINE = "command line"
 VALUE_CHARACTERS = 80  # of a wrong value shown in an error
+KEY_CHARACTERS = 200  # no key is longer
+MAX_YAML_CHARACTERS = 1_000_000
+"""Of a file; the longest that is read here, a profile of many clips, has some ten thousand."""
+MAX_YAML_DEPTH = 20
+"""Nested lists and mappings; none that is read here has more than 5."""
 
 
 def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str] = ()) -> T:
@@ -63,7 +70,7 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
 
     config: DictConfig = OmegaConf.structured(schema)
     for path in layers:
-        config = _merged(config, schema, read_yaml(path), source=str(path))
+        config = _merged(config, schema, read_layer(path), source=str(path))
     for text in overrides:
         config = _merged(config, schema, parse_override(text, schema), source=COMMAND_LINE)
     missing = sorted(OmegaConf.missing_keys(config))
@@ -81,34 +88,90 @@ def has_omegaconf() -> bool:
     return True
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds a mapping; an empty YAML file is an empty mapping.
+def read_layer(path: Path) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds a mapping.
 
     Raises:
-        UserError: the file is missing, unreadable, not YAML (with the line), or not a mapping.
+        UserError: the file can't be read, or holds no mapping.
     """
-    if path.suffix == ".json" and path.is_file():
-        values = read_json(path)
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected an object {{...}}, found a {type(values).__name__}")
-        return cast("dict[str, Any]", values)
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import GrammarParseError
+    if path.suffix != ".json":
+        return read_yaml(path)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return cast("dict[str, Any]", content)
 
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; an empty file is an empty mapping.
+
+    Raises:
+        UserError: the file is missing, unreadable, not plain YAML (with the line), or no mapping.
+    """
     try:
-        content = OmegaConf.load(path)
+        text = read_regular(path)
+        check_plain_yaml(text)
+        content = _parsed(text, source=str(path)) if has_omegaconf() else _yaml_value(text) or {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: {line}not valid YAML ({error.problem})") from None
-    except GrammarParseError as error:
-        raise UserError(f"{path}: {error.full_key}: write '$' and '{{' apart") from None
-    if not isinstance(content, DictConfig):
+    except YAML_ERRORS as error:
+        raise UserError(f"{path}: {_yaml_reason(error)}") from None
+    if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'key: value' lines, found a list")
-    return cast("dict[str, Any]", OmegaConf.to_container(content, resolve=False))
+    return cast("dict[str, Any]", content)
+
+
+def _parsed(text: str, *, source: str) -> Any:
+    """Return the values of a YAML text as OmegaConf reads them; an empty one is a mapping."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except GrammarParseError as error:
+        raise UserError(f"{source}: {error.full_key}: write '$' and '{{' apart") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {_yaml_reason(error)}") from None
+
+
+YAML_ERRORS = (yaml.YAMLError, ValueError, OverflowError, TypeError)
+"""What reading YAML raises: also the errors of numbers too long, of dates, of unhashable keys."""
+
+
+def check_plain_yaml(text: str) -> None:
+    """Refuse YAML that would exhaust the stack or the memory of what reads it, and odd YAML.
+
+    Settings need no anchors, aliases or tags, and little depth. Nothing is built here.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or not plain.
+    """
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise yaml.YAMLError(f"it has over {MAX_YAML_CHARACTERS} characters")
+    depth = 0
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C: where libyaml is there
+    for event in yaml.parse(text, Loader=loader):
+        mark = event.start_mark
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            problem = f"more than {MAX_YAML_DEPTH} nested lists and mappings"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases, & and *, are not taken", problem_mark=mark
+            )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem="tags, !, are not taken", problem_mark=mark)
+
+
+def _yaml_reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return f"{line}not valid YAML ({error.problem})"
+    return f"not valid YAML ({_one_line(error)})"
 
 
 def parse_override(text: str, schema: type) -> dict[str, Any]:
@@ -118,7 +181,7 @@ def parse_override(text: str, schema: type) -> dict[str, Any]:
         UserError: there is no `=`, no key, or the value is not YAML.
     """
     key, equals, raw = text.partition("=")
-    if not equals or not all(key.split(".")):
+    if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
         raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -126,8 +189,9 @@ def parse_override(text: str, schema: type) -> dict[str, Any]:
     value: Any = raw
     if not _is_text(_hint_of(schema, key)):
         try:
+            check_plain_yaml(raw)
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
-        except (yaml.YAMLError, OmegaConfBaseException):
+        except (*YAML_ERRORS, OmegaConfBaseException):
             raise UserError(f"{COMMAND_LINE}: {key}={_shown(raw)} is not valid YAML") from None
         value = cast("dict[str, Any]", value)["value"]
     elif raw == "null" and _accepts_none(_hint_of(schema, key)):
@@ -144,9 +208,10 @@ def find_preset(folder: Path, name: str) -> Path:
     available = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name in available:
         return available[name]
-    if Path(name).suffix in (".yaml", ".yml"):
-        if Path(name).is_file():
-            return Path(name)
+    given = given_path(name, name="preset")
+    if given.suffix in (".yaml", ".yml"):
+        if given.is_file():
+            return given
         raise UserError(f"{name}: no such file; presets: {', '.join(available) or 'none'}")
     close = difflib.get_close_matches(name, available, n=1)
     hint = f", did you mean {close[0]}?" if close else ";"
@@ -178,6 +243,8 @@ def describe(schema: type, *, commented: Path | None = None) -> list[str]:
     lines: list[str] = []
     for key, hint in _leaves(schema):
         line = f"{key}: {_expected(hint)}"
+        bounds = bounds_of(hint)
+        line += "" if bounds is None else f" {bounds.rule()}"
         if key not in required and key.partition(".")[0] not in required:
             default = OmegaConf.select(defaults, key)
             value = _plain(
@@ -268,7 +335,7 @@ def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
 
 def _leaves(schema: type) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, type) of every value of a schema, in the order of its fields."""
-    hints = typing.get_type_hints(schema)
+    hints = annotated_hints(schema)
     for field in dataclasses.fields(schema):
         section = _section(hints[field.name])
         if section is None:
@@ -283,7 +350,9 @@ def _hint_of(schema: type, key: str) -> Any:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself."""
+    """Return the members of a union, or the type itself; annotations are left out."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 
@@ -386,7 +455,7 @@ def _load_plain(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
     """
     made: dict[str, Any] = {}
     for source, layer in (
-        *((str(path), _read_plain(path)) for path in layers),
+        *((str(path), read_layer(path)) for path in layers),
         *((COMMAND_LINE, _plain_override(text, schema)) for text in overrides),
     ):
         for key, hint, value in _assignments(schema, layer, prefix="", source=source):
@@ -401,23 +470,6 @@ def _load_plain(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
             else:
                 section[last] = _typed(hint, value, key=key, source=source)
     return _instance(schema, made, prefix="")
-
-
-def _read_plain(path: Path) -> dict[str, Any]:
-    try:
-        content = _yaml_value(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path}: {line}not valid YAML ({error.problem})") from None
-    except yaml.YAMLError as error:  # a character that no text holds
-        raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
-    if not isinstance(content or {}, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found a list")
-    return content or {}
 
 
 def _plain_override(text: str, schema: type) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.files import check_writable
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the files and of what is hashed."""
+SETTING = "embedding_cache"
 _NAME = "embedding"
 
 
@@ -52,7 +54,7 @@ def cached_embedding(
     """
     if folder is None:
         return encode()
-    key, home = _key(facts()), Path(folder).expanduser()
+    key, home = _key(facts()), given_path(folder, name=SETTING)
     path = home / f"{key}.safetensors"
     known = _read(path, key=key)
     if known is not None:
@@ -62,6 +64,21 @@ def cached_embedding(
     made = encode()
     _write(path, made, key=key)
     return made
+
+
+def check_cache(folder: str | None) -> None:
+    """Check that embeddings can be kept in a folder, which is made.
+
+    A folder that is there may be read-only: the prompts may all be known.
+
+    Raises:
+        UserError: it is no folder, or can't be made.
+    """
+    if folder is None:
+        return
+    home = given_path(folder, name=SETTING)
+    if not home.is_dir():
+        check_writable(home)
 
 
 def _key(facts: Mapping[str, Any]) -> str:

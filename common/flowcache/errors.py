@@ -1,4 +1,23 @@
-"""The one exception type for mistakes that a user can mend."""
+"""Errors that are one line for the user: what is wrong, and what can be done about it."""
+
+import errno
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+
+REMEDY = (
+    "make the video smaller (height and width, num_frames, frames of a chunk), compress the KV "
+    "cache (kv.compress), end other programs, or on a GPU set --memory-limit or offload=true"
+)
+
+_ALLOCATION = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|cannot allocate memory"
+    r"|unable to allocate|bad_alloc|bad allocation|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""How PyTorch, NumPy, CUDA's libraries and C++ say that there is no memory."""
+_ASKED = re.compile(r"(?:allocate|mmap)\s+(\d+(?:\.\d+)?\s*(?:bytes|[KMGTPE]i?B)\b)", re.IGNORECASE)
+"""What was asked for, in such a message: `allocate 2.00 GiB`, `allocate 4096 bytes`."""
 
 
 class UserError(ValueError):
@@ -6,3 +25,50 @@ class UserError(ValueError):
 
     The message says what is wrong, the rule, the value found, and what to do.
     """
+
+
+class NoMemoryError(UserError):
+    """The memory of the device or of the host is used up."""
+
+
+@contextmanager
+def memory_named(stage: str) -> Generator[None, None, None]:
+    """Turn errors that say that memory is used up into one that names the stage of the run.
+
+    Raises:
+        NoMemoryError: the body ran out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        refusal = no_memory(error, stage=stage)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryError | None:
+    """Return what to tell the user if an error says that memory is used up, else None.
+
+    Args:
+        error: of Python, NumPy, PyTorch (CPU or CUDA) or the system.
+        stage: what the run was doing.
+    """
+    if isinstance(error, NoMemoryError):
+        return error
+    text = " ".join(str(error).split())
+    is_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    is_torch = isinstance(error, RuntimeError) and _ALLOCATION.search(text) is not None
+    if not (isinstance(error, MemoryError) or is_system or is_torch):
+        return None
+    asked = _ASKED.search(text)
+    where = "" if stage is None else f" in stage {stage}"
+    size = "" if asked is None else f", which asked for {_scaled(asked[1])}"
+    kind = "the GPU's memory" if "CUDA" in text or "CUBLAS" in text else "memory"
+    return NoMemoryError(f"{kind} is used up{where}{size}: {REMEDY}")
+
+
+def _scaled(size: str) -> str:
+    """Write bytes in GB; other units stay."""
+    number, _, unit = size.partition(" ")
+    return f"{int(number) / 1e9:.3g} GB" if unit == "bytes" else size

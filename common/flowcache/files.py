@@ -1,11 +1,16 @@
 """Results on the disk: fresh names, folders that can be written, files written in one step."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import struct
 import tempfile
 import time
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +22,16 @@ MAX_FRESH_NAMES = 100_000
 MAX_JSON_DEPTH = 100
 """Nested lists and objects of a JSON file; none that is read here has more than 10."""
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+ARRAY_ERRORS = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    RuntimeError,  # a file that says it is encrypted, or packed in an unknown way
+    MemoryError,  # a header that announces more than there is
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(SyntaxError, tokenize.TokenError),  # of a header, which is a Python literal
+)
+"""What NumPy raises for damaged `.npy` and `.npz` files."""
 STALE_SECONDS = 24 * 3600
 """After so long without a write an unfinished file may be removed."""
 
@@ -76,6 +90,18 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def read_regular(path: Path) -> str:
+    """Read a UTF-8 text; a byte order mark is skipped. Never from a device or a pipe: without end.
+
+    Raises:
+        OSError: the file is missing, or no file, or can't be read.
+        ValueError: it is not UTF-8, or the name can't be one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_json(path: Path, *, advice: str = "") -> Any:
     """Read a JSON file; a byte order mark is skipped.
 
@@ -87,7 +113,7 @@ def read_json(path: Path, *, advice: str = "") -> Any:
     """
     end = f"; {advice}" if advice else ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a readable JSON file (not UTF-8 text){end}") from None
     except (OSError, ValueError) as error:  # ValueError: no path at all
@@ -111,7 +137,10 @@ def parse_json(text: str, *, source: str, advice: str = "") -> Any:
         reason = f"more than {MAX_JSON_DEPTH} nested brackets"
         raise UserError(f"{source}: not a readable JSON file ({reason}){end}")
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if _SURROGATE.search(text):  # alone, it can be written nowhere
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except ValueError as error:
         raise UserError(f"{source}: not a readable JSON file ({error}){end}") from None
 

@@ -4,7 +4,6 @@ A stream holds one frame at a time, whatever the clip's length; an `.npz` alone 
 """
 
 import re
-import zipfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flowcache.errors import UserError
+from flowcache.files import ARRAY_ERRORS
 from flowcache.video import Pixels, read_image, stream_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -114,8 +114,9 @@ def _open_array(path: Path) -> FrameStream:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = list(content.values()) if isinstance(content, np.lib.npyio.NpzFile) else [content]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an array file of numpy ({error})") from None
+    except ARRAY_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not an array file of numpy ({reason[:200]})") from None
     if len(arrays) != 1:
         raise UserError(f"{path}: must hold one array, not {len(arrays)}")
     pixels = arrays[0]

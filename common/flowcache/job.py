@@ -1,6 +1,7 @@
 """From a checked request to the mp4 and its JSON: what every model's run shares."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.compiling import Compilation
 from flowcache.ending import check_stopped, undisturbed
@@ -26,6 +28,8 @@ from flowcache.video import VideoWriter, to_uint8
 logger = logging.getLogger(__name__)
 
 RECORD_SUFFIX = ".record.json"
+SPARE_BYTES = 32
+"""Of a name, for what unfinished and further files add: `.NAME.record.json.1234567.part`."""
 VIDEO_QUALITY = 8
 
 
@@ -124,6 +128,8 @@ def claim_output(request: Request, *, stem: str) -> Path:
     Raises:
         UserError: the video or its JSON exists and is to be kept, or the folder is not writable.
     """
+    for given in (request.out, request.stem or stem, str(request.folder)):
+        check_path(given or "", name="out")
     path = choose_output(
         request.out,
         folder=request.folder,
@@ -138,6 +144,21 @@ def claim_output(request: Request, *, stem: str) -> Path:
             )
     check_writable(path.parent)
     return path
+
+
+def check_path(text: str, *, name: str) -> None:
+    """Check that a text can be the path of a video, with room for what is written next to it.
+
+    Raises:
+        UserError: it can't.
+    """
+    fault = path_fault(text)
+    if fault is None and len(os.path.abspath(text).encode()) > MAX_PATH_BYTES - SPARE_BYTES:
+        fault = f"is a path of over {MAX_PATH_BYTES - SPARE_BYTES} bytes from the root"
+    if fault is None and len(Path(text).name.encode()) > MAX_NAME_BYTES - SPARE_BYTES:
+        fault = f"has a file name of over {MAX_NAME_BYTES - SPARE_BYTES} bytes: shorten it"
+    if fault is not None:
+        raise UserError(f"{name} {fault}")
 
 
 def recorded_run(request: Request) -> Record | None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Generator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Annotated, cast
 
 import torch.distributed as dist
 
+from flowcache.bounds import Bounds
 from flowcache.cli import run_command
 from flowcache.errors import UserError
 from flowcache.ranks import (
@@ -27,6 +28,7 @@ from flowcache.ranks import (
     contact,
 )
 
+MAX_PROCESSES = 4096
 EXIT_LOST = 75
 """Of a process whose others ended or hang; by convention: to try again may help."""
 
@@ -35,13 +37,8 @@ EXIT_LOST = 75
 class ParallelRule:
     """How several processes divide a run."""
 
-    branch: int | None = None
-    sequence: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("branch", self.branch), ("sequence", self.sequence)):
-            if value is not None and value < 1:
-                raise UserError(f"parallel.{name} must be 1 or more, or null, not {value}")
+    branch: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
+    sequence: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
 
 
 def layout_of(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from flowcache.errors import UserError
-from flowcache.files import write_json
+from flowcache.files import read_json, write_json
 from flowcache.reuse import Replay, compute_together
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -30,6 +30,12 @@ RECORD_SCHEMA_VERSION = 1
 REPLAY = "replay"
 """The policy of a run that makes recorded decisions again."""
 NOT_FINITE = ("nan", "inf", "-inf")
+MAX_INDEX = 1_000_000
+"""Of a segment, tick or step. No run is planned that has more."""
+MAX_CHUNK = 250_000
+"""A million frames, four to a chunk."""
+MAX_NUMBER = 1e30
+"""Of FLOPs, seconds, tokens and distances: larger ones are no measurement, and overflow in sums."""
 MIN_CONSTANT = 3
 """So many equal distances of one chunk are no accident."""
 
@@ -127,12 +133,7 @@ def read_record(path: Path) -> Record:
     Raises:
         UserError: the file can't be read, or a field is missing, unknown or of the wrong kind.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{path}: not a record: it is no JSON; write one with --record") from None
+    content = read_json(path, advice="write a record with --record")
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a record: it must be a JSON object")
     record = cast("Record", content)
@@ -156,7 +157,9 @@ def _check_fields(path: Path, where: str, value: Any, fields: "Mapping[str, _Kin
     prefix = f"{where}." if where else ""
     for name in row:
         if name not in fields:
-            raise UserError(f"{path}: {prefix}{name} is unknown; known: {', '.join(fields)}")
+            raise UserError(
+                f"{path}: {prefix}{_short(name)} is unknown; known: {', '.join(fields)}"
+            )
     for name, (rule, is_right) in fields.items():
         if name not in row:
             raise UserError(f"{path}: {prefix}{name} is missing; record the run again")
@@ -165,7 +168,7 @@ def _check_fields(path: Path, where: str, value: Any, fields: "Mapping[str, _Kin
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -173,12 +176,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 0
+def _is_index(value: Any, most: int = MAX_INDEX) -> bool:
+    return _is_int(value) and 0 <= value <= most
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= MAX_NUMBER
 
 
 def _is_seconds(value: Any) -> bool:
@@ -187,14 +190,19 @@ def _is_seconds(value: Any) -> bool:
 
 def _is_tokens(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        key.isdecimal() and _is_seconds(count)
+        _is_chunk(key) and _is_seconds(count)
         for key, count in cast("dict[str, Any]", value).items()
     )
 
 
+def _is_chunk(key: str, most: int = MAX_CHUNK) -> bool:
+    return key.isdecimal() and len(key) <= len(str(most)) and int(key) <= most
+
+
 def _is_frames(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        key.isdecimal() and _is_ranges(rows) for key, rows in cast("dict[str, Any]", value).items()
+        _is_chunk(key, MAX_INDEX) and _is_ranges(rows)
+        for key, rows in cast("dict[str, Any]", value).items()
     )
 
 
@@ -206,13 +214,20 @@ def _is_range(value: Any) -> bool:
     if not isinstance(value, list):
         return False
     ends = cast("list[Any]", value)
-    return len(ends) == 2 and all(_is_count(end) for end in ends) and ends[0] <= ends[1]
+    return len(ends) == 2 and all(_is_index(end, 2**53) for end in ends) and ends[0] <= ends[1]
 
 
 _Kind: TypeAlias = "tuple[str, Callable[[Any], bool]]"
 _TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
-_COUNT: _Kind = ("a whole number, 0 or more", _is_count)
-_WHOLE: _Kind = ("a whole number", _is_int)
+_INDEX: _Kind = (f"a whole number in 0..{MAX_INDEX}", _is_index)
+_COUNT: _Kind = (
+    f"a whole number in 0..{MAX_NUMBER:g}",
+    lambda value: _is_int(value) and 0 <= value <= MAX_NUMBER,
+)
+_WHOLE: _Kind = (
+    f"a whole number of at most {MAX_NUMBER:g}",
+    lambda value: _is_int(value) and abs(value) <= MAX_NUMBER,
+)
 _OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
 _LIST: _Kind = ("a list", lambda value: isinstance(value, list))
 _SECONDS: _Kind = ("a time in seconds", _is_seconds)
@@ -221,13 +236,13 @@ _DISTANCE: _Kind = (
     lambda value: value is None or _is_number(value) or value in NOT_FINITE,
 )
 RECORD_FIELDS: Mapping[str, _Kind] = {
-    "schema_version": _COUNT,
+    "schema_version": _INDEX,
     "video": _TEXT,
     "model": _TEXT,
     "preset": _TEXT,
     "policy": _TEXT,
     "threshold": ("a number or null", lambda value: value is None or _is_number(value)),
-    "num_steps": ("a whole number above 0", lambda value: _is_count(value) and value > 0),
+    "num_steps": (f"a whole number in 1..{MAX_INDEX}", lambda v: _is_index(v) and v > 0),
     "config": _OBJECT,
     "chunk_frames": ("an object of segments with lists of [first, stop) frames", _is_frames),
     "ticks": _LIST,
@@ -236,13 +251,13 @@ RECORD_FIELDS: Mapping[str, _Kind] = {
     "stages": _OBJECT,
     "environment": _OBJECT,
 }
-_PLACE: Mapping[str, _Kind] = {"segment": _COUNT, "tick": _COUNT}
+_PLACE: Mapping[str, _Kind] = {"segment": _INDEX, "tick": _INDEX}
 ROW_FIELDS: Mapping[str, Mapping[str, _Kind]] = {
     "ticks": {**_PLACE, "seconds": _SECONDS},
     "decisions": {
         **_PLACE,
-        "chunk": _COUNT,
-        "step": _COUNT,
+        "chunk": (f"a whole number in 0..{MAX_CHUNK}", lambda value: _is_index(value, MAX_CHUNK)),
+        "step": _INDEX,
         "branch": _TEXT,
         "computed": ("true or false", lambda value: isinstance(value, bool)),
         "distance": _DISTANCE,

@@ -63,16 +63,16 @@ def staggered(chunks: Sequence[int], *, num_steps: int, lag: int) -> list[Tick]:
         return []
     stagger = min(lag, num_steps)
     num_ticks = num_steps + (len(chunks) - 1) * stagger
-    own_step = {chunk: -place * stagger for place, chunk in enumerate(chunks)}
-    return [
-        Tick(
-            index,
-            num_ticks,
-            num_steps,
-            {c: first + index for c, first in own_step.items() if 0 <= first + index < num_steps},
-        )
-        for index in range(num_ticks)
-    ]
+
+    def steps(index: int) -> dict[int, int]:
+        """Return the active chunks alone: a long video has many more."""
+        first, stop = 0, len(chunks)
+        if stagger:
+            first = max(-(-(index - num_steps + 1) // stagger), 0)
+            stop = min(index // stagger + 1, stop)
+        return {chunks[place]: index - place * stagger for place in range(first, stop)}
+
+    return [Tick(index, num_ticks, num_steps, steps(index)) for index in range(num_ticks)]
 
 
 def visible_intervals(

@@ -1,12 +1,12 @@
 """Settings that every model's run has, with their checks and what they stand for."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
+from flowcache.bounds import IS_PATH, Bounds
 from flowcache.compress import (
     CompressionStrategy,
     Granularity,
@@ -31,8 +31,25 @@ from flowcache.tune.applied import follows_profile, profile_of
 from flowcache.tune.policies import GuardedPlan, MagCache, Planned
 from flowcache.tune.profile import Profile
 
-MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+"""Denoising steps of a chunk. Source: the timesteps that the models were trained with."""
+MAX_FRAMES = 1_000_000
+"""Of a video: eleven hours at 24 frames per second."""
+MAX_CHUNK_STEPS = 1_000_000
+"""Steps of all chunks, which are planned one by one: four hours of video in MAGI-1's 64 steps."""
+MAX_PASS_TOKENS = 2**20
+"""Tokens that attend to each other in one pass; 97 frames of 4K are 810,000 in SkyReels-V2."""
+
+Seed: TypeAlias = Annotated[int, Bounds(0, MAX_SEED)]
+Frames: TypeAlias = Annotated[int, Bounds(1, MAX_FRAMES)]
+Pixels: TypeAlias = Annotated[int, Bounds(16, 4096)]
+Fps: TypeAlias = Annotated[int, Bounds(1, 1000)]
+NumSteps: TypeAlias = Annotated[int, Bounds(1, MAX_STEPS)]
+OwnSteps: TypeAlias = Annotated[list[int] | None, Bounds(0, MAX_STEPS - 1)]
+Threshold: TypeAlias = Annotated[float, Bounds(0, 10**9)]
+Share: TypeAlias = Annotated[float, Bounds(0, 1)]
+Place: TypeAlias = Annotated[str | None, IS_PATH]
 POLICIES: Mapping[str, type[ReusePolicy]] = MappingProxyType(
     {
         "vanilla": Vanilla,
@@ -54,17 +71,17 @@ class ReuseRule:
     policy: Literal[
         "vanilla", "teacache", "flowcache", "stride", "planned", "guarded", "magcache"
     ] = "vanilla"
-    profile: str | None = None
-    threshold: float = 0.1
-    warmup_steps: int = 5
-    every: int = 2
-    steps: list[int] | None = None
-    most_reuses: int = 8
+    profile: Place = None
+    threshold: Threshold = 0.1
+    warmup_steps: Annotated[int, Bounds(0, MAX_STEPS)] = 5
+    every: Annotated[int, Bounds(1, MAX_STEPS)] = 2
+    steps: OwnSteps = None
+    most_reuses: Annotated[int, Bounds(0, MAX_STEPS)] = 8
     compute_last_step: bool = True
-    extrapolate: float = 0.0
-    order: int = 1
-    guidance_every: int = 1
-    guidance_steps: list[int] | None = None
+    extrapolate: Annotated[float, Bounds(-100, 100)] = 0.0
+    order: Annotated[int, Bounds(1, MAX_ORDER)] = 1
+    guidance_every: Annotated[int, Bounds(1, MAX_STEPS)] = 1
+    guidance_steps: OwnSteps = None
 
 
 @dataclass(frozen=True)
@@ -72,14 +89,14 @@ class KVRule:
     """Which clean tokens the KV cache keeps; each model adds how many."""
 
     compress: Literal["none", "importance", "recent", "sink_recent"] = "none"
-    mix: float = 0.07
-    kernel: int = 7
+    mix: Share = 0.07
+    kernel: Annotated[int, Bounds(1, 1001)] = 7
     granularity: Granularity = "token"
     queries: Granularity = "chunk"
     weighting: str = "none"
-    power: float = 3.0
+    power: Annotated[float, Bounds(0, 100, is_open=True)] = 3.0
     order: Order = "position"
-    sink_frames: int = 1
+    sink_frames: Annotated[int, Bounds(1, MAX_FRAMES)] = 1
 
 
 def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[], ReusePolicy]:
@@ -185,25 +202,19 @@ def strategy_of(rule: KVRule) -> CompressionStrategy | None:
 
 
 def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
-    """Check when chunks are to be computed.
+    """Check that the rules when chunks are computed fit each other and the number of steps.
 
     Args:
         num_steps: steps of a chunk.
         least_warmup: least number of warm-up steps.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: they don't.
     """
-    check_least("reuse.threshold", rule.threshold, 0)
-    check_least("reuse.warmup_steps", rule.warmup_steps, least_warmup)
-    check_least("reuse.every", rule.every, 1)
-    check_least("reuse.most_reuses", rule.most_reuses, 0)
-    if not 1 <= rule.order <= MAX_ORDER:
+    if rule.warmup_steps < least_warmup:
         raise UserError(
-            f"reuse.order is the degree of extrapolation and must be in 1..{MAX_ORDER}, not "
-            f"{rule.order}; to hold the last result, set reuse.extrapolate=0"
+            f"reuse.warmup_steps must be {least_warmup} or more, not {rule.warmup_steps}"
         )
-    check_least("reuse.guidance_every", rule.guidance_every, 1)
     if rule.guidance_every > 1 and rule.guidance_steps is not None:
         raise UserError(
             f"reuse.guidance_every={rule.guidance_every} and reuse.guidance_steps both say which "
@@ -217,62 +228,46 @@ def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
             )
 
 
-def check_mix(rule: KVRule) -> None:
-    """Check the share of importance.
+def check_prompt(name: str, prompt: str) -> None:
+    """Check that a prompt says something.
 
     Raises:
-        UserError: it is no share.
+        UserError: it is empty.
     """
-    if not 0 <= rule.mix <= 1:
-        raise UserError(f"kv.mix is a share and must be in 0..1, not {rule.mix:g}")
-
-
-def check_finite(section: Any, *, prefix: str = "") -> None:
-    """Refuse an infinite value in a section or one of its sections.
-
-    Raises:
-        UserError: naming the key.
-    """
-    for entry in fields(section):
-        value = getattr(section, entry.name)
-        if is_dataclass(value):
-            check_finite(value, prefix=f"{prefix}{entry.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{entry.name} must be a finite number, not {value:g}")
-
-
-def check_prompt(name: str, prompt: str, *, may_be_empty: bool) -> None:
-    """Check that a prompt says something, is text, and is not a book.
-
-    Raises:
-        UserError: it is not so.
-    """
-    if not may_be_empty and not prompt.strip():
+    if not prompt.strip():
         raise UserError(f"{name} is empty: say what the video shows")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"{name} is not valid UTF-8 text: check the encoding of your terminal")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
+
+
+def check_work(*, num_chunks: int, num_steps: int) -> None:
+    """Refuse a video so long that planning it, step by step, would fill time and memory.
+
+    Args:
+        num_chunks: of all windows of the video, given ones included.
+        num_steps: ticks that each chunk adds at most, or its own steps: the larger number.
+
+    Raises:
+        UserError: it is too long.
+    """
+    if num_chunks * num_steps > MAX_CHUNK_STEPS:
         raise UserError(
-            f"{name} has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed "
-            "(the model reads some hundred tokens): shorten it"
+            f"{num_chunks} chunks of {num_steps} steps are {num_chunks * num_steps} steps, at "
+            f"most {MAX_CHUNK_STEPS} are planned: make a shorter video (num_frames), or use larger "
+            "chunks or fewer steps"
         )
 
 
-def check_seed(name: str, seed: int) -> None:
-    """Check that a seed fits a random number generator.
+def check_pass(num_tokens: int, *, sizes: str) -> None:
+    """Refuse a pass over more tokens than any model and device can do.
+
+    Args:
+        num_tokens: that go through the blocks at once, at least.
+        sizes: the settings that make it smaller.
 
     Raises:
-        UserError: it does not.
+        UserError: there are too many.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"{name} must be in 0..{MAX_SEED}, not {seed}")
-
-
-def check_least(name: str, value: float, least: float) -> None:
-    """Check that a number is not below its least value.
-
-    Raises:
-        UserError: it is, or it is no number.
-    """
-    if not value >= least:
-        raise UserError(f"{name} must be {least:g} or more, not {value:g}")
+    if num_tokens > MAX_PASS_TOKENS:
+        raise UserError(
+            f"one pass would have {num_tokens} tokens, at most {MAX_PASS_TOKENS} are possible: "
+            f"lower {sizes}"
+        )

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowcache.errors import memory_named
 from flowcache.reuse import Decision
 from flowcache.timeline import Period, merged_periods
 from flowcache.trace import (
@@ -197,7 +198,8 @@ class RunStats:
         if is_beside:
             start = now(clock)
             try:
-                yield
+                with memory_named(name):
+                    yield
             finally:
                 self._spans.append(_Span(name, None, start, now(clock), is_beside=True))
             return
@@ -205,7 +207,8 @@ class RunStats:
         self._open_stages.append(name)
         start = now(clock)
         try:
-            yield
+            with memory_named(name):
+                yield
         finally:
             self._spans.append(_Span(name, parent, start, now(clock), is_beside=False))
             self._open_stages.pop()

@@ -49,7 +49,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise UserError(
                     f"{log}: line {number} is damaged (a run was cut short): delete the line"
                 ) from None

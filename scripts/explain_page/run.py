@@ -1,6 +1,5 @@
 """A run as the page shows it: its record, its video if that is there, its alarms."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowcache.errors import UserError
+from flowcache.files import read_json
 from flowcache.record import alarms, read_record
 from flowcache.timeline import Period
 
@@ -172,11 +172,9 @@ def _read_timeline(report: Path) -> list[Period]:
     if not report.is_file():
         return []
     try:
-        rows = json.loads(report.read_text(encoding="utf-8"))["stats"].get("timeline", [])
+        rows = read_json(report)["stats"].get("timeline", [])
         return [_period(*row) for row in rows]
-    except OSError as error:
-        raise UserError(f"{report}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         said = "not the report of a run: stats.timeline must hold rows of"
         raise UserError(f"{report}: {said} {', '.join(Period._fields)}") from None
 

@@ -1,6 +1,5 @@
 """What all drawings share: colours for light and dark pages, texts, boxes, arrows, whole files."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from explain_page.palette import chunk_styles
 from explain_page.plot import Axis, text
 
 from flowcache.errors import UserError
+from flowcache.files import read_json
 
 PointType = TypeVar("PointType")
 Rows = Sequence[Mapping[str, Any]]
@@ -107,11 +107,9 @@ def read_table(
         UserError: the table is missing or broken.
     """
     try:
-        return points_of(json.loads(path.read_text(encoding="utf-8"))["table"])
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); make it with {command}"
-        ) from None
+        return points_of(read_json(path, advice=f"make it with {command}")["table"])
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, StopIteration):
         raise UserError(f"{path}: no table of {command}: make it again") from None
 

@@ -3,7 +3,6 @@
 Every step is computed in all rows, so that only the length and the KV cache make a difference.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from flowcache import files
 from flowcache import job as jobs
 from flowcache.cli import DTYPES
 from flowcache.config import find_preset
@@ -292,12 +292,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it can't be read, or is no JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        content = None
+    content = files.read_json(path, advice="measure anew with --overwrite")
     if not isinstance(content, dict):
         raise UserError(f"{path}: no JSON object: measure anew with --overwrite")
     return content

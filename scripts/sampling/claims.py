@@ -160,7 +160,7 @@ class Claims:
         try:
             owner = json.loads(text)
             return owner["place"] == place() and not _is_running(owner["pid"])
-        except (ValueError, KeyError):  # half written: killed then, or just now
+        except (ValueError, KeyError, TypeError, RecursionError):  # half written, or not ours
             return False
 
 

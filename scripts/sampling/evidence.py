@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
-from flowcache.files import write_json, write_text
+from flowcache.files import read_json, write_json, write_text
 from flowcache.stats import environment
 from sampling.figures import Judge, damaged_figures, rows_of
 from sampling.gpus import describe_gpus
@@ -117,7 +117,7 @@ def read_table(out: Path) -> dict[str, Any]:
     """
     path = out / JSON_FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         version = report["schema_version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: no table: {out} is not the result folder of a table") from None

@@ -1,6 +1,5 @@
 """Figures of the videos of a protocol: from their receipts, and by comparison with a reference."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 
 from flowcache.comparison import ClipFigures, average, compare_clips
 from flowcache.errors import UserError
-from flowcache.files import write_json
+from flowcache.files import read_json, write_json
 from flowcache.lpips import LPIPS
 from sampling.protocol import METRICS_FOLDER, VIDEOS, Method, Protocol
 from sampling.tasks import Task, read_receipt
@@ -162,10 +161,10 @@ def compared(
 def read_figures(path: Path) -> tuple[dict[str, Any], dict[str, float]] | None:
     """Return what an earlier start compared, and its metrics; None: nothing, or it is damaged."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         clip = {metric: float(value) for metric, value in stored["clip"].items()}
         return dict(stored["key"]), clip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
@@ -192,8 +191,8 @@ def read_vbench(path: Path) -> float | None:
     if not path.is_file():
         return None
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["mean_percent"])
-    except (ValueError, KeyError, TypeError):
+        return float(read_json(path)["mean_percent"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(
             f"{path}: holds no mean_percent: remove it, or run scripts/vbench/evaluate.sh again"
         ) from None

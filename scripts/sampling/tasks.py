@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
+from flowcache.files import parse_json, read_json
 
 Origin = Mapping[str, str]
 """What a video is made from beside its task, as hashes: see `Renderer.check`."""
@@ -119,12 +119,13 @@ def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
     """
     receipt = task.path(out, ".json")
     try:
-        report = json.loads(receipt.read_text(encoding="utf-8"))
+        text = receipt.read_text(encoding="utf-8")
+        report = parse_json(text, source=str(receipt))
         stored, digest = dict(report["task"]), report["sha256"]
         found = dict(report.get("made_from", {}))
     except FileNotFoundError:
         return MISSING
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, UserError):
         return f"{receipt}: damaged"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -147,7 +148,7 @@ def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
 
 def read_receipt(task: Task, out: Path) -> dict[str, Any]:
     """Return what the JSON beside a complete video holds."""
-    return json.loads(task.path(out, ".json").read_text(encoding="utf-8"))
+    return read_json(task.path(out, ".json"))
 
 
 def flaws(tasks: Iterable[Task], out: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ class Rows:
         for number, line in enumerate(self._lines()):
             try:
                 row: dict[str, Any] = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise UserError(
                     f"{self._path}: line {number + 1} is damaged: delete it, or choose another "
                     "--work folder"

@@ -64,7 +64,7 @@ def main() -> int:
     results, out, dimensions = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     try:
         found = collect(results, dimensions)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
         return 2
     content = {

@@ -55,7 +55,6 @@ def test_guidance_that_is_not_there_cannot_be_held():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (ReuseRule(guidance_every=0), r"reuse\.guidance_every must be 1 or more, not 0"),
         (
             ReuseRule(guidance_steps=[0, 8]),
             r"guidance_steps are own steps .*: 8 is none",

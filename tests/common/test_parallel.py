@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 
+from flowcache.bounds import check_values
 from flowcache.cli import EXIT_USER_ERROR
 from flowcache.ending import Starter, Stopped
 from flowcache.errors import UserError
@@ -85,8 +86,8 @@ def test_heads_that_can_not_be_divided_name_the_numbers_that_fit(
 
 
 def test_a_number_of_processes_below_one_is_refused():
-    with pytest.raises(UserError, match=r"parallel\.sequence must be 1 or more, or null, not 0"):
-        ParallelRule(sequence=0)
+    with pytest.raises(UserError, match=r"parallel\.sequence must be in 1\.\.4096, not 0"):
+        check_values(ParallelRule(sequence=0), prefix="parallel.")
 
 
 def test_a_process_holds_its_branches_and_heads():

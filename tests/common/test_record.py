@@ -120,7 +120,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     [
         (("schema_version",), 2, "schema_version must be 1, found 2"),
         (("policy",), 3, "policy must be a text, found 3"),
-        (("num_steps",), True, "num_steps must be a whole number above 0, found true"),
+        (("num_steps",), True, "num_steps must be a whole number in 1..1000000, found true"),
         (("threshold",), "0.1", "threshold must be a number or null"),
         (("extra",), 1, "extra is unknown"),
         (("ticks",), {}, "ticks must be a list"),
@@ -150,9 +150,9 @@ def test_a_wrong_field_is_named_with_its_file(
 
 def test_a_missing_field_and_files_that_are_no_records_are_refused(tmp_path: Path):
     path = tmp_path / "a.record.json"
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a readable JSON file"):
         read_record(path)
-    for text, message in (("{", "no JSON"), ("[]", "must be a JSON object")):
+    for text, message in (("{", "not a readable JSON file"), ("[]", "must be a JSON object")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             read_record(path)

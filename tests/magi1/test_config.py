@@ -118,11 +118,11 @@ def test_an_unknown_field_is_named(document: dict[str, Any], tmp_path: Path):
         ("run", {"clean_chunk_kvrange": 0}, "clean_chunk_kvrange is 0, but must be a count"),
         ("run", {"text_scales": (7.5,)}, "text_scales is (7.5,), but needs 5 entries"),
         ("run", {"t5_device": "gpu"}, "t5_device is 'gpu', but must be cpu, cuda or cuda:0"),
-        ("run", {"window_size": 0}, "window_size is 0, but must be positive"),
+        ("run", {"window_size": 0}, "window_size must be in 1..1000, not 0"),
         ("model", {"num_query_groups": 5}, "num_query_groups is 5, but must divide 24 heads"),
         ("model", {"kv_channels": 64}, "kv_channels is 64, but 24 heads must make 3072"),
         ("model", {"apply_layernorm_1p": False}, "apply_layernorm_1p is False, but only True"),
-        ("model", {"num_layers": 0}, "num_layers is 0, but must be positive"),
+        ("model", {"num_layers": 0}, "num_layers must be in 1..256, not 0"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_named_with_the_rule(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.tune.profile import Profile, Setting, check_fits, check_model, read_profile
 
@@ -85,7 +86,7 @@ def find_profile(rule: Rule, *, folder: Path | None) -> Path:
             f"reuse.policy={rule.policy} needs a profile: set reuse.profile=PATH to one that "
             "scripts/tune.py made"
         )
-    path = Path(rule.profile).expanduser()
+    path = given_path(rule.profile, name="reuse.profile")
     if folder is not None and ((folder / path).exists() or not path.exists()):
         return folder / path
     return path

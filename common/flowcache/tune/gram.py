@@ -13,7 +13,6 @@ Axes: N own steps, M = branches x N, the steps of the first branch first.
 """
 
 import math
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.files import ARRAY_ERRORS
 from flowcache.tune.gap import Array, ErrorModel
 
 SKETCHING_BYTES = 8 + 4 + 2 * 4
@@ -155,7 +155,7 @@ class Calibration:
                 )
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except ARRAY_ERRORS:
             raise UserError(f"{path} is no calibration, or damaged: calibrate again") from None
 
 
