@@ -23,7 +23,7 @@ from flowcache.settings import (
 from magi1.captions import TokenChoice
 from magi1.config import MagiConfig, check_model, check_runtime
 from magi1.sampling import Quantity
-from magi1.vae import Tiling, check_decoding
+from magi1.vae import RELEASED, Tiling, check_decoding
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RunConfig(MagiConfig):
         check_decoding(
             Tiling.of_rate(self.runtime_config.fps),
             chunk_width=self.runtime_config.chunk_width,
-            temporal_stride=self.runtime_config.temporal_downsample_factor,
+            temporal_stride=RELEASED.patch_length,  # whether the VAE's is another is checked later
         )
         self._check_kv()
         parse_limit(self.memory_limit)

@@ -208,12 +208,14 @@ def check_reuse_loop(case: Case) -> Iterator[Check]:
 
 
 def _strategy(settings: dict[str, Any]) -> Recorded:
+    is_token = settings["compress_strategy"] == "token"
     return Recorded(
         mix=settings["mix_lambda"],
         kernel=settings["pool_kernel"],
         granularity=settings["compress_strategy"],
         queries=settings["query_granularity"],
-        weighting=settings["score_weighting_method"],
+        # whole frames and chunks are scored without weights, whatever is set
+        weighting=settings["score_weighting_method"] if is_token else "none",
         power=settings["power"],
         order="score",
     )

@@ -7,6 +7,7 @@ import torch
 
 from flowcache.config import find_preset, load_config
 from flowcache.results import Quantity
+from flowcache.reuse import FlowCache
 from skyreels_v2 import flops
 from skyreels_v2.build import compression_of, policy_maker, tokens_per_frame
 from skyreels_v2.config import RunConfig
@@ -124,6 +125,14 @@ def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
         assert (compression is None) == (config.kv.compress == "none")
         made = policy_maker(config, TWO_LAYERS)
         assert made() is not made()  # no state is shared
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+def test_a_chunks_own_last_step_is_computed_unless_asked_otherwise(is_forced: bool):
+    settings = ["reuse.policy=flowcache", "reuse.rescale=none"]
+    settings += [] if is_forced else ["reuse.compute_last_step=false"]
+    made = policy_maker(config_of("vanilla_causal", *settings), TWO_LAYERS)()
+    assert made == FlowCache(0.1, 5, compute_last_step=is_forced)
 
 
 @pytest.mark.parametrize("preset", NAMES)
