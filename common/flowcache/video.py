@@ -1,33 +1,44 @@
 """Read videos and images, write videos; never overwrite or half-write a result.
 
-Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg (from imageio-ffmpeg)
-encodes and decodes.
+Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg encodes as a program
+(from imageio-ffmpeg) and decodes as a library (PyAV).
 """
 
 import contextlib
-import itertools
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Generator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Generic, TypeVar, cast
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from av import FFmpegError, VideoFrame
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
+from av.video.stream import VideoStream
+from PIL import Image
 
 from flowcache.errors import UserError
 from flowcache.files import check_writable, fresh_path, remove_stale_parts
+from flowcache.images import check_file, one_line, over_background
+from flowcache.images import read_image as read_image
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 # HD players read an untagged file as BT.709, ffmpeg writes BT.601 unless told: the colours shift.
 COLOUR = [
@@ -37,7 +48,6 @@ COLOUR = [
 # In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
 # and what a killed run has written stays readable.
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
-STRICT = ["-xerror", "-err_detect", "explode"]  # damaged data end the stream
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
 MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
 
@@ -177,83 +187,114 @@ class VideoWriter:
 def read_video(
     path: Path,
     *,
-    first: int = 0,
     max_frames: int | None = None,
+    last: int | None = None,
+    fps: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[Pixels, float]:
     """Read frames, uint8 `[T, H, W, 3]`, and the rate in frames per second.
 
+    No more frames than those returned are ever in memory.
+
     Args:
-        path: a video file.
-        first: leave out so many frames at the start, which are never in memory together.
-        max_frames: read no more than the first so many, left out ones included.
+        path: a video file; of several video streams the one that is shown, see `_shown_stream`.
+        max_frames: stop after so many.
+        last: keep the last so many only.
+        fps: bring the video to this rate by its time stamps, see `at_rate`; None: frames as stored.
         size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
 
     Raises:
         UserError: the file is missing, not a video, or holds no frame.
     """
-    meta, decoder = _open_video(path, max_frames=max_frames)
-    frames = [
-        frame if size is None else _scaled(frame, size=size)
-        for frame in itertools.islice(_decoded(path, meta, decoder), first, None)
-    ]
-    if not frames:
-        raise UserError(f"{path}: holds no frame" + (f" from number {first} on" if first else ""))
-    return np.stack(frames), float(cast(float, meta["fps"]))
+    with _open_video(path) as video:
+        timed = video.frames()
+        wanted = (each.frame for each in timed) if fps is None else at_rate(timed, fps)
+        kept = deque(
+            (_pixels(frame, size=size or video.size) for frame in islice(wanted, max_frames)),
+            maxlen=last,
+        )
+        if not kept:
+            raise UserError(f"{path}: holds no frame")
+        if video.num_damaged:
+            logger.warning(
+                "%s: damaged in %d places; what could be read is used", path, video.num_damaged
+            )
+        if fps is not None and video.fps != fps:
+            logger.info("%s: %g frames per second are read as %g", path, video.fps, fps)
+    return np.stack(kept), video.fps if fps is None else float(fps)
 
 
 def stream_video(path: Path) -> tuple[tuple[int, int], Generator[Pixels, None, None]]:
     """Return the size (height, width) of a video and its frames one by one, uint8 `[H, W, 3]`.
 
-    Strict: where `read_video` goes on with what ffmpeg makes of damaged data, the frames end with
+    Strict: where `read_video` goes on with what can be made of damaged data, the frames end with
     an error.
 
     Raises:
         UserError: the file is missing or not a video; while reading, it is damaged.
     """
-    meta, decoder = _open_video(path, max_frames=None, is_strict=True)
-    width, height = cast("tuple[int, int]", meta["size"])
+    with _open_video(path) as video:
+        size = video.size
 
     def frames() -> Generator[Pixels, None, None]:
         count = 0
-        for frame in _decoded(path, meta, decoder):
-            count += 1
-            yield frame
+        with _open_video(path, is_strict=True) as video:
+            for timed in video.frames():
+                yield _pixels(timed.frame, size=size)
+                count += 1
         if count == 0 or count < _num_decodable(path):
             raise UserError(f"{path}: broken after frame {count}")
 
-    return (height, width), frames()
+    return size, frames()
 
 
 def probe(path: Path) -> Probe:
-    """Count the frames of a video and read its rate and size.
+    """Count the frames of a video and read its rate and its size as it is shown.
 
     Raises:
         UserError: the file is missing, not a video, or holds no frame.
     """
-    meta, decoder = _open_video(path, max_frames=1)
-    decoder.close()
-    num_frames = _num_decodable(path)
-    if num_frames == 0:
-        raise UserError(f"{path}: holds no frame")
-    width, height = cast("tuple[int, int]", meta["size"])
-    return Probe(num_frames, float(cast(float, meta["fps"])), height, width)
+    with _open_video(path) as video:
+        return Probe(_num_decodable(path), video.fps, *video.size)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB, turned upright as its EXIF data say.
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """A frame and when it is shown, in seconds."""
 
-    Raises:
-        UserError: the file is missing, empty, or not an image.
+    frame: T
+    start: Fraction
+    stop: Fraction
+
+
+def at_rate(timed: Iterable[Timed[T]], fps: float) -> Generator[T, None, None]:
+    """Yield which frames make a video of another rate, none made up.
+
+    Frame n of the new video is the last one whose start, rounded to frames of the new rate, is not
+    after n; the last one is shown until its stop. From 30 to 24 frames per second: 0, 1, 3, 4, 5,
+    6, 8, ... A video that is shorter than half a frame has one frame.
+
+    Source: the filter `fps` of ffmpeg, which the release of MAGI-1 uses.
     """
-    _check_file(path)
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG as a SyntaxError.
-        reason = "" if "cannot identify" in str(error) else f" ({_one_line(error)})"
-        raise UserError(f"{path}: not an image that can be read{reason}") from None
+    shown: Timed[T] | None = None
+    place = first = 0
+    for coming in timed:
+        start = _nearest(coming.start * Fraction(fps))
+        if shown is None:
+            place = first = start
+        while shown is not None and place < start:
+            yield shown.frame
+            place += 1
+        shown = coming
+    if shown is not None:
+        for _ in range(place, max(_nearest(shown.stop * Fraction(fps)), first + 1)):
+            yield shown.frame
+
+
+def _nearest(value: Fraction) -> int:
+    """Round to the nearest whole number, halves away from zero."""
+    half = Fraction(1, 2)
+    return math.floor(value + half) if value >= 0 else math.ceil(value - half)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
@@ -286,54 +327,147 @@ def check_ffmpeg() -> None:
         ):
             writer.append(np.zeros((1, 16, 16, 3), np.uint8))
     except (UserError, OSError, RuntimeError) as error:
-        raise UserError(f"ffmpeg does not work ({_one_line(error)}): {advice}") from None
+        raise UserError(f"ffmpeg does not work ({one_line(error)}): {advice}") from None
 
 
-def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
-    image = Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+# Decoding -----------------------------------------------------------------------------------------
+
+
+class _Video:
+    """An open video: its stream that is shown, decoded frame by frame.
+
+    Attributes:
+        fps: mean rate in frames per second.
+        size: height and width of the first frame, upright.
+        num_damaged: packets that could not be decoded so far.
+    """
+
+    def __init__(self, path: Path, container: InputContainer, *, is_strict: bool) -> None:
+        """Decode the first frame.
+
+        Raises:
+            UserError: there is none, or the rate is not told.
+        """
+        self.path = path
+        self.num_damaged = 0
+        self._container = container
+        self._is_strict = is_strict
+        self._stream = _shown_stream(path, container)
+        self._stream.thread_type = "AUTO"
+        if is_strict:
+            self._stream.codec_context.options = {"err_detect": "explode"}
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if not rate:
+            raise UserError(f"{path}: says no frame rate")
+        self.fps = float(rate)
+        self._usual_length = 1 / rate
+        self._decoded = self._decode()
+        first = next(self._decoded, None)
+        if first is None:
+            raise UserError(f"{path}: holds no frame")
+        self._first = first
+        height, width = first.frame.height, first.frame.width
+        self.size = (width, height) if _quarter_turns(first.frame) % 2 else (height, width)
+
+    def frames(self) -> Iterator[Timed[VideoFrame]]:
+        """Return all frames, once."""
+        return chain([self._first], self._decoded)
+
+    def _decode(self) -> Generator[Timed[VideoFrame], None, None]:
+        origin = Fraction(self._container.start_time or 0, av.time_base)
+        at = Fraction(0)
+        for count, frame in enumerate(self._intact()):
+            if self._is_strict and frame.is_corrupt:
+                raise UserError(f"{self.path}: broken after frame {count}")
+            base = frame.time_base or Fraction(1, av.time_base)
+            start = at if frame.pts is None else frame.pts * base - origin
+            at = start + ((frame.duration or 0) * base or self._usual_length)
+            yield Timed(frame, start, at)
+
+    def _intact(self) -> Generator[VideoFrame, None, None]:
+        """Yield what can be decoded; strict: end with an error at what can't."""
+        count = 0
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                frames = [] if packet is None else packet.decode()
+            except FFmpegError:
+                if self._is_strict:
+                    raise UserError(f"{self.path}: broken after frame {count}") from None
+                self.num_damaged += 1
+                continue
+            if packet is None:
+                return
+            for frame in frames:
+                yield frame
+                count += 1
+
+
+@contextlib.contextmanager
+def _open_video(path: Path, *, is_strict: bool = False) -> Generator[_Video, None, None]:
+    check_file(path)
+    # without the lists ffmpeg takes a text file for a video of text, and follows links in playlists
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(str(path.resolve()), options=options)
+    except (FFmpegError, UnicodeDecodeError):
+        raise UserError(f"{path}: not a video that can be read") from None
+    with container:
+        yield _Video(path, container, is_strict=is_strict)
+
+
+def _shown_stream(path: Path, container: InputContainer) -> VideoStream:
+    """Return the video stream that ffmpeg takes: marked as default, then the most pixels.
+
+    Cover pictures are no video.
+
+    Raises:
+        UserError: there is none.
+    """
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic
+    ]
+    if not streams:
+        raise UserError(f"{path}: holds no video stream")
+    return max(
+        streams,
+        key=lambda stream: (
+            bool(stream.disposition & Disposition.default),
+            stream.codec_context.width * stream.codec_context.height,
+        ),
+    )
+
+
+def _pixels(frame: VideoFrame, *, size: tuple[int, int]) -> Pixels:
+    """Return a frame upright in a size, uint8 `[H, W, 3]`; transparent ones over white."""
+    has_alpha = any(part.is_alpha for part in frame.format.components)
+    wanted = "rgba" if has_alpha else "rgb24"
+    array = frame.reformat(format=wanted, interpolation=Interpolation.BICUBIC).to_ndarray()
+    if has_alpha:
+        array = np.asarray(over_background(Image.fromarray(array)))
+    array = np.ascontiguousarray(np.rot90(array, _quarter_turns(frame)))
+    if array.shape[:2] == size:
+        return array
+    image = Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def _open_video(
-    path: Path, *, max_frames: int | None, is_strict: bool = False
-) -> tuple[dict[str, object], Generator[bytes, None, None]]:
-    _check_file(path)
-    output = ["-fps_mode", "passthrough"]  # the frames as they are, none doubled or dropped
-    if max_frames is not None:
-        output += ["-frames:v", str(max_frames)]
-    # Without the list ffmpeg takes a text file for a video of text, and follows links in playlists.
-    options = ["-format_whitelist", VIDEO_FORMATS] + (STRICT if is_strict else [])
-    decoder = imageio_ffmpeg.read_frames(
-        str(path.resolve()), input_params=options, output_params=output
-    )
-    try:
-        return cast("dict[str, object]", next(decoder)), decoder
-    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration):
-        raise UserError(f"{path}: not a video that can be read") from None
-
-
-def _decoded(
-    path: Path, meta: Mapping[str, object], decoder: Generator[bytes, None, None]
-) -> Generator[Pixels, None, None]:
-    """Yield the frames of an open video, uint8 `[H, W, 3]`."""
-    width, height = cast("tuple[int, int]", meta["size"])
-    count = 0
-    with contextlib.closing(decoder):
-        try:
-            for data in decoder:
-                yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-                count += 1
-        except RuntimeError:
-            raise UserError(f"{path}: broken after frame {count}") from None
+def _quarter_turns(frame: VideoFrame) -> int:
+    """Return how often a frame is turned left by 90 degrees to be upright, as cameras note."""
+    return round(frame.rotation / 90) % 4
 
 
 def _num_decodable(path: Path) -> int:
-    """Return the number of frames that decode; 0 if the file can't be read."""
+    """Return the number of frames that a file holds; 0 if it can't be read."""
     try:
-        num_frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path.resolve()))
-    except (OSError, RuntimeError):
+        with av.open(str(path.resolve())) as container:
+            stream = _shown_stream(path, container)
+            return sum(bool(p.size) and not p.is_discard for p in container.demux(stream))
+    except (FFmpegError, UserError, UnicodeDecodeError):
         return 0
-    return int(num_frames or 0)
 
 
 def _settle(part: Path, path: Path, *, overwrite: bool) -> Path:
@@ -344,19 +478,6 @@ def _settle(part: Path, path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, not a file")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-
-
 def _as_array(frames: Pixels | torch.Tensor) -> Pixels:
     array = frames.cpu().numpy() if isinstance(frames, torch.Tensor) else frames
     return np.ascontiguousarray(array)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

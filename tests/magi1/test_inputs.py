@@ -10,7 +10,7 @@ import torch
 from flowcache.config import load_config
 from flowcache.errors import UserError
 from flowcache.video import VideoWriter
-from magi1.inputs import num_latents, read_prefix, resampled
+from magi1.inputs import num_latents, read_prefix
 from magi1.settings import RunConfig
 
 
@@ -90,10 +90,3 @@ def test_seconds_that_are_no_whole_latents_are_refused(config: RunConfig, clip: 
     slower = replace(config.runtime_config, fps=10)
     with pytest.raises(UserError, match="no multiple of 4: set prefix_frames"):
         read_prefix(replace(config, video=str(clip), prefix_frames=None, runtime_config=slower))
-
-
-def test_another_rate_takes_the_frames_that_ffmpeg_would():
-    assert resampled(10, fps=24, target_fps=24) == list(range(10))
-    # from ffmpeg -vf fps=24 on a counted video of 30 frames per second
-    assert resampled(10, fps=30, target_fps=24) == [0, 1, 3, 4, 5, 6, 8, 9]
-    assert resampled(4, fps=12, target_fps=24) == [0, 0, 1, 1, 2, 2, 3, 3]
