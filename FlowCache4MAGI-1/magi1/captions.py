@@ -131,6 +131,8 @@ def load_special_tokens(path: str | Path, *, channels: int) -> SpecialTokens:
         found = tuple(arrays[name].shape)
         if found != shape:
             raise UserError(f"{path}: {name} has shape {list(found)}, expected {list(shape)}")
+        if not bool(arrays[name].isfinite().all()):
+            raise UserError(f"{path}: {name} holds values that are not finite; download it again")
     return SpecialTokens(*(arrays[name] for name in shapes))
 
 
