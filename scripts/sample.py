@@ -30,7 +30,7 @@ from sampling.sources import (
     from_vbench,
 )
 from sampling.tasks import FAMILIES, Kind, Origin, Task, check_names
-from sampling.worker import Worker, say_failures
+from sampling.worker import Worker, say_alarms, say_failures
 
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
@@ -196,6 +196,7 @@ def execute(options: argparse.Namespace) -> int:
     if state.is_main_process:
         done = len(tasks) - len(failures)
         print(f"{done} of {len(tasks)} videos are complete in {out}")
+        say_alarms(tasks, out, failures)
         say_failures(failures)
     # all know all failures; one that ended with an error would make the launcher end the others
     # before the main one has listed them
