@@ -24,7 +24,7 @@ from torch import Tensor
 from flowcache.cli import DTYPES, Parser, choose_device, run_command
 from flowcache.errors import UserError
 from flowcache.job import Request
-from flowcache.markdown import escaped
+from flowcache.markdown import escaped, table_row
 from flowcache.metrics import psnr
 from flowcache.stats import RunStats
 from flowcache.video import to_uint8
