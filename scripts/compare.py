@@ -40,6 +40,7 @@ from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json, write_text
 from flowcache.frames import is_clip, list_clips
 from flowcache.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
+from flowcache.markdown import escaped, table_row
 from flowcache.stats import environment
 
 EXIT_SOME_FAILED = 1
@@ -162,6 +163,7 @@ def notes(report: Report) -> list[str]:
                 f"note: {equal} of {len(report.clips)} clips equal their references: their PSNR is "
                 "infinite and left out of the mean"
             )
+    lines += dict.fromkeys(f"ALARM {alarm}" for clip in report.clips for alarm in clip.alarms)
     for metric in measured(report):
         worst = worst_frames(report.clips, metric, count=report.num_worst)
         frames = ", ".join(f"{f.clip} #{f.index} {shown(f.value, metric)}" for f in worst)
@@ -192,9 +194,9 @@ def markdown(report: Report) -> str:
     """Return the table and the notes as Markdown."""
     head = header(report.metrics)
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *table(report)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    bullets = [f"- {line}" for line in notes(report)]
-    bullets += [f"- not compared: {reason}" for reason in report.failures.values()]
+    lines = [table_row(map(escaped, row)) for row in rows]
+    bullets = [f"- {escaped(line)}" for line in notes(report)]
+    bullets += [f"- not compared: {escaped(reason)}" for reason in report.failures.values()]
     return "\n".join([*lines, "", *bullets]) + "\n"
 
 
@@ -232,6 +234,7 @@ def to_dict(report: Report, paths: Sequence[Path], *, device: torch.device) -> d
         "clips": {
             clip.name: {
                 "num_frames": clip.num_frames,
+                "alarms": list(clip.alarms),
                 "clip": {metric: finite(value) for metric, value in clip.clip.items()},
                 "frames": {m: [finite(value) for value in v] for m, v in clip.frames.items()},
             }

@@ -8,12 +8,14 @@ frames; of two runs also how the figures, the settings and the pixels differ. Th
 stages comes from the report NAME.json, if that is there.
 
 It raises an alarm where the cache is on but never used, or always, where a distance is not a
-number or never changes, and where no distance reaches the threshold.
+number or never changes, where no distance reaches the threshold, and where the video is of one
+colour or frozen.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flowcache.starting import start_quietly
@@ -21,11 +23,12 @@ from flowcache.starting import start_quietly
 start_quietly(__name__)
 
 from explain_page.compare import Metrics, figure_rows, measure
-from explain_page.frames import read_clip
+from explain_page.frames import Clip, first_new_frame, read_clip
 from explain_page.page import headline, write_page
 from explain_page.run import SUFFIX, Run, find_record, load_run
 
 from flowcache.cli import Parser, run_command
+from flowcache.degenerate import DegenerateCheck
 from flowcache.errors import UserError
 from flowcache.files import check_writable, fresh_path, write_text
 
@@ -61,6 +64,15 @@ def summary(runs: Sequence[Run], metrics: Metrics | str | None) -> str:
     if not found:
         lines.append("no alarm")
     return "\n".join(lines)
+
+
+def with_alarms_of(clip: Clip, run: Run) -> Run:
+    """Add what is alarming about the new frames of a run's video, if there is one."""
+    if clip.frames_THW3 is None:
+        return run
+    check = DegenerateCheck()
+    check.see(clip.frames_THW3[first_new_frame(run.record["chunk_frames"]) :])
+    return replace(run, alarms=[*run.alarms, *check.alarms()])
 
 
 def choose_page(out: Path | None, records: Sequence[Path], *, overwrite: bool) -> Path:
@@ -122,8 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"one run or two can be explained, {len(options.runs)} were given")
         records = [find_record(path) for path in options.runs]
         path = choose_page(options.out, records, overwrite=options.overwrite)
-        runs = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
-        clips = [read_clip(run.video) for run in runs]
+        loaded = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
+        clips = [read_clip(run.video) for run in loaded]
+        runs = [with_alarms_of(clip, run) for run, clip in zip(loaded, clips, strict=True)]
         metrics = measure(clips) if len(runs) == 2 else None
         write_whole(path, write_page(runs, clips, metrics))
         print(summary(runs, metrics))

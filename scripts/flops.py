@@ -17,6 +17,7 @@ start_quietly(__name__)
 from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
 from flowcache.flops import attention
+from flowcache.markdown import escaped, table_row
 from flowcache.schedule import staggered
 from magi1 import flops as magi1_flops
 from magi1.config import ModelConfig, read_config
@@ -176,7 +177,7 @@ def markdown(rows: Sequence[Row]) -> str:
         scale, digits = (1e12, 2) if row.unit == "TF" else (1e15, 1)
         published = f"{row.published} {row.unit}" if row.published else ""
         counted = f"{row.flops / scale:.{digits}f} {row.unit}"
-        lines.append(f"| {row.model} | {row.quantity} | {counted} | {published} |")
+        lines.append(table_row([escaped(row.model), escaped(row.quantity), counted, published]))
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from flowcache.cli import DTYPES, Parser, choose_device, run_command
 from flowcache.errors import UserError
 from flowcache.job import Request
+from flowcache.markdown import escaped, table_row
 from flowcache.metrics import psnr
 from flowcache.stats import RunStats
 from flowcache.video import to_uint8
@@ -138,12 +139,8 @@ def row(way: Way, made: Made, base: Made) -> str:
     ]
     decibel = psnr(made.clip_THW3, base.clip_THW3)
     shown = "equal" if math.isinf(decibel) else f"{decibel:.1f} dB"
-    return line(way.name, way.base or "", *errors, shown, f"{made.weight_bytes / 1e6:.2f} MB")
-
-
-def line(*cells: str) -> str:
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    size = f"{made.weight_bytes / 1e6:.2f} MB"
+    return table_row([escaped(way.name), way.base or "", *errors, shown, size])
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -158,7 +155,7 @@ def measure(options: argparse.Namespace) -> None:
         raise UserError(f"--case {options.case}: {error}") from error
     made: dict[str, Made] = {}
     reasons: dict[str, str] = {}
-    print(f"{line(*COLUMNS)}\n|---|---|---:|---:|---:|---:|")
+    print(f"{table_row(COLUMNS)}\n|---|---|---:|---:|---:|---:|")
     for way in ways([options.mode] if options.mode else MODES):
         try:
             made[way.name] = compute(way, case, options)

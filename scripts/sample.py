@@ -33,7 +33,7 @@ from sampling.sources import (
     from_vbench,
 )
 from sampling.tasks import FAMILIES, Kind, Origin, Task, check_names
-from sampling.worker import Worker, say_failures
+from sampling.worker import Worker, say_alarms, say_failures
 
 from flowcache.cli import Parser, choose_device, run_command
 from flowcache.errors import UserError
@@ -219,6 +219,7 @@ def execute(options: argparse.Namespace) -> int:
     if place.rank == 0:
         done = len(tasks) - len(failures)
         print(f"{done} of {len(tasks)} videos are complete in {out}")
+        say_alarms(tasks, out, failures)
         say_failures(failures)
     # all know all failures; one that ended with an error would make the launcher end the others
     # before the main one has listed them

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.video import Pixels, probe, read_image, read_video, to_pixels
+from flowcache.video import Pixels, read_image, read_video, to_pixels
 from magi1.build import tiling_of
+from magi1.config import RuntimeConfig
 from magi1.settings import RunConfig
 from magi1.vae import check_encoding
 
@@ -47,47 +48,36 @@ def num_latents(prefix_3THW: Tensor | None, *, temporal_stride: int) -> int:
 def _read_frames(config: RunConfig, path: Path) -> Pixels:
     """Read the first `prefix_frames` at the run's rate, or the last seconds where it is null."""
     run, wanted = config.runtime_config, config.prefix_frames
-    found = probe(path)
-    places = resampled(found.num_frames, fps=found.fps, target_fps=run.fps)
+    size = (run.video_size_h, run.video_size_w)
     if wanted is None:
-        places = _last_seconds(places, fps=run.fps)
-        wanted = len(places)
-        stride = run.temporal_downsample_factor
-        if wanted != 1 and wanted % stride:
-            raise UserError(
-                f"{path}: {wanted} frames, whole seconds at {run.fps} fps, are no multiple of "
-                f"{stride}: set prefix_frames"
-            )
-    elif len(places) < wanted:
+        most = MAX_PREFIX_SECONDS * run.fps
+        frames, _ = read_video(path, fps=run.fps, last=most, size=size)
+        return _last_seconds(frames, path, run)
+    frames, _ = read_video(path, fps=run.fps, max_frames=wanted, size=size)
+    if len(frames) < wanted:
         raise UserError(
-            f"{path} has {len(places)} frames at {run.fps} fps, fewer than prefix_frames {wanted}: "
+            f"{path} has {len(frames)} frames at {run.fps} fps, fewer than prefix_frames {wanted}: "
             "give a longer video, or lower prefix_frames"
         )
     check_encoding(
         tiling_of(config), num_frames=wanted, temporal_stride=run.temporal_downsample_factor
     )
-    places = places[:wanted]
-    size = (run.video_size_h, run.video_size_w)
-    first = places[0]
-    frames, _ = read_video(path, first=first, max_frames=places[-1] + 1, size=size)
-    return frames[[place - first for place in places]]
+    return frames
 
 
-def resampled(num_frames: int, *, fps: float, target_fps: float) -> list[int]:
-    """Return which frames make a video of another rate, none made up.
+def _last_seconds(frames: Pixels, path: Path, run: RuntimeConfig) -> Pixels:
+    """Return the last whole seconds; of less than a second the last frame.
 
-    Frame n of the new video is the last one whose time, rounded to frames of the new rate, is not
-    after n. From 30 to 24 frames per second: 0, 1, 3, 4, 5, 6, 8, ...
-
-    Source: the filter `fps` of ffmpeg, which the release uses.
+    Raises:
+        UserError: they are no whole number of latents.
     """
-    ratio = fps / target_fps
-    count = max(math.floor(num_frames / ratio + 0.5), 1)
-    return [min(max(math.ceil((n + 0.5) * ratio) - 1, 0), num_frames - 1) for n in range(count)]
-
-
-def _last_seconds(places: list[int], *, fps: int) -> list[int]:
-    """Return the last whole seconds, at most five; of less than a second the last frame."""
-    if len(places) < fps:
-        return places[-1:]
-    return places[-min(len(places) // fps, MAX_PREFIX_SECONDS) * fps :]
+    if len(frames) < run.fps:
+        return frames[-1:]
+    count = len(frames) // run.fps * run.fps
+    stride = run.temporal_downsample_factor
+    if count % stride:
+        raise UserError(
+            f"{path}: {count} frames, whole seconds at {run.fps} fps, are no multiple of "
+            f"{stride}: set prefix_frames"
+        )
+    return frames[-count:]

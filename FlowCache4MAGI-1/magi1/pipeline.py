@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from flowcache.finite import Decoded, all_finite
 from flowcache.noise import Draw, seeded_noise
 from flowcache.offload import HostWeights, aside
 from flowcache.overlap import Later, lane_for, should_overlap
@@ -59,13 +60,13 @@ class Progress:
     """What just happened: a tick, and the frames that can be shown after it."""
 
     tick: Tick
-    later: Later[Tensor] | None
-    """New pixel frames `[3, T, H, W]`, about -1..1, which may be under way, or None."""
+    later: Later[Decoded] | None
+    """New pixel frames, about -1..1, which may be under way, or None."""
 
     @property
     def frames(self) -> Tensor | None:
         """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.get()
+        return None if self.later is None else self.later.get().frames
 
 
 @torch.no_grad()
@@ -145,13 +146,17 @@ def generate(
 
 def _decode_chunks(
     codec: "_Codec", latents: Mapping[int, Tensor], *, clip: Clip, is_beside: bool
-) -> Tensor:
-    """Decode clean chunks and return the frames of them that are new, `[3, T, H, W]`."""
-    shown = [
-        _decode_chunk(codec, own, clip=clip, chunk=chunk, is_beside=is_beside)
-        for chunk, own in latents.items()
-    ]
-    return shown[0] if len(shown) == 1 else torch.cat(shown, dim=1)
+) -> Decoded:
+    """Decode clean chunks and return the frames of them that are new."""
+    return Decoded.joined(
+        [
+            Decoded(
+                _decode_chunk(codec, own, clip=clip, chunk=chunk, is_beside=is_beside),
+                all_finite(own),
+            )
+            for chunk, own in latents.items()
+        ]
+    )
 
 
 def _decode_chunk(

@@ -17,6 +17,7 @@ from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
+from flowcache.finite import check_finite
 from flowcache.job import (
     Facts,
     Target,
@@ -48,7 +49,7 @@ from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import num_latents, read_prefix
 from magi1.layers import compiled_parts
 from magi1.memory import placed, plan_memory
-from magi1.pipeline import Conditioning, LatentCodec, generate
+from magi1.pipeline import Conditioning, generate
 from magi1.plan import Plan, attention_shape, lines, make_plan, shown_frames
 from magi1.released import (
     FOLDER,
@@ -117,7 +118,7 @@ class Models:
     """The loaded transformer and VAE."""
 
     dit: DiT
-    vae: LatentCodec
+    vae: vae.VAE
 
 
 def prepare(request: Request, ranks: Ranks | None = None) -> Job:
@@ -411,12 +412,19 @@ def encode_inputs(
             "no special tokens: the model is not told of quality and duration; set special_tokens "
             "to the path of special_tokens.npz"
         )
+
+    def encode() -> Tensor:
+        own = encoder or load_text(job)
+        made = own.encode(config.prompt)
+        modules = {"text encoder": own.model}
+        return check_finite(made, "the embeddings of the prompt", modules=modules)
+
     with stats.stage("text"):
         encoded = job.ranks.from_first(
             lambda: cached_embedding(
                 job.config.embedding_cache,
                 lambda: _text_facts(job),
-                lambda: (encoder or load_text(job)).encode(config.prompt),
+                encode,
             ).cpu()
         )
     return Conditioning(encoded, tokens=job.tokens, prefix=job.prefix)
@@ -479,6 +487,7 @@ def render(
         ranks=job.ranks,
         num_ticks=job.plan.num_ticks,
         num_chunks=len(job.plan.clip.generated),
+        modules={"transformer": models.dit, "VAE": models.vae.model},
         overlaps=should_overlap(
             job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1
         ),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.video import probe, read_image, read_video, to_pixels
+from flowcache.images import image_size, read_image
+from flowcache.video import probe, read_video, to_pixels
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiTConfig
 
@@ -40,28 +41,32 @@ def read_media(config: RunConfig) -> Media:
     size = (config.height, config.width)
     video = None
     if config.video is not None:
-        frames, _ = read_video(Path(config.video), size=size)
+        # it goes on playing at the rate of the new frames
+        frames, _ = read_video(Path(config.video), fps=config.fps, size=size)
         needed = config.overlap_history or 0
         if len(frames) < needed:
             raise UserError(
-                f"{config.video} has {len(frames)} frames, fewer than overlap_history {needed}, "
-                "which the new frames continue: give a longer video"
+                f"{config.video} has {len(frames)} frames at {config.fps} fps, fewer than "
+                f"overlap_history {needed}, which the new frames continue: give a longer video"
             )
         video = torch.from_numpy(frames)
     return Media(_read_fitted(config.image, size), _read_fitted(config.end_image, size), video)
 
 
 def turn_to_fit(config: RunConfig) -> RunConfig:
-    """Swap height and width if the start image (or video) is portrait and they are landscape.
+    """Swap height and width if the given picture is portrait and they are landscape.
+
+    The picture is the start image, else the end image, else the video.
 
     Raises:
         UserError: the file is missing, or is not what it should be.
     """
-    if config.image is not None:
-        width, height = read_image(Path(config.image)).size
+    picture = config.end_image if config.image is None else config.image
+    if picture is not None:
+        height, width = image_size(Path(picture))
     elif config.video is not None:
         found = probe(Path(config.video))
-        width, height = found.width, found.height
+        height, width = found.height, found.width
     else:
         return config
     if height > width and config.height < config.width:
@@ -98,14 +103,16 @@ def check_mode(config: RunConfig, model: DiTConfig) -> None:
 def fit_image(image: Image.Image, *, height: int, width: int) -> Tensor:
     """Crop the middle of an image to the target's aspect and scale it (bicubic).
 
+    At least one row and column of the image are left.
+
     Returns: `[3, 1, height, width]` float32 in -1..1.
     """
     from PIL import Image
 
     if image.width * height > image.height * width:
-        cut_width, cut_height = int(image.height * width / height), image.height
+        cut_width, cut_height = max(int(image.height * width / height), 1), image.height
     else:
-        cut_width, cut_height = image.width, int(image.width * height / width)
+        cut_width, cut_height = image.width, max(int(image.width * height / width), 1)
     left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
     cut = image.crop((left, top, left + cut_width, top + cut_height))
     scaled = cut.resize((width, height), Image.Resampling.BICUBIC)

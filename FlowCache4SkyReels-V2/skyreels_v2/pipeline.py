@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowcache.finite import Decoded, all_finite
 from flowcache.kv import KVCache, caches_for
 from flowcache.noise import Draw, seeded_noise
 from flowcache.offload import HostWeights, aside
@@ -83,13 +84,13 @@ class Progress:
     segment: Segment
     num_segments: int
     tick: Tick
-    later: Later[Tensor] | None
-    """New pixel frames `[3, T, H, W]` in -1..1, which may be under way, or None."""
+    later: Later[Decoded] | None
+    """New pixel frames in -1..1, which may be under way, or None."""
 
     @property
     def frames(self) -> Tensor | None:
         """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.get()
+        return None if self.later is None else self.later.get().frames
 
 
 @torch.no_grad()
@@ -150,14 +151,19 @@ def generate(
             for tick, frames in maker.run(None if tail is None else tail.get()):
                 yield Progress(segment, len(segments), tick, frames)
                 if frames is not None and config.overlap_history is not None:
-                    parts = [frames] if tail is None else [tail, frames]
+                    new = Later(partial(_frames_of, frames))
+                    parts = [new] if tail is None else [tail, new]
                     tail = lane.follow(partial(_last_frames, parts, config.overlap_history))
     _add_flops_of_others(stats, ranks)
 
 
-def _joined(parts: list[Later[Tensor]]) -> Later[Tensor]:
-    """Return pixel frames that are made apart, `[3, T, H, W]`, together."""
-    return Later(lambda: torch.cat([part.get() for part in parts], dim=1))
+def _joined(parts: list[Later[Decoded]]) -> Later[Decoded]:
+    """Return pixel frames that are made apart together."""
+    return Later(lambda: Decoded.joined([part.get() for part in parts]))
+
+
+def _frames_of(decoded: Later[Decoded]) -> Tensor:
+    return decoded.get().frames
 
 
 def _last_frames(parts: list[Later[Tensor]], count: int) -> Tensor:
@@ -252,8 +258,8 @@ class _SegmentMaker:
             is_i2v=self.dit.config.model_type == "i2v",
         )
 
-    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Later[Tensor] | None]]:
-        """Denoise; yield after every tick the new pixel frames `[3, T, H, W]`, or None.
+    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Later[Decoded] | None]]:
+        """Denoise; yield after every tick the new pixel frames, or None.
 
         Args:
             tail: the pixel frames before this segment, `[3, T, H, W]`; its last ones are repeated.
@@ -262,7 +268,7 @@ class _SegmentMaker:
         latents = self._start_latents(tail)
         sampler = self._sampler(latents)
         decoder = self.vae.stream(self.ranks)
-        waiting: list[Later[Tensor]] = []
+        waiting: list[Later[Decoded]] = []
         if num_prefix:
             waiting = [self._decode(decoder, latents[:, :num_prefix], skipped=skipped)]
         for tick, finished in sampler.run():
@@ -356,13 +362,14 @@ class _SegmentMaker:
 
     def _decode(
         self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
-    ) -> Later[Tensor]:
+    ) -> Later[Decoded]:
         """Have latents decoded, without the first `skipped` frames; they may still change."""
         own = latents_CFhw.unsqueeze(0).clone() if self.lane.is_beside else latents_CFhw[None]
 
-        def decode() -> Tensor:
+        def decode() -> Decoded:
             is_beside = self.lane.is_beside
             with self.stats.stage("vae", is_beside=is_beside), aside(self.dit_weights):
-                return decoder.decode(own)[0].float()[:, skipped:]
+                frames = decoder.decode(own)[0].float()[:, skipped:]
+                return Decoded(frames, all_finite(own))
 
         return self.lane.submit(decode)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.bounds import given_path
@@ -16,6 +17,7 @@ from flowcache.compiling import should_compile
 from flowcache.config import find_preset, load_config, to_dict
 from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
+from flowcache.finite import check_finite
 from flowcache.job import (
     Facts,
     Request,
@@ -375,18 +377,30 @@ def encode_inputs(
     prompts = {"cond": config.prompt}
     if config.guidance > 1:
         prompts["uncond"] = config.negative_prompt
+
+    def encode() -> Tensor:
+        own = encoder or load_text(job)
+        made = own.encode(list(prompts.values()))
+        return check_finite(
+            made, "the embeddings of the prompts", modules={"text encoder": own.model}
+        )
+
     with stats.stage("text"):
         encoded = job.ranks.from_first(
             lambda: cached_embedding(
                 job.config.embedding_cache,
                 lambda: _text_facts(job, list(prompts.values())),
-                lambda: (encoder or load_text(job)).encode(list(prompts.values())),
+                encode,
             ).cpu()
         )
         features = None
         if checkpoint.image_encoder is not None and job.media.image is not None:
             vision = text.load_vision(checkpoint.image_encoder, dtype=job.dtype, device=job.device)
-            features = vision.encode(job.media.image.movedim(1, 0))
+            features = check_finite(
+                vision.encode(job.media.image.movedim(1, 0)),
+                "the features of the start image",
+                modules={"image encoder": vision.model},
+            )
     video = None
     if job.media.video is not None and config.overlap_history is not None:
         video = to_pixels(job.media.video[-config.overlap_history :]).to(job.device)
@@ -456,6 +470,7 @@ def render(
         ranks=job.ranks,
         num_ticks=job.plan.num_ticks,
         num_chunks=num_chunks,
+        modules={"transformer": models.dit, "VAE": models.vae.model},
         before=job.media.video,
         overlaps=should_overlap(
             job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from flowcache.degenerate import DegenerateCheck
 from flowcache.errors import UserError
 from flowcache.frames import FrameStream, open_clip
 from flowcache.lpips import LPIPS, lpips_per_frame
@@ -35,6 +36,8 @@ class ClipFigures:
     """Metric -> its value of every frame."""
     clip: Mapping[str, float]
     """Metric -> its value of the clip: PSNR of one mean squared error, else the frames' mean."""
+    alarms: tuple[str, ...] = ()
+    """Of the clip and of its reference: they show nothing, or do not move."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,14 @@ def compare_clips(
     """
     per_frame: dict[str, list[Tensor]] = {metric: [] for metric in ("mse", *metrics)}
     ours, theirs = open_clip(path), open_clip(reference)
+    checks = {path: DegenerateCheck(), reference: DegenerateCheck()}
     with closing(ours.frames), closing(theirs.frames):
         if ours.size != theirs.size:
             raise UserError(
                 f"{path} is {_size(ours)} pixels and {reference} {_size(theirs)}: compare clips of "
                 "one size"
             )
-        for clip_THW3, reference_THW3 in _batches(ours, theirs, device=device):
+        for clip_THW3, reference_THW3 in _batches(ours, theirs, device=device, checks=checks):
             if "psnr" in metrics:
                 per_frame["mse"].append(mse_per_frame(clip_THW3, reference_THW3))
                 per_frame["psnr"].append(decibel(per_frame["mse"][-1]))
@@ -103,13 +107,21 @@ def compare_clips(
     if "psnr" in metrics:
         clip["psnr"] = decibel(joined["mse"].mean()).item()
     frames = {metric: tuple(joined[metric].tolist()) for metric in metrics}
-    return ClipFigures(name, len(frames[metrics[0]]), frames, clip)
+    alarms = tuple(f"{file}: {line}" for file, check in checks.items() for line in check.alarms())
+    return ClipFigures(name, len(frames[metrics[0]]), frames, clip, alarms)
 
 
 def _batches(
-    ours: FrameStream, theirs: FrameStream, *, device: torch.device
+    ours: FrameStream,
+    theirs: FrameStream,
+    *,
+    device: torch.device,
+    checks: Mapping[Path, DegenerateCheck],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a few frames of both clips at a time, uint8 `[T, H, W, 3]`.
+
+    Args:
+        checks: see the frames of each file, too.
 
     Raises:
         UserError: one clip ends before the other.
@@ -134,6 +146,8 @@ def _batches(
             )
         count += 1
         batch.append((frame, reference))
+        for stream, shown in ((ours, frame), (theirs, reference)):
+            checks[stream.path].see([shown])
         if len(batch) == BATCH_FRAMES:
             yield tensors()
             batch.clear()

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 import yaml
 
 from flowcache.bounds import annotated_hints, bounds_of, given_path
-from flowcache.errors import UserError
+from flowcache.errors import UserError, one_line
 from flowcache.files import read_json, read_regular
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({_one_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as text ({one_line(error)})") from None
     except YAML_ERRORS as error:
         raise UserError(f"{path}: {_yaml_reason(error)}") from None
     if not isinstance(content, dict):
@@ -171,7 +171,7 @@ def _yaml_reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         return f"{line}not valid YAML ({error.problem})"
-    return f"not valid YAML ({_one_line(error)})"
+    return f"not valid YAML ({one_line(error)})"
 
 
 def parse_override(text: str, schema: type) -> dict[str, Any]:
@@ -436,10 +436,6 @@ def _plain(value: Any) -> Any:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= VALUE_CHARACTERS else f"{text[:VALUE_CHARACTERS]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # Without OmegaConf --------------------------------------------------------------------------------

@@ -102,9 +102,11 @@ def _read(path: Path, *, key: str) -> Tensor | None:
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
     else:
-        if told.get("key") == key and told.get("sha256") == _digest(tensor):
-            return tensor
         reason = "its content is not what was written"
+        if told.get("key") == key and told.get("sha256") == _digest(tensor):
+            if bool(tensor.isfinite().all()):
+                return tensor
+            reason = "it holds values that are not finite"
     logger.warning("%s is damaged (%s): the prompt is encoded again", path, reason)
     return None
 

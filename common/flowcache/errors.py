@@ -56,7 +56,7 @@ def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryErro
     """
     if isinstance(error, NoMemoryError):
         return error
-    text = " ".join(str(error).split())
+    text = one_line(error)
     is_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     is_torch = isinstance(error, RuntimeError) and _ALLOCATION.search(text) is not None
     if not (isinstance(error, MemoryError) or is_system or is_torch):
@@ -66,6 +66,11 @@ def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryErro
     size = "" if asked is None else f", which asked for {_scaled(asked[1])}"
     kind = "the GPU's memory" if "CUDA" in text or "CUBLAS" in text else "memory"
     return NoMemoryError(f"{kind} is used up{where}{size}: {REMEDY}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line."""
+    return " ".join(str(error).split())
 
 
 def _scaled(size: str) -> str:

@@ -90,6 +90,20 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def check_file(path: Path) -> None:
+    """Check that there is a file with something in it.
+
+    Raises:
+        UserError: there is not.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+
+
 def read_regular(path: Path) -> str:
     """Read a UTF-8 text; a byte order mark is skipped. Never from a device or a pipe: without end.
 

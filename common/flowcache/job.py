@@ -14,16 +14,18 @@ from torch import Tensor
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.cli import ProgressBar, choose_output
 from flowcache.compiling import Compilation
+from flowcache.degenerate import DegenerateCheck
 from flowcache.ending import check_stopped, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
+from flowcache.finite import Decoded, Modules, NotFiniteError, finished_frames
 from flowcache.overlap import Later, lane_for
-from flowcache.ranks import Ranks
+from flowcache.ranks import Ranks, ToldElsewhereError
 from flowcache.record import REPLAY, Record, build_record, read_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
 from flowcache.trace import Traced, merged
-from flowcache.video import VideoWriter, to_uint8
+from flowcache.video import VideoWriter
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +107,8 @@ class Shown(Protocol):
         ...
 
     @property
-    def later(self) -> Later[Tensor] | None:
-        """New frames `[3, T, H, W]` in -1..1, which may be under way, or None."""
+    def later(self) -> Later[Decoded] | None:
+        """New frames, which may be under way, or None."""
         ...
 
 
@@ -213,9 +215,17 @@ def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
 
 
 def follow(shown: Iterable[Shown], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
-    """Carry out a pipeline in a process that writes nothing; return nothing."""
-    for _ in shown:
+    """Carry out a pipeline in a process that writes nothing; return nothing.
+
+    Raises:
+        ToldElsewhereError: a result is not finite: the first process finds the same, and tells it.
+    """
+    for progress in shown:
         check_stopped()
+        try:
+            _finished(progress)
+        except NotFiniteError as error:
+            raise ToldElsewhereError(str(error)) from None
     traced_by_all(stats, ranks)
     return {}
 
@@ -229,6 +239,7 @@ def write_run(
     num_ticks: int,
     num_chunks: int,
     facts: Facts,
+    modules: Modules,
     before: Tensor | None = None,
     overlaps: bool = False,
 ) -> dict[str, Any]:
@@ -240,10 +251,15 @@ def write_run(
         num_chunks: chunks that it will make.
         stats: with a trace, a record is written, too.
         ranks: the processes that make the video; the others `follow`.
+        modules: what makes the frames; looked at only if these are no numbers.
         before: frames that the video begins with, uint8 `[T, H, W, 3]`.
         overlaps: whether frames are written in a thread of their own, beside the pipeline.
+
+    Raises:
+        NotFiniteError: a result is not finite; the finished frames stay as a partial video.
     """
     bar = ProgressBar(num_ticks=num_ticks, num_chunks=num_chunks)
+    check = DegenerateCheck()
     writer = VideoWriter(
         target.path,
         fps=target.fps,
@@ -255,10 +271,12 @@ def write_run(
     )
     first: list[float] = []
 
-    def write(frames: Later[Tensor]) -> None:
-        made = frames.get()
+    def write(progress: Shown, later: Later[Decoded]) -> None:
+        later.get()  # waiting for the decoder is not writing
         with stats.stage("write", is_beside=overlaps):
-            writer.append(to_uint8(made).cpu())
+            frames = _finished(progress, modules=modules)
+            check.see(frames.numpy())
+            writer.append(frames)
         first.append(stats.elapsed_seconds())
 
     try:
@@ -269,7 +287,7 @@ def write_run(
                 check_stopped()
                 bar.update(stats, num_finished=len(progress.tick.finishing))
                 if progress.later is not None:
-                    written.submit(partial(write, progress.later))
+                    written.submit(partial(write, progress, progress.later))
             traced = traced_by_all(stats, ranks)
     finally:
         bar.close()
@@ -277,6 +295,7 @@ def write_run(
     report = {
         "video": writer.path.name,
         "num_frames": writer.num_frames,
+        "alarms": check.alarms(),
         "first_frames_seconds": first[0] if first else None,
         "preset": facts.preset,
         "model": facts.model,
@@ -313,6 +332,8 @@ def write_run(
             write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
         writer.publish()
     logger.info("%s", stats.summary())
+    for alarm in check.alarms():
+        logger.warning("ALARM         %s", alarm)
     logger.info(
         "wrote         %s: %d frames of %dx%d at %d fps, and %s",
         writer.path,
@@ -326,10 +347,27 @@ def write_run(
 
 
 def collect(shown: Iterable[Shown], stats: RunStats) -> Clip:
-    """Carry out a pipeline and keep its frames in memory."""
+    """Carry out a pipeline and keep its frames in memory.
+
+    Raises:
+        NotFiniteError: a result is not finite.
+    """
     parts: list[Tensor] = []
     for progress in shown:
         check_stopped()
         if progress.later is not None:
-            parts.append(to_uint8(progress.later.get()).cpu())
+            parts.append(_finished(progress))
     return Clip(torch.cat(parts), stats)
+
+
+def _finished(progress: Shown, *, modules: Modules | None = None) -> Tensor:
+    """Return the new frames of a tick on the host, uint8 `[T, H, W, 3]`, T = 0 without any."""
+    if progress.later is None:
+        return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    tick = progress.tick
+    try:
+        return finished_frames(progress.later.get(), chunks=tick.finishing, tick=tick.index)
+    except NotFiniteError as error:
+        if modules is None:
+            raise
+        raise error.caused_by(modules) from None

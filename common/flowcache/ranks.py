@@ -332,12 +332,24 @@ class Ranks:
         raise UserError(failed[0]) if self.is_first else ToldElsewhereError(failed[0])
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes: plain values, or tensors on the CPU."""
+        """Return what the first process makes: plain values, or tensors on the CPU.
+
+        Raises:
+            UserError: it can't make it (first process).
+            ToldElsewhereError: the same (other processes).
+        """
         if self.place.size == 1:
             return make()
-        values: list[T | None] = [make() if self.is_first else None]
+        values: list[T | UserError | None] = [None]
+        if self.is_first:
+            try:
+                values = [make()]
+            except UserError as error:
+                values = [UserError(str(error))]
         with contact():
             dist.broadcast_object_list(values, src=0, group=self.patient.handle)
+        if isinstance(values[0], UserError):
+            raise values[0] if self.is_first else ToldElsewhereError(str(values[0]))
         return cast(T, values[0])
 
     def confirm(self) -> None:

@@ -1,35 +1,32 @@
 """Read videos and images, write videos; never overwrite or half-write a result.
 
-Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg (from imageio-ffmpeg)
-encodes and decodes.
+Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg encodes as a program
+(from imageio-ffmpeg) and decodes as a library (PyAV). Both are imported where a file is written or
+read: what makes videos in memory, as the benchmark, runs without them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Generator, Mapping
+from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from flowcache.ending import Ending, Stopped, current, undisturbed
-from flowcache.errors import UserError
+from flowcache.errors import UserError, one_line
 from flowcache.files import check_writable, fresh_path, remove_stale_parts
-
-# Packages for files are imported where a file is read or written: what makes videos in memory, as
-# the benchmark, runs without them.
-if TYPE_CHECKING:
-    from PIL import Image
+from flowcache.images import read_image as read_image
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +40,6 @@ COLOUR = [
 # In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
 # and what a killed run has written stays readable.
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
-STRICT = ["-xerror", "-err_detect", "explode"]  # damaged data end the stream
-VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
 MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
 
 
@@ -193,8 +188,10 @@ class VideoWriter:
         self._end()
 
     def _finish(self, error: BaseException | None) -> None:
+        from flowcache.decoding import num_decodable
+
         self._encoder.close()
-        num_written = _num_decodable(self._part) if self._part.exists() else 0
+        num_written = num_decodable(self._part) if self._part.exists() else 0
         if error is None and self.num_frames == 0:
             self._end()
             raise UserError(f"{self.path}: no frame was written")
@@ -239,85 +236,81 @@ class VideoWriter:
 def read_video(
     path: Path,
     *,
-    first: int = 0,
     max_frames: int | None = None,
+    last: int | None = None,
+    fps: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[Pixels, float]:
     """Read frames, uint8 `[T, H, W, 3]`, and the rate in frames per second.
 
+    No more frames than those returned are ever in memory.
+
     Args:
-        path: a video file.
-        first: leave out so many frames at the start, which are never in memory together.
-        max_frames: read no more than the first so many, left out ones included.
+        path: a video file; of several video streams the one that is shown, see `shown_stream`.
+        max_frames: stop after so many.
+        last: keep the last so many only.
+        fps: bring the video to this rate by its time stamps, see `at_rate`; None: frames as stored.
         size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
 
     Raises:
         UserError: the file is missing, not a video, or holds no frame.
     """
-    meta, decoder = _open_video(path, max_frames=max_frames)
-    frames = [
-        frame if size is None else _scaled(frame, size=size)
-        for frame in itertools.islice(_decoded(path, meta, decoder), first, None)
-    ]
-    if not frames:
-        raise UserError(f"{path}: holds no frame" + (f" from number {first} on" if first else ""))
-    return np.stack(frames), float(cast(float, meta["fps"]))
+    from flowcache.decoding import at_rate, open_video, pixels_of
+
+    with open_video(path) as video:
+        timed = video.frames()
+        wanted = (each.frame for each in timed) if fps is None else at_rate(timed, fps)
+        kept = deque(
+            (pixels_of(frame, size=size or video.size) for frame in islice(wanted, max_frames)),
+            maxlen=last,
+        )
+        if not kept:
+            raise UserError(f"{path}: holds no frame")
+        if video.num_damaged:
+            logger.warning(
+                "%s: damaged in %d places; what could be read is used", path, video.num_damaged
+            )
+        if fps is not None and video.fps != fps:
+            logger.info("%s: %g frames per second are read as %g", path, video.fps, fps)
+    return np.stack(kept), video.fps if fps is None else float(fps)
 
 
 def stream_video(path: Path) -> tuple[tuple[int, int], Generator[Pixels, None, None]]:
     """Return the size (height, width) of a video and its frames one by one, uint8 `[H, W, 3]`.
 
-    Strict: where `read_video` goes on with what ffmpeg makes of damaged data, the frames end with
+    Strict: where `read_video` goes on with what can be made of damaged data, the frames end with
     an error.
 
     Raises:
         UserError: the file is missing or not a video; while reading, it is damaged.
     """
-    meta, decoder = _open_video(path, max_frames=None, is_strict=True)
-    width, height = cast("tuple[int, int]", meta["size"])
+    from flowcache.decoding import num_decodable, open_video, pixels_of
+
+    with open_video(path) as video:
+        size = video.size
 
     def frames() -> Generator[Pixels, None, None]:
         count = 0
-        for frame in _decoded(path, meta, decoder):
-            count += 1
-            yield frame
-        if count == 0 or count < _num_decodable(path):
+        with open_video(path, is_strict=True) as video:
+            for timed in video.frames():
+                yield pixels_of(timed.frame, size=size)
+                count += 1
+        if count == 0 or count < num_decodable(path):
             raise UserError(f"{path}: broken after frame {count}")
 
-    return (height, width), frames()
+    return size, frames()
 
 
 def probe(path: Path) -> Probe:
-    """Count the frames of a video and read its rate and size.
+    """Count the frames of a video and read its rate and its size as it is shown.
 
     Raises:
         UserError: the file is missing, not a video, or holds no frame.
     """
-    meta, decoder = _open_video(path, max_frames=1)
-    decoder.close()
-    num_frames = _num_decodable(path)
-    if num_frames == 0:
-        raise UserError(f"{path}: holds no frame")
-    width, height = cast("tuple[int, int]", meta["size"])
-    return Probe(num_frames, float(cast(float, meta["fps"])), height, width)
+    from flowcache.decoding import num_decodable, open_video
 
-
-def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB, turned upright as its EXIF data say.
-
-    Raises:
-        UserError: the file is missing, empty, or not an image.
-    """
-    from PIL import Image, ImageOps
-
-    _check_file(path)
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG as a SyntaxError.
-        reason = "" if "cannot identify" in str(error) else f" ({_one_line(error)})"
-        raise UserError(f"{path}: not an image that can be read{reason}") from None
+    with open_video(path) as video:
+        return Probe(num_decodable(path), video.fps, *video.size)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
@@ -352,75 +345,9 @@ def check_ffmpeg() -> None:
         ):
             writer.append(np.zeros((1, 16, 16, 3), np.uint8))
     except (UserError, OSError, RuntimeError) as error:
-        raise UserError(f"ffmpeg does not work ({_one_line(error)}): {advice}") from None
-
-
-def _scaled(frame_HW3: Pixels, *, size: tuple[int, int]) -> Pixels:
-    from PIL import Image
-
-    image = Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
-def _open_video(
-    path: Path, *, max_frames: int | None, is_strict: bool = False
-) -> tuple[dict[str, object], Generator[bytes, None, None]]:
-    import imageio_ffmpeg
-
-    _check_file(path)
-    output = ["-fps_mode", "passthrough"]  # the frames as they are, none doubled or dropped
-    if max_frames is not None:
-        output += ["-frames:v", str(max_frames)]
-    # Without the list ffmpeg takes a text file for a video of text, and follows links in playlists.
-    options = ["-format_whitelist", VIDEO_FORMATS] + (STRICT if is_strict else [])
-    decoder = imageio_ffmpeg.read_frames(
-        str(path.resolve()), input_params=options, output_params=output
-    )
-    try:
-        return cast("dict[str, object]", next(decoder)), decoder
-    except (OSError, RuntimeError, IndexError, KeyError, ValueError, StopIteration):
-        raise UserError(f"{path}: not a video that can be read") from None
-
-
-def _decoded(
-    path: Path, meta: Mapping[str, object], decoder: Generator[bytes, None, None]
-) -> Generator[Pixels, None, None]:
-    """Yield the frames of an open video, uint8 `[H, W, 3]`."""
-    width, height = cast("tuple[int, int]", meta["size"])
-    count = 0
-    with contextlib.closing(decoder):
-        try:
-            for data in decoder:
-                yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-                count += 1
-        except RuntimeError:
-            raise UserError(f"{path}: broken after frame {count}") from None
-
-
-def _num_decodable(path: Path) -> int:
-    """Return the number of frames that decode; 0 if the file can't be read."""
-    import imageio_ffmpeg
-
-    try:
-        num_frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path.resolve()))
-    except (OSError, RuntimeError):
-        return 0
-    return int(num_frames or 0)
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, not a file")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"ffmpeg does not work ({one_line(error)}): {advice}") from None
 
 
 def _as_array(frames: Pixels | torch.Tensor) -> Pixels:
     array = frames.cpu().numpy() if isinstance(frames, torch.Tensor) else frames
     return np.ascontiguousarray(array)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -12,6 +12,7 @@ from benchmark.family import REFERENCE, Method
 from flowcache.demo.clips import Attributes
 from flowcache.demo.judge import judge
 from flowcache.job import Clip
+from flowcache.markdown import escaped, table_row
 from flowcache.metrics import psnr, ssim
 
 
@@ -116,7 +117,7 @@ def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
     ]
     for row in table:
         cells: list[str] = [
-            row["method"],
+            escaped(row["method"]),
             _shown(row["gflops"], ".0f"),
             _shown(100 * row["computed_share"], ".0f") + " %",
             _shown(row["dit_seconds"], ".2f"),
@@ -127,7 +128,7 @@ def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
             is_equal = row[f"num_equal{of}"] == row["num_clips"]
             cells.append("equal" if is_equal else _shown(row[f"psnr{of}"], ".2f"))
             cells.append(_shown(row[f"ssim{of}"], ".3f"))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -140,13 +141,13 @@ def reuse_markdown(table: Sequence[Mapping[str, Any]]) -> str:
     attributes = list(table[0]["judge"])
     head = ["method", "FLOPs", "GFLOPs", "DiT s", "speed-up", "judge", *attributes]
     head += ["PSNR", "SSIM", "PSNR (vanilla)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [table_row(head), "|" + "---|" * len(head)]
     for row in table:
         is_equal = row["num_equal_base"] == row["num_clips"]
         error = "" if row["psnr_error_base"] is None else f" ± {row['psnr_error_base']:.2f}"
         decibel = "-" if row["psnr_base"] is None else f"{row['psnr_base']:.2f}{error}"
         cells = [
-            row["method"],
+            escaped(row["method"]),
             f"{100 * row['flops_share']:.1f} %",
             f"{row['gflops']:.1f}",
             f"{row['dit_seconds']:.2f}",
@@ -159,7 +160,7 @@ def reuse_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             _shown(row["ssim_base"], ".3f"),
             _shown(row["psnr"], ".2f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
 

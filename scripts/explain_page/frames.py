@@ -60,6 +60,11 @@ def shown_frames(chunk_frames: dict[str, list[list[int] | None]]) -> list[Shown]
     ]
 
 
+def first_new_frame(chunk_frames: dict[str, list[list[int] | None]]) -> int:
+    """Return the first frame that a chunk shows: those before it were given."""
+    return min((shown.first for shown in shown_frames(chunk_frames)), default=0)
+
+
 def pictures(clips: Sequence[Pixels], wanted: Sequence[int]) -> list[dict[int, str]]:
     """Return for every clip the wanted frames as JPEG data URIs, as wide as fits into the page.
 

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from flowcache.finite import Decoded
 from flowcache.job import Shown
 from flowcache.overlap import Later, lane_for, should_overlap
 from flowcache.record import Record
@@ -248,8 +248,8 @@ def take_frames(shown: Iterable[Shown], *, device: torch.device, is_beside: bool
         is_beside: whether frames are waited for in a thread, while the next ticks go on.
     """
 
-    def take(later: Later[Tensor]) -> int:
-        return len(to_uint8(later.get()).cpu())
+    def take(later: Later[Decoded]) -> int:
+        return len(to_uint8(later.get().frames).cpu())
 
     with lane_for("take", device=device, is_beside=is_beside) as lane:
         taken = [

@@ -15,6 +15,7 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
+from flowcache.markdown import escaped
 from flowcache.stats import environment
 from gpu.growth import Line, Make, open_magi1, open_skyreels, shortened
 
@@ -183,12 +184,12 @@ def table(found: Mapping[str, Any]) -> str:
     for name, sizes in found.items():
         for size, one in sizes.items():
             lines += [
-                f"| {name} | {size} | {method} | {row['fewer_flops']:.2f}x "
+                f"| {escaped(name)} | {size} | {escaped(method)} | {row['fewer_flops']:.2f}x "
                 f"| {row['speedup']:.2f}x | {row['speedup'] / row['fewer_flops']:.2f} |"
                 for method, row in one["rows"].items()
             ]
             profiles += [
-                f"| {name} | {size} | {part} | {100 * share:.1f} % |"
+                f"| {escaped(name)} | {size} | {escaped(part)} | {100 * share:.1f} % |"
                 for part, share in one["profile_of_flowcache_fast"].items()
             ]
     return "\n".join([*lines, "", *profiles])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowcache.markdown import escaped, table_row
 from gpu.subject import Subject, Target
 
 Row = Mapping[str, Any]
@@ -115,13 +116,13 @@ def markdown(document: Mapping[str, Any], subjects: Mapping[str, Subject[Any]]) 
 
 def _table(subject: Subject[Any], rows: Mapping[str, Row]) -> list[str]:
     good = _with_speedups(subject, rows)
-    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    lines = [table_row(HEAD), f"|{'---|' * len(HEAD)}"]
     for method in subject.methods:
         if method.name in good:
-            lines.append(f"| {' | '.join(_cells(method.name, good[method.name]))} |")
+            lines.append(table_row(_cells(escaped(method.name), good[method.name])))
         elif method.name in rows:
-            error = rows[method.name]["error"].replace("|", "\\|")
-            lines.append(f"| {method.name} | {error} |{' |' * (len(HEAD) - 2)}")
+            error = escaped(rows[method.name]["error"])
+            lines.append(table_row([escaped(method.name), error, *[""] * (len(HEAD) - 2)]))
     return lines
 
 

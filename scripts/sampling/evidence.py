@@ -14,7 +14,7 @@ from sampling.figures import Judge, damaged_figures, rows_of
 from sampling.gpus import describe_gpus
 from sampling.protocol import COPY, VIDEOS, Protocol, contradiction, read_protocol
 from sampling.table import SCHEMA_VERSION, csv_text, markdown, plain_rows, without_times
-from sampling.tasks import Task, flaw, flaws, read_receipt, sha256_of
+from sampling.tasks import Task, alarms_of, flaw, flaws, read_receipt, sha256_of
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
 DEVICE_TOLERANCE = 1e-3
@@ -64,7 +64,7 @@ def write_table(evidence: Evidence) -> dict[str, Any]:
         "rows": plain_rows(rows_of(protocol, evidence.tasks, out, judge=evidence.judge)),
         "metrics": list(evidence.judge.metrics),
         "lpips_sha256": dict(evidence.judge.digests),
-        "notes": [*evidence.notes, *_few_prompts(evidence)],
+        "notes": [*evidence.notes, *_few_prompts(evidence), *_alarms(evidence)],
         "environment": environment(evidence.judge.device),
         "gpus": describe_gpus(),
         "made_by": made_by(evidence.tasks, videos),
@@ -87,6 +87,16 @@ def _few_prompts(evidence: Evidence) -> list[str]:
     if count is None or count == whole:
         return []
     return [f"made of the first {count} of {whole} prompts only"]
+
+
+def _alarms(evidence: Evidence) -> list[str]:
+    """Name the videos that are of one colour or frozen: their figures mean nothing."""
+    videos = evidence.out / VIDEOS
+    return [
+        f"ALARM {task.label}: {alarm}"
+        for task in evidence.tasks
+        for alarm in alarms_of(task, videos)
+    ]
 
 
 def unpinned_videos(protocol: Protocol, tasks: Sequence[Task], videos: Path) -> list[str]:

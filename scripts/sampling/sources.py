@@ -1,12 +1,16 @@
 """Where prompts come from: a text file, VBench's prompt files, Physics-IQ's descriptions."""
 
-import csv
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowcache.errors import UserError
+from flowcache.text_files import TableRow, read_lines, read_table
 from sampling.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 VBENCH_DIMENSIONS = (
     *("overall_consistency", "subject_consistency", "scene", "object_class", "multiple_objects"),
@@ -28,6 +32,8 @@ PHYSICS_IQ_ADVICE = (
     "download Physics-IQ with the script of https://github.com/google-deepmind/"
     "physics-IQ-benchmark, and give the folder that holds descriptions.csv and split-videos"
 )
+TAKE = re.compile(r"take-?(\d+)", re.IGNORECASE)
+FIRST_TAKE = 1
 CONDITIONING = "conditioning"
 """Part of the path of every clip that is to be continued."""
 
@@ -91,32 +97,52 @@ def from_vbench(folder: Path, run: Run, *, dimensions: Sequence[str]) -> list[Ta
 def from_physics_iq(folder: Path, run: Run) -> list[Task]:
     """Return the tasks of Physics-IQ: clips to be continued, named as its evaluation wants them.
 
-    The clip that belongs to a description begins with the same four digits and lies below a folder
-    or has a name with "conditioning"; of several frame rates the lowest (24) is taken.
+    Every scene was filmed twice, and only the first take is to be generated; the second shows how
+    much two takes differ. The clip that belongs to a description begins with the same four digits
+    and lies below a folder or has a name with "conditioning"; of several frame rates the lowest
+    (24) is taken.
 
     Raises:
-        UserError: the table or a clip is missing.
+        UserError: the table can't be read, or a clip is missing.
     """
     tables = [folder / place for place in PHYSICS_IQ_TABLES if (folder / place).is_file()]
     if not tables:
         raise UserError(f"{folder}: holds no {PHYSICS_IQ_TABLES[0]}: {PHYSICS_IQ_ADVICE}")
-    with tables[0].open(encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or not set(PHYSICS_IQ_COLUMNS) <= rows[0].keys():
-        raise UserError(f"{tables[0]}: must have the columns {', '.join(PHYSICS_IQ_COLUMNS)}")
+    rows = read_table(tables[0], columns=PHYSICS_IQ_COLUMNS)
     if run.per_prompt != 1:
         raise UserError(f"Physics-IQ has one video per clip: per-prompt is {run.per_prompt}, not 1")
     clips = _conditioning_clips(folder)
+    first = [row for row in rows if _take(row, clips) == FIRST_TAKE]
+    if not first:
+        raise UserError(f"{tables[0]}: has no row of take-{FIRST_TAKE}, which alone is generated")
+    if len(first) < len(rows):
+        logger.info(
+            "%s: %d of %d rows are left out: Physics-IQ generates take-%d only",
+            *(tables[0], len(rows) - len(first), len(rows), FIRST_TAKE),
+        )
     tasks: dict[str, Task] = {}
-    for row in rows:
-        name = Path(row["generated_video_name"]).stem
-        key = name[:4]
-        if key not in clips:
-            raise UserError(f"{folder}: no conditioning clip {key}_*.mp4: {PHYSICS_IQ_ADVICE}")
+    for row in first:
+        name = Path(row.cells["generated_video_name"]).stem
+        if name in tasks:
+            raise UserError(
+                f"{tables[0]}: row {row.number}, column generated_video_name: {name} is there "
+                "twice: leave one out"
+            )
+        if name[:4] not in clips:
+            raise UserError(f"{folder}: no conditioning clip {name[:4]}_*.mp4: {PHYSICS_IQ_ADVICE}")
         tasks[name] = replace(
-            run.template, name=name, prompt=row["description"], video=str(clips[key])
+            run.template, name=name, prompt=row.cells["description"], video=str(clips[name[:4]])
         )
     return list(tasks.values())
+
+
+def _take(row: TableRow, clips: Mapping[str, Path]) -> int:
+    """Return which take a row is of, by its scenario, its name, or its clip; else the first."""
+    name = row.cells["generated_video_name"]
+    clip = clips.get(name[:4])
+    places = (row.cells.get("scenario", ""), name, "" if clip is None else clip.name)
+    found = [match for place in places if (match := TAKE.search(place))]
+    return int(found[0][1]) if found else FIRST_TAKE
 
 
 def _conditioning_clips(folder: Path) -> dict[str, Path]:
@@ -136,19 +162,3 @@ def _rate(path: Path) -> int:
     """Return the frames per second that the folder says (`24FPS`), or 0."""
     digits = path.parent.name.upper().removesuffix("FPS")
     return int(digits) if digits.isdecimal() else 0
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that hold something.
-
-    Raises:
-        UserError: it can't be read, or holds nothing.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as text ({error})") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise UserError(f"{path}: holds no prompt; write one per line")
-    return lines

@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any
 
 from flowcache.comparison import METRICS
+from flowcache.markdown import escaped, table_row
 from sampling.figures import Row
 
 Shape = Mapping[str, type | tuple[type, ...]]
@@ -179,15 +180,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     heads = ["method"]
     for column in COLUMNS:
         heads += [column.head, "published"] if column.is_published else [column.head]
-    lines = [f"# {report['title']}", "", _line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
+    lines = [f"# {escaped(report['title'])}", "", table_row(heads)]
+    lines.append(table_row(["---"] + ["---:"] * (len(heads) - 1)))
     for part, title in PARTS.items():
         own = [row for row in report["rows"] if row["part"] == part]
         if own:
-            lines.append(_line([f"*{title}*", *[""] * (len(heads) - 1)]))
-            lines += [_line(_cells(row)) for row in own]
+            lines.append(table_row([f"*{title}*", *[""] * (len(heads) - 1)]))
+            lines += [table_row(_cells(row)) for row in own]
     lines.append("")
     notes = [f"{NOTES[0]} {report['published_setting']}", *NOTES[1:], *report["notes"]]
-    lines += [f"- {note}" for note in notes]
+    lines += [f"- {escaped(note)}" for note in notes]
     lines.append(
         f"- protocol {report['protocol_sha256']}, commit {report['environment']['commit']}"
     )
@@ -195,7 +197,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    cells = [row["method"]]
+    cells = [escaped(row["method"])]
     for column in COLUMNS:
         cells.append(_shown(row["figures"][column.key], column))
         if column.is_published:
@@ -206,7 +208,3 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _shown(value: float | None, column: Column) -> str:
     return MISSING if value is None else format(value * column.scale, column.spec)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

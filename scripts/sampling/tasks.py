@@ -151,6 +151,11 @@ def read_receipt(task: Task, out: Path) -> dict[str, Any]:
     return read_json(task.path(out, ".json"))
 
 
+def alarms_of(task: Task, out: Path) -> list[str]:
+    """Return what the receipt of a complete video says is alarming about it."""
+    return list(read_receipt(task, out).get("alarms", []))
+
+
 def flaws(tasks: Iterable[Task], out: Path) -> dict[str, str]:
     """Return for each task that is not complete why, by its label."""
     found = {task.label: flaw(task, out) for task in tasks}

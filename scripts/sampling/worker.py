@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from flowcache.ending import check_stopped, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import write_json
 from sampling.claims import STALE_SECONDS, Claim, Claims
-from sampling.tasks import MISSING, Kind, Origin, Task, flaw, sha256_of
+from sampling.tasks import MISSING, Kind, Origin, Task, alarms_of, flaw, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +200,14 @@ def full_disk(folder: Path, error: OSError) -> DiskFullError:
         f"{folder}: nothing more can be written ({error.strerror}): make room and start again; "
         "what is complete stays"
     )
+
+
+def say_alarms(tasks: Sequence[Task], out: Path, failures: Collection[str]) -> None:
+    """List on standard error what is alarming about complete videos, by their receipts."""
+    for task in tasks:
+        if task.label not in failures:
+            for alarm in alarms_of(task, out):
+                sys.stderr.write(f"ALARM {task.label}: {alarm}\n")
 
 
 def say_failures(failures: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flowcache.demo.clips import split_attributes
 from flowcache.errors import UserError
+from flowcache.text_files import read_lines
 from tuning.study import Prompt
 
 CALIBRATION_SEED, CHECK_SEED = 7000, 8000
@@ -54,11 +55,7 @@ def read_prompts(path: Path, *, needed: int) -> list[str]:
     Raises:
         UserError: the file can't be read, or holds too few.
     """
-    try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({type(error).__name__})") from None
-    texts = [text for text in texts if text]
+    texts = read_lines(path)
     if len(texts) < needed:
         raise UserError(
             f"{path} holds {len(texts)} prompts, but {needed} are needed: add some, or lower "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowcache.markdown import escaped
 from tuning.methods import REFERENCE, Method
 from tuning.rows import mean
 
@@ -49,7 +50,8 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     for row in table:
         predicted, found = row["predicted_psnr"], row["psnr"]
         lines.append(
-            f"| {row['method']} | {100 * row['computed']:.0f} % | {100 * row['flops']:.1f} % | "
+            f"| {escaped(row['method'])} "
+            f"| {100 * row['computed']:.0f} % | {100 * row['flops']:.1f} % | "
             f"{row['seconds']:.2f} | {row['speedup']:.2f}x | "
             f"{'equal' if found is None else f'{found:.2f}'} | "
             f"{'' if predicted is None else f'{predicted:.2f}'} | {'*' if row['is_best'] else ''} |"

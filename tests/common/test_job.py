@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.finite import Decoded
 from flowcache.job import Request, claim_output, collect, config_layers
 from flowcache.overlap import Later
 from flowcache.schedule import Tick
@@ -19,7 +20,11 @@ class Progress:
     """What a made-up pipeline yields."""
 
     tick: Tick
-    later: Later[Tensor] | None
+    later: Later[Decoded] | None
+
+
+def decoded(frames: Tensor) -> Decoded:
+    return Decoded(frames, torch.tensor(True))
 
 
 def touch(*paths: Path) -> None:
@@ -69,7 +74,7 @@ def test_a_collected_clip_holds_the_frames_of_all_ticks_in_order():
     stats = RunStats(torch.device("cpu"))
     black, white = torch.full((3, 2, 4, 4), -1.0), torch.ones(3, 1, 4, 4)
     ticks = [Tick(index, 3, 3, {0: index}) for index in range(3)]
-    laters = (None, Later.of(black), Later.of(white))
+    laters = (None, Later.of(decoded(black)), Later.of(decoded(white)))
     shown = [Progress(*each) for each in zip(ticks, laters, strict=True)]
     clip = collect(shown, stats)
     assert clip.stats is stats

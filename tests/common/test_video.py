@@ -2,14 +2,19 @@ import logging
 import os
 import signal
 import subprocess
+import tracemalloc
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from flowcache.decoding import Timed, at_rate
 from flowcache.ending import Ending, Stopped
 from flowcache.errors import UserError
 from flowcache.video import (
@@ -300,6 +305,132 @@ def test_what_is_not_a_video_is_named_in_one_line(tmp_path: Path):
                 read(tmp_path / name)
             assert str(caught.value).startswith(f"{tmp_path / name}: {said}")
             assert "\n" not in str(caught.value)
+
+
+def test_another_rate_takes_the_frames_that_ffmpeg_would():
+    def places(num_frames: int, *, fps: int, target: int) -> list[int]:
+        frames = [Timed(n, Fraction(n, fps), Fraction(n + 1, fps)) for n in range(num_frames)]
+        return list(at_rate(frames, target))
+
+    assert places(10, fps=24, target=24) == list(range(10))
+    # from ffmpeg -vf fps=24 on a counted video of 30 frames per second
+    assert places(10, fps=30, target=24) == [0, 1, 3, 4, 5, 6, 8, 9]
+    assert places(4, fps=12, target=24) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert places(1, fps=60, target=24) == [0]
+    assert places(0, fps=60, target=24) == []
+
+
+@pytest.fixture(scope="module")
+def ffmpeg() -> Callable[..., Path]:
+    """Return a function that has ffmpeg write a file, and returns the file."""
+
+    def write(*arguments: str | Path) -> Path:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        quiet = ["-y", "-loglevel", "error"]
+        subprocess.run([program, *quiet, *map(str, arguments)], check=True, timeout=60)
+        return Path(arguments[-1])
+
+    return write
+
+
+EXACT = ("-c:v", "libx264rgb", "-crf", "0")
+"""Every frame with its pixels as they are."""
+
+
+def source(**options: int) -> list[str]:
+    """A test picture that counts its frames."""
+    return ["-f", "lavfi", "-i", f"testsrc={':'.join(f'{k}={v}' for k, v in options.items())}"]
+
+
+def test_a_variable_rate_is_brought_to_another_as_by_the_filter_of_ffmpeg(
+    tmp_path: Path, ffmpeg: Callable[..., Path], caplog: pytest.LogCaptureFixture
+):
+    # a second at 30, then three at 10 frames per second
+    dropped = "select='lt(t,1)+gte(t,1)*not(mod(n,3))'"
+    options = ("-vf", f"scale=64:64,{dropped}", "-fps_mode", "vfr", *EXACT)
+    variable = ffmpeg(*source(rate=30, duration=4), *options, tmp_path / "variable.mp4")
+    for fps in (24, 8, 50):
+        constant = ffmpeg("-i", variable, "-vf", f"fps={fps}", *EXACT, tmp_path / "constant.mp4")
+        expected, _ = read_video(constant)
+        with caplog.at_level(logging.INFO):
+            frames, rate = read_video(variable, fps=fps)
+        assert rate == fps
+        assert np.array_equal(frames, expected)
+        assert caplog.messages.pop() == f"{variable}: 15.2542 frames per second are read as {fps}"
+
+
+def test_of_several_video_streams_the_default_one_is_read_and_probed(
+    tmp_path: Path, ffmpeg: Callable[..., Path]
+):
+    preview, film = source(rate=5, duration=1), source(rate=24, duration=3)
+    made = ("-filter_complex", "[0]scale=32:32[a];[1]scale=96:64[b]", "-map", "[a]", "-map", "[b]")
+    for order, expected in (
+        (("-disposition:v:0", "0", "-disposition:v:1", "default"), Probe(72, 24, 64, 96)),
+        (("-disposition:v:0", "default", "-disposition:v:1", "0"), Probe(5, 5, 32, 32)),
+        (("-disposition:v:0", "0", "-disposition:v:1", "0"), Probe(72, 24, 64, 96)),
+    ):
+        path = ffmpeg(*preview, *film, *made, *EXACT, *order, tmp_path / "two.mkv")
+        frames, fps = read_video(path)
+        assert probe(path) == Probe(len(frames), fps, *frames.shape[1:3]) == expected
+        assert len(list(stream_video(path)[1])) == expected.num_frames
+
+
+@pytest.mark.parametrize(("angle", "turns"), [(0, 0), (90, 1), (180, 2), (270, 3), (-90, 3)])
+def test_a_turned_phone_s_video_is_upright(
+    tmp_path: Path, ffmpeg: Callable[..., Path], angle: int, turns: int
+):
+    plain = ffmpeg(*source(rate=5, duration=1), "-vf", "scale=48:32", *EXACT, tmp_path / "a.mp4")
+    turned = ffmpeg(
+        *("-display_rotation", str(angle), "-i", plain, "-c", "copy", tmp_path / "b.mp4")
+    )
+    frames = read_video(turned)[0]
+    assert np.array_equal(frames, np.rot90(read_video(plain)[0], turns, axes=(1, 2)))
+    found = probe(turned)
+    assert (found.height, found.width) == frames.shape[1:3]
+
+
+def test_transparent_frames_are_put_over_white(tmp_path: Path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 1] = 255
+    pixels[2:6, 2:6] = (255, 0, 0, 255)
+    frames = [Image.fromarray(np.roll(pixels, shift, axis=0)) for shift in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], disposal=2)
+    read = read_video(tmp_path / "a.gif")[0]
+    assert read.shape == (3, 8, 8, 3)
+    assert read[:, 0, 0].tolist() == [[255] * 3] * 3
+    assert read[:, 4, 4].tolist() == [[255, 0, 0]] * 3
+
+
+def test_only_the_frames_that_are_returned_are_kept(tmp_path: Path):
+    path = write(tmp_path / "a.mp4", smooth_clip(40))
+    whole = read_video(path)[0]
+    assert np.array_equal(read_video(path, last=5)[0], whole[-5:])
+    assert np.array_equal(read_video(path, max_frames=7, last=5)[0], whole[2:7])
+    frame_bytes = whole[0].nbytes
+    tracemalloc.start()
+    read_video(path, last=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # two kept, two stacked, and those on the way: far from forty
+    assert peak < 12 * frame_bytes
+
+
+def test_a_file_without_video_or_with_a_missing_part_is_named_in_one_line(
+    tmp_path: Path, ffmpeg: Callable[..., Path], caplog: pytest.LogCaptureFixture
+):
+    audio = ffmpeg("-f", "lavfi", "-i", "sine=duration=1", tmp_path / "audio.mp4")
+    for read in (read_video, probe, stream_video):
+        with pytest.raises(UserError, match=r"audio\.mp4: holds no video stream$"):
+            read(audio)
+    whole = ffmpeg(*source(rate=24, duration=4), "-c:v", "mpeg2video", tmp_path / "whole.mkv")
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    num_frames = len(read_video(cut)[0])
+    assert 0 < num_frames < 96
+    assert len(caplog.messages) <= 1  # what can be read is used, and damage is a warning
+    cut.write_bytes(whole.read_bytes()[:600])
+    with pytest.raises(UserError, match=r"cut\.mkv: (holds no frame|not a video)"):
+        read_video(cut)
 
 
 def test_an_image_is_read_upright_and_as_rgb(tmp_path: Path):

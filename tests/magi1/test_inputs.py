@@ -10,7 +10,7 @@ import torch
 from flowcache.config import load_config
 from flowcache.errors import UserError
 from flowcache.video import VideoWriter
-from magi1.inputs import num_latents, read_prefix, resampled
+from magi1.inputs import num_latents, read_prefix
 from magi1.settings import RunConfig
 
 
@@ -100,10 +100,3 @@ def test_a_clip_that_the_tiles_of_its_rate_would_shorten_is_refused(config: RunC
     prefix = read_prefix(replace(run, prefix_frames=12))
     assert prefix is not None
     assert prefix.shape[1] == 12
-
-
-def test_another_rate_takes_the_frames_that_ffmpeg_would():
-    assert resampled(10, fps=24, target_fps=24) == list(range(10))
-    # from ffmpeg -vf fps=24 on a counted video of 30 frames per second
-    assert resampled(10, fps=30, target_fps=24) == [0, 1, 3, 4, 5, 6, 8, 9]
-    assert resampled(4, fps=12, target_fps=24) == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -44,6 +44,57 @@ def test_clips_of_physics_iq_are_continued_under_the_names_of_its_evaluation(
     assert [Path(task.video).name[:4] for task in tasks] == ["0001", "0002"]
 
 
+@pytest.mark.parametrize("form", ["scenario", "names", "clips"])
+@pytest.mark.parametrize("place", ["descriptions.csv", "descriptions/descriptions_original.csv"])
+def test_of_two_takes_of_a_scene_the_first_is_generated(
+    sample: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str, place: str
+):
+    clips = tmp_path / "split-videos" / "conditioning" / "24FPS"
+    clips.mkdir(parents=True)
+    rows = {
+        "scenario": "{n}_perspective-left_take-{take}_trimmed-{what}.mp4,A {what}.,{n}_{what}.mp4",
+        "names": ",A {what}.,{n}_take-{take}_{what}.mp4",
+        "clips": ",A {what}.,{n}_{what}.mp4",
+    }
+    lines, expected = ["scenario,description,generated_video_name"], []
+    for number, what, take in ((1, "roll", 1), (2, "fall", 1), (199, "roll", 2), (200, "fall", 2)):
+        clip = f"{number:04d}_conditioning-videos_24FPS_take-{take}_trimmed-{what}.mp4"
+        (clips / clip).touch()
+        lines.append(rows[form].format(n=f"{number:04d}", what=what, take=take))
+        if take == 1:
+            expected.append(lines[-1].split(",")[-1].removesuffix(".mp4"))
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("\n".join(lines) + "\n")
+    with caplog.at_level("INFO"):
+        tasks = list_tasks(sample, "magi1", "--physics-iq", str(tmp_path))
+    assert [task.name for task in tasks] == expected
+    assert caplog.messages == [
+        f"{tmp_path / place}: 2 of 4 rows are left out: Physics-IQ generates take-1 only"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["0199_take-2_a.mp4,x,0199_a.mp4"], "has no row of take-1, which alone is generated"),
+        (
+            ["t,x,0001_a.mp4", "t,y,0001_a.mp4"],
+            "row 3, column generated_video_name: 0001_a is ther",
+        ),
+        (["t,x,0001_a.mp4", "t, ,0001_b.mp4"], "row 3, column description is empty: fill it in"),
+    ],
+)
+def test_a_table_of_physics_iq_that_says_nothing_clear_is_refused(
+    sample: ModuleType, tmp_path: Path, rows: list[str], said: str
+):
+    (tmp_path / "conditioning").mkdir()
+    (tmp_path / "conditioning" / "0001_x.mp4").touch()
+    head = "scenario,description,generated_video_name"
+    (tmp_path / "descriptions.csv").write_text("\n".join([head, *rows]))
+    with pytest.raises(ValueError, match=said):
+        list_tasks(sample, "magi1", "--physics-iq", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -54,7 +105,7 @@ def test_clips_of_physics_iq_are_continued_under_the_names_of_its_evaluation(
         ),
         (["magi1", "--physics-iq", "nowhere"], "nowhere: holds no descriptions.csv: download"),
         (["wan", "--prompts", "p.txt"], "the first argument must be skyreels_v2 or magi1, not wan"),
-        (["magi1", "--prompts", "nowhere"], "nowhere: can't be read as text"),
+        (["magi1", "--prompts", "nowhere"], r"nowhere: can't be read \(No such file"),
         (
             ["magi1", "--prompts", "p.txt", "--per-prompt", "0"],
             "--per-prompt must be 1 to 10000",

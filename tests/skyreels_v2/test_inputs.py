@@ -1,3 +1,4 @@
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.video import to_pixels
+from flowcache.video import VideoWriter, to_pixels
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiTConfig
 from skyreels_v2.inputs import check_mode, fit_image, read_media, turn_to_fit
@@ -72,6 +73,41 @@ def test_size_turns_only_for_a_portrait_picture_in_a_landscape_video(
     assert turn_to_fit(replace(CONFIG, video=str(clip))).height == 16
 
 
+def test_a_portrait_end_image_alone_turns_the_size_and_a_start_image_goes_first(
+    picture: Path, portrait: Path
+):
+    turned = turn_to_fit(replace(CONFIG, end_image=str(portrait)))
+    assert (turned.height, turned.width) == (32, 16)
+    both = replace(CONFIG, image=str(picture), end_image=str(portrait))
+    assert turn_to_fit(both) == both
+    assert turn_to_fit(replace(CONFIG, end_image=str(picture))) == replace(
+        CONFIG, end_image=str(picture)
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 900), (900, 1), (1, 1)])
+def test_an_image_of_one_row_or_column_fills_the_frame(size: tuple[int, int]):
+    pixels = fit_image(Image.new("RGB", size, "red"), height=16, width=32)
+    assert pixels.shape == (3, 1, 16, 32)
+    assert pixels[0].unique().tolist() == [1]
+
+
+def test_a_given_video_is_read_at_the_rate_of_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    frames = np.repeat(np.arange(60, dtype=np.uint8) * 4, 16 * 32 * 3).reshape(60, 16, 32, 3)
+    with VideoWriter(tmp_path / "a.mp4", fps=60, size=(16, 32), is_lossless=True) as writer:
+        writer.append(frames)
+    config = replace(CONFIG, video=str(tmp_path / "a.mp4"), overlap_history=9)
+    with caplog.at_level(logging.INFO):
+        video = read_media(config).video
+    assert video is not None
+    # 1 s; every 2.5th frame, as ffmpeg -vf fps=24 counts them
+    assert video.shape[0] == 24
+    assert (video[:6, 0, 0, 0] // 4).tolist() == [1, 3, 6, 8, 11, 13]
+    assert caplog.messages == [f"{tmp_path / 'a.mp4'}: 60 frames per second are read as 24"]
+
+
 def test_the_whole_video_is_read_at_the_size_of_the_run(clip: Path):
     config = replace(CONFIG, video=str(clip), overlap_history=9, height=32, width=48)
     video = read_media(config).video
@@ -81,7 +117,7 @@ def test_the_whole_video_is_read_at_the_size_of_the_run(clip: Path):
 
 
 def test_a_video_shorter_than_the_overlap_is_refused(clip: Path):
-    with pytest.raises(UserError, match=r"has 20 frames, fewer than overlap_history 21"):
+    with pytest.raises(UserError, match=r"has 20 frames at 24 fps, fewer than overlap_history 21"):
         read_media(replace(CONFIG, video=str(clip), overlap_history=21))
 
 

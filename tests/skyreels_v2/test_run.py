@@ -19,8 +19,9 @@ from flowcache.kv import KVCache
 from flowcache.ranks import Ranks
 from flowcache.stats import RunStats
 from flowcache.video import probe, read_video
-from skyreels_v2.pipeline import LatentCodec, LatentDecoder, generate
+from skyreels_v2.pipeline import LatentDecoder, generate
 from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render
+from skyreels_v2.vae import VAE
 
 Make = Callable[..., Any]
 
@@ -54,6 +55,7 @@ def test_a_run_writes_a_video_that_plays_and_its_json(make: Make):
     assert set(report) == {
         "video",
         "num_frames",
+        "alarms",
         "first_frames_seconds",
         "preset",
         "model",
@@ -292,8 +294,9 @@ class InterruptedDecoder:
 class InterruptedVAE:
     """A VAE with such a decoder."""
 
-    def __init__(self, vae: LatentCodec) -> None:
+    def __init__(self, vae: VAE) -> None:
         self.vae = vae
+        self.model = vae.model
 
     def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
         return self.vae.encode(pixels_B3THW)
