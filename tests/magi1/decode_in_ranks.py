@@ -17,6 +17,7 @@ from magi1.vae import Tiling, load
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as the test: the frames must have the same bits
     vae_folder, folder, *layouts = sys.argv[1:]
     vae = load(vae_folder, scale=1.0, dtype=torch.float32, device="cpu")
     vae.tiling = Tiling(frames=8, height=16, width=16)

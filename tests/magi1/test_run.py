@@ -172,6 +172,7 @@ def test_the_same_seed_makes_the_same_video_and_another_seed_another(make: Make)
     assert not np.array_equal(frames_of(first.path), frames_of(other.path))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_prompts_in_one_process_equal_two_processes(
     make: Make, distilled: Path, tmp_path: Path
 ):

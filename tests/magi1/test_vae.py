@@ -160,6 +160,7 @@ def test_processes_decode_their_tiles_and_no_others(
     assert num_decoded == [len(range(share, 18, num_shares)) for share in range(num_shares)]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("num", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_get_the_frames_of_one_bit_for_bit(
     run_in_ranks: Callable[..., None], tmp_path: Path, num: int

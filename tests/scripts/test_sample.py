@@ -26,6 +26,7 @@ from sampling_cases import (
 from flowcache.video import probe
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_with_a_model_make_bitwise_what_one_makes(
     sample: ModuleType, prompts: Path, tmp_path: Path
 ):
@@ -63,6 +64,7 @@ def test_a_broken_clip_fails_alone_and_is_listed(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_kills_while_a_model_works_leave_no_trace(
     sample: ModuleType, prompts: Path, tmp_path: Path
 ):
