@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flowcache import files
@@ -19,10 +20,10 @@ from flowcache.cli import DTYPES
 from flowcache.config import find_preset
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
+from flowcache.ranks import Ranks
 from flowcache.stats import RunStats, environment
 from gpu import magi1 as magi1_subject
 from gpu import skyreels_v2 as skyreels_subject
-from gpu.subject import NoVideo
 from magi1 import pipeline as magi1_pipeline
 from magi1 import plan as magi1_plan
 from magi1 import run as magi1_run
@@ -183,6 +184,26 @@ def open_magi1() -> Make:
         return make_video(num_frames, num_chunks, shown, stats) | {"kv_bytes": job.plan.kv_bytes}
 
     return make
+
+
+class NoVideo:
+    """Stands in for a VAE where only the transformer is measured: its pixels are black."""
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        """Refuse: a video from a prompt alone has nothing to encode."""
+        raise AssertionError(f"nothing is given, but {tuple(pixels_B3THW.shape)} is encoded")
+
+    def decode(self, latents_BCFhw: Tensor, ranks: Ranks | None = None, /) -> Tensor:
+        """Return a pixel per latent."""
+        return torch.zeros(1, 3, *latents_BCFhw.shape[2:])
+
+    def stream(self, ranks: Ranks, /) -> "NoVideo":
+        """Begin a segment."""
+        return self
+
+    def to(self, device: torch.device | str, /) -> "NoVideo":
+        """Stay."""
+        return self
 
 
 def make_video(

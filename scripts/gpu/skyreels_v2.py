@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from flops import skyreels_active_only
+from torch import Tensor
 
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.cli import DTYPES
@@ -12,12 +13,12 @@ from flowcache.compiling import Compilation, should_compile
 from flowcache.config import find_preset
 from flowcache.job import Request
 from flowcache.precision import set_float32_precision
+from flowcache.ranks import Ranks
 from flowcache.reuse import Policies
 from flowcache.stats import RunStats
 from gpu.subject import (
     TARGETS_OF_ALL,
     Method,
-    NoVideo,
     Plan,
     Size,
     Subject,
@@ -26,15 +27,15 @@ from gpu.subject import (
     is_installed,
 )
 from gpu.traces import SKYREELS_CURVE
-from skyreels_v2.build import branches_of, sampling_of, tokens_per_frame
+from skyreels_v2.build import VAE_STRIDE, branches_of, sampling_of, tokens_per_frame
 from skyreels_v2.config import RunConfig
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.layers import compiled_parts
-from skyreels_v2.pipeline import Conditioning, Progress, generate
+from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, Progress, generate
 from skyreels_v2.plan import attention_shape, make_plan
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import PRESETS, read_settings
-from skyreels_v2.vae import VAE
+from skyreels_v2.vae import TEMPORAL_STRIDE, VAE
 
 STEPS = {"paper": 50, "tiny": 10}
 LAG = {"paper": 5, "tiny": 1}
@@ -56,13 +57,41 @@ TINY_VAE_WIDTH = 4
 VAE_PACKAGE = "diffusers"
 
 
+class GreyVAE:
+    """Stands in for the VAE where its package is missing: as many frames, all grey."""
+
+    def __init__(self, *, has_begun: bool = False) -> None:
+        self.has_begun = has_begun
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        """Return latents of zeros."""
+        batch, _, num_frames, height, width = pixels_B3THW.shape
+        num_latents = (num_frames - 1) // TEMPORAL_STRIDE + 1
+        shape = (batch, LATENT_CHANNELS, num_latents, height // VAE_STRIDE, width // VAE_STRIDE)
+        return pixels_B3THW.new_zeros(shape)
+
+    def stream(self, _ranks: Ranks, /) -> "GreyVAE":
+        """Begin a segment."""
+        return GreyVAE()
+
+    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+        """Return the frames of the next latents: one of a segment's first latent, else four."""
+        batch, _, num_latents, height, width = latents_BCFhw.shape
+        num_frames = TEMPORAL_STRIDE * num_latents
+        if not self.has_begun:
+            num_frames -= TEMPORAL_STRIDE - 1
+        self.has_begun = True
+        shape = (batch, 3, num_frames, height * VAE_STRIDE, width * VAE_STRIDE)
+        return latents_BCFhw.new_zeros(shape)
+
+
 @dataclass(frozen=True)
 class Models:
     """Transformer, VAE, and what stands for encoded prompts."""
 
     dit: DiT
-    vae: VAE | NoVideo
-    """Black pixels where the package that the VAE needs is missing."""
+    vae: VAE | GreyVAE
+    """Grey pixels where the package that the VAE needs is missing."""
     conditioning: Conditioning
 
 
@@ -106,10 +135,10 @@ def build(made: Plan, size: Size, device: torch.device) -> Models:
     return Models(dit, build_vae(size, device), Conditioning(text))
 
 
-def build_vae(size: Size, device: torch.device) -> VAE | NoVideo:
+def build_vae(size: Size, device: torch.device) -> VAE | GreyVAE:
     """Make random weights in float32, as loaded; nothing where diffusers is missing."""
     if not is_installed(VAE_PACKAGE):
-        return NoVideo()
+        return GreyVAE()
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with torch.device("meta"):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowcache.attention import AttentionShape, Kernel
 from flowcache.compiling import Compilation
 from flowcache.job import Shown
-from flowcache.ranks import Ranks
 from flowcache.reuse import Policies
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats
@@ -156,26 +155,6 @@ def is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ImportError:
         return False
-
-
-class NoVideo:
-    """Stands in for a VAE where only the transformer is measured: its pixels are black."""
-
-    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
-        """Refuse: a video from a prompt alone has nothing to encode."""
-        raise AssertionError(f"nothing is given, but {tuple(pixels_B3THW.shape)} is encoded")
-
-    def decode(self, latents_BCFhw: Tensor, ranks: Ranks | None = None, /) -> Tensor:
-        """Return a pixel per latent."""
-        return torch.zeros(1, 3, *latents_BCFhw.shape[2:])
-
-    def stream(self, ranks: Ranks, /) -> "NoVideo":
-        """Begin a segment."""
-        return self
-
-    def to(self, device: torch.device | str, /) -> "NoVideo":
-        """Stay."""
-        return self
 
 
 def fill(model: nn.Module, *, device: torch.device, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flowcache.overlap import Later
+from flowcache.ranks import Ranks
 from flowcache.schedule import staggered
 from flowcache.stats import RunStats
 
@@ -272,6 +273,20 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
         yield SimpleNamespace(later=None)
 
     assert measure.take_frames(shown(), device=torch.device("cpu"), is_beside=True) == 5
+
+
+def test_grey_frames_are_as_many_and_as_large_as_decoded_ones(monkeypatch: pytest.MonkeyPatch):
+    subject, cpu = importlib.import_module("gpu.skyreels_v2"), torch.device("cpu")
+    real = subject.build_vae("tiny", cpu)
+    monkeypatch.setattr(subject, "is_installed", lambda _: False)
+    grey = subject.build_vae("tiny", cpu)
+    streams = [vae.stream(Ranks()) for vae in (real, grey)]
+    for num_latents in (2, 1, 3):
+        latents = torch.zeros(1, 16, num_latents, 2, 3)
+        found, wanted = (stream.decode(latents) for stream in reversed(streams))
+        assert found.shape == wanted.shape
+    pixels = torch.zeros(1, 3, 9, 16, 24)
+    assert grey.encode(pixels).shape == real.encode(pixels).shape
 
 
 # The whole of it ----------------------------------------------------------------------------------
