@@ -16,6 +16,7 @@ from flowcache.ranks import Group, Layout, Place, Ranks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
+import rehearse_gpu
 from gpu.fake_cuda import CUDA, Ledger, pretended_cuda
 from gpu.rehearsal import FRAMES, SUBJECTS, Case, ModelName, Rehearsed, rehearse
 
@@ -171,6 +172,41 @@ def test_quantised_linears_run_and_fit_the_plan(mode: str):
     run = rehearse(case(SKYREELS, "FlowCache-fast", f"quantize={mode}"))
     assert run.planned_bytes == pytest.approx(run.ledger.peak_bytes, rel=TOLERANCE)
     assert max(step.reads for step in run.steps) == 2
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_layer_more_adds_the_same(name: str):
+    two, three, four = (rehearse(CASES[name].with_layers(number)) for number in (2, 3, 4))
+    for figure in (
+        lambda run: run.dit.launches,
+        lambda run: run.dit.num_bytes,
+        lambda run: run.dit.flops,
+        lambda run: run.stats.computed_flops,
+        lambda run: run.ledger.costs["kv_compression"].flops,
+        lambda run: run.ledger.peak_bytes,
+        lambda run: run.planned_bytes,
+    ):
+        assert figure(four) - figure(three) == figure(three) - figure(two)
+
+
+@pytest.mark.slow
+def test_a_row_has_the_counts_of_all_layers():
+    made = replace(CASES["skyreels fast"], num_layers=None)
+    row = rehearse_gpu.row_of(made)
+    assert row.flops == row.own_flops
+    assert (row.num_ticks, row.reads) == (len(made.plan.ticks[0]), 2)
+    name, *cells = rehearse_gpu.line("fast", row).strip("|").split("|")
+    assert (name.strip(), cells[0].strip()) == ("fast", str(row.num_ticks))
+    assert len(cells) + 1 == rehearse_gpu.HEAD.strip("| ").count("|") + 1
+
+
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert rehearse_gpu.main(["--model", "magi1", "--methods", "faster"]) == 2
+    assert "'faster' is unknown: use FlowCache-fast" in capsys.readouterr().err
 
 
 # The rehearsal itself -----------------------------------------------------------------------------
