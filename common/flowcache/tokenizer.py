@@ -56,6 +56,9 @@ def load_tokenizer(
     except Exception as error:  # the tokenizers library raises Exception itself
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder}: no readable tokenizer ({reason})") from error
+    # of an empty file transformers makes a tokenizer that knows special tokens only
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise UserError(f"{folder}: the tokenizer knows no words; download it again")
     if needs_padding and tokenizer.pad_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no padding token; prompts need one")
     if len(tokenizer) > vocab_size:

@@ -583,6 +583,10 @@ def write_t5(folder: Path, spiece: Path) -> None:
     state = random_state(shapes)
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     save_shards(state, folder, stem="pytorch_model", num=2, suffix=".bin")
+    write_t5_config(folder, vocab_size=320)
+
+
+def write_t5_config(folder: Path, *, vocab_size: int) -> None:
     config = {
         "architectures": ["T5EncoderModel"],
         "d_ff": 40,
@@ -606,7 +610,7 @@ def write_t5(folder: Path, spiece: Path) -> None:
         "torch_dtype": "float32",
         "transformers_version": "4.21.1",
         "use_cache": True,
-        "vocab_size": 320,
+        "vocab_size": vocab_size,
     }
     write_json(folder / "config.json", config)
 

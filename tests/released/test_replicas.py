@@ -25,8 +25,14 @@ from replicas import (
     write_magi,
     write_skyreels,
     write_spiece,
+    write_t5,
+    write_t5_config,
+    write_tokenizer,
 )
+from sentencepiece import SentencePieceProcessor
 
+from flowcache.errors import UserError
+from flowcache.tokenizer import load_tokenizer
 from flowcache.video import VideoWriter, probe
 from magi1 import __main__ as magi1
 from magi1 import upstream as magi1_upstream
@@ -313,3 +319,72 @@ def test_every_command_runs_on_every_replica_of_magi(
     names = [f"{method}_{mode}" for method in METHODS for mode in MODES]
     run_magi(config, magi_launchers, picture, clip, names)
     run_upstream_magi(config, picture, clip, MODES)
+
+
+# The tokenizer of a folder without tokenizer.json ------------------------------------------------
+
+TEXTS = (
+    "a red circle",
+    "two  swans   glide",
+    " a cat ",
+    "zebra xylophone",
+    "déjà vu",
+    "ﬁne ２ ﬃ",
+    "tab\tnew\nline",
+    "",
+    "a.b,c; d!",
+    "snow‐ful — x",
+    "日本",
+    "motorcycle" * 40,
+)
+
+
+def test_spiece_model_alone_gives_the_tokens_of_sentencepiece(spiece: Path, tmp_path: Path):
+    write_t5(tmp_path / "t5", spiece)
+    tokenizer = load_tokenizer(tmp_path / "t5", vocab_size=320)
+    words = SentencePieceProcessor(model_file=str(spiece))
+    for text in TEXTS:
+        assert tokenizer(text).input_ids == [*words.encode(text), words.eos_id()], text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    # the extra tokens come after the words, the last one first: 32099 for <extra_id_0> of T5
+    extra = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>", "<extra_id_99>"])
+    first = words.vocab_size()
+    assert extra == [first + 99, first + 98, first]
+    assert len(tokenizer) == first + 100
+    assert tokenizer("a <extra_id_0>").input_ids[-2:] == [first + 99, 1]
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "T5TokenizerFast", None])
+def test_spiece_model_and_tokenizer_json_give_the_same_tokens(
+    spiece: Path, tmp_path: Path, kind: str | None
+):
+    found: list[list[list[int]]] = []
+    for has_json in (False, True):
+        folder = tmp_path / f"{has_json}"
+        write_tokenizer(folder, spiece, kind=kind or "T5Tokenizer", has_json=has_json)
+        write_t5_config(folder, vocab_size=320)
+        if kind is None:  # as early releases: config.json alone says which
+            (folder / "tokenizer_config.json").unlink()
+        tokenizer = load_tokenizer(folder, vocab_size=320)
+        found.append([tokenizer(text).input_ids for text in TEXTS])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("damage", ["half", "flipped", "text", "empty"])
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_one_line(spiece: Path, tmp_path: Path, name: str, damage: str):
+    folder = tmp_path / "t5"
+    write_tokenizer(folder, spiece, kind="T5Tokenizer", has_json=name == "tokenizer.json")
+    content = (folder / name).read_bytes()
+    middle = len(content) // 2
+    broken = {
+        "half": content[:middle],
+        "flipped": content[:middle] + bytes(b ^ 0x55 for b in content[middle : middle + 64]),
+        "text": b"{}" if name == "tokenizer.json" else b"no such thing",
+        "empty": b"",
+    }
+    (folder / name).write_bytes(broken[damage])
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(folder, vocab_size=320)
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
