@@ -32,6 +32,8 @@ from flowcache.ranks import LAUNCHER, PATIENCE, TIMEOUT
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5
 """After the first failure, until those that have to do with it have failed, too."""
+UNREADY = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+"""Codes of a process that ended in the middle of a line."""
 KILL_SECONDS = END_SECONDS + 10
 """Between the request to end and SIGKILL."""
 
@@ -63,7 +65,10 @@ def launch(num: str, command: Sequence[str]) -> int:
         raise UserError("nothing to start: give a module or a script, as in 2 -m magi1 --help")
     with Processes(int(num)) as processes:
         processes.start(command)
-        return processes.wait()
+        code, reason = processes.wait()
+    if reason is not None:
+        sys.stderr.write(f"error: {reason}\n")
+    return code
 
 
 @dataclass
@@ -82,6 +87,8 @@ class Processes:
         """End what runs, and keep what it was writing."""
         with undisturbed():
             self._end()
+            if self.running and (self.running[0].returncode or 0) in UNREADY:
+                sys.stderr.write("\n")  # it had no time to end its progress bar
             for sentence in self._rescue():
                 sys.stderr.write(f"{sentence}\n")
             self._notes.close()
@@ -108,30 +115,32 @@ class Processes:
                     )
                     self.running.append(process)
 
-    def wait(self) -> int:
-        """Wait until all have ended or one failed; say why that did; return the exit code."""
+    def wait(self) -> tuple[int, str | None]:
+        """Wait until all have ended or one failed.
+
+        Returns: the exit code, and why that process failed; None: it has said so itself.
+        """
         while None in (codes := self._codes()) and not any(codes):
             time.sleep(POLL_SECONDS)
         if not any(codes):
-            return 0
+            return 0, None
         time.sleep(SETTLE_SECONDS)
         codes = self._codes()
         rank = min(range(self.num), key=lambda rank: _blame(codes[rank]))
-        code = codes[rank] or 0
+        code, process = codes[rank] or 0, f"process {rank} of {self.num}"
         if code < 0:
-            name = signal.Signals(-code).name
             hint = " (by the system, if memory was short)" if -code == signal.SIGKILL else ""
-            _say(f"process {rank} of {self.num} was ended by {name}{hint}, so the others end, too")
-            return 128 - code
+            name = signal.Signals(-code).name
+            return 128 - code, f"{process} was ended by {name}{hint}, so the others ended, too"
         if code == EXIT_LOST:
-            _say(
-                f"process {rank} of {self.num} lost contact with the others, of which one hangs: "
-                f"an exchange may take {TIMEOUT.seconds} seconds, loading {PATIENCE.seconds // 60} "
-                "minutes; look at memory and disk, and start again"
+            return code, (
+                f"{process} lost contact with the others, of which one hangs: an exchange may take "
+                f"{TIMEOUT.seconds} seconds, loading {PATIENCE.seconds // 60} minutes; look at "
+                "memory and disk, and start again"
             )
-        elif code != EXIT_USER_ERROR:  # which the process has explained
-            _say(f"process {rank} of {self.num} ended with exit code {code}; why stands above")
-        return code
+        if code == EXIT_USER_ERROR:
+            return code, None
+        return code, f"{process} ended with exit code {code}; why stands above"
 
     def _codes(self) -> list[int | None]:
         return [process.poll() for process in self.running]
@@ -166,10 +175,6 @@ def _blame(code: int | None) -> int:
     if code < 0:
         return 0
     return {EXIT_USER_ERROR: 1, EXIT_LOST: 3}.get(code, 2)
-
-
-def _say(reason: str) -> None:
-    sys.stderr.write(f"error: {reason}\n")
 
 
 if __name__ == "__main__":

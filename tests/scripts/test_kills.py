@@ -177,6 +177,7 @@ def test_kills_at_random_moments_leave_nothing_behind(
         assert run.start().wait() == 0, run.text()
         seconds[kind.name] = time.monotonic() - start
         whole[kind.name] = videos(run.folder)
+    progress = tmp_path / "progress"
     counts: Counter[str] = Counter()
     slowest, num_done, turn = 0.0, 0, 0
     while num_done < num_kills:
@@ -198,6 +199,7 @@ def test_kills_at_random_moments_leave_nothing_behind(
             counts["ended before"] += 1
             seconds_until_none_is_left(run)
         counts[f"exit code {code}"] += 1
+        progress.write_text(f"{num_done} of {num_kills}, {slowest:.1f} s\n")
         if code == 0 or (not kind.is_set and videos(run.folder)):  # killed after the last write
             assert videos(run.folder) == whole[kind.name]
             counts["sets compared"] += 1

@@ -2,7 +2,7 @@
 
 import importlib
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,18 @@ from sampling_cases import (
 )
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the renderer reads of a job."""
+
+    config: Any
+    checkpoint: Any
+    device: torch.device
+    dtype: torch.dtype
+    plan: Any
+    keeps_partial: bool = True
+
+
 def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -23,9 +35,9 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     checkpoint = importlib.import_module("magi1.checkpoint").Checkpoint
     loads: list[str] = []
 
-    def prepare(request: Any) -> SimpleNamespace:
+    def prepare(request: Any) -> Job:
         _, _, config = run.read_settings(request)
-        return SimpleNamespace(
+        return Job(
             config=config,
             checkpoint=checkpoint(config, (Path("dit"),), Path("vae"), Path("t5")),
             device=torch.device("cpu"),
@@ -40,13 +52,15 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     monkeypatch.setattr(run, "load_models", load)
     monkeypatch.setattr(run, "load_text", lambda _job: None)
     monkeypatch.setattr(run, "encode_inputs", lambda *_, **__: None)
-    monkeypatch.setattr(run, "render", lambda *_, **__: {})
+    rendered: list[Job] = []
+    monkeypatch.setattr(run, "render", lambda job, *_, **__: rendered.append(job) or {})
     renderer = importlib.import_module("sampling.renderer").Renderer("cpu")
     task = replace(make_task("a"), family="magi1", model="4.5B_distill")
     others = {"preset": "flowcache_fast"}, {"prompt": "other"}, {"seed": 5}
     for changes in ({}, *others):
         renderer.render(replace(task, **changes), tmp_path)
     assert len(loads) == 1
+    assert not any(job.keeps_partial for job in rendered)
     renderer.render(replace(task, settings=("runtime_config.scale_factor=0.5",)), tmp_path)
     assert len(loads) == 2
 
