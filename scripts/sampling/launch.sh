@@ -13,6 +13,10 @@ sample_videos() {
     if [[ -z $count ]]; then
         count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || count=1
     fi
+    if [[ ! $count =~ ^[1-9][0-9]{0,2}$ ]]; then
+        echo "error: GPUS=$count must be a whole number of processes, 1 to 999" >&2
+        return 2
+    fi
     if [[ $count == 1 ]]; then
         python "$flowcache_scripts/sample.py" "$@"
     else

@@ -13,12 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flowcache.compress import (
+    CompressionStrategy,
     ImportanceRedundancy,
     Recent,
     SinkRecent,
     TokenLayout,
     best,
     gather,
+    kept_tokens,
 )
 from flowcache.errors import UserError
 from flowcache.scoring import (
@@ -355,3 +357,32 @@ def test_scoring_at_the_real_sizes_takes_below_a_gigabyte() -> None:
     skyreels = scoring_bytes(10_200, 20_400, num_heads=12, kv_heads=12, head_dim=128)
     magi = scoring_bytes(12_150, 60_750, num_heads=24, kv_heads=8, head_dim=128)
     assert max(skyreels, magi) < 320 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("strategy", "budget"),
+    [
+        (Recent(), 25),
+        (SinkRecent(sink_frames=1), 17),
+        (ImportanceRedundancy(), 13),
+        (ImportanceRedundancy(granularity="frame"), 13),
+        (ImportanceRedundancy(granularity="chunk", queries="frame"), 10),
+        (Recent(), 40),
+    ],
+)
+def test_how_many_tokens_stay_is_known_without_keys(strategy: CompressionStrategy, budget: int):
+    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
+    torch.manual_seed(0)
+    kept = strategy.keep(torch.randn(10, 2, 8), torch.randn(30, 2, 8), budget=budget, layout=layout)
+    assert kept_tokens(strategy, num_keys=30, budget=budget, layout=layout) == len(kept)
+
+
+def test_a_budget_that_no_run_can_keep_is_refused_without_keys():
+    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
+    for strategy, message in (
+        (Recent(), "must be 0 or hold a whole chunk"),
+        (SinkRecent(sink_frames=2), "does not hold 2 sink frames"),
+        (ImportanceRedundancy(granularity="chunk"), "hold a whole chunk"),
+    ):
+        with pytest.raises(UserError, match=message):
+            kept_tokens(strategy, num_keys=30, budget=7, layout=layout)

@@ -122,7 +122,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
         (("policy",), 3, "policy must be a text, found 3"),
         (("num_steps",), True, "num_steps must be a whole number in 1..1000000, found true"),
         (("threshold",), "0.1", "threshold must be a number or null"),
-        (("extra",), 1, "extra is unknown"),
+        (("extra",), 1, "'extra' is unknown"),
         (("ticks",), {}, "ticks must be a list"),
         (("chunk_frames",), {"0": [[9, 3]]}, "chunk_frames must be"),
         (("decisions", 3, "distance"), "big", r"decisions\[3\].distance must be a number, null"),

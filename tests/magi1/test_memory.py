@@ -12,18 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from flowcache.memory import LeanAttention, LiveBytes, MemoryPlan, make_memory_plan
+from flowcache.memory import (
+    LeanAttention,
+    LiveBytes,
+    MemoryPlan,
+    make_memory_plan,
+    scratch_bytes,
+)
 from flowcache.stats import RunStats
 from magi1 import run as runs
 from magi1 import vae
 from magi1.captions import NULL_TOKENS
 from magi1.dit import DiT, set_precision
-from magi1.memory import Networks, RunMemory, placed, wanted_residence
+from magi1.memory import Networks, RunMemory, TracedVAE, placed, wanted_residence
 from magi1.pipeline import Conditioning, generate
 from magi1.plan import make_plan
 from magi1.run import Request, prepare
 from magi1.settings import RunConfig
 from magi1.text import empty
+from magi1.vit import ViTVAE
 
 META = torch.device("meta")
 TOLERANCE = 0.15
@@ -182,3 +189,15 @@ def test_settings_are_placed_as_planned(distilled: Path):
     wanted = wanted_residence(job.config)
     assert (wanted.dit_aside, wanted.kv_on_host) == (True, True)
     assert wanted_residence(placed(job.config, wanted)) == wanted
+
+
+@pytest.mark.parametrize("size", [(6, 90, 60), (7, 64, 40), (1, 50, 70), (4, 33, 57)])
+def test_alike_tiles_are_traced_once_with_the_same_result(size: tuple[int, int, int]):
+    released = vae.empty(None, scale=1.0, dtype=torch.float32)
+    with torch.device("meta"):
+        model = ViTVAE(replace(released.model.config, depth=1))
+    latents = torch.empty(1, 16, *size, device="meta")
+    slow, fast = vae.VAE(model, scale=1.0), TracedVAE(model, scale=1.0)
+    assert scratch_bytes(lambda: fast.decode(latents)) == scratch_bytes(
+        lambda: slow.decode(latents)
+    )
