@@ -90,7 +90,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     is_utf_8 = encoding.startswith("utf-8")
     try:

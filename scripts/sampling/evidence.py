@@ -64,7 +64,7 @@ def write_table(evidence: Evidence) -> dict[str, Any]:
         "rows": plain_rows(rows_of(protocol, evidence.tasks, out, judge=evidence.judge)),
         "metrics": list(evidence.judge.metrics),
         "lpips_sha256": dict(evidence.judge.digests),
-        "notes": [*evidence.notes, *_few_prompts(evidence), *_alarms(evidence)],
+        "notes": [*evidence.notes, *_few_prompts(evidence), *alarm_notes(evidence.tasks, videos)],
         "environment": environment(evidence.judge.device),
         "gpus": describe_gpus(),
         "made_by": made_by(evidence.tasks, videos),
@@ -89,14 +89,9 @@ def _few_prompts(evidence: Evidence) -> list[str]:
     return [f"made of the first {count} of {whole} prompts only"]
 
 
-def _alarms(evidence: Evidence) -> list[str]:
+def alarm_notes(tasks: Sequence[Task], videos: Path) -> list[str]:
     """Name the videos that are of one colour or frozen: their figures mean nothing."""
-    videos = evidence.out / VIDEOS
-    return [
-        f"ALARM {task.label}: {alarm}"
-        for task in evidence.tasks
-        for alarm in alarms_of(task, videos)
-    ]
+    return [f"ALARM {task.label}: {alarm}" for task in tasks for alarm in alarms_of(task, videos)]
 
 
 def unpinned_videos(protocol: Protocol, tasks: Sequence[Task], videos: Path) -> list[str]:

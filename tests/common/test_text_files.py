@@ -63,9 +63,9 @@ def test_what_is_no_prompt_is_named_with_its_row(tmp_path: Path, content: bytes,
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):
     for read in (read_lines, lambda path: read_table(path, columns=COLUMNS)):
-        with pytest.raises(UserError, match=r"none: can't be read \(No such file"):
+        with pytest.raises(UserError, match=r"none: cannot be read \(No such file"):
             read(tmp_path / "none")
-        with pytest.raises(UserError, match=r"can't be read \(Is a directory"):
+        with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
             read(tmp_path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.finite import Decoded
 from flowcache.overlap import Later
 from flowcache.ranks import Ranks
 from flowcache.schedule import staggered
@@ -263,9 +264,9 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
     measure = importlib.import_module("gpu.measure")
     goes_on = threading.Event()
 
-    def decode() -> torch.Tensor:
+    def decode() -> Decoded:
         assert goes_on.wait(timeout=20), "the next tick waited for the frames"
-        return torch.zeros(3, 5, 2, 2)
+        return Decoded(torch.zeros(3, 5, 2, 2), torch.tensor(True))
 
     def shown() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(later=Later(decode))

@@ -73,6 +73,22 @@ def write_weights(folder: Path) -> None:
     torch.save(tensors, folder / BACKBONE_FILE)
 
 
+def test_a_clip_that_shows_nothing_is_named_beside_its_figures(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
+    write(Path("black | white.mp4"), np.zeros_like(clip()))
+    write(Path("vanilla.mp4"), clip())
+    arguments = ["black | white.mp4", "vanilla.mp4", "--metrics", "psnr", "--out", "out"]
+    assert script.main(arguments) == 0
+    alarm = "black | white.mp4: constant: all 6 frames are of one colour (black)"
+    assert f"ALARM {alarm}\n" in capsys.readouterr().out
+    result = json.loads(Path("out/compare.json").read_text())
+    assert result["clips"]["black | white"]["alarms"] == [alarm]
+    shown = Path("out/compare.md").read_text().splitlines()
+    assert shown[2].startswith("| black \\| white | 6 |")
+    assert "- ALARM " + alarm.replace("|", "\\|") in shown
+
+
 def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ):

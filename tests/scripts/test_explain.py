@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from explain_cases import (
     BROWSERS,
@@ -19,6 +20,8 @@ from explain_cases import (
     make_record,
     write_run,
 )
+
+from flowcache.video import VideoWriter
 
 
 def test_the_page_holds_every_decision_with_its_figures(main: Main, tmp_path: Path):
@@ -206,10 +209,58 @@ def test_an_alarm_is_printed_and_shown_and_fails_where_that_is_asked_for(
     explain(main, video, "--strict", code=1)
 
 
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [
+        (
+            np.zeros((177, 32, 48, 3), np.uint8),
+            "constant: all 177 frames are of one colour (black)",
+        ),
+        (np.full((177, 32, 48, 3), (9, 200, 9), np.uint8), "constant: all 177 frames are of one"),
+        (
+            np.repeat(np.random.default_rng(0).integers(0, 255, (1, 32, 48, 3), np.uint8), 177, 0),
+            "frozen: all 177 frames are equal",
+        ),
+    ],
+)
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_a_video_that_shows_nothing_is_an_alarm_whatever_the_cache_did(
+    main: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    frames: Any,
+    said: str,
+    threshold: float | None,
+):
+    video = write_run(tmp_path, size=None, threshold=threshold)
+    with VideoWriter(video, fps=24, size=(32, 48)) as writer:
+        writer.append(frames)
+    explain(main, video, "--strict", code=1)
+    assert f"ALARM clip: {said}" in capsys.readouterr().out
+    assert any(
+        tag == "li" and text.startswith(said) for tag, text in Page(tmp_path / "clip.html").texts
+    )
+
+
+def test_given_frames_do_not_hide_that_the_new_ones_are_black(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    video = write_run(tmp_path, size=None)
+    path = tmp_path / "clip.record.json"
+    record = json.loads(path.read_text())
+    record["chunk_frames"] = {"0": [[20, 30]], "1": [[30, 40]]}
+    path.write_text(json.dumps(record))
+    given = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), np.uint8)
+    with VideoWriter(video, fps=24, size=(32, 48)) as writer:
+        writer.append(np.concatenate([given, np.zeros_like(given)]))
+    explain(main, video, "--strict", code=1)
+    assert "ALARM clip: constant: all 20 frames" in capsys.readouterr().out
+
+
 def test_without_an_alarm_strict_changes_nothing(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    explain(main, write_run(tmp_path, size=None), "--strict")
+    explain(main, write_run(tmp_path), "--strict")
     assert "no alarm\n" in capsys.readouterr().out
     assert Page(tmp_path / "clip.html").says("No alarm.")
 

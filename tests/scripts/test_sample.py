@@ -1,6 +1,8 @@
 """Many videos with a model: two processes, kills, failures, examples."""
 
 import importlib
+import json
+import math
 import os
 import random
 import shlex
@@ -8,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from sampling_cases import (
+    PROMPTS,
     SCRIPTS,
     SHORT,
     demo,
@@ -22,8 +26,10 @@ from sampling_cases import (
     videos,
     write_physics_iq,
 )
+from torch import Tensor
 
 from flowcache.video import probe
+from skyreels_v2.text import TextEncoder
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -61,6 +67,31 @@ def test_a_broken_clip_fails_alone_and_is_listed(
     made = tmp_path / "out" / "0001_perspective-left_trimmed-ball.mp4"
     assert list(videos(tmp_path / "out")) == [made.name]
     assert probe(made).num_frames == 9 - 5  # the given ones are left out
+    # two steps after black frames show nothing, and that is said, too
+    assert f"ALARM {made.stem}: constant: all 4 frames are of one colour" in captured.err
+
+
+def test_a_video_that_is_not_finite_is_an_error_entry_and_the_others_go_on(
+    sample: ModuleType,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    encode = TextEncoder.encode
+
+    def spoil(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+        made = encode(encoder, texts)
+        return made * math.nan if PROMPTS[0] in texts else made
+
+    monkeypatch.setattr(TextEncoder, "encode", spoil)
+    assert sample.main(demo(prompts, tmp_path / "out")) == 1
+    captured = capfd.readouterr()
+    assert "1 of 2 videos are complete" in captured.out
+    said = "the embeddings of the prompts hold values that are not finite, though all weights"
+    assert f"failed: 0000-0: {said}" in captured.err
+    assert said in json.loads((tmp_path / "out" / "0000-0.error.json").read_text())["error"]
+    assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["0001-0.mp4"]
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_of_two_takes_of_a_scene_the_first_is_generated(
         (["0199_take-2_a.mp4,x,0199_a.mp4"], "has no row of take-1, which alone is generated"),
         (
             ["t,x,0001_a.mp4", "t,y,0001_a.mp4"],
-            "row 3, column generated_video_name: 0001_a is ther",
+            "row 3, column generated_video_name: 0001_a is",
         ),
         (["t,x,0001_a.mp4", "t, ,0001_b.mp4"], "row 3, column description is empty: fill it in"),
     ],
@@ -105,7 +105,7 @@ def test_a_table_of_physics_iq_that_says_nothing_clear_is_refused(
         ),
         (["magi1", "--physics-iq", "nowhere"], "nowhere: holds no descriptions.csv: download"),
         (["wan", "--prompts", "p.txt"], "the first argument must be skyreels_v2 or magi1, not wan"),
-        (["magi1", "--prompts", "nowhere"], r"nowhere: can't be read \(No such file"),
+        (["magi1", "--prompts", "nowhere"], r"nowhere: cannot be read \(No such file"),
         (
             ["magi1", "--prompts", "p.txt", "--per-prompt", "0"],
             "--per-prompt must be 1 to 10000",

@@ -204,3 +204,21 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(small_disk: Path, tmp_path:
     assert drive(tmp_path / "alone", repeat=1000).wait() == 0
     assert videos(out) == videos(tmp_path / "alone")
     assert {name: receipts(out)[name] for name in done} == done
+
+
+def test_alarms_of_receipts_are_listed_and_go_into_the_notes_of_a_table(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    evidence = importlib.import_module("sampling.evidence")
+    worker = importlib.import_module("sampling.worker")
+    tasks = [make_task(name, folder="half") for name in ("black", "good", "failed", "older")]
+    folder = tmp_path / evidence.VIDEOS / "half"
+    folder.mkdir(parents=True)
+    said = "constant: all 9 frames are of one colour (black)"
+    for name, receipt in (("black", {"alarms": [said]}), ("good", {"alarms": []}), ("older", {})):
+        (folder / f"{name}.json").write_text(json.dumps(receipt))
+    worker.say_alarms(tasks, tmp_path / evidence.VIDEOS, {"half/failed"})
+    assert capfd.readouterr().err == f"ALARM half/black: {said}\n"
+    complete = [task for task in tasks if task.name != "failed"]
+    found = evidence.alarm_notes(complete, tmp_path / evidence.VIDEOS)
+    assert found == [f"ALARM half/black: {said}"]
