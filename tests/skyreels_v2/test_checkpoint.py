@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SkyReelsV2Transformer3DModel
+from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from flowcache.errors import UserError
-from skyreels_v2 import checkpoint, vae
+from skyreels_v2 import checkpoint
 from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
 from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.text import umt5_key
@@ -121,7 +121,7 @@ def _parts(folder: Path, config: DiTConfig, layout: str) -> None:
         return
     tokenizer.save_pretrained(folder / "tokenizer")
     umt5.save_pretrained(folder / "text_encoder")
-    vae.AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
+    AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
     if config.image_dim:
         clip = CLIPVisionConfig(
             hidden_size=1280,

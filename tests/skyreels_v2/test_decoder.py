@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from closeness import assert_close
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +23,7 @@ NUM_CONVS = 64
 def tiny_vae(**settings: object) -> VAE:
     sizes = {"base_dim": 4, "z_dim": 16, "num_res_blocks": 1} | settings
     torch.manual_seed(0)
-    return VAE(vae.AutoencoderKLWan(**sizes).eval().requires_grad_(False))
+    return VAE(AutoencoderKLWan(**sizes).eval().requires_grad_(False))
 
 
 def latents_of(height: int, width: int, *, num_frames: int = 4) -> Tensor:
