@@ -4,7 +4,7 @@ A check is computed on the device along with the result and read with it, so tha
 it. Which weight is to blame is looked up only after a check has failed.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
-from flowcache.video import to_uint8
 
 Modules = Mapping[str, nn.Module]
 """Loaded models by what messages call them."""
@@ -41,25 +40,6 @@ class Decoded:
 def all_finite(x: Tensor) -> Tensor:
     """Return whether all values are finite, as a boolean on the device of the values."""
     return x.isfinite().all()
-
-
-def finished_frames(decoded: Decoded, *, chunks: Collection[int], tick: int) -> Tensor:
-    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers.
-
-    Args:
-        chunks: those that became clean.
-        tick: the one in which they did.
-
-    Raises:
-        NotFiniteError: a latent or a pixel is not finite.
-    """
-    checks = torch.stack([decoded.is_latent_finite, all_finite(decoded.frames)])
-    frames = to_uint8(decoded.frames).cpu()
-    is_latent_finite, is_pixel_finite = checks.tolist()  # the device is done: nothing waits
-    if is_latent_finite and is_pixel_finite:
-        return frames
-    where = "decoded frames" if is_latent_finite else "latents"
-    raise NotFiniteError(f"the {where} of {_named(chunks)} (clean after tick {tick})")
 
 
 class NotFiniteError(UserError):
@@ -116,8 +96,3 @@ def _cause(modules: Modules | None) -> str:
         f", though all weights of {' and '.join(modules)} are finite: a number grew too large; try "
         "dtype=float32 or bfloat16, or other settings"
     )
-
-
-def _named(chunks: Collection[int]) -> str:
-    first, last = min(chunks), max(chunks)
-    return f"chunk {first}" if first == last else f"chunks {first} to {last}"

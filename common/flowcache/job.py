@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,14 @@ from flowcache.degenerate import DegenerateCheck
 from flowcache.ending import check_stopped, undisturbed
 from flowcache.errors import UserError
 from flowcache.files import check_writable, write_json
-from flowcache.finite import Decoded, Modules, NotFiniteError, finished_frames
+from flowcache.finite import Decoded, Modules, NotFiniteError, all_finite
 from flowcache.overlap import Later, lane_for
 from flowcache.ranks import Ranks, ToldElsewhereError
 from flowcache.record import REPLAY, Record, build_record, read_record, write_record
 from flowcache.schedule import Tick
 from flowcache.stats import RunStats, environment
 from flowcache.trace import Traced, merged
-from flowcache.video import VideoWriter
+from flowcache.video import VideoWriter, to_uint8
 
 logger = logging.getLogger(__name__)
 
@@ -371,3 +371,27 @@ def _finished(progress: Shown, *, modules: Modules | None = None) -> Tensor:
         if modules is None:
             raise
         raise error.caused_by(modules) from None
+
+
+def finished_frames(decoded: Decoded, *, chunks: Collection[int], tick: int) -> Tensor:
+    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers.
+
+    Args:
+        chunks: those that became clean.
+        tick: the one in which they did.
+
+    Raises:
+        NotFiniteError: a latent or a pixel is not finite.
+    """
+    checks = torch.stack([decoded.is_latent_finite, all_finite(decoded.frames)])
+    frames = to_uint8(decoded.frames).cpu()
+    is_latent_finite, is_pixel_finite = checks.tolist()  # the device is done: nothing waits
+    if is_latent_finite and is_pixel_finite:
+        return frames
+    where = "decoded frames" if is_latent_finite else "latents"
+    raise NotFiniteError(f"the {where} of {_named(chunks)} (clean after tick {tick})")
+
+
+def _named(chunks: Collection[int]) -> str:
+    first, last = min(chunks), max(chunks)
+    return f"chunk {first}" if first == last else f"chunks {first} to {last}"

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
-from flowcache.finite import Decoded, broken_weight, check_finite, finished_frames
+from flowcache.finite import Decoded, broken_weight, check_finite
+from flowcache.job import finished_frames
 
 BROKEN = [float("nan"), float("inf"), float("-inf")]
 
