@@ -39,6 +39,7 @@ OWNERS = {
 OPTIONAL = {"flash_attn", "flash_attn_interface"}  # the extra "flash", for CUDA only
 LOCAL = [
     *(REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "tests" / "scripts"),
+    REPOSITORY / "tests" / "released",
     REPOSITORY / "FlowCache4SkyReels-V2",
 ]
 

@@ -123,6 +123,8 @@ def test_an_unknown_field_is_named(document: dict[str, Any], tmp_path: Path):
         ("model", {"kv_channels": 64}, "kv_channels is 64, but 24 heads must make 3072"),
         ("model", {"apply_layernorm_1p": False}, "apply_layernorm_1p is False, but only True"),
         ("model", {"num_layers": 0}, "num_layers is 0, but must be positive"),
+        ("model", {"num_layers": 10**9}, "num_layers is 1000000000, but at most 1000 is"),
+        ("model", {"hidden_size": 10**18}, "but at most 1000000 is supported"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_named_with_the_rule(
