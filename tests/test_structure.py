@@ -41,6 +41,7 @@ OPTIONAL = {"flash_attn", "flash_attn_interface", "triton"}  # for CUDA only
 LOCAL = [
     *(REPOSITORY / "scripts", REPOSITORY / "tests", REPOSITORY / "tests" / "scripts"),
     REPOSITORY / "tests" / "shared",
+    REPOSITORY / "tests" / "released",
     REPOSITORY / "FlowCache4SkyReels-V2",
 ]
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,7 +84,7 @@ class Missing:
 def local_copy(
     repository: str,
     *,
-    patterns: Sequence[str] | None = None,
+    patterns: list[str] | None = None,
     is_whole: Callable[[Path], bool],
     hub: Hub = HUB,
 ) -> Path | None:
@@ -107,9 +107,7 @@ def local_copy(
     return folder if is_whole(folder) else None
 
 
-def find_missing(
-    repository: str, *, patterns: Sequence[str] | None = None, hub: Hub = HUB
-) -> Missing:
+def find_missing(repository: str, *, patterns: list[str] | None = None, hub: Hub = HUB) -> Missing:
     """Ask the hub what a repository holds, and return what of it the local cache lacks.
 
     Raises:
@@ -142,7 +140,7 @@ def _name(file: Any) -> str:
 def fetch(
     repository: str,
     *,
-    patterns: Sequence[str] | None = None,
+    patterns: list[str] | None = None,
     is_whole: Callable[[Path], bool],
     hub: Hub = HUB,
 ) -> Path:

@@ -1,5 +1,6 @@
 """Special tokens before the prompt of every chunk."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,60 @@ def test_a_file_of_the_wrong_shape_is_refused(
     np.savez(tmp_path / "tokens.npz", **arrays)
     with pytest.raises(UserError, match=message):
         load_special_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    """Return a file cut short and with flipped bytes in each of its parts."""
+    step = len(content) // 12
+    flipped = {
+        f"flip{place}": content[: place * step]
+        + bytes(byte ^ 0x55 for byte in content[place * step : place * step + 16])
+        + content[place * step + 16 :]
+        for place in range(12)
+    }
+    return flipped | {f"cut{part}": content[: len(content) * part // 7] for part in range(7)}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_file_is_one_line_or_what_it_was(tmp_path: Path, save: Callable[..., None]):
+    path, draw = tmp_path / "tokens.npz", np.random.default_rng(0)
+    sizes = {"caption_token": 1, "logo_token": 1, "other_tokens": 100}
+    arrays = {name: draw.normal(size=(num, CHANNELS)) for name, num in sizes.items()}
+    save(path, **arrays)
+    for kind, content in damaged(path.read_bytes()).items():
+        path.write_bytes(content)
+        told, read = "", None
+        try:
+            read = load_special_tokens(path, channels=CHANNELS)
+        except UserError as error:
+            told = str(error)
+        if read is None:
+            assert told.startswith(f"{path}: "), kind
+            assert "\n" not in told, kind
+        else:  # what was damaged is not read, as the time of a file
+            assert np.array_equal(read.other.numpy(), arrays["other_tokens"].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda array: array * np.nan, "other_tokens holds numbers that are not finite in float16"),
+        (lambda array: array + 1e5, "other_tokens holds numbers that are not finite in float16"),
+        (lambda array: array.astype(str), "other_tokens holds <U32, expected real numbers"),
+        (lambda array: array * 1j, "other_tokens holds complex128, expected real numbers"),
+        (lambda array: array.astype(bool), "other_tokens holds bool, expected real numbers"),
+        (lambda array: array.astype(object), "not a readable npz file"),
+    ],
+)
+def test_tokens_that_are_no_numbers_are_refused(
+    tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], message: str
+):
+    path = tmp_path / "tokens.npz"
+    sizes = {"caption_token": 1, "logo_token": 1, "other_tokens": 100}
+    arrays = {name: np.zeros((num, CHANNELS)) for name, num in sizes.items()}
+    np.savez(path, **arrays | {"other_tokens": change(arrays["other_tokens"])})
+    with pytest.raises(UserError, match=message):
+        load_special_tokens(path, channels=CHANNELS)
 
 
 def test_a_missing_or_broken_file_is_refused(tmp_path: Path):

@@ -123,6 +123,8 @@ def test_an_unknown_field_is_named(document: dict[str, Any], tmp_path: Path):
         ("model", {"kv_channels": 64}, "kv_channels is 64, but 24 heads must make 3072"),
         ("model", {"apply_layernorm_1p": False}, "apply_layernorm_1p is False, but only True"),
         ("model", {"num_layers": 0}, "num_layers must be in 1..256, not 0"),
+        ("model", {"num_layers": 10**9}, "num_layers must be in 1..256, not 1000000000"),
+        ("model", {"hidden_size": 10**18}, "hidden_size must be in 1..131072, not 10"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_named_with_the_rule(

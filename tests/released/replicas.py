@@ -126,7 +126,7 @@ def write_tokenizer(folder: Path, spiece: Path, *, kind: str, has_json: bool) ->
         "model_max_length": 512,
         "name_or_path": f"google/{folder.name}",
         "sp_model_kwargs": {},
-        "special_tokens_map_file": "/home/someone/special_tokens_map.json",
+        "special_tokens_map_file": "special_tokens_map.json",
         "tokenizer_class": kind,
     }
     write_json(folder / "tokenizer_config.json", config)

@@ -299,7 +299,7 @@ def test_neither_a_folder_nor_a_hub_id_is_refused(tmp_path: Path, monkeypatch: p
     for name in ("none", "./org/name", "org/name/more", "", str(tmp_path / "none")):
         if name:
             _refuses(lambda name=name: find(name), f"{name}: no such folder", "hub id")
-    _refuses(lambda: find("org/name"), "org/name: no such local folder", "hub")
+    _refuses(lambda: find("org/name"), "org/name: no local copy", "hub")
     (tmp_path / "file").touch()
     _refuses(lambda: find(tmp_path / "file"), "is a file")
     _refuses(lambda: find(tmp_path), str(tmp_path), "no SkyReels-V2 checkpoint")
@@ -348,6 +348,13 @@ def test_an_i2v_model_needs_an_image_encoder(tmp_path: Path):
         ("diffusers", {"pos_embed_seq_len": 514}, "pos_embed_seq_len is 514, only None"),
         ("diffusers", {"image_dim": "x"}, "image_dim is 'x'"),
         ("diffusers", {"inject_sample_info": 3}, "inject_sample_info is 3"),
+        ("original", {"num_layers": 10**9}, "num_layers is 1e+09, expected at most 1000"),
+        ("diffusers", {"ffn_dim": 10**30}, "ffn_dim is 1e+30, expected at most 1000000"),
+        (
+            "diffusers",
+            {"num_attention_heads": 10**6, "attention_head_dim": 10**6},
+            "the heads make a width of 1000000000000, at most 1000000 expected",
+        ),
     ],
 )
 def test_a_config_of_another_model_is_refused(
