@@ -36,6 +36,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    codes: list[int] = []
+    return run_command(lambda: codes.append(check_folder(arguments))) or codes[0]
+
+
+def check_folder(arguments: Sequence[str] | None) -> int:
     """Check a folder; return the exit code."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder with case files, searched")
@@ -45,19 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
     if not paths:
         parser.error(f"{folder} holds no case files (*.safetensors, *.json)")
-    codes: list[int] = []
-    return run_command(lambda: codes.append(check(paths, folder=folder))) or codes[0]
-
-
-def check(paths: Sequence[Path], *, folder: Path) -> int:
-    """Compare all files, and print a table; return the exit code."""
     width = max(len(str(path.relative_to(folder).with_suffix(""))) for path in paths)
     total: Counter[str] = Counter()
     for path in paths:
         name = str(path.relative_to(folder).with_suffix(""))
-        for found in check_file(path, folder=folder):
-            print(row(name, found, width=width), flush=True)
-            total[found.status] += 1
+        for check in check_file(path, folder=folder):
+            print(row(name, check, width=width), flush=True)
+            total[check.status] += 1
     counts = ", ".join(f"{total[status]} {status}" for status in ("pass", "known", "fail"))
     print(f"{len(paths)} files, {total.total()} checks: {counts}")
     return 1 if total["fail"] else 0
