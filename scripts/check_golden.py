@@ -42,6 +42,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    codes: list[int] = []
+    return run_command(lambda: codes.append(check_folder(arguments))) or codes[0]
+
+
+def check_folder(arguments: Sequence[str] | None) -> int:
     """Check a folder; return the exit code."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder with case files, searched")
@@ -52,33 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = [path for path in files if path.suffix in ENDINGS]
     if not paths:
         parser.error(f"{folder} holds no case files (*.safetensors, *.json)")
-    codes: list[int] = []
     others = [str(path.relative_to(folder)) for path in files if path.suffix not in ENDINGS]
-    return run_command(lambda: codes.append(check(paths, others, folder=folder))) or codes[0]
-
-
-def check(paths: Sequence[Path], others: Sequence[str], *, folder: Path) -> int:
-    """Compare all files, and print a table; return the exit code.
-
-    Args:
-        others: names of files of the folder that are no cases.
-
-    Raises:
-        UserError: there is nothing to compare.
-    """
     width = max(len(str(path.relative_to(folder).with_suffix(""))) for path in paths)
     total, absent = Counter[str](), list[str]()
     for path in paths:
         name = str(path.relative_to(folder).with_suffix(""))
-        for found in check_file(path, folder=folder):
-            total[found.status] += 1
-            if found.status == "absent":
+        for check in check_file(path, folder=folder):
+            total[check.status] += 1
+            if check.status == "absent":
                 absent.append(name)
             else:
-                print(row(name, found, width=width), flush=True)
+                print(row(name, check, width=width), flush=True)
     not_compared = f"{', '.join(absent)}: {ABSENT}"
     if len(absent) == len(paths):
-        raise UserError(f"nothing to compare in {folder}: {not_compared}")
+        parser.error(f"nothing to compare in {folder}: {not_compared}")
     if others:
         print(f"no case files, not compared: {', '.join(others)}")
     if absent:

@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and end; of several processes one says it."""
-        if os.environ.get("RANK", "0").strip("0"):
+        rank = os.environ.get("RANK", "")
+        if rank.isdecimal() and rank.strip("0"):
             self.exit()
         self.exit(EXIT_USER_ERROR, f"error: {message} (--help says what can be given)\n")
 

@@ -56,14 +56,12 @@ def test_a_command_without_memory_ends_with_one_line_that_says_what_to_change(
 
 def test_the_stage_and_what_was_asked_for_are_named():
     stats = RunStats(torch.device("cpu"))
-    with pytest.raises(NoMemoryError, match=r"^memory is used up in stage vae, .* 3\.52e\+04 GB: "):
-        with stats.stage("dit"), stats.stage("vae"):
-            of_torch()
-    with pytest.raises(
-        NoMemoryError, match=r"^the GPU's memory is used up in stage dit, .*20\.00 GiB"
-    ):
-        with stats.stage("dit"):
-            of_cuda()
+    in_vae = r"^memory is used up in stage vae, .* 3\.52e\+04 GB: "
+    with pytest.raises(NoMemoryError, match=in_vae), stats.stage("dit"), stats.stage("vae"):
+        of_torch()
+    in_dit = r"^the GPU's memory is used up in stage dit, .*20\.00 GiB"
+    with pytest.raises(NoMemoryError, match=in_dit), stats.stage("dit"):
+        of_cuda()
     assert set(stats.stage_times()) == {"dit", "vae"}
 
 

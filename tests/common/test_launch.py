@@ -138,7 +138,9 @@ def test_a_launcher_without_a_command_is_refused(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.startswith("error: nothing to start: ")
 
 
-@pytest.mark.parametrize(("rank", "code", "lines"), [("0", EXIT_USER_ERROR, 1), ("1", 0, 0)])
+@pytest.mark.parametrize(
+    ("rank", "code", "lines"), [("0", EXIT_USER_ERROR, 1), ("1", 0, 0), ("x", EXIT_USER_ERROR, 1)]
+)
 def test_wrong_arguments_are_told_by_the_first_process_alone(
     rank: str,
     code: int,
