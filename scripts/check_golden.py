@@ -25,7 +25,6 @@ from golden import magi1, skyreels_v2
 from golden.case import Check, Kind, read_case
 
 from flowcache.cli import run_command
-from flowcache.errors import UserError
 
 KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS)
 SELF_FORCING = frozenset({"frame_tokens", "flow_match", "frames_of_chunk"})

@@ -26,6 +26,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
 """As of a program that SIGPIPE ended."""
+MAX_MESSAGE = 2000
+"""Characters of an error."""
 SHOWN_PATH = 300
 """Characters of a path in an error."""
 LOG_INTERVAL_SECONDS = 15
@@ -141,7 +143,7 @@ def run_command(command: Callable[[], None]) -> int:
         with Ending(starter_of(os.environ, place), is_first=place.rank == 0):
             command()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {in_one_line(str(error))}\n")
         return EXIT_USER_ERROR
     except Stopped as stopped:
         with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
@@ -162,19 +164,25 @@ def run_command(command: Callable[[], None]) -> int:
         return EXIT_UNREAD
     except OSError as error:
         # what no check can foresee: a folder that went away, a disk that is full or fails
-        sys.stderr.write(f"error: {no_memory(error) or _described(error)}\n")
+        sys.stderr.write(f"error: {in_one_line(str(no_memory(error) or _described(error)))}\n")
         return EXIT_USER_ERROR
     return 0
 
 
+def in_one_line(text: str) -> str:
+    """Return a message with its line breaks and control characters written out, and not too long.
+
+    They come from what a user or a file gave, and could hide the message or change the terminal.
+    """
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE - 3]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _described(error: OSError) -> str:
     """Say what the system refuses, in one line."""
-    place = "" if error.filename is None else f"{_shortened(str(error.filename))}: "
+    place = "" if error.filename is None else f"{str(error.filename)[:SHOWN_PATH]}: "
     return f"{place}{error.strerror or ' '.join(str(error).split())}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN_PATH else f"{text[:SHOWN_PATH]}..."
 
 
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:

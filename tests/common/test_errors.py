@@ -56,11 +56,11 @@ def test_a_command_without_memory_ends_with_one_line_that_says_what_to_change(
 
 def test_the_stage_and_what_was_asked_for_are_named():
     stats = RunStats(torch.device("cpu"))
-    in_vae = r"^memory is used up in stage vae, .* 3\.52e\+04 GB: "
-    with pytest.raises(NoMemoryError, match=in_vae), stats.stage("dit"), stats.stage("vae"):
+    of_host = r"^memory is used up in stage vae, which asked for 3\.52e\+04 GB: "
+    with pytest.raises(NoMemoryError, match=of_host), stats.stage("dit"), stats.stage("vae"):
         of_torch()
-    in_dit = r"^the GPU's memory is used up in stage dit, .*20\.00 GiB"
-    with pytest.raises(NoMemoryError, match=in_dit), stats.stage("dit"):
+    of_gpu = r"^the GPU's memory is used up in stage dit, which asked for 20\.00 GiB: "
+    with pytest.raises(NoMemoryError, match=of_gpu), stats.stage("dit"):
         of_cuda()
     assert set(stats.stage_times()) == {"dit", "vae"}
 
@@ -78,7 +78,18 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert run_command(lambda: (tmp_path / ("x" * 300)).touch()) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {tmp_path}/xxx")
-    assert said.endswith("...: File name too long\n")
+    assert said.endswith("xxx: File name too long\n")
+
+
+def test_a_message_stays_one_line_whatever_a_file_holds(capsys: pytest.CaptureFixture[str]):
+    def refuse() -> None:
+        raise UserError("version is a\nb\x1b[31m\ud800é" + "x" * 10_000)
+
+    assert run_command(refuse) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(r"error: version is a\nb\x1b[31m\ud800éxxx")
+    assert said.endswith("xxx...\n")
+    assert len(said) < 2100
 
 
 def test_running_out_of_memory_is_a_mistake_that_the_user_can_mend():
