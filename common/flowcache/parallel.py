@@ -13,9 +13,9 @@ from typing import cast
 import torch.distributed as dist
 
 from flowcache.cli import run_command
+from flowcache.ending import EXIT_LOST, LAUNCHER
 from flowcache.errors import UserError
 from flowcache.ranks import (
-    LAUNCHER,
     PATIENCE,
     TIMEOUT,
     Group,
@@ -26,9 +26,6 @@ from flowcache.ranks import (
     ToldElsewhereError,
     contact,
 )
-
-EXIT_LOST = 75
-"""Of a process whose others ended or hang; by convention: to try again may help."""
 
 
 @dataclass(frozen=True)
