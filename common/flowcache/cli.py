@@ -15,14 +15,13 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from flowcache.ending import Ending, Stopped
+from flowcache.ending import EXIT_USER_ERROR, Ending, Stopped
 from flowcache.errors import UserError, no_memory
 from flowcache.files import fresh_path
 from flowcache.precision import set_allocator
 from flowcache.ranks import Place, starter_of
 from flowcache.stats import RunStats
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
 """As of a program that SIGPIPE ended."""

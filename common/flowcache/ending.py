@@ -52,6 +52,12 @@ AGAIN_SECONDS = 0.05
 OVER, LOST = b"\0", b"\xff"
 """What the watching thread is woken with, next to numbers of signals."""
 
+EXIT_USER_ERROR = 2
+EXIT_LOST = 75
+"""Of a process whose others ended or hang; by convention: to try again may help."""
+LAUNCHER = "FLOWCACHE_LAUNCHER"
+"""Variable by which `flowcache.launch` says its process number and two descriptors of the first
+process: its notes, see `Starter`, and the socket at which the processes meet."""
 TEMPORARY = "flowcache-unpacked-"
 INTERRUPTED = "interrupted"
 ORPHANED = "the process that started this one has ended"

@@ -23,11 +23,17 @@ from flowcache.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.cli import EXIT_USER_ERROR, run_command
-from flowcache.ending import END_SECONDS, rescue, undisturbed
+from flowcache.ending import (
+    END_SECONDS,
+    EXIT_LOST,
+    EXIT_USER_ERROR,
+    LAUNCHER,
+    Ending,
+    Stopped,
+    rescue,
+    undisturbed,
+)
 from flowcache.errors import UserError
-from flowcache.parallel import EXIT_LOST
-from flowcache.ranks import LAUNCHER, PATIENCE, TIMEOUT
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5
@@ -45,8 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of the process which failed.
     """
     num, *command = (sys.argv[1:] if arguments is None else arguments) or [""]
-    codes: list[int] = []
-    return run_command(lambda: codes.append(launch(num, command))) or codes[0]
+    try:
+        with Ending():
+            return launch(num, command)
+    except UserError as error:  # as `flowcache.cli.run_command`, which imports PyTorch
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR
+    except Stopped as stopped:
+        with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            sys.stderr.write(f"{stopped}\n")
+        return stopped.exit_code
 
 
 def launch(num: str, command: Sequence[str]) -> int:
@@ -134,9 +148,8 @@ class Processes:
             return 128 - code, f"{process} was ended by {name}{hint}, so the others ended, too"
         if code == EXIT_LOST:
             return code, (
-                f"{process} lost contact with the others, of which one hangs: an exchange may take "
-                f"{TIMEOUT.seconds} seconds, loading {PATIENCE.seconds // 60} minutes; look at "
-                "memory and disk, and start again"
+                f"{process} lost contact with the others, of which one hangs or is too slow: look "
+                "at memory and disk, and start again"
             )
         if code == EXIT_USER_ERROR:
             return code, None

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from flowcache.bounds import Bounds
 from flowcache.cli import run_command
+from flowcache.ending import EXIT_LOST, LAUNCHER
 from flowcache.errors import UserError
 from flowcache.ranks import (
-    LAUNCHER,
     PATIENCE,
     TIMEOUT,
     Group,
@@ -29,8 +29,6 @@ from flowcache.ranks import (
 )
 
 MAX_PROCESSES = 4096
-EXIT_LOST = 75
-"""Of a process whose others ended or hang; by convention: to try again may help."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowcache.ending import ORPHANED, Starter, Stopped
+from flowcache.ending import LAUNCHER, ORPHANED, Starter, Stopped
 from flowcache.errors import UserError
 from flowcache.reuse import Decision, ReusePolicy
 from flowcache.schedule import Tick
@@ -93,10 +93,6 @@ class Place:
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _UNSET = "unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process, else start it by torchrun"
-
-LAUNCHER = "FLOWCACHE_LAUNCHER"
-"""Variable by which `flowcache.launch` says its process number and two descriptors of the first
-process: its notes, see `Starter`, and the socket at which the processes meet."""
 
 
 def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:

@@ -12,10 +12,10 @@ import torch
 
 from flowcache.bounds import check_values
 from flowcache.cli import EXIT_USER_ERROR
-from flowcache.ending import Starter, Stopped
+from flowcache.ending import LAUNCHER, Starter, Stopped
 from flowcache.errors import UserError
 from flowcache.parallel import ParallelRule, layout_of, own_bytes, run_in_ranks
-from flowcache.ranks import LAUNCHER, Group, Layout, LostProcessError, Place, Ranks, starter_of
+from flowcache.ranks import Group, Layout, LostProcessError, Place, Ranks, starter_of
 from flowcache.reuse import Vanilla
 from flowcache.ulysses import TokenSplit
 

@@ -5,9 +5,11 @@
 Runs are short, so that their moments are spread evenly over start, loading, denoising and writing.
 """
 
+import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -112,6 +114,23 @@ class Run:
         return self.said.read()
 
 
+def cpu_seconds_of_ended() -> float:
+    """Return the processor time of all commands that have ended: independent of what else runs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a running command, in seconds."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        command = psutil.Process(pid)
+        for process in [command, *command.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += sum(process.cpu_times()[:4])
+    return total
+
+
 def seconds_until_none_is_left(run: Run) -> float:
     start = time.monotonic()
     while living := run.living():
@@ -173,9 +192,9 @@ def test_kills_at_random_moments_leave_nothing_behind(
     whole: dict[str, dict[str, bytes]] = {}
     seconds: dict[str, float] = {}
     for kind in KINDS:
-        run, start = Run(kind, tmp_path / kind.name / "whole"), time.monotonic()
+        run, start = Run(kind, tmp_path / kind.name / "whole"), cpu_seconds_of_ended()
         assert run.start().wait() == 0, run.text()
-        seconds[kind.name] = time.monotonic() - start
+        seconds[kind.name] = cpu_seconds_of_ended() - start
         whole[kind.name] = videos(run.folder)
     progress = tmp_path / "progress"
     counts: Counter[str] = Counter()
@@ -185,7 +204,9 @@ def test_kills_at_random_moments_leave_nothing_behind(
         turn += 1
         run = Run(kind, tmp_path / kind.name / "killed")
         process = run.start()
-        time.sleep(dice.uniform(0.05, 1.05) * seconds[kind.name])
+        moment = dice.uniform(0.0, 1.02) * seconds[kind.name]
+        while process.poll() is None and cpu_seconds(process.pid) < moment:
+            time.sleep(0.02)
         if process.poll() is None:
             what = kill(run, process, dice)
             counts[f"{kind.name}: {what}"] += 1
