@@ -286,9 +286,11 @@ def _merged(
 
     for key, hint, value in _assignments(schema, layer, prefix="", source=source):
         try:
+            if isinstance(value, str) and _is_collection(hint):
+                raise ValueError("no text, and OmegaConf would take ${a} as a reference")
             merged = OmegaConf.unsafe_merge(config, _nested(key, _adapted(hint, value)))
             _check_meaning(value, OmegaConf.select(merged, key))
-        except (OmegaConfBaseException, ValueError, TypeError):
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             problem = f"{source}: {key} is {_shown(value)}, but must be {_expected(hint)}"
             raise UserError(problem) from None
         config = cast("DictConfig", merged)
@@ -370,6 +372,11 @@ def _accepts_none(hint: Any) -> bool:
 
 def _is_text(hint: Any) -> bool:
     return all(option in (str, Path, type(None)) for option in _options(hint))
+
+
+def _is_collection(hint: Any) -> bool:
+    origins = [typing.get_origin(option) or option for option in _options(hint)]
+    return any(origin in (list, tuple, dict) for origin in origins) and str not in origins
 
 
 def _check_meaning(value: Any, converted: Any) -> None:

@@ -141,6 +141,7 @@ def test_text_in_a_file_is_never_a_reference(layer: WriteLayer):
         ("reuse: null", "reuse is None, but must be a section of keys"),
         ("reuse: {policy: fast}", "reuse.policy is 'fast', but must be one of vanilla, flowcache"),
         ("reuse: {steps: [1, x]}", "reuse.steps is [1, 'x'], but must be a list of int"),
+        ("reuse: {rescale: '${a}'}", "reuse.rescale is '${a}', but must be [float, float]"),
         ("reuse: {rescale: [1]}", "reuse.rescale is [1], but must be [float, float]"),
         ("reuse: {threshold: .nan}", "reuse.threshold is nan, but must be float"),
         ("reuse: {threshold: '${seed}'}", "reuse.threshold is '${seed}', but must be float"),

@@ -302,7 +302,7 @@ def refused(
     ("flags", "message"),
     [
         ("--use_usp", "start it with torchrun --nproc_per_node=N generate_video_df.py"),
-        ("--addnoise_condition 61", "addnoise_condition must be a timestep in 0..60"),
+        ("--addnoise_condition 61", "addnoise_condition must be in 0..60"),
         ("--num_frames 98", "num_frames must be 4 n + 1"),
         ("--num_frames 121", "give overlap_history"),
         ("--causal_block_size 0", "causal_block_size must be in 1..1000000"),
