@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorConverter,
@@ -216,6 +217,9 @@ def _attention(
 class _Operations(TorchDispatchMode):
     """Keeps what concerns the host alone real, and writes down all else."""
 
+    supports_higher_order_operators = True
+    """Those of torchao, which come back as the operations that they consist of."""
+
     def __init__(self, ledger: Ledger, pinned: _Pinned) -> None:
         super().__init__()
         self.ledger, self.pinned = ledger, pinned
@@ -229,6 +233,8 @@ class _Operations(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **given)
         tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
         is_pinned = bool(given.pop("pin_memory", False))
         wanted = given.get("device")

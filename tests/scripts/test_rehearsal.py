@@ -146,7 +146,9 @@ def test_a_layer_widens_no_more_large_tensors_than_it_did(name: str):
     passes = sum(c.launches for p, c in run.ledger.products.items() if p[:2] == ("dit", attention))
     layers = f"{made.model}/layers.py"
     upcasts = sum(n for s, n in run.ledger.upcasts.items() if s.place.startswith(layers))
-    assert upcasts / (passes / 2) == pytest.approx(UPCASTS[made.model], rel=0.1)
+    # beyond those of the layers: head, last norm and prompts, less than one per layer; of three
+    # layers the 8-bit one widens the sum of its attentions as well
+    assert UPCASTS[made.model] <= upcasts / (passes / 2) < UPCASTS[made.model] + 1
 
 
 @every
