@@ -132,7 +132,7 @@ def read_json(path: Path, *, advice: str = "") -> Any:
         raise UserError(f"{path}: not a readable JSON file (not UTF-8 text){end}") from None
     except (OSError, ValueError) as error:  # ValueError: no path at all
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: not a readable JSON file ({reason}){end}") from None
+        raise UserError(f"{path}: cannot be read ({reason}){end}") from None
     return parse_json(text, source=str(path), advice=advice)
 
 

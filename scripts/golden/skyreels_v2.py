@@ -213,7 +213,7 @@ def check_umt5(case: Case) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         words = Path(folder) / "tokenizer"
         PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")),
+            tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>")),
             pad_token="<pad>",
         ).save_pretrained(words)
         path = _write_weights(case, Path(folder))

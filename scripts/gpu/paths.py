@@ -315,7 +315,7 @@ def _compile(dit: Any, demo: Demo, device: torch.device) -> None:
 def _frames(shown: Iterator[Shown]) -> Iterator[Tensor]:
     """Yield what a run shows; only at its end, so that decoding may go on beside the ticks."""
     laters = [progress.later for progress in shown if progress.later is not None]
-    yield from (later.get() for later in laters)
+    yield from (later.get().frames for later in laters)
 
 
 def same_noise(device: torch.device) -> Callable[[Sequence[int], torch.dtype], Tensor]:

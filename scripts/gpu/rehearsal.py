@@ -186,7 +186,7 @@ def rehearse(case: Case, *, num_ticks: int | None = None) -> Rehearsed:
         for shown in play(stats, policies):
             if shown.later is not None:
                 with ledger.stage(FRAMES):
-                    to_uint8(shown.later.get()).cpu()
+                    to_uint8(shown.later.get().frames).cpu()
             # what goes on once, before the first tick, counts in none
             now = (_reads(ledger), ledger.total("dit", "caching", "kv_compression").launches)
             steps.append(Step(shown.tick, now[0] - before[0], now[1] - before[1]))

@@ -100,9 +100,9 @@ def test_broken_json_is_named_in_one_line(tmp_path: Path, content: bytes, reason
 
 
 def test_json_that_cannot_be_opened_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"none\.json: not a readable JSON file \(No such file"):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read \(No such file"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"not a readable JSON file \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_json(tmp_path)
 
 

@@ -193,7 +193,8 @@ def test_settings_are_placed_as_planned(distilled: Path):
 
 @pytest.mark.parametrize("size", [(6, 90, 60), (7, 64, 40), (1, 50, 70), (4, 33, 57)])
 def test_alike_tiles_are_traced_once_with_the_same_result(size: tuple[int, int, int]):
-    released = vae.empty(None, scale=1.0, dtype=torch.float32)
+    tiling = vae.Tiling.of_rate(24)
+    released = vae.empty(None, scale=1.0, tiling=tiling, dtype=torch.float32)
     with torch.device("meta"):
         model = ViTVAE(replace(released.model.config, depth=1))
     latents = torch.empty(1, 16, *size, device="meta")

@@ -236,7 +236,7 @@ def test_strips_show_first_and_last_frame_of_every_clip():
     ("figure", "content", "said"),
     [
         ("tradeoff", None, "cannot be read"),
-        ("tradeoff", "{", "no table"),
+        ("tradeoff", "{", "not a readable JSON file"),
         (
             "tradeoff",
             '{"table": [{"method": "vanilla", "gflops": 1}]}',

@@ -191,7 +191,7 @@ def test_a_video_needs_an_overlap_and_enough_frames(refused: Refused, clip: Path
     line = refused(
         "--video", str(clip), "overlap_history=21", "num_frames=41", "base_num_frames=41"
     )
-    assert "has 20 frames, fewer than overlap_history 21" in line
+    assert "has 20 frames at 24 fps, fewer than overlap_history 21" in line
     assert "must be above it" in refused(
         "--video", str(clip), "overlap_history=13", "num_frames=13"
     )
