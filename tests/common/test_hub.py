@@ -286,6 +286,7 @@ MAGI_SIZES = [
 ]
 
 
+@pytest.mark.slow
 def test_auto_downloads_once_where_there_is_cuda_in_both_models(tmp_path: Path):
     repositories = {SKYREELS_ID: skyreels_files(), "sand-ai/MAGI-1": magi_files()}
     cut = "transformer/diffusion_pytorch_model.safetensors"

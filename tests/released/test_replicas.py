@@ -71,7 +71,7 @@ def report(replica: str, command: str, video: Path, *, start: float) -> None:
     """Add a line to the printed list."""
     shown = probe(video)
     took = f"{shown.num_frames} frames, {time.perf_counter() - start:.1f} s"
-    sys.stdout.write(f"{replica:32s} {command:44s} {took}\n")
+    sys.stdout.write(f"{replica:36s} {command:44s} {took}\n")
 
 
 def one_video(folder: Path) -> Path:
