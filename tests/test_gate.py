@@ -1,6 +1,7 @@
 """The gate `.ci/run`: each of its three runs counts, however it ends."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -33,7 +34,12 @@ def gate(folder: Path, **ends: str) -> tuple[int, list[str]]:
     )
     python.chmod(0o755)
     done = subprocess.run(
-        ["bash", str(folder / ".ci" / "run")], env=os.environ, capture_output=True, check=False
+        ["bash", str(folder / ".ci" / "run")],
+        env=os.environ,
+        capture_output=True,
+        check=False,
+        # a shell can't be interrupted where its parent ignores SIGINT, as in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     return done.returncode, notes.read_text().splitlines()
 

@@ -150,7 +150,7 @@ def test_a_wrong_field_is_named_with_its_file(
 
 def test_a_missing_field_and_files_that_are_no_records_are_refused(tmp_path: Path):
     path = tmp_path / "a.record.json"
-    with pytest.raises(UserError, match="not a readable JSON file"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_record(path)
     for text, message in (("{", "not a readable JSON file"), ("[]", "must be a JSON object")):
         path.write_text(text)
