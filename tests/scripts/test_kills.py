@@ -30,6 +30,8 @@ from flowcache.video import probe
 MARK = "FLOWCACHE_TEST_OF_KILLS"
 """Variable by which every process of a run is found, whoever started it."""
 END_SECONDS = 60
+INTERPRETER_SECONDS = 0.15
+"""Processor time of Python's own start: there Ctrl-C is a traceback before a line of ours runs."""
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PROMPT = ("--prompt", "a red circle moving right on a black background")
 MAGI = ("runtime_config.num_frames=48", "runtime_config.num_steps=8")
@@ -142,6 +144,8 @@ def seconds_until_none_is_left(run: Run) -> float:
 def kill(run: Run, process: "subprocess.Popen[str]", dice: random.Random) -> str:
     """Send a signal to the command or one of the processes that it started; return what it was."""
     number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, *ASKED])
+    if number == signal.SIGINT and cpu_seconds(process.pid) < INTERPRETER_SECONDS:
+        number = signal.SIGTERM
     workers = [
         each
         for each in run.living()
