@@ -34,7 +34,7 @@ INTERPRETER_SECONDS = 0.15
 """Processor time of Python's own start: there Ctrl-C is a traceback before a line of ours runs."""
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PROMPT = ("--prompt", "a red circle moving right on a black background")
-MAGI = ("runtime_config.num_frames=48", "runtime_config.num_steps=8")
+MAGI = ("runtime_config.num_frames=120", "runtime_config.num_steps=8")
 MODELS = ("FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
 LAUNCH = ("-m", "flowcache.launch", "2")
 PROMPTS = "a red circle moving right on a black background\na blue square\na green circle\n"
@@ -75,6 +75,12 @@ KINDS = (
 )
 
 
+def heed_signals() -> None:
+    """Undo what a shell ignores in the background, and nohup."""
+    for number in ASKED:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Run:
     """A run that is to be killed."""
@@ -96,7 +102,7 @@ class Run:
             stderr=self.said,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=heed_signals,
         )
 
     def living(self) -> list[psutil.Process]:
