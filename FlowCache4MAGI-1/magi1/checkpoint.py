@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-import zstandard
 
 from flowcache.cli import gigabytes
 from flowcache.ending import temporary_folder
@@ -141,6 +140,8 @@ def _unpack(path: Path, target: Path) -> None:
     Raises:
         UserError: it is damaged, or the disk is full.
     """
+    import zstandard  # here: whoever has no packed shards runs without it
+
     free = shutil.disk_usage(target.parent).free
     try:
         with path.open("rb") as packed, target.open("wb") as unpacked:
@@ -189,6 +190,8 @@ def read_headers(paths: Iterable[Path]) -> Iterator[StoredTensor]:
 
 def _packed_header(path: Path) -> dict[str, Any]:
     """Read the header of a packed safetensors file."""
+    import zstandard
+
     try:
         with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as file:
             header = _read_header(file, path)

@@ -239,8 +239,10 @@ def choose_output(out: str | None, *, folder: Path, stem: str, overwrite: bool) 
             number, and never that of an existing file.
 
     Raises:
-        UserError: the file exists and must not be overwritten, or is no `.mp4`.
+        UserError: the file exists and must not be overwritten, or is no `.mp4`, or has no name.
     """
+    if out is not None and not out.strip():
+        raise UserError("--out is empty: give an .mp4 file or a folder, or leave it out")
     # a name as results/4.5B is a folder's: no file type starts with a digit
     if out is None or not re.match(r"\.[A-Za-z]", Path(out).suffix) or Path(out).is_dir():
         return fresh_path(folder if out is None else Path(out), stem, ".mp4")

@@ -327,10 +327,10 @@ def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
     valid = [f"{prefix}{field.name}" for field in dataclasses.fields(section)]
     inside = [leaf for leaf, _ in _leaves(section)]
     leaves = {leaf.rpartition(".")[2]: f"{prefix}{leaf}" for leaf in reversed(inside)}
-    close = difflib.get_close_matches(key, valid, n=1)
-    close = close or [
-        leaves[name] for name in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
-    ]
+    name = key.rpartition(".")[2]
+    # the same name in another section is meant before one that looks alike here
+    close = [leaves[name]] if name in leaves else difflib.get_close_matches(key, valid, n=1)
+    close = close or [leaves[like] for like in difflib.get_close_matches(name, leaves, n=1)]
     hint = f", did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
     return f"{source}: unknown key {_shown(key)}{hint}"
 

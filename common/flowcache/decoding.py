@@ -31,6 +31,8 @@ from flowcache.images import over_background
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
+MAX_ASPECT = 8
+"""Of a pixel; the widest in use, of anamorphic film, is 2."""
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
 
 
@@ -78,7 +80,7 @@ class Video:
 
     Attributes:
         fps: mean rate in frames per second.
-        size: height and width of the first frame, upright.
+        size: height and width of the first frame as it is shown: upright, with square pixels.
         num_damaged: packets that could not be decoded so far.
     """
 
@@ -106,8 +108,22 @@ class Video:
         if first is None:
             raise UserError(f"{path}: holds no frame")
         self._first = first
-        height, width = first.frame.height, first.frame.width
+        height, width = first.frame.height, round(first.frame.width * self._aspect())
         self.size = (width, height) if _quarter_turns(first.frame) % 2 else (height, width)
+
+    def _aspect(self) -> Fraction:
+        """Return how many times as wide as high a pixel is shown.
+
+        Raises:
+            UserError: no picture is meant by it.
+        """
+        aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+            raise UserError(
+                f"{self.path}: its pixels are {float(aspect):g} times as wide as high, but must be "
+                f"1/{MAX_ASPECT} to {MAX_ASPECT} times: the file is damaged"
+            )
+        return aspect
 
     def frames(self) -> Iterator[Timed[VideoFrame]]:
         """Return all frames, once."""

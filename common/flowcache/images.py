@@ -110,7 +110,9 @@ def _scaled(image: Image.Image, path: Path) -> Image.Image:
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())  # NaN if one value is
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: holds values that are not finite: repair or replace the image")
+    low, high = float(values.min()), float(values.max())
     white = [level for level in LEVELS if high <= level]
     if not (low >= 0 and white):
         raise UserError(

@@ -197,7 +197,10 @@ class VideoWriter:
             raise UserError(f"{self.path}: no frame was written")
         if error is None and num_written == self.num_frames:
             if not self._overwrite:  # another run may have taken the name
-                self.path = fresh_path(self.path.parent, self.path.stem, self.path.suffix)
+                wanted = self.path
+                self.path = fresh_path(wanted.parent, wanted.stem, wanted.suffix)
+                if self.path != wanted:
+                    logger.warning("%s appeared meanwhile and is kept: see %s", wanted, self.path)
             if self._publishes:
                 self.publish()
             return

@@ -363,7 +363,8 @@ def test_of_several_video_streams_the_default_one_is_read_and_probed(
     tmp_path: Path, ffmpeg: Callable[..., Path]
 ):
     preview, film = source(rate=5, duration=1), source(rate=24, duration=3)
-    made = ("-filter_complex", "[0]scale=32:32[a];[1]scale=96:64[b]", "-map", "[a]", "-map", "[b]")
+    made = ("-filter_complex", "[0]scale=32:32,setsar=1[a];[1]scale=96:64,setsar=1[b]")
+    made += ("-map", "[a]", "-map", "[b]")
     for order, expected in (
         (("-disposition:v:0", "0", "-disposition:v:1", "default"), Probe(72, 24, 64, 96)),
         (("-disposition:v:0", "default", "-disposition:v:1", "0"), Probe(5, 5, 32, 32)),
@@ -387,6 +388,25 @@ def test_a_turned_phone_s_video_is_upright(
     assert np.array_equal(frames, np.rot90(read_video(plain)[0], turns, axes=(1, 2)))
     found = probe(turned)
     assert (found.height, found.width) == frames.shape[1:3]
+
+
+def test_pixels_that_are_not_square_are_read_as_they_are_shown(
+    tmp_path: Path, ffmpeg: Callable[..., Path]
+):
+    clip = source(rate=5, duration=1)
+    wide = ffmpeg(*clip, "-vf", "scale=48:32,setsar=2/1", *EXACT, tmp_path / "wide.mp4")
+    high = ffmpeg(*clip, "-vf", "scale=48:32,setsar=1/2", *EXACT, tmp_path / "high.mp4")
+    plain = ffmpeg(*clip, "-vf", "scale=48:32,setsar=1/1", *EXACT, tmp_path / "plain.mp4")
+    for path, width in ((wide, 96), (high, 24), (plain, 48)):
+        frames = read_video(path)[0]
+        assert frames.shape == (5, 32, width, 3)
+        assert probe(path) == Probe(5, 5, 32, width)
+    # every second column of the doubled picture is about the stored one
+    off = np.abs(read_video(wide)[0][:, :, ::2].astype(float) - read_video(plain)[0])
+    assert off.mean() < 12
+    assert ffmpeg(*clip, "-vf", "scale=48:32,setsar=9/1", *EXACT, tmp_path / "odd.mp4").exists()
+    with pytest.raises(UserError, match=r"its pixels are 9 times as wide as high, but must be 1/8"):
+        probe(tmp_path / "odd.mp4")
 
 
 def test_transparent_frames_are_put_over_white(tmp_path: Path):

@@ -86,6 +86,7 @@ def test_a_missing_or_unknown_field_is_named(refused: Refused, edited: Callable[
         ("reuse.polcy=vanilla", "did you mean reuse.policy?"),
         ("reuse.policy=magic", "must be one of vanilla, teacache, flowcache, stride"),
         ("seed=3", "unknown key 'seed', did you mean runtime_config.seed?"),
+        ("num_frames=24", "unknown key 'num_frames', did you mean runtime_config.num_frames?"),
         ("num_steps", "is not an override"),
         ("device=gpu", "device=gpu"),
     ],

@@ -206,7 +206,7 @@ def test_a_tuned_profile_serves_a_run(
     )
     # noise levels are those of the model's clock, 1 noise to 0 clean
     timesteps = Clock.of(job.config).timesteps().double()
-    assert_close(1 - torch.tensor(calibration.sigmas), timesteps, ulps=8)
+    assert_close(1 - torch.tensor(calibration.sigmas), timesteps, ulps=8, dtype=torch.float32)
     assert list(calibration.gram) == [0, 1]
     (plan,) = read_profile(path).reuse.plans
     table = json.loads((tmp_path / "work/table.json").read_text())["table"]

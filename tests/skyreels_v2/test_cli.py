@@ -246,6 +246,7 @@ def test_a_folder_that_cannot_be_written_is_named(refused: Refused, picture: Pat
 
 def test_another_format_is_refused(refused: Refused, tmp_path: Path):
     assert "written as .mp4" in refused("--out", str(tmp_path / "a.avi"))
+    assert "--out is empty" in refused("--out", "")
 
 
 def test_an_existing_output_is_kept(refused: Refused, tmp_path: Path):
