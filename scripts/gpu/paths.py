@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels, choose_kernels
 from flowcache.compiling import should_compile
@@ -183,6 +183,10 @@ def quantized(mode: Any, device: torch.device) -> Outcome:
 
 class Latents:
     """Stands in for a VAE and gives latents back as they are, in place of pixels."""
+
+    def __init__(self) -> None:
+        """Have a network without weights, which may be moved."""
+        self.model = nn.Identity()
 
     def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
         """Refuse: nothing is given."""
