@@ -182,12 +182,14 @@ class Processes:
 
 
 def _blame(code: int | None) -> int:
-    """Order exit codes by how near to the cause they are: killed, wrong input, failed, lost."""
+    """Order exit codes by how near to the cause they are: wrong input, killed, failed, lost."""
     if code is None or code == 0:
         return 4
+    if code == EXIT_USER_ERROR:
+        return 0  # it has said why; the network of another may abort as this one leaves
     if code < 0:
-        return 0
-    return {EXIT_USER_ERROR: 1, EXIT_LOST: 3}.get(code, 2)
+        return 1
+    return {EXIT_LOST: 3}.get(code, 2)
 
 
 if __name__ == "__main__":
