@@ -232,10 +232,11 @@ def run_in_ranks(command: Callable[[Ranks], None]) -> int:
     codes: list[int] = []
     code = run_command(lambda: codes.append(_join_and_run(command, Place.of(os.environ))))
     code = code or codes[0]
-    if code and dist.is_initialized():
+    if dist.is_initialized():  # it ended early, with a code or because another process says why
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # an ordinary end would wait for processes that are lost
+        # an ordinary end would wait for lost processes, or abort in the threads that talk to them
+        os._exit(code)
     return code
 
 
