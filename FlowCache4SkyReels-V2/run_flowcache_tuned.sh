@@ -21,7 +21,7 @@ SEED=${SEED:-}                 # of all noise; empty: 1024
 GPUS=${GPUS:-}                 # processes, one per GPU, that make the video together; empty: one
 OUT=${OUT:-$here/result}       # an .mp4 file, or a folder in which a fresh name is found
 
-exec python ${GPUS:+-m flowcache.launch "$GPUS"} \
+exec python ${GPUS:+-m flowcache.runtime.launch "$GPUS"} \
     -m skyreels_v2 --preset flowcache_tuned --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
     ${IMAGE:+--image "$IMAGE"} ${END_IMAGE:+--end-image "$END_IMAGE"} ${VIDEO:+--video "$VIDEO"} \
     ${HEIGHT:+height="$HEIGHT"} ${WIDTH:+width="$WIDTH"} ${NUM_FRAMES:+num_frames="$NUM_FRAMES"} \

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -34,10 +34,10 @@ from benchmark.figures import markdown, reuse_markdown, summarize
 from benchmark.reuse import Rivals, reuse_methods
 from benchmark.work import parse_part, read_rows, render_missing, unseen_prompts
 
-from flowcache.cli import run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json, write_text
-from flowcache.stats import environment
+from flowcache.runtime.cli import run_command
+from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.stats import environment
 
 FAMILIES: Mapping[str, Family[Any, Any]] = {
     "magi1": magi1.FAMILY,

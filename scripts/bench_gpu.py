@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -33,11 +33,11 @@ from gpu.report import judged, markdown
 from gpu.subject import Method, Models, Size, Subject
 from tqdm import tqdm
 
-from flowcache.cli import Parser, choose_device, run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json, write_text
-from flowcache.record import Record, read_record
-from flowcache.stats import environment
+from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.record import Record, read_record
+from flowcache.runtime.stats import environment
 
 SUBJECTS: Mapping[str, Subject[Any]] = {
     "skyreels_v2": skyreels_v2.SUBJECT,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -24,7 +24,7 @@ import torch
 from golden import magi1, skyreels_v2
 from golden.case import Check, Kind, read_case
 
-from flowcache.cli import run_command
+from flowcache.runtime.cli import run_command
 
 KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS)
 SELF_FORCING = frozenset({"frame_tokens", "flow_match", "frames_of_chunk"})

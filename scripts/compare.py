@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
 import torch
 from tqdm import tqdm
 
-from flowcache.cli import Parser, choose_device, run_command
-from flowcache.comparison import (
+from flowcache.errors import UserError
+from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.comparison import (
     CONFIDENCE,
     METRICS,
     ClipFigures,
@@ -36,12 +37,11 @@ from flowcache.comparison import (
     compare_clips,
     worst_frames,
 )
-from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json, write_text
-from flowcache.frames import is_clip, list_clips
-from flowcache.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
-from flowcache.markdown import escaped, table_row
-from flowcache.stats import environment
+from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.frames import is_clip, list_clips
+from flowcache.runtime.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
+from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.stats import environment
 
 EXIT_SOME_FAILED = 1
 FILES = ("compare.json", "compare.csv", "compare.md")

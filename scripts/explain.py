@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -27,10 +27,10 @@ from explain_page.frames import Clip, first_new_frame, read_clip
 from explain_page.page import headline, write_page
 from explain_page.run import SUFFIX, Run, find_record, load_run
 
-from flowcache.cli import Parser, run_command
-from flowcache.degenerate import DegenerateCheck
 from flowcache.errors import UserError
-from flowcache.files import check_writable, fresh_path, write_text
+from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.degenerate import DegenerateCheck
+from flowcache.runtime.files import check_writable, fresh_path, write_text
 
 EXIT_ALARM = 1
 MAX_PAGE_BYTES = 5_000_000

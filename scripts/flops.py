@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.flops import attention
-from flowcache.markdown import escaped, table_row
+from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.flops import attention
+from flowcache.runtime.markdown import escaped, table_row
 from flowcache.schedule import staggered
+from flowcache.wan import flops as skyreels_flops
 from magi1 import flops as magi1_flops
 from magi1.config import ModelConfig, read_config
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
-from skyreels_v2 import flops as skyreels_flops
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import Request, plan_released
 

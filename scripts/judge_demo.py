@@ -11,16 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.cli import run_command
 from flowcache.demo.clips import Attributes, parse_caption
 from flowcache.demo.judge import ATTRIBUTE_NAMES, judge
 from flowcache.errors import UserError
-from flowcache.files import read_json
-from flowcache.video import read_video
+from flowcache.runtime.cli import run_command
+from flowcache.runtime.files import read_json
+from flowcache.runtime.video import read_video
 
 
 def judged(video: Path) -> tuple[Attributes, dict[str, bool]]:

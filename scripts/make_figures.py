@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -40,9 +40,9 @@ from figures.reuse import draw_reuse
 from figures.strips import Strip, draw_strips
 from figures.tradeoff import draw_tradeoff
 
-from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable
+from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.files import check_writable
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 RECORDS, TABLES = ASSETS / "records", ASSETS / "bench"

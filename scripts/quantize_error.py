@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -25,15 +25,15 @@ from golden.case import Case, read_case
 from golden.skyreels_v2_loops import build_dit
 from torch import Tensor
 
-from flowcache.cli import DTYPES, Parser, choose_device, run_command
 from flowcache.errors import UserError
-from flowcache.job import Request
-from flowcache.markdown import escaped, table_row
-from flowcache.metrics import psnr
-from flowcache.stats import RunStats
-from flowcache.video import to_uint8
+from flowcache.runtime.cli import DTYPES, Parser, choose_device, run_command
+from flowcache.runtime.job import Request
+from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.metrics import psnr
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import to_uint8
+from flowcache.wan.quantize import QuantizeName, check, linears, quantize
 from skyreels_v2.pipeline import generate
-from skyreels_v2.quantize import QuantizeName, check, linears, quantize
 from skyreels_v2.run import encode_inputs, load_models, prepare
 
 CASE = Path("tests/golden/skyreels_v2/dit_t2v.safetensors")

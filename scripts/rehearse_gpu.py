@@ -22,8 +22,8 @@ from gpu.rehearsal import (
     vae_bytes_left_out,
 )
 
-from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
+from flowcache.runtime.cli import Parser, run_command
 
 EXAMPLES = """examples:
   python scripts/rehearse_gpu.py

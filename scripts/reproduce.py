@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -23,9 +23,9 @@ from sampling.figures import Judge
 from sampling.protocol import VIDEOS, keep_protocol, read_protocol
 from sampling.table import gaps, markdown
 
-from flowcache.cli import Parser, choose_device, run_command
-from flowcache.comparison import METRICS
 from flowcache.errors import UserError
+from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.comparison import METRICS
 
 EXIT_CONTRADICTION = 1
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -26,7 +26,7 @@ import torch
 from training import magi1, skyreels_v2
 from training.work import Recipe, Work, write_record
 
-from flowcache.cli import run_command
+from flowcache.runtime.cli import run_command
 
 logger = logging.getLogger("train_demo")
 RECIPES: Mapping[str, Recipe] = {"magi1": magi1.RECIPE, "skyreels_v2": skyreels_v2.RECIPE}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -56,13 +56,11 @@ from tuning.study import Prompt, measure, random_plans
 from tuning.subject import Subject
 from tuning.table import markdown, summarize
 
-from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json, write_text
-from flowcache.tune.forecast import choose, parse_target
-from flowcache.tune.plan import Constraints, Plan
-from flowcache.tune.policies import distance_band, magnitude_ratios
-from flowcache.tune.profile import (
+from flowcache.planned import distance_band, magnitude_ratios
+from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.profile import (
     VERSION,
     Observed,
     Prediction,
@@ -71,6 +69,8 @@ from flowcache.tune.profile import (
     Source,
     write_profile,
 )
+from flowcache.tune.forecast import choose, parse_target
+from flowcache.tune.plan import Constraints, Plan
 
 TABLE_SHARES = (0.27, 0.5)
 """Shares of the steps at which methods are compared, beside the target's."""

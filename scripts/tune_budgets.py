@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
@@ -33,12 +33,12 @@ from tuning.prompts import choose_prompts
 from tuning.rows import Rows
 from tuning.subject import Subject
 
-from flowcache.cli import Parser, run_command
 from flowcache.errors import UserError
-from flowcache.files import check_writable
+from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.files import check_writable
+from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tune.gap import ErrorModel
 from flowcache.tune.gram import Calibration, merge
-from flowcache.tune.profile import Profile, read_profile
 
 RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 NUM_SEARCH_CLIPS = 2

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowcache.ranks import Group, Ranks
-from flowcache.record import read_record
+from flowcache.runtime.ranks import Group, Ranks
+from flowcache.runtime.record import read_record
 
 # Before any test imports a hub client: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -14,8 +14,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 MODULES = {
-    "skyreels_v2": ("FlowCache4SkyReels-V2/skyreels_v2/__main__.py", "common/flowcache/cli.py"),
-    "magi1": ("FlowCache4MAGI-1/magi1/__main__.py", "common/flowcache/cli.py"),
+    "skyreels_v2": (
+        "FlowCache4SkyReels-V2/skyreels_v2/__main__.py",
+        "common/flowcache/runtime/cli.py",
+    ),
+    "magi1": ("FlowCache4MAGI-1/magi1/__main__.py", "common/flowcache/runtime/cli.py"),
 }
 DRY = {"--dry-run", "--paper"}
 """Flags of commands that read no weights and write nothing."""

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from flowcache.cli import DTYPES
 from flowcache.compress import TokenLayout
 from flowcache.reuse import ReusePolicy
-from flowcache.settings import check_work, policy_maker, strategy_of
-from flowcache.tune.profile import Setting
+from flowcache.runtime.cli import DTYPES
+from flowcache.runtime.profile import Setting
+from flowcache.runtime.settings import check_work, policy_maker, strategy_of
 from magi1.config import PIXELS_PER_TOKEN
 from magi1.sampling import KVBudget, Sampling
 from magi1.schedule import SHIFT, Clip, Clock

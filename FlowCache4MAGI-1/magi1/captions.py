@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.files import ARRAY_ERRORS
+from flowcache.runtime.files import ARRAY_ERRORS
 
 NULL_TOKENS = 50
 """Tokens of the learned caption that stand for no text; the rest of it is never attended to."""

@@ -13,13 +13,13 @@ from typing import IO, Any, cast
 
 import torch
 
-from flowcache.cli import gigabytes
-from flowcache.ending import temporary_folder
 from flowcache.errors import UserError
-from flowcache.files import parse_json
-from flowcache.tokenizer import tokenizer_files
-from flowcache.tune import profile
-from flowcache.weights import (
+from flowcache.runtime import profile
+from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.ending import temporary_folder
+from flowcache.runtime.files import parse_json
+from flowcache.runtime.tokenizer import tokenizer_files
+from flowcache.runtime.weights import (
     StoredTensor,
     find_shards,
     load_into,

@@ -1,6 +1,6 @@
 """Closed-form FLOPs of the MAGI-1 DiT, equal to what torch's FLOP counter counts."""
 
-from flowcache.flops import attention, linear
+from flowcache.runtime.flops import attention, linear
 from magi1.config import ModelConfig
 from magi1.dit import SINUSOID_WIDTH
 from magi1.schedule import Clip, Clock, visible

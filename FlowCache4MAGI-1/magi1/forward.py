@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import KVCache, Prefetcher, cached_attention, caches_for, prefetcher_for
-from flowcache.ranks import Ranks
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.ulysses import TokenSplit
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
-from flowcache.ulysses import TokenSplit
 from magi1 import flops
 from magi1.dit import DiT, Embedded
 from magi1.layers import ContextKV, SelfAttend

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.video import Pixels, read_image, read_video, to_pixels
+from flowcache.runtime.video import Pixels, read_image, read_video, to_pixels
 from magi1.build import tiling_of
 from magi1.config import RuntimeConfig
 from magi1.settings import RunConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import PREFETCHED_LAYERS, cached_attention, caches_for
-from flowcache.memory import (
+from flowcache.runtime.memory import (
     MemoryPlan,
     Part,
     Residence,
@@ -22,9 +22,9 @@ from flowcache.memory import (
     traced_ranks,
     weight_bytes,
 )
-from flowcache.parallel import own_branches
-from flowcache.ranks import Layout, Ranks
-from flowcache.ulysses import TokenSplit
+from flowcache.runtime.parallel import own_branches
+from flowcache.runtime.ranks import Layout, Ranks
+from flowcache.runtime.ulysses import TokenSplit
 from magi1 import text, vae
 from magi1.build import budget_of, latent_size, layout_of, tiling_of
 from magi1.captions import NULL_TOKENS

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.cli import gigabytes
 from flowcache.compress import ImportanceRedundancy, kept_tokens
+from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.settings import POLICIES, check_pass, stored_results
 from flowcache.schedule import Tick
 from flowcache.scoring import scoring_bytes
-from flowcache.settings import POLICIES, check_pass, stored_results
 from magi1 import flops
 from magi1.build import budget_of, clip_of, latent_size, layout_of, sampling_of
 from magi1.captions import NULL_TOKENS

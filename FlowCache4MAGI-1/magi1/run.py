@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowcache import job as jobs
 from flowcache.attention import check_available, choose_kernels, describe_choice
-from flowcache.cli import choose_device
-from flowcache.compiling import should_compile
-from flowcache.config import find_preset, load_config, to_dict
-from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
-from flowcache.finite import check_finite
-from flowcache.job import (
+from flowcache.runtime import job as jobs
+from flowcache.runtime.cli import choose_device
+from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.embeddings import cached_embedding, check_cache
+from flowcache.runtime.finite import check_finite
+from flowcache.runtime.job import (
     Facts,
     Target,
     claim_output,
@@ -28,16 +28,16 @@ from flowcache.job import (
     replay_lines,
     write_run,
 )
-from flowcache.memory import MemoryPlan, limit_of, parse_limit
-from flowcache.overlap import should_overlap
-from flowcache.parallel import layout_lines, layout_of, own_bytes
-from flowcache.precision import release_cache, set_float32_precision
-from flowcache.ranks import Layout, Ranks
-from flowcache.record import Record, check_replay, replay_policies
-from flowcache.settings import guidance_of, threshold_of
-from flowcache.stats import RunStats
-from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
-from flowcache.video import check_ffmpeg
+from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.runtime.overlap import should_overlap
+from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
+from flowcache.runtime.precision import release_cache, set_float32_precision
+from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.ranks import Layout, Ranks
+from flowcache.runtime.record import Record, check_replay, replay_policies
+from flowcache.runtime.settings import guidance_of, threshold_of
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints
 from magi1 import text, vae
 from magi1.build import VAE_STRIDE, clip_of, dtype_of, sampling_of, setting_of, tiling_of

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.guidance import HeldGuidance
-from flowcache.ranks import Ranks
 from flowcache.results import ResultStore
 from flowcache.reuse import Decision, Observe, ReusePolicy
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import PassId
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
-from flowcache.trace import PassId
 from magi1.clean import CleanKeys
 from magi1.dit import DiT
 from magi1.euler import euler_step_

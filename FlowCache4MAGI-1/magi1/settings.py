@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from flowcache.attention import KernelName
-from flowcache.bounds import Bounds, check_values
 from flowcache.errors import UserError
-from flowcache.memory import parse_limit
-from flowcache.parallel import ParallelRule
-from flowcache.settings import (
+from flowcache.runtime.bounds import Bounds, check_values
+from flowcache.runtime.memory import parse_limit
+from flowcache.runtime.parallel import ParallelRule
+from flowcache.runtime.settings import (
     MAX_FRAMES,
     KVRule,
     Place,

@@ -13,11 +13,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from flowcache.embeddings import hash_files
 from flowcache.errors import UserError
-from flowcache.tokenizer import load_tokenizer, tokenizer_files
-from flowcache.tune import profile
-from flowcache.weights import check_files, find_shards, load_files, match, read, read_model_config
+from flowcache.runtime import profile
+from flowcache.runtime.embeddings import hash_files
+from flowcache.runtime.tokenizer import load_tokenizer, tokenizer_files
+from flowcache.runtime.weights import (
+    check_files,
+    find_shards,
+    load_files,
+    match,
+    read,
+    read_model_config,
+)
 from magi1.prompt import clean
 
 # Seconds to import: where nothing is encoded, as for --help, they are never loaded.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flowcache.cli import Parser
-from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.parallel import run_in_ranks
-from flowcache.ranks import Ranks
+from flowcache.runtime.cli import Parser
+from flowcache.runtime.config import load_config
+from flowcache.runtime.parallel import run_in_ranks
+from flowcache.runtime.ranks import Ranks
 from magi1.run import Request, describe, prepare, run
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.ranks import Ranks
-from flowcache.weights import check_files, find_shards, load_files, read_model_config
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.weights import check_files, find_shards, load_files, read_model_config
 from magi1.vit import VAEConfig, ViTVAE
 
 _ONLY = {

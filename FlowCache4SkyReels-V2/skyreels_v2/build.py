@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from functools import partial
 
-from flowcache import settings
 from flowcache.compress import TokenLayout
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
 from flowcache.reuse import Rescale, ReusePolicy, identity, polynomial
-from flowcache.tune.profile import Setting
+from flowcache.runtime import settings
+from flowcache.runtime.profile import Setting
+from flowcache.wan.dit import PATCH, DiTConfig
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import PATCH, DiTConfig
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import Segment, Window, cut_segments, cut_window, latent_frames
 

@@ -8,7 +8,7 @@ of SkyReels-V2 share.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from skyreels_v2.dit import DiTConfig
+from flowcache.wan.dit import DiTConfig
 from skyreels_v2.sampling import Signal
 
 COEFFICIENTS: Mapping[str, tuple[float, ...]] = MappingProxyType(

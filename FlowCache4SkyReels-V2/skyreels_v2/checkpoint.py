@@ -14,11 +14,11 @@ import torch
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.errors import UserError
-from flowcache.files import read_json
-from flowcache.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
-from flowcache.tokenizer import tokenizer_files
-from flowcache.tune import profile
-from flowcache.weights import (
+from flowcache.runtime import profile
+from flowcache.runtime.files import read_json
+from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
+from flowcache.runtime.tokenizer import tokenizer_files
+from flowcache.runtime.weights import (
     MAX_SIZE,
     Origin,
     check_files,
@@ -29,8 +29,8 @@ from flowcache.weights import (
     read_model_config,
     rename,
 )
-from skyreels_v2 import text, vae
-from skyreels_v2.dit import DiT, DiTConfig
+from flowcache.wan import text, vae
+from flowcache.wan.dit import DiT, DiTConfig
 
 MAX_TEXT_LEN = 512
 """Prompt tokens of every released model."""

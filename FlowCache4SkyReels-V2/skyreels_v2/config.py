@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from flowcache.attention import KernelName
-from flowcache.bounds import Bounds, check_values
 from flowcache.errors import UserError
-from flowcache.memory import parse_limit
-from flowcache.parallel import ParallelRule
 from flowcache.results import Quantity
-from flowcache.settings import (
+from flowcache.runtime.bounds import Bounds, check_values
+from flowcache.runtime.memory import parse_limit
+from flowcache.runtime.parallel import ParallelRule
+from flowcache.runtime.settings import (
     MAX_FRAMES,
     MAX_STEPS,
     Fps,
@@ -25,7 +25,7 @@ from flowcache.settings import (
     check_reuse,
     guidance_of,
 )
-from skyreels_v2.quantize import QuantizeName
+from flowcache.wan.quantize import QuantizeName
 from skyreels_v2.sampling import Signal
 
 NEGATIVE_PROMPT = (

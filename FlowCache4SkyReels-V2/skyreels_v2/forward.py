@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, cached_attention, prefetcher_for
-from flowcache.ranks import Ranks
-from flowcache.stats import RunStats
-from flowcache.trace import PassId
-from flowcache.transfer import on_device
-from flowcache.ulysses import TokenSplit
-from skyreels_v2 import flops
-from skyreels_v2.dit import DiT, Embedded, whole_window
-from skyreels_v2.layers import ContextKV, join_contexts
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import PassId
+from flowcache.runtime.transfer import on_device
+from flowcache.runtime.ulysses import TokenSplit
+from flowcache.wan import flops
+from flowcache.wan.dit import DiT, Embedded, whole_window
+from flowcache.wan.layers import ContextKV, join_contexts
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Sampling, Unit
 from skyreels_v2.window import Window
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.images import image_size, read_image
-from flowcache.video import probe, read_video, to_pixels
+from flowcache.runtime.images import image_size, read_image
+from flowcache.runtime.video import probe, read_video, to_pixels
+from flowcache.wan.dit import DiTConfig
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiTConfig
 
 if TYPE_CHECKING:
     from PIL import Image

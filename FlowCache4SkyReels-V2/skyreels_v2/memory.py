@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowcache.kv import PREFETCHED_LAYERS, cached_attention, caches_for
-from flowcache.memory import (
+from flowcache.runtime.memory import (
     MemoryPlan,
     Part,
     Residence,
@@ -20,15 +20,15 @@ from flowcache.memory import (
     traced_ranks,
     weight_bytes,
 )
-from flowcache.parallel import own_branches
-from flowcache.ranks import Layout, Ranks
-from flowcache.ulysses import TokenSplit
-from skyreels_v2 import text, vae
+from flowcache.runtime.parallel import own_branches
+from flowcache.runtime.ranks import Layout, Ranks
+from flowcache.runtime.ulysses import TokenSplit
+from flowcache.wan import text, vae
+from flowcache.wan.dit import DiT, DiTConfig, Embedded, whole_window
+from flowcache.wan.layers import join_contexts
 from skyreels_v2.build import VAE_STRIDE, batches_branches, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT, DiTConfig, Embedded, whole_window
-from skyreels_v2.layers import join_contexts
 from skyreels_v2.plan import Plan
 from skyreels_v2.window import pixel_frames
 

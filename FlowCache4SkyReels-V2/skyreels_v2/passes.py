@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowcache.guidance import HeldGuidance
-from flowcache.ranks import Ranks
 from flowcache.results import clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import PassId
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
-from flowcache.trace import PassId
 from skyreels_v2.forward import WindowForward
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
 from skyreels_v2.window import Window

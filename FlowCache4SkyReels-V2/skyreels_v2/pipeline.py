@@ -8,17 +8,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flowcache.finite import Decoded, all_finite
 from flowcache.kv import KVCache, caches_for
-from flowcache.noise import Draw, seeded_noise
-from flowcache.offload import HostWeights, aside
-from flowcache.overlap import Lane, Later, lane_for, should_overlap
-from flowcache.ranks import Ranks
 from flowcache.reuse import Observe, Policies, ReusePolicy
+from flowcache.runtime.finite import Decoded, all_finite
+from flowcache.runtime.noise import Draw, seeded_noise
+from flowcache.runtime.offload import HostWeights, aside
+from flowcache.runtime.overlap import Lane, Later, lane_for, should_overlap
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.settings import guidance_of, store_of
+from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.settings import guidance_of, store_of
-from flowcache.stats import RunStats
-from skyreels_v2 import flops
+from flowcache.wan import flops
+from flowcache.wan.dit import DiT
+from flowcache.wan.layers import ContextKV
 from skyreels_v2.build import (
     VAE_STRIDE,
     compression_of,
@@ -30,8 +32,6 @@ from skyreels_v2.build import (
     window_of,
 )
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT
-from skyreels_v2.layers import ContextKV
 from skyreels_v2.sampler import WindowSampler
 from skyreels_v2.sampling import Branch
 from skyreels_v2.window import Segment, pixel_frames

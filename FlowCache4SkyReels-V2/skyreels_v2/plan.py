@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.cli import gigabytes
 from flowcache.compress import kept_tokens
+from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.settings import check_pass, stored_results, strategy_of
 from flowcache.scoring import scoring_bytes
-from flowcache.settings import check_pass, stored_results, strategy_of
-from skyreels_v2 import flops
+from flowcache.wan import flops
+from flowcache.wan.dit import PATCH, DiT, DiTConfig
+from flowcache.wan.quantize import weight_bytes
 from skyreels_v2.build import (
     batches_branches,
     branches_of,
@@ -24,8 +26,6 @@ from skyreels_v2.build import (
     window_of,
 )
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import PATCH, DiT, DiTConfig
-from skyreels_v2.quantize import weight_bytes
 from skyreels_v2.window import Window, describe, pixel_frames
 
 RESIDUAL_COPIES = 6

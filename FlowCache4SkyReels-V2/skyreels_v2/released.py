@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from skyreels_v2.dit import DiTConfig
+from flowcache.wan.dit import DiTConfig
 
 _SMALL = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 _LARGE = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import check_available, choose_kernels, describe_choice
-from flowcache.bounds import given_path
-from flowcache.cli import DTYPES, choose_device, choose_dtype
-from flowcache.compiling import should_compile
-from flowcache.config import find_preset, load_config, to_dict
-from flowcache.embeddings import cached_embedding, check_cache
 from flowcache.errors import UserError
-from flowcache.finite import check_finite
-from flowcache.job import (
+from flowcache.runtime.bounds import given_path
+from flowcache.runtime.cli import DTYPES, choose_device, choose_dtype
+from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.embeddings import cached_embedding, check_cache
+from flowcache.runtime.finite import check_finite
+from flowcache.runtime.job import (
     Facts,
     Request,
     Target,
@@ -29,18 +29,20 @@ from flowcache.job import (
     replay_lines,
     write_run,
 )
-from flowcache.memory import MemoryPlan, limit_of, parse_limit
-from flowcache.overlap import should_overlap
-from flowcache.parallel import layout_lines, layout_of, own_bytes
-from flowcache.precision import release_cache, set_float32_precision
-from flowcache.ranks import Layout, Ranks
-from flowcache.record import Record, check_replay, replay_policies
-from flowcache.settings import threshold_of
-from flowcache.stats import RunStats
-from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
-from flowcache.video import check_ffmpeg, to_pixels
+from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.runtime.overlap import should_overlap
+from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
+from flowcache.runtime.precision import release_cache, set_float32_precision
+from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.ranks import Layout, Ranks
+from flowcache.runtime.record import Record, check_replay, replay_policies
+from flowcache.runtime.settings import threshold_of
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import check_ffmpeg, to_pixels
+from flowcache.wan import quantize, text, vae
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.layers import compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
-from skyreels_v2 import quantize, text, vae
 from skyreels_v2.build import (
     batches_branches,
     branches_of,
@@ -51,9 +53,7 @@ from skyreels_v2.build import (
 )
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
-from skyreels_v2.layers import compiled_parts
 from skyreels_v2.memory import placed, plan_memory
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.plan import Plan, attention_shape, lines, make_plan, shown_frames

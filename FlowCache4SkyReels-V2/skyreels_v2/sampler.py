@@ -12,17 +12,17 @@ from torch import Tensor
 
 from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, tokens_per_chunk
-from flowcache.ranks import Ranks
 from flowcache.results import ResultStore
 from flowcache.reuse import Decision, Observe, agree, compute_together
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.transfer import on_device
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
-from flowcache.transfer import on_device
-from skyreels_v2.dit import DiT, Embedded
+from flowcache.wan.dit import DiT, Embedded
+from flowcache.wan.solver import UniPC, timestep_grid
 from skyreels_v2.forward import WindowForward
 from skyreels_v2.passes import WindowPasses
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
-from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import Window
 
 WAITING_TIMESTEP = 999

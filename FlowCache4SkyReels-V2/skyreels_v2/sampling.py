@@ -10,8 +10,8 @@ from flowcache.kv import KVCache
 from flowcache.results import Quantity, ResultStore
 from flowcache.reuse import Decision, ReusePolicy
 from flowcache.schedule import Tick, staggered
-from skyreels_v2.dit import Embedded
-from skyreels_v2.layers import ContextKV
+from flowcache.wan.dit import Embedded
+from flowcache.wan.layers import ContextKV
 from skyreels_v2.window import Window
 
 Signal = Literal["timestep", "timestep_embedding", "content"]

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowcache.bounds import given_path
-from flowcache.config import read_yaml
 from flowcache.errors import UserError
-from flowcache.parallel import run_in_ranks
-from flowcache.ranks import Ranks
+from flowcache.runtime.bounds import given_path
+from flowcache.runtime.config import read_yaml
+from flowcache.runtime.parallel import run_in_ranks
+from flowcache.runtime.ranks import Ranks
+from flowcache.wan.dit import DiTConfig
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
-from skyreels_v2.dit import DiTConfig
 from skyreels_v2.enhance import enhance
 from skyreels_v2.released import RELEASED, released_name
 from skyreels_v2.run import (

@@ -7,7 +7,7 @@ with arXiv 2602.10825. The texts are our own.
 from argparse import RawDescriptionHelpFormatter
 from typing import Literal
 
-from flowcache.cli import Parser
+from flowcache.runtime.cli import Parser
 
 Script = Literal["generate_video_df.py", "generate_video.py"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.files import write_text
+from flowcache.runtime.config import load_config
+from flowcache.runtime.files import write_text
 
 BUDGETS_FILE = "budgets.yaml"
 LOW, MID, HIGH = "low", "mid", "high"

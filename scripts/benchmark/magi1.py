@@ -12,8 +12,8 @@ from tuning.magi1 import Magi
 from benchmark.family import REFERENCE, Family, Method, Source
 from benchmark.reuse import Rivals
 from flowcache.errors import UserError
-from flowcache.job import Clip, collect
-from flowcache.stats import RunStats
+from flowcache.runtime.job import Clip, collect
+from flowcache.runtime.stats import RunStats
 from magi1.build import budget_of
 from magi1.pipeline import generate
 from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare

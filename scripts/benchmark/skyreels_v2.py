@@ -6,8 +6,8 @@ from tuning.skyreels_v2 import SkyReels
 
 from benchmark.family import REFERENCE, Family, Method, Source
 from benchmark.reuse import Rivals
-from flowcache.job import Clip, Request, collect
-from flowcache.stats import RunStats
+from flowcache.runtime.job import Clip, Request, collect
+from flowcache.runtime.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import Job, Models, encode_inputs, load_models, prepare
 

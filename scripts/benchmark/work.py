@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmark.family import REFERENCE, Family, Job, Method, Models, Source
 from benchmark.figures import measure
-from flowcache.config import to_dict
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.errors import UserError
+from flowcache.runtime.config import to_dict
 
 FIRST_SEED = 5000
 

@@ -26,7 +26,7 @@ from explain_page.plot import (
 )
 from explain_page.run import Panel, Row, Run
 from explain_page.units import percent, seconds_text
-from flowcache.units import scaled
+from flowcache.runtime.units import scaled
 
 PLOT_HEIGHT = 250.0
 SHARE_WIDTH = 52.0

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.video import Pixels, read_video
+from flowcache.runtime.video import Pixels, read_video
 
 WIDTHS = (320, 240, 160, 112, 80)
 """Pixels; the widest is taken whose pictures all fit into the page."""

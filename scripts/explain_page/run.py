@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowcache.errors import UserError
-from flowcache.files import read_json
-from flowcache.record import alarms, read_record
-from flowcache.timeline import Period
+from flowcache.runtime.files import read_json
+from flowcache.runtime.record import alarms, read_record
+from flowcache.runtime.timeline import Period
 
 SUFFIX = ".record.json"
 STAGE_FIELDS = {"seconds", "num_uses", "within"}

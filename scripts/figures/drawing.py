@@ -13,7 +13,7 @@ from explain_page.palette import chunk_styles
 from explain_page.plot import Axis, text
 
 from flowcache.errors import UserError
-from flowcache.files import read_json
+from flowcache.runtime.files import read_json
 
 PointType = TypeVar("PointType")
 Rows = Sequence[Mapping[str, Any]]

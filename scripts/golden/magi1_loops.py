@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowcache.compress import ImportanceRedundancy, TokenLayout
 from flowcache.reuse import FlowCache, ReusePolicy, Vanilla
-from flowcache.stats import RunStats
+from flowcache.runtime.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets
 from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
 from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig

@@ -17,6 +17,8 @@ from flowcache.compress import ImportanceRedundancy, TokenLayout, gather
 from flowcache.errors import UserError
 from flowcache.schedule import Tick, staggered, visible_intervals
 from flowcache.scoring import importance, redundancy
+from flowcache.wan import text, vae
+from flowcache.wan.solver import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, compare, compare_sets
 from golden.skyreels_v2_long import check_long_video
 from golden.skyreels_v2_loops import (
@@ -26,8 +28,6 @@ from golden.skyreels_v2_loops import (
     check_teacache,
     fps_of,
 )
-from skyreels_v2 import text, vae
-from skyreels_v2.solver import UniPC, timestep_grid
 
 FORWARD_TOLERANCE = 1e-4
 """Of float32 values up to 6; with other vector widths of the processor they differ by 1e-5."""

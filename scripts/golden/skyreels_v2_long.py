@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcache.kv import KVCache
-from flowcache.ranks import Ranks
-from flowcache.stats import RunStats
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.wan.dit import DiT
 from golden.case import Case, Check, compare, compare_sets, known
 from golden.skyreels_v2_loops import (
     LOOP_TOLERANCE,
@@ -26,7 +27,6 @@ from golden.skyreels_v2_loops import (
     token_layout,
 )
 from skyreels_v2.config import KVConfig, ReuseConfig, RunConfig
-from skyreels_v2.dit import DiT
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.window import cut_window
 

@@ -13,10 +13,10 @@ from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression, KVCache, peak_tokens
 from flowcache.results import ResultStore
 from flowcache.reuse import Decision, FlowCache, ReusePolicy, TeaCache, Vanilla, polynomial
-from flowcache.stats import RunStats
+from flowcache.runtime.stats import RunStats
+from flowcache.wan.dit import PATCH, DiT, DiTConfig
 from golden.case import Case, Check, compare, compare_sets, known
 from skyreels_v2.calibration import COEFFICIENTS
-from skyreels_v2.dit import PATCH, DiT, DiTConfig
 from skyreels_v2.sampler import WindowSampler
 from skyreels_v2.sampling import Branch, Sampling
 from skyreels_v2.window import Window, cut_window

@@ -26,9 +26,9 @@ from typing import Any
 import bench_gpu
 import torch
 
-from flowcache.cli import EXIT_INTERRUPTED, Parser, choose_device, run_command
-from flowcache.compiling import Compilation
-from flowcache.files import check_writable, fresh_path, write_json, write_text
+from flowcache.runtime.cli import EXIT_INTERRUPTED, Parser, choose_device, run_command
+from flowcache.runtime.compiling import Compilation
+from flowcache.runtime.files import check_writable, fresh_path, write_json, write_text
 from gpu import paths
 from gpu.measure import matrix_rate, shares_of_kinds
 from gpu.report import markdown

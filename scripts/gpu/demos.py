@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.config import find_preset
-from flowcache.job import Request, Shown
-from flowcache.stats import RunStats
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.job import Request, Shown
+from flowcache.runtime.stats import RunStats
 from gpu.subject import is_installed
 
 Play = Callable[[Any, Any, Any, RunStats, Any], Iterator[Shown]]
@@ -67,9 +67,10 @@ def _words(*shape: int) -> torch.Tensor:
 
 def skyreels() -> Demo:
     """Return SkyReels-V2."""
-    from skyreels_v2 import checkpoint, run, vae
+    from flowcache.wan import vae
+    from flowcache.wan.layers import compiled_parts
+    from skyreels_v2 import checkpoint, run
     from skyreels_v2.build import branches_of
-    from skyreels_v2.layers import compiled_parts
     from skyreels_v2.pipeline import Conditioning, generate
 
     found = checkpoint.find(run.DEMO)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowcache import files
-from flowcache import job as jobs
-from flowcache.cli import DTYPES
-from flowcache.config import find_preset
 from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json
-from flowcache.ranks import Ranks
-from flowcache.stats import RunStats, environment
+from flowcache.runtime import files
+from flowcache.runtime import job as jobs
+from flowcache.runtime.cli import DTYPES
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.files import check_writable, write_json
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats, environment
 from gpu import magi1 as magi1_subject
 from gpu import skyreels_v2 as skyreels_subject
 from magi1 import pipeline as magi1_pipeline

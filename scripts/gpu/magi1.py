@@ -7,10 +7,10 @@ import torch
 from flops import MAGI1_WINDOWS, magi1_clip
 
 from flowcache.attention import Kernel, choose_kernels
-from flowcache.compiling import Compilation, should_compile
-from flowcache.precision import set_float32_precision
 from flowcache.reuse import Policies
-from flowcache.stats import RunStats
+from flowcache.runtime.compiling import Compilation, should_compile
+from flowcache.runtime.precision import set_float32_precision
+from flowcache.runtime.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
 from gpu.traces import MAGI1_CURVE
 from magi1 import flops

@@ -17,16 +17,16 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flowcache.finite import Decoded
-from flowcache.job import Shown
-from flowcache.overlap import Later, lane_for, should_overlap
-from flowcache.record import Record
 from flowcache.results import ResultStore
 from flowcache.reuse import Policies, ReusePolicy, Vanilla
+from flowcache.runtime.finite import Decoded
+from flowcache.runtime.job import Shown
+from flowcache.runtime.overlap import Later, lane_for, should_overlap
+from flowcache.runtime.record import Record
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import PassId, TickId, Trace, elapsed_seconds, now
+from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
-from flowcache.trace import PassId, TickId, Trace, elapsed_seconds, now
-from flowcache.video import to_uint8
 from gpu.subject import Models, Plan, Speed, Subject
 from gpu.traces import CACHING, make_trace, policies_of
 

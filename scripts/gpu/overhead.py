@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from flowcache.errors import UserError
-from flowcache.files import check_writable, write_json
-from flowcache.markdown import escaped
-from flowcache.stats import environment
+from flowcache.runtime.files import check_writable, write_json
+from flowcache.runtime.markdown import escaped
+from flowcache.runtime.stats import environment
 from gpu.growth import Line, Make, open_magi1, open_skyreels, shortened
 
 NAME = "overhead.json"

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels, choose_kernels
-from flowcache.compiling import should_compile
 from flowcache.errors import UserError
-from flowcache.job import Shown
-from flowcache.precision import set_float32_precision
-from flowcache.ranks import Ranks
-from flowcache.stats import RunStats
+from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.job import Shown
+from flowcache.runtime.precision import set_float32_precision
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
 from gpu import demos
 from gpu.demos import Demo
 
@@ -157,9 +157,9 @@ def quantized(mode: Any, device: torch.device) -> Outcome:
     Raises:
         AbsentError: torchao is missing, or the device has no such products.
     """
+    from flowcache.wan import quantize
+    from flowcache.wan.dit import DiT
     from gpu.skyreels_v2 import DIT
-    from skyreels_v2 import quantize
-    from skyreels_v2.dit import DiT
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:

@@ -9,13 +9,16 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from flowcache.attention import KernelName, choose_kernel
-from flowcache.job import Shown
-from flowcache.memory import MemoryPlan, make_memory_plan, weight_bytes
-from flowcache.ranks import Ranks
 from flowcache.reuse import Policies
+from flowcache.runtime.job import Shown
+from flowcache.runtime.memory import MemoryPlan, make_memory_plan, weight_bytes
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
-from flowcache.video import to_uint8
+from flowcache.wan import quantize
+from flowcache.wan.dit import DiT
+from flowcache.wan.vae import VAE
 from gpu import magi1 as gpu_magi1
 from gpu import skyreels_v2 as gpu_skyreels
 from gpu.fake_cuda import CUDA, Cost, Ledger, pretended_cuda
@@ -31,12 +34,10 @@ from magi1.dit import set_precision
 from magi1.plan import make_plan as make_magi1_plan
 from magi1.run import per_process as magi1_per_process
 from magi1.vit import ViTVAE
-from skyreels_v2 import memory, pipeline, quantize
+from skyreels_v2 import memory, pipeline
 from skyreels_v2.build import branches_of
-from skyreels_v2.dit import DiT
 from skyreels_v2.plan import make_plan
 from skyreels_v2.run import per_process
-from skyreels_v2.vae import VAE
 
 ModelName: TypeAlias = Literal["skyreels_v2", "magi1"]
 SUBJECTS: Mapping[str, Subject[Any]] = {

@@ -8,14 +8,17 @@ from flops import skyreels_active_only
 from torch import Tensor
 
 from flowcache.attention import Kernel, choose_kernels
-from flowcache.cli import DTYPES
-from flowcache.compiling import Compilation, should_compile
-from flowcache.config import find_preset
-from flowcache.job import Request
-from flowcache.precision import set_float32_precision
-from flowcache.ranks import Ranks
 from flowcache.reuse import Policies
-from flowcache.stats import RunStats
+from flowcache.runtime.cli import DTYPES
+from flowcache.runtime.compiling import Compilation, should_compile
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.job import Request
+from flowcache.runtime.precision import set_float32_precision
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.layers import compiled_parts
+from flowcache.wan.vae import TEMPORAL_STRIDE, VAE
 from gpu.subject import (
     TARGETS_OF_ALL,
     Method,
@@ -29,13 +32,10 @@ from gpu.subject import (
 from gpu.traces import SKYREELS_CURVE
 from skyreels_v2.build import VAE_STRIDE, branches_of, sampling_of, tokens_per_frame
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.layers import compiled_parts
 from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, Progress, generate
 from skyreels_v2.plan import attention_shape, make_plan
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import PRESETS, read_settings
-from skyreels_v2.vae import TEMPORAL_STRIDE, VAE
 
 STEPS = {"paper": 50, "tiny": 10}
 LAG = {"paper": 5, "tiny": 1}

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from flowcache.attention import AttentionShape, Kernel
-from flowcache.compiling import Compilation
-from flowcache.job import Shown
 from flowcache.reuse import Policies
+from flowcache.runtime.compiling import Compilation
+from flowcache.runtime.job import Shown
+from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
 from gpu.traces import Curve, Pattern, fit_pattern
 
 Size = Literal["paper", "tiny"]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.record import Record, check_replay, replay_policies
 from flowcache.reuse import Decision, FlowCache, Policies, Replay, ReusePolicy
+from flowcache.runtime.record import Record, check_replay, replay_policies
+from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick, staggered
-from flowcache.stats import RunStats
 
 NUM_HALVINGS = 16
 """Of the range in which a threshold is looked for."""

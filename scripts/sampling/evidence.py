@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
-from flowcache.files import read_json, write_json, write_text
-from flowcache.stats import environment
+from flowcache.runtime.files import read_json, write_json, write_text
+from flowcache.runtime.stats import environment
 from sampling.figures import Judge, damaged_figures, rows_of
 from sampling.gpus import describe_gpus
 from sampling.protocol import COPY, VIDEOS, Protocol, contradiction, read_protocol

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flowcache.comparison import ClipFigures, average, compare_clips
 from flowcache.errors import UserError
-from flowcache.files import read_json, write_json
-from flowcache.lpips import LPIPS
+from flowcache.runtime.comparison import ClipFigures, average, compare_clips
+from flowcache.runtime.files import read_json, write_json
+from flowcache.runtime.lpips import LPIPS
 from sampling.protocol import METRICS_FOLDER, VIDEOS, Method, Protocol
 from sampling.tasks import Task, read_receipt
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.files import write_text
-from flowcache.job import VIDEO_QUALITY
+from flowcache.runtime.config import load_config
+from flowcache.runtime.files import write_text
+from flowcache.runtime.job import VIDEO_QUALITY
 from sampling.tasks import Task, check_names, sha256_of
 
 VIDEOS = "videos"

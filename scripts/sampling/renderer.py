@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flowcache.cli import choose_device
-from flowcache.config import to_dict
 from flowcache.errors import UserError
-from flowcache.stats import RunStats
-from flowcache.tune.applied import follows_profile
+from flowcache.runtime.cli import choose_device
+from flowcache.runtime.config import to_dict
+from flowcache.runtime.profiled import follows_profile
+from flowcache.runtime.stats import RunStats
 from sampling.gpus import describe_gpus
 from sampling.protocol import contradiction
 from sampling.tasks import Kind, Origin, Task, sha256_of, sketch_of

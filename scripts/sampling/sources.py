@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowcache.errors import UserError
-from flowcache.text_files import TableRow, read_lines, read_table
+from flowcache.runtime.text_files import TableRow, read_lines, read_table
 from sampling.tasks import Task
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
-from flowcache.files import parse_json, read_json
+from flowcache.runtime.files import parse_json, read_json
 
 Origin = Mapping[str, str]
 """What a video is made from beside its task, as hashes: see `Renderer.check`."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowcache.ending import check_stopped, undisturbed
 from flowcache.errors import UserError
-from flowcache.files import write_json
+from flowcache.runtime.ending import check_stopped, undisturbed
+from flowcache.runtime.files import write_json
 from sampling.claims import STALE_SECONDS, Claim, Claims
 from sampling.tasks import MISSING, Kind, Origin, Task, alarms_of, flaw, sha256_of
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flowcache.errors import UserError
-from flowcache.metrics import PIXEL_MAX
+from flowcache.runtime.metrics import PIXEL_MAX
 from flowcache.tune.forecast import Costs, Forecast, Target, fit_costs, fit_pixel_scale, to_psnr
 from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
 from flowcache.tune.gram import Calibration

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from flowcache.job import Clip, collect
 from flowcache.reuse import Observe
-from flowcache.stats import RunStats
+from flowcache.runtime.job import Clip, collect
+from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import RunStats
 from flowcache.tune.gram import most_active
-from flowcache.tune.profile import Setting
 from magi1 import checkpoint as checkpoints
 from magi1.build import clip_of, dtype_of, latent_size, setting_of
 from magi1.pipeline import Conditioning, generate

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowcache.planned import MagCache
+from flowcache.runtime.settings import ReuseRule
 from flowcache.schedule import staggered
-from flowcache.settings import ReuseRule
 from flowcache.tune.plan import Plan
-from flowcache.tune.policies import MagCache
 from tuning.subject import Words
 
 REFERENCE = "every step computed"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flowcache.demo.clips import split_attributes
 from flowcache.errors import UserError
-from flowcache.text_files import read_lines
+from flowcache.runtime.text_files import read_lines
 from tuning.study import Prompt
 
 CALIBRATION_SEED, CHECK_SEED = 7000, 8000

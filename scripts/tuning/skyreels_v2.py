@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from flowcache.config import find_preset
 from flowcache.errors import UserError
-from flowcache.job import Clip, collect
 from flowcache.reuse import Observe
-from flowcache.stats import RunStats
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.job import Clip, collect
+from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import RunStats
 from flowcache.tune.gram import most_active
-from flowcache.tune.profile import Setting
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.build import VAE_STRIDE, branches_of, segments_of, setting_of, window_of
 from skyreels_v2.config import RunConfig

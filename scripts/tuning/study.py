@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowcache.metrics import PIXEL_MAX
-from flowcache.stats import RunStats
+from flowcache.runtime.metrics import PIXEL_MAX
+from flowcache.runtime.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration, GramCollector, Sketch, merge
 from flowcache.tune.plan import Constraints, Plan

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowcache.job import Clip
 from flowcache.results import Quantity
 from flowcache.reuse import Observe
+from flowcache.runtime.job import Clip
+from flowcache.runtime.profile import Setting
 from flowcache.tune.gram import calibration_bytes
-from flowcache.tune.profile import Setting
 
 EXACT_BYTES = 256_000_000
 """Up to this much memory, velocities are held as they are; above, as sketches."""

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import pytest
 
-from flowcache.bounds import (
+from flowcache.errors import UserError
+from flowcache.runtime.bounds import (
     IS_PATH,
     Bounds,
     annotated_hints,
@@ -18,8 +19,7 @@ from flowcache.bounds import (
     given_path,
     path_fault,
 )
-from flowcache.config import describe, load_config
-from flowcache.errors import UserError
+from flowcache.runtime.config import describe, load_config
 from magi1.settings import RunConfig as MagiRun
 from skyreels_v2.config import RunConfig as SkyReelsRun
 

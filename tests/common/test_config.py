@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from flowcache import config as configs
-from flowcache.config import (
+from flowcache.errors import UserError
+from flowcache.runtime import config as configs
+from flowcache.runtime.config import (
     describe,
     find_preset,
     load_config,
@@ -16,7 +17,6 @@ from flowcache.config import (
     to_dict,
     yaml_comments,
 )
-from flowcache.errors import UserError
 
 WriteLayer = Callable[[str], Path]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowcache.degenerate import DegenerateCheck, Pixels
 from flowcache.demo.clips import all_attributes, random_motion, render
-from flowcache.video import VideoWriter, read_video
+from flowcache.runtime.degenerate import DegenerateCheck, Pixels
+from flowcache.runtime.video import VideoWriter, read_video
 
 
 def alarms(frames_THW3: Pixels | Sequence[Pixels]) -> list[str]:

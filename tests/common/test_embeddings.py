@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.embeddings import cached_embedding, hash_files
 from flowcache.errors import UserError
+from flowcache.runtime.embeddings import cached_embedding, hash_files
 
 FACTS = {"prompts": ["a swan"], "encoder": "abc"}
 VALUE = torch.arange(12, dtype=torch.bfloat16).view(3, 4)

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from flowcache.ending import SIGNALS, Ending, Stopped, check_stopped, current, message, undisturbed
+from flowcache.runtime.ending import (
+    SIGNALS,
+    Ending,
+    Stopped,
+    check_stopped,
+    current,
+    message,
+    undisturbed,
+)
 
 START = """
 import ctypes, os, signal, sys, threading, time
 from pathlib import Path
-import flowcache.ending as ending
-from flowcache.ending import Ending, Starter, Stopped, check_stopped, undisturbed
+import flowcache.runtime.ending as ending
+from flowcache.runtime.ending import Ending, Starter, Stopped, check_stopped, undisturbed
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 ending.STUCK_SECONDS, ending.POLL_SECONDS = 0.5, 0.1

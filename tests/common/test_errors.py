@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache.cli import run_command
 from flowcache.errors import NoMemoryError, UserError, memory_named, no_memory
-from flowcache.stats import RunStats
+from flowcache.runtime.cli import run_command
+from flowcache.runtime.stats import RunStats
 
 TOO_MANY = 2**45
 """Numbers: 35 TB as uint8, which no machine of today has."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.files import (
+from flowcache.runtime.files import (
     MAX_JSON_DEPTH,
     check_writable,
     fresh_path,

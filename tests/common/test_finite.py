@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
-from flowcache.finite import Decoded, broken_weight, check_finite
-from flowcache.job import finished_frames
+from flowcache.runtime.finite import Decoded, broken_weight, check_finite
+from flowcache.runtime.job import finished_frames
 
 BROKEN = [float("nan"), float("inf"), float("-inf")]
 

@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.attention import SDPA
-from flowcache.flops import attention, linear
+from flowcache.runtime.flops import attention, linear
 
 
 def test_two_operations_are_counted_per_multiply_add():

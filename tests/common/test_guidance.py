@@ -3,7 +3,7 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.guidance import HeldGuidance
-from flowcache.settings import ReuseRule, check_guidance, check_reuse, guidance_of
+from flowcache.runtime.settings import ReuseRule, check_guidance, check_reuse, guidance_of
 
 
 def full_steps(guidance: HeldGuidance, computed: list[int], *, num_steps: int = 8) -> list[int]:

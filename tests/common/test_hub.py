@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from flowcache.errors import UserError
-from flowcache.hub import Hub, Missing, fetch, find_missing, local_copy
+from flowcache.runtime.hub import Hub, Missing, fetch, find_missing, local_copy
 
 REPOSITORY = "someone/model"
 httpx: Any = importlib.import_module(HTTPError.__module__.partition(".")[0])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.finite import Decoded
-from flowcache.job import Request, claim_output, collect, config_layers
-from flowcache.overlap import Later
+from flowcache.runtime.finite import Decoded
+from flowcache.runtime.job import Request, claim_output, collect, config_layers
+from flowcache.runtime.overlap import Later
+from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.stats import RunStats
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flowcache.cli import EXIT_USER_ERROR, Parser
-from flowcache.launch import main
+from flowcache.runtime.cli import EXIT_USER_ERROR, Parser
+from flowcache.runtime.launch import main
 
 PROCESS = """
 import os, signal, sys, time
@@ -25,7 +25,7 @@ def start(tmp_path: Path, process: str) -> "subprocess.Popen[str]":
     script = tmp_path / "process.py"
     script.write_text(PROCESS + process)
     return subprocess.Popen(
-        [sys.executable, "-m", "flowcache.launch", "2", str(script)],
+        [sys.executable, "-m", "flowcache.runtime.launch", "2", str(script)],
         env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -89,7 +89,7 @@ def test_what_ends_a_process_ends_all_and_is_one_line(
 def test_what_a_killed_process_was_writing_is_kept_and_named(tmp_path: Path):
     process = """
 if rank == "0":
-    from flowcache.ending import Ending, Starter
+    from flowcache.runtime.ending import Ending, Starter
     parent, notes, _ = map(int, os.environ["FLOWCACHE_LAUNCHER"].split(","))
     with Ending(Starter(parent, says_why=True, notes=notes)) as ending:
         for name in "abc":

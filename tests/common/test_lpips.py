@@ -12,7 +12,7 @@ from scipy.ndimage import maximum_filter
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.lpips import (
+from flowcache.runtime.lpips import (
     BACKBONE_FILE,
     LPIPS,
     Weights,

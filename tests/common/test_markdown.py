@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowcache.markdown import escaped, table_row
+from flowcache.runtime.markdown import escaped, table_row
 
 
 @pytest.mark.parametrize(

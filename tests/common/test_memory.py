@@ -4,7 +4,7 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
 from flowcache.errors import UserError
-from flowcache.memory import (
+from flowcache.runtime.memory import (
     LiveBytes,
     Part,
     Residence,

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.metrics import psnr, psnr_per_frame, ssim, ssim_per_frame
+from flowcache.runtime.metrics import psnr, psnr_per_frame, ssim, ssim_per_frame
 
 pytestmark = pytest.mark.numeric
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from flowcache.noise import seeded_noise
+from flowcache.runtime.noise import seeded_noise
 
 
 def test_a_seeded_draw_repeats():

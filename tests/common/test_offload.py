@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from flowcache import offload
-from flowcache.offload import HostWeights, aside
+from flowcache.runtime import offload
+from flowcache.runtime.offload import HostWeights, aside
 
 ELSEWHERE = torch.device("meta")
 

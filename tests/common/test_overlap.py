@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from flowcache.overlap import MAX_WAITING, SerialLane, ThreadLane, lane_for, should_overlap
+from flowcache.runtime.overlap import MAX_WAITING, SerialLane, ThreadLane, lane_for, should_overlap
 
 
 def test_work_is_done_in_order_in_another_thread():

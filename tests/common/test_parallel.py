@@ -10,14 +10,14 @@ from datetime import timedelta
 import pytest
 import torch
 
-from flowcache.bounds import check_values
-from flowcache.cli import EXIT_USER_ERROR
-from flowcache.ending import LAUNCHER, Starter, Stopped
 from flowcache.errors import UserError
-from flowcache.parallel import ParallelRule, layout_of, own_bytes, run_in_ranks
-from flowcache.ranks import Group, Layout, LostProcessError, Place, Ranks, starter_of
 from flowcache.reuse import Vanilla
-from flowcache.ulysses import TokenSplit
+from flowcache.runtime.bounds import check_values
+from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.ending import LAUNCHER, Starter, Stopped
+from flowcache.runtime.parallel import ParallelRule, layout_of, own_bytes, run_in_ranks
+from flowcache.runtime.ranks import Group, Layout, LostProcessError, Place, Ranks, starter_of
+from flowcache.runtime.ulysses import TokenSplit
 
 
 def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:
@@ -246,8 +246,8 @@ def test_every_frame_is_divided_and_all_tokens_have_one_owner():
 MEET = """
 import os, sys
 from datetime import timedelta
-from flowcache.parallel import joined
-from flowcache.ranks import LostProcessError, Place
+from flowcache.runtime.parallel import joined
+from flowcache.runtime.ranks import LostProcessError, Place
 try:
     with joined(Place.of(os.environ), timeout=timedelta(seconds=2)):
         pass

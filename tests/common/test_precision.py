@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowcache import precision
-from flowcache.precision import (
+from flowcache.runtime import precision
+from flowcache.runtime.precision import (
     HAS_WIDE_PRODUCT,
     linear_in_float32,
     set_allocator,

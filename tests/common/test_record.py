@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
-from flowcache.record import (
+from flowcache.reuse import Decision
+from flowcache.runtime.record import (
     alarms,
     build_record,
     check_replay,
@@ -17,10 +18,9 @@ from flowcache.record import (
     replay_policies,
     write_record,
 )
-from flowcache.reuse import Decision
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import KVTokens, PassFlops, PassId, TickId, Traced, merged
 from flowcache.schedule import Tick, staggered
-from flowcache.stats import RunStats
-from flowcache.trace import KVTokens, PassFlops, PassId, TickId, Traced, merged
 
 CPU = torch.device("cpu")
 NUM_STEPS = 6

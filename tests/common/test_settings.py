@@ -7,7 +7,7 @@ import pytest
 from flowcache.compress import ImportanceRedundancy, Recent, SinkRecent
 from flowcache.errors import UserError
 from flowcache.reuse import FlowCache, Stride, TeaCache, Vanilla
-from flowcache.settings import (
+from flowcache.runtime.settings import (
     POLICIES,
     KVRule,
     ReuseRule,

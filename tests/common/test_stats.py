@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowcache.reuse import Decision
-from flowcache.stats import RunStats, environment
+from flowcache.runtime.stats import RunStats, environment
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.text_files import read_lines, read_table
+from flowcache.runtime.text_files import read_lines, read_table
 
 COLUMNS = ("text", "name")
 

@@ -1,6 +1,6 @@
 """When each stage was at work: what is told as one."""
 
-from flowcache.timeline import Period, merged_periods
+from flowcache.runtime.timeline import Period, merged_periods
 
 
 def test_the_worked_example():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowcache.transfer import on_device
+from flowcache.runtime.transfer import on_device
 
 
 def test_numbers_become_a_tensor_of_the_dtype():

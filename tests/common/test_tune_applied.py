@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.settings import ReuseRule, guidance_of, policy_maker, threshold_of
-from flowcache.tune.applied import check_tuned_for, load_with_profile, profile_lines
-from flowcache.tune.policies import GuardedPlan, MagCache, Planned
-from flowcache.tune.profile import (
+from flowcache.planned import GuardedPlan, MagCache, Planned
+from flowcache.runtime.config import load_config
+from flowcache.runtime.profile import (
     Observed,
     Prediction,
     Profile,
@@ -20,6 +18,8 @@ from flowcache.tune.profile import (
     Source,
     write_profile,
 )
+from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.settings import ReuseRule, guidance_of, policy_maker, threshold_of
 
 SETTING = Setting(num_steps=4, shift=5.0, lag=2, guidance=[4.0])
 PROFILE = Profile(

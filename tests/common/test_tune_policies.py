@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.reuse import ReusePolicy, Stride
-from flowcache.schedule import staggered
-from flowcache.tune.policies import (
+from flowcache.planned import (
     GuardedPlan,
     MagCache,
     Planned,
     distance_band,
     magnitude_ratios,
 )
+from flowcache.reuse import ReusePolicy, Stride
+from flowcache.schedule import staggered
 
 
 def computed_steps(

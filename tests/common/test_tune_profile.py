@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
-from flowcache.tune.profile import (
+from flowcache.runtime.profile import (
     Observed,
     Prediction,
     Profile,

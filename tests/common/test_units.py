@@ -1,6 +1,6 @@
 import pytest
 
-from flowcache.units import scaled
+from flowcache.runtime.units import scaled
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flowcache.decoding import Timed, at_rate
-from flowcache.ending import Ending, Stopped
 from flowcache.errors import UserError
-from flowcache.video import (
+from flowcache.runtime.decoding import Timed, at_rate
+from flowcache.runtime.ending import Ending, Stopped
+from flowcache.runtime.video import (
     Pixels,
     Probe,
     VideoWriter,

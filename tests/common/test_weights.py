@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
-from flowcache.weights import (
+from flowcache.runtime.weights import (
     Origin,
     check_files,
     find_shards,

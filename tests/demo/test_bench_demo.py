@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from flowcache.config import find_preset, load_config, to_dict
 from flowcache.demo.clips import Attributes
-from flowcache.job import Clip, config_layers
 from flowcache.reuse import Decision
-from flowcache.stats import RunStats
+from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.job import Clip, config_layers
+from flowcache.runtime.stats import RunStats
 from magi1.released import find_model
 from magi1.run import BASE, PRESETS
 from magi1.settings import RunConfig

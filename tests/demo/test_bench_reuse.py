@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from flowcache.config import find_preset, load_config, to_dict
 from flowcache.errors import UserError
-from flowcache.job import Request, config_layers
-from flowcache.tune import profile as profiles
+from flowcache.runtime import profile as profiles
+from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.job import Request, config_layers
 from magi1.released import find_model
 from magi1.run import BASE, PRESETS
 from magi1.settings import RunConfig

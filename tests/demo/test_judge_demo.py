@@ -11,7 +11,7 @@ import pytest
 
 from flowcache.demo.clips import Attributes, random_motion, render, split_attributes
 from flowcache.demo.judge import judge
-from flowcache.video import VideoWriter, read_video
+from flowcache.runtime.video import VideoWriter, read_video
 
 FRAMES = 33
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from flowcache.config import find_preset, load_config
-from flowcache.job import config_layers
-from flowcache.video import VideoWriter
+from flowcache.runtime.config import find_preset, load_config
+from flowcache.runtime.job import config_layers
+from flowcache.runtime.video import VideoWriter
 from magi1 import run as runs
 from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi1.dit import DiT, set_precision

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from flowcache.parallel import joined
-from flowcache.ranks import PATIENCE, Layout, Place
+from flowcache.runtime.parallel import joined
+from flowcache.runtime.ranks import PATIENCE, Layout, Place
 from magi1.vae import Tiling, load
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from flowcache.parallel import joined
-from flowcache.ranks import PATIENCE, Layout, Place, Ranks
-from flowcache.stats import RunStats
+from flowcache.runtime.parallel import joined
+from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.stats import RunStats
 from magi1.pipeline import generate
 from magi1.run import Request, encode_inputs, load_models, prepare, read_settings, run
 

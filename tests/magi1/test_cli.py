@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowcache.video import VideoWriter
+from flowcache.runtime.video import VideoWriter
 from magi1.__main__ import main
 
 Refused = Callable[..., str]

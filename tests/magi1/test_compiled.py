@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowcache.attention import SDPA
 from flowcache.kv import cached_attention, caches_for
-from flowcache.stats import RunStats
+from flowcache.runtime.stats import RunStats
 from magi1.config import ModelConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import Fp8Linear

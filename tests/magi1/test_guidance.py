@@ -11,13 +11,13 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.cli import EXIT_USER_ERROR
 from flowcache.errors import UserError
 from flowcache.guidance import HeldGuidance
-from flowcache.record import read_record
 from flowcache.reuse import ReusePolicy, Stride, Vanilla
-from flowcache.stats import RunStats
-from flowcache.video import read_video
+from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.record import read_record
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import read_video
 from magi1.__main__ import main
 from magi1.dit import DiT
 from magi1.sampler import ClipSampler

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.video import VideoWriter
+from flowcache.runtime.config import load_config
+from flowcache.runtime.video import VideoWriter
 from magi1.inputs import num_latents, read_prefix
 from magi1.settings import RunConfig
 

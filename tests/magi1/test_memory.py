@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from flowcache.memory import (
+from flowcache.runtime.memory import (
     LeanAttention,
     LiveBytes,
     MemoryPlan,
     make_memory_plan,
     scratch_bytes,
 )
-from flowcache.stats import RunStats
+from flowcache.runtime.stats import RunStats
 from magi1 import run as runs
 from magi1 import vae
 from magi1.captions import NULL_TOKENS

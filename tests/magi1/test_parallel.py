@@ -9,7 +9,7 @@ import pytest
 import torch
 from closeness import num_ulps
 
-from flowcache.record import read_record
+from flowcache.runtime.record import read_record
 from magi1.run import prepare
 
 pytestmark = [pytest.mark.numeric, pytest.mark.slow]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowcache.ranks import Ranks
-from flowcache.stats import RunStats
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
 from magi1.memory import networks_of
 from magi1.pipeline import Conditioning, Progress, generate
 from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare

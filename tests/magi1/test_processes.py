@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flowcache.video import probe
+from flowcache.runtime.video import probe
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-OWN = ("-m", "flowcache.launch", "2")
+OWN = ("-m", "flowcache.runtime.launch", "2")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowcache.cli import EXIT_USER_ERROR
-from flowcache.record import read_record
-from flowcache.video import read_video
+from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.record import read_record
+from flowcache.runtime.video import read_video
 from magi1.__main__ import main
 
 pytestmark = pytest.mark.numeric

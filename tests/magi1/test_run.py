@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.record import read_record
-from flowcache.video import probe, read_video
+from flowcache.runtime.record import read_record
+from flowcache.runtime.video import probe, read_video
 from magi1.run import Request, prepare, run
 
 Make = Callable[..., Any]

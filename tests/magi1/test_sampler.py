@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.errors import UserError
-from flowcache.record import build_record, replay_policies
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
-from flowcache.stats import RunStats
+from flowcache.runtime.record import build_record, replay_policies
+from flowcache.runtime.stats import RunStats
 from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
 from magi1.config import ModelConfig
 from magi1.dit import DiT

@@ -8,8 +8,8 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.reuse import FlowCache
-from flowcache.settings import POLICIES, strategy_of
-from flowcache.tune.applied import follows_profile
+from flowcache.runtime.profiled import follows_profile
+from flowcache.runtime.settings import POLICIES, strategy_of
 from magi1.build import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
 from magi1.config import read_config
 from magi1.dit import DiT

@@ -12,10 +12,8 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.cli import EXIT_USER_ERROR
-from flowcache.stats import RunStats
-from flowcache.tune.gram import Calibration
-from flowcache.tune.profile import (
+from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.profile import (
     Observed,
     Prediction,
     Profile,
@@ -24,6 +22,8 @@ from flowcache.tune.profile import (
     read_profile,
     write_profile,
 )
+from flowcache.runtime.stats import RunStats
+from flowcache.tune.gram import Calibration
 from magi1 import checkpoint as checkpoints
 from magi1.__main__ import main
 from magi1.build import setting_of

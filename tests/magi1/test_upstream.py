@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flowcache.config import load_config
-from flowcache.job import config_layers
-from flowcache.video import probe
+from flowcache.runtime.config import load_config
+from flowcache.runtime.job import config_layers
+from flowcache.runtime.video import probe
 from magi1.released import FOLDER
 from magi1.run import BASE, Request
 from magi1.settings import RunConfig

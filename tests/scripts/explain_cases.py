@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flowcache.video import VideoWriter
+from flowcache.runtime.video import VideoWriter
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MAX_PAGE_BYTES = 5_000_000

@@ -31,11 +31,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from gpu.fake_cuda import CAPABILITY, CUDA, Forgetful, device_guard
 
+from flowcache.wan import layers as skyreels_layers
 from magi1 import layers as magi_layers
 from magi1.config import read_config
 from magi1.dit import is_float32
 from magi1.released import CONFIGS
-from skyreels_v2 import layers as skyreels_layers
 from skyreels_v2.released import RELEASED
 
 H100 = SimpleNamespace(

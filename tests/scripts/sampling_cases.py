@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flowcache.video import VideoWriter
+from flowcache.runtime.video import VideoWriter
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"

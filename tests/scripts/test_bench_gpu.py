@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from flowcache.finite import Decoded
-from flowcache.overlap import Later
-from flowcache.ranks import Ranks
+from flowcache.runtime.finite import Decoded
+from flowcache.runtime.overlap import Later
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
 from flowcache.schedule import staggered
-from flowcache.stats import RunStats
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODELS = ("skyreels_v2", "magi1")
@@ -175,7 +175,7 @@ def test_all_methods_have_the_same_settings_where_omegaconf_is_missing(
         return [subject.plan(method, "paper", 1, settings).config for method in subject.methods]
 
     with_omegaconf = read()
-    monkeypatch.setattr("flowcache.config.has_omegaconf", lambda: False)
+    monkeypatch.setattr("flowcache.runtime.config.has_omegaconf", lambda: False)
     assert read() == with_omegaconf
     assert with_omegaconf[0].compile is False
 

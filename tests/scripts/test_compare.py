@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flowcache.comparison import average
-from flowcache.lpips import BACKBONE_FILE, LAYERS, LPIPS
-from flowcache.metrics import psnr, ssim_per_frame
-from flowcache.video import VideoWriter, read_video
+from flowcache.runtime.comparison import average
+from flowcache.runtime.lpips import BACKBONE_FILE, LAYERS, LPIPS
+from flowcache.runtime.metrics import psnr, ssim_per_frame
+from flowcache.runtime.video import VideoWriter, read_video
 
 PATH = Path(__file__).parents[2] / "scripts" / "compare.py"
 Pixels = npt.NDArray[np.uint8]

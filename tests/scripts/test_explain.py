@@ -21,7 +21,7 @@ from explain_cases import (
     write_run,
 )
 
-from flowcache.video import VideoWriter
+from flowcache.runtime.video import VideoWriter
 
 
 def test_the_page_holds_every_decision_with_its_figures(main: Main, tmp_path: Path):

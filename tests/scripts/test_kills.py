@@ -25,7 +25,7 @@ import psutil
 import pytest
 from sampling_cases import REPOSITORY, SCRIPTS, SHORT, videos
 
-from flowcache.video import probe
+from flowcache.runtime.video import probe
 
 MARK = "FLOWCACHE_TEST_OF_KILLS"
 """Variable by which every process of a run is found, whoever started it."""
@@ -36,7 +36,7 @@ ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PROMPT = ("--prompt", "a red circle moving right on a black background")
 MAGI = ("runtime_config.num_frames=120", "runtime_config.num_steps=8")
 MODELS = ("FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
-LAUNCH = ("-m", "flowcache.launch", "2")
+LAUNCH = ("-m", "flowcache.runtime.launch", "2")
 PROMPTS = "a red circle moving right on a black background\na blue square\na green circle\n"
 
 

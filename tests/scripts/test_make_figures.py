@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache.job import Clip
-from flowcache.stats import RunStats
+from flowcache.runtime.job import Clip
+from flowcache.runtime.stats import RunStats
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from flowcache import weights
-from flowcache.cli import run_command
-from flowcache.config import describe
-from flowcache.frames import open_clip
-from flowcache.record import read_record
-from flowcache.tune.profile import read_profile
-from flowcache.video import VideoWriter, probe, read_image, read_video
+from flowcache.runtime import weights
+from flowcache.runtime.cli import run_command
+from flowcache.runtime.config import describe
+from flowcache.runtime.frames import open_clip
+from flowcache.runtime.profile import read_profile
+from flowcache.runtime.record import read_record
+from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
 from magi1.captions import load_special_tokens
 from magi1.config import read_config
 
@@ -222,7 +222,7 @@ def explain(path: Path) -> None:
 
 
 def yaml_of(path: Path) -> dict[str, Any]:
-    return import_module("flowcache.config").read_yaml(path)
+    return import_module("flowcache.runtime.config").read_yaml(path)
 
 
 def documents() -> dict[str, tuple[str, Any, Callable[[Path], object]]]:

@@ -101,7 +101,7 @@ def leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def resolve(protocol: Any, method: Any) -> dict[str, Any]:
     """Return all settings of a row, without the files of a released model."""
     run = importlib.import_module(f"{protocol.family}.run")
-    config = importlib.import_module("flowcache.config")
+    config = importlib.import_module("flowcache.runtime.config")
     settings = [*protocol.settings, *method.settings, "prompt=a cat"]
     request = run.Request(method.preset, protocol.model, settings)
     if protocol.family == "magi1":

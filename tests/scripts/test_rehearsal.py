@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flowcache.ranks import Group, Layout, Place, Ranks
+from flowcache.runtime.ranks import Group, Layout, Place, Ranks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 

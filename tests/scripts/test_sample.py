@@ -28,8 +28,8 @@ from sampling_cases import (
 )
 from torch import Tensor
 
-from flowcache.video import probe
-from skyreels_v2.text import TextEncoder
+from flowcache.runtime.video import probe
+from flowcache.wan.text import TextEncoder
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -170,7 +170,7 @@ def test_help_shows_examples(sample: ModuleType, capfd: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as ended:
         sample.main(["--help"])
     assert ended.value.code == 0
-    assert "python -m flowcache.launch 8" in capfd.readouterr().out
+    assert "python -m flowcache.runtime.launch 8" in capfd.readouterr().out
 
 
 def test_every_example_runs(sample: ModuleType, fake: list[Any], tmp_path: Path):

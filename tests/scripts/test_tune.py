@@ -15,13 +15,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from flowcache.guidance import HeldGuidance
-from flowcache.job import Clip
 from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe
-from flowcache.stats import RunStats
+from flowcache.runtime.job import Clip
+from flowcache.runtime.profile import Setting, read_profile
+from flowcache.runtime.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration
-from flowcache.tune.profile import Setting, read_profile
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 GOLDEN = Path(__file__).parents[1] / "golden" / "tune"

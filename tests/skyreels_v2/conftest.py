@@ -19,11 +19,11 @@ from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, caches_for
 from flowcache.results import ResultStore
 from flowcache.reuse import Observe, ReusePolicy, Vanilla
-from flowcache.stats import RunStats
-from flowcache.video import VideoWriter
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import VideoWriter
+from flowcache.wan.dit import DiT, DiTConfig
 from skyreels_v2 import run as runs
 from skyreels_v2.checkpoint import diffusers_key
-from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.run import DEMO
 from skyreels_v2.sampler import WindowSampler
 from skyreels_v2.sampling import Branch, Sampling

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from flowcache.config import find_preset
-from flowcache.parallel import joined
-from flowcache.ranks import PATIENCE, Layout, Place, Ranks
-from flowcache.stats import RunStats
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.parallel import joined
+from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import (
     PRESETS,

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from flowcache.errors import UserError
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.text import umt5_key
 from skyreels_v2 import checkpoint
 from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
-from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.text import umt5_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowcache.video import probe
+from flowcache.runtime.video import probe
 from skyreels_v2.__main__ import main
 
 Refused = Callable[..., str]

@@ -9,10 +9,10 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowcache.ranks import Ranks
-from skyreels_v2 import vae
-from skyreels_v2.decoder import Seen, Strip, decode_hidden, decode_latent, margins_of
-from skyreels_v2.vae import VAE
+from flowcache.runtime.ranks import Ranks
+from flowcache.wan import vae
+from flowcache.wan.decoder import Seen, Strip, decode_hidden, decode_latent, margins_of
+from flowcache.wan.vae import VAE
 
 pytestmark = pytest.mark.numeric
 

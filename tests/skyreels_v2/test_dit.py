@@ -9,8 +9,8 @@ from closeness import assert_close
 from safetensors import safe_open
 from torch import Tensor
 
-from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.layers import rope_table, rotate, sinusoid
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.layers import rope_table, rotate, sinusoid
 
 pytestmark = pytest.mark.numeric
 

@@ -10,9 +10,9 @@ from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
 from flowcache.results import Quantity
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
-from flowcache.stats import RunStats
-from skyreels_v2 import flops
-from skyreels_v2.dit import DiT, DiTConfig
+from flowcache.runtime.stats import RunStats
+from flowcache.wan import flops
+from flowcache.wan.dit import DiT, DiTConfig
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import cut_window
 

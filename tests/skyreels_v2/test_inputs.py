@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.video import VideoWriter, to_pixels
+from flowcache.runtime.video import VideoWriter, to_pixels
+from flowcache.wan.dit import DiTConfig
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiTConfig
 from skyreels_v2.inputs import check_mode, fit_image, read_media, turn_to_fit
 
 CONFIG = RunConfig(prompt="a red circle", height=16, width=32, num_frames=17, base_num_frames=17)

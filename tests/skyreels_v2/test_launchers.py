@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flowcache.video import probe
+from flowcache.runtime.video import probe
 from skyreels_v2.__main__ import main
 from skyreels_v2.run import FOLDER
 
@@ -137,7 +137,7 @@ def test_several_gpus_get_a_process_each(launchers: Any, tmp_path: Path, name: s
     done = launchers.run(name, "--dry-run", cwd=tmp_path, GPUS="4")
     assert done.returncode == 0, done.stderr
     handed = (tmp_path / "handed").read_text().split("\0")
-    assert handed[:6] == ["-m", "flowcache.launch", "4", "-m", "skyreels_v2", "--preset"]
+    assert handed[:6] == ["-m", "flowcache.runtime.launch", "4", "-m", "skyreels_v2", "--preset"]
 
 
 def test_an_empty_prompt_is_handed_on_and_refused(

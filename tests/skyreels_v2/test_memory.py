@@ -12,19 +12,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.config import find_preset, load_config
-from flowcache.memory import LeanAttention, LiveBytes, MemoryPlan, Residence, make_memory_plan
-from flowcache.stats import RunStats
+from flowcache.runtime.config import find_preset, load_config
+from flowcache.runtime.memory import (
+    LeanAttention,
+    LiveBytes,
+    MemoryPlan,
+    Residence,
+    make_memory_plan,
+)
+from flowcache.runtime.stats import RunStats
+from flowcache.wan import vae
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.text import empty_encoder
 from skyreels_v2 import run as runs
-from skyreels_v2 import vae
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiT, DiTConfig
 from skyreels_v2.memory import Networks, RunMemory, placed, released_networks
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.plan import make_plan
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import PRESETS, Request, prepare
-from skyreels_v2.text import empty_encoder
 
 META = torch.device("meta")
 SIZES = RELEASED["df-1.3b-540p"]

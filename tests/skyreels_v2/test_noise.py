@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.stats import RunStats
+from flowcache.runtime.stats import RunStats
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from flowcache.timeline import Period
-from skyreels_v2.vae import VAEStream
+from flowcache.runtime.timeline import Period
+from flowcache.wan.vae import VAEStream
 
 pytestmark = pytest.mark.numeric
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from closeness import num_ulps
 
-from flowcache.record import read_record
+from flowcache.runtime.record import read_record
 from skyreels_v2.run import prepare
 
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
@@ -99,7 +99,7 @@ def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
 
 def launch(model: Path, out: Path, *arguments: str, num: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "flowcache.launch", str(num)),
+        *(sys.executable, "-m", "flowcache.runtime.launch", str(num)),
         *("-m", "skyreels_v2", "--preset", "vanilla"),
         *("--model", str(model), "--prompt", "a cat", "--out", str(out), *arguments),
     ]

@@ -5,13 +5,13 @@ from typing import get_args
 import pytest
 import torch
 
-from flowcache.config import find_preset, load_config
 from flowcache.results import Quantity
 from flowcache.reuse import FlowCache
-from skyreels_v2 import flops
+from flowcache.runtime.config import find_preset, load_config
+from flowcache.wan import flops
+from flowcache.wan.dit import DiTConfig
 from skyreels_v2.build import compression_of, policy_maker, tokens_per_frame
 from skyreels_v2.config import RunConfig
-from skyreels_v2.dit import DiTConfig
 from skyreels_v2.plan import Plan, lines, make_plan
 from skyreels_v2.run import PRESETS
 

@@ -12,11 +12,11 @@ from closeness import assert_close
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
-from flowcache.metrics import psnr
-from flowcache.video import read_video
-from skyreels_v2.dit import DiT, DiTConfig
-from skyreels_v2.layers import compiled_parts
-from skyreels_v2.quantize import QuantizeName, check, linears, quantize, weight_bytes
+from flowcache.runtime.metrics import psnr
+from flowcache.runtime.video import read_video
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.layers import compiled_parts
+from flowcache.wan.quantize import QuantizeName, check, linears, quantize, weight_bytes
 
 pytestmark = pytest.mark.numeric
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowcache.cli import EXIT_USER_ERROR
-from flowcache.record import read_record
-from flowcache.video import read_video
+from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.record import read_record
+from flowcache.runtime.video import read_video
 from skyreels_v2.__main__ import main
 from skyreels_v2.released import RELEASED
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.cli import EXIT_INTERRUPTED, run_command
 from flowcache.kv import KVCache
-from flowcache.ranks import Ranks
-from flowcache.stats import RunStats
-from flowcache.video import probe, read_video
+from flowcache.runtime.cli import EXIT_INTERRUPTED, run_command
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import probe, read_video
+from flowcache.wan.vae import VAE
 from skyreels_v2.pipeline import LatentDecoder, generate
 from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render
-from skyreels_v2.vae import VAE
 
 Make = Callable[..., Any]
 
@@ -359,7 +359,7 @@ def test_known_prompts_are_not_encoded_again(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the text encoder is not needed")
 
-    monkeypatch.setattr("skyreels_v2.text.load_encoder", never)
+    monkeypatch.setattr("flowcache.wan.text.load_encoder", never)
     second = make("seed=5", cache)
     assert plain.path.read_bytes() == first.path.read_bytes() == second.path.read_bytes()
     with pytest.raises(AssertionError, match="not needed"):

@@ -17,10 +17,10 @@ from flowcache.compress import CompressionStrategy, ImportanceRedundancy, Recent
 from flowcache.kv import Compression, KVCache, cached_attention, caches_for
 from flowcache.results import Quantity
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
-from skyreels_v2 import flops
-from skyreels_v2.dit import DiT, DiTConfig
+from flowcache.wan import flops
+from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.solver import UniPC, timestep_grid
 from skyreels_v2.sampling import Sampling
-from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flowcache.compress import ImportanceRedundancy, TokenLayout
 from flowcache.kv import Compression
-from flowcache.record import build_record, replay_policies
 from flowcache.results import Quantity
 from flowcache.reuse import FlowCache
-from flowcache.stats import RunStats
-from skyreels_v2.dit import DiT
+from flowcache.runtime.record import build_record, replay_policies
+from flowcache.runtime.stats import RunStats
+from flowcache.wan.dit import DiT
 from skyreels_v2.sampling import Sampling
 from skyreels_v2.window import cut_window
 

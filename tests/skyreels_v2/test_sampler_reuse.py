@@ -17,9 +17,9 @@ from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression
 from flowcache.results import Quantity, ResultStore
 from flowcache.reuse import FlowCache, ReusePolicy, Stride
-from skyreels_v2.dit import DiT
+from flowcache.wan.dit import DiT
+from flowcache.wan.solver import UniPC, timestep_grid
 from skyreels_v2.sampling import Sampling
-from skyreels_v2.solver import UniPC, timestep_grid
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from flowcache.errors import UserError
-from skyreels_v2 import text
-from skyreels_v2.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
+from flowcache.wan import text
+from flowcache.wan.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 
 pytestmark = pytest.mark.numeric
 

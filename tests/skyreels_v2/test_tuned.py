@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.cli import EXIT_USER_ERROR
-from flowcache.config import find_preset
-from flowcache.stats import RunStats
-from flowcache.tune.profile import (
+from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.profile import (
     Observed,
     Prediction,
     Profile,
@@ -20,6 +19,7 @@ from flowcache.tune.profile import (
     Source,
     write_profile,
 )
+from flowcache.runtime.stats import RunStats
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.__main__ import main
 from skyreels_v2.build import setting_of

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flowcache.config import load_config
 from flowcache.errors import UserError
-from flowcache.job import config_layers
-from flowcache.video import probe
+from flowcache.runtime.config import load_config
+from flowcache.runtime.job import config_layers
+from flowcache.runtime.video import probe
 from skyreels_v2.checkpoint import find
 from skyreels_v2.config import RunConfig
 from skyreels_v2.enhance import MAX_NEW_TOKENS, enhance

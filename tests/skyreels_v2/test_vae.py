@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowcache.errors import UserError
-from skyreels_v2 import vae
-from skyreels_v2.vae import VAE, original_key
+from flowcache.wan import vae
+from flowcache.wan.vae import VAE, original_key
 
 pytestmark = pytest.mark.numeric
 

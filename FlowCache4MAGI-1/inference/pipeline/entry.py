@@ -2,7 +2,7 @@
 
 import sys
 
-from flowcache.starting import start_quietly
+from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 

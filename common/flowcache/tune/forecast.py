@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from flowcache.errors import UserError
-from flowcache.metrics import PIXEL_MAX
+from flowcache.runtime.metrics import PIXEL_MAX
 
 TargetName = Literal["speedup", "flops", "psnr", "seconds"]
 EXAMPLES = {"speedup": 3, "flops": 0.35, "psnr": 32, "seconds": 60}

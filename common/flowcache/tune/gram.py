@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.files import ARRAY_ERRORS
+from flowcache.runtime.files import ARRAY_ERRORS
 from flowcache.tune.gap import Array, ErrorModel
 
 SKETCHING_BYTES = 8 + 4 + 2 * 4

@@ -1,0 +1,330 @@
+"""How much memory a run needs, stage by stage, and what must leave the GPU so that it fits.
+
+A stage is a time in which the same large things are in memory: encoding the text, denoising,
+decoding. Its parts are counted by arithmetic from the settings; the scratch memory of a network is
+counted by running it on the meta device, where tensors have shapes but no values.
+"""
+
+import copy
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowcache.errors import UserError
+from flowcache.runtime.ranks import Group, Layout, Ranks
+from flowcache.runtime.units import scaled
+
+RESERVED_SHARE = 0.05
+"""Of the limit: holes between tensors, scratch memory inside kernels, the CUDA context."""
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+_LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+
+
+# Counting -----------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is entered, until they are gone.
+
+    Views and tensors that were there before count nothing, nor does what a kernel allocates for
+    itself. Works on every device, the meta device included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        for tensor in _tensors((args, given)):
+            self._know(tensor, counts=False)
+        result = func(*args, **given)
+        for tensor in _tensors(result):
+            self._know(tensor, counts=True)
+        return result
+
+    def _know(self, tensor: Tensor, *, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)  # the object lives as long as the memory that it stands for
+        if key in self._known:
+            return
+        num_bytes = storage.nbytes() if counts else 0
+        self._known[key] = weakref.finalize(storage, self._forget, key, num_bytes)
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        del self._known[key]
+        self.now -= num_bytes
+
+
+class LeanAttention(TorchFunctionMode):
+    """Stands in for attention while shapes are traced: kernels on a GPU make their output alone."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return what the parameters of a network take; on the meta device, what they would."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def one_layer(encoder: Any) -> Any:
+    """Return an empty text encoder with one layer, which needs as much scratch memory as with all.
+
+    Args:
+        encoder: a T5 of transformers.
+    """
+    config = copy.deepcopy(encoder.config)
+    config.num_layers = 1
+    with torch.device("meta"):
+        return type(encoder)(config).train(encoder.training)
+
+
+@dataclass(frozen=True)
+class _TracedGroup(Group):
+    """Processes whose exchanges have shapes, as all has on the meta device, and bring nothing."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    def copied(self, x: Tensor, *, source: int) -> Tensor:
+        return x
+
+    def swapped(self, pieces: Sequence[Tensor], *, sizes: Sequence[int]) -> list[Tensor]:
+        given = torch.cat([piece.flatten() for piece in pieces])
+        return list(given.new_empty(sum(sizes)).split(list(sizes)))
+
+
+def traced_ranks(layout: Layout) -> Ranks:
+    """Return the processes of a layout as one of them sees them whose run is only traced.
+
+    It is one in the middle: its strip of a picture has a margin on both sides.
+    """
+    branch, sequence = layout.branch, layout.sequence
+    return Ranks(
+        layout=layout,
+        branches=_TracedGroup(branch // 2, branch),
+        sequence=_TracedGroup(sequence // 2, sequence),
+    )
+
+
+def scratch_bytes(work: Callable[[], object]) -> int:
+    """Return the most bytes that some work on meta tensors holds at once, its result included."""
+    with torch.no_grad(), LeanAttention(), LiveBytes() as live:
+        result = work()
+        peak = live.peak
+        del result
+    return peak
+
+
+# Planning -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something large that is in memory during a stage."""
+
+    name: str
+    num_bytes: int
+    remedy: str
+    """What makes it smaller, as an order to the user."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A time of the run with the largest things that are in the device's memory then."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return what all parts take together."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def largest(self) -> Part:
+        """Return the largest part."""
+        return max(self.parts, key=lambda part: part.num_bytes)
+
+
+@dataclass(frozen=True)
+class Residence:
+    """What is kept in the memory of the host while the device does not need it.
+
+    Ordered from the fastest to the slowest: what is true costs copies, never another result, but
+    for the text encoder, whose sums the host may round otherwise.
+    """
+
+    text_on_host: bool = False
+    """The text encoder runs on the host."""
+    dit_aside: bool = False
+    """The transformer leaves the device while the VAE works."""
+    kv_on_host: bool = False
+    """Keys and values lie on the host and are copied when they are read."""
+
+    def describe(self) -> str:
+        """Say what is where."""
+        moved = {
+            "the text encoder runs on the host": self.text_on_host,
+            "transformer and VAE take turns": self.dit_aside,
+            "keys and values lie on the host": self.kv_on_host,
+        }
+        return ", ".join(name for name, is_so in moved.items() if is_so) or "all on the device"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is kept where, and what each stage then takes of the device's memory."""
+
+    residence: Residence
+    stages: tuple[Stage, ...]
+    limit_bytes: int | None
+    """None: nothing is known of how much there is."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return what the largest stage takes."""
+        return max(stage.peak_bytes for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values for JSON."""
+        return {
+            "limit_bytes": self.limit_bytes,
+            "planned_peak_bytes": self.peak_bytes,
+            "residence": self.residence.describe(),
+            "stages": {
+                stage.name: {part.name: part.num_bytes for part in stage.parts}
+                for stage in self.stages
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """Say the plan, one line per stage."""
+        limit = "no limit" if self.limit_bytes is None else f"limit {_size(self.limit_bytes)}"
+        head = (
+            f"memory       {_size(self.peak_bytes)} at most, {limit}: {self.residence.describe()}"
+        )
+        rows = [head]
+        for stage in self.stages:
+            parts = ", ".join(f"{p.name} {_size(p.num_bytes)}" for p in stage.parts if p.num_bytes)
+            peak = _size(stage.peak_bytes)
+            rows.append(f"  {stage.name:<10} {peak}: {parts or 'nothing of this size'}")
+        return rows
+
+
+StagesOf = Callable[[Residence], Sequence[Stage]]
+"""The stages of a run, given what is kept where."""
+
+
+def make_memory_plan(
+    stages_of: StagesOf, *, wanted: Residence, limit_bytes: int | None, has_host: bool
+) -> MemoryPlan:
+    """Find the fastest residence whose stages all fit.
+
+    Args:
+        wanted: what the settings ask to be on the host; it stays there in any case.
+        limit_bytes: memory of the device that the run may use; None: nothing is moved.
+        has_host: whether the device is another one than the host, so that moving helps.
+
+    Raises:
+        UserError: nothing fits; names the stage, its largest part, and what makes it smaller.
+    """
+    plans = [
+        MemoryPlan(residence, tuple(stages_of(residence)), limit_bytes)
+        for residence in (_candidates(wanted) if has_host and limit_bytes else [wanted])
+    ]
+    if limit_bytes is None:
+        return plans[0]
+    usable = int(limit_bytes * (1 - RESERVED_SHARE))
+    for plan in plans:
+        if plan.peak_bytes <= usable:
+            return plan
+    stage = max(plans[-1].stages, key=lambda stage: stage.peak_bytes)
+    part = stage.largest
+    raise UserError(
+        f"memory_limit is {_size(limit_bytes)}, of which {_size(usable)} can be planned, but "
+        f"{stage.name} needs {_size(stage.peak_bytes)} with everything on the host that can be; "
+        f"most of it, {_size(part.num_bytes)}, is {part.name}: {part.remedy}"
+    )
+
+
+def _candidates(wanted: Residence) -> list[Residence]:
+    """List the residences that keep on the host what is wanted there, the fastest first."""
+    made: list[Residence] = []
+    for kv_on_host in (False, True):
+        for dit_aside in (False, True):
+            for text_on_host in (False, True):
+                made.append(
+                    Residence(
+                        text_on_host=text_on_host or wanted.text_on_host,
+                        dit_aside=dit_aside or wanted.dit_aside,
+                        kv_on_host=kv_on_host or wanted.kv_on_host,
+                    )
+                )
+    return list(dict.fromkeys(made))
+
+
+def parse_limit(text: str) -> int | None:
+    """Return the bytes that a `memory_limit` names, None for `auto` and `none`.
+
+    Example: `24GB` is 24,000,000,000 and `24GiB` is 25,769,803,776.
+
+    Raises:
+        UserError: it is no amount of memory.
+    """
+    if text.lower() in ("auto", "none"):
+        return None
+    found = _LIMIT.fullmatch(text.strip())
+    factor = None if found is None else UNITS.get(found[2].upper())
+    if found is None or factor is None or not float(found[1]):
+        raise UserError(
+            f"memory_limit must be auto, none or an amount such as 24GB or 24GiB, not {text}"
+        )
+    return int(float(found[1]) * factor)
+
+
+def limit_of(text: str, device: torch.device) -> int | None:
+    """Return the bytes that a run may use: a named amount, or all that is free on the card.
+
+    Args:
+        text: `memory_limit`; `auto` is what is free on a CUDA device, and nothing known elsewhere.
+    """
+    if text.lower() == "auto" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return parse_limit(text)
+
+
+def _size(num_bytes: int) -> str:
+    return scaled(num_bytes, "B")

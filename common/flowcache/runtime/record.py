@@ -1,0 +1,398 @@
+"""The record of a run: every decision, what it cost, what the KV caches held.
+
+    stats = RunStats(device, records=True)
+    ...                                                       # the run
+    write_record(path, build_record(stats, stats.traced(), video="a.mp4", ...))
+    record = read_record(path)
+    for line in alarms(record): ...                           # what looks wrong
+    check_replay(record, ticks={0: ticks}, branches=["cond"])  # that this run can make them, too
+    policy = replay_policies(record, segment=0, branch="cond")
+
+`flops` and `seconds` of a decision are those of the chunk's own passes; embeddings and clean passes
+are in the totals of the run only. Distances that are not finite are written as "nan" and "inf".
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from flowcache.errors import UserError
+from flowcache.reuse import Replay, compute_together
+from flowcache.runtime.files import read_json, write_json
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import PassId, Traced
+from flowcache.schedule import Tick
+
+RECORD_SCHEMA_VERSION = 1
+REPLAY = "replay"
+"""The policy of a run that makes recorded decisions again."""
+NOT_FINITE = ("nan", "inf", "-inf")
+MAX_INDEX = 1_000_000
+"""Of a segment, tick or step. No run is planned that has more."""
+MAX_CHUNK = 250_000
+"""A million frames, four to a chunk."""
+MAX_NUMBER = 1e30
+"""Of FLOPs, seconds, tokens and distances: larger ones are no measurement, and overflow in sums."""
+MIN_CONSTANT = 3
+"""So many equal distances of one chunk are no accident."""
+
+Record: TypeAlias = dict[str, Any]
+"""Plain values as in the JSON file."""
+
+
+def build_record(
+    stats: RunStats,
+    traced: Traced,
+    *,
+    video: str,
+    model: str,
+    preset: str,
+    policy: str,
+    threshold: float | None,
+    num_steps: int,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    chunk_frames: Mapping[int, list[list[int]]] | None = None,
+) -> Record:
+    """Return the record of a finished run.
+
+    Args:
+        stats: of the run; its stages are those of this process.
+        traced: by all processes of the run, see `flowcache.runtime.trace.merged`.
+        video: name of the video file beside the record.
+        threshold: of an adaptive policy; None: the policy has none.
+        chunk_frames: segment -> for each chunk the pixel frames `[first, stop)` of the video that
+            show it.
+    """
+    decisions: list[dict[str, Any]] = []
+    for row in stats.passes:
+        each = PassId(row.segment, row.tick, row.chunk, row.branch)
+        flops = traced.flops[each]
+        decisions.append(
+            {
+                "segment": row.segment,
+                "tick": row.tick,
+                "chunk": row.chunk,
+                "step": row.step,
+                "branch": row.branch,
+                "computed": row.is_computed,
+                "distance": _plain(row.distance),
+                "accumulated": _plain(row.accumulated),
+                "flops": flops.spent,
+                "flops_saved": flops.saved,
+                "seconds": traced.pass_seconds.get(each),
+            }
+        )
+    return {
+        "schema_version": RECORD_SCHEMA_VERSION,
+        "video": video,
+        "model": model,
+        "preset": preset,
+        "policy": policy,
+        "threshold": threshold,
+        "num_steps": num_steps,
+        "config": dict(config),
+        "chunk_frames": {str(segment): rows for segment, rows in (chunk_frames or {}).items()},
+        "ticks": [
+            {"segment": tick.segment, "tick": tick.tick, "seconds": seconds}
+            for tick, seconds in traced.tick_seconds.items()
+        ],
+        "decisions": decisions,
+        "kv": [
+            {
+                "segment": row.segment,
+                "tick": row.tick,
+                "branch": row.branch,
+                "tokens": {str(chunk): count for chunk, count in row.tokens.items()},
+            }
+            for row in traced.kv_tokens
+        ],
+        "stages": stats.to_dict()["stages"],
+        "environment": dict(environment),
+    }
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record in one step.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    write_json(path, record)
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_record(path: Path) -> Record:
+    """Read a record and check every field of it.
+
+    Raises:
+        UserError: the file can't be read, or a field is missing, unknown or of the wrong kind.
+    """
+    content = read_json(path, advice="write a record with --record")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a record: it must be a JSON object")
+    record = cast("Record", content)
+    version = record.get("schema_version")
+    if version != RECORD_SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version must be {RECORD_SCHEMA_VERSION}, found {version!r}; record "
+            "the run again"
+        )
+    _check_fields(path, "", record, RECORD_FIELDS)
+    for name, fields in ROW_FIELDS.items():
+        for place, row in enumerate(record[name]):
+            _check_fields(path, f"{name}[{place}]", row, fields)
+    return record
+
+
+def _check_fields(path: Path, where: str, value: Any, fields: "Mapping[str, _Kind]") -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {where} must be an object, found {_short(value)}")
+    row = cast("Record", value)
+    prefix = f"{where}." if where else ""
+    for name in row:
+        if name not in fields:
+            raise UserError(
+                f"{path}: {prefix}{_short(name)} is unknown; known: {', '.join(fields)}"
+            )
+    for name, (rule, is_right) in fields.items():
+        if name not in row:
+            raise UserError(f"{path}: {prefix}{name} is missing; record the run again")
+        if not is_right(row[name]):
+            raise UserError(f"{path}: {prefix}{name} must be {rule}, found {_short(row[name])}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: Any, most: int = MAX_INDEX) -> bool:
+    return _is_int(value) and 0 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= MAX_NUMBER
+
+
+def _is_seconds(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_chunk(key) and _is_seconds(count)
+        for key, count in cast("dict[str, Any]", value).items()
+    )
+
+
+def _is_chunk(key: str, most: int = MAX_CHUNK) -> bool:
+    return key.isdecimal() and len(key) <= len(str(most)) and int(key) <= most
+
+
+def _is_frames(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_chunk(key, MAX_INDEX) and _is_ranges(rows)
+        for key, rows in cast("dict[str, Any]", value).items()
+    )
+
+
+def _is_ranges(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_range(row) for row in cast("list[Any]", value))
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    ends = cast("list[Any]", value)
+    return len(ends) == 2 and all(_is_index(end, 2**53) for end in ends) and ends[0] <= ends[1]
+
+
+_Kind: TypeAlias = "tuple[str, Callable[[Any], bool]]"
+_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
+_INDEX: _Kind = (f"a whole number in 0..{MAX_INDEX}", _is_index)
+_COUNT: _Kind = (
+    f"a whole number in 0..{MAX_NUMBER:g}",
+    lambda value: _is_int(value) and 0 <= value <= MAX_NUMBER,
+)
+_WHOLE: _Kind = (
+    f"a whole number of at most {MAX_NUMBER:g}",
+    lambda value: _is_int(value) and abs(value) <= MAX_NUMBER,
+)
+_OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
+_LIST: _Kind = ("a list", lambda value: isinstance(value, list))
+_SECONDS: _Kind = ("a time in seconds", _is_seconds)
+_DISTANCE: _Kind = (
+    f"a number, null, or one of {', '.join(NOT_FINITE)}",
+    lambda value: value is None or _is_number(value) or value in NOT_FINITE,
+)
+RECORD_FIELDS: Mapping[str, _Kind] = {
+    "schema_version": _INDEX,
+    "video": _TEXT,
+    "model": _TEXT,
+    "preset": _TEXT,
+    "policy": _TEXT,
+    "threshold": ("a number or null", lambda value: value is None or _is_number(value)),
+    "num_steps": (f"a whole number in 1..{MAX_INDEX}", lambda v: _is_index(v) and v > 0),
+    "config": _OBJECT,
+    "chunk_frames": ("an object of segments with lists of [first, stop) frames", _is_frames),
+    "ticks": _LIST,
+    "decisions": _LIST,
+    "kv": _LIST,
+    "stages": _OBJECT,
+    "environment": _OBJECT,
+}
+_PLACE: Mapping[str, _Kind] = {"segment": _INDEX, "tick": _INDEX}
+ROW_FIELDS: Mapping[str, Mapping[str, _Kind]] = {
+    "ticks": {**_PLACE, "seconds": _SECONDS},
+    "decisions": {
+        **_PLACE,
+        "chunk": (f"a whole number in 0..{MAX_CHUNK}", lambda value: _is_index(value, MAX_CHUNK)),
+        "step": _INDEX,
+        "branch": _TEXT,
+        "computed": ("true or false", lambda value: isinstance(value, bool)),
+        "distance": _DISTANCE,
+        "accumulated": _DISTANCE,
+        "flops": _COUNT,
+        "flops_saved": _WHOLE,
+        "seconds": ("a time in seconds or null", lambda v: v is None or _is_seconds(v)),
+    },
+    "kv": {**_PLACE, "branch": _TEXT, "tokens": ("an object of chunks with tokens", _is_tokens)},
+}
+
+
+# Using it -----------------------------------------------------------------------------------------
+
+
+def replay_policies(record: Record, *, segment: int, branch: str) -> Replay:
+    """Return the policy that computes what a record's branch computed in a segment.
+
+    Raises:
+        UserError: the record has no such segment or branch.
+    """
+    rows = [
+        row for row in record["decisions"] if row["segment"] == segment and row["branch"] == branch
+    ]
+    if not rows:
+        raise UserError(
+            f"the record does not fit this run: it has no decisions of segment {segment}, branch "
+            f"{branch}; replay it with the settings it was made with"
+        )
+    ticks: dict[int, dict[int, tuple[int, bool]]] = defaultdict(dict)
+    for row in rows:
+        ticks[row["tick"]][row["chunk"]] = (row["step"], row["computed"])
+    return Replay(dict(ticks))
+
+
+def check_replay(
+    record: Record,
+    *,
+    ticks: Mapping[int, Sequence[Tick]],
+    branches: Collection[str],
+    is_whole_window: bool = False,
+) -> None:
+    """Check that a run can make the decisions of a record.
+
+    Args:
+        ticks: segment -> what the run will do.
+        branches: guidance branches of the run that decide.
+        is_whole_window: whether the run computes all chunks of a tick, or none.
+
+    Raises:
+        UserError: the record has other segments, branches, ticks, chunks or steps, or reuses what
+            the run has to compute.
+    """
+    rows = record["decisions"]
+    more = {(row["segment"], row["branch"]) for row in rows}
+    more -= {(segment, branch) for segment in ticks for branch in branches}
+    if more:
+        segment, branch = min(more)
+        raise UserError(
+            f"the record does not fit this run: it has decisions of segment {segment}, branch "
+            f"{branch}, which the run does not make; replay it with the settings it was made with"
+        )
+    for segment, own in ticks.items():
+        for branch in branches:
+            policy = replay_policies(record, segment=segment, branch=branch)
+            stored: set[int] = set()
+            for tick in own:
+                known = tick.steps if is_whole_window and stored else stored
+                plan = policy.plan(tick, {}, stored=known)
+                computed = {chunk for chunk, decision in plan.items() if decision.is_computed}
+                if is_whole_window:
+                    compute_together(policy, plan)
+                stored |= computed
+
+
+def alarms(record: Record) -> list[str]:
+    """Return a line for each sign that a cache did not do what it is for.
+
+    None without caching, and none of a replay, which decides nothing itself.
+    """
+    rows = cast("list[Record]", record["decisions"])
+    if record["policy"] in ("vanilla", REPLAY) or not rows:
+        return []
+    threshold = cast("float | None", record["threshold"])
+    series: dict[tuple[int, str, int], list[Record]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["tick"]):
+        series[row["segment"], row["branch"], row["chunk"]].append(row)
+    lines: list[str] = []
+    if all(row["computed"] for row in rows):
+        lines.append(f"never hit: policy {record['policy']} computed every step of every chunk")
+    elif threshold is not None and all(_is_always_hit(chunk) for chunk in series.values()):
+        lines.append(
+            "always hit: once a chunk was reused, it was never computed again before its last step"
+        )
+    lines += _strange_distances(rows, series)
+    sums = [float(row["accumulated"]) for row in rows if row["accumulated"] is not None]
+    if threshold is not None and sums and not any(total >= threshold for total in sums):
+        largest = max((total for total in sums if not math.isnan(total)), default=math.nan)
+        lines.append(
+            f"threshold never reached: it is {threshold:g}, the largest accumulated distance "
+            f"{largest:.3g}"
+        )
+    return lines
+
+
+def _strange_distances(
+    rows: list[Record], series: Mapping[tuple[int, str, int], list[Record]]
+) -> list[str]:
+    lines: list[str] = []
+    nan = [row for row in rows if row["distance"] == "nan"]
+    if nan:
+        first = nan[0]
+        lines.append(
+            f"distance is not a number: {len(nan)} times, first in segment {first['segment']}, "
+            f"tick {first['tick']}, chunk {first['chunk']}, branch {first['branch']}"
+        )
+    for (segment, branch, chunk), own in series.items():
+        found = [row["distance"] for row in own if row["distance"] not in (None, "nan")]
+        if len(found) >= MIN_CONSTANT and len(set(found)) == 1:
+            lines.append(
+                f"distance is constant: {found[0]} in all {len(found)} ticks of chunk {chunk} in "
+                f"segment {segment}, branch {branch}"
+            )
+    return lines
+
+
+def _is_always_hit(chunk: list[Record]) -> bool:
+    """Tell whether a chunk was reused from its first reused step up to its last but one."""
+    is_computed = [row["computed"] for row in chunk]
+    if all(is_computed):
+        return True
+    return not any(is_computed[is_computed.index(False) : -1])
+
+
+def _plain(value: float | None) -> float | str | None:
+    if value is None or math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"

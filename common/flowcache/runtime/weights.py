@@ -1,0 +1,518 @@
+"""Read weight files and load them strictly into a module that was built on the meta device.
+
+Tensors are mapped from disk, never read as a whole: a header check costs milliseconds, and loading
+holds one tensor more than the module itself.
+"""
+
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from flowcache.errors import UserError
+from flowcache.runtime.files import read_json
+
+logger = logging.getLogger(__name__)
+
+MAX_LAYERS = 1000
+"""Layers of a model, and entries of a list in its config; released models have 48 at most."""
+MAX_SIZE = 1_000_000
+"""Any other number of a config: widths, words, pixels; released models have 256384 at most."""
+
+_SAFETENSORS, _BIN, _INDEX = ".safetensors", ".bin", ".index.json"
+_OTHER_WEIGHTS = (".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".zst")
+# libraries put the name of a variant, as fp16, before or after the number
+_SHARD_OF = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>(\.[^.]+)?)")
+_WRAPPERS = ("module.", "model.", "diffusion_model.", "_orig_mod.")
+"""What training and other programs put before all keys of a model."""
+_SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")
+"""Ends of the keys of 8-bit weights that must be multiplied by a scale."""
+_LFS_POINTER = b"version https://git-lfs"
+_MISFIT = "the file does not fit the model config"
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values.
+
+    What a wrapper put before all keys of a file is no part of the key, see `wrapping_of`.
+    """
+
+    path: Path
+    key: str
+    tensor: Tensor
+
+
+def take_whole(tensor: Tensor) -> Tensor:
+    """Return the stored tensor itself."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one parameter of a module comes from.
+
+    Attributes:
+        key: key in the file; several parameters may share one.
+        take: what to take of the stored tensor, e.g. a third of a joint projection.
+    """
+
+    key: str
+    take: Callable[[Tensor], Tensor] = take_whole
+
+
+def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """Apply (regular expression, replacement) rules to a name, one after the other.
+
+    Example: `norm3.weight` under `("^norm3", "norm2")` becomes `norm2.weight`.
+    """
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def ignore_none(_key: str) -> bool:
+    """Refuse to ignore any key of a file."""
+    return False
+
+
+def find_shards(folder: str | Path, *, packing: str = "") -> tuple[Path, ...]:
+    """List the files that make up one checkpoint: safetensors, or else pickled `.bin` files.
+
+    An index (`*.safetensors.index.json`) names them; without one it is every such file of the
+    folder, and files called `NAME-00002-of-00006.safetensors` must be there in full number.
+    `NAME.VARIANT.safetensors` is left out where `NAME.safetensors` is there: a copy in another
+    type. Hidden files are none of them: macOS leaves `._NAME` next to `NAME` on foreign disks.
+
+    Args:
+        packing: suffix of compressed files, as `.zst`; one is listed where the file itself is not.
+
+    Raises:
+        UserError: if the folder, a file the index or the numbering calls for, or any file at all
+            is missing, or if the index is not readable or points elsewhere.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it must hold the *.safetensors weights")
+    try:
+        found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror})") from None
+    names = {name.removesuffix(packing) for name in found}
+    for suffix in (_SAFETENSORS, _BIN):
+        indexes = [name for name in names if name.endswith(suffix + _INDEX)]
+        if len(indexes) == 1:
+            index = folder / indexes[0]
+            shards = sorted(set(_read_index(index).values()))
+            return tuple(_stored(folder / name, packing, index.name) for name in shards)
+        if own := _without_variants([name for name in names if name.endswith(suffix)], suffix):
+            own = _in_full_number(own, suffix, folder)
+            return tuple(_stored(folder / name, packing, "its name") for name in sorted(own))
+    others = [name for name in sorted(names) if name.endswith(_OTHER_WEIGHTS)]
+    hint = f"{others[0]} is not read" if others else "is the download complete?"
+    raise UserError(f"{folder}: holds no *.safetensors file; {hint}")
+
+
+def _stored(path: Path, packing: str, origin: str) -> Path:
+    """Return the file itself, or else the packed one."""
+    packed = path.with_name(path.name + packing)
+    for candidate in (path, packed):
+        if candidate.is_file():
+            return candidate
+    alternative = f", nor with {packing}" if packing else ""
+    raise UserError(
+        f"{path}: no such file{alternative}, but {origin} calls for it; download it again"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Read the map from key to file name of an index.
+
+    Raises:
+        UserError: if it has no `weight_map` from text to names of files in its own folder.
+    """
+    content = read_json(path, advice="download it again")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise UserError(
+            f"{path}: not a readable index of weights with a weight_map; download it again"
+        )
+    for name in set(weight_map.values()):
+        if name in ("", ".", "..") or re.search(r"[/\\]", name) or not name.isprintable():
+            raise UserError(
+                f"{path}: names the file {name[:80]!r}, but an index may only name files of its "
+                "own folder; download it again"
+            )
+    return weight_map
+
+
+def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
+    """Leave out the copies in another type: `NAME.fp16.safetensors` next to `NAME.safetensors`."""
+
+    def stem(name: str) -> str:
+        matched = _SHARD_OF.fullmatch(name.removesuffix(suffix))
+        return matched["stem"] + matched["variant"] if matched else name.removesuffix(suffix)
+
+    stems = {stem(name) for name in names}
+    kept = [name for name in names if stem(name).rpartition(".")[0] not in stems]
+    if len(kept) < len(names):
+        spare = min(set(names) - set(kept))
+        logger.info("%s is left out: a copy of %s", spare, min(kept))
+    return kept
+
+
+def _in_full_number(names: Sequence[str], suffix: str, folder: Path) -> Sequence[str]:
+    """Check that of every numbered file its neighbours are there, and return the names.
+
+    Raises:
+        UserError: naming the first missing one.
+    """
+    present = set(names)
+    for name in names:
+        if matched := _SHARD_OF.fullmatch(name.removesuffix(suffix)):
+            stem, digits, total = matched["stem"], len(matched["number"]), matched["total"]
+            # ends at the first missing one: the announced number may be anything
+            for number in range(1, int(total) + 1):
+                wanted = f"{stem}-{number:0{digits}d}-of-{total}{matched['variant']}{suffix}"
+                if wanted not in present:
+                    raise UserError(
+                        f"{folder / wanted}: no such file, but {name} calls for it; download it "
+                        "again"
+                    )
+    return names
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read the JSON that holds a model's sizes, and check that no number or list is absurd.
+
+    Raises:
+        UserError: it is not readable, no object, or holds more than a model can have.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the checkpoint is not complete, download it again")
+    content = read_json(path, advice="download it again")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    _check_sizes(path, "", content)
+    return cast("dict[str, Any]", content)
+
+
+def _check_sizes(path: Path, name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in cast("dict[str, Any]", value).items():
+            _check_sizes(path, key, item)
+    elif isinstance(value, list):
+        items = cast("list[Any]", value)
+        if len(items) > MAX_LAYERS:
+            raise UserError(
+                f"{path}: {name} has {len(items)} entries, at most {MAX_LAYERS} expected"
+            )
+        for item in items:
+            _check_sizes(path, name, item)
+    elif isinstance(value, int):
+        limit = MAX_LAYERS if re.search("layer|depth|block", name) else MAX_SIZE
+        if abs(value) > limit:
+            raise UserError(f"{path}: {name} is {value:.6g}, expected at most {limit}")
+
+
+def read(paths: Iterable[str | Path]) -> Iterator[StoredTensor]:
+    """Yield every tensor of `.safetensors` and `.pth` files, one file after the other.
+
+    The tensors are mapped from disk: looking at shape and dtype reads no data. Copy what is to
+    outlive the file. (A `.pth` of the format before PyTorch 1.6 cannot be mapped and is read.)
+
+    Raises:
+        UserError: if a file is missing, cut short, corrupt, or no set of named tensors.
+    """
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if path.suffix == ".safetensors":
+            yield from _read_safetensors(path)
+        else:
+            yield from _read_pickle(path)
+
+
+def wrapping_of(keys: Iterable[str]) -> str:
+    """Return what wrappers put before all keys, as `model.diffusion_model.`; else nothing."""
+    keys, wrapping = list(keys), ""
+    while keys:
+        shared = (
+            wrapper
+            for wrapper in _WRAPPERS
+            if all(key.startswith(wrapping + wrapper) for key in keys)
+        )
+        found = next(shared, None)
+        if found is None:
+            break
+        wrapping += found
+    return wrapping
+
+
+def _read_safetensors(path: Path) -> Iterator[StoredTensor]:
+    try:
+        # opening parses the header and compares the size it announces with the file's
+        with safe_open(path, framework="pt", device="cpu") as file:
+            keys = list(file.keys())
+            wrapping = wrapping_of(keys)
+            for key in keys:
+                yield StoredTensor(path, key.removeprefix(wrapping), file.get_tensor(key))
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    except RuntimeError as error:  # torch's, when the system refuses to map the file
+        raise UserError(f"{path}: {_first_line(error)}; free some memory") from error
+
+
+def _read_pickle(path: Path) -> Iterator[StoredTensor]:
+    try:
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a map of named tensors")
+    if isinstance(state.get("state_dict"), Mapping):  # as training programs save
+        state = state["state_dict"]
+    wrapping = wrapping_of(map(str, state))
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise UserError(f"{path}: key {key} holds a {kind}, expected a tensor")
+        yield StoredTensor(path, str(key).removeprefix(wrapping), tensor)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Say in one line why a weight file cannot be read, and what to do."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return UserError(f"{path}: is a Git LFS pointer, not the weights; run git lfs pull")
+    return UserError(f"{path}: cut short or corrupt ({_first_line(error)}); download it again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A parameter or buffer that wants values."""
+
+    names: tuple[str, ...]
+    name: str
+    shape: torch.Size
+    is_floating: bool
+    take: Callable[[Tensor], Tensor]
+
+
+def _targets_by_key(module: nn.Module, origin: Callable[[str], Origin]) -> dict[str, list[_Target]]:
+    """Map each key wanted of the files to what it fills; tied parameters list all their names."""
+    state = module.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}
+    for name, value in state.items():
+        names_of.setdefault(id(value), []).append(name)
+    targets: dict[str, list[_Target]] = {}
+    for name, value in state.items():
+        source = origin(name)
+        target = _Target(
+            names=tuple(names_of[id(value)]),
+            name=name,
+            shape=value.shape,
+            is_floating=value.is_floating_point(),
+            take=source.take,
+        )
+        targets.setdefault(source.key, []).append(target)
+    return targets
+
+
+def match(
+    module: nn.Module,
+    tensors: Iterable[StoredTensor],
+    *,
+    origin: Callable[[str], Origin] = Origin,
+    ignored: Callable[[str], bool] = ignore_none,
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Yield (names in the module, values) for each stored tensor; every name exactly once.
+
+    Tied parameters have several names and need one stored tensor; when each name has its own in
+    the file, they must be equal (only then the values are looked at).
+
+    Args:
+        module: on any device; only names, shapes and kinds are read.
+        tensors: what the files hold.
+        origin: for a name in the module, where its values come from.
+        ignored: for a key of a file, whether it may be left out.
+
+    Raises:
+        UserError: naming file and key, if a key is unexpected, missing or there twice, or if a
+            tensor has another shape or kind of dtype than the module's.
+    """
+    targets = _targets_by_key(module, origin)
+    first_path: dict[str, Path] = {}
+    filled: set[tuple[str, ...]] = set()
+    tied: dict[tuple[str, ...], Tensor] = {}
+    paths: list[Path] = []
+    for path, key, tensor in tensors:
+        if path not in paths:
+            paths.append(path)
+        if ignored(key):
+            continue
+        if key in first_path:
+            raise UserError(f"{path}: key {key} is also in {first_path[key]}; remove one of them")
+        if key not in targets:
+            raise UserError(f"{path}: key {key} {_why_unexpected(key, targets)}")
+        first_path[key] = path
+        for target in targets[key]:
+            part = _take(target, path, key, tensor)
+            if target.names not in filled:
+                filled.add(target.names)
+                yield target.names, part
+            elif not torch.equal(part, tied[target.names]):
+                tie = " = ".join(target.names)
+                raise UserError(f"{path}: key {key} differs from the one tied to it ({tie})")
+            if len(target.names) > 1:
+                tied[target.names] = part
+    missing = [key for key in targets if any(each.names not in filled for each in targets[key])]
+    if missing:
+        where = paths[0] if len(paths) == 1 else f"{len(paths)} files of {paths[0].parent}"
+        count = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{where}: key {missing[0]}{count} is missing; {_MISFIT}")
+
+
+def _why_unexpected(key: str, targets: Iterable[str]) -> str:
+    """Say what is wrong with a key, where its name shows another form of the same model."""
+    form = "give the released *.safetensors"
+    if key.endswith(_SCALES):
+        return f"is a scale of 8-bit weights, which are not read in this form; {form}"
+    example = None
+    for target in targets:
+        if re.sub(r"\.\d+\.", ".", target, count=1) == key:
+            return f"holds all layers in one tensor, expected one per layer, as {target}; {form}"
+        example = example or target
+    return f"is unexpected; {_MISFIT}, which has keys as {example}"
+
+
+def _take(target: _Target, path: Path, key: str, tensor: Tensor) -> Tensor:
+    """Take a target's part of a stored tensor and check its shape and kind."""
+    try:
+        part = target.take(tensor)
+        fits = part.shape == target.shape
+    except (RuntimeError, IndexError):
+        part, fits = tensor, False
+    if not fits:
+        use = "" if target.name == key else f" for {target.name}"
+        expected = f"expected {list(target.shape)}{use}"
+        raise UserError(f"{path}: key {key} has shape {list(tensor.shape)}, {expected}; {_MISFIT}")
+    if part.is_floating_point() != target.is_floating:
+        kind = "a floating" if target.is_floating else "an integer"
+        raise UserError(
+            f"{path}: key {key} has dtype {part.dtype}, expected {kind} type; {_MISFIT}"
+        )
+    return part
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Iterable[StoredTensor],
+    *,
+    origin: Callable[[str], Origin] = Origin,
+    ignored: Callable[[str], bool] = ignore_none,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give every parameter and persistent buffer of a module its values, for inference.
+
+    Tensors are copied, converted and let go one by one. The module ends in evaluation mode, its
+    parameters ask for no gradient.
+
+    Args:
+        module: usually built on the meta device.
+        tensors: from `read`.
+        origin: see `match`.
+        ignored: see `match`.
+        dtype: type of the floating tensors; None keeps each as stored.
+        device: where the values go.
+
+    Raises:
+        UserError: see `match`.
+    """
+    with torch.no_grad():
+        for names, part in match(module, tensors, origin=origin, ignored=ignored):
+            wanted = dtype if part.is_floating_point() else None
+            # copied always: a view of the mapped file would change or crash with the file
+            value = part.to(
+                device=device,
+                dtype=wanted or part.dtype,
+                copy=True,
+                memory_format=torch.contiguous_format,
+            )
+            _assign(module, names, value)
+    module.eval()
+
+
+def _assign(module: nn.Module, names: Iterable[str], value: Tensor) -> None:
+    """Put a value at each of the given (tied) names of a module."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        is_parameter = leaf in dict(owner.named_parameters(recurse=False))
+        setattr(owner, leaf, parameter if is_parameter else value)
+
+
+def check_files(
+    module: nn.Module,
+    paths: Iterable[str | Path],
+    *,
+    origin: Callable[[str], Origin] = Origin,
+    ignored: Callable[[str], bool] = ignore_none,
+) -> int:
+    """Check from their headers alone that files fill a module exactly.
+
+    Returns:
+        Size of the tensors that fill the module, in bytes as stored.
+
+    Raises:
+        UserError: see `read` and `match`.
+    """
+    matched = match(module, read(paths), origin=origin, ignored=ignored)
+    return sum(part.numel() * part.element_size() for _, part in matched)
+
+
+def load_files(
+    module: nn.Module,
+    paths: Iterable[str | Path],
+    *,
+    origin: Callable[[str], Origin] = Origin,
+    ignored: Callable[[str], bool] = ignore_none,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Load files into a module built on the meta device, after a check of all their headers.
+
+    Raises:
+        UserError: see `read` and `match`; before any data are read.
+    """
+    paths = tuple(paths)
+    check_files(module, paths, origin=origin, ignored=ignored)
+    load_into(module, read(paths), origin=origin, ignored=ignored, dtype=dtype, device=device)

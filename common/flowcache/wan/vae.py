@@ -1,0 +1,315 @@
+"""The Wan 2.1 video VAE: pixels to latents and back, all at once or as the latents come.
+
+The first frame makes one latent, every four more make another: T frames, (T - 1) / 4 + 1 latents.
+Axes: B batch, T frames, H/W rows/columns of pixels, F latents, h/w rows/columns of latents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.weights import (
+    Origin,
+    check_files,
+    find_shards,
+    load_files,
+    read,
+    read_model_config,
+    rename,
+)
+from flowcache.wan.decoder import Seen, Strip, decode_latent
+
+# Seconds to import: where nothing is decoded, as for --help, it is never loaded.
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+TEMPORAL_STRIDE = 4
+"""Frames per latent, after the first."""
+
+# Key of diffusers -> key of the original file, except for the decoder's blocks.
+# Source: the two published layouts of the same weights.
+_ORIGINAL_KEYS = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.norm1\.", ".residual.0."),
+    (r"((?:samples|middle)\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+)
+_UP_BLOCK = re.compile(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
+
+
+class VAE:
+    """A Wan VAE with the statistics that normalise its latents."""
+
+    def __init__(self, model: AutoencoderKLWan) -> None:
+        # Any: diffusers types its config as a dict, and its methods as untyped wrappers
+        self.model: Any = model
+        shape = (1, -1, 1, 1, 1)
+        like = self.model.quant_conv.weight
+        self.mean = like.new_tensor(self.model.config.latents_mean).view(shape)
+        self.std = like.new_tensor(self.model.config.latents_std).view(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.model.quant_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are now."""
+        return self.model.quant_conv.weight.device
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent, in both directions."""
+        return 2 ** (len(self.model.config.dim_mult) - 1)
+
+    def to(self, device: torch.device | str) -> VAE:
+        """Move the weights; returns the VAE itself."""
+        self.model.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels_B3THW: Tensor) -> Tensor:
+        """Encode pixels in -1..1 to normalised latents `[B, 16, F, h, w]` (the posterior's mean).
+
+        Raises:
+            ValueError: if the frames do not fill the last latent, or height or width is no
+                multiple of the stride.
+        """
+        num_frames, height, width = pixels_B3THW.shape[2:]
+        if num_frames % TEMPORAL_STRIDE != 1:
+            raise ValueError(f"num_frames must be 4 k + 1 to fill the last latent, is {num_frames}")
+        stride = self.spatial_stride
+        if height % stride or width % stride:
+            raise ValueError(f"height and width must be multiples of {stride}: {height}x{width}")
+        pixels = pixels_B3THW.to(device=self.device, dtype=self.dtype)
+        mu_BCFhw = self.model.encode(pixels).latent_dist.mode()
+        return (mu_BCFhw - self.mean) / self.std
+
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+        """Decode normalised latents to pixels `[B, 3, T, H, W]` in -1..1."""
+        return self.stream().decode(latents_BCFhw)
+
+    def stream(self, ranks: Ranks | None = None) -> VAEStream:
+        """Begin to decode one video whose latents come bit by bit.
+
+        Args:
+            ranks: the processes that divide the work; default: one.
+        """
+        return VAEStream(self, Ranks() if ranks is None else ranks)
+
+
+class VAEStream:
+    """The decoder of one video: what its causal convolutions have seen so far.
+
+    Feeding latents in any portions gives the same pixels, bit for bit, as feeding them at once.
+    Example: 5 latents fed as 2 + 3 come out as 5 + 12 = 17 frames.
+
+    Args:
+        ranks: each process decodes a strip of the picture and gets the others' pixels; all must
+            feed the same latents in the same portions.
+    """
+
+    def __init__(self, vae: VAE, ranks: Ranks) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        self._vae, self._ranks = vae, ranks
+        decoder = vae.model.decoder
+        num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
+        self._seen: Seen = [None] * num_convs
+
+    def state_bytes(self) -> int:
+        """Return what the decoder keeps until the next latents come, in bytes."""
+        return sum(seen.nbytes for seen in self._seen if isinstance(seen, Tensor))
+
+    @torch.no_grad()
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+        """Decode the next normalised latents to their pixels `[B, 3, T, H, W]` in -1..1."""
+        vae, ranks = self._vae, self._ranks
+        height, width = latents_BCFhw.shape[-2:]
+        strip = Strip.of(height=height, width=width, share=ranks.share, num_shares=ranks.num_shares)
+        latents = latents_BCFhw.to(device=vae.device, dtype=vae.dtype)
+        z_BCFhw = latents * vae.std + vae.mean
+        parts = [
+            decode_latent(vae.model, z_BC1hw, self._seen, strip=strip).clamp(-1, 1)
+            for z_BC1hw in z_BCFhw.split(1, dim=2)
+        ]
+        pixels = torch.cat(parts, dim=2)
+        if ranks.num_shares == 1:
+            return pixels
+        return ranks.total(strip.placed(pixels, scale=vae.spatial_stride))
+
+
+def original_key(name: str, *, num_res_blocks: int) -> str:
+    """Translate a diffusers name of the VAE to the key in `Wan2.1_VAE.pth`.
+
+    The original decoder counts its residual blocks and upsamplers through, num_res_blocks + 2 to a
+    level. Example: with 2, `decoder.up_blocks.1.upsamplers.0.resample.1.bias` is
+    `decoder.upsamples.7.resample.1.bias`.
+    """
+
+    def flat(found: re.Match[str]) -> str:
+        level, kind, index = int(found[1]), found[2], int(found[3])
+        place = num_res_blocks + 1 if kind == "upsamplers" else index
+        return f".upsamples.{level * (num_res_blocks + 2) + place}."
+
+    return rename(_UP_BLOCK.sub(flat, name), _ORIGINAL_KEYS)
+
+
+def _original_config(path: Path) -> dict[str, Any]:
+    """Derive the constructor arguments of diffusers from the shapes in an original file.
+
+    Raises:
+        UserError: if the file is not that of a Wan 2.1 VAE.
+    """
+    shapes = {stored.key: stored.tensor.shape for stored in read([path])}
+    try:
+        base = shapes["encoder.conv1.weight"][0]
+        config = {
+            "base_dim": base,
+            "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
+            "z_dim": shapes["conv2.weight"][0],
+        }
+        return config | _original_levels(shapes, base=base)
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{path}: key {error.args[0]} is missing; not a Wan 2.1 VAE") from error
+
+
+def _original_levels(shapes: Mapping[str, torch.Size], *, base: int) -> dict[str, Any]:
+    """Read the encoder's levels: residual blocks of one width, then a downsampler, but at the end.
+
+    Example: widths 4, 4, down, 8, 8, down in time too, 8, 8 with base 4 are dim_mult [1, 2, 2],
+    num_res_blocks 2, temperal_downsample [False, True].
+    """
+    dim_mult: list[int] = []
+    in_time: list[bool] = []
+    num_blocks, index = 0, 0
+    while True:
+        prefix = f"encoder.downsamples.{index}"
+        if f"{prefix}.residual.2.weight" in shapes:
+            num_blocks += 1
+            width = shapes[f"{prefix}.residual.2.weight"][0] // base
+            if len(dim_mult) == len(in_time):
+                dim_mult.append(width)
+        elif f"{prefix}.resample.1.weight" in shapes:
+            in_time.append(f"{prefix}.time_conv.weight" in shapes)
+        else:
+            break
+        index += 1
+    if not dim_mult:
+        raise KeyError("encoder.downsamples.0.residual.2.weight")
+    return {
+        "dim_mult": dim_mult,
+        "num_res_blocks": num_blocks // len(dim_mult),
+        "temperal_downsample": in_time,
+    }
+
+
+def _build(path: Path) -> tuple[AutoencoderKLWan, tuple[Path, ...], Callable[[str], Origin]]:
+    """Build an empty VAE for a folder of diffusers or an original file; say how to fill it."""
+    if path.is_dir():
+        config = read_model_config(path / "config.json")
+        return _empty(path, config), find_shards(path), Origin
+    config = _original_config(path)
+    num_res_blocks = config["num_res_blocks"]
+
+    def origin(name: str) -> Origin:
+        return Origin(original_key(name, num_res_blocks=num_res_blocks))
+
+    return _empty(path, config), (path,), origin
+
+
+def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
+    """Build a VAE on the meta device.
+
+    Raises:
+        UserError: if the settings are not those of a Wan 2.1 VAE.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoencoderKLWan.from_config(settings)
+        config = model.config
+        is_wan_2_1 = (
+            config.patch_size is None
+            and not config.is_residual
+            and 2 ** sum(config.temperal_downsample) == TEMPORAL_STRIDE
+        )
+        num_means, num_stds = len(config.latents_mean), len(config.latents_std)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: the config makes no Wan VAE ({reason})") from error
+    if not is_wan_2_1:
+        raise UserError(f"{path}: no Wan 2.1 VAE (4 frames per latent, no patches, no shortcuts)")
+    if not num_means == num_stds == config.z_dim:
+        raise UserError(
+            f"{path}: latents_mean has {num_means} and latents_std {num_stds} entries, expected"
+            f" one per latent channel ({config.z_dim})"
+        )
+    return model
+
+
+def released() -> VAE:
+    """Build an empty VAE of the released size, float32 on the meta device."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    with torch.device("meta"):
+        return VAE(AutoencoderKLWan())
+
+
+def empty(path: str | Path) -> VAE:
+    """Build an empty VAE of the size of a folder or an original file, float32 on the meta device.
+
+    Raises:
+        UserError: the settings are not those of a Wan 2.1 VAE.
+    """
+    return VAE(_build(Path(path))[0])
+
+
+def check(path: str | Path) -> None:
+    """Check that the weights are there, whole, and fit; reads headers only.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    model, files, origin = _build(Path(path))
+    check_files(model, files, origin=origin)
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str,
+) -> VAE:
+    """Load a VAE from a folder of diffusers or from an original file (`Wan2.1_VAE.pth`).
+
+    Args:
+        dtype: type of the weights; None keeps each as stored.
+
+    Raises:
+        UserError: naming the file and the key, if the files do not fit.
+    """
+    model, files, origin = _build(Path(path))
+    load_files(model, files, origin=origin, dtype=dtype, device=device)
+    return VAE(model)
