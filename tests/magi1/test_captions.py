@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from magi1.captions import (
-    NO_TOKENS,
-    SpecialTokens,
-    TokenChoice,
-    chunk_captions,
-    load_special_tokens,
-    null_caption,
-)
+from magi1.config import TokenChoice
+from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, load_special_tokens, null_caption
 
 CHANNELS = 2
 TEXT = torch.full((3, CHANNELS), 0.5)

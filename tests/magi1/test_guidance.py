@@ -20,8 +20,7 @@ from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video
 from magi1.__main__ import main
 from magi1.dit import DiT
-from magi1.sampler import ClipSampler
-from magi1.sampling import Guidance, Sampling
+from magi1.sampler import ClipSampler, Guidance, Sampling
 from magi1.schedule import Clip, Clock
 
 pytestmark = pytest.mark.numeric

@@ -17,12 +17,11 @@ from flowcache.errors import UserError
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.runtime.record import build_record, replay_policies
 from flowcache.runtime.stats import RunStats
-from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
-from magi1.config import ModelConfig
+from magi1.config import ModelConfig, TokenChoice
 from magi1.dit import DiT
-from magi1.sampler import ClipSampler
-from magi1.sampling import Guidance, KVBudget, Sampling, cache_bytes
+from magi1.sampler import ClipSampler, Guidance, KVBudget, Sampling, cache_bytes
 from magi1.schedule import Clip, Clock
+from magi1.text import SpecialTokens, chunk_captions, null_caption
 
 pytestmark = pytest.mark.numeric
 
