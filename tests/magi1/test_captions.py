@@ -74,7 +74,7 @@ def test_tokens_are_rounded_to_float16_as_released(tmp_path: Path):
     path = tmp_path / "special_tokens.npz"
     np.savez(path, caption_token=third, logo_token=third, other_tokens=np.zeros((100, CHANNELS)))
     tokens = load_special_tokens(path, channels=CHANNELS)
-    assert tokens.token("CAPTION")[0, 0].item() == np.float16(1 / 3)
+    assert tokens.negative()[0][0, 0].item() == np.float16(1 / 3)
 
 
 @pytest.mark.parametrize(
