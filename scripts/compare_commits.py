@@ -1,15 +1,20 @@
 #!/usr/bin/env python
 """Run the presets of two commits on this machine and compare what they make, bit for bit.
 
-    python scripts/compare_commits.py main~5                          # against the last commit
+    python scripts/compare_commits.py main --quick                    # one preset per model
+    python scripts/compare_commits.py main~5                          # every preset of every demo
     python scripts/compare_commits.py v1 v2 --kinds serial --models magi1
     python scripts/compare_commits.py main --presets flowcache_fast stride --kinds 2 compiled
 
 Every preset makes a short video of the demo checkpoint with each commit: two segments of
 SkyReels-V2, four chunks of MAGI-1; in one process, in two and four, and with compiled blocks. Equal
 must be: the latents that the VAE decoder takes, the pixels it returns (both in float, by SHA-256),
-every decision and the rest of the record and report but times and environment. Bits differ between
-kinds of processors, so nothing is stored: both commits run here, concurrently if --jobs is 2.
+every decision and the rest of the record and report but times and environment. A setting that both
+commits refuse in the same words is equal, too; a preset of one commit alone is a difference. Bits
+differ between kinds of processors, so nothing is stored: both commits run here.
+
+The commits may differ in where their code lies: only the models' command lines, the keys of the
+JSON files and the names of weights in a checkpoint must be the same.
 
 Exit code: 0 if all are equal, 1 if not, 2 if a commit or name is unknown.
 """
@@ -21,7 +26,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +34,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ROOTS = ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
+PACKAGES = ("flowcache", "magi1", "skyreels_v2")
 PROMPT = "a red circle moving right on a black background"
 SERIAL, COMPILED = "serial", "compiled"
 KINDS = (SERIAL, "2", "4", COMPILED)
 """One process, several, or one with compiled blocks."""
+QUICK = "flowcache_fast"
+REFUSAL = "error:"
+"""How the line starts with which a command refuses a setting; all else that fails is a crash."""
 NO_RESULT = ("seconds", "environment", "probe", "timeline", "peak_memory")
 """Words in the keys of what two equal runs may differ in."""
 TIMEOUT_SECONDS = 900
@@ -105,9 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("head", nargs="?", default="HEAD", help="commit (default: HEAD)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--presets", nargs="+", help="some presets (default: all of both commits)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, help="of processes or blocks (default: all)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"one preset ({QUICK}) and kind ({SERIAL}) with one checkpoint per model, unless "
+        "--presets or --kinds name others; under a minute",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     options = parser.parse_args(given)
+    presets = options.presets or ([QUICK] if options.quick else None)
+    kinds = options.kinds or ([SERIAL] if options.quick else KINDS)
     with TemporaryDirectory() as folder:
         checkouts = []
         for name, commit in (("base", options.base), ("head", options.head)):
@@ -115,18 +133,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stderr.write(f"error: {commit} is no commit of this repository\n")
                 return 2
             checkouts.append(Path(folder, name))
-        cases = list(find_cases(checkouts, options.models, options.presets, options.kinds))
-        if not cases:
-            sys.stderr.write("error: no such preset in both commits\n")
+        cases = find_cases(checkouts, options.models, presets, kinds, is_quick=options.quick)
+        unknown = set(presets or ()) - {case.preset for case in cases}
+        if unknown:
+            sys.stderr.write(f"error: no preset {', '.join(sorted(unknown))} in either commit\n")
             return 2
         with ThreadPoolExecutor(options.jobs) as pool:
             found = pool.map(lambda case: compare(case, *checkouts), cases)
             different = 0
-            for case, (said, fault) in zip(cases, found, strict=True):
+            for case, (outcome, fault) in zip(cases, found, strict=True):
                 different += fault is not None
-                print(f"{'equal    ' if fault is None else 'DIFFERENT'}  {case.name}  {said}")
+                print(f"{'equal    ' if fault is None else 'DIFFERENT'}  {case.name}  {outcome}")
                 if fault is not None:
-                    print(f"           {fault}", flush=True)
+                    print(f"           {fault}")
+                sys.stdout.flush()
     print(f"{len(cases)} runs of each commit: {len(cases) - different} equal")
     return 1 if different else 0
 
@@ -144,36 +164,76 @@ def extract(commit: str, folder: Path) -> bool:
 
 
 def find_cases(
-    checkouts: Sequence[Path], models: Sequence[str], presets: Sequence[str] | None, kinds: Any
-) -> Iterator[Case]:
-    """Yield the runs that both commits can make."""
+    checkouts: Sequence[Path],
+    models: Sequence[str],
+    presets: Sequence[str] | None,
+    kinds: Sequence[str],
+    *,
+    is_quick: bool = False,
+) -> list[Case]:
+    """Return the runs of the presets that any of the commits has.
+
+    Args:
+        is_quick: take the first checkpoint of each model only.
+    """
+    cases = []
     for name in models:
         model = MODELS[name]
-        there = [
-            {path.stem for path in (checkout / model.folder / "configs").glob("*.yaml")}
+        known = {
+            path.stem
             for checkout in checkouts
-        ]
-        for preset in sorted(set.intersection(*there)):
-            if presets is None or preset in presets:
-                for checkpoint in model.checkpoints:
-                    yield from (Case(name, checkpoint, preset, kind) for kind in kinds)
+            for path in (checkout / model.folder / "configs").glob("*.yaml")
+        }
+        for preset in sorted(known if presets is None else known & set(presets)):
+            for checkpoint in model.checkpoints[: 1 if is_quick else None]:
+                cases += [Case(name, checkpoint, preset, kind) for kind in kinds]
+    return cases
 
 
 def compare(case: Case, base: Path, head: Path) -> tuple[str, str | None]:
-    """Run both commits; return how the first one ended, and the first difference or None."""
-    a, b = run(case, base), run(case, head)
-    if isinstance(a, str) or isinstance(b, str):
-        # a preset that does not fit the demo is refused: by both, with the same words
-        return told(a), None if a == b else f"base: {told(a)}; head: {told(b)}"
-    return told(a), first_difference(a, b)
+    """Run both commits; return the outcome of the first one, and the first difference or None."""
+    return judge(MODELS[case.model], run(case, base), run(case, head))
 
 
-def told(result: dict[str, Any] | str) -> str:
-    """Say how a run ended."""
+def judge(
+    model: Model, base: dict[str, Any] | str, head: dict[str, Any] | str
+) -> tuple[str, str | None]:
+    """Return the outcome of the first of two results, and the first difference or None.
+
+    A crash and a run whose latents or pixels were not seen are never equal to anything.
+    """
+    outcomes = describe(base), describe(head)
+    if isinstance(base, str) or isinstance(head, str):
+        is_refused = base == head and outcomes[0].startswith(REFUSAL)
+        return outcomes[0], None if is_refused else "base: {}; head: {}".format(*outcomes)
+    for name in (model.latents, model.pixels):
+        if not any(name in line for line in seen_by_decoder(base)):
+            return outcomes[0], f"nothing was seen at the layer of {name}"
+    return outcomes[0], first_difference(base, head)
+
+
+def seen_by_decoder(result: dict[str, Any]) -> list[str]:
+    """Return the lines of all processes, one per tensor."""
+    return [line for text in result["decoded"].values() for line in text.splitlines()]
+
+
+def describe(result: dict[str, Any] | str) -> str:
+    """Return a run's outcome in words."""
     if isinstance(result, str):
         return result
-    latents = sum(text.count("\n") + 1 for text in result["decoded"].values())
-    return f"{result['.json']['num_frames']} frames, {latents} tensors at the VAE decoder's ends"
+    count = len(seen_by_decoder(result))
+    return f"{result['.json']['num_frames']} frames, {count} tensors at the VAE decoder's ends"
+
+
+def roots_of(checkout: Path) -> list[Path]:
+    """Return the folders from which the packages of a commit are imported."""
+    found = {
+        path.parents[1]
+        for package in PACKAGES
+        for pattern in (f"{package}/__init__.py", f"*/{package}/__init__.py")
+        for path in checkout.glob(pattern)
+    }
+    return sorted(found - {checkout / "tests", checkout / "scripts"})
 
 
 def run(case: Case, checkout: Path) -> dict[str, Any] | str:
@@ -192,22 +252,25 @@ def run(case: Case, checkout: Path) -> dict[str, Any] | str:
     command += ["--prompt", PROMPT, "--out", str(out), "--record", "device=cpu", *model.settings]
     command += [f"compile={'true' if is_compiled else 'false'}", "overlap=false"]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(checkout / root) for root in ROOTS),
+        "PYTHONPATH": os.pathsep.join(map(str, roots_of(checkout))),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        command,
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no result after {TIMEOUT_SECONDS} s"
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        line = next((line for line in lines if line.startswith("error:")), lines[-1])
+        line = next((line for line in lines if line.startswith(REFUSAL)), lines[-1])
         return line.replace(f"{checkout}/", "")
     seen = {path.suffix: path.read_text() for path in checkout.glob(f"{digests.name}.*")}
     files = {
@@ -235,7 +298,7 @@ def first_difference(a: Any, b: Any, *, place: str = "") -> str | None:
             for i, pair in enumerate(zip(a, b, strict=True))
         )
         return next((fault for fault in faults if fault is not None), None)
-    is_same = a == b or (a != a and b != b)  # nan
+    is_same = type(a) is type(b) and (a == b or (a != a and b != b))  # nan
     return None if is_same else f"{place}: {str(a)[:80]} and {str(b)[:80]}"
 
 
