@@ -14,9 +14,16 @@ from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId
 from flowcache.runtime.transfer import on_device
 from flowcache.runtime.ulysses import TokenSplit
-from flowcache.wan import flops
-from flowcache.wan.dit import DiT, Embedded, whole_window
-from flowcache.wan.layers import ContextKV, join_contexts
+from flowcache.wan.dit import (
+    ContextKV,
+    DiT,
+    Embedded,
+    blocks_flops,
+    embed_flops,
+    head_flops,
+    join_contexts,
+    whole_window,
+)
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Sampling, Unit
 from skyreels_v2.window import Window
 
@@ -71,7 +78,7 @@ class WindowForward:
             index = on_device(frames, dtype=torch.int64, device=self.device)
             condition = condition.index_select(1, index)
         if self.ranks.branches.rank == 0:  # the others' is the same work
-            cost = flops.embed(config, num_frames=len(frames), frame_tokens=self.frame_tokens)
+            cost = embed_flops(config, num_frames=len(frames), frame_tokens=self.frame_tokens)
             self.stats.add_flops(computed=cost, without_reuse=cost)
         return self.dit.embed(
             latents_CFhw.unsqueeze(0),
@@ -138,8 +145,8 @@ class WindowForward:
             if self.compression is not None:
                 clean = min(clean, self.compression.budget)
             keys += clean + offset
-        full = flops.blocks(config, queries=queries, keys=keys)
-        head = flops.head(config, queries=queries) if has_head else 0
+        full = blocks_flops(config, queries=queries, keys=keys)
+        head = head_flops(config, queries=queries) if has_head else 0
         reads_head = is_computed or self.sampling.quantity == "residual"
         self.stats.add_flops(
             computed=(full if is_computed else 0) + (head if reads_head else 0),

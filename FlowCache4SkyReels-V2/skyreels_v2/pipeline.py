@@ -18,9 +18,7 @@ from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.wan import flops
-from flowcache.wan.dit import DiT
-from flowcache.wan.layers import ContextKV
+from flowcache.wan.dit import ContextKV, DiT, context_flops
 from skyreels_v2.build import (
     VAE_STRIDE,
     compression_of,
@@ -219,7 +217,7 @@ def _encode_contexts(
             contexts[name] = []
             if not ranks.owns(number):
                 continue
-            cost = flops.context(dit.config)
+            cost = context_flops(dit.config)
             stats.add_flops(computed=cost, without_reuse=cost)
             contexts[name] = dit.encode_context(
                 text.to(device), None if image is None else image.to(device)

@@ -19,7 +19,7 @@ from flowcache.runtime.stats import RunStats
 from flowcache.runtime.transfer import on_device
 from flowcache.schedule import Tick
 from flowcache.wan.dit import DiT, Embedded
-from flowcache.wan.solver import UniPC, timestep_grid
+from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.forward import WindowForward
 from skyreels_v2.passes import WindowPasses
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit

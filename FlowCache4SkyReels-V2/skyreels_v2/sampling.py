@@ -10,8 +10,7 @@ from flowcache.kv import KVCache
 from flowcache.results import Quantity, ResultStore
 from flowcache.reuse import Decision, ReusePolicy
 from flowcache.schedule import Tick, staggered
-from flowcache.wan.dit import Embedded
-from flowcache.wan.layers import ContextKV
+from flowcache.wan.dit import ContextKV, Embedded
 from skyreels_v2.window import Window
 
 Signal = Literal["timestep", "timestep_embedding", "content"]

@@ -21,9 +21,9 @@ from flowcache.results import ResultStore
 from flowcache.reuse import Observe, ReusePolicy, Vanilla
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
+from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import DiT, DiTConfig
 from skyreels_v2 import run as runs
-from skyreels_v2.checkpoint import diffusers_key
 from skyreels_v2.run import DEMO
 from skyreels_v2.sampler import WindowSampler
 from skyreels_v2.sampling import Branch, Sampling
@@ -46,9 +46,6 @@ reuse:
   rescale: none
 """
 """What a checkpoint for tests brings: about a second per video."""
-
-MakeDiT = Callable[..., DiT]
-"""`(seed=0, **changes of the tiny config) -> transformer`"""
 
 
 @dataclass
@@ -134,25 +131,6 @@ def denoise_window(
 @pytest.fixture
 def denoise() -> Callable[..., Run]:
     return denoise_window
-
-
-@pytest.fixture
-def make_dit() -> MakeDiT:
-    def make(seed: int = 0, **changes: Any) -> DiT:
-        tiny: dict[str, Any] = {
-            "dim": 32,
-            "ffn_dim": 48,
-            "freq_dim": 16,
-            "num_heads": 2,
-            "num_layers": 2,
-            "text_dim": 12,
-            "text_len": 5,
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return DiT(DiTConfig(**tiny | changes)).eval()
-
-    return make
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from flowcache.errors import UserError
+from flowcache.wan.checkpoint import diffusers_key, read_diffusers, read_original
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.text import umt5_key
-from skyreels_v2 import checkpoint
-from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
+from skyreels_v2.checkpoint import check, find, load_dit
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 
@@ -181,9 +181,9 @@ def test_every_released_model_is_built_from_either_config(
     )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(_original_json(released)))
-    assert checkpoint._parse_original(path) == released
+    assert read_original(path) == released
     path.write_text(json.dumps(_diffusers_json(released)))
-    assert checkpoint._parse_diffusers(path, text_len=512) == released
+    assert read_diffusers(path, text_len=512) == released
     with torch.device("meta"):
         dit = DiT(released)
         theirs = SkyReelsV2Transformer3DModel.from_config(_diffusers_json(released))
@@ -236,8 +236,8 @@ def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path)
         inject_sample_info=False,
         eps=1e-6,
     )
-    assert checkpoint._parse_original(path) == defaults
-    assert checkpoint._parse_diffusers(path, text_len=512) == defaults
+    assert read_original(path) == defaults
+    assert read_diffusers(path, text_len=512) == defaults
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
