@@ -25,8 +25,7 @@ from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import DiT, DiTConfig
 from skyreels_v2 import run as runs
 from skyreels_v2.run import DEMO
-from skyreels_v2.sampler import WindowSampler
-from skyreels_v2.sampling import Branch, Sampling
+from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window
 
 HEIGHT, WIDTH = 16, 32
@@ -49,7 +48,7 @@ reuse:
 
 
 @dataclass
-class Run:
+class Denoised:
     """What came out of denoising a window."""
 
     rows: list[Tensor]
@@ -81,7 +80,7 @@ def denoise_window(
     storage: torch.device | None = None,
     store: Callable[[], ResultStore] = ResultStore,
     guidance: HeldGuidance | None = None,
-) -> Run:
+) -> Denoised:
     """Denoise with random prompts, or the given ones; everything but the weights is made here."""
     config, draw = dit.config, torch.Generator().manual_seed(seed)
     if texts is None:
@@ -110,26 +109,24 @@ def denoise_window(
         for name, text in texts.items()
     }
     stats = RunStats(latents.device, records=records)
-    updates, moving = store(), latents.clone()
-    sampler = WindowSampler(
+    moving = latents.clone()
+    run = Run(
         dit,
-        moving,
-        window=window,
-        sampling=sampling,
-        branches=branches,
-        stats=stats,
+        sampling,
+        stats,
         compression=compression,
-        updates=updates,
-        guidance=guidance,
-        condition=condition,
+        new_store=store,
+        new_guidance=lambda: guidance or HeldGuidance(),
         draw_noise=draw_noise,
         observe=observe,
     )
-    return Run([moving.clone() for _ in sampler.run()], stats, branches, updates)
+    sampler = WindowSampler(run, moving, window=window, branches=branches, condition=condition)
+    rows = [moving.clone() for _ in sampler.denoise()]
+    return Denoised(rows, stats, branches, sampler.updates)
 
 
 @pytest.fixture
-def denoise() -> Callable[..., Run]:
+def denoise() -> Callable[..., Denoised]:
     return denoise_window
 
 

@@ -12,7 +12,7 @@ from flowcache.results import Quantity
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 MakeDiT = Callable[..., DiT]

@@ -19,7 +19,7 @@ from flowcache.results import Quantity
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.wan.dit import DiT, DiTConfig, embed_flops
 from flowcache.wan.unipc import UniPC, timestep_grid
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

@@ -15,7 +15,7 @@ from flowcache.reuse import FlowCache, Stride
 from flowcache.wan.dit import DiT
 from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.config import ReuseConfig, RunConfig
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric
