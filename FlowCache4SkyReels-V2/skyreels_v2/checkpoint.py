@@ -58,11 +58,7 @@ class Checkpoint:
 
 
 def find(model: str | Path, *, hub: Hub = HUB) -> Checkpoint:
-    """Find a checkpoint: a local folder, or else a hub id, whose local copy or download is used.
-
-    Raises:
-        UserError: if there is neither, or the folder holds no complete checkpoint.
-    """
+    """Find a checkpoint: a local folder, or else a hub id, whose local copy or download is used."""
     folder = Path(model).expanduser()
     if not folder.exists():
         folder = fetch(_hub_id(model), is_whole=_is_whole, hub=hub)
@@ -70,11 +66,7 @@ def find(model: str | Path, *, hub: Hub = HUB) -> Checkpoint:
 
 
 def find_download(model: str | Path, *, hub: Hub = HUB) -> Missing | None:
-    """Return what `find` would download; None: nothing, the model is on the disk.
-
-    Raises:
-        UserError: it is not to be had, or the disk has no room for it.
-    """
+    """Return what `find` would download; None: nothing, the model is on the disk."""
     if Path(model).expanduser().exists():
         return None
     repository = _hub_id(model)
@@ -159,11 +151,7 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Check that the weights of all parts are there, whole, and fit; reads headers only.
-
-    Raises:
-        UserError: naming the file and the key.
-    """
+    """Check that the weights of all parts are there, whole, and fit; reads headers only."""
     config = checkpoint.config
     wan.check_dit(config, checkpoint.dit_files, layout=checkpoint.layout)
     vae.check(checkpoint.vae)

@@ -53,7 +53,7 @@ WAITING_TIMESTEP = 999
 WHOLE_WINDOW = -1
 """Id under which results of the whole window are stored, which full attention computes at once."""
 
-Computed = Mapping[str, tuple[Tensor, Tensor]]
+Computed = dict[str, tuple[Tensor, Tensor]]
 """Branch -> a chunk's tokens after the blocks, `[1, S, D]`, and its velocity `[C, F, h, w]`."""
 
 
@@ -435,7 +435,7 @@ class WindowSampler:
                     is_computed=name in chunk.computed,
                     passes=self._passes(tick, chunk, name),
                 )
-        made: dict[int, dict[str, tuple[Tensor, Tensor]]] = {chunk.id: {} for chunk in chunks}
+        made: dict[int, Computed] = {chunk.id: {} for chunk in chunks}
         for batch in self._together(chunks):
             names = [name for name in batch[0].computed if name in self.own]
             embedded = batch[0].embedded.joined([chunk.embedded for chunk in batch[1:]])

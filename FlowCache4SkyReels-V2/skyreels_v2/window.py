@@ -98,9 +98,6 @@ def cut_segments(
         base: pixel frames of a window.
         overlap: pixel frames shared by neighbouring windows.
         continues_video: whether the first window, too, starts with given frames.
-
-    Raises:
-        UserError: the counts don't fit each other.
     """
     _check_frames("num_frames", num_frames)
     _check_frames("base_num_frames", base)

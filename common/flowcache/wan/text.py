@@ -316,9 +316,6 @@ def check_encoder(path: str | Path, *, tokenizer: str | Path, width: int) -> Non
     Args:
         tokenizer: tokenizer folder.
         width: what the transformer takes.
-
-    Raises:
-        UserError: naming the file and the key.
     """
     model, files, origin = _build_encoder(Path(path))
     if model.config.d_model != width:
@@ -374,9 +371,6 @@ def load_encoder(
         tokenizer: tokenizer folder.
         text_len: tokens the transformer takes.
         dtype: type of all weights; None keeps each as stored.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit.
     """
     model, files, origin = _build_encoder(Path(path))
     words = load_tokenizer(Path(tokenizer), vocab_size=model.config.vocab_size, needs_padding=True)
@@ -420,9 +414,6 @@ def load_vision(
     Args:
         num_heads: attention heads, read only where the file does not say (original layout).
         dtype: type of all weights; None keeps each as stored.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit.
     """
     model, source = _build_vision(Path(path), num_heads=num_heads)
     load_files(model, **source, dtype=dtype, device=device)

@@ -333,11 +333,7 @@ def original_key(name: str, *, num_res_blocks: int) -> str:
 
 
 def _original_config(path: Path) -> dict[str, Any]:
-    """Derive the constructor arguments of diffusers from the shapes in an original file.
-
-    Raises:
-        UserError: if the file is not that of a Wan 2.1 VAE.
-    """
+    """Derive the constructor arguments of diffusers from the shapes in an original file."""
     shapes = {stored.key: stored.tensor.shape for stored in read([path])}
     try:
         base = shapes["encoder.conv1.weight"][0]
@@ -396,11 +392,7 @@ def _build(path: Path) -> tuple[AutoencoderKLWan, tuple[Path, ...], Callable[[st
 
 
 def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
-    """Build a VAE on the meta device.
-
-    Raises:
-        UserError: if the settings are not those of a Wan 2.1 VAE.
-    """
+    """Build a VAE on the meta device."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     try:
@@ -435,20 +427,12 @@ def released() -> VAE:
 
 
 def empty(path: str | Path) -> VAE:
-    """Build an empty VAE of the size of a folder or an original file, float32 on the meta device.
-
-    Raises:
-        UserError: the settings are not those of a Wan 2.1 VAE.
-    """
+    """Build an empty VAE of the size of a folder or an original file, float32 on the meta device."""
     return VAE(_build(Path(path))[0])
 
 
 def check(path: str | Path) -> None:
-    """Check that the weights are there, whole, and fit; reads headers only.
-
-    Raises:
-        UserError: naming the file and the key.
-    """
+    """Check that the weights are there, whole, and fit; reads headers only."""
     model, files, origin = _build(Path(path))
     check_files(model, files, origin=origin)
 
@@ -463,9 +447,6 @@ def load(
 
     Args:
         dtype: type of the weights; None keeps each as stored.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit.
     """
     model, files, origin = _build(Path(path))
     load_files(model, files, origin=origin, dtype=dtype, device=device)
