@@ -276,6 +276,7 @@ def copy_launchers(tmp_path: Path) -> Callable[..., Launchers]:
         folder = tmp_path / "a copy" / "model"
         folder.mkdir(parents=True)
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             transfer = shutil.copytree if (source / name).is_dir() else shutil.copy
             transfer(source / name, folder / name)
         tools = tmp_path / "bin"
