@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowcache.errors import UserError
-
-TEMPORAL_STRIDE = 4
+from flowcache.wan.vae import TEMPORAL_STRIDE
 
 
 def latent_frames(pixel_frames: int) -> int:
@@ -27,7 +26,7 @@ class Window:
     """The latent frames of one segment, cut into chunks.
 
     Chunks are in the order in which the KV cache holds them: the given prefix, the given end frame,
-    then the chunks to denoise. The end frame stands last in time nevertheless.
+    then the chunks to denoise. In time the end frame is the last one nevertheless.
     """
 
     num_frames: int

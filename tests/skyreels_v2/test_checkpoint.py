@@ -196,28 +196,6 @@ def test_every_released_model_is_built_from_either_config(
     assert renamed == expected
 
 
-@pytest.mark.parametrize(
-    ("original", "renamed"),
-    [
-        ("time_embedding.2.bias", "condition_embedder.time_embedder.linear_2.bias"),
-        ("fps_projection.0.weight", "fps_projection.net.0.proj.weight"),
-        ("fps_embedding.weight", "fps_embedding.weight"),
-        ("blocks.11.modulation", "blocks.11.scale_shift_table"),
-        ("blocks.11.norm3.bias", "blocks.11.norm2.bias"),
-        ("blocks.11.self_attn.o.weight", "blocks.11.attn1.to_out.0.weight"),
-        ("blocks.11.cross_attn.norm_k.weight", "blocks.11.attn2.norm_k.weight"),
-        ("blocks.11.cross_attn.k_img.bias", "blocks.11.attn2.add_k_proj.bias"),
-        ("blocks.11.cross_attn.norm_k_img.weight", "blocks.11.attn2.norm_added_k.weight"),
-        ("blocks.11.ffn.2.weight", "blocks.11.ffn.net.2.weight"),
-        ("head.modulation", "scale_shift_table"),
-        ("head.head.bias", "proj_out.bias"),
-        ("img_emb.proj.4.bias", "condition_embedder.image_embedder.norm2.bias"),
-    ],
-)
-def test_keys_are_renamed_as_published(original: str, renamed: str):
-    assert diffusers_key(original) == renamed
-
-
 def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_text("{}")

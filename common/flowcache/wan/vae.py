@@ -427,7 +427,7 @@ def released() -> VAE:
 
 
 def empty(path: str | Path) -> VAE:
-    """Build an empty VAE of the size of a folder or an original file, float32 on the meta device."""
+    """Build an empty VAE for a folder or an original file, float32 on the meta device."""
     return VAE(_build(Path(path))[0])
 
 
