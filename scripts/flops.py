@@ -20,8 +20,8 @@ from flowcache.runtime.flops import attention, linear
 from flowcache.runtime.markdown import escaped, table_row
 from flowcache.schedule import staggered
 from flowcache.wan.dit import blocks_flops
-from magi1 import flops as magi1_flops
 from magi1.config import ModelConfig, read_config
+from magi1.dit import published_block_flops, published_clip_flops
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
 from skyreels_v2.released import RELEASED
@@ -71,7 +71,7 @@ def magi1_clip(
     *, num_frames: int = 240, reaches: Sequence[int] = (), nearly_clean_pass: bool
 ) -> int:
     """Count one clip of the distilled 4.5B model, 720 x 720, 64 steps, window of 4 chunks."""
-    return magi1_flops.published_clip(
+    return published_clip_flops(
         magi1_sizes(),
         clip=Clip(num_frames),
         clock=Clock(num_steps=64, window=4, reaches=tuple(reaches)),
@@ -124,7 +124,7 @@ def skyreels_active_only() -> int:
 def paper_rows() -> list[Row]:
     """Return the published figures and what they are made of."""
     sizes = magi1_sizes()
-    alone = magi1_flops.published_blocks(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
+    alone = published_block_flops(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
     seen = sizes.num_layers * attention(
         MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=sizes.hidden_size
     )

@@ -116,7 +116,7 @@ def skyreels() -> Demo:
 def magi1() -> Demo:
     """Return MAGI-1."""
     from magi1 import checkpoint, run, vae
-    from magi1.layers import compiled_parts
+    from magi1.dit import compiled_parts
     from magi1.pipeline import Conditioning, generate
 
     # six chunks of 96 tokens: one more than the compressed cache holds

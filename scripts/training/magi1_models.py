@@ -4,11 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.demo.text import TEXT_WIDTH, build_tokenizer, new_t5_encoder
-from magi1.captions import NUM_OTHER, SpecialTokens
 from magi1.config import ModelConfig
-from magi1.dit import DiT
-from magi1.layers import Layer
-from magi1.vit import VAEConfig, ViTVAE
+from magi1.dit import DiT, Layer
+from magi1.text import NUM_OTHER, SpecialTokens
+from magi1.vae import VAEConfig, ViTVAE
 
 TILE_FRAMES = 12
 LATENT_CHANNELS = 16

@@ -16,14 +16,15 @@ from magi1.vae import (
     VAE,
     Span,
     Tiling,
+    ViTVAE,
     check,
     check_decoding,
     check_encoding,
     in_tiles,
     load,
     parse_config,
+    standardise,
 )
-from magi1.vit import ViTVAE, standardise
 
 pytestmark = pytest.mark.numeric
 

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from gpu.fake_cuda import CAPABILITY, CUDA, Forgetful, device_guard
 
 from flowcache.wan import dit as skyreels_dit
-from magi1 import layers as magi_layers
+from magi1 import dit as magi_dit
 from magi1.config import read_config
 from magi1.dit import is_float32
 from magi1.released import CONFIGS
@@ -104,18 +104,18 @@ def magi1_parts() -> tuple[nn.Module, Parts]:
     sizes = read_config(CONFIGS / "4.5B_distill.json").model_config
     tokens = 6 * 45 * 45
     with torch.device("meta"):
-        layer = magi_layers.Layer(sizes)
+        layer = magi_dit.Layer(sizes)
     for name, parameter in layer.named_parameters():
         wide = is_float32(f"videodit_blocks.layers.0.{name}")
         parameter.data = parameter.data.to(torch.float32 if wide else HALF)
     x = empty(1, tokens, sizes.hidden_size)
     heads = empty(1, tokens, sizes.num_attention_heads, sizes.kv_channels)
     bands = sizes.kv_channels // 8
-    rope = empty(tokens, magi_layers.ROPE_AXES * bands, 2, dtype=torch.float32)
+    rope = empty(tokens, magi_dit.ROPE_AXES * bands, 2, dtype=torch.float32)
     condition = empty(1, 1, sizes.condition_width)
     return layer, {
-        "before": (magi_layers.before_attention, (x, rope)),
-        "after": (magi_layers.after_attention, (x, heads, heads, condition)),
+        "before": (magi_dit.before_attention, (x, rope)),
+        "after": (magi_dit.after_attention, (x, heads, heads, condition)),
     }
 
 
