@@ -189,17 +189,67 @@ class WindowSampler:
 
     def denoise(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
         """Denoise; after every tick yield it and the chunks that became clean in it."""
-        is_causal = self.sampling.attention == "causal"
-        if is_causal:
+        if self.sampling.attention == "causal":
             self._feed_given()
         for tick in self.sampling.ticks(self.window):
             with self.stats.timed_tick(self.segment, tick.index), self.stats.stage("dit"):
-                noisy = self._embed_active(tick) if is_causal else [self._embed_window(tick)]
-                chunks = self._decide(tick, noisy)
-                self._advance(tick, self._velocities(tick, chunks))
+                self._advance(tick, self._velocities(tick))
                 self._finish(tick)
             self._trace_tokens(tick)
             yield tick, tick.finishing
+
+    # One tick ---------------------------------------------------------------------------------
+
+    def _velocities(self, tick: Tick) -> dict[int, Tensor]:
+        """Return the guided velocity of each active chunk, `[C, F, h, w]`.
+
+        A chunk whose latent update is reused has none.
+        """
+        is_causal = self.sampling.attention == "causal"
+        noisy = self._embed_active(tick) if is_causal else [self._embed_window(tick)]
+        guided: dict[int, Tensor] = {}
+        for group in self._until_settled(tick, self._decide(tick, noisy)):
+            computed = self._compute(tick, group)
+            for chunk in group:
+                velocities = self._by_branch(tick, chunk, computed.get(chunk.id, {}))
+                if velocities:
+                    guided[chunk.id] = velocity = self._guide(velocities)
+                    if len(chunk.computed) == len(self.branches):
+                        self._show(tick, chunk, "guided", velocity)
+            if self._settles(tick, group[-1].id):
+                self._settle(group[-1].id)
+        if WHOLE_WINDOW in guided:
+            whole = guided[WHOLE_WINDOW]
+            return {chunk: whole[:, self._frames(chunk)] for chunk in tick.steps}
+        return guided
+
+    def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
+        """Take one solver step with every active chunk."""
+        for chunk, step in tick.steps.items():
+            latents, solver = self.latents[:, self._frames(chunk)], self.solvers[chunk]
+            sigma = self._tensor([self.sigmas[step]] * latents.shape[1])
+            if chunk not in velocities:
+                latents += self.updates.predict(chunk, sigma=sigma).movedim(0, 1)
+                solver.skip()
+            elif self.sampling.quantity == "latent_update":
+                before = latents.clone()
+                solver.advance_(latents, velocity=velocities[chunk])
+                self.updates.put(chunk, (latents - before).movedim(1, 0), sigma=sigma)
+            else:
+                solver.advance_(latents, velocity=velocities[chunk])
+
+    def _finish(self, tick: Tick) -> None:
+        """Make the chunks clean that took their last step: results dropped, keys settled."""
+        for chunk in tick.finishing:
+            self.clean.add(chunk)
+            self.updates.drop(chunk)
+            self.guidance.drop(chunk)
+            for branch in self.branches.values():
+                branch.results.drop(chunk)
+            if self.sampling.attention == "causal" and self.sampling.clean_pass:
+                if not tick.is_last:  # else nobody would see the keys
+                    self._feed_clean(chunk, timestep=0)
+                self._settle(chunk)
 
     # Noisy latents, embedded ------------------------------------------------------------------
 
@@ -325,27 +375,6 @@ class WindowSampler:
         return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
 
     # Velocities -------------------------------------------------------------------------------
-
-    def _velocities(self, tick: Tick, chunks: Sequence[NoisyChunk]) -> dict[int, Tensor]:
-        """Return the guided velocity of each active chunk, `[C, F, h, w]`.
-
-        A chunk whose latent update is reused has none.
-        """
-        guided: dict[int, Tensor] = {}
-        for group in self._until_settled(tick, chunks):
-            computed = self._compute(tick, group)
-            for chunk in group:
-                velocities = self._by_branch(tick, chunk, computed.get(chunk.id, {}))
-                if velocities:
-                    guided[chunk.id] = velocity = self._guide(velocities)
-                    if len(chunk.computed) == len(self.branches):
-                        self._show(tick, chunk, "guided", velocity)
-            if self._settles(tick, group[-1].id):
-                self._settle(group[-1].id)
-        if WHOLE_WINDOW in guided:
-            whole = guided[WHOLE_WINDOW]
-            return {chunk: whole[:, self._frames(chunk)] for chunk in tick.steps}
-        return guided
 
     def _until_settled(
         self, tick: Tick, chunks: Sequence[NoisyChunk]
@@ -557,36 +586,6 @@ class WindowSampler:
             without_reuse=blocks + head,
             passes=passes,
         )
-
-    # One step ---------------------------------------------------------------------------------
-
-    def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
-        """Take one solver step with every active chunk."""
-        for chunk, step in tick.steps.items():
-            latents, solver = self.latents[:, self._frames(chunk)], self.solvers[chunk]
-            sigma = self._tensor([self.sigmas[step]] * latents.shape[1])
-            if chunk not in velocities:
-                latents += self.updates.predict(chunk, sigma=sigma).movedim(0, 1)
-                solver.skip()
-            elif self.sampling.quantity == "latent_update":
-                before = latents.clone()
-                solver.advance_(latents, velocity=velocities[chunk])
-                self.updates.put(chunk, (latents - before).movedim(1, 0), sigma=sigma)
-            else:
-                solver.advance_(latents, velocity=velocities[chunk])
-
-    def _finish(self, tick: Tick) -> None:
-        """Make the chunks clean that took their last step: results dropped, keys settled."""
-        for chunk in tick.finishing:
-            self.clean.add(chunk)
-            self.updates.drop(chunk)
-            self.guidance.drop(chunk)
-            for branch in self.branches.values():
-                branch.results.drop(chunk)
-            if self.sampling.attention == "causal" and self.sampling.clean_pass:
-                if not tick.is_last:  # else nobody would see the keys
-                    self._feed_clean(chunk, timestep=0)
-                self._settle(chunk)
 
     # Keys of clean chunks ---------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ from flowcache.wan.checkpoint import (
 )
 from flowcache.wan.dit import DiT, DiTConfig
 
+pytestmark = pytest.mark.numeric
+
 TINY = DiTConfig(
     dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_dim=32, text_len=7
 )
