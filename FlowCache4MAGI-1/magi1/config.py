@@ -41,7 +41,7 @@ PIXELS_PER_TOKEN = 16
 """Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""
 
 PROJECTION_GROUPS = 8
-"""Groups in which attention outputs lie before the joint projection, whatever the head count.
+"""Groups in which attention outputs lie before the joint projection, for any head count.
 
 Source: the released weights, which were trained with eight key/value heads.
 """

@@ -89,8 +89,8 @@ def rope_table(
 
     Frames count from the start of the video. Rows and columns are centred and scaled so that a
     frame of any size and shape covers the area of a 16 x 16 one: with
-    r = sqrt(height * width / 256) row i stands at
-    (i - (height-1)/2) / (height-1) * (height/r - 1). A single row stands at 0.
+    r = sqrt(height * width / 256) row i is at
+    (i - (height-1)/2) / (height-1) * (height/r - 1). A single row is at 0.
 
     Args:
         bands: learned frequencies, `[K]` float32, used for every axis.
@@ -121,7 +121,7 @@ def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
 
 
 class F32Linear(nn.Linear):
-    """A linear layer that computes and returns float32 whatever its weights are stored in."""
+    """A linear layer that computes and returns float32 for weights of any type."""
 
     def __init__(self, width_in: int, width_out: int, *, bias: bool = False) -> None:
         super().__init__(width_in, width_out, bias=bias)
@@ -367,7 +367,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """The text for cross-attention, and the learned vectors that stand for no text."""
+    """The text for cross-attention, and the learned null caption."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -446,7 +446,7 @@ class DiT(nn.Module):
 
     @property
     def null_caption(self) -> Tensor:
-        """The learned text that stands for no text, `[L, caption_channels]` float32."""
+        """The learned text without content, `[L, caption_channels]` float32."""
         return self.y_embedder.null_caption_embedding.float()
 
     def embed(

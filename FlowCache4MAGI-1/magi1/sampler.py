@@ -596,7 +596,7 @@ class ClipSampler:
         context: Sequence[ContextKV],
         attend: Attend,
     ) -> Tensor:
-        """Send one chunk, standing at the place of chunk `position`, through all layers."""
+        """Send one chunk, placed as chunk `position`, through all layers."""
         return self.dit.hidden(
             x_CFhw.unsqueeze(0),
             self._t(t),

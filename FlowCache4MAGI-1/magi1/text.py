@@ -89,11 +89,6 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._max_length = max_length
 
-    def to(self, device: torch.device | str) -> TextEncoder:
-        """Move the weights; returns the encoder itself."""
-        self.model.to(device)
-        return self
-
     def count_tokens(self, prompt: str) -> int:
         """Count the tokens of a prompt, cleaned, with the end token; more than fit are cut."""
         return len(self._tokenizer(clean(prompt), verbose=False).input_ids)

@@ -25,7 +25,6 @@ from flowcache.runtime.weights import check_files, find_shards, load_files, read
 NORM_EPS = 1e-5
 FINAL_CHANNELS = 4
 """Channels that each pixel has before the last convolution, with `use_final_proj`."""
-LOGVAR_RANGE = (-30.0, 20.0)
 
 _ONLY = {
     "double_z": True,
@@ -168,9 +167,8 @@ class Transformer(nn.Module):
     def run(self, x_BEFhw: Tensor) -> Tensor:
         """Run all layers; returns the tokens `[B, F h w, E]` without the class token."""
         grid = x_BEFhw.shape[2:]
-        tokens = torch.cat(
-            [self.cls_token.expand(len(x_BEFhw), -1, -1), x_BEFhw.flatten(2).transpose(1, 2)], dim=1
-        )
+        first = self.cls_token.expand(len(x_BEFhw), -1, -1)
+        tokens = torch.cat([first, x_BEFhw.flatten(2).transpose(1, 2)], dim=1)
         x_BNE = tokens + self._positions((grid[0], grid[1], grid[2]))
         for block in self.blocks:
             x_BNE = block(x_BNE)
@@ -241,10 +239,9 @@ class ViTVAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def moments(self, pixels_B3THW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and logarithmic variance, `[B, C, F, h, w]` each."""
-        mean, logvar = self.encoder(pixels_B3THW).chunk(2, dim=1)
-        return mean, logvar.clamp(*LOGVAR_RANGE)
+    def means(self, pixels_B3THW: Tensor) -> Tensor:
+        """Return the means of the latents, `[B, C, F, h, w]`; nothing is drawn from them."""
+        return self.encoder(pixels_B3THW).chunk(2, dim=1)[0]
 
 
 # Tiles --------------------------------------------------------------------------------------------
@@ -345,11 +342,6 @@ class VAE:
         """Frames per latent."""
         return self.model.config.patch_length
 
-    def to(self, device: torch.device | str) -> "VAE":
-        """Move the weights; returns the VAE itself."""
-        self.model.to(device)
-        return self
-
     @torch.no_grad()
     def encode(self, pixels_B3THW: Tensor) -> Tensor:
         """Encode pixels in -1..1 to latents `[B, C, F, h, w]` float32 (the posterior's mean)."""
@@ -361,14 +353,13 @@ class VAE:
         if height % self.spatial_stride or width % self.spatial_stride:
             rule = f"multiples of {self.spatial_stride}"
             raise ValueError(f"height and width must be {rule}: {height}x{width}")
-        tiling = self.tiling
-        span = partial(Span.encoding, patch=self.spatial_stride, overlap=tiling.overlap)
+        span = partial(Span.encoding, patch=self.spatial_stride, overlap=self.tiling.overlap)
         means = in_tiles(
             pixels_B3THW.to(device=self.device, dtype=self.dtype),
             partial(map, self._encode_tile),
-            length=tiling.frames,
-            rows=span(tiling.height),
-            columns=span(tiling.width),
+            length=self.tiling.frames,
+            rows=span(self.tiling.height),
+            columns=span(self.tiling.width),
             blends_blended=True,
         )
         return means.float() * self.scale
@@ -384,22 +375,21 @@ class VAE:
             ranks: the processes that divide the tiles; each gives the same latents and gets all
                 pixels. Default: one.
         """
-        tiling = self.tiling
-        span = partial(Span.decoding, patch=self.spatial_stride, overlap=tiling.overlap)
+        span = partial(Span.decoding, patch=self.spatial_stride, overlap=self.tiling.overlap)
         latents = latents_BCFhw.to(device=self.device).float() / self.scale
         return in_tiles(
             latents.to(self.dtype),
             partial(self._decode_tiles, ranks=Ranks() if ranks is None else ranks),
-            length=tiling.frames // self.temporal_stride,
-            rows=span(tiling.height),
-            columns=span(tiling.width),
+            length=self.tiling.frames // self.temporal_stride,
+            rows=span(self.tiling.height),
+            columns=span(self.tiling.width),
             blends_blended=False,
         ).float()
 
     def _encode_tile(self, pixels_B3THW: Tensor) -> Tensor:
         if pixels_B3THW.shape[2] == 1:
             pixels_B3THW = pixels_B3THW.expand(-1, -1, self.temporal_stride, -1, -1)
-        return self.model.moments(pixels_B3THW)[0]
+        return self.model.means(pixels_B3THW)
 
     def _decode_tiles(self, tiles_BCFhw: Sequence[Tensor], *, ranks: Ranks) -> Iterator[Tensor]:
         """Decode tiles and those of other processes: number 0 is that of share 0, 1 of 1, ...
@@ -449,9 +439,8 @@ def in_tiles(
         blends_blended: whether a tile is blended with its neighbours as they are after their own
             blending (released encoder) or before (released decoder); it shows where four meet.
     """
-    num_frames, height, width = x.shape[2:]
-    times = range(0, num_frames, length)
-    tops, lefts = range(0, height, rows.stride), range(0, width, columns.stride)
+    spans = zip(x.shape[2:], (length, rows.stride, columns.stride), strict=True)
+    times, tops, lefts = (range(0, size, stride) for size, stride in spans)
     tiles = [
         x[:, :, t : t + length, i : i + rows.tile, j : j + columns.tile]
         for t in times
@@ -459,16 +448,9 @@ def in_tiles(
         for j in lefts
     ]
     results = iter(run(tiles))
-    parts = [
-        _stitch(
-            [[next(results) for _ in lefts] for _ in tops],
-            rows=rows,
-            columns=columns,
-            blends_blended=blends_blended,
-        )
-        for _ in times
-    ]
-    return torch.cat(parts, dim=2)
+    stitch = partial(_stitch, rows=rows, columns=columns, blends_blended=blends_blended)
+    pictures = [stitch([[next(results) for _ in lefts] for _ in tops]) for _ in times]
+    return torch.cat(pictures, dim=2)
 
 
 def _stitch(
@@ -478,8 +460,7 @@ def _stitch(
     blended = [list(row) for row in results]
     seen = blended if blends_blended else results
     for i, row in enumerate(results):
-        for j in range(len(row)):
-            tile = row[j]
+        for j, tile in enumerate(row):
             if i:
                 tile = _blend(seen[i - 1][j], tile, extent=rows.extent, axis=-2)
             if j:
@@ -575,25 +556,23 @@ def parse_config(values: dict[str, Any], *, source: str) -> VAEConfig:
     return config
 
 
-def _empty(folder: Path) -> ViTVAE:
-    config = read_config(folder)
+def empty(folder: str | Path | None, *, scale: float, tiling: Tiling, dtype: torch.dtype) -> VAE:
+    """Build an empty VAE of the size of a folder, on the meta device; None: the released size."""
+    return VAE(_network(folder).to(dtype), scale=scale, tiling=tiling)
+
+
+def check(folder: str | Path) -> None:
+    """Check that the weights are there, whole, and fit; reads headers only."""
+    check_files(_network(folder), find_shards(folder))
+
+
+def _network(folder: str | Path | None) -> ViTVAE:
+    config = RELEASED if folder is None else read_config(folder)
     try:
         with torch.device("meta"):
             return ViTVAE(config)
     except (RuntimeError, TypeError) as error:  # sizes whose product no tensor can have
         raise UserError(f"{folder}: the config makes no VAE ({error})") from error
-
-
-def empty(folder: str | Path | None, *, scale: float, tiling: Tiling, dtype: torch.dtype) -> VAE:
-    """Build an empty VAE of the size of a folder, on the meta device; None: the released size."""
-    with torch.device("meta"):
-        model = ViTVAE(RELEASED if folder is None else read_config(folder))
-    return VAE(model.to(dtype), scale=scale, tiling=tiling)
-
-
-def check(folder: str | Path) -> None:
-    """Check that the weights are there, whole, and fit; reads headers only."""
-    check_files(_empty(Path(folder)), find_shards(folder))
 
 
 def load(
@@ -610,6 +589,6 @@ def load(
         dtype: type of the weights (the release runs in bf16); None keeps each as stored.
         scale: see `VAE`, as is `tiling`.
     """
-    model = _empty(Path(folder))
+    model = _network(folder)
     load_files(model, find_shards(folder), dtype=dtype, device=device)
     return VAE(model, scale=scale, tiling=tiling)

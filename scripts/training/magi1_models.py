@@ -74,7 +74,7 @@ class ViTCodec:
     def encode(self, video_B3THW: Tensor) -> Tensor:
         """Encode pixels in -1..1 to the posterior's mean, `[B, C, F, h, w]`."""
         tiles = video_B3THW.split(TILE_FRAMES, dim=2)
-        return torch.cat([self.vae.moments(tile)[0] for tile in tiles], dim=2)
+        return torch.cat([self.vae.means(tile) for tile in tiles], dim=2)
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode latents to pixels `[B, 3, T, H, W]` in -1..1."""
