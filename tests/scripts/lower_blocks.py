@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from gpu.fake_cuda import CAPABILITY, CUDA, Forgetful, device_guard
 
-from flowcache.wan import layers as skyreels_layers
+from flowcache.wan import dit as skyreels_dit
 from magi1 import dit as magi_dit
 from magi1.config import read_config
 from magi1.dit import is_float32
@@ -81,7 +81,7 @@ def skyreels_parts() -> tuple[nn.Module, Parts]:
     sizes = RELEASED["df-1.3b-540p"]
     tokens, frames, wide = 5 * 34 * 60, 5, torch.float32
     with torch.device("meta"):
-        block = skyreels_layers.Block(
+        block = skyreels_dit.Block(
             sizes.dim,
             ffn_dim=sizes.ffn_dim,
             num_heads=sizes.num_heads,
@@ -93,9 +93,9 @@ def skyreels_parts() -> tuple[nn.Module, Parts]:
     e = empty(1, frames, 6, sizes.dim, dtype=wide)
     rope = empty(tokens, sizes.head_width // 2, 2, dtype=wide)
     return block, {
-        "before": (skyreels_layers.before_attention, (x, e, rope)),
-        "between": (skyreels_layers.between_attentions, (x, heads, e)),
-        "after": (skyreels_layers.after_attention, (x32, heads, e)),
+        "before": (skyreels_dit.before_attention, (x, e, rope)),
+        "between": (skyreels_dit.between_attentions, (x, heads, e)),
+        "after": (skyreels_dit.after_attention, (x32, heads, e)),
     }
 
 

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.runtime.ranks import Ranks
 from flowcache.wan import vae
-from flowcache.wan.decoder import Seen, Strip, decode_hidden, decode_latent, margins_of
-from flowcache.wan.vae import VAE
+from flowcache.wan.vae import VAE, Seen, Strip, decode_hidden, decode_latent, margins_of
 
 pytestmark = pytest.mark.numeric
 

@@ -9,7 +9,7 @@ from closeness import assert_close
 from diffusers import UniPCMultistepScheduler
 from safetensors import safe_open
 
-from flowcache.wan.solver import UniPC, timestep_grid
+from flowcache.wan.unipc import UniPC, timestep_grid
 
 pytestmark = pytest.mark.numeric
 

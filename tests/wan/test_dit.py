@@ -9,8 +9,7 @@ from closeness import assert_close
 from safetensors import safe_open
 from torch import Tensor
 
-from flowcache.wan.dit import DiT, DiTConfig
-from flowcache.wan.layers import rope_table, rotate, sinusoid
+from flowcache.wan.dit import DiT, DiTConfig, rope_table, rotate, sinusoid
 
 pytestmark = pytest.mark.numeric
 
