@@ -18,14 +18,16 @@ from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.flops import attention
 from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import plan_by_sizes
 from flowcache.schedule import staggered
 from flowcache.wan import flops as skyreels_flops
 from magi1 import flops as magi1_flops
 from magi1.config import ModelConfig, read_config
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
+from skyreels_v2.model import MODEL
 from skyreels_v2.released import RELEASED
-from skyreels_v2.run import Request, plan_released
 
 EXAMPLES = f"""examples:
   python scripts/flops.py --paper
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(markdown(paper_rows()))
         elif options.model in RELEASED:
             settings = ["prompt=-", *options.settings]
-            print(plan_released(Request(options.preset, options.model, settings)))
+            print(plan_by_sizes(MODEL, Request(options.preset, options.model, settings)))
         else:
             raise UserError(
                 f"{options.model} is no released model of SkyReels-V2: use one of "

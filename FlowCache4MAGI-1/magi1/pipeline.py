@@ -18,12 +18,12 @@ from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
 from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
 from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipSampler
 from magi1.schedule import Clip, Clock
 from magi1.settings import RunConfig
+from magi1.work import budget_of, clip_of, latent_size, policy_of, sampling_of
 
 
 class LatentCodec(Protocol):

@@ -1,14 +1,15 @@
 """Models by name: the demos, the released ones, or any JSON config; and where their files are."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from flowcache.errors import UserError
 from flowcache.runtime.bounds import given_path
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
+from flowcache.runtime.model import Source
 from magi1 import checkpoint as checkpoints
 from magi1.config import MagiConfig
 
@@ -16,7 +17,10 @@ FOLDER = Path(__file__).resolve().parent.parent
 DEMO = FOLDER / "demo"
 DEMOS = {"demo": "distill_config.json", "demo-base": "base_config.json"}
 """Distilled (one pass) and base (three guidance passes)."""
-CONFIGS = FOLDER / "configs" / "released"
+PRESETS = FOLDER / "configs"
+CONFIGS = PRESETS / "released"
+FIELDS = CONFIGS / "fields.yaml"
+"""What the fields of the release's JSON files mean."""
 RELEASED = (
     *("4.5B_base", "4.5B_distill", "4.5B_distill_quant"),
     *("24B_base", "24B_distill", "24B_distill_quant"),
@@ -28,30 +32,14 @@ PATH_FIELDS = ("load", "t5_pretrained", "vae_pretrained")
 Config = TypeVar("Config", bound=MagiConfig)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model that was asked for.
-
-    Attributes:
-        name: as reports show it.
-        config_file: its JSON config; presets of its own may lie beside it.
-        is_released: whether the name is that of a released model.
-        may_download: whether its weights come from the hub where they are not on the disk.
-    """
-
-    name: str
-    config_file: Path
-    is_released: bool = False
-    may_download: bool = False
-
-
-def find_model(model: str, *, has_cuda: bool | None = None) -> Source:
-    """Find the JSON config of a model.
+def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool = False) -> Source:
+    """Find the JSON config of a model, its only layer of settings.
 
     Args:
         has_cuda: whether there is a CUDA device; None: look for one.
         model: `demo`, `demo-base`, a name of `RELEASED`, a JSON file, a folder with one
             `*config.json`, or `auto`: 4.5B_distill where there is CUDA, else the demo.
+        wants_download: whether the weights come from the hub in any case.
 
     Raises:
         UserError: there is no such model, or a folder with none or several configs.
@@ -62,12 +50,18 @@ def find_model(model: str, *, has_cuda: bool | None = None) -> Source:
         model = REAL_MODEL if has_cuda else "demo"
     if model in RELEASED:
         path = CONFIGS / f"{model}.json"
-        return Source(model, path, is_released=True, may_download=is_auto)
+        may_download = "missing" if is_auto else "never"
+        return _source(
+            model,
+            path,
+            plans_by_sizes=not is_auto,
+            download="always" if wants_download else may_download,
+        )
     if model in DEMOS:
         path = DEMO / DEMOS[model]
         if not path.is_file():
             raise UserError(f"{path}: the demo checkpoint is missing: restore it with git")
-        return Source(model, path)
+        return _source(model, path, download="always" if wants_download else "never")
     path = given_path(model, name="model")
     if path.is_dir():
         path = _only_config(path)
@@ -76,7 +70,17 @@ def find_model(model: str, *, has_cuda: bool | None = None) -> Source:
             f"{model}: no such file or folder; a model is a JSON config, a folder that holds one, "
             f"or one of {', '.join((*DEMOS, *RELEASED))}"
         )
-    return Source(path.parent.resolve().name, path)
+    name = path.parent.resolve().name
+    return _source(name, path, download="always" if wants_download else "never")
+
+
+def _source(name: str, path: Path, **facts: Any) -> Source:
+    return Source(name, path.parent, layers=(path,), **facts)
+
+
+def is_released(source: Source) -> bool:
+    """Tell whether a model was named by a name of `RELEASED`."""
+    return source.layers[0].parent == CONFIGS
 
 
 def _only_config(folder: Path) -> Path:
@@ -99,7 +103,7 @@ def locate(config: Config, source: Source) -> Config:
 
 def find_path(path: str, source: Source) -> str:
     """Return a path as it is if it exists from here, else beside the JSON if it exists there."""
-    beside = source.config_file.parent / path
+    beside = source.layers[0].parent / path
     return str(beside) if not Path(path).exists() and beside.exists() else path
 
 
@@ -120,7 +124,7 @@ def download(config: Config, source: Source, *, hub: Hub = HUB) -> Config:
     Raises:
         UserError: it is none of the released models, or not to be had.
     """
-    if not source.is_released:
+    if not is_released(source):
         raise UserError(
             f"--download fetches a released model, not {source.name}: give --model as one of "
             f"{', '.join(RELEASED)}"

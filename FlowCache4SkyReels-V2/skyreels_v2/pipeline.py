@@ -21,7 +21,11 @@ from flowcache.schedule import Tick
 from flowcache.wan import flops
 from flowcache.wan.dit import DiT
 from flowcache.wan.layers import ContextKV
-from skyreels_v2.build import (
+from skyreels_v2.config import RunConfig
+from skyreels_v2.sampler import WindowSampler
+from skyreels_v2.sampling import Branch
+from skyreels_v2.window import Segment, pixel_frames
+from skyreels_v2.work import (
     VAE_STRIDE,
     compression_of,
     kv_capacity,
@@ -31,10 +35,6 @@ from skyreels_v2.build import (
     tokens_per_frame,
     window_of,
 )
-from skyreels_v2.config import RunConfig
-from skyreels_v2.sampler import WindowSampler
-from skyreels_v2.sampling import Branch
-from skyreels_v2.window import Segment, pixel_frames
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4

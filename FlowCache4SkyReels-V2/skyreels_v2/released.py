@@ -1,13 +1,20 @@
-"""Sizes of the released models, so that a run can be planned without their weights.
+"""Where models are, and sizes of the released ones, which plan a run without weights.
 
 Source: the `config.json` files of the released checkpoints.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 from flowcache.wan.dit import DiTConfig
+
+FOLDER = Path(__file__).resolve().parent.parent
+PRESETS = FOLDER / "configs"
+DEMO = FOLDER / "demo"
+REAL_MODEL = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
+"""What `auto` is where there is CUDA."""
 
 _SMALL = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 _LARGE = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)

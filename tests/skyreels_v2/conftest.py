@@ -22,9 +22,9 @@ from flowcache.reuse import Observe, ReusePolicy, Vanilla
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2 import run as runs
 from skyreels_v2.checkpoint import diffusers_key
-from skyreels_v2.run import DEMO
+from skyreels_v2.model import MODEL
+from skyreels_v2.released import DEMO
 from skyreels_v2.sampler import WindowSampler
 from skyreels_v2.sampling import Branch, Sampling
 from skyreels_v2.window import Window
@@ -230,7 +230,7 @@ def _write_dit(folder: Path, kind: DiTConfig) -> None:
 @pytest.fixture
 def make(maker: Callable[..., Any], small: Path) -> Callable[..., Any]:
     """Return what makes a video in a fresh folder from settings given as `key=value`."""
-    return maker(runs, small)
+    return maker(MODEL, small)
 
 
 @pytest.fixture
