@@ -26,6 +26,7 @@ from magi1 import flops as magi1_flops
 from magi1.config import ModelConfig, read_config
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
+from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import RELEASED
 
@@ -42,7 +43,7 @@ MAGI1_CHUNK_TOKENS = 6 * 45 * 45
 """Of 6 latent frames of 720 x 720 pixels."""
 MAGI1_WINDOWS = (5, 4, 3, 2)
 """The released KV window: chunks seen in each quarter of a chunk's steps."""
-SKYREELS_1_3B = RELEASED["df-1.3b-540p"]
+SKYREELS_1_3B = released_sizes("df-1.3b-540p")
 SKYREELS_FRAME_TOKENS = 34 * 60
 """Of a latent frame of 544 x 960 pixels."""
 SKYREELS_CHUNK_TOKENS = 5 * SKYREELS_FRAME_TOKENS

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -45,14 +45,13 @@ KEYS: Mapping[str, str] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
 class Magi:
     """MAGI-1; see `VideoModel` for what each method is for."""
 
     name = "magi1"
     presets = released.PRESETS
     schema = RunConfig
-    keys = KEYS
+    keys: Mapping[str, str] = KEYS
 
     def settings_lines(self) -> list[str]:
         release = settings.describe(MagiConfig, commented=released.FIELDS)
@@ -62,10 +61,10 @@ class Magi:
     # Files and settings -----------------------------------------------------------------------
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
-        return released.find_model(name, wants_download=download)
+        return checkpoints.find_model(name, wants_download=download)
 
     def check(self, config: RunConfig, source: Source) -> RunConfig:
-        return released.locate(config, source)
+        return checkpoints.locate(config, source)
 
     def check_device(
         self, config: RunConfig, source: Source, *, device: torch.device, dtype: torch.dtype
@@ -76,13 +75,13 @@ class Magi:
         return works.dtype_of(config, device)
 
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
-        if not released.is_released(source) or not _may_download(config, source):
+        if not checkpoints.is_released(source) or not _may_download(config, source):
             return None
-        return released.find_download(config, source)
+        return checkpoints.find_download(config, source)
 
     def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
         if _may_download(config, source):
-            config = released.download(config, source)
+            config = checkpoints.download(config, source)
         return config, replace(source, files=checkpoints.find(config))
 
     def check_files(self, config: RunConfig, source: Source) -> None:
@@ -275,5 +274,5 @@ MODEL = Magi()
 def _may_download(config: RunConfig, source: Source) -> bool:
     """Tell whether weights come from the hub."""
     if source.download == "missing":
-        return not released.are_there(config)
+        return not checkpoints.are_there(config)
     return source.download == "always"

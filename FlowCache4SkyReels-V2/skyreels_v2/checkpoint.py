@@ -6,7 +6,7 @@ is, and which model, is read from the files, never from the name of the folder.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,19 @@ _DIFFUSERS_KEYS = (
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
 )
+
+
+def released_sizes(name: str) -> DiTConfig:
+    """Return the sizes of a released model, which plan a run without its files.
+
+    Source: the `config.json` files of the released checkpoints.
+    """
+    sizes = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+    if "-1.3b-" in name:
+        sizes = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+    if name.startswith("i2v-"):
+        return replace(sizes, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH)
+    return replace(sizes, inject_sample_info=name == "df-1.3b-540p")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,14 +46,13 @@ KEYS: Mapping[str, str] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
 class SkyReels:
     """SkyReels-V2; see `VideoModel` for what each method is for."""
 
     name = "skyreels_v2"
     presets = PRESETS
     schema = RunConfig
-    keys = KEYS
+    keys: Mapping[str, str] = KEYS
 
     def settings_lines(self) -> list[str]:
         return settings.describe(RunConfig, commented=PRESETS / "base.yaml")
@@ -62,11 +61,12 @@ class SkyReels:
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
-            return Source(name, plans_by_sizes=True, sizes=RELEASED[name])
+            return Source(name, plans_by_sizes=True, sizes=checkpoints.released_sizes(name))
         place = choose_model(name)
         if Path(place).expanduser().exists():
             return _source(checkpoints.find(place))
-        sizes = RELEASED.get(released_name(str(place)) or "")
+        known = released_name(str(place))
+        sizes = None if known is None else checkpoints.released_sizes(known)
         return Source(str(place), sizes=sizes)
 
     def check(self, config: RunConfig, source: Source) -> RunConfig:

@@ -25,7 +25,7 @@ from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance
 from skyreels_v2.model import MODEL, choose_model
-from skyreels_v2.released import RELEASED, released_name
+from skyreels_v2.released import released_name
 from skyreels_v2.upstream_flags import SIZES, Script, parser_of
 from skyreels_v2.window import latent_frames
 
@@ -244,7 +244,7 @@ def _sizes_of(model: str | Path) -> DiTConfig:
     """Return the sizes of a model; of a released one without a download."""
     name = released_name(str(model))
     if name is not None and not Path(model).expanduser().exists():
-        return RELEASED[name]
+        return checkpoints.released_sizes(name)
     return checkpoints.find(model).config
 
 

@@ -29,16 +29,16 @@ from gpu.subject import (
     is_installed,
 )
 from gpu.traces import SKYREELS_CURVE
+from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, Progress, generate
-from skyreels_v2.released import RELEASED
 from skyreels_v2.work import VAE_STRIDE, branches_of, work_of
 
 STEPS = {"paper": 50, "tiny": 10}
 LAG = {"paper": 5, "tiny": 1}
 DIT: Mapping[Size, DiTConfig] = {
-    "paper": RELEASED["df-1.3b-540p"],
+    "paper": released_sizes("df-1.3b-540p"),
     "tiny": DiTConfig(
         dim=48, ffn_dim=64, freq_dim=32, num_heads=4, num_layers=2, text_dim=24, text_len=16
     ),

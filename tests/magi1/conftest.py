@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import VideoWriter
+from magi1.checkpoint import find_model
 from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi1.dit import DiT, set_precision
 from magi1.model import MODEL
-from magi1.released import PRESETS, find_model
+from magi1.released import PRESETS
 from magi1.settings import RunConfig
 from magi1.vae import parse_config
 from magi1.vit import ViTVAE

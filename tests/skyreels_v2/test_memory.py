@@ -27,14 +27,15 @@ from flowcache.runtime.stats import RunStats
 from flowcache.wan import vae
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.text import empty_encoder
+from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.released import PRESETS, RELEASED
+from skyreels_v2.released import PRESETS
 from skyreels_v2.work import Networks, RunMemory, work_of
 
 META = torch.device("meta")
-SIZES = RELEASED["df-1.3b-540p"]
+SIZES = released_sizes("df-1.3b-540p")
 STEPS = ("num_steps=3", "ar_step=0", "seed=1")
 """Few ticks, all chunks active at once: what is held does not depend on their number."""
 TOLERANCE = 0.15
