@@ -120,7 +120,8 @@ def make_clip(model: str, settings: Sequence[str]) -> tuple[Tensor, int]:
     job = prepare(MODEL, Request("vanilla", model, settings))
     stats = RunStats(job.device)
     loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
-    clip = collect(MODEL.generate(loaded, job.placed, inputs, stats=stats), stats)
+    shown = MODEL.generate(loaded.dit, loaded.vae, job.placed, inputs, stats=stats)
+    clip = collect(shown, stats)
     return clip.frames, job.work.weight_bytes
 
 

@@ -1,7 +1,7 @@
 """MAGI-1 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.reuse import Observe, Policies
 from flowcache.runtime import config as settings
 from flowcache.runtime.finite import check_finite
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
-from flowcache.runtime.model import Job, Loaded, Source, Work
-from flowcache.runtime.noise import Draw
-from flowcache.runtime.profile import Setting
-from flowcache.runtime.ranks import Layout, Ranks
-from flowcache.runtime.stats import RunStats
+from flowcache.runtime.model import Job, Source, Work
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
@@ -28,7 +23,7 @@ from magi1.dit import DiT
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import Media, num_latents, read_media
 from magi1.layers import compiled_parts
-from magi1.pipeline import Conditioning, Progress, generate
+from magi1.pipeline import Conditioning, generate
 from magi1.settings import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -67,12 +62,11 @@ class Magi:
         return checkpoints.locate(config, source)
 
     def check_device(
-        self, config: RunConfig, source: Source, *, device: torch.device, dtype: torch.dtype
+        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
     ) -> None:
         pass
 
-    def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
-        return works.dtype_of(config, device)
+    dtype = staticmethod(works.dtype_of)
 
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
         if not checkpoints.is_released(source) or not _may_download(config, source):
@@ -101,13 +95,11 @@ class Magi:
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
 
-    def setting(self, config: RunConfig) -> Setting:
-        return works.setting_of(config)
+    setting = staticmethod(works.setting_of)
 
     # Planning ---------------------------------------------------------------------------------
 
-    def media(self, config: RunConfig, source: Source) -> Media:
-        return read_media(config, source)
+    media = staticmethod(read_media)
 
     def before(self, media: Media) -> Tensor | None:
         return None
@@ -127,46 +119,33 @@ class Magi:
             dtype=dtype,
         )
 
-    def title(
-        self,
-        config: RunConfig,
-        source: Source,
-        preset: str,
-        dtype: torch.dtype,
-        device: torch.device | None,
-    ) -> list[str]:
-        engine, passes = config.engine_config, config.passes
+    def title(self, job: Job) -> list[str]:
+        config, engine, passes = job.config, job.config.engine_config, job.config.passes
         kind = "distilled" if engine.distill else "base"
         kind += ", 8-bit" if engine.fp8_quant else ""
-        where = str(dtype).removeprefix("torch.")
-        if device is None:
+        where = str(job.dtype).removeprefix("torch.")
+        if job.source.files is None:
             where += f", by its sizes alone, for a prompt of {ASSUMED_TOKENS} tokens"
         else:
-            where += f" on {device}"
+            where += f" on {job.device}"
         extra = {"clean": passes.clean_pass, "nearly clean": passes.nearly_clean_pass}
         made = ", ".join(name for name, is_made in extra.items() if is_made)
         return [
-            f"model        {source.name} ({kind}), {where}",
-            f"preset       {preset}: {config.reuse.policy} reuse, {config.kv.compress} "
+            f"model        {job.source.name} ({kind}), {where}",
+            f"preset       {job.preset}: {config.reuse.policy} reuse, {config.kv.compress} "
             f"KV compression, extra passes: {made or 'none'}",
         ]
 
-    def lines(self, config: RunConfig, work: Work) -> list[str]:
-        return works.lines_of(config, work)
+    lines = staticmethod(works.lines_of)
 
-    def footprint(
-        self,
-        config: RunConfig,
-        source: Source,
-        work: Work,
-        dtype: torch.dtype,
-        layout: Layout,
-        *,
-        overlaps: bool,
-    ) -> works.RunMemory:
-        networks = works.Networks.of(source.files, config, dtype=dtype)
+    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
         return works.RunMemory(
-            config, work, networks=networks, dtype=dtype, layout=layout, overlaps=overlaps
+            job.config,
+            job.work,
+            networks=works.Networks.of(job.source.files, job.config, dtype=job.dtype),
+            dtype=job.dtype,
+            layout=job.ranks.layout,
+            overlaps=overlaps,
         )
 
     def residence(self, config: RunConfig) -> Residence:
@@ -243,29 +222,7 @@ class Magi:
             device="cpu" if job.placed.offload else job.device,
         )
 
-    def generate(
-        self,
-        loaded: Loaded,
-        config: RunConfig,
-        inputs: Conditioning,
-        *,
-        stats: RunStats,
-        draw: Draw | None = None,
-        observe: Observe | None = None,
-        policies: Policies | None = None,
-        ranks: Ranks | None = None,
-    ) -> Iterator[Progress]:
-        return generate(
-            loaded.dit,
-            loaded.vae,
-            config,
-            inputs,
-            stats=stats,
-            draw=draw,
-            observe=observe,
-            policies=policies,
-            ranks=ranks,
-        )
+    generate = staticmethod(generate)
 
 
 MODEL = Magi()

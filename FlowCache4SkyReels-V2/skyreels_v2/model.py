@@ -1,7 +1,7 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.reuse import Observe, Policies
 from flowcache.runtime import config as settings
 from flowcache.runtime.bounds import given_path
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.finite import check_finite
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
-from flowcache.runtime.model import Job, Loaded, Source, Work
-from flowcache.runtime.noise import Draw
-from flowcache.runtime.profile import Setting
-from flowcache.runtime.ranks import Layout, Ranks
-from flowcache.runtime.stats import RunStats
+from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text, vae
 from flowcache.wan.dit import DiT
@@ -31,7 +26,7 @@ from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
-from skyreels_v2.pipeline import Conditioning, Progress, generate
+from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.released import DEMO, PRESETS, REAL_MODEL, RELEASED, released_name
 
 logger = logging.getLogger(__name__)
@@ -79,7 +74,7 @@ class SkyReels:
         return config
 
     def check_device(
-        self, config: RunConfig, source: Source, *, device: torch.device, dtype: torch.dtype
+        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
     ) -> None:
         quantize.check(config.quantize, source.sizes, device=device, dtype=dtype)
 
@@ -106,8 +101,7 @@ class SkyReels:
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
 
-    def setting(self, config: RunConfig) -> Setting:
-        return works.setting_of(config)
+    setting = staticmethod(works.setting_of)
 
     # Planning ---------------------------------------------------------------------------------
 
@@ -120,47 +114,31 @@ class SkyReels:
     def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
         return works.work_of(config, source.sizes, dtype=dtype)
 
-    def title(
-        self,
-        config: RunConfig,
-        source: Source,
-        preset: str,
-        dtype: torch.dtype,
-        device: torch.device | None,
-    ) -> list[str]:
-        if device is None:
+    def title(self, job: Job) -> list[str]:
+        config, source = job.config, job.source
+        if source.files is None:
             name = source.name if source.plans_by_sizes else released_name(source.name)
-            model = f"sizes of the released {name}, {config.dtype} = {dtype}; no files"
+            model = f"sizes of the released {name}, {config.dtype} = {job.dtype}; no files"
         else:
-            type_name = str(dtype).removeprefix("torch.")
-            model = f"{source.name}, {source.files.layout} layout, {type_name} on {device}"
+            dtype = str(job.dtype).removeprefix("torch.")
+            model = f"{source.name}, {source.files.layout} layout, {dtype} on {job.device}"
         return [
             f"model        {model}",
-            f"preset       {preset}: {config.attention} attention, {config.reuse.policy} reuse, "
-            f"{config.kv.compress} KV compression",
+            f"preset       {job.preset}: {config.attention} attention, {config.reuse.policy} "
+            f"reuse, {config.kv.compress} KV compression",
         ]
 
-    def lines(self, config: RunConfig, work: Work) -> list[str]:
-        return works.lines_of(config, work)
+    lines = staticmethod(works.lines_of)
 
-    def footprint(
-        self,
-        config: RunConfig,
-        source: Source,
-        work: Work,
-        dtype: torch.dtype,
-        layout: Layout,
-        *,
-        overlaps: bool,
-    ) -> works.RunMemory:
-        networks = works.Networks.of(source.files, source.sizes, dtype=dtype)
+    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
+        sizes = job.source.sizes
         return works.RunMemory(
-            config,
-            source.sizes,
-            work,
-            networks=networks,
-            dtype=dtype,
-            layout=layout,
+            job.config,
+            sizes,
+            job.work,
+            networks=works.Networks.of(job.source.files, sizes, dtype=job.dtype),
+            dtype=job.dtype,
+            layout=job.ranks.layout,
             overlaps=overlaps,
         )
 
@@ -253,29 +231,7 @@ class SkyReels:
     def load_vae(self, job: Job) -> vae.VAE:
         return vae.load(job.source.files.vae, device=job.device)
 
-    def generate(
-        self,
-        loaded: Loaded,
-        config: RunConfig,
-        inputs: Conditioning,
-        *,
-        stats: RunStats,
-        draw: Draw | None = None,
-        observe: Observe | None = None,
-        policies: Policies | None = None,
-        ranks: Ranks | None = None,
-    ) -> Iterator[Progress]:
-        return generate(
-            loaded.dit,
-            loaded.vae,
-            config,
-            inputs,
-            stats=stats,
-            draw=draw,
-            observe=observe,
-            policies=policies,
-            ranks=ranks,
-        )
+    generate = staticmethod(generate)
 
 
 MODEL = SkyReels()

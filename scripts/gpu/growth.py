@@ -153,8 +153,7 @@ def _open(model: VideoModel, line: Line, num_frames: int) -> Make:
 
     def make(line: Line, num_frames: int) -> dict[str, Any]:
         job, stats = prepare(model, request(line, num_frames)), RunStats(first.device)
-        networks = replace(loaded, vae=NoVideo())
-        shown = model.generate(networks, job.config, inputs, stats=stats)
+        shown = model.generate(loaded.dit, NoVideo(), job.config, inputs, stats=stats)
         row = make_video(num_frames, job.work.num_chunks, shown, stats)
         return row | {"kv_bytes": job.work.kv_bytes}
 

@@ -101,7 +101,8 @@ class Magi:
         runtime = replace(config.runtime_config, seed=seed)
         stats = RunStats(job.device)
         shown = MODEL.generate(
-            models,
+            models.dit,
+            models.vae,
             replace(config, prompt=prompt, runtime_config=runtime),
             self._encoded(prompt),
             stats=stats,

@@ -114,7 +114,8 @@ class SkyReels:
         config = self._read(settings, job.source, preset=preset)
         stats = RunStats(job.device)
         shown = MODEL.generate(
-            models,
+            models.dit,
+            models.vae,
             replace(config, prompt=prompt, seed=seed),
             self._encoded(prompt),
             stats=stats,

@@ -16,8 +16,8 @@ In between a model is called in this order:
     config = model.check(config, source)             # settings that fit the model and the inputs
     config, source = model.fetch(config, source)     # all files are on the disk
     work = model.work(config, source, media, dtype)  # ticks, FLOPs, bytes: derived once
-    loaded = Loaded(model.load_dit(job), model.load_vae(job))
-    for progress in model.generate(loaded, config, inputs, stats=stats):
+    dit, vae = model.load_dit(job), model.load_vae(job)
+    for progress in model.generate(dit, vae, config, inputs, stats=stats):
         progress.later.get().frames                  # pixels of the chunks that became clean
 
 To add a model: write the package with its `model.MODEL`, and name it in `MODELS`.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from flowcache.runtime.noise import Draw
     from flowcache.runtime.overlap import Later
     from flowcache.runtime.profile import Setting
-    from flowcache.runtime.ranks import Layout, Ranks
+    from flowcache.runtime.ranks import Ranks
     from flowcache.runtime.record import Record
     from flowcache.runtime.stats import RunStats
     from flowcache.schedule import Tick
@@ -176,6 +176,9 @@ class Job:
     """A request that was found to be in order; nothing large is loaded yet."""
 
     model: VideoModel
+    request: Request
+    preset: str
+    """Its name."""
     config: Any
     """All settings, an instance of `model.schema`."""
     source: Source
@@ -183,18 +186,17 @@ class Job:
     """The given pictures, of the model's own type."""
     before: Tensor | None
     """Frames that the video begins with, uint8 `[T, H, W, 3]`."""
-    work: Work
-    memory: MemoryPlan | None
-    """None: it is not known how much there is, and nothing is moved."""
     device: torch.device
     dtype: torch.dtype
-    path: Path
-    overwrite: bool
-    preset: str
-    record: bool
+    work: Work
+    """Of one of the processes that divide the run."""
     replay: Record | None
     ranks: Ranks
     """The processes that make the video; before `run` their layout only."""
+    memory: MemoryPlan | None = None
+    """None: it is not known how much there is, and nothing is moved."""
+    path: Path | None = None
+    """Of the video; None: sizes alone are planned."""
     keeps_partial: bool = True
     """Whether the frames of an unfinished video are kept."""
 
@@ -215,7 +217,10 @@ class Job:
 
     def value(self, argument: str) -> Any:
         """Return the setting that an argument of the command line names, such as `seed`."""
-        return value_of(self.config, self.model.keys[argument])
+        value = self.config
+        for name in self.model.keys[argument].split("."):
+            value = getattr(value, name)
+        return value
 
 
 @dataclass(frozen=True)
@@ -246,8 +251,11 @@ class Progress(Protocol):
 
 
 class VideoModel(Protocol):
-    """What a run needs of a model. Settings of all models share the sections `reuse`, `kv` and
-    `parallel` and the keys of `flowcache.runtime.run`; all else is reached through `keys`.
+    """What a run needs of a model.
+
+    The settings of all models share the sections `reuse`, `kv`, `parallel` and the keys `prompt
+    device compile overlap offload memory_limit embedding_cache attention_kernel`; others are
+    reached through `keys`.
     """
 
     name: str
@@ -256,100 +264,86 @@ class VideoModel(Protocol):
     """Folder of the presets; `base.yaml` stands below all of them."""
     schema: type
     """Dataclass of all settings."""
+    keys: Mapping[str, str]
+    """Argument -> setting: those of the command line, num_steps, num_frames, height, width, fps.
+
+    The seed, for example, is `seed` in one model and `runtime_config.seed` in another.
+    """
 
     def settings_lines(self) -> Sequence[str]:
         """Return a line for every setting, with type, default and meaning."""
         ...
 
-    keys: Mapping[str, str]
-    """Argument -> setting: prompt, seed, num_steps, num_frames, height, width, fps and those that
-    the command line takes; `seed` is `runtime_config.seed` in MAGI-1."""
-
     # Files and settings -----------------------------------------------------------------------
 
-    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
+    def find(self, name: str, /, *, is_dry: bool = False, download: bool = False) -> Source:
         """Find a model by `demo`, `auto`, a released name, a place on the disk or a hub id.
 
         Only small files are read, and nothing is downloaded.
 
         Args:
             is_dry: whether sizes alone may do.
-            download: whether its weights may come from the hub.
+            download: whether its weights are to come from the hub.
         """
         ...
 
-    def check(self, config: Any, source: Source) -> Any:
+    def check(self, config: Any, source: Source, /) -> Any:
         """Return the settings to run: fitting the model, turned to the shape of given pictures."""
         ...
 
+    def dtype(self, config: Any, device: torch.device, /) -> torch.dtype:
+        """Return the type of the weights inside the transformer's blocks."""
+        ...
+
     def check_device(
-        self, config: Any, source: Source, *, device: torch.device, dtype: torch.dtype
+        self, config: Any, source: Source, device: torch.device, dtype: torch.dtype, /
     ) -> None:
         """Refuse settings that the device cannot carry out."""
         ...
 
-    def dtype(self, config: Any, device: torch.device) -> torch.dtype:
-        """Return the type of the weights inside the transformer's blocks."""
-        ...
-
-    def missing(self, config: Any, source: Source) -> Missing | None:
+    def missing(self, config: Any, source: Source, /) -> Missing | None:
         """Return what `fetch` would download; None: nothing."""
         ...
 
-    def fetch(self, config: Any, source: Source) -> tuple[Any, Source]:
+    def fetch(self, config: Any, source: Source, /) -> tuple[Any, Source]:
         """Return settings and source with the `files` in their places, downloaded if need be."""
         ...
 
-    def check_files(self, config: Any, source: Source) -> None:
+    def check_files(self, config: Any, source: Source, /) -> None:
         """Check that the weights of all parts are there, whole, and fit; reads headers only."""
         ...
 
-    def fingerprint(self, source: Source) -> str:
+    def fingerprint(self, source: Source, /) -> str:
         """Return a hash of the transformer, see `flowcache.runtime.profile.fingerprint`."""
         ...
 
-    def setting(self, config: Any) -> Setting:
+    def setting(self, config: Any, /) -> Setting:
         """Return what a tuned profile must fit."""
         ...
 
     # Planning ---------------------------------------------------------------------------------
 
-    def media(self, config: Any, source: Source) -> Any:
+    def media(self, config: Any, source: Source, /) -> Any:
         """Read the pictures that the settings name."""
         ...
 
-    def before(self, media: Any) -> Tensor | None:
+    def before(self, media: Any, /) -> Tensor | None:
         """Return given frames that the video begins with, uint8 `[T, H, W, 3]`."""
         ...
 
-    def work(self, config: Any, source: Source, media: Any, dtype: torch.dtype) -> Work:
+    def work(self, config: Any, source: Source, media: Any, dtype: torch.dtype, /) -> Work:
         """Derive from the settings what the run does; without `source.files` by sizes alone."""
         ...
 
-    def title(
-        self, config: Any, source: Source, preset: str, dtype: torch.dtype, device: Any
-    ) -> Sequence[str]:
-        """Say in two lines which model and which preset run.
-
-        Args:
-            device: of the run; None: sizes alone are planned.
-        """
+    def title(self, job: Job, /) -> Sequence[str]:
+        """Describe in two lines which model and which preset run."""
         ...
 
-    def lines(self, config: Any, work: Work) -> Sequence[str]:
+    def lines(self, config: Any, work: Work, /) -> Sequence[str]:
         """Describe the video and what it costs."""
         ...
 
-    def footprint(
-        self,
-        config: Any,
-        source: Source,
-        work: Work,
-        dtype: torch.dtype,
-        layout: Layout,
-        *,
-        overlaps: bool,
-    ) -> Footprint:
+    def footprint(self, job: Job, /, *, overlaps: bool) -> Footprint:
         """Return what counts the memory of each stage of the run.
 
         Args:
@@ -357,49 +351,51 @@ class VideoModel(Protocol):
         """
         ...
 
-    def residence(self, config: Any) -> Residence:
+    def residence(self, config: Any, /) -> Residence:
         """Return what the settings ask to be on the host."""
         ...
 
-    def placed(self, config: Any, residence: Residence) -> Any:
+    def placed(self, config: Any, residence: Residence, /) -> Any:
         """Return the settings with things where a memory plan puts them."""
         ...
 
     # Running ----------------------------------------------------------------------------------
 
-    def text_facts(self, job: Job) -> Mapping[str, Any]:
+    def text_facts(self, job: Job, /) -> Mapping[str, Any]:
         """Return what encoded prompts depend on: `prompts`, the encoder, its type."""
         ...
 
-    def load_text(self, job: Job) -> Any:
+    def load_text(self, job: Job, /) -> Any:
         """Load the text encoder."""
         ...
 
-    def encode_text(self, job: Job, encoder: Any) -> Tensor:
+    def encode_text(self, job: Job, encoder: Any, /) -> Tensor:
         """Return the encoded prompts of the guidance passes."""
         ...
 
-    def inputs(self, job: Job, encoded: Tensor) -> Any:
+    def inputs(self, job: Job, encoded: Tensor, /) -> Any:
         """Return what the video is made from: the encoded prompts and all given pictures."""
         ...
 
-    def load_dit(self, job: Job) -> Any:
-        """Load the transformer, with `kernel`, `cross_kernel` and `parts` to be set."""
+    def load_dit(self, job: Job, /) -> Any:
+        """Load the transformer; its `kernel`, `cross_kernel` and `parts` are set afterwards."""
         ...
 
-    def compile(self, job: Job, dit: Any) -> None:
+    def compile(self, job: Job, dit: Any, /) -> None:
         """Compile the transformer's blocks for the lengths that the run has."""
         ...
 
-    def load_vae(self, job: Job) -> Any:
+    def load_vae(self, job: Job, /) -> Any:
         """Load the VAE; its network is `model`."""
         ...
 
     def generate(
         self,
-        loaded: Loaded,
+        dit: Any,
+        vae: Any,
         config: Any,
         inputs: Any,
+        /,
         *,
         stats: RunStats,
         draw: Draw | None = None,
@@ -416,10 +412,3 @@ class VideoModel(Protocol):
             ranks: the processes that divide the work; each yields the whole video.
         """
         ...
-
-
-def value_of(config: Any, key: str) -> Any:
-    """Return the setting of a dotted key."""
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config

@@ -30,15 +30,13 @@ from flowcache.runtime.model import (
     Request,
     Source,
     VideoModel,
-    Work,
-    value_of,
 )
 from flowcache.runtime.overlap import Later, lane_for, should_overlap
 from flowcache.runtime.parallel import layout_lines
 from flowcache.runtime.plan import divide, per_process
 from flowcache.runtime.precision import release_cache, set_float32_precision
 from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
-from flowcache.runtime.ranks import Layout, Ranks, ToldElsewhereError
+from flowcache.runtime.ranks import Ranks, ToldElsewhereError
 from flowcache.runtime.record import (
     REPLAY,
     Record,
@@ -123,125 +121,87 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
         UserError: the first thing that is wrong.
     """
     ranks = Ranks() if ranks is None else ranks
-    preset = find_preset(model.presets, request.preset)
     source = model.find(request.model, download=request.download)
-    config = read_settings(model, request, source)  # a mistake is said before a download
+    config = read_settings(model, request, source)  # a mistake is reported before a download
     device = choose_device(config.device, local_rank=ranks.place.shared_rank)
     dtype = model.dtype(config, device)
-    _check_surroundings(config, device, dtype)
-    replay = None if request.replay is None else read_record(Path(request.replay))
+    check_available(config.attention_kernel, device, dtype=dtype)
+    if config.compile:
+        should_compile(config.compile, device)
+    check_cache(config.embedding_cache)
     media = model.media(config, source)
-    config, source = _fetched(model, request, config, source)
-    model.check_device(config, source, device=device, dtype=dtype)
+    config, found = model.fetch(config, source)
+    if found.folder != source.folder:
+        config = read_settings(model, request, found)  # it may bring presets of its own
+    model.check_device(config, found, device, dtype)
+    job = _job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
+    job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
+    model.check_files(config, found)
+    check_tuned_for(config.reuse, partial(model.fingerprint, found))
+    check_ffmpeg()
+    limit = limit_of(config.memory_limit, device)
+    if config.memory_limit == "none" or not (limit or request.is_dry):
+        return job
+    return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
+
+
+def _job_of(
+    model: VideoModel,
+    request: Request,
+    config: Any,
+    source: Source,
+    media: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Job:
+    """Derive what the run does, and how the processes divide it."""
     work = model.work(config, source, media, dtype)
     layout = divide(config.parallel, work, ranks.place.size)
-    work = per_process(work, layout)
-    if replay is not None:
-        _check_replay(replay, work)
-    path = claim_output(request, stem=f"{preset.stem}-{_seed(model, config)}")
-    model.check_files(config, source)
-    check_tuned_for(config.reuse, partial(model.fingerprint, source))
-    check_ffmpeg()
-    limit, memory = limit_of(config.memory_limit, device), None
-    if config.memory_limit != "none" and (limit or request.is_dry):
-        memory = plan_memory(
-            model, config, source, work, dtype, layout, limit=limit, has_host=device.type != "cpu"
+    replay = None
+    if request.replay is not None:
+        replay = read_record(Path(request.replay))
+        check_replay(
+            replay,
+            ticks={number: segment.ticks for number, segment in enumerate(work.segments)},
+            branches=work.branches,
+            is_whole_window=work.is_whole,
         )
     return Job(
         model=model,
+        request=request,
+        preset=find_preset(model.presets, request.preset).stem,
         config=config,
         source=source,
         media=media,
         before=model.before(media),
-        work=work,
-        memory=memory,
         device=device,
         dtype=dtype,
-        path=path,
-        overwrite=request.overwrite,
-        preset=preset.stem,
-        record=request.record,
+        work=per_process(work, layout),
         replay=replay,
         ranks=replace(ranks, layout=layout),
     )
 
 
-def _check_surroundings(config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    check_available(config.attention_kernel, device, dtype=dtype)
-    if config.compile:
-        should_compile(config.compile, device)
-    check_cache(config.embedding_cache)
-
-
-def _fetched(
-    model: VideoModel, request: Request, config: Any, source: Source
-) -> tuple[Any, Source]:
-    """Return the settings and the source once all files are on the disk."""
-    config, found = model.fetch(config, source)
-    if found.folder != source.folder:
-        config = read_settings(model, request, found)  # it may bring presets of its own
-    return config, found
-
-
-def _seed(model: VideoModel, config: Any) -> int:
-    return value_of(config, model.keys["seed"])
-
-
-def _check_replay(record: Record, work: Work) -> None:
-    check_replay(
-        record,
-        ticks={number: segment.ticks for number, segment in enumerate(work.segments)},
-        branches=work.branches,
-        is_whole_window=work.is_whole,
-    )
-
-
-def plan_memory(
-    model: VideoModel,
-    config: Any,
-    source: Source,
-    work: Work,
-    dtype: torch.dtype,
-    layout: Layout,
-    *,
-    limit: int | None,
-    has_host: bool = True,
-) -> MemoryPlan:
+def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> MemoryPlan:
     """Find what must be kept on the host so that the run fits.
 
     Args:
-        work: of a process, see `per_process`.
         limit: bytes of the device that may be used; None: not known.
         has_host: whether the device is not the host itself.
 
     Raises:
         UserError: it can't be made to fit.
     """
-    overlaps = (has_host if config.overlap is None else config.overlap) and layout.size == 1
-    footprint = model.footprint(config, source, work, dtype, layout, overlaps=overlaps)
+    wanted = has_host if job.config.overlap is None else job.config.overlap
+    footprint = job.model.footprint(job, overlaps=wanted and job.ranks.layout.size == 1)
     return make_memory_plan(
         footprint.stages,
-        wanted=model.residence(config),
+        wanted=job.model.residence(job.config),
         limit_bytes=limit,
         has_host=has_host,
     )
-
-
-def describe(job: Job) -> str:
-    """Describe what the run will do."""
-    head = job.model.title(job.config, job.source, job.preset, job.dtype, job.device)
-    memory = [] if job.memory is None else job.memory.lines()
-    lines = _described(job.model, job.config, job.work, job.replay, job.ranks.layout)
-    return "\n".join([*head, *lines, *memory, f"output       {job.path}"])
-
-
-def _described(
-    model: VideoModel, config: Any, work: Work, replay: Record | None, layout: Layout
-) -> list[str]:
-    lines = profile_lines(config.reuse)
-    if replay is not None:
-        lines.append(f"replay       the decisions of {replay['video']} ({replay['policy']})")
-    return [*lines, *layout_lines(layout), *model.lines(config, work)]
 
 
 def plan_without_files(
@@ -262,40 +222,44 @@ def plan_without_files(
     missing = model.missing(config, source)
     if missing is None and not source.plans_by_sizes:
         return None
-    plan = plan_by_sizes(model, request, ranks, source=source)
+    plan = plan_by_sizes(model, request, ranks)
     return plan if missing is None else f"{plan}\ndownload     {missing.describe()}"
 
 
-def plan_by_sizes(
-    model: VideoModel, request: Request, ranks: Ranks | None = None, *, source: Source | None = None
-) -> str:
-    """Describe what a run of a released model will cost, by its sizes alone, on a CUDA device.
+def plan_by_sizes(model: VideoModel, request: Request, ranks: Ranks | None = None) -> str:
+    """Describe what a run of a released model would do on a CUDA device, by its sizes alone.
 
     Args:
         ranks: the processes that would make the video; None: this one.
-        source: the model, if it was found already.
 
     Raises:
         UserError: the settings are wrong.
     """
-    if source is None:
-        source = model.find(request.model, is_dry=True)
-    source = replace(source, files=None)
-    config = read_settings(model, request, source)
-    dtype = model.dtype(config, torch.device("cuda"))
-    work = model.work(config, source, model.media(config, source), dtype)
-    layout = divide(config.parallel, work, 1 if ranks is None else ranks.place.size)
-    work = per_process(work, layout)
-    replay = None if request.replay is None else read_record(Path(request.replay))
-    if replay is not None:
-        _check_replay(replay, work)
+    source = model.find(request.model, is_dry=True, download=request.download)
+    config, device = read_settings(model, request, source), torch.device("cuda")
+    job = _job_of(
+        model,
+        request,
+        config,
+        source,
+        model.media(config, source),
+        device=device,
+        dtype=model.dtype(config, device),
+        ranks=Ranks() if ranks is None else ranks,
+    )
     logger.info("planning the memory: some seconds")
-    limit = parse_limit(config.memory_limit)
-    memory = plan_memory(model, config, source, work, dtype, layout, limit=limit)
-    preset = find_preset(model.presets, request.preset).stem
-    head = model.title(config, source, preset, dtype, None)
-    lines = _described(model, config, work, replay, layout)
-    return "\n".join([*head, *lines, *memory.lines()])
+    return describe(replace(job, memory=plan_memory(job, limit=parse_limit(config.memory_limit))))
+
+
+def describe(job: Job) -> str:
+    """Describe what the run will do."""
+    lines = [*job.model.title(job), *profile_lines(job.config.reuse)]
+    if job.replay is not None:
+        video, policy = job.replay["video"], job.replay["policy"]
+        lines.append(f"replay       the decisions of {video} ({policy})")
+    lines += [*layout_lines(job.ranks.layout), *job.model.lines(job.config, job.work)]
+    lines += [] if job.memory is None else job.memory.lines()
+    return "\n".join(lines if job.path is None else [*lines, f"output       {job.path}"])
 
 
 def claim_output(request: Request, *, stem: str) -> Path:
@@ -343,7 +307,7 @@ def run(job: Job) -> dict[str, Any]:
     With several processes the first one writes; the others return nothing.
     """
     job = replace(job, ranks=job.ranks.divided(job.device))
-    stats = RunStats(job.device, records=job.record)
+    stats = RunStats(job.device, records=job.request.record)
     inputs = encode_inputs(job, stats=stats)
     release_cache(job.device)
     loaded = load_networks(job, stats=stats)
@@ -394,7 +358,8 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
 def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[str, Any]:
     """Denoise and write with networks that are loaded already."""
     shown = job.model.generate(
-        loaded,
+        loaded.dit,
+        loaded.vae,
         job.placed,
         inputs,
         stats=stats,
@@ -434,6 +399,7 @@ def write_run(
         NotFiniteError: a result is not finite; the finished frames stay as a partial video.
     """
     overlaps = should_overlap(job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1)
+    assert job.path is not None, "a run has a place for its video"
     bar = ProgressBar(num_ticks=job.work.num_ticks, num_chunks=job.work.num_chunks)
     check = DegenerateCheck()
     writer = VideoWriter(
@@ -441,7 +407,7 @@ def write_run(
         fps=job.value("fps"),
         size=(job.value("height"), job.value("width")),
         quality=VIDEO_QUALITY,
-        overwrite=job.overwrite,
+        overwrite=job.request.overwrite,
         publishes=False,
         keeps_partial=job.keeps_partial,
     )
