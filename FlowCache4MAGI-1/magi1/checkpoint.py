@@ -32,7 +32,7 @@ from flowcache.runtime.weights import (
     wrapping_of,
 )
 from magi1 import text, vae
-from magi1.config import MagiConfig
+from magi1.config import ReleaseConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import FP8
 from magi1.released import CONFIGS, DEMO, DEMOS, REAL_MODEL, RELEASED, REPOSITORY
@@ -55,7 +55,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-Config = TypeVar("Config", bound=MagiConfig)
+Config = TypeVar("Config", bound=ReleaseConfig)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Checkpoint:
         text_encoder: the T5 encoder's folder.
     """
 
-    config: MagiConfig
+    config: ReleaseConfig
     dit_files: tuple[Path, ...]
     vae: Path
     text_encoder: Path
 
 
-def find(config: MagiConfig) -> Checkpoint:
+def find(config: ReleaseConfig) -> Checkpoint:
     """Find the parts of the checkpoint that a config names.
 
     Raises:
@@ -233,12 +233,12 @@ def _fitting(dit: DiT, tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor
         yield StoredTensor(path, key, tensor)
 
 
-def _empty_dit(config: MagiConfig) -> DiT:
+def _empty_dit(config: ReleaseConfig) -> DiT:
     with torch.device("meta"):
         return DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)
 
 
-def check_dit(config: MagiConfig, paths: Iterable[Path]) -> int:
+def check_dit(config: ReleaseConfig, paths: Iterable[Path]) -> int:
     """Check from headers alone that shards fill the transformer exactly.
 
     Returns:
@@ -376,7 +376,7 @@ def find_path(path: str, source: Source) -> str:
     return str(beside) if not Path(path).exists() and beside.exists() else path
 
 
-def are_there(config: MagiConfig) -> bool:
+def are_there(config: ReleaseConfig) -> bool:
     """Whether the folders that a config names hold a whole model."""
     try:
         check_complete(find(config))
@@ -407,7 +407,7 @@ def download(config: Config, source: Source, *, hub: Hub = HUB) -> Config:
     return _in_folder(config, source, folder)
 
 
-def find_download(config: MagiConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
+def find_download(config: ReleaseConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
     """Return what `download` would fetch; None: nothing, a copy is in the local hub cache.
 
     Raises:

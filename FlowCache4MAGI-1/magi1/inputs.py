@@ -11,10 +11,9 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.model import Source
 from flowcache.runtime.video import Pixels, read_image, read_video, to_pixels
-from magi1.captions import SpecialTokens, load_special_tokens
 from magi1.checkpoint import find_path
-from magi1.config import RuntimeConfig
-from magi1.settings import RunConfig
+from magi1.config import RunConfig, RuntimeConfig
+from magi1.text import SpecialTokens, load_special_tokens
 from magi1.vae import check_encoding
 from magi1.work import tiling_of
 

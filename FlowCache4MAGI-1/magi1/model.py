@@ -18,13 +18,11 @@ from flowcache.runtime.model import Job, Source, Work
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
-from magi1.config import MagiConfig
-from magi1.dit import DiT
+from magi1.config import ReleaseConfig, RunConfig
+from magi1.dit import DiT, compiled_parts
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import Media, num_latents, read_media
-from magi1.layers import compiled_parts
 from magi1.pipeline import Conditioning, generate
-from magi1.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class Magi:
     keys: Mapping[str, str] = KEYS
 
     def settings_lines(self) -> list[str]:
-        release = settings.describe(MagiConfig, commented=released.FIELDS)
+        release = settings.describe(ReleaseConfig, commented=released.FIELDS)
         every = settings.describe(RunConfig, commented=released.PRESETS / "base.yaml")
         return [*release, *every[len(release) :]]
 

@@ -51,17 +51,22 @@ from flowcache.runtime.settings import (
 )
 from flowcache.runtime.ulysses import TokenSplit
 from flowcache.schedule import Tick
-from magi1 import flops, text, vae
-from magi1.captions import NULL_TOKENS
+from magi1 import text, vae
 from magi1.checkpoint import Checkpoint
-from magi1.config import PIXELS_PER_TOKEN, ModelConfig
-from magi1.dit import DiT, Embedded, set_precision
-from magi1.sampler import ALL_BRANCHES, GUIDANCE
-from magi1.sampling import KVBudget, Sampling, cache_bytes, cache_chunks
+from magi1.config import PIXELS_PER_TOKEN, ModelConfig, RunConfig
+from magi1.dit import (
+    DiT,
+    Embedded,
+    block_flops,
+    context_flops,
+    embed_flops,
+    head_flops,
+    set_precision,
+)
+from magi1.sampler import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_bytes, cache_chunks
 from magi1.schedule import SHIFT, Clip, Clock
-from magi1.settings import RunConfig
-from magi1.vae import Tiling
-from magi1.vit import ViTVAE
+from magi1.text import NULL_TOKENS
+from magi1.vae import Tiling, ViTVAE
 
 CHUNK_COPIES = 4
 """Float32 latents of a chunk that its pass or its step needs in addition to the velocities that are
@@ -100,6 +105,8 @@ def sampling_of(config: RunConfig) -> Sampling:
         nearly_clean_pass=config.passes.nearly_clean_pass,
         prev_share=config.passes.prev_share,
         quantity=config.reuse.predict,
+        budget=budget_of(config),
+        kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
     )
 
 
@@ -278,15 +285,15 @@ def _flops(config: RunConfig, segment: SegmentWork, *, text_tokens: int, num_cac
 
     @cache  # the passes of a long video are alike
     def layers(keys: int, words: int) -> int:
-        cost = flops.embed(model, tokens=tokens, is_distilled=sampling.is_distilled)
-        return cost + flops.blocks(model, queries=tokens, keys=keys, text=words)
+        cost = embed_flops(model, tokens=tokens, is_distilled=sampling.is_distilled)
+        return cost + block_flops(model, queries=tokens, keys=keys, text=words)
 
     def step(own: Pass, number: int) -> int:
         """Return the cost of all guidance passes of a step."""
-        head = flops.head(model, queries=tokens)
+        head = head_flops(model, queries=tokens)
         keys = _seen(own, clock.reach(number), tokens)
         cost = layers(keys, text_tokens) + head
-        cost += flops.context(model, text=text_tokens) if number == 0 else 0
+        cost += context_flops(model, text=text_tokens) if number == 0 else 0
         if guidance is None:
             may_be_twice = sampling.nearly_clean_pass and own.is_oldest
             if may_be_twice and clock.is_nearly_clean(number):
@@ -297,7 +304,7 @@ def _flops(config: RunConfig, segment: SegmentWork, *, text_tokens: int, num_cac
             cost + layers(keys, null_text) + head + has_alone * (layers(tokens, null_text) + head)
         )
 
-    total = flops.context(model, text=null_text)
+    total = context_flops(model, text=null_text)
     passes = walk(
         segment,
         limit=_limit(budget_of(config)),

@@ -20,8 +20,7 @@ from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text, vae
-from flowcache.wan.dit import DiT
-from flowcache.wan.layers import compiled_parts
+from flowcache.wan.dit import DiT, compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
 from skyreels_v2.config import RunConfig

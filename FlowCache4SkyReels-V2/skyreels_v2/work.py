@@ -42,14 +42,25 @@ from flowcache.runtime.profile import Setting
 from flowcache.runtime.ranks import Layout
 from flowcache.runtime.settings import check_pass
 from flowcache.runtime.ulysses import TokenSplit
-from flowcache.wan import flops, text, vae
-from flowcache.wan.dit import PATCH, DiT, DiTConfig, Embedded, whole_window
-from flowcache.wan.layers import join_contexts
+from flowcache.wan import text, vae
+from flowcache.wan.dit import (
+    IMAGE_TOKENS,
+    PATCH,
+    DiT,
+    DiTConfig,
+    Embedded,
+    blocks_flops,
+    context_flops,
+    embed_flops,
+    head_flops,
+    join_contexts,
+    whole_window,
+)
 from flowcache.wan.quantize import weight_bytes
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig
-from skyreels_v2.sampling import WHOLE_WINDOW, Sampling
+from skyreels_v2.sampler import WHOLE_WINDOW, Sampling
 from skyreels_v2.window import (
     Segment,
     Window,
@@ -288,7 +299,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         pass_tokens=pass_tokens,
         text_tokens=sizes.text_len,
         attention=attention,
-        flops=len(passes) * flops.context(sizes) + flops_of_segments,
+        flops=len(passes) * context_flops(sizes) + flops_of_segments,
         weight_bytes=weights,
         kv_bytes=2 * kv_tokens * sizes.dim * sizes.num_layers * len(passes) * width,
         scoring_bytes=scored_bytes(
@@ -348,10 +359,10 @@ def _flops(config: RunConfig, sizes: DiTConfig, segment: SegmentWork) -> int:
     total = 0
     for group in groups:
         num_frames = sum(own.tokens for own in group) // per_frame
-        total += flops.embed(sizes, num_frames=num_frames, frame_tokens=per_frame)
+        total += embed_flops(sizes, num_frames=num_frames, frame_tokens=per_frame)
         for own in group:
-            cost = flops.blocks(sizes, queries=own.tokens, keys=own.keys)
-            cost += 0 if own.step is None else flops.head(sizes, queries=own.tokens)
+            cost = blocks_flops(sizes, queries=own.tokens, keys=own.keys)
+            cost += 0 if own.step is None else head_flops(sizes, queries=own.tokens)
             total += num_branches * cost
     return total
 
@@ -489,7 +500,7 @@ class RunMemory(Footprint):
     def _prompts(self) -> Part:
         """Return the keys and values of the prompts in all layers, and of the start image."""
         sizes = self.sizes
-        tokens = sizes.text_len + (flops.IMAGE_TOKENS if sizes.model_type == "i2v" else 0)
+        tokens = sizes.text_len + (IMAGE_TOKENS if sizes.model_type == "i2v" else 0)
         one = 2 * tokens * sizes.dim * sizes.num_layers * self.dtype.itemsize
         copies = 2 if batches_branches(self.config) and self.num_own > 1 else 1
         return Part("prompts", copies * self.num_own * one, "use a smaller model")
@@ -577,7 +588,7 @@ class RunMemory(Footprint):
             attend = cached_attention(caches, active=[range(tokens)], kernel=model.kernel)
         image = None
         if sizes.model_type == "i2v":
-            image = torch.empty(1, flops.IMAGE_TOKENS, sizes.image_dim or 0, device=META)
+            image = torch.empty(1, IMAGE_TOKENS, sizes.image_dim or 0, device=META)
         prompt = torch.empty(1, sizes.text_len, sizes.text_dim, device=META)
         contexts = join_contexts([model.encode_context(prompt, image)] * batch)
         rope = torch.empty(tokens, sizes.head_width // 2, 2, device=META)

@@ -32,7 +32,7 @@ from magi1 import work as magi1_work
 from magi1.dit import DiT as MagiDiT
 from magi1.dit import set_precision
 from magi1.model import MODEL as MAGI
-from magi1.vit import ViTVAE
+from magi1.vae import ViTVAE
 from magi1.work import dtype_of
 from skyreels_v2 import pipeline
 from skyreels_v2 import work as skyreels_work

@@ -17,8 +17,8 @@ from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import config_layers, prepare
 from magi1.checkpoint import find_model
+from magi1.config import RunConfig
 from magi1.released import PRESETS
-from magi1.settings import RunConfig
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.model import MODEL
 from skyreels_v2.work import setting_of

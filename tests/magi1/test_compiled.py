@@ -13,9 +13,8 @@ from flowcache.runtime.model import Request
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
 from magi1.config import ModelConfig
-from magi1.dit import DiT, set_precision
+from magi1.dit import DiT, LayerParts, compiled_parts, set_precision
 from magi1.fp8 import Fp8Linear
-from magi1.layers import LayerParts, compiled_parts
 from magi1.model import MODEL
 
 CHUNK_FRAMES, FRAME_TOKENS = 2, 8

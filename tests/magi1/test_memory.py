@@ -24,13 +24,12 @@ from flowcache.runtime.model import Request
 from flowcache.runtime.run import encode_inputs, load_networks, plan_by_sizes, prepare
 from flowcache.runtime.stats import RunStats
 from magi1 import vae
-from magi1.captions import NULL_TOKENS
+from magi1.config import RunConfig
 from magi1.dit import DiT, set_precision
 from magi1.model import MODEL
 from magi1.pipeline import Conditioning, generate
-from magi1.settings import RunConfig
-from magi1.text import empty
-from magi1.vit import ViTVAE
+from magi1.text import NULL_TOKENS, empty
+from magi1.vae import ViTVAE
 from magi1.work import Networks, RunMemory, TracedVAE, work_of
 
 META = torch.device("meta")

@@ -13,8 +13,8 @@ from flowcache.runtime.config import load_config
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import probe
+from magi1.config import RunConfig
 from magi1.released import FOLDER, PRESETS
-from magi1.settings import RunConfig
 from magi1.upstream import environment_lines, main, parser_of, request_of
 
 Refused = Callable[..., str]

@@ -13,10 +13,9 @@ from closeness import assert_close
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.dit import DiT
-from flowcache.wan.layers import BlockParts, compiled_parts
+from flowcache.wan.dit import BlockParts, DiT, compiled_parts
 from skyreels_v2.model import MODEL
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric
