@@ -162,7 +162,7 @@ def test_a_profile_that_does_not_fit_is_refused_in_one_line_before_anything_is_l
 
 
 def test_a_profile_holds_all_scales_of_the_guidance(loaded: Setup):
-    scales = [0.0, 0.3, 1.5, 1.0, 7.5, 0.0] if loaded.job.work.num_passes == 3 else []
+    scales = [0.0, 0.3, 1.5, 1.0, 7.5, 0.0] if len(loaded.job.work.passes) == 3 else []
     assert setting_of(loaded.job.config).guidance == scales
 
 

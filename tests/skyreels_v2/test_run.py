@@ -257,7 +257,7 @@ def test_the_planned_kv_bytes_are_allocated_and_filled(small: Path, settings: tu
         assert len(caches) == models.dit.config.num_layers * 2
         most_bytes = max(most_bytes, sum(cache.kv.nbytes for cache in caches))
         most_tokens = max(most_tokens, *(cache.filled for cache in caches))
-        window = job.work.segments[progress.segment.index].window
+        window = job.work.segments[progress.segment.index].cut
         reached = progress.tick.index
         known = [c for c in window.generated if _entered(c - window.num_given, job, reached)]
         frames = sum(len(window.chunks[c]) for c in [*range(window.num_given), *known])
