@@ -26,15 +26,14 @@ from golden.skyreels_v2_loops import build_dit
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.cli import DTYPES, Parser, choose_device, run_command
-from flowcache.runtime.job import Request
+from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
-from flowcache.runtime.video import to_uint8
 from flowcache.wan.quantize import QuantizeName, check, linears, quantize
-from skyreels_v2.pipeline import generate
-from skyreels_v2.run import encode_inputs, load_models, prepare
+from skyreels_v2.model import MODEL
 
 CASE = Path("tests/golden/skyreels_v2/dit_t2v.safetensors")
 MODES: tuple[QuantizeName, ...] = get_args(QuantizeName)
@@ -101,7 +100,7 @@ def forward(way: Way, case: Case, *, device: torch.device) -> tuple[Tensor, Tens
     Raises:
         UserError: the way can't run here.
     """
-    dtype = DTYPES[way.dtype]
+    dtype = getattr(torch, way.dtype)
     dit = build_dit(case).to(device, dtype)
     check(way.mode, dit.config, device=device, dtype=dtype)
     if way.mode is not None:
@@ -118,12 +117,12 @@ def make_clip(model: str, settings: Sequence[str]) -> tuple[Tensor, int]:
     Raises:
         UserError: it can't be made here, or a setting is wrong.
     """
-    job = prepare(Request("vanilla", model, settings))
+    job = prepare(MODEL, Request("vanilla", model, settings))
     stats = RunStats(job.device)
-    models, inputs = load_models(job, stats=stats), encode_inputs(job, stats=stats)
-    shown = generate(models.dit, models.vae, job.placed, inputs, stats=stats)
-    frames = [to_uint8(made.frames).cpu() for made in shown if made.frames is not None]
-    return torch.cat(frames), job.plan.weight_bytes
+    loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
+    shown = MODEL.generate(loaded.dit, loaded.vae, job.placed, inputs, stats=stats)
+    clip = collect(shown, stats)
+    return clip.frames, job.work.weight_bytes
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -18,12 +18,12 @@ from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from magi1.build import clip_of, latent_size, policy_of, sampling_of
 from magi1.config import RunConfig
 from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
 from magi1.schedule import Clip
 from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
+from magi1.work import clip_of, latent_size, policy_of, sampling_of
 
 
 class LatentCodec(Protocol):

@@ -22,7 +22,10 @@ from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.dit import ContextKV, DiT, context_flops
-from skyreels_v2.build import (
+from skyreels_v2.config import RunConfig
+from skyreels_v2.sampler import Branch, Run, WindowSampler
+from skyreels_v2.window import Segment, Window, pixel_frames
+from skyreels_v2.work import (
     VAE_STRIDE,
     compression_of,
     kv_capacity,
@@ -32,9 +35,6 @@ from skyreels_v2.build import (
     tokens_per_frame,
     window_of,
 )
-from skyreels_v2.config import RunConfig
-from skyreels_v2.sampler import Branch, Run, WindowSampler
-from skyreels_v2.window import Segment, Window, pixel_frames
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4

@@ -11,8 +11,8 @@ from benchmark.family import Family, Source
 from benchmark.work import unseen_prompts
 from PIL import Image, ImageDraw, ImageFont
 
-from flowcache.runtime.job import Clip
 from flowcache.runtime.metrics import psnr
+from flowcache.runtime.run import Clip
 
 NUM_SHOWN = 7
 """Frames of each clip in the picture."""

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from flowcache.results import Quantity
 from flowcache.reuse import Observe
-from flowcache.runtime.job import Clip
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.run import Clip
 from flowcache.tune.gram import calibration_bytes
 
 EXACT_BYTES = 256_000_000

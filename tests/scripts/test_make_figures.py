@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache.runtime.job import Clip
+from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 
 REPOSITORY = Path(__file__).parents[2]

@@ -28,8 +28,11 @@ from flowcache.runtime import weights
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import describe
 from flowcache.runtime.frames import open_clip
+from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.record import read_record
+from flowcache.runtime.run import describe as describe_run
+from flowcache.runtime.run import prepare
 from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
 from magi1.config import read_config
 from magi1.text import load_special_tokens
@@ -99,7 +102,7 @@ def keys_of(family: str) -> list[str]:
 
 
 def check_settings(family: str, folder: Path, *, examples: int) -> None:
-    run: Any = import_module(f"{family}.run")
+    video_model = load_model(family)
     overrides = st.lists(
         st.tuples(st.sampled_from(keys_of(family)), VALUES), min_size=1, max_size=3
     )
@@ -114,7 +117,7 @@ def check_settings(family: str, folder: Path, *, examples: int) -> None:
         out: str | None,
         replay: str | None,
     ) -> None:
-        request = run.Request(
+        request = Request(
             preset=preset or "flowcache_fast",
             model=model or "demo",
             overrides=[*BASE[family], *(f"{key}={_text(value)}" for key, value in changed)],
@@ -122,7 +125,7 @@ def check_settings(family: str, folder: Path, *, examples: int) -> None:
             replay=replay,
             is_dry=True,
         )
-        ends_well(lambda: run.describe(run.prepare(request)))
+        ends_well(lambda: describe_run(prepare(video_model, request)))
 
     check()
 

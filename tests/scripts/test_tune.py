@@ -17,8 +17,8 @@ from torch import Tensor
 from flowcache.guidance import HeldGuidance
 from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe
-from flowcache.runtime.job import Clip
 from flowcache.runtime.profile import Setting, read_profile
+from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration

@@ -1,4 +1,9 @@
-"""What every model's command line shares: arguments, exit codes, device, output name, progress."""
+"""The command line of every model: arguments, exit codes, device, output name, progress.
+
+PyTorch is imported where it is used, so that --help answers at once.
+"""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -8,19 +13,20 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from flowcache.errors import UserError, no_memory
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Stopped
 from flowcache.runtime.files import fresh_path
-from flowcache.runtime.precision import set_allocator
-from flowcache.runtime.ranks import Place, starter_of
-from flowcache.runtime.stats import RunStats
+from flowcache.runtime.model import Request, VideoModel, load_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from flowcache.runtime.ranks import Ranks
+    from flowcache.runtime.stats import RunStats
 
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
@@ -32,7 +38,8 @@ SHOWN_PATH = 300
 LOG_INTERVAL_SECONDS = 15
 """Between two states of the progress bar where it goes to a file."""
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Arguments ----------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,6 +132,61 @@ def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[s
     return [*named, *options.settings]
 
 
+def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
+    """Return what the arguments of a model's command line ask for.
+
+    Args:
+        keys: argument -> setting.
+    """
+    own = {argument: key for argument, key in keys.items() if hasattr(options, argument)}
+    return Request(
+        preset=options.preset,
+        model=options.model,
+        overrides=overrides_of(options, own),
+        out=options.out,
+        overwrite=options.overwrite,
+        record=options.record,
+        replay=options.replay,
+        is_dry=options.dry_run,
+        download=getattr(options, "download", False),
+    )
+
+
+def main_of(name: str, parser: Parser, arguments: Sequence[str] | None) -> int:
+    """Run the command line of a model; return the exit code (2: something given is wrong).
+
+    Args:
+        name: of the model's package.
+    """
+    options = parser.parse_intermixed_args(arguments)
+    model = load_model(name)
+    if options.list_settings:
+        return run_command(lambda: print("\n".join(model.settings_lines()), flush=True))
+    from flowcache.runtime.parallel import run_in_ranks
+
+    request = request_of(options, model.keys)
+    return run_in_ranks(lambda ranks: execute(model, request, ranks))
+
+
+def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
+    """Check, describe what will be done, and do it unless the run is dry."""
+    from flowcache.runtime.run import describe, plan_without_files, prepare, run
+
+    plan = ranks.together(lambda: plan_without_files(model, request, ranks))
+    if plan is not None:
+        if ranks.is_first:
+            print(plan)
+        return
+    job = ranks.together(lambda: prepare(model, request, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
+    if not request.is_dry:
+        run(job)
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; return its exit code.
 
@@ -137,6 +199,8 @@ def run_command(command: Callable[[], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test captures it
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the characters
+    from flowcache.runtime.ranks import Place, starter_of
+
     try:
         place = Place.of(os.environ)
         with Ending(starter_of(os.environ, place), is_first=place.rank == 0):
@@ -184,6 +248,9 @@ def _described(error: OSError) -> str:
     return f"{place}{error.strerror or ' '.join(str(error).split())}"
 
 
+# Choices ------------------------------------------------------------------------------------------
+
+
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """Return the device of a run: `auto` is CUDA where there is one, else the CPU.
 
@@ -194,6 +261,10 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     Raises:
         UserError: the name is no device, or there is no such device here.
     """
+    import torch
+
+    from flowcache.runtime.precision import set_allocator
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -221,9 +292,11 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights: `auto` is bfloat16 on CUDA and float32 on the CPU."""
+    import torch
+
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -260,6 +333,8 @@ class ProgressBar:
     def __init__(self, *, num_ticks: int, num_chunks: int) -> None:
         self.num_chunks = num_chunks
         self.num_clean = 0
+        from tqdm import tqdm  # only a run needs it
+
         interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
         self.bar = tqdm(total=num_ticks, unit="tick", dynamic_ncols=True, mininterval=interval)
 
