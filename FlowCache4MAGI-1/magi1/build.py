@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from flowcache.compress import TokenLayout
-from flowcache.reuse import ReusePolicy
+from flowcache.compress import TokenLayout, strategy_of
+from flowcache.policies import ReusePolicy
 from flowcache.runtime.cli import DTYPES
-from flowcache.runtime.profile import Setting
-from flowcache.runtime.settings import check_work, policy_maker, strategy_of
+from flowcache.runtime.profile import Setting, policy_maker
+from flowcache.runtime.settings import check_work
 from magi1.config import PIXELS_PER_TOKEN
 from magi1.sampling import KVBudget, Sampling
 from magi1.schedule import SHIFT, Clip, Clock

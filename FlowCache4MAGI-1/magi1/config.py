@@ -12,11 +12,21 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 
+from flowcache.bounds import (
+    IS_PATH,
+    MAX_FRAMES,
+    Bounds,
+    Fps,
+    Frames,
+    NumSteps,
+    Pixels,
+    Seed,
+    Share,
+    check_values,
+)
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import IS_PATH, Bounds, check_values
 from flowcache.runtime.config import load_config
 from flowcache.runtime.parallel import MAX_PROCESSES
-from flowcache.runtime.settings import MAX_FRAMES, Fps, Frames, NumSteps, Pixels, Seed, Share
 
 PIXELS_PER_TOKEN = 16
 """Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""

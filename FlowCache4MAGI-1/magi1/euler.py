@@ -5,7 +5,7 @@ Axes: F latent frames, first; the rest of a latent follows.
 
 from torch import Tensor
 
-from flowcache.results import ResultStore, clean_estimate, velocity_to
+from flowcache.predict import ResultStore, clean_estimate, velocity_to
 from magi1.sampling import Quantity
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import ImportanceRedundancy, kept_tokens
+from flowcache.compress import ImportanceRedundancy, kept_tokens, scoring_bytes
+from flowcache.policies import stored_results
 from flowcache.runtime.cli import gigabytes
-from flowcache.runtime.settings import POLICIES, check_pass, stored_results
+from flowcache.runtime.settings import check_pass
 from flowcache.schedule import Tick
-from flowcache.scoring import scoring_bytes
 from magi1 import flops
 from magi1.build import budget_of, clip_of, latent_size, layout_of, sampling_of
 from magi1.captions import NULL_TOKENS
@@ -258,7 +258,7 @@ def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_active: int) -> 
     latents = model.latent_channels * run.chunk_width * height * width * 4
     copies = stored_results(config.reuse)
     signals = 0
-    if POLICIES[config.reuse.policy].needs_signals:
+    if config.reuse.kind.needs_signals:
         signals = layout_of(config).chunk_tokens * model.hidden_size * dtype.itemsize
     return num_active * (copies * latents + signals)
 

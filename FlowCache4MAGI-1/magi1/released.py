@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import torch
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import given_path
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from magi1 import checkpoint as checkpoints
 from magi1.config import MagiConfig

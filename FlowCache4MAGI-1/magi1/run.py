@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.errors import UserError
+from flowcache.policies import guidance_of, threshold_of
 from flowcache.runtime import job as jobs
 from flowcache.runtime.cli import choose_device
 from flowcache.runtime.compiling import should_compile
@@ -32,10 +33,9 @@ from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
 from flowcache.runtime.overlap import should_overlap
 from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
 from flowcache.runtime.precision import release_cache, set_float32_precision
-from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
 from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.record import Record, check_replay, replay_policies
-from flowcache.runtime.settings import guidance_of, threshold_of
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints

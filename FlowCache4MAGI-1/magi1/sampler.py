@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.guidance import HeldGuidance
-from flowcache.results import ResultStore
-from flowcache.reuse import Decision, Observe, ReusePolicy
+from flowcache.policies import Decision, Observe, ReusePolicy
+from flowcache.predict import HeldGuidance, ResultStore
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId

@@ -4,16 +4,17 @@ Axes: S tokens of a chunk, H query heads, C head width.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, TypeAlias
 
 from torch import Tensor
 
+from flowcache.bounds import OneOf
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
 from flowcache.kv import KVCache
 from magi1.config import MagiConfig, ModelConfig
 from magi1.schedule import Clip
 
-Quantity = Literal["latent_update", "velocity", "clean"]
+Quantity: TypeAlias = Annotated[str, OneOf(("latent_update", "velocity", "clean"))]
 """What a reused chunk gets again: the last change of its latents, as published, with the step size
 of then; or the last velocity, times the step size of now; or the velocity that leads to the clean
 estimate of then."""

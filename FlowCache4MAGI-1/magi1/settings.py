@@ -3,23 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from flowcache.attention import KernelName
+from flowcache.bounds import MAX_FRAMES, Bounds, Place, Share, Threshold, check_values
+from flowcache.compress import KVRule, strategy_of
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import Bounds, check_values
+from flowcache.policies import ReuseRule, check_guidance, check_reuse
 from flowcache.runtime.memory import parse_limit
 from flowcache.runtime.parallel import ParallelRule
-from flowcache.runtime.settings import (
-    MAX_FRAMES,
-    KVRule,
-    Place,
-    ReuseRule,
-    Share,
-    Threshold,
-    check_guidance,
-    check_prompt,
-    check_reuse,
-    strategy_of,
-)
+from flowcache.runtime.settings import KernelName, check_prompt
 from magi1.captions import TokenChoice
 from magi1.config import MagiConfig, check_model, check_runtime
 from magi1.sampling import Quantity

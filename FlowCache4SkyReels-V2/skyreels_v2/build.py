@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
-from flowcache.compress import TokenLayout
+from flowcache.compress import TokenLayout, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
-from flowcache.reuse import Rescale, ReusePolicy, identity, polynomial
-from flowcache.runtime import settings
+from flowcache.policies import Rescale, ReusePolicy, identity, polynomial
+from flowcache.runtime import profile
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.settings import check_work
 from flowcache.wan.dit import PATCH, DiTConfig
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
 from skyreels_v2.config import RunConfig
@@ -29,7 +30,7 @@ def segments_of(config: RunConfig) -> list[Segment]:
     step = max(window - latent_frames(config.overlap_history or 1), 1)
     num_segments = -(-latent_frames(config.num_frames) // step)
     num_chunks = num_segments * -(-window // config.causal_block_size)
-    settings.check_work(num_chunks=num_chunks, num_steps=config.num_steps)
+    check_work(num_chunks=num_chunks, num_steps=config.num_steps)
     return cut_segments(
         config.num_frames,
         base=config.base_num_frames,
@@ -122,10 +123,10 @@ def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
 
 def policy_maker(config: RunConfig, dit: DiTConfig) -> Callable[[], ReusePolicy]:
     """Return what makes the reuse policy of one branch of one window."""
-    if config.reuse.policy not in ("flowcache", "teacache"):
-        return settings.policy_maker(config.reuse)
+    if not config.reuse.kind.takes("rescale"):
+        return profile.policy_maker(config.reuse)
     _, rescale = rescale_for(config, dit)
-    return settings.policy_maker(config.reuse, rescale=rescale)
+    return profile.policy_maker(config.reuse, rescale=rescale)
 
 
 def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
@@ -134,7 +135,7 @@ def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | Non
     Raises:
         UserError: the budget is below what the rule needs.
     """
-    strategy = settings.strategy_of(config.kv)
+    strategy = strategy_of(config.kv)
     if strategy is None:
         return None
     layout = token_layout(config, frame_tokens=frame_tokens)

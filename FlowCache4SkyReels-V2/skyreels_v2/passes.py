@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flowcache.guidance import HeldGuidance
-from flowcache.results import clean_estimate, velocity_to
-from flowcache.reuse import Decision, Observe
+from flowcache.policies import Decision, Observe
+from flowcache.predict import HeldGuidance, clean_estimate, velocity_to
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId

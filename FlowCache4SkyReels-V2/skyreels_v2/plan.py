@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import kept_tokens
+from flowcache.compress import kept_tokens, scoring_bytes, strategy_of
+from flowcache.policies import stored_results
+from flowcache.predict import PREDICTORS
 from flowcache.runtime.cli import gigabytes
-from flowcache.runtime.settings import check_pass, stored_results, strategy_of
-from flowcache.scoring import scoring_bytes
+from flowcache.runtime.settings import check_pass
 from flowcache.wan import flops
 from flowcache.wan.dit import PATCH, DiT, DiTConfig
 from flowcache.wan.quantize import weight_bytes
@@ -243,7 +244,7 @@ def _stored_bytes(config: RunConfig, dit: DiTConfig, *, tokens: int, width: int)
     They are stored whether a policy will ask for them or not.
     """
     copies = stored_results(config.reuse)
-    if config.reuse.predict == "residual":
+    if PREDICTORS[config.reuse.predict].level == "tokens":
         return copies * tokens * dit.dim * width
     return copies * tokens * PATCH[1] * PATCH[2] * dit.out_dim * 4
 

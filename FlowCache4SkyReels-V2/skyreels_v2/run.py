@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import check_available, choose_kernels, describe_choice
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import given_path
+from flowcache.policies import threshold_of
 from flowcache.runtime.cli import DTYPES, choose_device, choose_dtype
 from flowcache.runtime.compiling import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
@@ -33,10 +34,9 @@ from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
 from flowcache.runtime.overlap import should_overlap
 from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
 from flowcache.runtime.precision import release_cache, set_float32_precision
-from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
 from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.record import Record, check_replay, replay_policies
-from flowcache.runtime.settings import threshold_of
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import check_ffmpeg, to_pixels
 from flowcache.wan import quantize, text, vae
@@ -132,7 +132,7 @@ def prepare(request: Request, ranks: Ranks | None = None) -> Job:
         should_compile(config.compile, device)
     check_cache(config.embedding_cache)
     quantize.check(config.quantize, checkpoint.config, device=device, dtype=dtype)
-    if config.reuse.policy in ("flowcache", "teacache"):
+    if config.reuse.kind.takes("rescale"):
         rescale_for(config, checkpoint.config)
     layout = divide(config, checkpoint.config, ranks)
     plan = per_process(make_plan(config, checkpoint.config, dtype=dtype), layout)
@@ -293,7 +293,7 @@ def plan_released(request: Request, ranks: Ranks | None = None) -> str:
     check_mode(config, sizes)
     config = turn_to_fit(config)
     dtype = DTYPES.get(config.dtype, torch.bfloat16)
-    if config.reuse.policy in ("flowcache", "teacache"):
+    if config.reuse.kind.takes("rescale"):
         rescale_for(config, sizes)
     head = f"model        sizes of the released {request.model}, {config.dtype} = {dtype}; no files"
     layout = divide(config, sizes, Ranks() if ranks is None else ranks)

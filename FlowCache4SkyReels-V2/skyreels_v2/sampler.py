@@ -10,10 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, tokens_per_chunk
-from flowcache.results import ResultStore
-from flowcache.reuse import Decision, Observe, agree, compute_together
+from flowcache.policies import Decision, Observe, agree, compute_together
+from flowcache.predict import HeldGuidance, ResultStore
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.transfer import on_device

@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from flowcache.kv import KVCache
-from flowcache.results import Quantity, ResultStore
-from flowcache.reuse import Decision, ReusePolicy
+from flowcache.policies import Decision, ReusePolicy
+from flowcache.predict import Quantity, ResultStore
 from flowcache.schedule import Tick, staggered
 from flowcache.wan.dit import Embedded
 from flowcache.wan.layers import ContextKV

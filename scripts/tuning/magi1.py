@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from flowcache.reuse import Observe
+from flowcache.policies import Observe
 from flowcache.runtime.job import Clip, collect
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.stats import RunStats

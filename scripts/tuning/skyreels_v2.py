@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flowcache.errors import UserError
-from flowcache.reuse import Observe
+from flowcache.policies import Observe
 from flowcache.runtime.config import find_preset
 from flowcache.runtime.job import Clip, collect
 from flowcache.runtime.profile import Setting

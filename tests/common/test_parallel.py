@@ -10,9 +10,9 @@ from datetime import timedelta
 import pytest
 import torch
 
+from flowcache.bounds import check_values
 from flowcache.errors import UserError
-from flowcache.reuse import Vanilla
-from flowcache.runtime.bounds import check_values
+from flowcache.policies import Vanilla
 from flowcache.runtime.cli import EXIT_USER_ERROR
 from flowcache.runtime.ending import LAUNCHER, Starter, Stopped
 from flowcache.runtime.parallel import ParallelRule, layout_of, own_bytes, run_in_ranks

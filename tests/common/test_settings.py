@@ -4,21 +4,20 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from flowcache.compress import ImportanceRedundancy, Recent, SinkRecent
+from flowcache.compress import ImportanceRedundancy, KVRule, Recent, SinkRecent, strategy_of
 from flowcache.errors import UserError
-from flowcache.reuse import FlowCache, Stride, TeaCache, Vanilla
-from flowcache.runtime.settings import (
+from flowcache.policies import (
     POLICIES,
-    KVRule,
+    FlowCache,
     ReuseRule,
-    check_pass,
-    check_prompt,
+    Stride,
+    TeaCache,
+    Vanilla,
     check_reuse,
-    check_work,
-    policy_maker,
-    strategy_of,
     threshold_of,
 )
+from flowcache.runtime.profile import policy_maker
+from flowcache.runtime.settings import check_pass, check_prompt, check_work
 
 
 def test_every_policy_is_made_with_its_values():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -175,7 +176,7 @@ def test_all_methods_have_the_same_settings_where_omegaconf_is_missing(
         return [subject.plan(method, "paper", 1, settings).config for method in subject.methods]
 
     with_omegaconf = read()
-    monkeypatch.setattr("flowcache.runtime.config.has_omegaconf", lambda: False)
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
     assert read() == with_omegaconf
     assert with_omegaconf[0].compile is False
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowcache.results import ResultStore
+from flowcache.predict import ResultStore
 
 ROOT = Path(__file__).parents[2]
 LEAN = ("torch", "transformers", "einops", "accelerate", "safetensors")

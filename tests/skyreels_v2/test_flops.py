@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
-from flowcache.results import Quantity
-from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.predict import Quantity
 from flowcache.runtime.stats import RunStats
 from flowcache.wan import flops
 from flowcache.wan.dit import DiT, DiTConfig

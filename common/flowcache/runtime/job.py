@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.runtime.cli import ProgressBar, choose_output
 from flowcache.runtime.compiling import Compilation
 from flowcache.runtime.degenerate import DegenerateCheck

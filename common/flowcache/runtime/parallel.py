@@ -12,8 +12,8 @@ from typing import Annotated, cast
 
 import torch.distributed as dist
 
+from flowcache.bounds import Bounds
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import Bounds
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.ending import EXIT_LOST, LAUNCHER
 from flowcache.runtime.ranks import (
