@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
-    from typing_extensions import Self
 
     Array = NDArray[np.float64]
 
@@ -124,7 +123,7 @@ class NamedPolicy(ReusePolicy):
     """
 
     @classmethod
-    def of(cls, rule: ReuseRule, calibration: Calibration) -> Self:
+    def of(cls, rule: ReuseRule, calibration: Calibration) -> NamedPolicy:
         """Return a new policy with the values of the settings and of a calibration."""
         return made_of(cls, rule, calibration)
 

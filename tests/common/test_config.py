@@ -8,8 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.runtime import config as configs
 from flowcache.runtime.config import (
+    MISSING,
     describe,
     find_preset,
     load_config,
@@ -46,13 +46,6 @@ class Run:
     weights: dict[str, float] = field(default_factory=dict)
     images: list[str] | None = None
     output: Path | None = None
-
-
-@pytest.fixture(autouse=True, params=["OmegaConf", "PyYAML alone"])
-def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "OmegaConf":
-        monkeypatch.setattr(configs, "has_omegaconf", lambda: False)
-    return request.param
 
 
 @pytest.fixture
@@ -94,6 +87,9 @@ def test_a_later_layer_changes_only_the_keys_it_names(layer: WriteLayer):
         ("prompt=", "prompt", ""),
         ("prompt=3", "prompt", "3"),
         ("prompt=null", "prompt", "null"),
+        ("prompt=???", "prompt", "???"),
+        ("prompt=2001-02-03", "prompt", "2001-02-03"),
+        ("weights={a: 1e3, b: '2'}", "weights", {"a": 1000.0, "b": 2.0}),
         ("prompt=猫が走る = 速い", "prompt", "猫が走る = 速い"),
         ("negative=null", "negative", None),
         ("offload=true", "offload", True),
@@ -114,6 +110,21 @@ def test_an_override_becomes_a_value_of_the_field_type(override: str, key: str, 
 def test_lists_become_tuples_and_replace_the_earlier_list(layer: WriteLayer):
     first, second = layer("reuse: {steps: [1, 2, 3]}"), layer("reuse: {steps: [5]}")
     assert load_config(Run, [first, second]).reuse.steps == (5,)
+
+
+def test_a_quoted_number_or_boolean_is_one_and_a_date_is_text(layer: WriteLayer):
+    path = layer("seed: '3'\nreuse: {threshold: '0.2'}\noffload: 'on'\nprompt: 2001-02-03\n")
+    want = Run(Reuse(threshold=0.2), "2001-02-03", seed=3, offload=True)
+    assert load_config(Run, [path]) == want
+
+
+def test_a_section_keeps_what_its_default_has_of_its_own(layer: WriteLayer):
+    @dataclass(frozen=True)
+    class Quick:
+        reuse: Reuse = field(default_factory=lambda: Reuse("flowcache", 0.3))
+
+    found = load_config(Quick, [layer("reuse: {steps: [2]}")]).reuse
+    assert found == Reuse("flowcache", 0.3, (2,))
 
 
 def test_mappings_are_merged(layer: WriteLayer):
@@ -142,6 +153,7 @@ def test_text_in_a_file_is_never_a_reference(layer: WriteLayer):
         ("reuse: {policy: fast}", "reuse.policy is 'fast', but must be one of vanilla, flowcache"),
         ("reuse: {steps: [1, x]}", "reuse.steps is [1, 'x'], but must be a list of int"),
         ("reuse: {rescale: '${a}'}", "reuse.rescale is '${a}', but must be [float, float]"),
+        ("reuse: {steps: [1, [2]]}", "reuse.steps is [1, [2]], but must be a list of int"),
         ("reuse: {rescale: [1]}", "reuse.rescale is [1], but must be [float, float]"),
         ("reuse: {threshold: .nan}", "reuse.threshold is nan, but must be float"),
         ("reuse: {threshold: '${seed}'}", "reuse.threshold is '${seed}', but must be float"),
@@ -164,6 +176,8 @@ def test_a_wrong_file_names_itself_the_key_and_the_rule(layer: WriteLayer, text:
     ("override", "said"),
     [
         ("sed=1", "command line: unknown key 'sed', did you mean seed?"),
+        ("seed=${offload}", "command line: seed is '${offload}', but must be int"),
+        ("seed=???", "command line: seed is '???', but must be int"),
         ("seed=1.5", "command line: seed is 1.5, but must be int"),
         ("seed=", "command line: seed is None, but must be int"),
         ("seed.x=1", "command line: seed is {'x': 1}, but must be int"),
@@ -196,7 +210,7 @@ def test_an_empty_file_changes_nothing(layer: WriteLayer):
 def test_a_key_without_default_must_be_given():
     @dataclass(frozen=True)
     class Model:
-        folder: str = "???"  # OmegaConf's mark of a value that must be given
+        folder: str = MISSING
 
     with pytest.raises(UserError, match=r"folder has no value: set it .* as folder=VALUE"):
         load_config(Model, [])

@@ -45,7 +45,7 @@ MAX_YAML_CHARACTERS = 1_000_000
 MAX_YAML_DEPTH = 20
 """Nested lists and mappings; none that is read here has more than 5."""
 MISSING = "???"
-"""A value that stands for none, where one must be given."""
+"""A default that is none: a value must be given."""
 
 
 def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str] = ()) -> T:
@@ -107,7 +107,8 @@ def parse_override(text: str, schema: type) -> dict[str, Any]:
     if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
         raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
     hint, value = dict(_leaves(schema)).get(key), cast(Any, raw)
-    if not all(option in (str, Path, type(None)) for option in _options(hint)):
+    is_text = all(option in (str, Path, type(None)) for option in _options(hint))
+    if not is_text or names_of(hint):
         try:
             value = parse_yaml(raw)
         except YAML_ERRORS:
@@ -226,7 +227,7 @@ def _merge_(
             _merge_(inside, section, given, source=source, prefix=f"{key}.")
             continue
         try:
-            made = value if value == MISSING else _converted(hints[name], value)
+            made = _converted(hints[name], value)
         except _UNFIT:
             problem = f"{source}: {key} is {_shown(value)}, but must be {_expected(hints[name])}"
             raise UserError(problem) from None
@@ -254,11 +255,11 @@ def _missing(schema: type, values: Mapping[str, Any], *, prefix: str = "") -> It
     hints = annotated_hints(schema)
     for field in dataclasses.fields(schema):
         key, section = f"{prefix}{field.name}", _section(hints[field.name])
-        value = values.get(field.name, _default(field))
-        if value in (dataclasses.MISSING, MISSING):
-            yield key
-        elif section is not None and field.name in values and value is not None:
-            yield from _missing(section, value, prefix=f"{key}.")
+        if field.name not in values:
+            if _default(field) in (dataclasses.MISSING, MISSING):
+                yield key
+        elif section is not None and values[field.name] is not None:
+            yield from _missing(section, values[field.name], prefix=f"{key}.")
 
 
 def _arguments(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
