@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 MAX_ORDER = 2
 
 
+Level: TypeAlias = Literal["tokens", "velocity", "step"]
+"""tokens: what the blocks change, by branch. velocity: what the model puts out, by branch.
+step: what a whole step changes in the latent, after guidance."""
+
+
 @dataclass(frozen=True)
 class Predictor:
     """What is stored of a computed step and replaces the result of one that is not."""
 
-    level: Literal["tokens", "velocity", "step"]
-    """tokens: what the blocks change, by branch. velocity: what the model puts out, by branch.
-    step: what a whole step changes in the latent, after guidance."""
+    level: Level
     stored: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda velocity, _noisy, _sigma: velocity
     """At level velocity: `(velocity, noisy latent, sigma)` -> what is stored."""
     velocity: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda stored, _noisy, _sigma: stored

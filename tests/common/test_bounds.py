@@ -20,7 +20,7 @@ from flowcache.bounds import (
 )
 from flowcache.errors import UserError
 from flowcache.runtime.config import describe, load_config
-from magi1.settings import RunConfig as MagiRun
+from magi1.config import RunConfig as MagiRun
 from skyreels_v2.config import RunConfig as SkyReelsRun
 
 
