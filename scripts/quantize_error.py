@@ -30,9 +30,10 @@ from flowcache.runtime.cli import DTYPES, Parser, choose_device, run_command
 from flowcache.runtime.job import Request
 from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr
+from flowcache.runtime.settings import QuantizeName
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import to_uint8
-from flowcache.wan.quantize import QuantizeName, check, linears, quantize
+from flowcache.wan.quantize import check, linears, quantize
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import encode_inputs, load_models, prepare
 

@@ -29,13 +29,14 @@ from flowcache.runtime.job import (
     replay_lines,
     write_run,
 )
-from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.runtime.memory import MemoryPlan, limit_of
 from flowcache.runtime.overlap import should_overlap
 from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
 from flowcache.runtime.precision import release_cache, set_float32_precision
 from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
 from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.record import Record, check_replay, replay_policies
+from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import check_ffmpeg
 from magi1 import checkpoint as checkpoints

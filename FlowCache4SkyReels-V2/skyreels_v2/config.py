@@ -1,7 +1,7 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from flowcache.bounds import (
     MAX_FRAMES,
@@ -19,11 +19,13 @@ from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
 from flowcache.predict import PREDICTORS, Quantity
-from flowcache.runtime.memory import parse_limit
-from flowcache.runtime.parallel import ParallelRule
-from flowcache.runtime.settings import KernelName, check_prompt
-from flowcache.wan.quantize import QuantizeName
-from skyreels_v2.sampler import Signal
+from flowcache.runtime.settings import (
+    KernelName,
+    ParallelRule,
+    QuantizeName,
+    check_prompt,
+    parse_limit,
+)
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -31,6 +33,9 @@ NEGATIVE_PROMPT = (
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 """The negative prompt of Wan 2.1, with which SkyReels-V2 is used."""
+
+Signal: TypeAlias = Literal["timestep", "timestep_embedding", "content"]
+"""What a reuse policy compares: a tick's timestep, its embedding, or the noisy chunk itself."""
 
 MAX_ADDNOISE = 60
 MAX_SCALE = 1000

@@ -43,9 +43,8 @@ from flowcache.wan.dit import (
     whole_window,
 )
 from flowcache.wan.unipc import UniPC, timestep_grid
+from skyreels_v2.config import Signal
 from skyreels_v2.window import Window
-
-Signal = Literal["timestep", "timestep_embedding", "content"]
 
 WAITING_TIMESTEP = 999
 """Timestep shown to the model for chunks that are still pure noise."""

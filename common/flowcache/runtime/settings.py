@@ -1,9 +1,13 @@
-"""Names and checks of settings that every model's run has beside those of the method."""
+"""Settings of a run besides those of the method, and their checks; all without PyTorch."""
 
-from typing import Literal, TypeAlias
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
 
+from flowcache.bounds import Bounds
 from flowcache.errors import UserError
 
+MAX_PROCESSES = 4096
 MAX_CHUNK_STEPS = 1_000_000
 """Steps of all chunks, which are planned one by one: four hours of video in MAGI-1's 64 steps."""
 MAX_PASS_TOKENS = 2**20
@@ -13,6 +17,19 @@ KernelName: TypeAlias = Literal[
     "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch"
 ]
 """What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
+QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]
+"""weight: 8-bit weights, widened for each product; dynamic: 8-bit activations and products, too."""
+
+MEMORY_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+_LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ParallelRule:
+    """How several processes divide a run."""
+
+    branch: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
+    sequence: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
 
 
 def check_prompt(name: str, prompt: str) -> None:
@@ -48,3 +65,19 @@ def check_pass(num_tokens: int, *, sizes: str) -> None:
             f"one pass would have {num_tokens} tokens, at most {MAX_PASS_TOKENS} are possible: "
             f"lower {sizes}"
         )
+
+
+def parse_limit(text: str) -> int | None:
+    """Return the bytes that a `memory_limit` names, None for `auto` and `none`.
+
+    Example: `24GB` is 24,000,000,000 and `24GiB` is 25,769,803,776.
+    """
+    if text.lower() in ("auto", "none"):
+        return None
+    found = _LIMIT.fullmatch(text.strip())
+    factor = None if found is None else MEMORY_UNITS.get(found[2].upper())
+    if found is None or factor is None or not float(found[1]):
+        raise UserError(
+            f"memory_limit must be auto, none or an amount such as 24GB or 24GiB, not {text}"
+        )
+    return int(float(found[1]) * factor)
