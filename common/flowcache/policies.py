@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeAlias
 
 from flowcache.bounds import (
     MAX_STEPS,
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 BAND_MARGIN = 0.1
 """Share by which the calibrated band of distances is widened on both sides: few clips are seen."""
 
+Signals: TypeAlias = "Mapping[int, Tensor]"
+"""Chunk -> its signal now; any shape, the same at every tick."""
 Rescale = Callable[[float], float]
 """Maps a relative distance to the amount that is accumulated (both dimensionless)."""
 
@@ -61,6 +63,10 @@ class Decision:
     """Relative L1 distance of the signal to the previous tick; None where none was measured."""
     accumulated: float | None = None
     """Sum of the rescaled distances since the last computed step, this tick included."""
+
+
+Decisions: TypeAlias = dict[int, Decision]
+"""By chunk."""
 
 
 def identity(distance: float) -> float:
@@ -101,13 +107,10 @@ class ReusePolicy(ABC):
     """Whether `plan` reads its signals; where not, the caller may pass none."""
 
     @abstractmethod
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         """Decide for each chunk of `tick.steps`.
 
         Args:
-            signals: chunk -> its signal now; any shape, the same at every tick.
             stored: chunks with a stored result; the others have to be computed.
         """
 
@@ -139,9 +142,7 @@ class Vanilla(NamedPolicy):
 
     needs_signals = False
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         return {chunk: Decision(True) for chunk in tick.steps}
 
 
@@ -159,9 +160,7 @@ class Stride(NamedPolicy):
     steps: Collection[int] | None = None
     needs_signals = False
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         return {
             chunk: Decision(chunk not in stored or self._is_planned(step, tick.num_steps))
             for chunk, step in tick.steps.items()
@@ -194,13 +193,11 @@ class FlowCache(NamedPolicy):
     previous: dict[int, Tensor] = field(default_factory=dict)
     accumulated: dict[int, float] = field(default_factory=dict)
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         distances = relative_l1(
             {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
         )
-        decisions: dict[int, Decision] = {}
+        decisions: Decisions = {}
         for chunk, step in tick.steps.items():
             is_own_last = self.compute_last_step and step == tick.num_steps - 1
             decisions[chunk] = self._decide(
@@ -245,9 +242,7 @@ class TeaCache(NamedPolicy):
     previous: dict[int, Tensor] = field(default_factory=dict)
     accumulated: float = 0.0
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         distance = self._distance(signals)
         total = None if distance is None else self.accumulated + self.rescale(distance)
         is_forced = tick.index < self.warmup_ticks or tick.is_last
@@ -262,7 +257,7 @@ class TeaCache(NamedPolicy):
     def computed_anyway(self, chunks: Collection[int]) -> None:
         self.accumulated = 0.0
 
-    def _distance(self, signals: Mapping[int, Tensor]) -> float | None:
+    def _distance(self, signals: Signals) -> float | None:
         common = [chunk for chunk in signals if chunk in self.previous]
         if not common:
             return None
@@ -284,9 +279,7 @@ class Planned(NamedPolicy):
     """Computed own steps by chunk; chunks behind the last entry use that one."""
     needs_signals = False
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         return {
             chunk: Decision(chunk not in stored or self.is_planned(chunk, step, tick.num_steps))
             for chunk, step in tick.steps.items()
@@ -313,9 +306,7 @@ class GuardedPlan(Planned):
     previous: dict[int, Tensor] = field(default_factory=dict)
     needs_signals = True
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         distances = relative_l1(
             {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
         )
@@ -351,9 +342,7 @@ class MagCache(NamedPolicy):
     """Chunk -> ratio, error and steps since its last computed one."""
     needs_signals = False
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         return {
             chunk: self._decide(
                 chunk,
@@ -391,9 +380,7 @@ class Replay(ReusePolicy):
     ticks: Mapping[int, Mapping[int, tuple[int, bool]]]
     needs_signals = False
 
-    def plan(
-        self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]
-    ) -> dict[int, Decision]:
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         """Decide as recorded; see `ReusePolicy.plan`."""
         if len(self.ticks) != tick.num_ticks:
             raise _unfit(f"it has {len(self.ticks)} ticks, the run {tick.num_ticks}")
@@ -528,7 +515,7 @@ class Policies(Protocol):
         ...
 
 
-def compute_together(policy: ReusePolicy, plan: Mapping[int, Decision]) -> dict[int, Decision]:
+def compute_together(policy: ReusePolicy, plan: Decisions) -> Decisions:
     """Compute all chunks of a plan as soon as one must be.
 
     For attention over the whole window, where chunks can't be computed apart.
@@ -539,10 +526,10 @@ def compute_together(policy: ReusePolicy, plan: Mapping[int, Decision]) -> dict[
 
 def agree(
     policies: Mapping[str, ReusePolicy],
-    plans: Mapping[str, Mapping[int, Decision]],
+    plans: Mapping[str, Decisions],
     *,
     apart: Collection[int] = (),
-) -> dict[str, dict[int, Decision]]:
+) -> dict[str, Decisions]:
     """Compute a chunk in all branches as soon as one branch must compute it.
 
     For what is reused after guidance, which needs every branch.
@@ -555,9 +542,7 @@ def agree(
     return {branch: _compute(policies[branch], plan, wanted) for branch, plan in plans.items()}
 
 
-def _compute(
-    policy: ReusePolicy, plan: Mapping[int, Decision], chunks: Collection[int]
-) -> dict[int, Decision]:
+def _compute(policy: ReusePolicy, plan: Decisions, chunks: Collection[int]) -> Decisions:
     extra = [
         chunk for chunk, decision in plan.items() if chunk in chunks and not decision.is_computed
     ]
@@ -629,7 +614,7 @@ def distance_band(
 def magnitude_ratios(gram_NN: Array) -> list[float]:
     """Return |v_k| / |v_{k-1}| for every own step, root mean squares; 1 for the first step."""
     norm_N = [math.sqrt(gram_NN[k, k]) for k in range(len(gram_NN))]
-    return [1.0, *(now / before for before, now in itertools.pairwise(norm_N))]
+    return [1.0, *(_ratio(now, before) for before, now in itertools.pairwise(norm_N))]
 
 
 class Observe(Protocol):

@@ -1,7 +1,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +20,9 @@ from flowcache.runtime.config import (
 WriteLayer = Callable[[str], Path]
 
 
-class Colour(Enum):
-    red = 1
-    blue = 2
+@dataclass(frozen=True)
+class Part:
+    name: str
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Run:
     negative: str | None = None
     seed: int = 0
     offload: bool = False
-    colour: Colour = Colour.red
+    colour: Literal["red", "blue"] = "red"
     budget: float | Literal["all"] = "all"
     weights: dict[str, float] = field(default_factory=dict)
     images: list[str] | None = None
-    output: Path | None = None
+    parts: list[Part] | None = None
 
 
 @pytest.fixture
@@ -93,12 +92,12 @@ def test_a_later_layer_changes_only_the_keys_it_names(layer: WriteLayer):
         ("prompt=猫が走る = 速い", "prompt", "猫が走る = 速い"),
         ("negative=null", "negative", None),
         ("offload=true", "offload", True),
-        ("colour=blue", "colour", Colour.blue),
+        ("colour=blue", "colour", "blue"),
         ("budget=3", "budget", 3.0),
         ("budget=all", "budget", "all"),
         ("weights.clip=2", "weights", {"clip": 2.0}),
         ("images=[a, b]", "images", ["a", "b"]),
-        ("output=x/y z", "output", Path("x/y z")),
+        ("parts=[{name: a}, {name: b}]", "parts", [Part("a"), Part("b")]),
     ],
 )
 def test_an_override_becomes_a_value_of_the_field_type(override: str, key: str, value: Any):
@@ -160,6 +159,8 @@ def test_text_in_a_file_is_never_a_reference(layer: WriteLayer):
         ("colour: green", "colour is 'green', but must be one of red, blue"),
         ("budget: some", "budget is 'some', but must be float or one of all"),
         ("prompt: [a]", "prompt is ['a'], but must be text"),
+        ("parts: [{}]", "parts is [{}], but must be a list of a section of keys or null"),
+        ("parts: [{nam: a}]", "parts is [{'nam': 'a'}], but must be a list of a section of"),
         ("seed: 1\n\tprompt: a", "line 2: not valid YAML"),
         ("seed: 1\nseed: 2", "line 2: not valid YAML (found duplicate key seed)"),
         ("- 1\n- 2", "expected 'key: value' lines, found a list"),
@@ -243,16 +244,11 @@ def test_presets_are_found_by_name_and_by_path(tmp_path: Path):
 
 
 def test_a_config_becomes_json_and_comes_back(layer: WriteLayer):
-    config = Run(reuse=Reuse(steps=(1, 2)), colour=Colour.blue, output=Path("a/b"), prompt="${x}")
+    config = Run(reuse=Reuse(steps=(1, 2)), colour="blue", parts=[Part("a")], prompt="${x}")
     plain = to_dict(config)
     assert plain["colour"] == "blue"
     assert plain["reuse"]["steps"] == [1, 2]
     assert load_config(Run, [layer(json.dumps(plain))]) == config
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Typed configuration: YAML layers and command-line overrides into one frozen dataclass.
 
 A schema is a dataclass; nested dataclasses are sections. Its field types say what a value may be
-(`int`, `float | None`, `Literal["full", "causal"]`, `Annotated[str, OneOf(...)]`, an Enum,
-`tuple[int, int]`, ...) and its defaults are the lowest layer. Every later layer changes only the
-keys it names:
+(`int`, `float | None`, `Literal["full", "causal"]`, `Annotated[str, OneOf(...)]`, `list[int]`,
+`dict[str, float]`, a list or mapping of dataclasses, ...) and its defaults are the lowest layer.
+Every later layer changes only the keys it names:
 
     # base.yaml              # fast.yaml              command line
     reuse:                   reuse:                   reuse.threshold=0.2
@@ -25,7 +25,6 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -107,7 +106,7 @@ def parse_override(text: str, schema: type) -> dict[str, Any]:
     if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
         raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
     hint, value = dict(_leaves(schema)).get(key), cast(Any, raw)
-    is_text = all(option in (str, Path, type(None)) for option in _options(hint))
+    is_text = all(option in (str, type(None)) for option in _options(hint))
     if not is_text or names_of(hint):
         try:
             value = parse_yaml(raw)
@@ -313,8 +312,8 @@ def _as_option(hint: Any, value: Any) -> Any:
     if origin is dict and isinstance(value, dict):
         given = cast("dict[str, Any]", value)
         return {name: _converted(arguments[1], item) for name, item in given.items()}
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint[value]
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _instance(cast(type, hint), cast("dict[str, Any]", value))
     if hint in (bool, int, float) and isinstance(value, str):
         value = parse_yaml(value)  # a quoted number
     is_boolean, is_number = isinstance(value, bool), isinstance(value, (int, float))
@@ -324,11 +323,18 @@ def _as_option(hint: Any, value: Any) -> Any:
         return float(value)
     if hint is str and is_number:
         return str(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
     if hint is Any or (isinstance(hint, type) and type(value) is hint and hint is not float):
         return value
     raise TypeError(hint)
+
+
+def _instance(schema: type, layer: dict[str, Any]) -> Any:
+    """Return an instance of a dataclass that is an item of a list or mapping."""
+    values: dict[str, Any] = {}
+    _merge_(values, schema, layer, source="item")
+    if any(_missing(schema, values)):
+        raise TypeError("a value is missing")
+    return schema(**_arguments(schema, values))
 
 
 def _leaves(schema: type) -> Iterator[tuple[str, Any]]:
@@ -373,8 +379,6 @@ def _expected_option(hint: Any) -> str:
     origin = typing.get_origin(hint) or hint
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return f"one of {', '.join(member.name for member in hint)}"
     if origin is list or (origin is tuple and arguments[-1:] == (Ellipsis,)):
         return f"a list of {_expected(arguments[0])}"
     if origin is tuple:
@@ -383,7 +387,7 @@ def _expected_option(hint: Any) -> str:
         return f"a mapping to {_expected(arguments[1])}"
     if dataclasses.is_dataclass(hint):
         return "a section of keys"
-    words = {bool: "true or false", str: "text", Path: "a path", type(None): "null"}
+    words = {bool: "true or false", str: "text", type(None): "null"}
     return {**words, Any: "anything"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -391,7 +395,7 @@ def _expected_option(hint: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain values for JSON: an Enum by its name, a tuple as a list."""
+    """Return a config as plain values for JSON: a tuple as a list."""
     return cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
 
 
@@ -400,9 +404,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.name
-    return str(value) if isinstance(value, Path) else value
+    return value
 
 
 def _shown(value: object) -> str:
