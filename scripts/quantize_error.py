@@ -31,8 +31,9 @@ from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import collect, encode_inputs, load_networks, prepare
+from flowcache.runtime.settings import QuantizeName
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.quantize import QuantizeName, check, linears, quantize
+from flowcache.wan.quantize import check, linears, quantize
 from skyreels_v2.model import MODEL
 
 CASE = Path("tests/golden/skyreels_v2/dit_t2v.safetensors")

@@ -31,7 +31,6 @@ OWNERS = {
     "transformers": {"enhance.py", "text.py", "tokenizer.py"},
     "flash_attn": {"attention.py"},
     "flash_attn_interface": {"attention.py"},
-    "omegaconf": {"config.py"},
     "av": {"decoding.py"},
     "imageio_ffmpeg": {"video.py"},
     "imageio": {"video.py"},

@@ -13,9 +13,9 @@ from typing import IO, Any, TypeVar, cast
 
 import torch
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import profile
-from flowcache.runtime.bounds import given_path
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.ending import temporary_folder
 from flowcache.runtime.files import parse_json

@@ -9,13 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flowcache.reuse import Observe, Policies
+from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.finite import Decoded, all_finite
 from flowcache.runtime.noise import Draw, seeded_noise
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.overlap import Later, lane_for, should_overlap
 from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from magi1.config import RunConfig

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import ImportanceRedundancy, TokenLayout
+from flowcache.compress import ImportanceRedundancy, TokenLayout, strategy_of
 from flowcache.kv import cached_attention, caches_for
-from flowcache.reuse import ReusePolicy
+from flowcache.policies import ReusePolicy, guidance_of, stored_results
 from flowcache.runtime import memory
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.memory import (
@@ -38,17 +38,9 @@ from flowcache.runtime.plan import (
     scored_bytes,
     walk,
 )
-from flowcache.runtime.profile import Setting
+from flowcache.runtime.profile import Setting, policy_maker
 from flowcache.runtime.ranks import Layout, Ranks
-from flowcache.runtime.settings import (
-    POLICIES,
-    check_pass,
-    check_work,
-    guidance_of,
-    policy_maker,
-    stored_results,
-    strategy_of,
-)
+from flowcache.runtime.settings import check_pass, check_work
 from flowcache.runtime.ulysses import TokenSplit
 from flowcache.schedule import Tick
 from magi1 import text, vae
@@ -350,7 +342,7 @@ def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_chunks: int) -> 
     height, width = latent_size(config)
     latents = model.latent_channels * run.chunk_width * height * width * 4
     signals = 0
-    if POLICIES[config.reuse.policy].needs_signals:
+    if config.reuse.kind.needs_signals:
         signals = layout_of(config).chunk_tokens * model.hidden_size * dtype.itemsize
     num_active = min(run.window_size, num_chunks)
     return num_active * (stored_results(config.reuse) * latents + signals)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import config as settings
-from flowcache.runtime.bounds import given_path
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.finite import check_finite
 from flowcache.runtime.hub import Missing
@@ -68,7 +68,7 @@ class SkyReels:
             return config
         check_mode(config, source.sizes)
         config = turn_to_fit(config)
-        if config.reuse.policy in ("flowcache", "teacache"):
+        if config.reuse.kind.takes("rescale"):
             works.rescale_for(config, source.sizes)
         return config
 

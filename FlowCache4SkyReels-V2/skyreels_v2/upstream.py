@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import given_path
 from flowcache.runtime.config import read_yaml
 from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import run_in_ranks

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout
+from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, cached_attention, caches_for, peak_tokens
-from flowcache.reuse import Rescale, ReusePolicy, identity, polynomial
-from flowcache.runtime import memory, settings
+from flowcache.policies import Rescale, ReusePolicy, identity, polynomial, stored_results
+from flowcache.predict import PREDICTORS
+from flowcache.runtime import memory, profile
 from flowcache.runtime.memory import (
     META,
     PIXEL_BYTES,
@@ -40,7 +41,7 @@ from flowcache.runtime.plan import (
 )
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.ranks import Layout
-from flowcache.runtime.settings import check_pass
+from flowcache.runtime.settings import check_pass, check_work
 from flowcache.runtime.ulysses import TokenSplit
 from flowcache.wan import text, vae
 from flowcache.wan.dit import (
@@ -90,7 +91,7 @@ def segments_of(config: RunConfig) -> list[Segment]:
     step = max(window - latent_frames(config.overlap_history or 1), 1)
     num_segments = -(-latent_frames(config.num_frames) // step)
     num_chunks = num_segments * -(-window // config.causal_block_size)
-    settings.check_work(num_chunks=num_chunks, num_steps=config.num_steps)
+    check_work(num_chunks=num_chunks, num_steps=config.num_steps)
     return cut_segments(
         config.num_frames,
         base=config.base_num_frames,
@@ -183,10 +184,10 @@ def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
 
 def policy_maker(config: RunConfig, dit: DiTConfig) -> Callable[[], ReusePolicy]:
     """Return what makes the reuse policy of one branch of one window."""
-    if config.reuse.policy not in ("flowcache", "teacache"):
-        return settings.policy_maker(config.reuse)
+    if not config.reuse.kind.takes("rescale"):
+        return profile.policy_maker(config.reuse)
     _, rescale = rescale_for(config, dit)
-    return settings.policy_maker(config.reuse, rescale=rescale)
+    return profile.policy_maker(config.reuse, rescale=rescale)
 
 
 def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
@@ -195,7 +196,7 @@ def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | Non
     Raises:
         UserError: the budget is below what the rule needs.
     """
-    strategy = settings.strategy_of(config.kv)
+    strategy = strategy_of(config.kv)
     if strategy is None:
         return None
     layout = token_layout(config, frame_tokens=frame_tokens)
@@ -332,7 +333,7 @@ def _segment_work(
         kv_tokens=kv_capacity(config, window),
         cut=window,
     )
-    strategy = settings.strategy_of(config.kv)
+    strategy = strategy_of(config.kv)
     if strategy is not None:
         layout = token_layout(config, frame_tokens=per_frame)
         check_compression(strategy, made, layout=layout, limit=_limit(config))
@@ -381,8 +382,8 @@ def _stored_bytes(config: RunConfig, sizes: DiTConfig, *, num_frames: int, width
     They are stored whether a policy will ask for them or not.
     """
     tokens = num_frames * tokens_per_frame(config)
-    copies = settings.stored_results(config.reuse) * len(branches_of(config))
-    if config.reuse.predict == "residual":
+    copies = stored_results(config.reuse) * len(branches_of(config))
+    if PREDICTORS[config.reuse.predict].level == "tokens":
         return copies * tokens * sizes.dim * width
     return copies * tokens * PATCH[1] * PATCH[2] * sizes.out_dim * 4
 

@@ -7,7 +7,7 @@ import torch
 from flops import MAGI1_WINDOWS, magi1_clip
 
 from flowcache.attention import Kernel, choose_kernels
-from flowcache.reuse import Policies
+from flowcache.policies import Policies
 from flowcache.runtime.compiling import Compilation, should_compile
 from flowcache.runtime.model import Request
 from flowcache.runtime.precision import set_float32_precision

@@ -17,8 +17,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flowcache.results import ResultStore
-from flowcache.reuse import Policies, ReusePolicy, Vanilla
+from flowcache.policies import Policies, ReusePolicy, Vanilla
+from flowcache.predict import ResultStore
 from flowcache.runtime.finite import Decoded
 from flowcache.runtime.model import Progress
 from flowcache.runtime.overlap import Later, lane_for, should_overlap

@@ -8,7 +8,7 @@ from flops import skyreels_active_only
 from torch import Tensor
 
 from flowcache.attention import Kernel, choose_kernels
-from flowcache.reuse import Policies
+from flowcache.policies import Policies
 from flowcache.runtime.compiling import Compilation, should_compile
 from flowcache.runtime.model import Request, Source
 from flowcache.runtime.precision import set_float32_precision

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flowcache.attention import AttentionShape, Kernel
-from flowcache.reuse import Policies
+from flowcache.policies import Policies
 from flowcache.runtime.compiling import Compilation
 from flowcache.runtime.model import Progress
 from flowcache.runtime.stats import RunStats

@@ -13,7 +13,6 @@ from flowcache.errors import UserError
 from flowcache.runtime.cli import choose_device
 from flowcache.runtime.config import to_dict
 from flowcache.runtime.model import Job, Loaded, Request, load_model
-from flowcache.runtime.profiled import follows_profile
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
 from sampling.gpus import describe_gpus
@@ -148,7 +147,7 @@ def hash_settings(job: Job) -> str:
     rule = job.config.reuse
     shared = _without(to_dict(job.config), OWN_KEYS | PLACES)
     shared["dtype"] = str(job.dtype)
-    shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if follows_profile(rule) else None
+    shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if rule.needs_profile else None
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from flowcache.reuse import Observe
+from flowcache.policies import Observe
 from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.run import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flowcache.errors import UserError
-from flowcache.reuse import Observe
+from flowcache.policies import Observe
 from flowcache.runtime.model import Job, Loaded, Request, Source
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.run import (

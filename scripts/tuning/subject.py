@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowcache.results import Quantity
-from flowcache.reuse import Observe
+from flowcache.policies import Observe
+from flowcache.predict import Quantity
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.run import Clip
 from flowcache.tune.gram import calibration_bytes

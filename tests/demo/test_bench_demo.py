@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flowcache.demo.clips import Attributes
-from flowcache.reuse import Decision
+from flowcache.policies import Decision
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.run import Clip, config_layers
 from flowcache.runtime.stats import RunStats

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowcache.compress import strategy_of
 from flowcache.errors import UserError
-from flowcache.reuse import FlowCache
-from flowcache.runtime.profiled import follows_profile
-from flowcache.runtime.settings import POLICIES, strategy_of
+from flowcache.policies import POLICIES, FlowCache
 from magi1.checkpoint import find_model, find_path
 from magi1.config import RunConfig, read_config
 from magi1.dit import DiT
@@ -86,7 +85,7 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise(configure: Configure)
 def test_every_preset_is_in_order_for_every_released_model(configure: Configure, preset: str):
     for model in RELEASED:
         config = configure(preset, model=model)
-        if not follows_profile(config.reuse):  # a profile comes with its checkpoint
+        if not config.reuse.needs_profile:  # a profile comes with its checkpoint
             assert isinstance(policy_of(config), POLICIES[config.reuse.policy])
         assert sampling_of(config).guidance is None or "base" in model
 

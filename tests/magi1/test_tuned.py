@@ -12,7 +12,7 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.profile import (
     Observed,

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, caches_for
-from flowcache.results import ResultStore
-from flowcache.reuse import Observe, ReusePolicy, Vanilla
+from flowcache.policies import Observe, ReusePolicy, Vanilla
+from flowcache.predict import HeldGuidance, ResultStore
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
 from flowcache.wan.checkpoint import diffusers_key

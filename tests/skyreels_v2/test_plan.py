@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 import torch
 
-from flowcache.results import Quantity
-from flowcache.reuse import FlowCache
+from flowcache.policies import FlowCache
+from flowcache.predict import Quantity
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.model import Work
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.profile import (
     Observed,

@@ -6,7 +6,6 @@ counted by running it on the meta device, where tensors have shapes but no value
 """
 
 import copy
-import re
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from flowcache.kv import PREFETCHED_LAYERS
 from flowcache.runtime.model import Work
 from flowcache.runtime.parallel import own_branches
 from flowcache.runtime.ranks import Group, Layout, Ranks
+from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.units import scaled
 
 RESERVED_SHARE = 0.05
@@ -33,8 +33,6 @@ PIXEL_BYTES = 3 * 4
 """Of an RGB pixel in float32."""
 META = torch.device("meta")
 SCORING_REMEDY = "set kv.queries=frame"
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-_LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -361,25 +359,6 @@ def _candidates(wanted: Residence) -> list[Residence]:
                     )
                 )
     return list(dict.fromkeys(made))
-
-
-def parse_limit(text: str) -> int | None:
-    """Return the bytes that a `memory_limit` names, None for `auto` and `none`.
-
-    Example: `24GB` is 24,000,000,000 and `24GiB` is 25,769,803,776.
-
-    Raises:
-        UserError: it is no amount of memory.
-    """
-    if text.lower() in ("auto", "none"):
-        return None
-    found = _LIMIT.fullmatch(text.strip())
-    factor = None if found is None else UNITS.get(found[2].upper())
-    if found is None or factor is None or not float(found[1]):
-        raise UserError(
-            f"memory_limit must be auto, none or an amount such as 24GB or 24GiB, not {text}"
-        )
-    return int(float(found[1]) * factor)
 
 
 def limit_of(text: str, device: torch.device) -> int | None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flowcache.attention import AttentionShape
-    from flowcache.reuse import Observe, Policies
+    from flowcache.policies import Observe, Policies
     from flowcache.runtime.finite import Decoded
     from flowcache.runtime.hub import Missing
     from flowcache.runtime.memory import Footprint, MemoryPlan, Residence

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens
+from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.parallel import ParallelRule, layout_of, own_bytes
+from flowcache.runtime.parallel import layout_of, own_bytes
 from flowcache.runtime.ranks import Layout
+from flowcache.runtime.settings import ParallelRule
 from flowcache.schedule import Tick
-from flowcache.scoring import scoring_bytes
 
 TOKEN_COPIES = 6
 """Token-wide float32 arrays alive at once inside a block (stream, norms, their rotations)."""

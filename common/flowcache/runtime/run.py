@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flowcache.attention import check_available, choose_kernels, describe_choice
+from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
+from flowcache.policies import threshold_of
 from flowcache.runtime.cli import ProgressBar, choose_device, choose_output
 from flowcache.runtime.compiling import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
@@ -22,7 +23,7 @@ from flowcache.runtime.embeddings import cached_embedding, check_cache
 from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import check_writable, write_json
 from flowcache.runtime.finite import Decoded, Modules, NotFiniteError, all_finite
-from flowcache.runtime.memory import MemoryPlan, limit_of, make_memory_plan, parse_limit
+from flowcache.runtime.memory import MemoryPlan, limit_of, make_memory_plan
 from flowcache.runtime.model import (
     Job,
     Loaded,
@@ -35,7 +36,7 @@ from flowcache.runtime.overlap import Later, lane_for, should_overlap
 from flowcache.runtime.parallel import layout_lines
 from flowcache.runtime.plan import divide, per_process
 from flowcache.runtime.precision import release_cache, set_float32_precision
-from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
 from flowcache.runtime.ranks import Ranks, ToldElsewhereError
 from flowcache.runtime.record import (
     REPLAY,
@@ -46,7 +47,7 @@ from flowcache.runtime.record import (
     replay_policies,
     write_record,
 )
-from flowcache.runtime.settings import threshold_of
+from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.stats import RunStats, environment
 from flowcache.runtime.trace import Traced, merged
 from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
