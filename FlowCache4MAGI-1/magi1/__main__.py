@@ -7,7 +7,7 @@ from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import main_of, run_parser
+from flowcache.runtime.cli import run_parser
 from magi1.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--download", action="store_true", help="fetch the released --model from the hub"
     )
-    return main_of("magi1", parser, arguments)
+    options = parser.parse_intermixed_args(arguments)
+    from flowcache.runtime.run import main_of  # PyTorch, which --help does without
+
+    return main_of("magi1", options)
 
 
 if __name__ == "__main__":

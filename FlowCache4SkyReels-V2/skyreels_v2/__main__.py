@@ -7,7 +7,7 @@ from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import main_of, run_parser
+from flowcache.runtime.cli import run_parser
 from skyreels_v2.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + ", ".join(RELEASED),
     )
     parser.add_argument("--end-image", dest="end_image", help="end image")
-    return main_of("skyreels_v2", parser, arguments)
+    options = parser.parse_intermixed_args(arguments)
+    from flowcache.runtime.run import main_of  # PyTorch, which --help does without
+
+    return main_of("skyreels_v2", options)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,17 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowcache.errors import UserError, no_memory
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Stopped
 from flowcache.runtime.files import fresh_path
-from flowcache.runtime.model import Request, VideoModel, load_model
 
 if TYPE_CHECKING:
     import torch
 
-    from flowcache.runtime.ranks import Ranks
     from flowcache.runtime.stats import RunStats
 
 EXIT_INTERRUPTED = 130
@@ -130,58 +128,6 @@ def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[s
     if options.no_compile:
         named.append("compile=false")
     return [*named, *options.settings]
-
-
-def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
-    """Return what the arguments of a model's command line ask for.
-
-    Args:
-        keys: argument -> setting.
-    """
-    own = {argument: key for argument, key in keys.items() if hasattr(options, argument)}
-    return Request(
-        preset=options.preset,
-        model=options.model,
-        overrides=overrides_of(options, own),
-        out=options.out,
-        overwrite=options.overwrite,
-        record=options.record,
-        replay=options.replay,
-        is_dry=options.dry_run,
-        download=getattr(options, "download", False),
-    )
-
-
-def main_of(name: str, parser: Parser, arguments: Sequence[str] | None) -> int:
-    """Run the command line of a model; return the exit code (2: something given is wrong).
-
-    Args:
-        name: of the model's package.
-    """
-    options = parser.parse_intermixed_args(arguments)
-    model = load_model(name)
-    if options.list_settings:
-        return run_command(lambda: print("\n".join(model.settings_lines()), flush=True))
-    from flowcache.runtime.parallel import run_in_ranks
-
-    request = request_of(options, model.keys)
-    return run_in_ranks(lambda ranks: execute(model, request, ranks))
-
-
-def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
-    """Check, describe what will be done, and do it unless the run is dry."""
-    from flowcache.runtime.run import describe, plan_without_files, prepare, run
-
-    plan = ranks.together(lambda: plan_without_files(model, request, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
-    job = ranks.together(lambda: prepare(model, request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if not request.is_dry:
-        run(job)
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """One run, for every model: request, settings, checked job, description, video and its JSON."""
 
+import argparse
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,13 @@ from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
-from flowcache.runtime.cli import ProgressBar, choose_device, choose_output
+from flowcache.runtime.cli import (
+    ProgressBar,
+    choose_device,
+    choose_output,
+    overrides_of,
+    run_command,
+)
 from flowcache.runtime.compiling import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.degenerate import DegenerateCheck
@@ -31,9 +38,10 @@ from flowcache.runtime.model import (
     Request,
     Source,
     VideoModel,
+    load_model,
 )
 from flowcache.runtime.overlap import Later, lane_for, should_overlap
-from flowcache.runtime.parallel import layout_lines
+from flowcache.runtime.parallel import layout_lines, run_in_ranks
 from flowcache.runtime.plan import divide, per_process
 from flowcache.runtime.precision import release_cache, set_float32_precision
 from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
@@ -58,6 +66,57 @@ RECORD_SUFFIX = ".record.json"
 SPARE_BYTES = 32
 """Of a name, for what unfinished and further files add: `.NAME.record.json.1234567.part`."""
 VIDEO_QUALITY = 8
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def main_of(name: str, options: argparse.Namespace) -> int:
+    """Do what the command line of a model asks for; return the exit code.
+
+    Args:
+        name: of the model's package.
+        options: as `cli.run_parser` gives them.
+    """
+    model = load_model(name)
+    if options.list_settings:
+        return run_command(lambda: print("\n".join(model.settings_lines()), flush=True))
+    request = request_of(options, model.keys)
+    return run_in_ranks(lambda ranks: execute(model, request, ranks))
+
+
+def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
+    """Return what the arguments of a model's command line ask for.
+
+    Args:
+        keys: argument -> setting.
+    """
+    own = {argument: key for argument, key in keys.items() if hasattr(options, argument)}
+    return Request(
+        preset=options.preset,
+        model=options.model,
+        overrides=overrides_of(options, own),
+        out=options.out,
+        overwrite=options.overwrite,
+        record=options.record,
+        replay=options.replay,
+        is_dry=options.dry_run,
+        download=getattr(options, "download", False),
+    )
+
+
+def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
+    """Check, describe what will be done, and do it unless the run is dry."""
+    plan = ranks.together(lambda: plan_without_files(model, request, ranks))
+    if plan is not None:
+        if ranks.is_first:
+            print(plan)
+        return
+    job = ranks.together(lambda: prepare(model, request, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
+    if not request.is_dry:
+        run(job)
 
 
 # Settings -----------------------------------------------------------------------------------------
