@@ -94,7 +94,7 @@ def ends_well(command: Callable[[], object]) -> int:
 
 
 def keys_of(family: str) -> list[str]:
-    module = "settings" if family == "magi1" else "config"
+    module = "config"
     lines = describe(import_module(f"{family}.{module}").RunConfig)
     return [line.partition(":")[0] for line in lines]
 
