@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.flops import attention
-from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.ops import attention_flops
+from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered
 from flowcache.wan import flops as skyreels_flops
 from magi1 import flops as magi1_flops
@@ -119,7 +119,7 @@ def paper_rows() -> list[Row]:
     """Return the published figures and what they are made of."""
     sizes = magi1_sizes()
     alone = magi1_flops.published_blocks(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
-    seen = sizes.num_layers * attention(
+    seen = sizes.num_layers * attention_flops(
         MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=sizes.hidden_size
     )
     forward, full = skyreels_causal(5), skyreels_full()

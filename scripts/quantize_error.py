@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -28,9 +28,9 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.cli import DTYPES, Parser, choose_device, run_command
 from flowcache.runtime.job import Request
-from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr
 from flowcache.runtime.stats import RunStats
+from flowcache.runtime.text_files import escaped, table_row
 from flowcache.runtime.video import to_uint8
 from flowcache.wan.quantize import QuantizeName, check, linears, quantize
 from skyreels_v2.pipeline import generate

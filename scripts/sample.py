@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -38,7 +38,7 @@ from sampling.worker import Worker, say_alarms, say_failures
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable
-from flowcache.runtime.ranks import Place
+from flowcache.runtime.launch import Place
 from flowcache.runtime.settings import MAX_SEED
 
 EXIT_SOME_FAILED = 1

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowcache.runtime.ranks import Group, Ranks
+from flowcache.runtime.parallel import Group, Ranks
 from flowcache.runtime.record import read_record
 
 # Before any test imports a hub client: a test that would download fails at once.

@@ -32,7 +32,7 @@ OWNERS = {
     "flash_attn": {"attention.py"},
     "flash_attn_interface": {"attention.py"},
     "omegaconf": {"config.py"},
-    "av": {"decoding.py"},
+    "av": {"video.py"},
     "imageio_ffmpeg": {"video.py"},
     "imageio": {"video.py"},
 }

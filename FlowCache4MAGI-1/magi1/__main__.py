@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
 from flowcache.runtime.cli import overrides_of, run_command, run_parser
 from flowcache.runtime.config import describe as describe_keys
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 from magi1.config import MagiConfig
 from magi1.released import CONFIGS, RELEASED
 from magi1.run import BASE, PRESETS, Request, describe, plan_without_files, prepare, run

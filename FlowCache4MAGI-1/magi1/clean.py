@@ -95,14 +95,14 @@ class CleanKeys:
             return
         name, last = self._last
         ranks, dit = self.forward.ranks, self.forward.dit
-        source = ranks.holder(self.forward.sampling.passes, name)
+        source = ranks.rank_of(self.forward.sampling.passes, name)
         shape = (2, tokens, self.forward.num_kv_heads, dit.config.kv_channels)
         for layer in range(dit.config.num_layers):
             if last.caches:
                 made = last.caches[layer].last_clean(tokens)
             else:
                 made = torch.empty(shape, dtype=dit.dtype, device=self.forward.device)
-            kv = ranks.branches.copied(made, source=source)
+            kv = ranks.branches.broadcast(made, source=source)
             for branch in self.own.values():
                 if branch is not last:
                     branch.caches[layer].replace_last_clean(kv)
@@ -127,7 +127,7 @@ class CleanKeys:
     def tokens_per_chunk(self, branch: Branch) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.forward.ranks.sequence
-        return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
+        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
     def _settle(self, chunk: int) -> None:
         for branch in self.branches.values():

@@ -1,6 +1,6 @@
 """Closed-form FLOPs of the MAGI-1 DiT, equal to what torch's FLOP counter counts."""
 
-from flowcache.runtime.flops import attention, linear
+from flowcache.runtime.ops import attention_flops, linear_flops
 from magi1.config import ModelConfig
 from magi1.dit import SINUSOID_WIDTH
 from magi1.schedule import Clip, Clock, visible
@@ -14,19 +14,21 @@ def embed(config: ModelConfig, *, tokens: int, is_distilled: bool) -> int:
     """
     width = config.condition_width
     patch = config.in_channels * config.t_patch_size * config.patch_size**2
-    timestep = linear(1, d_in=SINUSOID_WIDTH, d_out=width) + linear(1, d_in=width, d_out=width)
+    timestep = linear_flops(1, d_in=SINUSOID_WIDTH, d_out=width) + linear_flops(
+        1, d_in=width, d_out=width
+    )
     return (
-        linear(tokens, d_in=patch, d_out=config.hidden_size)
+        linear_flops(tokens, d_in=patch, d_out=config.hidden_size)
         + timestep * (2 if is_distilled else 1)
-        + linear(1, d_in=config.caption_channels, d_out=width)
+        + linear_flops(1, d_in=config.caption_channels, d_out=width)
     )
 
 
 def context(config: ModelConfig, *, text: int) -> int:
     """FLOPs of one text's projection to every layer's cross-attention keys and values."""
     width, kv_width = config.hidden_size, config.num_query_groups * config.kv_channels
-    flops = linear(text, d_in=config.caption_channels, d_out=width)
-    return flops + config.num_layers * linear(text, d_in=width, d_out=2 * kv_width)
+    flops = linear_flops(text, d_in=config.caption_channels, d_out=width)
+    return flops + config.num_layers * linear_flops(text, d_in=width, d_out=2 * kv_width)
 
 
 def blocks(config: ModelConfig, *, queries: int, keys: int, text: int) -> int:
@@ -37,8 +39,8 @@ def blocks(config: ModelConfig, *, queries: int, keys: int, text: int) -> int:
         text: tokens that cross-attention sees.
     """
     width = config.hidden_size
-    gates = linear(1, d_in=config.condition_width, d_out=2 * width)
-    cross = attention(queries, keys=text, width=width)
+    gates = linear_flops(1, d_in=config.condition_width, d_out=2 * width)
+    cross = attention_flops(queries, keys=text, width=width)
     return published_blocks(config, queries=queries, keys=keys) + config.num_layers * (
         gates + cross
     )
@@ -47,7 +49,7 @@ def blocks(config: ModelConfig, *, queries: int, keys: int, text: int) -> int:
 def head(config: ModelConfig, *, queries: int) -> int:
     """FLOPs of the projection of tokens to latent patches."""
     patch = config.out_channels * config.t_patch_size * config.patch_size**2
-    return linear(queries, d_in=config.hidden_size, d_out=patch)
+    return linear_flops(queries, d_in=config.hidden_size, d_out=patch)
 
 
 def published_blocks(config: ModelConfig, *, queries: int, keys: int) -> int:
@@ -57,11 +59,13 @@ def published_blocks(config: ModelConfig, *, queries: int, keys: int) -> int:
     """
     width, kv_width = config.hidden_size, config.num_query_groups * config.kv_channels
     inner = config.ffn_hidden_size
-    per_layer = linear(queries, d_in=width, d_out=2 * width + 2 * kv_width)
-    per_layer += attention(queries, keys=keys, width=width)
-    per_layer += linear(queries, d_in=2 * width, d_out=width)
-    per_layer += linear(queries, d_in=width, d_out=inner * (2 if config.gated_linear_unit else 1))
-    per_layer += linear(queries, d_in=inner, d_out=width)
+    per_layer = linear_flops(queries, d_in=width, d_out=2 * width + 2 * kv_width)
+    per_layer += attention_flops(queries, keys=keys, width=width)
+    per_layer += linear_flops(queries, d_in=2 * width, d_out=width)
+    per_layer += linear_flops(
+        queries, d_in=width, d_out=inner * (2 if config.gated_linear_unit else 1)
+    )
+    per_layer += linear_flops(queries, d_in=inner, d_out=width)
     return config.num_layers * per_layer
 
 

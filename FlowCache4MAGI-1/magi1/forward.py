@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import KVCache, Prefetcher, cached_attention, caches_for, prefetcher_for
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import RunStats
-from flowcache.runtime.ulysses import TokenSplit
 from flowcache.schedule import Tick
 from magi1 import flops
 from magi1.dit import DiT, Embedded
@@ -117,14 +116,14 @@ class ClipForward:
             latent_height=self.size[0],
             latent_width=self.size[1],
         )
-        own = Embedded(self.split.own(embedded.tokens, axis=1), embedded.condition)
+        own = Embedded(self.split.scatter(embedded.tokens, axis=1), embedded.condition)
         hidden = self.dit.run_blocks(
             own,
-            self.split.own(rope, axis=0),
+            self.split.scatter(rope, axis=0),
             context,
             self_attend=self.split.over_heads(attend),
         )
-        return self.split.whole(hidden)
+        return self.split.gather(hidden)
 
     def feed(
         self,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
-from flowcache.runtime.compiling import Compilation, compiled
-from flowcache.runtime.precision import linear_in_float32
+from flowcache.runtime.compile import Compilation, compiled
+from flowcache.runtime.ops import linear_in_float32
 from magi1.config import PROJECTION_GROUPS, ModelConfig
 from magi1.fp8 import Fp8Linear, SmoothFp8Linear
 

@@ -22,9 +22,7 @@ from flowcache.runtime.memory import (
     traced_ranks,
     weight_bytes,
 )
-from flowcache.runtime.parallel import own_branches
-from flowcache.runtime.ranks import Layout, Ranks
-from flowcache.runtime.ulysses import TokenSplit
+from flowcache.runtime.parallel import Layout, Ranks, TokenSplit, branches_per_process
 from magi1 import text, vae
 from magi1.build import budget_of, latent_size, layout_of, tiling_of
 from magi1.captions import NULL_TOKENS
@@ -187,7 +185,7 @@ class RunMemory:
     @property
     def _layer_bytes(self) -> int:
         """Return the keys and values of one layer and branch."""
-        num_own = own_branches(self.ranks.layout, num_branches=self.plan.num_branches)
+        num_own = branches_per_process(self.ranks.layout, num_branches=self.plan.num_branches)
         return self.plan.kv_bytes // (self.model.num_layers * num_own)
 
     def _kv(self, residence: Residence) -> Part:
@@ -272,10 +270,10 @@ class RunMemory:
                 latent_height=self.size[0],
                 latent_width=self.size[1],
             )
-            own = Embedded(split.own(embedded.tokens, axis=1), embedded.condition)
-            hidden = split.whole(
+            own = Embedded(split.scatter(embedded.tokens, axis=1), embedded.condition)
+            hidden = split.gather(
                 dit.run_blocks(
-                    own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+                    own, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
                 )
             )
             return dit.velocity(hidden, latent_height=self.size[0], latent_width=self.size[1])

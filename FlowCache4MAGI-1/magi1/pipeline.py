@@ -1,6 +1,7 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.reuse import Observe, Policies
-from flowcache.runtime.finite import Decoded, all_finite
-from flowcache.runtime.noise import Draw, seeded_noise
+from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.offload import HostWeights, aside
-from flowcache.runtime.overlap import Later, lane_for, should_overlap
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import Draw, seeded_noise
+from flowcache.runtime.overlap import Worker, should_overlap
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
@@ -60,13 +61,13 @@ class Progress:
     """What just happened: a tick, and the frames that can be shown after it."""
 
     tick: Tick
-    later: Later[Decoded] | None
+    later: Future[Decoded] | None
     """New pixel frames, about -1..1, which may be under way, or None."""
 
     @property
     def frames(self) -> Tensor | None:
         """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.get().frames
+        return None if self.later is None else self.later.result().frames
 
 
 @torch.no_grad()
@@ -128,30 +129,30 @@ def generate(
         observe=observe,
         ranks=ranks,
     )
-    is_beside = should_overlap(
+    is_concurrent = should_overlap(
         config.overlap, codec.device, takes_turns=config.offload or ranks.place.size > 1
     )
-    with lane_for("decode", device=codec.device, is_beside=is_beside) as lane:
+    with Worker("decode", device=codec.device, is_concurrent=is_concurrent) as worker:
         for tick, finished in sampler.run():
             parts = {chunk: clip.latents(chunk) for chunk in finished}
             # a copy: the thread must not see later changes of the whole
             latents = {c: sampler.latents[:, p.start : p.stop].clone() for c, p in parts.items()}
             later = None
             if finished:
-                later = lane.submit(
-                    partial(_decode_chunks, codec, latents, clip=clip, is_beside=is_beside)
+                later = worker.submit(
+                    partial(_decode_chunks, codec, latents, clip=clip, is_concurrent=is_concurrent)
                 )
             yield Progress(tick, later)
 
 
 def _decode_chunks(
-    codec: "_Codec", latents: Mapping[int, Tensor], *, clip: Clip, is_beside: bool
+    codec: "_Codec", latents: Mapping[int, Tensor], *, clip: Clip, is_concurrent: bool
 ) -> Decoded:
     """Decode clean chunks and return the frames of them that are new."""
-    return Decoded.joined(
+    return Decoded.concatenated(
         [
             Decoded(
-                _decode_chunk(codec, own, clip=clip, chunk=chunk, is_beside=is_beside),
+                _decode_chunk(codec, own, clip=clip, chunk=chunk, is_concurrent=is_concurrent),
                 all_finite(own),
             )
             for chunk, own in latents.items()
@@ -160,7 +161,7 @@ def _decode_chunks(
 
 
 def _decode_chunk(
-    codec: "_Codec", latents: Tensor, *, clip: Clip, chunk: int, is_beside: bool
+    codec: "_Codec", latents: Tensor, *, clip: Clip, chunk: int, is_concurrent: bool
 ) -> Tensor:
     """Decode a clean chunk and return the frames of it that are new, `[3, T, H, W]`.
 
@@ -168,7 +169,7 @@ def _decode_chunk(
     remains is then no whole number of decoder tiles, and a video may lose three frames at the seam.
     """
     own, shown = clip.latents(chunk), clip.shown(chunk)
-    frames = codec.decode(latents, is_beside=is_beside)
+    frames = codec.decode(latents, is_concurrent=is_concurrent)
     return frames[:, (shown.start - own.start) * clip.temporal_stride :]
 
 
@@ -221,17 +222,17 @@ class _Codec:
             latents = self.vae.encode(pixels_3THW.unsqueeze(0))[0]
         return latents.to(device=device, dtype=torch.float32)
 
-    def decode(self, latents_CFhw: Tensor, *, is_beside: bool) -> Tensor:
+    def decode(self, latents_CFhw: Tensor, *, is_concurrent: bool) -> Tensor:
         """Return float32 pixels `[3, T, H, W]`."""
-        with self._at_work(is_beside=is_beside):
+        with self._at_work(is_concurrent=is_concurrent):
             return self.vae.decode(latents_CFhw.unsqueeze(0), self.ranks)[0].float()
 
     @contextmanager
-    def _at_work(self, *, is_beside: bool = False) -> Generator[torch.device, None, None]:
+    def _at_work(self, *, is_concurrent: bool = False) -> Generator[torch.device, None, None]:
         """Put the VAE on the device of the run, and the transformer off it, if memory is scarce."""
         device = self.device
         with (
-            self.stats.stage("vae", is_beside=is_beside),
+            self.stats.stage("vae", is_concurrent=is_concurrent),
             nullcontext() if self.turns is None else self.turns.of_vae(),
         ):
             yield device

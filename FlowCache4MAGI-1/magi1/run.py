@@ -13,11 +13,11 @@ from torch import Tensor
 from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.errors import UserError
 from flowcache.runtime import job as jobs
+from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_device
-from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.compile import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.embeddings import cached_embedding, check_cache
-from flowcache.runtime.finite import check_finite
 from flowcache.runtime.job import (
     Facts,
     Target,
@@ -29,11 +29,16 @@ from flowcache.runtime.job import (
     write_run,
 )
 from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.runtime.ops import release_cache, set_float32_precision
 from flowcache.runtime.overlap import should_overlap
-from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
-from flowcache.runtime.precision import release_cache, set_float32_precision
+from flowcache.runtime.parallel import (
+    Layout,
+    Ranks,
+    bytes_per_process,
+    layout_lines,
+    process_layout,
+)
 from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
-from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.record import Record, check_replay, replay_policies
 from flowcache.runtime.settings import guidance_of, threshold_of
 from flowcache.runtime.stats import RunStats
@@ -197,7 +202,7 @@ def divide(config: RunConfig, ranks: Ranks) -> Layout:
     Raises:
         UserError: they can't.
     """
-    return layout_of(
+    return process_layout(
         config.parallel,
         ranks.place.size,
         num_branches=len(sampling_of(config).passes),
@@ -211,9 +216,9 @@ def per_process(plan: Plan, layout: Layout) -> Plan:
     num_branches = plan.num_branches
     return replace(
         plan,
-        kv_bytes=own_bytes(plan.kv_bytes, layout, num_branches=num_branches),
-        scoring_bytes=own_bytes(plan.scoring_bytes, layout, num_branches=num_branches),
-        query_bytes=own_bytes(plan.query_bytes, layout, num_branches=num_branches),
+        kv_bytes=bytes_per_process(plan.kv_bytes, layout, num_branches=num_branches),
+        scoring_bytes=bytes_per_process(plan.scoring_bytes, layout, num_branches=num_branches),
+        query_bytes=bytes_per_process(plan.query_bytes, layout, num_branches=num_branches),
     )
 
 

@@ -17,9 +17,8 @@ from flowcache.errors import UserError
 from flowcache.guidance import HeldGuidance
 from flowcache.results import ResultStore
 from flowcache.reuse import Decision, Observe, ReusePolicy
-from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId
+from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
 from magi1.clean import CleanKeys
 from magi1.dit import DiT
@@ -108,7 +107,7 @@ class ClipSampler:
         self.timesteps = clock.timesteps().tolist()
         self.contexts: dict[int, list[ContextKV]] = {}
         self.null_context = self.forward.context(null_caption)
-        own = self.ranks.own(sampling.passes)
+        own = self.ranks.local_branches(sampling.passes)
         self.branches = {
             name: Branch(
                 is_null=name == "prev",
@@ -248,7 +247,7 @@ class ClipSampler:
         """
         like, step = self._frames(chunk), tick.steps[chunk]
         if is_held:
-            cond = self.ranks.exchanged(own, names=["cond"], like=like)["cond"]
+            cond = self.ranks.gather_branches(own, names=["cond"], like=like)["cond"]
             return cond + self.held_guidance.take(chunk)
         passes = self._passes(tick, chunk, own)
         prev, text = scales = self._scales(step)
@@ -263,9 +262,9 @@ class ClipSampler:
         names, made = list(self.branches), dict(own)
         if self.sampling.has_pass_alone(self.timesteps[tick.steps[chunk]]):
             names.append("alone")
-            if "alone" in self.ranks.own(self.sampling.passes):
+            if "alone" in self.ranks.local_branches(self.sampling.passes):
                 made["alone"] = self._alone(tick, chunk, branch="alone", position=0)
-        return self.ranks.exchanged(made, names=names, like=self._frames(chunk))
+        return self.ranks.gather_branches(made, names=names, like=self._frames(chunk))
 
     def _is_computed_twice(self, step: int) -> bool:
         """Tell whether the oldest chunk is also computed without the chunks before it."""

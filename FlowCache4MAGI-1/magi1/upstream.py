@@ -16,8 +16,7 @@ from typing import Literal
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import load_config
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 from magi1.run import Request, describe, prepare, run
 
 logger = logging.getLogger(__name__)

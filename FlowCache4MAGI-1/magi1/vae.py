@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import check_files, find_shards, load_files, read_model_config
 from magi1.vit import VAEConfig, ViTVAE
 
@@ -197,7 +197,7 @@ class VAE:
         own = {number: self._decode_tile(tiles_BCFhw[number]) for number in numbers}
         for number, tile in enumerate(tiles_BCFhw):
             is_own = number in own
-            yield ranks.total(
+            yield ranks.all_reduce(
                 own.pop(number) if is_own else tile.new_zeros(self._decoded_shape(tile))
             )
 

@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
 from flowcache.runtime.cli import overrides_of, run_command, run_parser
 from flowcache.runtime.config import describe as describe_keys
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 from skyreels_v2.config import RunConfig
 from skyreels_v2.released import RELEASED
 from skyreels_v2.run import PRESETS, Request, describe, plan_without_files, prepare, run

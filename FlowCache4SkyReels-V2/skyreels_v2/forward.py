@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, cached_attention, prefetcher_for
-from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId
-from flowcache.runtime.transfer import on_device
-from flowcache.runtime.ulysses import TokenSplit
+from flowcache.runtime.ops import on_device
+from flowcache.runtime.parallel import Ranks, TokenSplit
+from flowcache.runtime.stats import PassId, RunStats
 from flowcache.wan import flops
 from flowcache.wan.dit import DiT, Embedded, whole_window
 from flowcache.wan.layers import ContextKV, join_contexts
@@ -173,8 +171,8 @@ class WindowForward:
             )
             by_frame = self.rope.unflatten(0, (-1, self.frame_tokens))
             rope = torch.cat([by_frame[c.start : c.stop] for c in chunks]).flatten(0, 1)
-        own = Embedded(split.own(part.tokens, axis=1), part.time, part.modulation)
+        own = Embedded(split.scatter(part.tokens, axis=1), part.time, part.modulation)
         hidden = self.dit.run_blocks(
-            own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+            own, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
         )
-        return split.whole(hidden)
+        return split.gather(hidden)

@@ -20,9 +20,7 @@ from flowcache.runtime.memory import (
     traced_ranks,
     weight_bytes,
 )
-from flowcache.runtime.parallel import own_branches
-from flowcache.runtime.ranks import Layout, Ranks
-from flowcache.runtime.ulysses import TokenSplit
+from flowcache.runtime.parallel import Layout, Ranks, TokenSplit, branches_per_process
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, DiTConfig, Embedded, whole_window
 from flowcache.wan.layers import join_contexts
@@ -89,7 +87,7 @@ class RunMemory:
     ) -> None:
         self.overlaps = overlaps
         self.ranks = traced_ranks(layout or Layout())
-        self.num_own = own_branches(self.ranks.layout, num_branches=plan.num_branches)
+        self.num_own = branches_per_process(self.ranks.layout, num_branches=plan.num_branches)
         """Branches of this process."""
         self.config, self.dit, self.plan, self.dtype = config, dit, plan, dtype
         self.networks = networks
@@ -325,10 +323,10 @@ def _dit_scratch(
         embedded = model.embed(
             latents, torch.empty(batch, frames, device=META), fps=[config.fps] * batch
         )
-        own = Embedded(split.own(embedded.tokens, axis=1), embedded.time, embedded.modulation)
-        hidden = split.whole(
+        own = Embedded(split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation)
+        hidden = split.gather(
             model.run_blocks(
-                own, split.own(rope, axis=0), contexts, self_attend=split.over_heads(attend)
+                own, split.scatter(rope, axis=0), contexts, self_attend=split.over_heads(attend)
             )
         )
         velocity = model.velocity(hidden, embedded, latent_height=size[0], latent_width=size[1])

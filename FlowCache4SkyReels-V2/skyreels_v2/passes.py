@@ -11,9 +11,8 @@ from torch import Tensor
 from flowcache.guidance import HeldGuidance
 from flowcache.results import clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe
-from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId
+from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
 from skyreels_v2.forward import WindowForward
 from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
@@ -73,7 +72,7 @@ class WindowPasses:
         self.window = window
         self.sampling = sampling
         self.branches = branches
-        self.own = {name: branches[name] for name in ranks.own(list(branches))}
+        self.own = {name: branches[name] for name in ranks.local_branches(list(branches))}
         """The branches that this process computes."""
         self.guidance = guidance
         self.stats = stats
@@ -215,7 +214,7 @@ class WindowPasses:
                 own[name] = velocity
         if not computed and self.sampling.quantity == "latent_update":
             return {}
-        velocities = self.ranks.exchanged(own, names=names, like=part.latents)
+        velocities = self.ranks.gather_branches(own, names=names, like=part.latents)
         for name in computed:
             self._show(tick, unit, name, velocities[name])
         for name in self.branches:

@@ -1,6 +1,7 @@
 """From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.reuse import Observe, Policies, ReusePolicy
-from flowcache.runtime.finite import Decoded, all_finite
-from flowcache.runtime.noise import Draw, seeded_noise
+from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.offload import HostWeights, aside
-from flowcache.runtime.overlap import Lane, Later, lane_for, should_overlap
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import Draw, seeded_noise
+from flowcache.runtime.overlap import Worker, done, should_overlap
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
@@ -84,13 +85,13 @@ class Progress:
     segment: Segment
     num_segments: int
     tick: Tick
-    later: Later[Decoded] | None
+    later: Future[Decoded] | None
     """New pixel frames in -1..1, which may be under way, or None."""
 
     @property
     def frames(self) -> Tensor | None:
         """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.get().frames
+        return None if self.later is None else self.later.result().frames
 
 
 @torch.no_grad()
@@ -125,11 +126,11 @@ def generate(
     segments = segments_of(config)
     # before any that is blended into a prefix, which upstream takes from another source
     noises = [_draw_noise(draw, config, segment, dit=dit) for segment in segments]
-    tail = None if conditioning.video is None else Later.of(conditioning.video)
-    is_beside = should_overlap(
+    tail = None if conditioning.video is None else done(conditioning.video)
+    is_concurrent = should_overlap(
         config.overlap, device, takes_turns=config.offload or ranks.place.size > 1
     )
-    with lane_for("decode", device=device, is_beside=is_beside) as lane:
+    with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
         for segment, noise in zip(segments, noises, strict=True):
             maker = _SegmentMaker(
                 dit,
@@ -145,30 +146,25 @@ def generate(
                 observe,
                 policies or _settings_policies(config, dit),
                 ranks,
-                lane,
+                worker,
                 dit_weights,
             )
-            for tick, frames in maker.run(None if tail is None else tail.get()):
+            for tick, frames in maker.run(None if tail is None else tail.result()):
                 yield Progress(segment, len(segments), tick, frames)
                 if frames is not None and config.overlap_history is not None:
-                    new = Later(partial(_frames_of, frames))
-                    parts = [new] if tail is None else [tail, new]
-                    tail = lane.follow(partial(_last_frames, parts, config.overlap_history))
+                    last = partial(_last_frames, tail, frames, config.overlap_history)
+                    tail = worker.submit(last, is_small=True)
     _add_flops_of_others(stats, ranks)
 
 
-def _joined(parts: list[Later[Decoded]]) -> Later[Decoded]:
-    """Return pixel frames that are made apart together."""
-    return Later(lambda: Decoded.joined([part.get() for part in parts]))
+def _concatenated(parts: list[Future[Decoded]]) -> Decoded:
+    return Decoded.concatenated([part.result() for part in parts])
 
 
-def _frames_of(decoded: Later[Decoded]) -> Tensor:
-    return decoded.get().frames
-
-
-def _last_frames(parts: list[Later[Tensor]], count: int) -> Tensor:
-    """Return the last pixel frames of some parts, `[3, T, H, W]`."""
-    return torch.cat([part.get() for part in parts], dim=1)[:, -count:]
+def _last_frames(before: Future[Tensor] | None, new: Future[Decoded], count: int) -> Tensor:
+    """Return the last pixel frames of a video so far, `[3, T, H, W]`."""
+    parts = [] if before is None else [before.result()]
+    return torch.cat([*parts, new.result().frames], dim=1)[:, -count:]
 
 
 def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
@@ -177,7 +173,7 @@ def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
     Those that share a branch count it alike. The numbers are the host's: no device is asked.
     """
     own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
-    every = ranks.everyone.total(own) // ranks.sequence.size
+    every = ranks.world.all_reduce(own) // ranks.sequence.size
     stats.computed_flops, stats.flops_without_reuse = every.tolist()
 
 
@@ -217,7 +213,7 @@ def _encode_contexts(
     with stats.stage("dit"):
         for number, (name, text) in enumerate(conditioning.text.items()):
             contexts[name] = []
-            if not ranks.owns(number):
+            if not ranks.computes(number):
                 continue
             cost = flops.context(dit.config)
             stats.add_flops(computed=cost, without_reuse=cost)
@@ -245,7 +241,7 @@ class _SegmentMaker:
     observe: Observe | None
     policies: Policies
     ranks: Ranks
-    lane: Lane
+    worker: Worker
     dit_weights: HostWeights | None
     """On the host, if the transformer leaves the device while the VAE works."""
 
@@ -258,7 +254,7 @@ class _SegmentMaker:
             is_i2v=self.dit.config.model_type == "i2v",
         )
 
-    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Later[Decoded] | None]]:
+    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Future[Decoded] | None]]:
         """Denoise; yield after every tick the new pixel frames, or None.
 
         Args:
@@ -268,16 +264,18 @@ class _SegmentMaker:
         latents = self._start_latents(tail)
         sampler = self._sampler(latents)
         decoder = self.vae.stream(self.ranks)
-        waiting: list[Later[Decoded]] = []
+        waiting: list[Future[Decoded]] = []
         if num_prefix:
             waiting = [self._decode(decoder, latents[:, :num_prefix], skipped=skipped)]
         for tick, finished in sampler.run():
             for chunk in finished:
                 own = self.window.chunks[chunk]
                 waiting.append(self._decode(decoder, latents[:, own.start : own.stop]))
-            yield tick, _joined(waiting) if finished else None
             if finished:
+                yield tick, self.worker.submit(partial(_concatenated, waiting), is_small=True)
                 waiting = []
+            else:
+                yield tick, None
 
     def _start_latents(self, tail: Tensor | None) -> Tensor:
         """Return noise with the given frames in their places, `[C, F, h, w]` float32."""
@@ -306,7 +304,7 @@ class _SegmentMaker:
                     context=context,
                     policy=self._policy(name, number=number),
                     results=store_of(config.reuse),
-                    caches=self._caches() if self.ranks.owns(number) else [],
+                    caches=self._caches() if self.ranks.computes(number) else [],
                 )
                 for number, (name, context) in enumerate(self.contexts.items())
             },
@@ -362,14 +360,14 @@ class _SegmentMaker:
 
     def _decode(
         self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
-    ) -> Later[Decoded]:
+    ) -> Future[Decoded]:
         """Have latents decoded, without the first `skipped` frames; they may still change."""
-        own = latents_CFhw.unsqueeze(0).clone() if self.lane.is_beside else latents_CFhw[None]
+        own = latents_CFhw.unsqueeze(0).clone() if self.worker.is_concurrent else latents_CFhw[None]
 
         def decode() -> Decoded:
-            is_beside = self.lane.is_beside
-            with self.stats.stage("vae", is_beside=is_beside), aside(self.dit_weights):
+            is_concurrent = self.worker.is_concurrent
+            with self.stats.stage("vae", is_concurrent=is_concurrent), aside(self.dit_weights):
                 frames = decoder.decode(own)[0].float()[:, skipped:]
                 return Decoded(frames, all_finite(own))
 
-        return self.lane.submit(decode)
+        return self.worker.submit(decode)

@@ -13,11 +13,11 @@ from torch import Tensor
 from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.errors import UserError
 from flowcache.runtime.bounds import given_path
+from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import DTYPES, choose_device, choose_dtype
-from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.compile import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.embeddings import cached_embedding, check_cache
-from flowcache.runtime.finite import check_finite
 from flowcache.runtime.job import (
     Facts,
     Request,
@@ -30,11 +30,16 @@ from flowcache.runtime.job import (
     write_run,
 )
 from flowcache.runtime.memory import MemoryPlan, limit_of, parse_limit
+from flowcache.runtime.ops import release_cache, set_float32_precision
 from flowcache.runtime.overlap import should_overlap
-from flowcache.runtime.parallel import layout_lines, layout_of, own_bytes
-from flowcache.runtime.precision import release_cache, set_float32_precision
+from flowcache.runtime.parallel import (
+    Layout,
+    Ranks,
+    bytes_per_process,
+    layout_lines,
+    process_layout,
+)
 from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
-from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.record import Record, check_replay, replay_policies
 from flowcache.runtime.settings import threshold_of
 from flowcache.runtime.stats import RunStats
@@ -177,7 +182,7 @@ def divide(config: RunConfig, dit: DiTConfig, ranks: Ranks) -> Layout:
     Raises:
         UserError: they can't.
     """
-    return layout_of(
+    return process_layout(
         config.parallel,
         ranks.place.size,
         num_branches=len(branches_of(config)),
@@ -191,7 +196,7 @@ def per_process(plan: Plan, layout: Layout) -> Plan:
     num_branches = plan.num_branches
     return replace(
         plan,
-        kv_bytes=own_bytes(plan.kv_bytes, layout, num_branches=num_branches),
+        kv_bytes=bytes_per_process(plan.kv_bytes, layout, num_branches=num_branches),
         scoring_bytes=plan.scoring_bytes // layout.sequence,
     )
 
@@ -350,7 +355,7 @@ def load_models(job: Job, *, stats: RunStats) -> Models:
 
 def _batches(job: Job) -> list[int]:
     """Return how many guidance branches go through the blocks together; one may reuse alone."""
-    num_own = len(job.ranks.own(branches_of(job.config)))
+    num_own = len(job.ranks.local_branches(branches_of(job.config)))
     return [num_own, 1] if num_own > 1 and batches_branches(job.config) else [1]
 
 

@@ -14,9 +14,9 @@ from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, tokens_per_chunk
 from flowcache.results import ResultStore
 from flowcache.reuse import Decision, Observe, agree, compute_together
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import on_device
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.runtime.transfer import on_device
 from flowcache.schedule import Tick
 from flowcache.wan.dit import DiT, Embedded
 from flowcache.wan.solver import UniPC, timestep_grid
@@ -72,7 +72,7 @@ class WindowSampler:
         self.guidance = HeldGuidance() if guidance is None else guidance
         self.draw_noise = draw_noise
         self.ranks = Ranks() if ranks is None else ranks
-        self.own = {name: branches[name] for name in self.ranks.own(list(branches))}
+        self.own = {name: branches[name] for name in self.ranks.local_branches(list(branches))}
         """The branches that this process computes."""
         self.timesteps, self.sigmas = timestep_grid(sampling.num_steps, shift=sampling.shift)
         self.solvers = {
@@ -276,7 +276,7 @@ class WindowSampler:
     def _tokens_per_chunk(self, branch: Branch) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.ranks.sequence
-        return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
+        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
     # Small things -----------------------------------------------------------------------------
 

@@ -16,8 +16,7 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.runtime.bounds import given_path
 from flowcache.runtime.config import read_yaml
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for

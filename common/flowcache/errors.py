@@ -73,6 +73,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _scaled(size: str) -> str:
     """Write bytes in GB; other units stay."""
     number, _, unit = size.partition(" ")

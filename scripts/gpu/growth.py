@@ -20,7 +20,7 @@ from flowcache.runtime import job as jobs
 from flowcache.runtime.cli import DTYPES
 from flowcache.runtime.config import find_preset
 from flowcache.runtime.files import check_writable, write_json
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats, environment
 from gpu import magi1 as magi1_subject
 from gpu import skyreels_v2 as skyreels_subject

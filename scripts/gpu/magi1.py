@@ -8,8 +8,8 @@ from flops import MAGI1_WINDOWS, magi1_clip
 
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.reuse import Policies
-from flowcache.runtime.compiling import Compilation, should_compile
-from flowcache.runtime.precision import set_float32_precision
+from flowcache.runtime.compile import Compilation, should_compile
+from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
 from gpu.traces import MAGI1_CURVE

@@ -10,11 +10,11 @@ from torch import Tensor
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.reuse import Policies
 from flowcache.runtime.cli import DTYPES
-from flowcache.runtime.compiling import Compilation, should_compile
+from flowcache.runtime.compile import Compilation, should_compile
 from flowcache.runtime.config import find_preset
 from flowcache.runtime.job import Request
-from flowcache.runtime.precision import set_float32_precision
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import set_float32_precision
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.layers import compiled_parts

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from flowcache.runtime.parallel import joined
-from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.launch import Place
+from flowcache.runtime.parallel import PATIENCE, Layout, Ranks, process_group
 from flowcache.runtime.stats import RunStats
 from magi1.pipeline import generate
 from magi1.run import Request, encode_inputs, load_models, prepare, read_settings, run
@@ -46,7 +46,7 @@ HELD = {
 
 def main() -> None:
     models, folder, *layouts = sys.argv[1:]
-    with torch.no_grad(), joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
+    with torch.no_grad(), process_group(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))

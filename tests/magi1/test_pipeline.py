@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from magi1.memory import networks_of
 from magi1.pipeline import Conditioning, Progress, generate

@@ -27,10 +27,9 @@ from safetensors.torch import save_file
 from flowcache.runtime import weights
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import describe
-from flowcache.runtime.frames import open_clip
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.record import read_record
-from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
+from flowcache.runtime.video import VideoWriter, open_clip, probe, read_image, read_video
 from magi1.captions import load_special_tokens
 from magi1.config import read_config
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from flowcache.runtime.config import find_preset
-from flowcache.runtime.parallel import joined
-from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.launch import Place
+from flowcache.runtime.parallel import PATIENCE, Layout, Ranks, process_group
 from flowcache.runtime.stats import RunStats
 from skyreels_v2.pipeline import generate
 from skyreels_v2.run import (
@@ -63,7 +63,7 @@ RECORDED = "compression"
 
 def main() -> None:
     model, folder, *layouts = sys.argv[1:]
-    with torch.no_grad(), joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
+    with torch.no_grad(), process_group(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowcache.kv import KVCache
 from flowcache.runtime.cli import EXIT_INTERRUPTED, run_command
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import probe, read_video
 from flowcache.wan.vae import VAE

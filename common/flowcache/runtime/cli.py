@@ -18,8 +18,8 @@ from tqdm import tqdm
 from flowcache.errors import UserError, no_memory
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Stopped
 from flowcache.runtime.files import fresh_path
-from flowcache.runtime.precision import set_allocator
-from flowcache.runtime.ranks import Place, starter_of
+from flowcache.runtime.launch import Place, starter_of
+from flowcache.runtime.ops import set_allocator
 from flowcache.runtime.stats import RunStats
 
 EXIT_INTERRUPTED = 130

@@ -19,7 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import gigabytes
-from flowcache.runtime.ranks import Place
+from flowcache.runtime.launch import Place
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,15 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
+from flowcache.runtime.checks import Decoded, DegenerateCheck, Modules, NotFiniteError, all_finite
 from flowcache.runtime.cli import ProgressBar, choose_output
-from flowcache.runtime.compiling import Compilation
-from flowcache.runtime.degenerate import DegenerateCheck
+from flowcache.runtime.compile import Compilation
 from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import check_writable, write_json
-from flowcache.runtime.finite import Decoded, Modules, NotFiniteError, all_finite
-from flowcache.runtime.overlap import Later, lane_for
-from flowcache.runtime.ranks import Ranks, ToldElsewhereError
+from flowcache.runtime.overlap import Worker
+from flowcache.runtime.parallel import Ranks, ReportedElsewhereError
 from flowcache.runtime.record import REPLAY, Record, build_record, read_record, write_record
-from flowcache.runtime.stats import RunStats, environment
-from flowcache.runtime.trace import Traced, merged
+from flowcache.runtime.stats import RunStats, Traced, environment, merged
 from flowcache.runtime.video import VideoWriter, to_uint8
 from flowcache.schedule import Tick
 
@@ -107,7 +106,7 @@ class Shown(Protocol):
         ...
 
     @property
-    def later(self) -> Later[Decoded] | None:
+    def later(self) -> Future[Decoded] | None:
         """New frames, which may be under way, or None."""
         ...
 
@@ -211,21 +210,21 @@ def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
     if stats.trace is None:
         return None
     # the sequence ranks of a group make the same passes together: the first one tells of them
-    return merged(ranks.everyone.everyones(stats.traced())[:: ranks.layout.sequence])
+    return merged(ranks.world.all_gather(stats.traced())[:: ranks.layout.sequence])
 
 
 def follow(shown: Iterable[Shown], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
     """Carry out a pipeline in a process that writes nothing; return nothing.
 
     Raises:
-        ToldElsewhereError: a result is not finite: the first process finds the same, and tells it.
+        ReportedElsewhereError: a result is not finite, which the first process finds, too.
     """
     for progress in shown:
         check_stopped()
         try:
             _finished(progress)
         except NotFiniteError as error:
-            raise ToldElsewhereError(str(error)) from None
+            raise ReportedElsewhereError(str(error)) from None
     traced_by_all(stats, ranks)
     return {}
 
@@ -271,16 +270,16 @@ def write_run(
     )
     first: list[float] = []
 
-    def write(progress: Shown, later: Later[Decoded]) -> None:
-        later.get()  # waiting for the decoder is not writing
-        with stats.stage("write", is_beside=overlaps):
+    def write(progress: Shown, later: Future[Decoded]) -> None:
+        later.result()  # waiting for the decoder is not writing
+        with stats.stage("write", is_concurrent=overlaps):
             frames = _finished(progress, modules=modules)
             check.see(frames.numpy())
             writer.append(frames)
         first.append(stats.elapsed_seconds())
 
     try:
-        with writer, lane_for("write", device=stats.device, is_beside=overlaps) as written:
+        with writer, Worker("write", device=stats.device, is_concurrent=overlaps) as written:
             if before is not None:
                 writer.append(before)
             for progress in shown:
@@ -366,7 +365,7 @@ def _finished(progress: Shown, *, modules: Modules | None = None) -> Tensor:
         return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     tick = progress.tick
     try:
-        return finished_frames(progress.later.get(), chunks=tick.finishing, tick=tick.index)
+        return finished_frames(progress.later.result(), chunks=tick.finishing, tick=tick.index)
     except NotFiniteError as error:
         if modules is None:
             raise

@@ -16,8 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flowcache.attention import SDPA, Kernel
-from flowcache.runtime.precision import linear_in_float32
-from flowcache.runtime.transfer import on_device
+from flowcache.runtime.ops import linear_in_float32, on_device
 from flowcache.wan.layers import (
     Block,
     BlockParts,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import Kernel
-from flowcache.runtime.compiling import Compilation, compiled
+from flowcache.runtime.compile import Compilation, compiled
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import (
     Origin,
     check_files,
@@ -156,7 +156,7 @@ class VAEStream:
         pixels = torch.cat(parts, dim=2)
         if ranks.num_shares == 1:
             return pixels
-        return ranks.total(strip.placed(pixels, scale=vae.spatial_stride))
+        return ranks.all_reduce(strip.placed(pixels, scale=vae.spatial_stride))
 
 
 def original_key(name: str, *, num_res_blocks: int) -> str:

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.runtime.decoding import Timed, at_rate
 from flowcache.runtime.ending import Ending, Stopped
 from flowcache.runtime.video import (
     Pixels,
     Probe,
+    Timed,
     VideoWriter,
+    at_rate,
     check_ffmpeg,
     probe,
     read_image,
