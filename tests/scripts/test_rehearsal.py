@@ -85,7 +85,7 @@ def rehearsed(name: str) -> Rehearsed:
     try:
         group = Group(0, layout.size, dist.group.WORLD)
         divided = "branches" if layout.branch > 1 else "sequence"
-        ranks = Ranks(Place(0, layout.size), layout, everyone=group, **{divided: group})
+        ranks = Ranks(Place(0, layout.size), layout, world=group, **{divided: group})
         return rehearse(replace(made, ranks=ranks))
     finally:
         dist.destroy_process_group()

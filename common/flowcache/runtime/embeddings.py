@@ -48,9 +48,6 @@ def cached_embedding(
         facts: all that the result depends on, as plain values for JSON; not asked for without a
             folder.
         encode: makes the embedding; not called if it is known.
-
-    Raises:
-        UserError: the folder can't be written.
     """
     if folder is None:
         return encode()
@@ -70,9 +67,6 @@ def check_cache(folder: str | None) -> None:
     """Check that embeddings can be kept in a folder, which is made.
 
     A folder that is there may be read-only: the prompts may all be known.
-
-    Raises:
-        UserError: it is no folder, or can't be made.
     """
     if folder is None:
         return

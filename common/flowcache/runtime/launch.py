@@ -145,9 +145,6 @@ def launch(num: str, command: Sequence[str]) -> int:
     Args:
         num: how many.
         command: what follows `python`.
-
-    Raises:
-        UserError: that is no number, or there is no command.
     """
     if not (num.isascii() and num.isdecimal() and 0 < int(num[:9]) < 10_000):
         raise UserError(f"GPUS={num} must be a whole number of processes, 1 or more")

@@ -40,11 +40,7 @@ class TableRow:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that hold something, without the spaces around them.
-
-    Raises:
-        UserError: it can't be read, is no text, holds nothing, or a line is too long.
-    """
+    """Return the lines of a text file that hold something, without the spaces around them."""
     lines: list[str] = []
     for number, line in enumerate(re.split(r"\r\n|\r|\n", _read_text(path)), start=1):
         _check_text(line, f"{path}: row {number}")
@@ -60,10 +56,6 @@ def read_table(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
 
     Args:
         columns: those that must be there, with something in every row.
-
-    Raises:
-        UserError: it can't be read, is no text, a column is missing or there twice, a row has more
-            or fewer cells than the head, or a cell is empty, too long, or ends with an open quote.
     """
     head: list[str] = []
     rows: list[TableRow] = []
@@ -143,9 +135,6 @@ def _records(path: Path, text: str, head: Sequence[str]) -> Iterator[tuple[int, 
 
     Args:
         head: names of the columns, as soon as the caller knows them.
-
-    Raises:
-        UserError: a quote is open or in a wrong place.
     """
     lines = [line + "\n" for line in re.split(r"\r\n|\r|\n", text)]
     reader = csv.reader(lines, strict=True)

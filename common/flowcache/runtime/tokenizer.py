@@ -21,11 +21,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """List the files of a tokenizer's folder that its words depend on, in order.
-
-    Raises:
-        UserError: there is no vocabulary.
-    """
+    """List the files of a tokenizer's folder that its words depend on, in order."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{folder}: holds no tokenizer ({' or '.join(VOCABULARIES)})")
     # config.json is of the encoder, where both share a folder
@@ -42,9 +38,6 @@ def load_tokenizer(
     Args:
         vocab_size: words that the encoder knows.
         needs_padding: whether prompts are padded.
-
-    Raises:
-        UserError: the folder holds none, or one that can't pad or knows more words.
     """
     from transformers import AutoTokenizer
 

@@ -182,11 +182,7 @@ class VideoWriter:
             self._finish(error)
 
     def publish(self) -> None:
-        """Give a complete file its name.
-
-        Raises:
-            UserError: a file of that name appeared meanwhile; the video is kept as a partial one.
-        """
+        """Give a complete file its name."""
         if self.path.exists() and not self._overwrite:
             self._keep(None, self.num_frames)
             self._end()
