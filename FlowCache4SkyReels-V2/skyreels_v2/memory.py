@@ -22,8 +22,7 @@ from flowcache.runtime.memory import (
 )
 from flowcache.runtime.parallel import Layout, Ranks, TokenSplit, branches_per_process
 from flowcache.wan import text, vae
-from flowcache.wan.dit import DiT, DiTConfig, Embedded, whole_window
-from flowcache.wan.layers import join_contexts
+from flowcache.wan.dit import DiT, DiTConfig, Embedded, join_contexts, whole_window
 from skyreels_v2.build import VAE_STRIDE, batches_branches, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig

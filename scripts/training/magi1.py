@@ -18,7 +18,7 @@ from flowcache.demo.autoencoder import BatchShape
 from flowcache.demo.optim import new_optimizers
 from flowcache.demo.trainer import Trainer, TrainPlan
 from magi1.dit import DiT
-from magi1.vit import ViTVAE
+from magi1.vae import ViTVAE
 from training.magi1_export import write_checkpoint
 from training.magi1_losses import FORCING, GUIDANCE, REFINE_FORCING, BaseLoss, DistillLoss
 from training.magi1_models import (

@@ -15,7 +15,7 @@ from transformers import T5EncoderModel
 from flowcache.demo.clips import FPS
 from flowcache.demo.text import build_tokenizer
 from magi1.dit import DiT
-from magi1.vit import ViTVAE
+from magi1.vae import ViTVAE
 from training.magi1_losses import CLEAN_T, GUIDANCE
 from training.magi1_models import CHUNK_WIDTH, DIT, LATENT_CHANNELS, VAE, DemoModels
 from training.work import move_over, new_temporary

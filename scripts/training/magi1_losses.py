@@ -14,11 +14,12 @@ from flowcache.demo.forcing import ForcingPlan, NoisyClips, draw_noisy, draw_win
 from flowcache.demo.latents import LatentBank
 from flowcache.demo.text import build_tokenizer
 from flowcache.demo.trainer import StepRandomness
-from magi1.captions import NULL_TOKENS, TokenChoice, chunk_captions
+from flowcache.kv import Attend
+from magi1.config import TokenChoice
 from magi1.dit import DiT
-from magi1.layers import SelfAttend
-from magi1.sampling import Guidance
+from magi1.sampler import Guidance
 from magi1.schedule import step_width
+from magi1.text import NULL_TOKENS, chunk_captions
 from training.magi1_models import CHUNK_WIDTH, DemoModels
 from training.work import drop_some
 
@@ -171,7 +172,7 @@ def predict(
     )
 
 
-def _limited(dit: DiT, *, num_chunks: int, reach: int | None) -> SelfAttend | None:
+def _limited(dit: DiT, *, num_chunks: int, reach: int | None) -> Attend | None:
     """Let every chunk attend to the last `reach` chunks, itself included."""
     if reach is None:
         return None

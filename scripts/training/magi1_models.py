@@ -4,11 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.demo.text import TEXT_WIDTH, build_tokenizer, new_t5_encoder
-from magi1.captions import NUM_OTHER, SpecialTokens
 from magi1.config import ModelConfig
-from magi1.dit import DiT
-from magi1.layers import Layer
-from magi1.vit import VAEConfig, ViTVAE
+from magi1.dit import DiT, Layer
+from magi1.text import NUM_OTHER, SpecialTokens
+from magi1.vae import VAEConfig, ViTVAE
 
 TILE_FRAMES = 12
 LATENT_CHANNELS = 16
@@ -75,7 +74,7 @@ class ViTCodec:
     def encode(self, video_B3THW: Tensor) -> Tensor:
         """Encode pixels in -1..1 to the posterior's mean, `[B, C, F, h, w]`."""
         tiles = video_B3THW.split(TILE_FRAMES, dim=2)
-        return torch.cat([self.vae.moments(tile)[0] for tile in tiles], dim=2)
+        return torch.cat([self.vae.means(tile) for tile in tiles], dim=2)
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode latents to pixels `[B, 3, T, H, W]` in -1..1."""
