@@ -30,8 +30,8 @@ while a disc of 1 % of the frame in another grey (100 levels apart) has 10, and 
 of ten videos of both demos has 20."""
 MAX_FROZEN_CHANGE = 1.5
 """Of the mean of a square of `SQUARE` pixels against the first frame, in levels of 255: the codec
-moves means of equal frames by less than one; an edge that moves by a pixel moves the means beside
-it by an eighth of its height. In ten videos of both demos the largest change was at least 52."""
+moves means of equal frames by less than one; an edge that moves by a pixel moves the means next
+to it by an eighth of its height. In ten videos of both demos the largest change was at least 52."""
 SQUARE = 8
 """Pixels: where a codec works, so that its noise cancels out."""
 MAX_BLACK = 2.0

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 from flowcache.runtime.bounds import given_path
 from flowcache.runtime.files import check_writable
 
@@ -91,13 +91,13 @@ def _read(path: Path, *, key: str) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            told: Mapping[str, str] = file.metadata() or {}
+            metadata: Mapping[str, str] = file.metadata() or {}
             tensor = file.get_tensor(_NAME)
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     else:
         reason = "its content is not what was written"
-        if told.get("key") == key and told.get("sha256") == _digest(tensor):
+        if metadata.get("key") == key and metadata.get("sha256") == _digest(tensor):
             if bool(tensor.isfinite().all()):
                 return tensor
             reason = "it holds values that are not finite"

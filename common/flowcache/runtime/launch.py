@@ -183,21 +183,21 @@ class Processes:
     def start(self, command: Sequence[str]) -> None:
         """Start all of them."""
         with socket.create_server(("127.0.0.1", 0)) as meeting:
-            own = (self._notes.fileno(), meeting.fileno())
+            descriptors = (self._notes.fileno(), meeting.fileno())
             shared = {
                 "WORLD_SIZE": str(self.num),
                 "LOCAL_WORLD_SIZE": str(self.num),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(meeting.getsockname()[1]),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                LAUNCHER: ",".join(map(str, (os.getpid(), *own))),
+                LAUNCHER: ",".join(map(str, (os.getpid(), *descriptors))),
             }
             for rank in range(self.num):
                 with undisturbed():
                     process = subprocess.Popen(
                         [sys.executable, "-u", *command],
                         env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        pass_fds=own if rank == 0 else (),
+                        pass_fds=descriptors if rank == 0 else (),
                         start_new_session=True,  # Ctrl-C reaches the launcher alone
                     )
                     self.running.append(process)

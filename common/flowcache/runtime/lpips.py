@@ -149,14 +149,14 @@ def load_lpips(weights: Weights, *, device: torch.device) -> LPIPS:
             key = f"convolutions.{index}.{part}"
             wanted[key] = (weights.backbone, backbone, f"{layer.name}.{part}")
         wanted[f"heads.{index}.weight"] = (weights.heads, heads, f"lin{index}.model.1.weight")
-    own = network.state_dict()
+    state = network.state_dict()
     for key, (path, tensors, name) in wanted.items():
-        shape = list(own[key].shape)
+        shape = list(state[key].shape)
         if name not in tensors or list(tensors[name].shape) != shape:
             found = list(tensors[name].shape) if name in tensors else "nothing"
             raise UserError(f"{path}: {name} must be {shape}, found {found}: is it the right file?")
-        own[key] = tensors[name].float()
-    network.load_state_dict(own)
+        state[key] = tensors[name].float()
+    network.load_state_dict(state)
     return network.to(device).eval().requires_grad_(False)
 
 

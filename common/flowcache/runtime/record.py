@@ -61,7 +61,7 @@ def build_record(
     Args:
         stats: of the run; its stages are those of this process.
         traced: by all processes of the run, see `flowcache.runtime.stats.merged`.
-        video: name of the video file beside the record.
+        video: name of the video file next to the record.
         threshold: of an adaptive policy; None: the policy has none.
         chunk_frames: segment -> for each chunk the pixel frames `[first, stop)` of the video that
             show it.

@@ -107,9 +107,9 @@ def find_shards(folder: str | Path, *, packing: str = "") -> tuple[Path, ...]:
             index = folder / indexes[0]
             shards = sorted(set(_read_index(index).values()))
             return tuple(_stored(folder / name, packing, index.name) for name in shards)
-        if own := _without_variants([name for name in names if name.endswith(suffix)], suffix):
-            own = _in_full_number(own, suffix, folder)
-            return tuple(_stored(folder / name, packing, "its name") for name in sorted(own))
+        if kept := _without_variants([name for name in names if name.endswith(suffix)], suffix):
+            _check_numbers(kept, suffix, folder)
+            return tuple(_stored(folder / name, packing, "its name") for name in sorted(kept))
     others = [name for name in sorted(names) if name.endswith(_OTHER_WEIGHTS)]
     hint = f"{others[0]} is not read" if others else "is the download complete?"
     raise UserError(f"{folder}: holds no *.safetensors file; {hint}")
@@ -163,8 +163,8 @@ def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
     return kept
 
 
-def _in_full_number(names: Sequence[str], suffix: str, folder: Path) -> Sequence[str]:
-    """Check that of every numbered file its neighbours are there, and return the names."""
+def _check_numbers(names: Sequence[str], suffix: str, folder: Path) -> None:
+    """Check that all files are there that a numbered one calls for."""
     present = set(names)
     for name in names:
         if matched := _SHARD_OF.fullmatch(name.removesuffix(suffix)):
@@ -177,7 +177,6 @@ def _in_full_number(names: Sequence[str], suffix: str, folder: Path) -> Sequence
                         f"{folder / wanted}: no such file, but {name} calls for it; download it "
                         "again"
                     )
-    return names
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import (
     Origin,
@@ -406,7 +406,7 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
         )
         num_means, num_stds = len(config.latents_mean), len(config.latents_std)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: the config makes no Wan VAE ({reason})") from error
     if not is_wan_2_1:
         raise UserError(f"{path}: no Wan 2.1 VAE (4 frames per latent, no patches, no shortcuts)")
