@@ -93,8 +93,7 @@ def ends_well(command: Callable[[], object]) -> int:
 
 
 def keys_of(family: str) -> list[str]:
-    module = "settings" if family == "magi1" else "config"
-    lines = describe(import_module(f"{family}.{module}").RunConfig)
+    lines = describe(import_module(f"{family}.config").RunConfig)
     return [line.partition(":")[0] for line in lines]
 
 
