@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -33,7 +33,7 @@ from gpu.report import judged, markdown
 from gpu.subject import Method, Models, Size, Subject
 from tqdm import tqdm
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.record import Record, read_record
@@ -243,7 +243,7 @@ def row_of(
         reason = str(error).partition(". ")[0]
         return {"error": f"out of memory: {reason}", **facts}
     except RuntimeError as error:  # all errors of kernels are one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return {"error": reason, **facts}
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -29,7 +29,9 @@ from tqdm import tqdm
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
-from flowcache.runtime.comparison import (
+from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
+from flowcache.runtime.metrics import (
     CONFIDENCE,
     METRICS,
     ClipFigures,
@@ -37,11 +39,9 @@ from flowcache.runtime.comparison import (
     compare_clips,
     worst_frames,
 )
-from flowcache.runtime.files import check_writable, write_json, write_text
-from flowcache.runtime.frames import is_clip, list_clips
-from flowcache.runtime.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
-from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.stats import environment
+from flowcache.runtime.text_files import escaped, table_row
+from flowcache.runtime.video import is_clip, list_clips
 
 EXIT_SOME_FAILED = 1
 FILES = ("compare.json", "compare.csv", "compare.md")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -28,8 +28,8 @@ from explain_page.page import headline, write_page
 from explain_page.run import SUFFIX, Run, find_record, load_run
 
 from flowcache.errors import UserError
+from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.degenerate import DegenerateCheck
 from flowcache.runtime.files import check_writable, fresh_path, write_text
 
 EXIT_ALARM = 1

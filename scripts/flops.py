@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
+
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.flops import attention, linear
-from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.model import Request
+from flowcache.runtime.ops import attention_flops, linear_flops
 from flowcache.runtime.run import plan_by_sizes
+from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered
 from flowcache.wan.dit import blocks_flops
 from magi1.config import ModelConfig, read_config
@@ -99,7 +100,7 @@ def skyreels_causal(num_chunks: int) -> int:
     Source: the published spreadsheet, sheet SkyreelsV2-Chunkwise.
     """
     sizes, chunk = SKYREELS_1_3B, SKYREELS_CHUNK_TOKENS
-    text = sizes.num_layers * linear(sizes.text_len, d_in=sizes.dim, d_out=2 * sizes.dim)
+    text = sizes.num_layers * linear_flops(sizes.text_len, d_in=sizes.dim, d_out=2 * sizes.dim)
     seen = range(chunk, (num_chunks + 1) * chunk, chunk)
     return sum(blocks_flops(sizes, queries=chunk, keys=keys) + text for keys in seen)
 
@@ -128,7 +129,7 @@ def paper_rows() -> list[Row]:
     """Return the published figures and what they are made of."""
     sizes = magi1_sizes()
     alone = published_block_flops(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
-    seen = sizes.num_layers * attention(
+    seen = sizes.num_layers * attention_flops(
         MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=sizes.hidden_size
     )
     forward, full = skyreels_causal(5), skyreels_full()

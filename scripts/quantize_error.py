@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
-from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.settings import QuantizeName
 from flowcache.runtime.stats import RunStats
+from flowcache.runtime.text_files import escaped, table_row
 from flowcache.wan.quantize import check, linears, quantize
 from skyreels_v2.model import MODEL
 

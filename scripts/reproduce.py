@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -25,7 +25,7 @@ from sampling.table import gaps, markdown
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
-from flowcache.runtime.comparison import METRICS
+from flowcache.runtime.metrics import METRICS
 
 EXIT_CONTRADICTION = 1
 

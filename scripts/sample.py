@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
@@ -39,7 +39,7 @@ from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable
-from flowcache.runtime.ranks import Place
+from flowcache.runtime.launch import Place
 
 EXIT_SOME_FAILED = 1
 MAX_PER_PROMPT = 10_000

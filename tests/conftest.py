@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowcache.runtime.model import Request, VideoModel
-from flowcache.runtime.ranks import Group, Ranks
+from flowcache.runtime.parallel import Group, Ranks
 from flowcache.runtime.record import read_record
 from flowcache.runtime.run import prepare, run
 
@@ -163,7 +163,7 @@ def same_record() -> Callable[[Path, Path], None]:
 class LoneShare(Ranks):
     """One of several processes whose exchanges bring nothing from the others."""
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
 

@@ -31,7 +31,7 @@ OWNERS = {
     "transformers": {"enhance.py", "text.py", "tokenizer.py"},
     "flash_attn": {"attention.py"},
     "flash_attn_interface": {"attention.py"},
-    "av": {"decoding.py"},
+    "av": {"video.py"},
     "imageio_ffmpeg": {"video.py"},
     "imageio": {"video.py"},
 }

@@ -23,10 +23,9 @@ from torch.nn import functional
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.kv import Attend
-from flowcache.runtime.compiling import Compilation, compiled
-from flowcache.runtime.flops import attention, linear
-from flowcache.runtime.precision import linear_in_float32
-from flowcache.runtime.ulysses import TokenSplit
+from flowcache.runtime.compile import Compilation, compiled
+from flowcache.runtime.ops import attention_flops, linear_flops, linear_in_float32
+from flowcache.runtime.parallel import TokenSplit
 from magi1.config import PROJECTION_GROUPS, ModelConfig
 from magi1.fp8 import Fp8Linear, SmoothFp8Linear
 from magi1.schedule import Clip, Clock, visible
@@ -552,12 +551,12 @@ class DiT(nn.Module):
         if split is None:
             return self.run_blocks(embedded, rope, context, self_attend=self_attend)
         hidden = self.run_blocks(
-            Embedded(split.own(embedded.tokens, axis=1), embedded.condition),
-            split.own(rope, axis=0),
+            Embedded(split.scatter(embedded.tokens, axis=1), embedded.condition),
+            split.scatter(rope, axis=0),
             context,
             self_attend=split.over_heads(self_attend),
         )
-        return split.whole(hidden)
+        return split.gather(hidden)
 
     def velocity(self, hidden_BSD: Tensor, *, latent_height: int, latent_width: int) -> Tensor:
         """Read the velocity (data minus noise) out of the last layer: float32 `[B, C, F, h, w]`."""
@@ -660,19 +659,21 @@ def embed_flops(config: ModelConfig, *, tokens: int, is_distilled: bool) -> int:
     """
     width = config.condition_width
     patch = config.in_channels * config.t_patch_size * config.patch_size**2
-    timestep = linear(1, d_in=SINUSOID_WIDTH, d_out=width) + linear(1, d_in=width, d_out=width)
+    timestep = linear_flops(1, d_in=SINUSOID_WIDTH, d_out=width) + linear_flops(
+        1, d_in=width, d_out=width
+    )
     return (
-        linear(tokens, d_in=patch, d_out=config.hidden_size)
+        linear_flops(tokens, d_in=patch, d_out=config.hidden_size)
         + timestep * (2 if is_distilled else 1)
-        + linear(1, d_in=config.caption_channels, d_out=width)
+        + linear_flops(1, d_in=config.caption_channels, d_out=width)
     )
 
 
 def context_flops(config: ModelConfig, *, text: int) -> int:
     """FLOPs of one text's projection to every layer's cross-attention keys and values."""
     width, kv_width = config.hidden_size, config.num_query_groups * config.kv_channels
-    flops = linear(text, d_in=config.caption_channels, d_out=width)
-    return flops + config.num_layers * linear(text, d_in=width, d_out=2 * kv_width)
+    flops = linear_flops(text, d_in=config.caption_channels, d_out=width)
+    return flops + config.num_layers * linear_flops(text, d_in=width, d_out=2 * kv_width)
 
 
 def block_flops(config: ModelConfig, *, queries: int, keys: int, text: int) -> int:
@@ -683,8 +684,8 @@ def block_flops(config: ModelConfig, *, queries: int, keys: int, text: int) -> i
         text: tokens that cross-attention sees.
     """
     width = config.hidden_size
-    gates = linear(1, d_in=config.condition_width, d_out=2 * width)
-    cross = attention(queries, keys=text, width=width)
+    gates = linear_flops(1, d_in=config.condition_width, d_out=2 * width)
+    cross = attention_flops(queries, keys=text, width=width)
     published = published_block_flops(config, queries=queries, keys=keys)
     return published + config.num_layers * (gates + cross)
 
@@ -692,7 +693,7 @@ def block_flops(config: ModelConfig, *, queries: int, keys: int, text: int) -> i
 def head_flops(config: ModelConfig, *, queries: int) -> int:
     """FLOPs of the projection of tokens to latent patches."""
     patch = config.out_channels * config.t_patch_size * config.patch_size**2
-    return linear(queries, d_in=config.hidden_size, d_out=patch)
+    return linear_flops(queries, d_in=config.hidden_size, d_out=patch)
 
 
 def published_block_flops(config: ModelConfig, *, queries: int, keys: int) -> int:
@@ -702,11 +703,13 @@ def published_block_flops(config: ModelConfig, *, queries: int, keys: int) -> in
     """
     width, kv_width = config.hidden_size, config.num_query_groups * config.kv_channels
     inner = config.ffn_hidden_size
-    per_layer = linear(queries, d_in=width, d_out=2 * width + 2 * kv_width)
-    per_layer += attention(queries, keys=keys, width=width)
-    per_layer += linear(queries, d_in=2 * width, d_out=width)
-    per_layer += linear(queries, d_in=width, d_out=inner * (2 if config.gated_linear_unit else 1))
-    per_layer += linear(queries, d_in=inner, d_out=width)
+    per_layer = linear_flops(queries, d_in=width, d_out=2 * width + 2 * kv_width)
+    per_layer += attention_flops(queries, keys=keys, width=width)
+    per_layer += linear_flops(queries, d_in=2 * width, d_out=width)
+    per_layer += linear_flops(
+        queries, d_in=width, d_out=inner * (2 if config.gated_linear_unit else 1)
+    )
+    per_layer += linear_flops(queries, d_in=inner, d_out=width)
     return config.num_layers * per_layer
 
 

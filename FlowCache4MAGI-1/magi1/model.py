@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime import config as settings
-from flowcache.runtime.finite import check_finite
+from flowcache.runtime.checks import check_finite
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work

@@ -1,6 +1,7 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
-from flowcache.runtime.finite import Decoded, all_finite
-from flowcache.runtime.noise import Draw, seeded_noise
+from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.offload import HostWeights, aside
-from flowcache.runtime.overlap import Later, lane_for, should_overlap
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import Draw, seeded_noise
+from flowcache.runtime.overlap import Worker, should_overlap
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from magi1.config import RunConfig
@@ -59,13 +60,13 @@ class Progress:
     """What just happened: a tick, and the frames that can be shown after it."""
 
     tick: Tick
-    later: Later[Decoded] | None
+    later: Future[Decoded] | None
     """New pixel frames, about -1..1, which may be under way, or None."""
 
     @property
     def frames(self) -> Tensor | None:
         """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.get().frames
+        return None if self.later is None else self.later.result().frames
 
 
 @torch.no_grad()
@@ -129,12 +130,12 @@ def generate(
     is_concurrent = should_overlap(
         config.overlap, device, takes_turns=config.offload or ranks.place.size > 1
     )
-    with lane_for("decode", device=device, is_beside=is_concurrent) as lane:
+    with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
         for tick, finished in sampler.run():
             # a copy: the thread must not see later changes of the whole
             latents = {chunk: inputs.frames(chunk).clone() for chunk in finished}
             decode = partial(codec.decode, latents, clip=clip, is_concurrent=is_concurrent)
-            yield Progress(tick, lane.submit(decode) if finished else None)
+            yield Progress(tick, worker.submit(decode) if finished else None)
 
 
 class _Codec:
@@ -167,12 +168,12 @@ class _Codec:
                 frames = self.vae.decode(own.unsqueeze(0), self.ranks)[0].float()
             given = clip.shown(chunk).start - clip.latents(chunk).start
             parts.append(Decoded(frames[:, given * clip.temporal_stride :], all_finite(own)))
-        return Decoded.joined(parts)
+        return Decoded.concatenated(parts)
 
     @contextmanager
     def _at_work(self, *, is_concurrent: bool = False) -> Generator[None, None, None]:
         """Put the VAE on the device, and the transformer off it, if they take turns."""
-        with self.stats.stage("vae", is_beside=is_concurrent), aside(self.dit_weights):
+        with self.stats.stage("vae", is_concurrent=is_concurrent), aside(self.dit_weights):
             if self.vae_weights is None:
                 yield
                 return

@@ -27,10 +27,8 @@ from flowcache.kv import (
 )
 from flowcache.policies import Decision, Observe, ReusePolicy
 from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
-from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId
-from flowcache.runtime.ulysses import TokenSplit
+from flowcache.runtime.parallel import Ranks, TokenSplit
+from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
 from magi1.config import ModelConfig, Quantity, ReleaseConfig
 from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops
@@ -283,7 +281,7 @@ class ClipSampler:
         """Key/value heads of this process."""
         self.null_context = self._context(inputs.null_caption)
         self.contexts: dict[int, list[ContextKV]] = {}
-        owned = self.ranks.own(sampling.passes)
+        owned = self.ranks.local_branches(sampling.passes)
         self.branches = {
             name: Branch(name == "prev", caches=self._caches() if name in owned else [])
             for name in sampling.passes
@@ -399,14 +397,14 @@ class ClipSampler:
         """
         held_guidance, like = self.reuse.held_guidance, self.inputs.frames(chunk)
         if is_held:
-            cond = self.ranks.exchanged(own, names=["cond"], like=like)["cond"]
+            cond = self.ranks.gather_branches(own, names=["cond"], like=like)["cond"]
             return cond + held_guidance.take(chunk)
         step, names, made = tick.steps[chunk], list(self.branches), dict(own)
         if self.sampling.has_pass_alone(self.timesteps[step]):
             names.append("alone")
-            if "alone" in self.ranks.own(self.sampling.passes):
+            if "alone" in self.ranks.local_branches(self.sampling.passes):
                 made["alone"] = self._alone("alone", tick, chunk, position=0)
-        passes = self.ranks.exchanged(made, names=names, like=like)
+        passes = self.ranks.gather_branches(made, names=names, like=like)
         prev, text = scales = self._scales(step)
         guided = (prev - text) * passes["prev"] + text * passes["cond"]
         if "alone" in passes:
@@ -509,14 +507,14 @@ class ClipSampler:
         if not tokens or len(self.branches) == 1:
             return
         name, last = self._last
-        source = self.ranks.holder(self.sampling.passes, name)
+        source = self.ranks.rank_of(self.sampling.passes, name)
         shape = (2, tokens, self.num_kv_heads, self.dit.config.kv_channels)
         for layer in range(self.dit.config.num_layers):
             if last.caches:
                 made = last.caches[layer].last_clean(tokens)
             else:
                 made = torch.empty(shape, dtype=self.dit.dtype, device=self.latents.device)
-            kv = self.ranks.branches.copied(made, source=source)
+            kv = self.ranks.branches.broadcast(made, source=source)
             for branch in self.own.values():
                 if branch is not last:
                     branch.caches[layer].replace_last_clean(kv)
@@ -735,7 +733,7 @@ class ClipSampler:
     def _tokens_per_chunk(self, branch: Branch) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.ranks.sequence
-        return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
+        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
 
 def euler_step_(

@@ -17,8 +17,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import load_config
 from flowcache.runtime.model import Request
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.runtime.run import describe, prepare, run
 from magi1.model import MODEL
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from flowcache.attention import SDPA
 from flowcache.errors import UserError
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import check_files, find_shards, load_files, read_model_config
 
 NORM_EPS = 1e-5
@@ -403,7 +403,7 @@ class VAE:
         own = {number: self._decode_tile(tiles_BCFhw[number]) for number in numbers}
         for number, tile in enumerate(tiles_BCFhw):
             is_own = number in own
-            yield ranks.total(
+            yield ranks.all_reduce(
                 own.pop(number) if is_own else tile.new_zeros(self._decoded_shape(tile))
             )
 

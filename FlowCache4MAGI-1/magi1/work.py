@@ -29,6 +29,7 @@ from flowcache.runtime.memory import (
     text_scratch_bytes,
 )
 from flowcache.runtime.model import SegmentWork, Work
+from flowcache.runtime.parallel import Layout, Ranks, TokenSplit
 from flowcache.runtime.plan import (
     TOKEN_COPIES,
     Limit,
@@ -39,9 +40,7 @@ from flowcache.runtime.plan import (
     walk,
 )
 from flowcache.runtime.profile import Setting, policy_maker
-from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.settings import check_pass, check_work
-from flowcache.runtime.ulysses import TokenSplit
 from flowcache.schedule import Tick
 from magi1 import text, vae
 from magi1.checkpoint import Checkpoint
@@ -551,10 +550,10 @@ class RunMemory(Footprint):
                 latent_height=self.size[0],
                 latent_width=self.size[1],
             )
-            own = Embedded(split.own(embedded.tokens, axis=1), embedded.condition)
-            hidden = split.whole(
+            own = Embedded(split.scatter(embedded.tokens, axis=1), embedded.condition)
+            hidden = split.gather(
                 dit.run_blocks(
-                    own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+                    own, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
                 )
             )
             return dit.velocity(hidden, latent_height=self.size[0], latent_width=self.size[1])

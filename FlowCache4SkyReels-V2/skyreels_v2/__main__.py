@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from flowcache.runtime.starting import start_quietly
+from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 
 INSTRUCTION = (
     "You write prompts for a text-to-video model. Rewrite the user's idea as one English paragraph "
@@ -31,7 +31,7 @@ def enhance(prompt: str, *, model: str, device: torch.device) -> str:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         writer: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"prompt enhancer {model}: cannot be loaded ({reason}); give the folder or hub id of a "
             "chat model as --prompt_enhancer_model"

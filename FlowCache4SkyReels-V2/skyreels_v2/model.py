@@ -13,8 +13,8 @@ from torch import Tensor
 from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import config as settings
+from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
-from flowcache.runtime.finite import check_finite
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work
@@ -217,7 +217,7 @@ class SkyReels:
         return dit
 
     def compile(self, job: Job, dit: DiT) -> None:
-        work, num_own = job.work, len(job.ranks.own(job.work.branches))
+        work, num_own = job.work, len(job.ranks.local_branches(job.work.branches))
         # of two branches in one batch one may reuse alone
         is_batched = num_own > 1 and works.batches_branches(job.config)
         dit.parts = compiled_parts()

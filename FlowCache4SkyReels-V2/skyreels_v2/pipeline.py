@@ -4,6 +4,7 @@ Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T fr
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
 from flowcache.policies import Observe, Policies, ReusePolicy, guidance_of, store_of
-from flowcache.runtime.finite import Decoded, all_finite
-from flowcache.runtime.noise import Draw, seeded_noise
+from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.offload import HostWeights, aside
-from flowcache.runtime.overlap import Lane, Later, lane_for, should_overlap
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import Draw, seeded_noise
+from flowcache.runtime.overlap import Worker, done, should_overlap
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.dit import ContextKV, DiT, context_flops
@@ -83,13 +84,13 @@ class Progress:
     segment: Segment
     num_segments: int
     tick: Tick
-    later: Later[Decoded] | None
+    later: Future[Decoded] | None
     """New pixel frames in -1..1, which may be under way, or None."""
 
     @property
     def frames(self) -> Tensor | None:
         """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.get().frames
+        return None if self.later is None else self.later.result().frames
 
 
 @torch.no_grad()
@@ -124,12 +125,12 @@ def generate(
     segments = segments_of(config)
     # before any that is blended into a prefix, which upstream takes from another source
     noises = [_draw_noise(draw, config, segment, dit=dit) for segment in segments]
-    tail = None if conditioning.video is None else Later.of(conditioning.video)
-    is_beside = should_overlap(
+    tail = None if conditioning.video is None else done(conditioning.video)
+    is_concurrent = should_overlap(
         config.overlap, device, takes_turns=config.offload or run.ranks.place.size > 1
     )
-    with lane_for("decode", device=device, is_beside=is_beside) as lane:
-        codec = _Codec(vae, run, lane, dit_weights)
+    with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
+        codec = _Codec(vae, run, worker, dit_weights)
         for segment, noise in zip(segments, noises, strict=True):
             window = window_of(
                 config,
@@ -137,7 +138,7 @@ def generate(
                 num_segments=len(segments),
                 is_i2v=dit.config.model_type == "i2v",
             )
-            before = None if tail is None else tail.get()
+            before = None if tail is None else tail.result()
             latents = _start_latents(
                 codec, conditioning, noise, window=window, segment=segment, before=before
             )
@@ -153,9 +154,8 @@ def generate(
             for tick, frames in made:
                 yield Progress(segment, len(segments), tick, frames)
                 if frames is not None and config.overlap_history is not None:
-                    parts = [Later(partial(_frames_of, frames))]
-                    parts = parts if tail is None else [tail, *parts]
-                    tail = lane.follow(partial(_last_frames, parts, config.overlap_history))
+                    last = partial(_last_frames, tail, frames, config.overlap_history)
+                    tail = worker.submit(last, is_small=True)
     _add_flops_of_others(stats, run.ranks)
 
 
@@ -205,7 +205,7 @@ def _encode_contexts(run: Run, conditioning: Conditioning) -> dict[str, list[Con
     with run.stats.stage("dit"):
         for number, (name, text) in enumerate(conditioning.text.items()):
             contexts[name] = []
-            if not run.ranks.owns(number):
+            if not run.ranks.computes(number):
                 continue
             cost = context_flops(dit.config)
             run.stats.add_flops(computed=cost, without_reuse=cost)
@@ -238,7 +238,7 @@ class _Codec:
 
     vae: LatentCodec
     run: Run
-    lane: Lane
+    worker: Worker
     dit_weights: HostWeights | None
     """On the host, if the transformer leaves the device while the VAE works."""
 
@@ -251,17 +251,17 @@ class _Codec:
 
     def decode(
         self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
-    ) -> Later[Decoded]:
+    ) -> Future[Decoded]:
         """Have latents decoded, without the first `skipped` frames; they may still change."""
-        is_beside = self.lane.is_beside
-        own = latents_CFhw.unsqueeze(0).clone() if is_beside else latents_CFhw[None]
+        is_concurrent = self.worker.is_concurrent
+        own = latents_CFhw.unsqueeze(0).clone() if is_concurrent else latents_CFhw[None]
 
         def decode() -> Decoded:
-            with self.run.stats.stage("vae", is_beside=is_beside), aside(self.dit_weights):
+            with self.run.stats.stage("vae", is_concurrent=is_concurrent), aside(self.dit_weights):
                 frames = decoder.decode(own)[0].float()[:, skipped:]
                 return Decoded(frames, all_finite(own))
 
-        return self.lane.submit(decode)
+        return self.worker.submit(decode)
 
 
 def _start_latents(
@@ -321,7 +321,7 @@ def _branches(
     branches: dict[str, Branch] = {}
     for number, (name, context) in enumerate(contexts.items()):
         policy = policies(segment=segment.index, branch=name)
-        has_caches = config.attention == "causal" and run.ranks.owns(number)
+        has_caches = config.attention == "causal" and run.ranks.computes(number)
         branches[name] = Branch(
             context,
             run.ranks.decided_by(policy, branch=number),
@@ -352,7 +352,7 @@ def _make_segment(
     segment: Segment,
     branches: Mapping[str, Branch],
     condition: Tensor | None,
-) -> Iterator[tuple[Tick, Later[Decoded] | None]]:
+) -> Iterator[tuple[Tick, Future[Decoded] | None]]:
     """Denoise one segment; yield after every tick the new pixel frames, or None.
 
     Args:
@@ -367,7 +367,7 @@ def _make_segment(
         condition=condition,
     )
     decoder = codec.vae.stream(codec.run.ranks)
-    waiting: list[Later[Decoded]] = []
+    waiting: list[Future[Decoded]] = []
     if window.num_prefix:
         prefix = latents[:, : window.num_prefix]
         # what it repeats was shown before; the decoder needs it all the same
@@ -376,23 +376,21 @@ def _make_segment(
         for chunk in finished:
             own = window.chunks[chunk]
             waiting.append(codec.decode(decoder, latents[:, own.start : own.stop]))
-        yield tick, _joined(waiting) if finished else None
         if finished:
+            yield tick, codec.worker.submit(partial(_concatenated, waiting), is_small=True)
             waiting = []
+        else:
+            yield tick, None
 
 
-def _joined(parts: list[Later[Decoded]]) -> Later[Decoded]:
-    """Return pixel frames that are decoded one by one together."""
-    return Later(lambda: Decoded.joined([part.get() for part in parts]))
+def _concatenated(parts: list[Future[Decoded]]) -> Decoded:
+    return Decoded.concatenated([part.result() for part in parts])
 
 
-def _frames_of(decoded: Later[Decoded]) -> Tensor:
-    return decoded.get().frames
-
-
-def _last_frames(parts: list[Later[Tensor]], count: int) -> Tensor:
-    """Return the last pixel frames of some parts, `[3, T, H, W]`."""
-    return torch.cat([part.get() for part in parts], dim=1)[:, -count:]
+def _last_frames(before: Future[Tensor] | None, new: Future[Decoded], count: int) -> Tensor:
+    """Return the last pixel frames of a video so far, `[3, T, H, W]`."""
+    parts = [] if before is None else [before.result()]
+    return torch.cat([*parts, new.result().frames], dim=1)[:, -count:]
 
 
 def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
@@ -401,5 +399,5 @@ def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
     Those that share a branch count it alike. The numbers are the host's: no device is asked.
     """
     own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
-    every = ranks.everyone.total(own) // ranks.sequence.size
+    every = ranks.world.all_reduce(own) // ranks.sequence.size
     stats.computed_flops, stats.flops_without_reuse = every.tolist()

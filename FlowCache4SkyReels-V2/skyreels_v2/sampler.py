@@ -25,12 +25,16 @@ from flowcache.kv import (
     tokens_per_chunk,
 )
 from flowcache.policies import Decision, Observe, ReusePolicy, agree, compute_together
-from flowcache.predict import PREDICTORS, HeldGuidance, Level, Quantity, ResultStore
-from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId
-from flowcache.runtime.transfer import on_device
-from flowcache.runtime.ulysses import TokenSplit
+from flowcache.predict import (
+    PREDICTORS,
+    HeldGuidance,
+    Level,
+    Quantity,
+    ResultStore,
+)
+from flowcache.runtime.ops import on_device
+from flowcache.runtime.parallel import Ranks, TokenSplit
+from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick, staggered
 from flowcache.wan.dit import (
     ContextKV,
@@ -166,7 +170,7 @@ class WindowSampler:
         self.latents, self.condition = latents, condition
         self.window, self.segment = window, segment
         self.branches = branches
-        self.own = {name: branches[name] for name in run.ranks.own(list(branches))}
+        self.own = {name: branches[name] for name in run.ranks.local_branches(list(branches))}
         """The branches that this process computes."""
         self.updates = run.new_store()
         """Of the guided latents, where their updates are what is reused."""
@@ -404,7 +408,7 @@ class WindowSampler:
             for name, branch in self.own.items()
             if name in names
         }
-        velocities = self.run.ranks.exchanged(own, names=names, like=chunk.latents)
+        velocities = self.run.ranks.gather_branches(own, names=names, like=chunk.latents)
         for name in chunk.computed:
             self._show(tick, chunk, name, velocities[name])
         for name in self.branches:
@@ -549,11 +553,11 @@ class WindowSampler:
             )
             by_frame = self.rope.unflatten(0, (-1, self.frame_tokens))
             rope = torch.cat([by_frame[self._frames(c.id)] for c in chunks]).flatten(0, 1)
-        own = Embedded(split.own(embedded.tokens, axis=1), embedded.time, embedded.modulation)
+        own = Embedded(split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation)
         hidden = run.dit.run_blocks(
-            own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+            own, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
         )
-        return split.whole(hidden)
+        return split.gather(hidden)
 
     def _read_velocity(self, hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
         """Read the velocity `[C, F, h, w]` out of what the blocks made of one branch."""
@@ -673,7 +677,7 @@ class WindowSampler:
     def _tokens_per_chunk(self, branch: Branch) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.run.ranks.sequence
-        return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
+        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
     # Places in the window ---------------------------------------------------------------------
 

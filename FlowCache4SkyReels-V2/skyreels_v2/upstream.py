@@ -17,8 +17,7 @@ from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime.config import read_yaml
 from flowcache.runtime.model import Job, Request
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.runtime.run import describe, plan_without_files, prepare, run
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2 import checkpoint as checkpoints

@@ -29,6 +29,7 @@ from flowcache.runtime.memory import (
     text_scratch_bytes,
 )
 from flowcache.runtime.model import SegmentWork, Work
+from flowcache.runtime.parallel import Layout, TokenSplit
 from flowcache.runtime.plan import (
     TOKEN_COPIES,
     Limit,
@@ -40,9 +41,7 @@ from flowcache.runtime.plan import (
     walk,
 )
 from flowcache.runtime.profile import Setting
-from flowcache.runtime.ranks import Layout
 from flowcache.runtime.settings import check_pass, check_work
-from flowcache.runtime.ulysses import TokenSplit
 from flowcache.wan import text, vae
 from flowcache.wan.dit import (
     IMAGE_TOKENS,
@@ -601,10 +600,12 @@ class RunMemory(Footprint):
             embedded = model.embed(
                 latents, torch.empty(batch, frames, device=META), fps=[config.fps] * batch
             )
-            own = Embedded(split.own(embedded.tokens, axis=1), embedded.time, embedded.modulation)
-            hidden = split.whole(
+            own = Embedded(
+                split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation
+            )
+            hidden = split.gather(
                 model.run_blocks(
-                    own, split.own(rope, axis=0), contexts, self_attend=split.over_heads(attend)
+                    own, split.scatter(rope, axis=0), contexts, self_attend=split.over_heads(attend)
                 )
             )
             velocity = model.velocity(hidden, embedded, latent_height=size[0], latent_width=size[1])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.backends import cuda as cuda_backends
 from torch.nn import functional
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _flash_attn() -> dict[str, Kernel]:
         try:
             run = importlib.import_module(module).flash_attn_func
         except (ImportError, OSError, AttributeError) as error:  # built for another torch, mostly
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             logger.warning("%s is installed but can't be used: %s", name, reason)
             continue
         found[key] = Kernel(name, _first_of(run))

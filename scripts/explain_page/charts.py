@@ -26,7 +26,7 @@ from explain_page.plot import (
 )
 from explain_page.run import Panel, Row, Run
 from explain_page.units import percent, seconds_text
-from flowcache.runtime.units import scaled
+from flowcache.runtime.stats import scaled
 
 PLOT_HEIGHT = 250.0
 SHARE_WIDTH = 52.0
@@ -250,14 +250,14 @@ def timeline_chart(run: Run, *, limits: Limits, width: float) -> Element:
                 continue
             start, stop = period.start_seconds, period.stop_seconds
             tip = f"{name}: {seconds_text(stop - start)}\nfrom {start:.3f} s to {stop:.3f} s"
-            tip += "\nbeside the denoising" if period.is_beside else ""
+            tip += "\nbeside the denoising" if period.is_concurrent else ""
             drawn.append(
                 rectangle(
                     x(start),
                     top + 2,
                     max(x(stop) - x(start), 0.5),
                     BAR_HEIGHT - 4,
-                    class_="bar beside" if period.is_beside else "bar",
+                    class_="bar beside" if period.is_concurrent else "bar",
                     tip=tip,
                 )
             )

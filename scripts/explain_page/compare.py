@@ -12,7 +12,7 @@ from explain_page.run import Run
 from explain_page.units import percent, seconds_text
 from flowcache.errors import UserError
 from flowcache.runtime.metrics import psnr, psnr_per_frame, ssim_per_frame
-from flowcache.runtime.units import scaled
+from flowcache.runtime.stats import scaled
 
 NOTHING = "–"
 

@@ -12,7 +12,7 @@ from explain_page.palette import chunk_styles
 from explain_page.plot import chunk_legend
 from explain_page.run import Panel, Run
 from explain_page.units import percent, seconds_text
-from flowcache.runtime.units import scaled
+from flowcache.runtime.stats import scaled
 
 FOLDER = Path(__file__).parent
 FULL_WIDTH, HALF_WIDTH = 1120.0, 545.0

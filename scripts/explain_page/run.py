@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from flowcache.errors import UserError
 from flowcache.runtime.files import read_json
 from flowcache.runtime.record import alarms, read_record
-from flowcache.runtime.timeline import Period
+from flowcache.runtime.stats import Period
 
 SUFFIX = ".record.json"
 STAGE_FIELDS = {"seconds", "num_uses", "within"}
@@ -179,13 +179,13 @@ def _read_timeline(report: Path) -> list[Period]:
         raise UserError(f"{report}: {said} {', '.join(Period._fields)}") from None
 
 
-def _period(stage: Any, start_seconds: Any, stop_seconds: Any, is_beside: Any) -> Period:
-    if not isinstance(stage, str) or not isinstance(is_beside, bool):
+def _period(stage: Any, start_seconds: Any, stop_seconds: Any, is_concurrent: Any) -> Period:
+    if not isinstance(stage, str) or not isinstance(is_concurrent, bool):
         raise TypeError
     start, stop = float(start_seconds), float(stop_seconds)
     if not (math.isfinite(start) and math.isfinite(stop) and start <= stop):
         raise ValueError
-    return Period(stage, start, stop, is_beside)
+    return Period(stage, start, stop, is_concurrent)
 
 
 def _row(*, distance: Any, accumulated: Any, **others: Any) -> Row:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flowcache.kv import KVCache
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT
 from golden.case import Case, Check, compare, compare_sets, known

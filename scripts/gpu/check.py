@@ -27,7 +27,7 @@ import bench_gpu
 import torch
 
 from flowcache.runtime.cli import EXIT_INTERRUPTED, Parser, choose_device, run_command
-from flowcache.runtime.compiling import Compilation
+from flowcache.runtime.compile import Compilation
 from flowcache.runtime.files import check_writable, fresh_path, write_json, write_text
 from gpu import paths
 from gpu.measure import matrix_rate, shares_of_kinds

@@ -18,7 +18,7 @@ from flowcache.errors import UserError
 from flowcache.runtime import files
 from flowcache.runtime.files import check_writable, write_json
 from flowcache.runtime.model import Request, Source, VideoModel, load_model
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings
 from flowcache.runtime.stats import RunStats, environment
 from gpu import magi1 as magi1_subject

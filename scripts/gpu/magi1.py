@@ -8,9 +8,9 @@ from flops import MAGI1_WINDOWS, magi1_clip
 
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.policies import Policies
-from flowcache.runtime.compiling import Compilation, should_compile
+from flowcache.runtime.compile import Compilation, should_compile
 from flowcache.runtime.model import Request
-from flowcache.runtime.precision import set_float32_precision
+from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.run import read_settings
 from flowcache.runtime.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill

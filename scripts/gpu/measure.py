@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowcache.policies import Policies, ReusePolicy, Vanilla
 from flowcache.predict import ResultStore
-from flowcache.runtime.finite import Decoded
+from flowcache.runtime.checks import Decoded
 from flowcache.runtime.model import Progress
-from flowcache.runtime.overlap import Later, lane_for, should_overlap
+from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.record import Record
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId, TickId, Trace, elapsed_seconds, now
+from flowcache.runtime.stats import PassId, RunStats, TickId, Trace, elapsed_seconds, now
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
 from gpu.subject import Models, Plan, Speed, Subject
@@ -217,10 +217,12 @@ def measure(
     wait(device)
     stats = TimedStats(device)
     policies = job.policies(subject, stats)
-    is_beside = should_overlap(job.plan.config.overlap, device, takes_turns=job.plan.config.offload)
+    is_concurrent = should_overlap(
+        job.plan.config.overlap, device, takes_turns=job.plan.config.offload
+    )
     start = time.perf_counter()
     shown = subject.play(models, job.plan, stats, policies)
-    num_frames = take_frames(shown, device=device, is_beside=is_beside)
+    num_frames = take_frames(shown, device=device, is_concurrent=is_concurrent)
     wait(device)
     total = time.perf_counter() - start
     compilation = subject.compilation(models)
@@ -236,28 +238,28 @@ def measure(
         "cross_attention_kernel": cross_kernel.name,
         "cross_attention_probe": dict(cross_kernel.probed),
         "compilation": None if compilation is None else compilation.to_dict(),
-        "is_overlapped": is_beside,
+        "is_overlapped": is_concurrent,
         "warm_up_seconds": warm_up,
     }
 
 
-def take_frames(shown: Iterable[Progress], *, device: torch.device, is_beside: bool) -> int:
+def take_frames(shown: Iterable[Progress], *, device: torch.device, is_concurrent: bool) -> int:
     """Carry out a run and bring its frames to the host, as one that writes them; count them.
 
     Args:
-        is_beside: whether frames are waited for in a thread, while the next ticks go on.
+        is_concurrent: whether frames are waited for in a thread, while the next ticks go on.
     """
 
-    def take(later: Later[Decoded]) -> int:
-        return len(to_uint8(later.get().frames).cpu())
+    def take(later: Future[Decoded]) -> int:
+        return len(to_uint8(later.result().frames).cpu())
 
-    with lane_for("take", device=device, is_beside=is_beside) as lane:
+    with Worker("take", device=device, is_concurrent=is_concurrent) as worker:
         taken = [
-            lane.submit(partial(take, progress.later))
+            worker.submit(partial(take, progress.later))
             for progress in shown
             if progress.later is not None
         ]
-        return sum(count.get() for count in taken)
+        return sum(count.result() for count in taken)
 
 
 def _figures(

@@ -15,8 +15,8 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.runtime.files import check_writable, write_json
-from flowcache.runtime.markdown import escaped
 from flowcache.runtime.stats import environment
+from flowcache.runtime.text_files import escaped
 from gpu.growth import Line, Make, open_magi1, open_skyreels, shortened
 
 NAME = "overhead.json"

@@ -12,8 +12,8 @@ from flowcache.attention import choose_kernel
 from flowcache.policies import Policies
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan, weight_bytes
 from flowcache.runtime.model import Progress
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.plan import per_process
-from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.settings import KernelName
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import to_uint8
@@ -155,12 +155,12 @@ class LedgerStats(RunStats):
 
     @contextmanager
     def stage(
-        self, name: str, *, is_on_host: bool = False, is_beside: bool = False
+        self, name: str, *, is_on_host: bool = False, is_concurrent: bool = False
     ) -> Generator[None, None, None]:
         """See `RunStats.stage`."""
         with (
             self.ledger.stage(name),
-            super().stage(name, is_on_host=is_on_host, is_beside=is_beside),
+            super().stage(name, is_on_host=is_on_host, is_concurrent=is_concurrent),
         ):
             yield
 
@@ -188,7 +188,7 @@ def rehearse(case: Case, *, num_ticks: int | None = None) -> Rehearsed:
         for shown in play(stats, policies):
             if shown.later is not None:
                 with ledger.stage(FRAMES):
-                    to_uint8(shown.later.get().frames).cpu()
+                    to_uint8(shown.later.result().frames).cpu()
             # what goes on once, before the first tick, counts in none
             now = (_reads(ledger), ledger.total("dit", "caching", "kv_compression").launches)
             steps.append(Step(shown.tick, now[0] - before[0], now[1] - before[1]))

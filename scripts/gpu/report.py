@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.text_files import escaped, table_row
 from gpu.subject import Subject, Target
 
 Row = Mapping[str, Any]

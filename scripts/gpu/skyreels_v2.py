@@ -9,10 +9,10 @@ from torch import Tensor
 
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.policies import Policies
-from flowcache.runtime.compiling import Compilation, should_compile
+from flowcache.runtime.compile import Compilation, should_compile
 from flowcache.runtime.model import Request, Source
-from flowcache.runtime.precision import set_float32_precision
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.ops import set_float32_precision
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import read_settings
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, DiTConfig, compiled_parts

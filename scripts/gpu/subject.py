@@ -11,7 +11,7 @@ from torch import nn
 
 from flowcache.attention import AttentionShape, Kernel
 from flowcache.policies import Policies
-from flowcache.runtime.compiling import Compilation
+from flowcache.runtime.compile import Compilation
 from flowcache.runtime.model import Progress
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick

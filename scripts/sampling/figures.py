@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from flowcache.errors import UserError
-from flowcache.runtime.comparison import ClipFigures, average, compare_clips
 from flowcache.runtime.files import read_json, write_json
 from flowcache.runtime.lpips import LPIPS
+from flowcache.runtime.metrics import ClipFigures, average, compare_clips
 from sampling.protocol import METRICS_FOLDER, VIDEOS, Method, Protocol
 from sampling.tasks import Task, read_receipt
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any
 
-from flowcache.runtime.comparison import METRICS
-from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.metrics import METRICS
+from flowcache.runtime.text_files import escaped, table_row
 from sampling.figures import Row
 
 Shape = Mapping[str, type | tuple[type, ...]]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowcache.runtime.markdown import escaped
+from flowcache.runtime.text_files import escaped
 from tuning.methods import REFERENCE, Method
 from tuning.rows import mean
 

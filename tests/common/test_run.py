@@ -1,5 +1,6 @@
 """Where results go, and which settings win."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.finite import Decoded
+from flowcache.runtime.checks import Decoded
 from flowcache.runtime.model import Request
-from flowcache.runtime.overlap import Later
+from flowcache.runtime.overlap import done
 from flowcache.runtime.run import claim_output, collect, config_layers
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
@@ -21,7 +22,7 @@ class Progress:
     """What a made-up pipeline yields."""
 
     tick: Tick
-    later: Later[Decoded] | None
+    later: Future[Decoded] | None
 
 
 def decoded(frames: Tensor) -> Decoded:
@@ -75,7 +76,7 @@ def test_a_collected_clip_holds_the_frames_of_all_ticks_in_order():
     stats = RunStats(torch.device("cpu"))
     black, white = torch.full((3, 2, 4, 4), -1.0), torch.ones(3, 1, 4, 4)
     ticks = [Tick(index, 3, 3, {0: index}) for index in range(3)]
-    laters = (None, Later.of(decoded(black)), Later.of(decoded(white)))
+    laters = (None, done(decoded(black)), done(decoded(white)))
     shown = [Progress(*each) for each in zip(ticks, laters, strict=True)]
     clip = collect(shown, stats)
     assert clip.stats is stats

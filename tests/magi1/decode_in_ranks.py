@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from flowcache.runtime.parallel import joined
-from flowcache.runtime.ranks import PATIENCE, Layout, Place
+from flowcache.runtime.launch import Place
+from flowcache.runtime.parallel import PATIENCE, Layout, process_group
 from magi1.vae import Tiling, load
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     vae = load(vae_folder, scale=1.0, dtype=torch.float32, device="cpu")
     vae.tiling = Tiling(frames=8, height=16, width=16)
     latents = torch.load(Path(folder) / "latents.pt")
-    with joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
+    with process_group(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from flowcache.runtime.launch import Place
 from flowcache.runtime.model import Request
-from flowcache.runtime.parallel import joined
-from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.parallel import PATIENCE, Layout, Ranks, process_group
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings, run
 from flowcache.runtime.stats import RunStats
 from magi1.model import MODEL
@@ -48,7 +48,7 @@ HELD = {
 
 def main() -> None:
     models, folder, *layouts = sys.argv[1:]
-    with torch.no_grad(), joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
+    with torch.no_grad(), process_group(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))

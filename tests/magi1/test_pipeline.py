@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowcache.runtime.model import Job, Loaded, Request
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from magi1.model import MODEL

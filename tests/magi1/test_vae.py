@@ -11,7 +11,7 @@ from closeness import assert_close
 from safetensors.torch import save_file
 
 from flowcache.errors import UserError
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from magi1.vae import (
     VAE,
     Span,

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from flowcache.runtime.finite import Decoded
-from flowcache.runtime.overlap import Later
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.checks import Decoded
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import staggered
 
@@ -253,11 +253,11 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
         return Decoded(torch.zeros(3, 5, 2, 2), torch.tensor(True))
 
     def shown() -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(later=Later(decode))
+        yield SimpleNamespace(later=Future(decode))
         goes_on.set()
         yield SimpleNamespace(later=None)
 
-    assert measure.take_frames(shown(), device=torch.device("cpu"), is_beside=True) == 5
+    assert measure.take_frames(shown(), device=torch.device("cpu"), is_concurrent=True) == 5
 
 
 def test_grey_frames_are_as_many_and_as_large_as_decoded_ones(monkeypatch: pytest.MonkeyPatch):

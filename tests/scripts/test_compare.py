@@ -17,9 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowcache.runtime.comparison import average
 from flowcache.runtime.lpips import BACKBONE_FILE, LAYERS, LPIPS
-from flowcache.runtime.metrics import psnr, ssim_per_frame
+from flowcache.runtime.metrics import average, psnr, ssim_per_frame
 from flowcache.runtime.video import VideoWriter, read_video
 
 PATH = Path(__file__).parents[2] / "scripts" / "compare.py"

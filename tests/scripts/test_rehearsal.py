@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flowcache.runtime.ranks import Group, Layout, Place, Ranks
+from flowcache.runtime.launch import Place
+from flowcache.runtime.parallel import Group, Layout, Ranks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -86,7 +87,7 @@ def rehearsed(name: str) -> Rehearsed:
     try:
         group = Group(0, layout.size, dist.group.WORLD)
         divided = "branches" if layout.branch > 1 else "sequence"
-        ranks = Ranks(Place(0, layout.size), layout, everyone=group, **{divided: group})
+        ranks = Ranks(Place(0, layout.size), layout, world=group, **{divided: group})
         return rehearse(replace(made, ranks=ranks))
     finally:
         dist.destroy_process_group()

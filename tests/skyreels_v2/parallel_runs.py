@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from flowcache.runtime.launch import Place
 from flowcache.runtime.model import Request
-from flowcache.runtime.parallel import joined
-from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.parallel import PATIENCE, Layout, Ranks, process_group
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings, run
 from flowcache.runtime.stats import RunStats
 from skyreels_v2.model import MODEL
@@ -56,7 +56,7 @@ RECORDED = "compression"
 
 def main() -> None:
     model, folder, *layouts = sys.argv[1:]
-    with torch.no_grad(), joined(Place.of(os.environ), timeout=PATIENCE) as ranks:
+    with torch.no_grad(), process_group(Place.of(os.environ), timeout=PATIENCE) as ranks:
         made = {}
         for layout in layouts:
             branch, sequence = map(int, layout.split("x"))

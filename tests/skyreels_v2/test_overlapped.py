@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from flowcache.runtime.timeline import Period
+from flowcache.runtime.stats import Period
 from flowcache.wan.vae import VAEStream
 
 pytestmark = pytest.mark.numeric
@@ -37,7 +37,8 @@ def test_the_time_line_shows_the_decoder_at_work_while_the_denoising_goes_on(mak
             vae.start_seconds < dit.stop_seconds and dit.start_seconds < vae.stop_seconds
             for vae in rows
             for dit in rows
-            if (vae.stage, vae.is_beside, dit.stage, dit.is_beside) == ("vae", True, "dit", False)
+            if (vae.stage, vae.is_concurrent, dit.stage, dit.is_concurrent)
+            == ("vae", True, "dit", False)
         )
 
     beside = make(*LONG, "overlap=true").report

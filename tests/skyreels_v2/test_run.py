@@ -17,7 +17,7 @@ from torch import Tensor
 from flowcache.kv import KVCache
 from flowcache.runtime.cli import EXIT_INTERRUPTED, run_command
 from flowcache.runtime.model import Job, Loaded, Request
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import probe, read_video

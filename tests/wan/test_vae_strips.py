@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.parallel import Ranks
 from flowcache.wan import vae
 from flowcache.wan.vae import VAE, Seen, Strip, decode_hidden, decode_latent, margins_of
 

@@ -145,7 +145,7 @@ def run_command(command: Callable[[], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test captures it
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the characters
-    from flowcache.runtime.ranks import Place, starter_of
+    from flowcache.runtime.launch import Place, starter_of
 
     try:
         place = Place.of(os.environ)
@@ -209,7 +209,7 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """
     import torch
 
-    from flowcache.runtime.precision import set_allocator
+    from flowcache.runtime.ops import set_allocator
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

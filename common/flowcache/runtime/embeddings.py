@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.bounds import given_path
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 from flowcache.runtime.files import check_writable
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,6 @@ def cached_embedding(
         facts: all that the result depends on, as plain values for JSON; not asked for without a
             folder.
         encode: makes the embedding; not called if it is known.
-
-    Raises:
-        UserError: the folder can't be written.
     """
     if folder is None:
         return encode()
@@ -70,9 +67,6 @@ def check_cache(folder: str | None) -> None:
     """Check that embeddings can be kept in a folder, which is made.
 
     A folder that is there may be read-only: the prompts may all be known.
-
-    Raises:
-        UserError: it is no folder, or can't be made.
     """
     if folder is None:
         return
@@ -97,13 +91,13 @@ def _read(path: Path, *, key: str) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            told: Mapping[str, str] = file.metadata() or {}
+            metadata: Mapping[str, str] = file.metadata() or {}
             tensor = file.get_tensor(_NAME)
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     else:
         reason = "its content is not what was written"
-        if told.get("key") == key and told.get("sha256") == _digest(tensor):
+        if metadata.get("key") == key and metadata.get("sha256") == _digest(tensor):
             if bool(tensor.isfinite().all()):
                 return tensor
             reason = "it holds values that are not finite"

@@ -375,3 +375,14 @@ def temporary_folder() -> Generator[Path, None, None]:
             shutil.rmtree(path, ignore_errors=True)
         if ending is not None:
             ending.finish(folder)
+
+
+def start_quietly(name: str) -> None:
+    """Let Ctrl-C end a program without a traceback while it imports; `Ending` handles it later.
+
+    Args:
+        name: `__name__` of the caller: nothing happens unless it is the program itself.
+    """
+    # where SIGINT is ignored, as in the background of a shell, it stays so
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -49,11 +49,7 @@ def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder if necessary and try to write a file there.
-
-    Raises:
-        UserError: it can't be made or written.
-    """
+    """Make a folder if necessary and try to write a file there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -91,11 +87,7 @@ def _is_running(pid: int) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Check that there is a file with something in it.
-
-    Raises:
-        UserError: there is not.
-    """
+    """Check that there is a file with something in it."""
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a file")
     if not path.exists():
@@ -121,9 +113,6 @@ def read_json(path: Path, *, advice: str = "") -> Any:
 
     Args:
         advice: what to do about a broken file; the end of the message.
-
-    Raises:
-        UserError: the file can't be read, is not UTF-8 or not JSON, or nests too deep.
     """
     end = f"; {advice}" if advice else ""
     try:
@@ -142,9 +131,6 @@ def parse_json(text: str, *, source: str, advice: str = "") -> Any:
     Args:
         source: the file, for messages.
         advice: as of `read_json`.
-
-    Raises:
-        UserError: the text is not JSON or nests deeper than `MAX_JSON_DEPTH`.
     """
     end = f"; {advice}" if advice else ""
     if _json_depth(text) > MAX_JSON_DEPTH:

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 from flowcache.runtime.cli import gigabytes
-from flowcache.runtime.ranks import Place
+from flowcache.runtime.launch import Place
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def _refuse(repository: str, error: Exception) -> NoReturn:
     elif has(OfflineModeIsEnabled):
         reason = f"HF_HUB_OFFLINE forbids a download to {constants.HF_HUB_CACHE}: unset it, {copy}"
     else:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         reason = f"not to be had from the hub ({first}): check name and network, {copy}"
     raise UserError(f"{repository}: no local copy, and {reason}") from error
 

@@ -32,9 +32,6 @@ def read_image(path: Path) -> Image.Image:
     It is turned upright as its EXIF data say. Transparency is put over `BACKGROUND`. Grey values
     of 16 bits are scaled; those of float or 32 bits are taken as 0..1, 0..255 or 0..65535, the
     smallest of these ranges that holds all of them (whole numbers: not 0..1).
-
-    Raises:
-        UserError: the file is missing, empty, or not an image, or its values have no known range.
     """
     from PIL import Image, ImageOps
 
@@ -49,11 +46,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an image as it is seen.
-
-    Raises:
-        UserError: the file is missing, empty, or not an image.
-    """
+    """Return height and width of an image as it is seen."""
     from PIL import Image, ImageOps
 
     check_file(path)
@@ -102,11 +95,7 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _scaled(image: Image.Image, path: Path) -> Image.Image:
-    """Turn grey values of more than 8 bits into RGB.
-
-    Raises:
-        UserError: a value is no number, below 0, or above 65535.
-    """
+    """Turn grey values of more than 8 bits into RGB."""
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)

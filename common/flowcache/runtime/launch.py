@@ -14,14 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
-
-from flowcache.runtime.starting import start_quietly
-
-start_quietly(__name__)
 
 from flowcache.errors import UserError
 from flowcache.runtime.ending import (
@@ -29,11 +25,16 @@ from flowcache.runtime.ending import (
     EXIT_LOST,
     EXIT_USER_ERROR,
     LAUNCHER,
+    ORPHANED,
     Ending,
+    Starter,
     Stopped,
     rescue,
+    start_quietly,
     undisturbed,
 )
+
+start_quietly(__name__)
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5
@@ -42,6 +43,81 @@ UNREADY = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
 """Codes of a process that ended in the middle of a line."""
 KILL_SECONDS = END_SECONDS + 10
 """Between the request to end and SIGKILL."""
+
+
+MEET_SECONDS = 60.0
+"""How long an answer of torchrun is waited for."""
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_UNSET = "unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process, else start it by torchrun"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Which one on its machine."""
+
+    @property
+    def shared_rank(self) -> int | None:
+        """Its `local_rank` where several processes share the machines' devices, else None."""
+        return self.local_rank if self.size > 1 else None
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str]) -> "Place":
+        """Read the environment that torchrun gives its processes; without it there is one."""
+        read = {name: variables.get(name, "") for name in _VARIABLES}
+        for name, text in read.items():
+            if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
+                raise UserError(
+                    f"{name}={text[:40]} in the environment must be a whole number, 0 or more: "
+                    f"{_UNSET}"
+                )
+        if not read["RANK"] and int(read["WORLD_SIZE"] or 1) != 1:
+            raise UserError(
+                f"WORLD_SIZE={read['WORLD_SIZE']} is in the environment, but no RANK: {_UNSET}"
+            )
+        rank, size = int(read["RANK"] or 0), int(read["WORLD_SIZE"] or 1)
+        place = cls(rank, size, int(read["LOCAL_RANK"] or 0))
+        for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+            if value >= size:
+                raise UserError(
+                    f"{name}={value} in the environment must be below WORLD_SIZE={size}: {_UNSET}"
+                )
+        return place
+
+
+def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:
+    """Return the process that started this one as one of several; None: this one is alone.
+
+    Raises:
+        Stopped: it has ended already.
+    """
+    if LAUNCHER in variables:
+        pid, notes, _ = map(int, variables[LAUNCHER].split(","))
+        starter = Starter(pid, says_why=True, notes=notes if place.rank == 0 else None)
+    elif place.size > 1 or "TORCHELASTIC_RUN_ID" in variables:
+        starter = Starter(os.getppid())
+    else:
+        return None
+    is_torchrun = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if starter.pid != os.getppid() or (is_torchrun and not _is_there(variables)):
+        raise Stopped(signal.SIGTERM, "" if place.rank else ORPHANED)
+    return starter
+
+
+def _is_there(variables: Mapping[str, str]) -> bool:
+    """Tell whether torchrun still listens; it may have ended while Python started here."""
+    try:
+        address = (variables["MASTER_ADDR"], int(variables["MASTER_PORT"]))
+        socket.create_connection(address, timeout=MEET_SECONDS).close()
+    except ConnectionRefusedError:
+        return False
+    except (OSError, KeyError, ValueError):
+        return True  # not known
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,9 +145,6 @@ def launch(num: str, command: Sequence[str]) -> int:
     Args:
         num: how many.
         command: what follows `python`.
-
-    Raises:
-        UserError: that is no number, or there is no command.
     """
     if not (num.isascii() and num.isdecimal() and 0 < int(num[:9]) < 10_000):
         raise UserError(f"GPUS={num} must be a whole number of processes, 1 or more")
@@ -110,21 +183,21 @@ class Processes:
     def start(self, command: Sequence[str]) -> None:
         """Start all of them."""
         with socket.create_server(("127.0.0.1", 0)) as meeting:
-            own = (self._notes.fileno(), meeting.fileno())
+            descriptors = (self._notes.fileno(), meeting.fileno())
             shared = {
                 "WORLD_SIZE": str(self.num),
                 "LOCAL_WORLD_SIZE": str(self.num),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(meeting.getsockname()[1]),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                LAUNCHER: ",".join(map(str, (os.getpid(), *own))),
+                LAUNCHER: ",".join(map(str, (os.getpid(), *descriptors))),
             }
             for rank in range(self.num):
                 with undisturbed():
                     process = subprocess.Popen(
                         [sys.executable, "-u", *command],
                         env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        pass_fds=own if rank == 0 else (),
+                        pass_fds=descriptors if rank == 0 else (),
                         start_new_session=True,  # Ctrl-C reaches the launcher alone
                     )
                     self.running.append(process)

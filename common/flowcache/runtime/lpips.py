@@ -2,8 +2,9 @@
 
 Axes: T frames, H rows, W columns, 3 colours, C channels.
 
-The backbone's weights are a file of torchvision that is never downloaded here; the five learned
-heads come with torchmetrics.
+Written here since the package `lpips` imports torchvision, which a run does not need. The
+backbone's weights are a file that is never downloaded here; the five learned heads come with
+torchmetrics.
 
 Source: Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric;
 version 0.1 of the released weights, `net="alex"`, `spatial=True`.
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, relu
 
 from flowcache.errors import UserError
-from flowcache.runtime.metrics import PIXEL_MAX, check_comparable, exact_convolutions
 
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
 """Name that torch's hub gives the file; its SHA-256 starts with the last part."""
@@ -105,36 +105,6 @@ class LPIPS(nn.Module):
         return features
 
 
-def lpips_per_frame(network: LPIPS, clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
-    """Return the mean distance of every frame, float64 [T], 0 for equal frames.
-
-    Args:
-        network: the network; it computes where its weights are.
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
-
-    Raises:
-        UserError: the clips differ in shape, are empty, not uint8 [T, H, W, 3], or too small.
-    """
-    check_comparable(clip_THW3, reference_THW3)
-    height, width = clip_THW3.shape[1:3]
-    if min(height, width) < MIN_SIDE:
-        raise UserError(
-            f"LPIPS needs frames of at least {MIN_SIDE} x {MIN_SIDE} pixels, got {width} x "
-            f"{height}; compare larger clips or use other metrics"
-        )
-    device = network.shift_311.device
-    frames: list[Tensor] = []
-    with torch.inference_mode(), exact_convolutions():
-        for pair in zip(clip_THW3, reference_THW3, strict=True):
-            image, reference = (
-                frame.to(device).movedim(-1, 0).unsqueeze(0).float() / PIXEL_MAX * 2 - 1
-                for frame in pair
-            )
-            frames.append(network(image, reference).double().mean())
-    return torch.stack(frames).cpu()
-
-
 @dataclass(frozen=True)
 class Weights:
     """The two files."""
@@ -154,11 +124,8 @@ def find_weights(given: Path | None) -> Weights:
     """Find the weights where they were said to be, or in torch's cache.
 
     Args:
-        given: AlexNet's file, or a folder that holds it under its released name; heads that lie
-            beside it as `alex.pth` are used instead of those of torchmetrics.
-
-    Raises:
-        UserError: the backbone is not there; the message says what to download.
+        given: AlexNet's file, or a folder that holds it under its released name; heads next to
+            it as `alex.pth` are used instead of those of torchmetrics.
     """
     place = given or Path(torch.hub.get_dir()) / "checkpoints"
     backbone = place if place.is_file() else place / BACKBONE_FILE
@@ -167,17 +134,13 @@ def find_weights(given: Path | None) -> Weights:
             f"LPIPS needs the weights of AlexNet, which are not at {backbone}: download "
             f"{BACKBONE_URL} to there, or say with --lpips-weights where they are"
         )
-    beside = backbone.with_name(HEADS_FILE)
+    given_heads = backbone.with_name(HEADS_FILE)
     shipped = Path(str(files("torchmetrics") / "functional" / "image" / "lpips_models"))
-    return Weights(backbone, beside if beside.is_file() else shipped / HEADS_FILE)
+    return Weights(backbone, given_heads if given_heads.is_file() else shipped / HEADS_FILE)
 
 
 def load_lpips(weights: Weights, *, device: torch.device) -> LPIPS:
-    """Load the network, ready to use.
-
-    Raises:
-        UserError: a file is no weights file, or lacks a tensor, or one has another shape.
-    """
+    """Load the network, ready to use."""
     network = LPIPS()
     backbone, heads = _read(weights.backbone), _read(weights.heads)
     wanted: dict[str, tuple[Path, Mapping[str, Tensor], str]] = {}
@@ -186,14 +149,14 @@ def load_lpips(weights: Weights, *, device: torch.device) -> LPIPS:
             key = f"convolutions.{index}.{part}"
             wanted[key] = (weights.backbone, backbone, f"{layer.name}.{part}")
         wanted[f"heads.{index}.weight"] = (weights.heads, heads, f"lin{index}.model.1.weight")
-    own = network.state_dict()
+    state = network.state_dict()
     for key, (path, tensors, name) in wanted.items():
-        shape = list(own[key].shape)
+        shape = list(state[key].shape)
         if name not in tensors or list(tensors[name].shape) != shape:
             found = list(tensors[name].shape) if name in tensors else "nothing"
             raise UserError(f"{path}: {name} must be {shape}, found {found}: is it the right file?")
-        own[key] = tensors[name].float()
-    network.load_state_dict(own)
+        state[key] = tensors[name].float()
+    network.load_state_dict(state)
     return network.to(device).eval().requires_grad_(False)
 
 

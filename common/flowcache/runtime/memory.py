@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_leaves
 from flowcache.errors import UserError
 from flowcache.kv import PREFETCHED_LAYERS
 from flowcache.runtime.model import Work
-from flowcache.runtime.parallel import own_branches
-from flowcache.runtime.ranks import Group, Layout, Ranks
+from flowcache.runtime.parallel import Group, Layout, Ranks, branches_per_process
 from flowcache.runtime.settings import parse_limit
-from flowcache.runtime.units import scaled
+from flowcache.runtime.stats import scaled
 
 RESERVED_SHARE = 0.05
 """Of the limit: holes between tensors, scratch memory inside kernels, the CUDA context."""
@@ -133,15 +132,14 @@ def one_layer(encoder: Any) -> Any:
 class _TracedGroup(Group):
     """Processes whose exchanges have shapes, as all has on the meta device, and bring nothing."""
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def copied(self, x: Tensor, *, source: int) -> Tensor:
+    def broadcast(self, x: Tensor, *, source: int) -> Tensor:
         return x
 
-    def swapped(self, pieces: Sequence[Tensor], *, sizes: Sequence[int]) -> list[Tensor]:
-        given = torch.cat([piece.flatten() for piece in pieces])
-        return list(given.new_empty(sum(sizes)).split(list(sizes)))
+    def all_to_all(self, x: Tensor, *, given: Sequence[int], received: Sequence[int]) -> Tensor:
+        return x.contiguous().new_empty(sum(received), *x.shape[1:])
 
 
 def traced_ranks(layout: Layout) -> Ranks:
@@ -281,7 +279,7 @@ class Footprint(ABC):
         """
         self.config, self.work, self.dtype = config, work, dtype
         self.ranks, self.overlaps = traced_ranks(layout), overlaps
-        self.num_own = own_branches(layout, num_branches=work.num_caches)
+        self.num_own = branches_per_process(layout, num_branches=work.num_caches)
         """Branches of this process."""
 
     @abstractmethod

@@ -18,7 +18,7 @@ In between a model is called in this order:
     work = model.work(config, source, media, dtype)  # ticks, FLOPs, bytes: derived once
     dit, vae = model.load_dit(job), model.load_vae(job)
     for progress in model.generate(dit, vae, config, inputs, stats=stats):
-        progress.later.get().frames                  # pixels of the chunks that became clean
+        progress.later.result().frames                  # pixels of the chunks that became clean
 
 To add a model: write the package with its `model.MODEL`, and name it in `MODELS`.
 """
@@ -32,18 +32,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
     from torch import Tensor, nn
 
     from flowcache.attention import AttentionShape
     from flowcache.policies import Observe, Policies
-    from flowcache.runtime.finite import Decoded
+    from flowcache.runtime.checks import Decoded
     from flowcache.runtime.hub import Missing
     from flowcache.runtime.memory import Footprint, MemoryPlan, Residence
-    from flowcache.runtime.noise import Draw
-    from flowcache.runtime.overlap import Later
+    from flowcache.runtime.ops import Draw
+    from flowcache.runtime.parallel import Ranks
     from flowcache.runtime.profile import Setting
-    from flowcache.runtime.ranks import Ranks
     from flowcache.runtime.record import Record
     from flowcache.runtime.stats import RunStats
     from flowcache.schedule import Tick
@@ -245,7 +246,7 @@ class Progress(Protocol):
         ...
 
     @property
-    def later(self) -> Later[Decoded] | None:
+    def later(self) -> Future[Decoded] | None:
         """New frames, which may be under way, or None."""
         ...
 

@@ -79,7 +79,7 @@ def _on_host(tensors: Sequence[Tensor], *, is_pinned: bool) -> list[Tensor]:
         if used + tensor.nbytes > len(block):
             size = max(BLOCK_BYTES, tensor.nbytes)
             block, used = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned), 0
-        own = block[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        copies.append(own.copy_(tensor))
+        view = block[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(view.copy_(tensor))
         used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return copies

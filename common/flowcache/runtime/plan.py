@@ -11,8 +11,7 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.parallel import layout_of, own_bytes
-from flowcache.runtime.ranks import Layout
+from flowcache.runtime.parallel import Layout, bytes_per_process
 from flowcache.runtime.settings import ParallelRule
 from flowcache.schedule import Tick
 
@@ -155,7 +154,7 @@ def divide(rule: ParallelRule, work: Work, num_processes: int) -> Layout:
     Raises:
         UserError: the branches, heads or tokens can't be divided so.
     """
-    return layout_of(
+    return process_layout(
         rule,
         num_processes,
         num_branches=len(work.passes),
@@ -171,7 +170,7 @@ def per_process(work: Work, layout: Layout) -> Work:
     num_scored = num_caches if work.query_bytes else 1
     return replace(
         work,
-        kv_bytes=own_bytes(work.kv_bytes, layout, num_branches=num_caches),
-        scoring_bytes=own_bytes(work.scoring_bytes, layout, num_branches=num_scored),
-        query_bytes=own_bytes(work.query_bytes, layout, num_branches=num_caches),
+        kv_bytes=bytes_per_process(work.kv_bytes, layout, num_branches=num_caches),
+        scoring_bytes=bytes_per_process(work.scoring_bytes, layout, num_branches=num_scored),
+        query_bytes=bytes_per_process(work.query_bytes, layout, num_branches=num_caches),
     )

@@ -22,8 +22,7 @@ from typing import Any, TypeAlias, cast
 from flowcache.errors import UserError
 from flowcache.policies import Replay, compute_together
 from flowcache.runtime.files import read_json, write_json
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import PassId, Traced
+from flowcache.runtime.stats import Pass, PassId, RunStats, Traced
 from flowcache.schedule import Tick
 
 RECORD_SCHEMA_VERSION = 1
@@ -61,8 +60,8 @@ def build_record(
 
     Args:
         stats: of the run; its stages are those of this process.
-        traced: by all processes of the run, see `flowcache.runtime.trace.merged`.
-        video: name of the video file beside the record.
+        traced: by all processes of the run, see `flowcache.runtime.stats.merged`.
+        video: name of the video file next to the record.
         threshold: of an adaptive policy; None: the policy has none.
         chunk_frames: segment -> for each chunk the pixel frames `[first, stop)` of the video that
             show it.
@@ -73,11 +72,7 @@ def build_record(
         flops = traced.flops[each]
         decisions.append(
             {
-                "segment": row.segment,
-                "tick": row.tick,
-                "chunk": row.chunk,
-                "step": row.step,
-                "branch": row.branch,
+                **dict(zip(Pass._fields[:5], row[:5], strict=True)),
                 "computed": row.is_computed,
                 "distance": _plain(row.distance),
                 "accumulated": _plain(row.accumulated),
@@ -97,17 +92,11 @@ def build_record(
         "config": dict(config),
         "chunk_frames": {str(segment): rows for segment, rows in (chunk_frames or {}).items()},
         "ticks": [
-            {"segment": tick.segment, "tick": tick.tick, "seconds": seconds}
-            for tick, seconds in traced.tick_seconds.items()
+            {**tick._asdict(), "seconds": seconds} for tick, seconds in traced.tick_seconds.items()
         ],
         "decisions": decisions,
         "kv": [
-            {
-                "segment": row.segment,
-                "tick": row.tick,
-                "branch": row.branch,
-                "tokens": {str(chunk): count for chunk, count in row.tokens.items()},
-            }
+            {**row._asdict(), "tokens": {str(chunk): n for chunk, n in row.tokens.items()}}
             for row in traced.kv_tokens
         ],
         "stages": stats.to_dict()["stages"],
@@ -116,23 +105,101 @@ def build_record(
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record in one step.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write a record in one step."""
     write_json(path, record)
 
 
 # Reading ------------------------------------------------------------------------------------------
 
 
-def read_record(path: Path) -> Record:
-    """Read a record and check every field of it.
+_Kind: TypeAlias = "tuple[str, Callable[[Any], bool]]"
+"""A rule in words, and whether a value keeps it."""
 
-    Raises:
-        UserError: the file can't be read, or a field is missing, unknown or of the wrong kind.
-    """
+
+def _is_int(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any, low: float = -MAX_NUMBER) -> bool:
+    return _is_int(value, low) or (isinstance(value, float) and low <= value <= MAX_NUMBER)
+
+
+def _is_by_number(value: Any, highest: int, is_right: Callable[[Any], bool]) -> bool:
+    """Tell whether a value is an object whose keys are numbers of chunks or segments."""
+    return isinstance(value, dict) and all(
+        key.isdecimal() and len(key) <= len(str(highest)) and int(key) <= highest and is_right(item)
+        for key, item in cast("dict[str, Any]", value).items()
+    )
+
+
+def _are_ranges(value: Any) -> bool:
+    """Tell whether a value is a list of pairs `[first, stop]`."""
+    return isinstance(value, list) and all(
+        isinstance(row, list)
+        and len(row) == 2
+        and all(_is_int(end, 0, 2**53) for end in row)
+        and row[0] <= row[1]
+        for row in cast("list[Any]", value)
+    )
+
+
+def _whole(low: int, high: float) -> _Kind:
+    high_text = f"{high:g}" if isinstance(high, float) else high
+    return f"a whole number in {low}..{high_text}", lambda value: _is_int(value, low, high)
+
+
+def _or_null(rule: str, is_right: Callable[[Any], bool]) -> _Kind:
+    return f"{rule} or null", lambda value: value is None or is_right(value)
+
+
+_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
+_OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
+_LIST: _Kind = ("a list", lambda value: isinstance(value, list))
+_SECONDS: _Kind = ("a time in seconds", lambda value: _is_number(value, 0))
+_TOKENS: _Kind = (
+    "an object of chunks with tokens",
+    lambda value: _is_by_number(value, MAX_CHUNK, _SECONDS[1]),
+)
+_FRAMES: _Kind = (
+    "an object of segments with lists of [first, stop) frames",
+    lambda value: _is_by_number(value, MAX_INDEX, _are_ranges),
+)
+_DISTANCE: _Kind = (
+    f"a number, null, or one of {', '.join(NOT_FINITE)}",
+    lambda value: value is None or _is_number(value) or value in NOT_FINITE,
+)
+_SAVED: _Kind = (f"a whole number of at most {MAX_NUMBER:g}", _is_int)
+RECORD_FIELDS: Mapping[str, _Kind] = {
+    "schema_version": _whole(0, MAX_INDEX),
+    **dict.fromkeys(("video", "model", "preset", "policy"), _TEXT),
+    "threshold": _or_null("a number", _is_number),
+    "num_steps": _whole(1, MAX_INDEX),
+    "config": _OBJECT,
+    "chunk_frames": _FRAMES,
+    **dict.fromkeys(("ticks", "decisions", "kv"), _LIST),
+    **dict.fromkeys(("stages", "environment"), _OBJECT),
+}
+_PLACE: Mapping[str, _Kind] = {"segment": _whole(0, MAX_INDEX), "tick": _whole(0, MAX_INDEX)}
+ROW_FIELDS: Mapping[str, Mapping[str, _Kind]] = {
+    "ticks": {**_PLACE, "seconds": _SECONDS},
+    "decisions": {
+        **_PLACE,
+        "chunk": _whole(0, MAX_CHUNK),
+        "step": _whole(0, MAX_INDEX),
+        "branch": _TEXT,
+        "computed": ("true or false", lambda value: isinstance(value, bool)),
+        "distance": _DISTANCE,
+        "accumulated": _DISTANCE,
+        "flops": _whole(0, MAX_NUMBER),
+        "flops_saved": _SAVED,
+        "seconds": _or_null(*_SECONDS),
+    },
+    "kv": {**_PLACE, "branch": _TEXT, "tokens": _TOKENS},
+}
+
+
+def read_record(path: Path) -> Record:
+    """Read a record and check every field of it."""
     content = read_json(path, advice="write a record with --record")
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a record: it must be a JSON object")
@@ -150,7 +217,7 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def _check_fields(path: Path, where: str, value: Any, fields: "Mapping[str, _Kind]") -> None:
+def _check_fields(path: Path, where: str, value: Any, fields: Mapping[str, _Kind]) -> None:
     if not isinstance(value, dict):
         raise UserError(f"{path}: {where} must be an object, found {_short(value)}")
     row = cast("Record", value)
@@ -172,113 +239,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_index(value: Any, most: int = MAX_INDEX) -> bool:
-    return _is_int(value) and 0 <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and abs(value) <= MAX_NUMBER
-
-
-def _is_seconds(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _is_chunk(key) and _is_seconds(count)
-        for key, count in cast("dict[str, Any]", value).items()
-    )
-
-
-def _is_chunk(key: str, most: int = MAX_CHUNK) -> bool:
-    return key.isdecimal() and len(key) <= len(str(most)) and int(key) <= most
-
-
-def _is_frames(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _is_chunk(key, MAX_INDEX) and _is_ranges(rows)
-        for key, rows in cast("dict[str, Any]", value).items()
-    )
-
-
-def _is_ranges(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_range(row) for row in cast("list[Any]", value))
-
-
-def _is_range(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    ends = cast("list[Any]", value)
-    return len(ends) == 2 and all(_is_index(end, 2**53) for end in ends) and ends[0] <= ends[1]
-
-
-_Kind: TypeAlias = "tuple[str, Callable[[Any], bool]]"
-_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
-_INDEX: _Kind = (f"a whole number in 0..{MAX_INDEX}", _is_index)
-_COUNT: _Kind = (
-    f"a whole number in 0..{MAX_NUMBER:g}",
-    lambda value: _is_int(value) and 0 <= value <= MAX_NUMBER,
-)
-_WHOLE: _Kind = (
-    f"a whole number of at most {MAX_NUMBER:g}",
-    lambda value: _is_int(value) and abs(value) <= MAX_NUMBER,
-)
-_OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
-_LIST: _Kind = ("a list", lambda value: isinstance(value, list))
-_SECONDS: _Kind = ("a time in seconds", _is_seconds)
-_DISTANCE: _Kind = (
-    f"a number, null, or one of {', '.join(NOT_FINITE)}",
-    lambda value: value is None or _is_number(value) or value in NOT_FINITE,
-)
-RECORD_FIELDS: Mapping[str, _Kind] = {
-    "schema_version": _INDEX,
-    "video": _TEXT,
-    "model": _TEXT,
-    "preset": _TEXT,
-    "policy": _TEXT,
-    "threshold": ("a number or null", lambda value: value is None or _is_number(value)),
-    "num_steps": (f"a whole number in 1..{MAX_INDEX}", lambda v: _is_index(v) and v > 0),
-    "config": _OBJECT,
-    "chunk_frames": ("an object of segments with lists of [first, stop) frames", _is_frames),
-    "ticks": _LIST,
-    "decisions": _LIST,
-    "kv": _LIST,
-    "stages": _OBJECT,
-    "environment": _OBJECT,
-}
-_PLACE: Mapping[str, _Kind] = {"segment": _INDEX, "tick": _INDEX}
-ROW_FIELDS: Mapping[str, Mapping[str, _Kind]] = {
-    "ticks": {**_PLACE, "seconds": _SECONDS},
-    "decisions": {
-        **_PLACE,
-        "chunk": (f"a whole number in 0..{MAX_CHUNK}", lambda value: _is_index(value, MAX_CHUNK)),
-        "step": _INDEX,
-        "branch": _TEXT,
-        "computed": ("true or false", lambda value: isinstance(value, bool)),
-        "distance": _DISTANCE,
-        "accumulated": _DISTANCE,
-        "flops": _COUNT,
-        "flops_saved": _WHOLE,
-        "seconds": ("a time in seconds or null", lambda v: v is None or _is_seconds(v)),
-    },
-    "kv": {**_PLACE, "branch": _TEXT, "tokens": ("an object of chunks with tokens", _is_tokens)},
-}
-
-
 # Using it -----------------------------------------------------------------------------------------
 
 
 def replay_policies(record: Record, *, segment: int, branch: str) -> Replay:
-    """Return the policy that computes what a record's branch computed in a segment.
-
-    Raises:
-        UserError: the record has no such segment or branch.
-    """
+    """Return the policy that computes what a record's branch computed in a segment."""
     rows = [
         row for row in record["decisions"] if row["segment"] == segment and row["branch"] == branch
     ]
@@ -306,10 +271,6 @@ def check_replay(
         ticks: segment -> what the run will do.
         branches: guidance branches of the run that decide.
         is_whole_window: whether the run computes all chunks of a tick, or none.
-
-    Raises:
-        UserError: the record has other segments, branches, ticks, chunks or steps, or reuses what
-            the run has to compute.
     """
     rows = record["decisions"]
     more = {(row["segment"], row["branch"]) for row in rows}
@@ -320,11 +281,11 @@ def check_replay(
             f"the record does not fit this run: it has decisions of segment {segment}, branch "
             f"{branch}, which the run does not make; replay it with the settings it was made with"
         )
-    for segment, own in ticks.items():
+    for segment, planned in ticks.items():
         for branch in branches:
             policy = replay_policies(record, segment=segment, branch=branch)
             stored: set[int] = set()
-            for tick in own:
+            for tick in planned:
                 known = tick.steps if is_whole_window and stored else stored
                 plan = policy.plan(tick, {}, stored=known)
                 computed = {chunk for chunk, decision in plan.items() if decision.is_computed}
@@ -374,8 +335,8 @@ def _strange_distances(
             f"distance is not a number: {len(nan)} times, first in segment {first['segment']}, "
             f"tick {first['tick']}, chunk {first['chunk']}, branch {first['branch']}"
         )
-    for (segment, branch, chunk), own in series.items():
-        found = [row["distance"] for row in own if row["distance"] not in (None, "nan")]
+    for (segment, branch, chunk), chunk_rows in series.items():
+        found = [row["distance"] for row in chunk_rows if row["distance"] not in (None, "nan")]
         if len(found) >= MIN_CONSTANT and len(set(found)) == 1:
             lines.append(
                 f"distance is constant: {found[0]} in all {len(found)} ticks of chunk {chunk} in "

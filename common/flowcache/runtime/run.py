@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
+from flowcache.runtime.checks import Decoded, DegenerateCheck, Modules, NotFiniteError, all_finite
 from flowcache.runtime.cli import (
     ProgressBar,
     choose_device,
@@ -23,13 +25,11 @@ from flowcache.runtime.cli import (
     overrides_of,
     run_command,
 )
-from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.compile import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
-from flowcache.runtime.degenerate import DegenerateCheck
 from flowcache.runtime.embeddings import cached_embedding, check_cache
 from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import check_writable, write_json
-from flowcache.runtime.finite import Decoded, Modules, NotFiniteError, all_finite
 from flowcache.runtime.memory import MemoryPlan, limit_of, make_memory_plan
 from flowcache.runtime.model import (
     Job,
@@ -40,12 +40,11 @@ from flowcache.runtime.model import (
     VideoModel,
     load_model,
 )
-from flowcache.runtime.overlap import Later, lane_for, should_overlap
-from flowcache.runtime.parallel import layout_lines, run_in_ranks
+from flowcache.runtime.ops import release_cache, set_float32_precision
+from flowcache.runtime.overlap import Worker, should_overlap
+from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, layout_lines, run_in_ranks
 from flowcache.runtime.plan import divide, per_process
-from flowcache.runtime.precision import release_cache, set_float32_precision
 from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
-from flowcache.runtime.ranks import Ranks, ToldElsewhereError
 from flowcache.runtime.record import (
     REPLAY,
     Record,
@@ -56,8 +55,7 @@ from flowcache.runtime.record import (
     write_record,
 )
 from flowcache.runtime.settings import parse_limit
-from flowcache.runtime.stats import RunStats, environment
-from flowcache.runtime.trace import Traced, merged
+from flowcache.runtime.stats import RunStats, Traced, environment, merged
 from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -435,14 +433,14 @@ def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[
     """Carry out a pipeline in a process that writes nothing; return nothing.
 
     Raises:
-        ToldElsewhereError: a result is not finite, which the first process reports.
+        ReportedElsewhereError: a result is not finite, which the first process reports.
     """
     for progress in shown:
         check_stopped()
         try:
             _finished(progress)
         except NotFiniteError as error:
-            raise ToldElsewhereError(str(error)) from None
+            raise ReportedElsewhereError(str(error)) from None
     traced_by_all(stats, ranks)
     return {}
 
@@ -473,16 +471,16 @@ def write_run(
     )
     first: list[float] = []
 
-    def write(progress: Progress, later: Later[Decoded]) -> None:
-        later.get()  # waiting for the decoder is not writing
-        with stats.stage("write", is_beside=overlaps):
+    def write(progress: Progress, later: Future[Decoded]) -> None:
+        later.result()  # waiting for the decoder is not writing
+        with stats.stage("write", is_concurrent=overlaps):
             frames = _finished(progress, modules=loaded.modules)
             check.see(frames.numpy())
             writer.append(frames)
         first.append(stats.elapsed_seconds())
 
     try:
-        with writer, lane_for("write", device=stats.device, is_beside=overlaps) as written:
+        with writer, Worker("write", device=stats.device, is_concurrent=overlaps) as written:
             if job.before is not None:
                 writer.append(job.before)
             for progress in shown:
@@ -574,7 +572,7 @@ def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
     if stats.trace is None:
         return None
     # the sequence ranks of a group make the same passes together: the first one's are enough
-    return merged(ranks.everyone.everyones(stats.traced())[:: ranks.layout.sequence])
+    return merged(ranks.world.all_gather(stats.traced())[:: ranks.layout.sequence])
 
 
 # Frames -------------------------------------------------------------------------------------------
@@ -609,7 +607,7 @@ def _finished(progress: Progress, *, modules: Modules | None = None) -> Tensor:
         return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     tick = progress.tick
     try:
-        return finished_frames(progress.later.get(), chunks=tick.finishing, tick=tick.index)
+        return finished_frames(progress.later.result(), chunks=tick.finishing, tick=tick.index)
     except NotFiniteError as error:
         if modules is None:
             raise

@@ -9,9 +9,11 @@
     stats.add_flops(computed=2 * 10**12, without_reuse=6 * 10**12)
     print(stats.summary())
 
-Recording appends plain numbers: no tensor is kept and nothing waits for the device. On CUDA a stage
-is two events, read when the run is over. With `records=True` every pass is traced as well, see
-`flowcache.runtime.trace`.
+Recording appends plain numbers, and nothing waits for the device: on CUDA a stage is two events,
+read when the run is over. With `records=True` FLOPs and seconds are kept for every pass, too, and
+the tokens left in the KV caches, which stay tensors until they are read.
+
+Axes: N chunks.
 """
 
 import importlib.metadata
@@ -22,34 +24,138 @@ import resource
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowcache.errors import memory_named
 from flowcache.policies import Decision
-from flowcache.runtime.timeline import Period, merged_periods
-from flowcache.runtime.trace import (
-    Moment,
-    PassId,
-    TickId,
-    Trace,
-    Traced,
-    elapsed_seconds,
-    host_clock,
-    now,
-)
-from flowcache.runtime.units import scaled
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
 GIT_TIMEOUT_SECONDS = 5
+MIN_GAP_SECONDS = 0.001
+MIN_GAP_SHARE = 0.001
+"""Of the timeline's length. A shorter gap between two uses of a stage is left out of it."""
+PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+ROUNDED_TO_NEXT = 999.5
+"""From here three digits show 1000 of a unit, which is 1 of the next."""
+
+
+def scaled(value: float, unit: str) -> str:
+    """Write a count with a decimal prefix: `scaled(1.13e17, "FLOP")` is `113 PFLOP`."""
+    power = 0
+    while abs(value) >= ROUNDED_TO_NEXT and power < len(PREFIXES) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.3g} {PREFIXES[power]}{unit}"
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+Moment: TypeAlias = "float | torch.cuda.Event"
+"""A point in time on the host's clock (seconds), or in the queue of a CUDA device."""
+
+
+def now(device: torch.device) -> Moment:
+    """Return the present moment: on CUDA, that at which the work queued so far is done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def elapsed_seconds(start: Moment, end: Moment) -> float:
+    """Return the time between two moments of the same kind; events must have happened."""
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1000
+    assert isinstance(end, float)
+    return end - start
+
+
+def host_clock(device: torch.device) -> Callable[[Moment], float]:
+    """Return a function from a moment to seconds of the host's clock. Waits for the device.
+
+    The queue of a CUDA device is empty then, so that one more event happens at a known time. If
+    that is 50 s, an event 2000 ms before it was at 48 s.
+    """
+    _wait(device)
+    reference = now(device)
+    _wait(device)
+    reference_seconds = time.perf_counter()
+
+    def seconds(moment: Moment) -> float:
+        if isinstance(moment, float):
+            return moment
+        return reference_seconds - elapsed_seconds(moment, reference)
+
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Period(NamedTuple):
+    """A stage at work without a break, in seconds since the start of the run."""
+
+    stage: str
+    start_seconds: float
+    stop_seconds: float
+    is_concurrent: bool
+    """In a thread of its own, while other stages run."""
+
+    def to_row(self) -> list[Any]:
+        """Return plain values for JSON, with times to a microsecond."""
+        start, stop = round(self.start_seconds, 6), round(self.stop_seconds, 6)
+        return [self.stage, start, stop, self.is_concurrent]
+
+
+def merged_periods(periods: Sequence[Period]) -> list[Period]:
+    """Return periods in order of their starts, each merged with the one that it follows at once.
+
+    The run's own thread is one row of periods, each concurrent stage another one. Neighbours in a
+    row are merged if they are of one stage and the gap between them is below a millisecond or a
+    thousandth of the timeline, which no chart would show. In seconds:
+
+        text  0    to 1                      text  0 to 1
+        dit   1    to 2                      dit   1 to 4
+        dit   2    to 4              ->      vae   3 to 6, concurrent
+        vae   3    to 6, concurrent          dit   5 to 6
+        dit   5    to 6
+
+    The ticks of `dit` from 1 to 4 are merged, and 5 to 6 is not: something was waited for.
+    """
+    if not periods:
+        return []
+    ordered = sorted(periods, key=lambda each: (each.start_seconds, each.stop_seconds))
+    length = max(each.stop_seconds for each in ordered) - ordered[0].start_seconds
+    gap = max(MIN_GAP_SECONDS, MIN_GAP_SHARE * length)
+    merged: list[Period] = []
+    last: dict[str | None, int] = {}  # of a concurrent stage by its name, of the others by None
+    for each in ordered:
+        row = each.stage if each.is_concurrent else None
+        if (place := last.get(row)) is not None:
+            before = merged[place]
+            if before.stage == each.stage and each.start_seconds - before.stop_seconds < gap:
+                stop = max(before.stop_seconds, each.stop_seconds)
+                merged[place] = before._replace(stop_seconds=stop)
+                continue
+        last[row] = len(merged)
+        merged.append(each)
+    return merged
+
+
+# Passes -------------------------------------------------------------------------------------------
 
 
 class Pass(NamedTuple):
@@ -65,17 +171,163 @@ class Pass(NamedTuple):
     accumulated: float | None
 
 
+class PassId(NamedTuple):
+    """One chunk in one guidance branch at one tick."""
+
+    segment: int
+    tick: int
+    chunk: int
+    branch: str
+
+
+class TickId(NamedTuple):
+    """One pass over the active chunks of a segment."""
+
+    segment: int
+    tick: int
+
+
+class PassFlops(NamedTuple):
+    """FLOPs of a pass that were done, and those that reuse saved."""
+
+    spent: int
+    saved: int
+
+
+class KVTokens(NamedTuple):
+    """Clean tokens in the caches of a branch after a tick."""
+
+    segment: int
+    tick: int
+    branch: str
+    tokens: dict[int, float]
+    """Chunk -> its tokens, mean over layers and heads; chunks without any are left out."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the processes of a run traced, or one of them; plain values."""
+
+    flops: dict[PassId, PassFlops]
+    pass_seconds: dict[PassId, float]
+    """Of each pass that was computed."""
+    tick_seconds: dict[TickId, float]
+    kv_tokens: list[KVTokens]
+
+
+def merged(parts: Sequence[Traced]) -> Traced:
+    """Merge what the processes traced that divided the guidance branches of a run.
+
+    All counted the FLOPs of a pass alike, or one did. Its seconds add up: a pass of the record may
+    be several guidance passes, made one after the other in one process. A tick took as long as in
+    the slowest process. Each branch's caches are in one process.
+
+        pass        FLOPs of A, B    merged      seconds of A, B    merged
+        "all"       6, 6             6           2, 1               3
+        "cond"      4, -             4           2, -               2
+
+    Args:
+        parts: one of each branch group, in their order.
+    """
+    flops: dict[PassId, PassFlops] = {}
+    pass_seconds: dict[PassId, float] = defaultdict(float)
+    tick_seconds: dict[TickId, float] = defaultdict(float)
+    kv_tokens: list[KVTokens] = []
+    for part in parts:
+        flops |= part.flops
+        for each, seconds in part.pass_seconds.items():
+            pass_seconds[each] += seconds
+        for tick, seconds in part.tick_seconds.items():
+            tick_seconds[tick] = max(tick_seconds[tick], seconds)
+        kv_tokens += part.kv_tokens
+    kv_tokens.sort(key=lambda row: (row.segment, row.tick))  # stable: the branches keep their order
+    return Traced(flops, dict(pass_seconds), dict(tick_seconds), kv_tokens)
+
+
+class Trace:
+    """Collects FLOPs, times and clean tokens pass by pass; read when the run is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flops: dict[PassId, PassFlops] = {}
+        self._passes: list[tuple[Sequence[PassId], Moment, Moment]] = []
+        self._ticks: list[tuple[TickId, Moment, Moment]] = []
+        self._kv: list[tuple[TickId, str, Tensor]] = []
+
+    def add_flops(self, passes: Sequence[PassId], *, computed: int, without_reuse: int) -> None:
+        """Add FLOPs to some passes, in equal parts; the first ones get what does not divide."""
+        saved = without_reuse - computed
+        for place, each in enumerate(passes):
+            old = self.flops.get(each, PassFlops(0, 0))
+            self.flops[each] = PassFlops(
+                old.spent + _part(computed, place, len(passes)),
+                old.saved + _part(saved, place, len(passes)),
+            )
+
+    @contextmanager
+    def timed_pass(self, passes: Sequence[PassId]) -> Generator[None, None, None]:
+        """Add the time of the body to some passes, in equal parts."""
+        start = now(self.device)
+        yield
+        self._passes.append((passes, start, now(self.device)))
+
+    @contextmanager
+    def timed_tick(self, tick: TickId) -> Generator[None, None, None]:
+        """Keep the time of the body as that of a tick."""
+        start = now(self.device)
+        yield
+        self._ticks.append((tick, start, now(self.device)))
+
+    def keep_tokens(self, tick: TickId, branch: str, tokens_N: Tensor) -> None:
+        """Keep the clean tokens of each chunk after a tick."""
+        self._kv.append((tick, branch, tokens_N))
+
+    def read(self) -> Traced:
+        """Return all that was traced. Waits for the device."""
+        return Traced(self.flops, self.pass_seconds(), self.tick_seconds(), self.kv_tokens())
+
+    def pass_seconds(self) -> dict[PassId, float]:
+        """Return the time of each pass that was computed. Waits for the device."""
+        _wait(self.device)
+        seconds: dict[PassId, float] = defaultdict(float)
+        for passes, start, end in self._passes:
+            for each in passes:
+                seconds[each] += elapsed_seconds(start, end) / len(passes)
+        return dict(seconds)
+
+    def tick_seconds(self) -> dict[TickId, float]:
+        """Return the time of each tick. Waits for the device."""
+        _wait(self.device)
+        return {tick: elapsed_seconds(start, end) for tick, start, end in self._ticks}
+
+    def kv_tokens(self) -> list[KVTokens]:
+        """Return the clean tokens after each tick, by branch."""
+        rows = ((tick, branch, tokens_N.tolist()) for tick, branch, tokens_N in self._kv)
+        return [
+            KVTokens(*tick, branch, {chunk: count for chunk, count in enumerate(counts) if count})
+            for tick, branch, counts in rows
+        ]
+
+
+def _part(total: int, place: int, count: int) -> int:
+    """Return one of `count` parts of an integer: 7 in three parts is 3, 2, 2."""
+    return total // count + (place < total % count)
+
+
+# The run ------------------------------------------------------------------------------------------
+
+
 class _Span(NamedTuple):
-    """One use of a stage, with its ends as seconds or as CUDA events."""
+    """One use of a stage."""
 
     name: str
     parent: str | None
     start: Moment
     end: Moment
-    is_beside: bool
+    is_concurrent: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageTime:
     """The time of all uses of a stage."""
 
@@ -83,14 +335,14 @@ class StageTime:
     num_uses: int
     parent: str | None  # the stage that this one's seconds are also part of
     overlapped_seconds: float = 0.0
-    """The part of the seconds that ran beside other stages, in a thread of its own."""
+    """The part of the seconds that ran in a thread of its own, concurrently with other stages."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; overlapped seconds only where there are some."""
-        told = {"seconds": self.seconds, "num_uses": self.num_uses, "within": self.parent}
+        values = {"seconds": self.seconds, "num_uses": self.num_uses, "within": self.parent}
         if self.overlapped_seconds:
-            return told | {"overlapped_seconds": self.overlapped_seconds}
-        return told
+            values["overlapped_seconds"] = self.overlapped_seconds
+        return values
 
 
 class RunStats:
@@ -129,22 +381,11 @@ class RunStats:
             branch: the guidance pass.
             decision: computed or reused, and the distances that led to it.
         """
-        if decision.is_computed:
-            self.num_computed += 1
-        else:
-            self.num_reused += 1
-        self.passes.append(
-            Pass(
-                segment,
-                tick,
-                chunk,
-                step,
-                branch,
-                decision.is_computed,
-                decision.distance,
-                decision.accumulated,
-            )
-        )
+        self.num_computed += decision.is_computed
+        self.num_reused += not decision.is_computed
+        distances = decision.distance, decision.accumulated
+        row = Pass(segment, tick, chunk, step, branch, decision.is_computed, *distances)
+        self.passes.append(row)
 
     def add_flops(
         self, *, computed: int, without_reuse: int, passes: Sequence[PassId] = ()
@@ -183,7 +424,7 @@ class RunStats:
 
     @contextmanager
     def stage(
-        self, name: str, *, is_on_host: bool = False, is_beside: bool = False
+        self, name: str, *, is_on_host: bool = False, is_concurrent: bool = False
     ) -> Generator[None, None, None]:
         """Add the time of the body to a stage.
 
@@ -191,66 +432,49 @@ class RunStats:
             name: the stage; a stage inside another one counts in both.
             is_on_host: the body leaves nothing for the device to do (writing a file, loading), so
                 that the host's clock is the right one.
-            is_beside: the body runs in a thread of its own, beside the other stages, whose time it
-                does not lengthen unless they wait for the same device.
+            is_concurrent: the body runs in a thread of its own, while other stages go on. It is
+                part of none, and their time grows only where they wait for the same device.
         """
         clock = torch.device("cpu") if is_on_host else self.device
-        if is_beside:
-            start = now(clock)
-            try:
-                with memory_named(name):
-                    yield
-            finally:
-                self._spans.append(_Span(name, None, start, now(clock), is_beside=True))
-            return
-        parent = self._open_stages[-1] if self._open_stages else None
-        self._open_stages.append(name)
+        parent = self._open_stages[-1] if self._open_stages and not is_concurrent else None
+        if not is_concurrent:
+            self._open_stages.append(name)
         start = now(clock)
         try:
             with memory_named(name):
                 yield
         finally:
-            self._spans.append(_Span(name, parent, start, now(clock), is_beside=False))
-            self._open_stages.pop()
+            self._spans.append(_Span(name, parent, start, now(clock), is_concurrent))
+            if not is_concurrent:
+                self._open_stages.pop()
 
     def stage_times(self) -> dict[str, StageTime]:
         """Return the time of every stage, in the order of their first end. Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds: dict[str, float] = {}
-        beside: dict[str, float] = {}
-        num_uses: Counter[str] = Counter()
-        parents: dict[str, str | None] = {}
+        _wait(self.device)
+        times: dict[str, StageTime] = {}
         for span in self._spans:
             elapsed = elapsed_seconds(span.start, span.end)
-            seconds[span.name] = seconds.get(span.name, 0.0) + elapsed
-            num_uses[span.name] += 1
-            if span.is_beside:
-                beside[span.name] = beside.get(span.name, 0.0) + elapsed
-            parents.setdefault(span.name, span.parent)
-        return {
-            name: StageTime(seconds[name], num_uses[name], parent, beside.get(name, 0.0))
-            for name, parent in parents.items()
-        }
+            stage = times.setdefault(span.name, StageTime(0.0, 0, span.parent))
+            stage.seconds += elapsed
+            stage.num_uses += 1
+            if span.is_concurrent:
+                stage.overlapped_seconds += elapsed
+        return times
 
     def timeline(self) -> list[Period]:
         """Return when each stage was at work, in order of the starts. Waits for the device.
 
-        Stages inside another one are left out, and uses of a stage that follow each other at once
-        are told as one; see `merged_periods`. On CUDA a stage starts when the device begins with
-        its work, which is later than it was queued.
+        Stages inside another one are left out, uses of a stage that follow each other at once are
+        merged. On CUDA a stage starts when the device begins with its work, which is later than it
+        was queued.
         """
         seconds = host_clock(self.device)
+        origin = self._start_seconds
         return merged_periods(
             [
-                Period(
-                    span.name,
-                    seconds(span.start) - self._start_seconds,
-                    seconds(span.end) - self._start_seconds,
-                    span.is_beside,
-                )
-                for span in self._spans
-                if span.parent is None
+                Period(name, seconds(start) - origin, seconds(end) - origin, is_concurrent)
+                for name, parent, start, end, is_concurrent in self._spans
+                if parent is None
             ]
         )
 
@@ -307,8 +531,7 @@ class RunStats:
     def summary(self) -> str:
         """Return a few lines for people: passes and FLOPs, seconds per stage, peak memory."""
         lines: list[str] = []
-        num_passes = self.num_computed + self.num_reused
-        if num_passes:
+        if num_passes := self.num_computed + self.num_reused:
             share = 100 * self.num_computed / num_passes
             lines.append(
                 f"chunk passes  {self.num_computed} of {num_passes} computed ({share:.1f} %)"
@@ -333,17 +556,13 @@ class RunStats:
         for name, stage in times.items():
             if stage.parent is not None:
                 continue
-            inside = ", ".join(
-                f"{child} {part.seconds:.1f} s"
-                for child, part in times.items()
-                if part.parent == name
-            )
-            beside = f" ({stage.overlapped_seconds:.1f} s of it beside the others)"
-            parts.append(
-                f"{name} {stage.seconds:.1f} s"
-                + (f" (with {inside})" if inside else "")
-                + (beside if stage.overlapped_seconds else "")
-            )
+            part = f"{name} {stage.seconds:.1f} s"
+            inside = [f"{n} {t.seconds:.1f} s" for n, t in times.items() if t.parent == name]
+            if inside:
+                part += f" (with {', '.join(inside)})"
+            if stage.overlapped_seconds:
+                part += f" ({stage.overlapped_seconds:.1f} s of it beside the others)"
+            parts.append(part)
         total = self.elapsed_seconds()
         return f"{total:.1f} s" + (f": {', '.join(parts)}" if parts else "")
 
@@ -375,13 +594,10 @@ def _commit(file: Path) -> str | None:
     folder = file.resolve().parent
 
     def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
         try:
             run = subprocess.run(
-                ["git", "-C", str(folder), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=GIT_TIMEOUT_SECONDS,
-                check=False,
+                command, capture_output=True, text=True, timeout=GIT_TIMEOUT_SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

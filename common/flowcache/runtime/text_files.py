@@ -1,4 +1,4 @@
-"""Text files that people write, read strictly: prompts line by line, and CSV tables.
+"""Text files that people write, read strictly (prompts, CSV tables), and Markdown written for them.
 
 UTF-8 with or without a byte order mark, and UTF-16 or UTF-32 with one. What is wrong is said with
 its row (the first is 1) and, in a table, its column.
@@ -8,7 +8,7 @@ import codecs
 import csv
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 ADVICE = "save it as UTF-8 text"
+SPECIAL = re.compile(r"[\\`*\[\]|~]")
+"""Characters with a meaning in Markdown; `_` inside a word has none."""
+HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,7 @@ class TableRow:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that hold something, without the spaces around them.
-
-    Raises:
-        UserError: it can't be read, is no text, holds nothing, or a line is too long.
-    """
+    """Return the lines of a text file that hold something, without the spaces around them."""
     lines: list[str] = []
     for number, line in enumerate(re.split(r"\r\n|\r|\n", _read_text(path)), start=1):
         _check_text(line, f"{path}: row {number}")
@@ -57,10 +56,6 @@ def read_table(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
 
     Args:
         columns: those that must be there, with something in every row.
-
-    Raises:
-        UserError: it can't be read, is no text, a column is missing or there twice, a row has more
-            or fewer cells than the head, or a cell is empty, too long, or ends with an open quote.
     """
     head: list[str] = []
     rows: list[TableRow] = []
@@ -140,9 +135,6 @@ def _records(path: Path, text: str, head: Sequence[str]) -> Iterator[tuple[int, 
 
     Args:
         head: names of the columns, as soon as the caller knows them.
-
-    Raises:
-        UserError: a quote is open or in a wrong place.
     """
     lines = [line + "\n" for line in re.split(r"\r\n|\r|\n", text)]
     reader = csv.reader(lines, strict=True)
@@ -191,3 +183,21 @@ def _faulty_cell(text: str) -> int:
             middle = (low + high) // 2
             low, high = (low, middle) if breaks(middle) else (middle, high)
     return len(next(csv.reader([text[:high]]), [""])) - 1
+
+
+# Markdown -----------------------------------------------------------------------------------------
+
+
+def escaped(text: str) -> str:
+    r"""Return a name so that Markdown shows it as it is, on one line.
+
+    Example: "a|b" becomes "a\|b", "<i>" becomes "&lt;i&gt;", a line break a space.
+    """
+    plain = " ".join(text.split())
+    marked = SPECIAL.sub(lambda found: "\\" + found[0], plain)
+    return "".join(HTML.get(character, character) for character in marked)
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """Return a row of a table; cells that are not ours to write are `escaped` before."""
+    return f"| {' | '.join(cells)} |"

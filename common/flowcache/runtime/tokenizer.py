@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, one_line
 from flowcache.runtime.files import read_json
 
 # Seconds to import: where nothing is encoded, as for --help, it is never loaded.
@@ -21,11 +21,7 @@ VOCABULARIES = ("tokenizer.json", "spiece.model")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """List the files of a tokenizer's folder that its words depend on, in order.
-
-    Raises:
-        UserError: there is no vocabulary.
-    """
+    """List the files of a tokenizer's folder that its words depend on, in order."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{folder}: holds no tokenizer ({' or '.join(VOCABULARIES)})")
     # config.json is of the encoder, where both share a folder
@@ -42,9 +38,6 @@ def load_tokenizer(
     Args:
         vocab_size: words that the encoder knows.
         needs_padding: whether prompts are padded.
-
-    Raises:
-        UserError: the folder holds none, or one that can't pad or knows more words.
     """
     from transformers import AutoTokenizer
 
@@ -54,7 +47,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"{folder}: no readable tokenizer ({reason})") from error
     # of an empty file transformers makes a tokenizer that knows special tokens only
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():

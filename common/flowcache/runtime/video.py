@@ -1,4 +1,4 @@
-"""Read videos and images, write videos; never overwrite or half-write a result.
+"""Read and write videos, and read clips frame by frame; never overwrite or half-write a result.
 
 Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg encodes as a program
 (from imageio-ffmpeg) and decodes as a library (PyAV). Both are imported where a file is written or
@@ -7,32 +7,49 @@ read: what makes videos in memory, as the benchmark, runs without them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import re
 import tempfile
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 
-from flowcache.errors import UserError, one_line
+from flowcache.errors import UserError, first_line, one_line
 from flowcache.runtime.ending import Ending, Stopped, current, undisturbed
-from flowcache.runtime.files import check_writable, fresh_path, remove_stale_parts
-from flowcache.runtime.images import read_image as read_image
+from flowcache.runtime.files import (
+    ARRAY_ERRORS,
+    check_file,
+    check_writable,
+    fresh_path,
+    remove_stale_parts,
+)
+from flowcache.runtime.images import over_background, read_image
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
-# HD players read an untagged file as BT.709, ffmpeg writes BT.601 unless told: the colours shift.
+MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
+# HD players read an untagged file as BT.709, ffmpeg writes BT.601 by default: the colours shift.
 COLOUR = [
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
@@ -40,17 +57,14 @@ COLOUR = [
 # In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
 # and what a killed run has written stays readable.
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
-MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
+MAX_ASPECT = 8
+"""Of a pixel; the widest in use, of anamorphic film, is 2."""
+VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+ARRAY_SUFFIXES = (".npy", ".npz")
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a video file holds."""
-
-    num_frames: int
-    fps: float
-    height: int
-    width: int
+# Writing ------------------------------------------------------------------------------------------
 
 
 class VideoWriter:
@@ -91,10 +105,6 @@ class VideoWriter:
             overwrite: replace an existing file.
             publishes: give the file its name at the end of the context; else `publish` does.
             keeps_partial: keep the frames of an unfinished video.
-
-        Raises:
-            UserError: the size, rate, quality or name is not possible, the file exists, or the
-                folder is not writable.
         """
         if path.suffix.lower() != ".mp4":
             raise UserError(f"{path}: a video is written as .mp4, not {path.suffix or 'no suffix'}")
@@ -144,13 +154,10 @@ class VideoWriter:
         return self
 
     def append(self, frames_THW3: Pixels | torch.Tensor) -> None:
-        """Add frames, uint8 `[T, H, W, 3]`.
-
-        Raises:
-            ValueError: another type or shape than that.
-            UserError: the file can't be written, for example because the disk is full.
-        """
-        frames = _as_array(frames_THW3)
+        """Add frames, uint8 `[T, H, W, 3]`."""
+        if isinstance(frames_THW3, torch.Tensor):
+            frames_THW3 = frames_THW3.cpu().numpy()
+        frames = np.ascontiguousarray(frames_THW3)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
             wanted = f"uint8 [T, {self._size[0]}, {self._size[1]}, 3]"
             raise ValueError(f"frames must be {wanted}, got {frames.dtype} {list(frames.shape)}")
@@ -162,7 +169,7 @@ class VideoWriter:
                     self._encoder.send(frame)
                     self.num_frames += 1
         except OSError as error:
-            raise UserError(self._failure(str(error).partition("\n")[0])) from None
+            raise UserError(self._failure(first_line(error))) from None
 
     def __exit__(
         self,
@@ -175,11 +182,7 @@ class VideoWriter:
             self._finish(error)
 
     def publish(self) -> None:
-        """Give a complete file its name.
-
-        Raises:
-            UserError: a file of that name appeared meanwhile; the video is kept as a partial one.
-        """
+        """Give a complete file its name."""
         if self.path.exists() and not self._overwrite:
             self._keep(None, self.num_frames)
             self._end()
@@ -188,8 +191,6 @@ class VideoWriter:
         self._end()
 
     def _finish(self, error: BaseException | None) -> None:
-        from flowcache.runtime.decoding import num_decodable
-
         self._encoder.close()
         num_written = num_decodable(self._part) if self._part.exists() else 0
         if error is None and self.num_frames == 0:
@@ -236,6 +237,50 @@ class VideoWriter:
         return f"{self.path}: writing failed {done} ({reason}); is the disk full?"
 
 
+def check_ffmpeg() -> None:
+    """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work."""
+    advice = "unset IMAGEIO_FFMPEG_EXE, or run: pip install --force-reinstall imageio-ffmpeg"
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            VideoWriter(
+                Path(folder) / "trial.mp4", fps=24, size=(16, 16), keeps_partial=False
+            ) as writer,
+        ):
+            writer.append(np.zeros((1, 16, 16, 3), np.uint8))
+    except (UserError, OSError, RuntimeError) as error:
+        raise UserError(f"ffmpeg does not work ({one_line(error)}): {advice}") from None
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn float pixels in -1..1, `[..., 3, T, H, W]`, into uint8 `[..., T, H, W, 3]`.
+
+    -1 -> 0, 0 -> 127 (127.5 is cut off), 1 -> 255.
+
+    Source: SkyReels-V2, the end of the released pipelines: x / 2 + 0.5, clamped, times 255.
+    """
+    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+    return rearrange(scaled.to(torch.uint8), "... c t h w -> ... t h w c")
+
+
+def to_pixels(frames_THW3: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 frames `[T, H, W, 3]` into float pixels `[3, T, H, W]` in -1..1."""
+    return rearrange(frames_THW3, "t h w c -> c t h w").float() / 127.5 - 1
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a video file holds."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+
 def read_video(
     path: Path,
     *,
@@ -254,12 +299,7 @@ def read_video(
         last: keep the last so many only.
         fps: bring the video to this rate by its time stamps, see `at_rate`; None: frames as stored.
         size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
-
-    Raises:
-        UserError: the file is missing, not a video, or holds no frame.
     """
-    from flowcache.runtime.decoding import at_rate, open_video, pixels_of
-
     with open_video(path) as video:
         timed = video.frames()
         wanted = (each.frame for each in timed) if fps is None else at_rate(timed, fps)
@@ -283,12 +323,7 @@ def stream_video(path: Path) -> tuple[tuple[int, int], Generator[Pixels, None, N
 
     Strict: where `read_video` goes on with what can be made of damaged data, the frames end with
     an error.
-
-    Raises:
-        UserError: the file is missing or not a video; while reading, it is damaged.
     """
-    from flowcache.runtime.decoding import num_decodable, open_video, pixels_of
-
     with open_video(path) as video:
         size = video.size
 
@@ -305,52 +340,308 @@ def stream_video(path: Path) -> tuple[tuple[int, int], Generator[Pixels, None, N
 
 
 def probe(path: Path) -> Probe:
-    """Count the frames of a video and read its rate and its size as it is shown.
-
-    Raises:
-        UserError: the file is missing, not a video, or holds no frame.
-    """
-    from flowcache.runtime.decoding import num_decodable, open_video
-
+    """Count the frames of a video and read its rate and its size as it is shown."""
     with open_video(path) as video:
         return Probe(num_decodable(path), video.fps, *video.size)
 
 
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn float pixels in -1..1, `[..., 3, T, H, W]`, into uint8 `[..., T, H, W, 3]`.
+# Decoding -----------------------------------------------------------------------------------------
 
-    -1 -> 0, 0 -> 127 (127.5 is cut off), 1 -> 255.
 
-    Source: SkyReels-V2, the end of the released pipelines: x / 2 + 0.5, clamped, times 255.
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """A frame and when it is shown, in seconds."""
+
+    frame: T
+    start: Fraction
+    stop: Fraction
+
+
+def at_rate(timed: Iterable[Timed[T]], fps: float) -> Generator[T, None, None]:
+    """Yield which frames make a video of another rate, none made up.
+
+    Frame n of the new video is the last one whose start, rounded to frames of the new rate, is not
+    after n; the last one is shown until its stop. From 30 to 24 frames per second: 0, 1, 3, 4, 5,
+    6, 8, ... A video that is shorter than half a frame has one frame.
+
+    Source: the filter `fps` of ffmpeg, which the release of MAGI-1 uses.
     """
-    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
-    return scaled.to(torch.uint8).movedim(-4, -1)
+    shown: Timed[T] | None = None
+    place = first = 0
+    for coming in timed:
+        start = _nearest(coming.start * Fraction(fps))
+        if shown is None:
+            place = first = start
+        while shown is not None and place < start:
+            yield shown.frame
+            place += 1
+        shown = coming
+    if shown is not None:
+        for _ in range(place, max(_nearest(shown.stop * Fraction(fps)), first + 1)):
+            yield shown.frame
 
 
-def to_pixels(frames_THW3: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 frames `[T, H, W, 3]` into float pixels `[3, T, H, W]` in -1..1."""
-    return frames_THW3.permute(3, 0, 1, 2).float() / 127.5 - 1
+def _nearest(value: Fraction) -> int:
+    """Round to the nearest whole number, halves away from zero."""
+    half = Fraction(1, 2)
+    return math.floor(value + half) if value >= 0 else math.ceil(value - half)
 
 
-def check_ffmpeg() -> None:
-    """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work.
+class Video:
+    """An open video: its stream that is shown, decoded frame by frame.
 
-    Raises:
-        UserError: ffmpeg is missing or can't write what `VideoWriter` asks for.
+    Attributes:
+        fps: mean rate in frames per second.
+        size: height and width of the first frame as it is shown: upright, with square pixels.
+        num_damaged: packets that could not be decoded so far.
     """
-    advice = "unset IMAGEIO_FFMPEG_EXE, or run: pip install --force-reinstall imageio-ffmpeg"
+
+    def __init__(self, path: Path, container: InputContainer, *, is_strict: bool) -> None:
+        """Decode the first frame."""
+        self.path = path
+        self.num_damaged = 0
+        self._container = container
+        self._is_strict = is_strict
+        self._stream = shown_stream(path, container)
+        self._stream.thread_type = "AUTO"
+        if is_strict:
+            self._stream.codec_context.options = {"err_detect": "explode"}
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if not rate:
+            raise UserError(f"{path}: says no frame rate")
+        self.fps = float(rate)
+        self._usual_length = 1 / rate
+        self._decoded = self._decode()
+        first = next(self._decoded, None)
+        if first is None:
+            raise UserError(f"{path}: holds no frame")
+        self._first = first
+        height, width = first.frame.height, round(first.frame.width * self._aspect())
+        self.size = (width, height) if _quarter_turns(first.frame) % 2 else (height, width)
+
+    def _aspect(self) -> Fraction:
+        """Return how many times as wide as high a pixel is shown."""
+        aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+            raise UserError(
+                f"{self.path}: its pixels are {float(aspect):g} times as wide as high, but must be "
+                f"1/{MAX_ASPECT} to {MAX_ASPECT} times: the file is damaged"
+            )
+        return aspect
+
+    def frames(self) -> Iterator[Timed[VideoFrame]]:
+        """Return all frames, once."""
+        return chain([self._first], self._decoded)
+
+    def _decode(self) -> Generator[Timed[VideoFrame], None, None]:
+        import av
+
+        origin = Fraction(self._container.start_time or 0, av.time_base)
+        at = Fraction(0)
+        for count, frame in enumerate(self._intact()):
+            if self._is_strict and frame.is_corrupt:
+                raise UserError(f"{self.path}: broken after frame {count}")
+            base = frame.time_base or Fraction(1, av.time_base)
+            start = at if frame.pts is None else frame.pts * base - origin
+            at = start + ((frame.duration or 0) * base or self._usual_length)
+            yield Timed(frame, start, at)
+
+    def _intact(self) -> Generator[VideoFrame, None, None]:
+        """Yield what can be decoded; strict: end with an error at what can't."""
+        from av import FFmpegError
+
+        count = 0
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                frames = [] if packet is None else packet.decode()
+            except FFmpegError:
+                if self._is_strict:
+                    raise UserError(f"{self.path}: broken after frame {count}") from None
+                self.num_damaged += 1
+                continue
+            if packet is None:
+                return
+            for frame in frames:
+                yield frame
+                count += 1
+
+
+@contextlib.contextmanager
+def open_video(path: Path, *, is_strict: bool = False) -> Generator[Video, None, None]:
+    """Open a video to be decoded; strict: its frames end with an error at damaged data."""
+    import av
+
+    check_file(path)
+    # without the lists ffmpeg takes a text file for a video of text, and follows links in playlists
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            VideoWriter(
-                Path(folder) / "trial.mp4", fps=24, size=(16, 16), keeps_partial=False
-            ) as writer,
-        ):
-            writer.append(np.zeros((1, 16, 16, 3), np.uint8))
-    except (UserError, OSError, RuntimeError) as error:
-        raise UserError(f"ffmpeg does not work ({one_line(error)}): {advice}") from None
+        container = av.open(str(path.resolve()), options=options)
+    except (av.FFmpegError, UnicodeDecodeError):
+        raise UserError(f"{path}: not a video that can be read") from None
+    with container:
+        yield Video(path, container, is_strict=is_strict)
 
 
-def _as_array(frames: Pixels | torch.Tensor) -> Pixels:
-    array = frames.cpu().numpy() if isinstance(frames, torch.Tensor) else frames
-    return np.ascontiguousarray(array)
+def shown_stream(path: Path, container: InputContainer) -> VideoStream:
+    """Return the video stream that ffmpeg takes: marked as default, then the most pixels.
+
+    Cover pictures are no video.
+    """
+    from av.stream import Disposition
+
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic
+    ]
+    if not streams:
+        raise UserError(f"{path}: holds no video stream")
+    return max(
+        streams,
+        key=lambda stream: (
+            bool(stream.disposition & Disposition.default),
+            stream.codec_context.width * stream.codec_context.height,
+        ),
+    )
+
+
+def pixels_of(frame: VideoFrame, *, size: tuple[int, int]) -> Pixels:
+    """Return a frame upright in a size, uint8 `[H, W, 3]`; transparent ones over white."""
+    from av.video.reformatter import Interpolation
+    from PIL import Image
+
+    has_alpha = any(part.is_alpha for part in frame.format.components)
+    wanted = "rgba" if has_alpha else "rgb24"
+    array = frame.reformat(format=wanted, interpolation=Interpolation.BICUBIC).to_ndarray()
+    if has_alpha:
+        array = np.asarray(over_background(Image.fromarray(array)))
+    array = np.ascontiguousarray(np.rot90(array, _quarter_turns(frame)))
+    if array.shape[:2] == size:
+        return array
+    image = Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _quarter_turns(frame: VideoFrame) -> int:
+    """Return how often a frame is turned left by 90 degrees to be upright, as cameras note."""
+    return round(frame.rotation / 90) % 4
+
+
+def num_decodable(path: Path) -> int:
+    """Return the number of frames that a file holds; 0 if it can't be read."""
+    import av
+
+    try:
+        with av.open(str(path.resolve())) as container:
+            stream = shown_stream(path, container)
+            return sum(bool(p.size) and not p.is_discard for p in container.demux(stream))
+    except (av.FFmpegError, UserError, UnicodeDecodeError):
+        return 0
+
+
+# Clips --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrameStream:
+    """The frames of a clip, read as they are asked for."""
+
+    path: Path
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    frames: Generator[Pixels, None, None]
+    """Each uint8 `[H, W, 3]`."""
+
+
+def is_clip(path: Path) -> bool:
+    """Tell whether a path is one clip: a video, an array, or a folder of PNG files."""
+    if path.is_dir():
+        return bool(_png_files(path))
+    return path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES
+
+
+def list_clips(folder: Path) -> dict[str, Path]:
+    """Return the clips of a folder by name without suffix; hidden files are left out."""
+    clips: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not is_clip(path):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if name in clips:
+            raise UserError(
+                f"{folder}: {clips[name].name} and {path.name} are two clips of one name: keep one"
+            )
+        clips[name] = path
+    if not clips:
+        kinds = ", ".join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)
+        raise UserError(f"{folder}: holds no clip ({kinds}, or folders of PNG files)")
+    return clips
+
+
+def open_clip(path: Path) -> FrameStream:
+    """Open a clip; what kind it is shows in the suffix.
+
+    Args:
+        path: a video; an `.npy` or `.npz` that holds one uint8 array `[T, H, W, 3]`; or a folder
+            of PNG files, in the order of the numbers in their names.
+    """
+    if path.is_dir():
+        return _open_images(path)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        return _open_array(path)
+    size, frames = stream_video(path)
+    return FrameStream(path, size, frames)
+
+
+def _open_images(folder: Path) -> FrameStream:
+    paths = _png_files(folder)
+    if not paths:
+        raise UserError(f"{folder}: a folder without PNG files, so no clip")
+    first = read_image(paths[0])
+    size = (first.height, first.width)
+
+    def frames() -> Generator[Pixels, None, None]:
+        for path in paths:
+            frame = np.asarray(read_image(path))
+            if frame.shape[:2] != size:
+                raise UserError(
+                    f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, but the first frame has "
+                    f"{size[1]}x{size[0]}"
+                )
+            yield frame
+
+    return FrameStream(folder, size, frames())
+
+
+def _png_files(folder: Path) -> list[Path]:
+    """Return the PNG files of a folder, `frame_2` before `frame_10`."""
+
+    def order(path: Path) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", path.stem)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+    found = (path for path in folder.iterdir() if path.suffix.lower() == ".png")
+    return sorted((path for path in found if not path.name.startswith(".")), key=order)
+
+
+def _open_array(path: Path) -> FrameStream:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = list(content.values()) if isinstance(content, np.lib.npyio.NpzFile) else [content]
+    except ARRAY_ERRORS as error:
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"{path}: not an array file of numpy ({reason[:200]})") from None
+    if len(arrays) != 1:
+        raise UserError(f"{path}: must hold one array, not {len(arrays)}")
+    pixels = arrays[0]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
+        raise UserError(
+            f"{path}: must hold uint8 pixels [T, H, W, 3], found {pixels.dtype} "
+            f"{list(pixels.shape)}"
+        )
+    _, height, width, _ = pixels.shape
+    return FrameStream(path, (height, width), (np.array(frame) for frame in pixels))

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 from flowcache.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,10 @@ _WRAPPERS = ("module.", "model.", "diffusion_model.", "_orig_mod.")
 """What training and other programs put before all keys of a model."""
 _SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")
 """Ends of the keys of 8-bit weights that must be multiplied by a scale."""
+_PICKLE_ERRORS = (
+    *(RuntimeError, pickle.UnpicklingError, OSError, EOFError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 _LFS_POINTER = b"version https://git-lfs"
 _MISFIT = "the file does not fit the model config"
 
@@ -50,22 +54,14 @@ class StoredTensor(NamedTuple):
     tensor: Tensor
 
 
-def take_whole(tensor: Tensor) -> Tensor:
-    """Return the stored tensor itself."""
-    return tensor
-
-
 @dataclass(frozen=True)
 class Origin:
-    """Where one parameter of a module comes from.
-
-    Attributes:
-        key: key in the file; several parameters may share one.
-        take: what to take of the stored tensor, e.g. a third of a joint projection.
-    """
+    """Where one parameter of a module comes from."""
 
     key: str
-    take: Callable[[Tensor], Tensor] = take_whole
+    """In the file; several parameters may share one."""
+    take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """What to take of the stored tensor, e.g. a third of a joint projection."""
 
 
 def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -79,8 +75,11 @@ def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def ignore_none(_key: str) -> bool:
-    """Refuse to ignore any key of a file."""
+    """Ignore no key of a file."""
     return False
+
+
+# Finding files ------------------------------------------------------------------------------------
 
 
 def find_shards(folder: str | Path, *, packing: str = "") -> tuple[Path, ...]:
@@ -93,10 +92,6 @@ def find_shards(folder: str | Path, *, packing: str = "") -> tuple[Path, ...]:
 
     Args:
         packing: suffix of compressed files, as `.zst`; one is listed where the file itself is not.
-
-    Raises:
-        UserError: if the folder, a file the index or the numbering calls for, or any file at all
-            is missing, or if the index is not readable or points elsewhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -112,9 +107,9 @@ def find_shards(folder: str | Path, *, packing: str = "") -> tuple[Path, ...]:
             index = folder / indexes[0]
             shards = sorted(set(_read_index(index).values()))
             return tuple(_stored(folder / name, packing, index.name) for name in shards)
-        if own := _without_variants([name for name in names if name.endswith(suffix)], suffix):
-            own = _in_full_number(own, suffix, folder)
-            return tuple(_stored(folder / name, packing, "its name") for name in sorted(own))
+        if kept := _without_variants([name for name in names if name.endswith(suffix)], suffix):
+            _check_numbers(kept, suffix, folder)
+            return tuple(_stored(folder / name, packing, "its name") for name in sorted(kept))
     others = [name for name in sorted(names) if name.endswith(_OTHER_WEIGHTS)]
     hint = f"{others[0]} is not read" if others else "is the download complete?"
     raise UserError(f"{folder}: holds no *.safetensors file; {hint}")
@@ -133,11 +128,7 @@ def _stored(path: Path, packing: str, origin: str) -> Path:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Read the map from key to file name of an index.
-
-    Raises:
-        UserError: if it has no `weight_map` from text to names of files in its own folder.
-    """
+    """Read the map from key to file name of an index, which may name files of its folder only."""
     content = read_json(path, advice="download it again")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if (
@@ -172,12 +163,8 @@ def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
     return kept
 
 
-def _in_full_number(names: Sequence[str], suffix: str, folder: Path) -> Sequence[str]:
-    """Check that of every numbered file its neighbours are there, and return the names.
-
-    Raises:
-        UserError: naming the first missing one.
-    """
+def _check_numbers(names: Sequence[str], suffix: str, folder: Path) -> None:
+    """Check that all files are there that a numbered one calls for."""
     present = set(names)
     for name in names:
         if matched := _SHARD_OF.fullmatch(name.removesuffix(suffix)):
@@ -190,15 +177,10 @@ def _in_full_number(names: Sequence[str], suffix: str, folder: Path) -> Sequence
                         f"{folder / wanted}: no such file, but {name} calls for it; download it "
                         "again"
                     )
-    return names
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read the JSON that holds a model's sizes, and check that no number or list is absurd.
-
-    Raises:
-        UserError: it is not readable, no object, or holds more than a model can have.
-    """
+    """Read the JSON that holds a model's sizes, and check that no number or list is absurd."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the checkpoint is not complete, download it again")
     content = read_json(path, advice="download it again")
@@ -226,14 +208,14 @@ def _check_sizes(path: Path, name: str, value: Any) -> None:
             raise UserError(f"{path}: {name} is {value:.6g}, expected at most {limit}")
 
 
+# Reading files ------------------------------------------------------------------------------------
+
+
 def read(paths: Iterable[str | Path]) -> Iterator[StoredTensor]:
     """Yield every tensor of `.safetensors` and `.pth` files, one file after the other.
 
     The tensors are mapped from disk: looking at shape and dtype reads no data. Copy what is to
     outlive the file. (A `.pth` of the format before PyTorch 1.6 cannot be mapped and is read.)
-
-    Raises:
-        UserError: if a file is missing, cut short, corrupt, or no set of named tensors.
     """
     for path in map(Path, paths):
         if not path.is_file():
@@ -248,15 +230,11 @@ def wrapping_of(keys: Iterable[str]) -> str:
     """Return what wrappers put before all keys, as `model.diffusion_model.`; else nothing."""
     keys, wrapping = list(keys), ""
     while keys:
-        shared = (
-            wrapper
-            for wrapper in _WRAPPERS
-            if all(key.startswith(wrapping + wrapper) for key in keys)
-        )
-        found = next(shared, None)
-        if found is None:
+        longer = [wrapping + part for part in _WRAPPERS]
+        shared = [text for text in longer if all(key.startswith(text) for key in keys)]
+        if not shared:
             break
-        wrapping += found
+        wrapping = shared[0]
     return wrapping
 
 
@@ -271,7 +249,7 @@ def _read_safetensors(path: Path) -> Iterator[StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
     except RuntimeError as error:  # torch's, when the system refuses to map the file
-        raise UserError(f"{path}: {_first_line(error)}; free some memory") from error
+        raise UserError(f"{path}: {_reason(error)}; free some memory") from error
 
 
 def _read_pickle(path: Path) -> Iterator[StoredTensor]:
@@ -279,16 +257,7 @@ def _read_pickle(path: Path) -> Iterator[StoredTensor]:
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _PICKLE_ERRORS as error:
         raise _unreadable(path, error) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a map of named tensors")
@@ -307,41 +276,35 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             return UserError(f"{path}: is a Git LFS pointer, not the weights; run git lfs pull")
-    return UserError(f"{path}: cut short or corrupt ({_first_line(error)}); download it again")
+    return UserError(f"{path}: cut short or corrupt ({_reason(error)}); download it again")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A parameter or buffer that wants values."""
+# Filling a module ---------------------------------------------------------------------------------
 
-    names: tuple[str, ...]
+
+class _Target(NamedTuple):
+    """A parameter or buffer that wants values, with the names of those tied to it."""
+
     name: str
-    shape: torch.Size
-    is_floating: bool
+    names: tuple[str, ...]
+    value: Tensor
     take: Callable[[Tensor], Tensor]
 
 
 def _targets_by_key(module: nn.Module, origin: Callable[[str], Origin]) -> dict[str, list[_Target]]:
-    """Map each key wanted of the files to what it fills; tied parameters list all their names."""
+    """Map each key wanted of the files to what it fills."""
     state = module.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = {}
     for name, value in state.items():
         names_of.setdefault(id(value), []).append(name)
     targets: dict[str, list[_Target]] = {}
     for name, value in state.items():
-        source = origin(name)
-        target = _Target(
-            names=tuple(names_of[id(value)]),
-            name=name,
-            shape=value.shape,
-            is_floating=value.is_floating_point(),
-            take=source.take,
-        )
-        targets.setdefault(source.key, []).append(target)
+        key, take = origin(name).key, origin(name).take
+        targets.setdefault(key, []).append(_Target(name, tuple(names_of[id(value)]), value, take))
     return targets
 
 
@@ -362,10 +325,6 @@ def match(
         tensors: what the files hold.
         origin: for a name in the module, where its values come from.
         ignored: for a key of a file, whether it may be left out.
-
-    Raises:
-        UserError: naming file and key, if a key is unexpected, missing or there twice, or if a
-            tensor has another shape or kind of dtype than the module's.
     """
     targets = _targets_by_key(module, origin)
     first_path: dict[str, Path] = {}
@@ -416,15 +375,15 @@ def _take(target: _Target, path: Path, key: str, tensor: Tensor) -> Tensor:
     """Take a target's part of a stored tensor and check its shape and kind."""
     try:
         part = target.take(tensor)
-        fits = part.shape == target.shape
+        fits = part.shape == target.value.shape
     except (RuntimeError, IndexError):
         part, fits = tensor, False
     if not fits:
         use = "" if target.name == key else f" for {target.name}"
-        expected = f"expected {list(target.shape)}{use}"
+        expected = f"expected {list(target.value.shape)}{use}"
         raise UserError(f"{path}: key {key} has shape {list(tensor.shape)}, {expected}; {_MISFIT}")
-    if part.is_floating_point() != target.is_floating:
-        kind = "a floating" if target.is_floating else "an integer"
+    if part.is_floating_point() != target.value.is_floating_point():
+        kind = "a floating" if target.value.is_floating_point() else "an integer"
         raise UserError(
             f"{path}: key {key} has dtype {part.dtype}, expected {kind} type; {_MISFIT}"
         )
@@ -452,32 +411,22 @@ def load_into(
         ignored: see `match`.
         dtype: type of the floating tensors; None keeps each as stored.
         device: where the values go.
-
-    Raises:
-        UserError: see `match`.
     """
-    with torch.no_grad():
-        for names, part in match(module, tensors, origin=origin, ignored=ignored):
-            wanted = dtype if part.is_floating_point() else None
-            # copied always: a view of the mapped file would change or crash with the file
-            value = part.to(
-                device=device,
-                dtype=wanted or part.dtype,
-                copy=True,
-                memory_format=torch.contiguous_format,
-            )
-            _assign(module, names, value)
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state: dict[str, Tensor] = {}
+    for names, part in match(module, tensors, origin=origin, ignored=ignored):
+        value = part.to(
+            device=device,
+            dtype=dtype if part.is_floating_point() else None,
+            copy=True,  # a view of the mapped file would change or crash with the file
+            memory_format=torch.contiguous_format,
+        )
+        if names[0] in parameters:
+            value = nn.Parameter(value, requires_grad=False)
+        state |= dict.fromkeys(names, value)  # one object: tied parameters stay tied
+    module.requires_grad_(False)
+    module.load_state_dict(state, strict=True, assign=True)
     module.eval()
-
-
-def _assign(module: nn.Module, names: Iterable[str], value: Tensor) -> None:
-    """Put a value at each of the given (tied) names of a module."""
-    parameter = nn.Parameter(value, requires_grad=False)
-    for name in names:
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        is_parameter = leaf in dict(owner.named_parameters(recurse=False))
-        setattr(owner, leaf, parameter if is_parameter else value)
 
 
 def check_files(
@@ -487,14 +436,7 @@ def check_files(
     origin: Callable[[str], Origin] = Origin,
     ignored: Callable[[str], bool] = ignore_none,
 ) -> int:
-    """Check from their headers alone that files fill a module exactly.
-
-    Returns:
-        Size of the tensors that fill the module, in bytes as stored.
-
-    Raises:
-        UserError: see `read` and `match`.
-    """
+    """Check from their headers alone that files fill a module exactly; return the bytes stored."""
     matched = match(module, read(paths), origin=origin, ignored=ignored)
     return sum(part.numel() * part.element_size() for _, part in matched)
 
@@ -508,11 +450,7 @@ def load_files(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
-    """Load files into a module built on the meta device, after a check of all their headers.
-
-    Raises:
-        UserError: see `read` and `match`; before any data are read.
-    """
+    """Load files into a module built on the meta device, after a check of all their headers."""
     paths = tuple(paths)
     check_files(module, paths, origin=origin, ignored=ignored)
     load_into(module, read(paths), origin=origin, ignored=ignored, dtype=dtype, device=device)

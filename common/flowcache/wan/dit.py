@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.attention import SDPA, Kernel
-from flowcache.runtime import flops
-from flowcache.runtime.compiling import Compilation, compiled
-from flowcache.runtime.precision import linear_in_float32
-from flowcache.runtime.transfer import on_device
+from flowcache.runtime import ops
+from flowcache.runtime.compile import Compilation, compiled
+from flowcache.runtime.ops import linear_in_float32, on_device
 
 PATCH = (1, 2, 2)
 """Latent frames, rows and columns of one token."""
@@ -624,24 +623,24 @@ def embed_flops(config: DiTConfig, *, num_frames: int, frame_tokens: int) -> int
     """FLOPs of the patch, time and frame-rate embeddings of some latent frames."""
     dim = config.dim
     patch = config.in_dim * PATCH[0] * PATCH[1] * PATCH[2]
-    total = flops.linear(num_frames * frame_tokens, d_in=patch, d_out=dim)
-    total += flops.linear(num_frames, d_in=config.freq_dim, d_out=dim)
-    total += flops.linear(num_frames, d_in=dim, d_out=dim + 6 * dim)
+    total = ops.linear_flops(num_frames * frame_tokens, d_in=patch, d_out=dim)
+    total += ops.linear_flops(num_frames, d_in=config.freq_dim, d_out=dim)
+    total += ops.linear_flops(num_frames, d_in=dim, d_out=dim + 6 * dim)
     if config.inject_sample_info:
-        total += flops.linear(1, d_in=dim, d_out=dim + 6 * dim)
+        total += ops.linear_flops(1, d_in=dim, d_out=dim + 6 * dim)
     return total
 
 
 def context_flops(config: DiTConfig) -> int:
     """FLOPs of one prompt's projection to every layer's cross-attention keys and values."""
     dim, rows = config.dim, config.text_len
-    total = flops.linear(rows, d_in=config.text_dim, d_out=dim)
-    total += flops.linear(rows, d_in=dim, d_out=dim)
-    total += config.num_layers * flops.linear(rows, d_in=dim, d_out=2 * dim)
+    total = ops.linear_flops(rows, d_in=config.text_dim, d_out=dim)
+    total += ops.linear_flops(rows, d_in=dim, d_out=dim)
+    total += config.num_layers * ops.linear_flops(rows, d_in=dim, d_out=2 * dim)
     if config.model_type == "i2v":
         image = config.image_dim or CLIP_WIDTH
-        total += flops.linear(IMAGE_TOKENS, d_in=image, d_out=image + dim)
-        total += config.num_layers * flops.linear(IMAGE_TOKENS, d_in=dim, d_out=2 * dim)
+        total += ops.linear_flops(IMAGE_TOKENS, d_in=image, d_out=image + dim)
+        total += config.num_layers * ops.linear_flops(IMAGE_TOKENS, d_in=dim, d_out=2 * dim)
     return total
 
 
@@ -649,14 +648,14 @@ def blocks_flops(config: DiTConfig, *, queries: int, keys: int) -> int:
     """FLOPs of all blocks for `queries` tokens that attend to `keys` tokens (own ones included)."""
     dim = config.dim
     context_tokens = config.text_len + (IMAGE_TOKENS if config.model_type == "i2v" else 0)
-    per_block = flops.linear(queries, d_in=dim, d_out=4 * dim)  # q, k, v, o of self-attention
-    per_block += flops.attention(queries, keys=keys, width=dim)
-    per_block += flops.linear(queries, d_in=dim, d_out=2 * dim)  # q, o of cross-attention
-    per_block += flops.attention(queries, keys=context_tokens, width=dim)
-    per_block += 2 * flops.linear(queries, d_in=dim, d_out=config.ffn_dim)
+    per_block = ops.linear_flops(queries, d_in=dim, d_out=4 * dim)  # q, k, v, o of self-attention
+    per_block += ops.attention_flops(queries, keys=keys, width=dim)
+    per_block += ops.linear_flops(queries, d_in=dim, d_out=2 * dim)  # q, o of cross-attention
+    per_block += ops.attention_flops(queries, keys=context_tokens, width=dim)
+    per_block += 2 * ops.linear_flops(queries, d_in=dim, d_out=config.ffn_dim)
     return config.num_layers * per_block
 
 
 def head_flops(config: DiTConfig, *, queries: int) -> int:
     """FLOPs of the projection of tokens to latent patches."""
-    return flops.linear(queries, d_in=config.dim, d_out=config.out_dim * PATCH[1] * PATCH[2])
+    return ops.linear_flops(queries, d_in=config.dim, d_out=config.out_dim * PATCH[1] * PATCH[2])

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowcache.errors import UserError
-from flowcache.runtime.ranks import Ranks
+from flowcache.errors import UserError, first_line
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import (
     Origin,
     check_files,
@@ -170,7 +170,7 @@ class VAEStream:
         pixels = torch.cat(parts, dim=2)
         if ranks.num_shares == 1:
             return pixels
-        return ranks.total(strip.placed(pixels, scale=vae.spatial_stride))
+        return ranks.all_reduce(strip.placed(pixels, scale=vae.spatial_stride))
 
 
 # One latent, for a strip of the picture -----------------------------------------------------------
@@ -406,7 +406,7 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
         )
         num_means, num_stds = len(config.latents_mean), len(config.latents_std)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: the config makes no Wan VAE ({reason})") from error
     if not is_wan_2_1:
         raise UserError(f"{path}: no Wan 2.1 VAE (4 frames per latent, no patches, no shortcuts)")

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from flowcache.runtime.overlap import MAX_WAITING, SerialLane, ThreadLane, lane_for, should_overlap
+from flowcache.runtime.overlap import MAX_WAITING, Worker, should_overlap
 
 
 def test_work_is_done_in_order_in_another_thread():
@@ -15,22 +15,22 @@ def test_work_is_done_in_order_in_another_thread():
         assert threading.current_thread() is not threading.main_thread()
         return number * number
 
-    with ThreadLane("test") as lane:
-        results = [lane.submit(lambda i=i: work(i)) for i in range(6)]
-    assert [result.get() for result in results] == [0, 1, 4, 9, 16, 25]
+    with Worker("test") as worker:
+        results = [worker.submit(lambda i=i: work(i)) for i in range(6)]
+    assert [result.result() for result in results] == [0, 1, 4, 9, 16, 25]
     assert order == list(range(6))
 
 
 def test_only_so_much_waits():
     gate, submitted = threading.Event(), []
 
-    def fill(lane: ThreadLane) -> None:
+    def fill(worker: Worker) -> None:
         for number in range(MAX_WAITING + 1):
-            lane.submit(gate.wait)
+            worker.submit(gate.wait)
             submitted.append(number)
 
-    with ThreadLane("test") as lane:
-        filler = threading.Thread(target=fill, args=(lane,))
+    with Worker("test") as worker:
+        filler = threading.Thread(target=fill, args=(worker,))
         filler.start()
         time.sleep(0.3)
         assert len(submitted) == MAX_WAITING
@@ -39,16 +39,20 @@ def test_only_so_much_waits():
         assert len(submitted) == MAX_WAITING + 1
 
 
-def test_what_follows_takes_no_room():
+def test_small_work_takes_no_room():
     gate, order = threading.Event(), []
-    with ThreadLane("test") as lane:
-        for number in range(MAX_WAITING):  # would wait for the gate if what follows counted
-            lane.submit(lambda: gate.wait(timeout=10))
-            lane.follow(lambda number=number: order.append(number))
+    with Worker("test") as worker:
+        for number in range(MAX_WAITING):  # would wait for the gate if small work counted
+            worker.submit(lambda: gate.wait(timeout=10))
+            worker.submit(lambda number=number: order.append(number), is_small=True)
         assert order == []
         gate.set()
     assert order == list(range(MAX_WAITING))
-    assert SerialLane().follow(lambda: 3).get() == 3
+    assert serial().submit(lambda: 3, is_small=True).result() == 3
+
+
+def serial() -> Worker:
+    return Worker("test", is_concurrent=False)
 
 
 def fail() -> None:
@@ -56,46 +60,46 @@ def fail() -> None:
 
 
 def test_what_fails_is_raised_where_it_is_asked_for_and_stops_what_follows():
-    with pytest.raises(ValueError, match="the decoder broke"), ThreadLane("test") as lane:
-        broken = lane.submit(fail)
+    with pytest.raises(ValueError, match="the decoder broke"), Worker("test") as worker:
+        broken = worker.submit(fail)
         with pytest.raises(ValueError, match="the decoder broke"):
-            broken.get()
+            broken.result()
         with pytest.raises(ValueError, match="the decoder broke"):
-            lane.submit(time.time)
+            worker.submit(time.time)
 
 
 def test_what_nobody_asks_for_is_raised_at_the_end():
-    with pytest.raises(ValueError, match="the decoder broke"), ThreadLane("test") as lane:
-        lane.submit(fail)
+    with pytest.raises(ValueError, match="the decoder broke"), Worker("test") as worker:
+        worker.submit(fail)
 
 
-def test_another_error_is_not_hidden_by_that_of_the_lane():
-    with pytest.raises(KeyError, match="mine"), ThreadLane("test") as lane:
-        lane.submit(fail)
+def test_another_error_is_not_hidden_by_that_of_the_worker():
+    with pytest.raises(KeyError, match="mine"), Worker("test") as worker:
+        worker.submit(fail)
         raise KeyError("mine")
 
 
 def test_after_an_interrupt_what_was_submitted_is_finished_and_no_thread_stays():
     done: list[int] = []
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), ThreadLane("test") as lane:
-        lane.submit(lambda: (time.sleep(0.1), done.append(1)))
+    with pytest.raises(KeyboardInterrupt), Worker("test") as worker:
+        worker.submit(lambda: (time.sleep(0.1), done.append(1)))
         raise KeyboardInterrupt
     assert done == [1]
     assert threading.active_count() == before
 
 
-def test_a_serial_lane_works_at_once_and_raises_at_once():
-    lane = SerialLane()
-    assert lane.submit(lambda: 3).get() == 3
+def test_a_serial_worker_works_at_once_and_raises_at_once():
+    worker = serial()
+    assert worker.submit(lambda: 3).result() == 3
     with pytest.raises(ValueError, match="the decoder broke"):
-        lane.submit(fail)
+        worker.submit(fail)
 
 
-def test_gradients_are_off_in_a_lane():
+def test_gradients_are_off_in_a_worker():
     weight = torch.ones(2, requires_grad=True)
-    with lane_for("test", device=torch.device("cpu"), is_beside=True) as lane:
-        assert not lane.submit(lambda: weight * 2).get().requires_grad
+    with Worker("test", device=torch.device("cpu"), is_concurrent=True) as worker:
+        assert not worker.submit(lambda: weight * 2).result().requires_grad
 
 
 def test_decoding_overlaps_on_cuda_unless_it_takes_turns():
@@ -107,11 +111,11 @@ def test_decoding_overlaps_on_cuda_unless_it_takes_turns():
 
 
 @pytest.mark.gpu
-def test_a_lane_on_cuda_waits_for_what_the_caller_has_queued():
+def test_a_worker_on_cuda_waits_for_what_the_caller_has_queued():
     device = torch.device("cuda")
     x = torch.zeros(4096, 4096, device=device)
-    with lane_for("test", device=device, is_beside=True) as lane:
+    with Worker("test", device=device, is_concurrent=True) as worker:
         for _ in range(20):
             x += 1
         now = x.clone()
-        assert lane.submit(lambda: now.sum()).get().item() == 20 * 4096 * 4096
+        assert worker.submit(lambda: now.sum()).result().item() == 20 * 4096 * 4096

@@ -18,8 +18,7 @@ from flowcache.runtime.record import (
     replay_policies,
     write_record,
 )
-from flowcache.runtime.stats import RunStats
-from flowcache.runtime.trace import KVTokens, PassFlops, PassId, TickId, Traced, merged
+from flowcache.runtime.stats import KVTokens, PassFlops, PassId, RunStats, TickId, Traced, merged
 from flowcache.schedule import Tick, staggered
 
 CPU = torch.device("cpu")

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.runtime.decoding import Timed, at_rate
 from flowcache.runtime.ending import Ending, Stopped
 from flowcache.runtime.images import read_image
 from flowcache.runtime.video import (
     Pixels,
     Probe,
+    Timed,
     VideoWriter,
+    at_rate,
     check_ffmpeg,
     probe,
     read_video,

@@ -13,7 +13,7 @@ from closeness import assert_close
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
-from flowcache.runtime.compiling import Compilation, compiled, should_compile
+from flowcache.runtime.compile import Compilation, compiled, should_compile
 
 pytestmark = pytest.mark.numeric
 
@@ -94,7 +94,7 @@ def test_an_error_of_the_function_itself_is_raised(monkeypatch: pytest.MonkeyPat
 
 WITHOUT_COMPILER = """
 import json, logging, torch
-from flowcache.runtime.compiling import Compilation, compiled
+from flowcache.runtime.compile import Compilation, compiled
 def double(module, x):
     return module(x) * 2
 logging.basicConfig()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def compiled(
             ImportError,
             OSError,
         ) as error:
-            state.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+            state.failure = first_line(error)
             logger.warning(
                 "the blocks can't be compiled and run as they are, which is slower: %s",
                 state.failure,
@@ -105,9 +105,6 @@ def should_compile(wanted: bool | None, device: torch.device) -> bool:
 
     Args:
         wanted: `compile` of the settings; None: on CUDA, if what it takes is installed.
-
-    Raises:
-        UserError: it is wanted, but what it takes is missing.
     """
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False

@@ -12,14 +12,8 @@ from scipy.ndimage import maximum_filter
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.lpips import (
-    BACKBONE_FILE,
-    LPIPS,
-    Weights,
-    find_weights,
-    load_lpips,
-    lpips_per_frame,
-)
+from flowcache.runtime.lpips import BACKBONE_FILE, LPIPS, Weights, find_weights, load_lpips
+from flowcache.runtime.metrics import lpips_per_frame
 
 pytestmark = pytest.mark.numeric
 

@@ -14,15 +14,23 @@ from flowcache.bounds import check_values
 from flowcache.errors import UserError
 from flowcache.policies import Vanilla
 from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Starter, Stopped
-from flowcache.runtime.parallel import layout_of, own_bytes, run_in_ranks
-from flowcache.runtime.ranks import Group, Layout, LostProcessError, Place, Ranks, starter_of
+from flowcache.runtime.launch import Place, starter_of
+from flowcache.runtime.parallel import (
+    Group,
+    Layout,
+    LostProcessError,
+    Ranks,
+    TokenSplit,
+    bytes_per_process,
+    process_layout,
+    run_in_ranks,
+)
 from flowcache.runtime.settings import ParallelRule
-from flowcache.runtime.ulysses import TokenSplit
 
 
 def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:
     run = {"num_branches": 2, "num_heads": 12, "num_tokens": 100} | sizes
-    return layout_of(rule or ParallelRule(), num, **run)
+    return process_layout(rule or ParallelRule(), num, **run)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +99,9 @@ def test_a_number_of_processes_below_one_is_refused():
 
 
 def test_a_process_holds_its_branches_and_heads():
-    assert own_bytes(1200, Layout(1, 1), num_branches=2) == 1200
-    assert own_bytes(1200, Layout(2, 3), num_branches=2) == 200
-    assert own_bytes(1200, Layout(3, 1), num_branches=2) == 600
+    assert bytes_per_process(1200, Layout(1, 1), num_branches=2) == 1200
+    assert bytes_per_process(1200, Layout(2, 3), num_branches=2) == 200
+    assert bytes_per_process(1200, Layout(3, 1), num_branches=2) == 600
 
 
 def test_without_torchrun_there_is_one_process():
@@ -170,10 +178,10 @@ def test_a_process_whose_launcher_has_ended_does_not_begin():
 def test_every_branch_has_one_group():
     names = ["cond", "prev", "alone"]
     for size in (1, 2, 3):
-        owned = [Ranks(branches=Group(rank, size)).own(names) for rank in range(size)]
+        owned = [Ranks(branches=Group(rank, size)).local_branches(names) for rank in range(size)]
         assert sorted(name for own in owned for name in own) == sorted(names)
         for name in names:
-            assert name in owned[Ranks(branches=Group(0, size)).holder(names, name)]
+            assert name in owned[Ranks(branches=Group(0, size)).rank_of(names, name)]
 
 
 def test_every_process_of_a_layout_has_a_share():
@@ -190,14 +198,14 @@ def test_every_process_of_a_layout_has_a_share():
 def test_one_process_exchanges_nothing():
     ranks, policy = Ranks(), Vanilla()
     x = torch.ones(3)
-    assert ranks.exchanged({"cond": x}, names=["cond"], like=x)["cond"] is x
+    assert ranks.gather_branches({"cond": x}, names=["cond"], like=x)["cond"] is x
     assert ranks.decided_by(policy, branch=1) is policy
     assert ranks.together(lambda: 5) == 5
     assert ranks.from_first(lambda: 6) == 6
-    assert ranks.total(x) is x
+    assert ranks.all_reduce(x) is x
     assert ranks.divided(torch.device("cpu")) is ranks
     split = TokenSplit(Group(), 2, 3)
-    assert split.own(x, axis=0) is x
+    assert split.scatter(x, axis=0) is x
 
 
 @pytest.mark.parametrize("given", [None, "1"])
@@ -209,16 +217,17 @@ def test_a_lost_process_of_nccl_is_an_error_that_can_be_told_unless_the_user_cho
     if given is not None:
         monkeypatch.setenv(name, given)
 
-    def new_group(members: list[int], *, timeout: object, backend: str) -> object:
-        seen.append((tuple(members), timeout, backend, os.environ[name]))
-        return object()
+    def new_groups(groups: list[list[int]], *, timeout: object, backend: str) -> object:
+        seen.append((groups, timeout, backend, os.environ[name]))
+        return object(), []
 
-    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    monkeypatch.setattr("torch.distributed.new_subgroups_by_enumeration", new_groups)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda _: 0)
     monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
     ranks = Ranks(Place(0, 2), Layout(sequence=2), timeout=timedelta(seconds=7))
     ranks.divided(torch.device("cuda"))
     # 2: abort the exchange; the constructor of the group reads it
-    assert seen == [((0, 1), timedelta(seconds=7), "nccl", given or "2")]
+    assert seen == [([[0, 1]], timedelta(seconds=7), "nccl", given or "2")]
     monkeypatch.delenv(name, raising=False)
 
 
@@ -235,7 +244,7 @@ def test_the_end_of_a_run_confirms_what_was_exchanged(monkeypatch: pytest.Monkey
 
 def test_every_frame_is_divided_and_all_tokens_have_one_owner():
     x = torch.arange(2 * 7)
-    shares = [TokenSplit(Group(rank, 3), 2, 7).own(x, axis=0) for rank in range(3)]
+    shares = [TokenSplit(Group(rank, 3), 2, 7).scatter(x, axis=0) for rank in range(3)]
     assert [share.tolist() for share in shares] == [
         [0, 1, 2, 7, 8, 9],
         [3, 4, 10, 11],
@@ -246,10 +255,10 @@ def test_every_frame_is_divided_and_all_tokens_have_one_owner():
 MEET = """
 import os, sys
 from datetime import timedelta
-from flowcache.runtime.parallel import joined
-from flowcache.runtime.ranks import LostProcessError, Place
+from flowcache.runtime.parallel import process_group
+from flowcache.runtime.parallel import LostProcessError, Place
 try:
-    with joined(Place.of(os.environ), timeout=timedelta(seconds=2)):
+    with process_group(Place.of(os.environ), timeout=timedelta(seconds=2)):
         pass
 except LostProcessError as error:
     sys.exit(str(error))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.runtime.text_files import read_lines, read_table
+from flowcache.runtime.text_files import escaped, read_lines, read_table, table_row
 
 COLUMNS = ("text", "name")
 
@@ -115,3 +115,30 @@ def test_what_is_wrong_in_a_table_is_named_with_row_and_column(
         read_table(path, columns=COLUMNS)
     assert str(caught.value).startswith(f"{path}: {said}")
     assert "\n" not in str(caught.value)
+
+
+# Markdown -----------------------------------------------------------------------------------------
+
+
+"""Names in Markdown tables show as they are."""
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("flowcache_fast", "flowcache_fast"),
+        ("a|b", r"a\|b"),
+        ("two\nlines \t here", "two lines here"),
+        ("`code`", r"\`code\`"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("*bold* ~gone~", r"\*bold\* \~gone\~"),
+        ("[text](link)", r"\[text\](link)"),
+        ("a\\|b", r"a\\\|b"),
+    ],
+)
+def test_a_name_is_written_so_that_it_shows_as_it_is(name: str, written: str):
+    assert escaped(name) == written
+
+
+def test_a_row_keeps_its_number_of_cells_whatever_they_hold():
+    assert table_row([escaped("a|b"), "1"]) == r"| a\|b | 1 |"

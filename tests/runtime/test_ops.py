@@ -7,12 +7,19 @@ from closeness import assert_close, num_ulps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from flowcache.runtime import precision
-from flowcache.runtime.precision import (
+from flowcache.attention import SDPA
+from flowcache.runtime import ops
+from flowcache.runtime.ops import (
     HAS_WIDE_PRODUCT,
+    attention_flops,
+    linear_flops,
     linear_in_float32,
+    on_device,
+    seeded_noise,
     set_allocator,
     set_float32_precision,
 )
@@ -113,16 +120,72 @@ def test_segments_of_gpu_memory_grow_unless_the_user_chose_something_else(
     monkeypatch: pytest.MonkeyPatch,
 ):
     told: list[str] = []
-    for variable in precision.ALLOCATOR_VARIABLES:
+    for variable in ops.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch, "__version__", version)
     fake = SimpleNamespace(import_module=lambda _: SimpleNamespace(**{name: told.append}))
-    monkeypatch.setattr(precision, "importlib", fake)
+    monkeypatch.setattr(ops, "importlib", fake)
     set_allocator()
     assert told == asked
 
 
 def test_the_pinned_torch_knows_the_allocator_setting():
     assert callable(torch._C._accelerator_setAllocatorSettings)
+
+
+# Noise --------------------------------------------------------------------------------------------
+
+
+"""The one source of randomness."""
+
+
+def test_a_seeded_draw_repeats():
+    first, second = (seeded_noise(7, device=torch.device("cpu")) for _ in range(2))
+    a, b = first((2, 3), torch.float32), first((2, 3), torch.float32)
+    assert torch.equal(a, second((2, 3), torch.float32))
+    assert not torch.equal(a, b)
+
+
+# Transfer -----------------------------------------------------------------------------------------
+
+
+def test_numbers_become_a_tensor_of_the_dtype():
+    made = on_device([1, 2, 999], dtype=torch.float32, device=torch.device("cpu"))
+    assert torch.equal(made, torch.tensor([1.0, 2.0, 999.0]))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_a_copy_to_cuda():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = on_device([0.5, 0.25], dtype=torch.float32, device=torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert made.tolist() == [0.5, 0.25]
+
+
+# Flops --------------------------------------------------------------------------------------------
+
+
+def test_two_operations_are_counted_per_multiply_add():
+    assert linear_flops(3, d_in=5, d_out=7) == 2 * 3 * 5 * 7
+    assert attention_flops(3, keys=4, width=6) == 2 * (3 * 4 * 6) + 2 * (3 * 4 * 6)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_linear_equals_torchs_counter(rows: int):
+    layer = torch.nn.Linear(11, 13)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.ones(rows, 11))
+    assert linear_flops(rows, d_in=11, d_out=13) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (4, 9), (1, 12)])
+def test_attention_equals_torchs_counter(queries: int, keys: int):
+    q, k, v = torch.randn(1, queries, 3, 8), torch.randn(1, keys, 3, 8), torch.randn(1, keys, 3, 8)
+    # torch does not count its fused CPU kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        SDPA(q, k, v)
+    assert attention_flops(queries, keys=keys, width=3 * 8) == counter.get_total_flops()
