@@ -1,28 +1,43 @@
-"""The page: its sections in order, for one run or for two side by side."""
+"""The page that shows what the cache did: its sections in order, for one run or for two."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from explain_page import charts, compare
-from explain_page.compare import Metrics
-from explain_page.frames import POSITIONS, Clip, Shown, pictures, shown_frames
-from explain_page.markup import Child, append, element, table, to_html
-from explain_page.palette import chunk_styles
-from explain_page.plot import chunk_legend
-from explain_page.run import Panel, Run
-from explain_page.units import percent, seconds_text
+from flowcache.report import charts
+from flowcache.report.drawing import (
+    Child,
+    append,
+    chunk_styles,
+    colour_of,
+    element,
+    percent,
+    seconds_text,
+)
+from flowcache.report.pair import (
+    Clip,
+    Metrics,
+    decibel,
+    differing_settings,
+    figure_rows,
+    headline,
+    pictures,
+    settings_of,
+)
+from flowcache.report.run import Panel, Run, Shown
 from flowcache.runtime.units import scaled
 
 FOLDER = Path(__file__).parent
 FULL_WIDTH, HALF_WIDTH = 1120.0, 545.0
 """Of a chart in CSS pixels, alone in its row or one of two."""
+POSITIONS = ("first", "middle", "last")
 
 Draw = Callable[..., Element | None]
 
 
 def write_page(runs: Sequence[Run], clips: Sequence[Clip], metrics: Metrics | str | None) -> str:
-    """Return the whole page as HTML; `metrics` is what `compare.measure` says of two runs."""
+    """Return the whole page as HTML; `metrics` is what `pair.measure` says of two runs."""
     limits = charts.limits_of(runs)
     chunks = sorted({chunk for run in runs for chunk in run.chunks})
     main = element(
@@ -52,18 +67,8 @@ def write_page(runs: Sequence[Run], clips: Sequence[Clip], metrics: Metrics | st
     body = element(
         "body", main, element("div", id="tip", hidden=""), element("script", _read("page.js"))
     )
-    return to_html(element("html", head, body, lang="en"))
-
-
-def headline(run: Run) -> str:
-    """Say which run it is in one line."""
-    record = run.record
-    threshold = "" if run.threshold is None else f", threshold {run.threshold:g}"
-    preset = f", preset {record['preset']}" if record["preset"] else ""
-    return (
-        f"model {record['model']}{preset}, policy {record['policy']}{threshold}, "
-        f"{record['num_steps']} steps"
-    )
+    root = element("html", head, body, lang="en")
+    return "<!DOCTYPE html>\n" + ElementTree.tostring(root, encoding="unicode", method="html")
 
 
 def _header(runs: Sequence[Run]) -> Element:
@@ -75,19 +80,18 @@ def _header(runs: Sequence[Run]) -> Element:
         where += [f"torch {packages['torch']}"] if packages.get("torch") else []
         where += [f"commit {environment['commit'][:12]}"] if environment.get("commit") else []
         name = element("strong", run.name)
-        said = f" {headline(run)}. {', '.join(part for part in where if part)}"
-        append(made, element("p", _badge(run) if len(runs) == 2 else None, name, said))
+        line = f" {headline(run)}. {', '.join(part for part in where if part)}"
+        append(made, element("p", _badge(run, runs), name, line))
         if run.record["config"].get("prompt"):
             append(made, element("blockquote", str(run.record["config"]["prompt"])))
     return made
 
 
 def _alarms(runs: Sequence[Run]) -> Element:
-    found = [(run, alarm) for run in runs for alarm in run.alarms]
-    if not found:
+    lines = [element("li", _badge(run, runs), alarm) for run in runs for alarm in run.alarms]
+    if not lines:
         return element("p", "✓ No alarm.", class_="quiet", id="alarms")
-    lines = [element("li", _badge(run) if len(runs) == 2 else None, alarm) for run, alarm in found]
-    title = "⚠ 1 alarm" if len(found) == 1 else f"⚠ {len(found)} alarms"
+    title = "⚠ 1 alarm" if len(lines) == 1 else f"⚠ {len(lines)} alarms"
     return element(
         "div", element("strong", title), element("ul", *lines), class_="alarm", id="alarms"
     )
@@ -97,7 +101,7 @@ def _figures(runs: Sequence[Run], metrics: Metrics | str | None) -> Element:
     if len(runs) == 1:
         return element("section", _cards(runs[0]), aria_label="figures")
     header = ("", *(f"{run.letter}: {run.name}" for run in runs), "B / A")
-    return _section("Figures", table(header, compare.figure_rows(runs, metrics)))
+    return _section("Figures", _table(header, figure_rows(runs, metrics)))
 
 
 def _cards(run: Run) -> Element:
@@ -124,14 +128,13 @@ def _branch_choice(runs: Sequence[Run]) -> Element | None:
     caching = dict.fromkeys(panel.branch for run in runs for panel in run.cache_panels)
     if len(deciding) == 1 and len(caching) <= 1:
         return None
-    branches = list(deciding | caching)
     choices = [
         element(
             "label",
             element("input", type="radio", name="branch", value=branch),
             f" {branch or 'every one'}",
         )
-        for branch in (*branches, "")
+        for branch in (*(deciding | caching), "")
     ]
     return element("fieldset", element("legend", "Guidance branch"), *choices, id="branches")
 
@@ -149,20 +152,15 @@ def _distances(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]
     if not any(row.distance is not None for run in runs for row in run.rows):
         policies = " and ".join(run.record["policy"] for run in runs)
         return _section("Distances", element("p", f"The policy {policies} measured none."))
+    one, other = ("Left", "Right") if len(runs) == 1 else ("Above", "Below")
     note = (
-        "Above, how much each chunk's signal changed since the tick before. Below, the sum since "
-        "the chunk was last computed, which is compared with the threshold; a dot where the chunk "
-        "was computed. A cross marks a value that is infinite or not a number."
+        f"{one}, how much each chunk's signal changed since the tick before. {other}, the sum "
+        "since the chunk was last computed, which is compared with the threshold; a dot where the "
+        "chunk was computed. A cross marks a value that is infinite or not a number."
     )
-    one = len(runs) == 1
-    if one:
-        note = note.replace("Above", "Left").replace("Below", "Right")
-    return _section(
-        "Distances",
-        element("p", note),
-        chunk_legend(chunks),
-        _grid(runs, charts.distance_chart, charts.accumulated_chart, limits=limits, num_columns=2),
-    )
+    draws = charts.distance_chart, charts.accumulated_chart
+    grid = _grid(runs, *draws, limits=limits, num_columns=2)
+    return _section("Distances", element("p", note), _chunk_legend(chunks), grid)
 
 
 def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) -> Element:
@@ -173,22 +171,20 @@ def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) ->
         "bottom; mean over layers and heads."
     )
     grid = _grid(runs, charts.cache_chart, limits=limits, num_columns=2, of_cache=True)
-    return _section("KV cache", element("p", note), chunk_legend(chunks), grid)
+    return _section("KV cache", element("p", note), _chunk_legend(chunks), grid)
 
 
 def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
-    stages = [
-        _figure(charts.stage_chart(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
-        if run.record["stages"]
-        else element("p", f"{run.name}: no stage was timed.")
-        for run in runs
-    ]
-    ticks = [
-        _figure(charts.tick_chart(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
-        if run.record["ticks"]
-        else element("p", f"{run.name}: no tick was timed.")
-        for run in runs
-    ]
+    def figures(draw: Callable[..., Element], field: str, name: str) -> list[Element]:
+        return [
+            _figure(draw(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
+            if run.record[field]
+            else element("p", f"{run.name}: no {name} was timed.")
+            for run in runs
+        ]
+
+    stages = figures(charts.stage_chart, "stages", "stage")
+    ticks = figures(charts.tick_chart, "ticks", "tick")
     note = "Seconds of each stage; a pale bar is part of the stage above it. Seconds of each tick."
     grid = element("div", *stages, *ticks, class_="grid two")
     return _section("Time", element("p", note), grid, *_timelines(runs, limits))
@@ -217,20 +213,20 @@ def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
     ]
     if not present:
         return _section("Key frames", *notes)
-    shown = shown_frames(runs[0].record["chunk_frames"])
+    shown = runs[0].shown
     if not shown:
         shown = [Shown(0, -1, 0, min(len(frames) for _, frames in present))]
-        said = "The record does not say which frames a chunk shows; these are of the whole video."
-        notes.append(element("p", said))
+        note = "The record does not say which frames a chunk shows; these are of the whole video."
+        notes.append(element("p", note))
     wanted = [at for entry in shown for at in entry.key_frames]
     uris = pictures([frames for _, frames in present], wanted)
-    several = len({entry.segment for entry in shown}) > 1
+    has_segments = len({entry.segment for entry in shown}) > 1
     cards: list[Element] = []
     for entry in shown:
         where = "video" if entry.chunk < 0 else f"chunk {entry.chunk}"
-        where = f"segment {entry.segment}, {where}" if several else where
+        where = f"segment {entry.segment}, {where}" if has_segments else where
         rows = [
-            _strip(entry, found, badge=_badge(run) if len(runs) == 2 else None)
+            _strip(entry, found, badge=_badge(run, runs))
             for (run, _), found in zip(present, uris, strict=True)
         ]
         caption = element("figcaption", f"{where}: frames {entry.first} to {entry.stop - 1}")
@@ -239,7 +235,7 @@ def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
     return _section("Key frames", note, *notes, element("div", *cards, class_="frames"))
 
 
-def _strip(entry: Shown, uris: dict[int, str], *, badge: Element | None) -> Element:
+def _strip(entry: Shown, uris: Mapping[int, str], *, badge: Element | None) -> Element:
     images = [
         element("img", src=uris[at], alt=f"{name} frame, {at}", title=f"frame {at}")
         if at in uris
@@ -256,7 +252,7 @@ def _metrics(metrics: Metrics | str | None) -> Element | None:
         return _section("Pixels of B against A", element("p", metrics))
     num_equal = sum(value == float("inf") for value in metrics.psnr_T)
     note = (
-        f"PSNR {compare.decibel(metrics.psnr)} from one error over the whole clip, mean SSIM "
+        f"PSNR {decibel(metrics.psnr)} from one error over the whole clip, mean SSIM "
         f"{metrics.ssim:.4f}, on the frames as the mp4 holds them."
     )
     if num_equal:
@@ -272,13 +268,13 @@ def _metrics(metrics: Metrics | str | None) -> Element | None:
 def _settings(runs: Sequence[Run]) -> Element:
     parts: list[Child] = []
     if len(runs) == 2:
-        rows = compare.setting_rows(runs)
+        rows = differing_settings(runs)
         header = ("differs", *(run.letter for run in runs))
-        parts.append(table(header, rows) if rows else element("p", "All settings are equal."))
+        parts.append(_table(header, rows) if rows else element("p", "All settings are equal."))
     for run in runs:
         title = "All settings and the environment"
         title += f" of {run.letter}" if len(runs) == 2 else ""
-        listed = table(("setting", "value"), compare.all_settings(run))
+        listed = _table(("setting", "value"), list(settings_of(run).items()))
         parts.append(element("details", element("summary", title), listed))
     return _section("Settings", *parts)
 
@@ -290,12 +286,11 @@ def _grid(
     num_columns: int,
     of_cache: bool = False,
 ) -> Element:
-    """Draw every panel of every run; two runs stand side by side, A left and B right."""
+    """Draw every panel of every run; of two runs, A is left and B right."""
     width = FULL_WIDTH if num_columns == 1 else HALF_WIDTH
     found = (panel for run in runs for panel in (run.cache_panels if of_cache else run.panels))
-    panels = sorted(dict.fromkeys(found), key=lambda p: p.segment)
     cells: list[Element] = []
-    for panel in panels:
+    for panel in sorted(dict.fromkeys(found), key=lambda panel: panel.segment):
         for draw in draws:
             for run in runs:
                 drawn = draw(run, panel, limits=limits, width=width)
@@ -321,7 +316,7 @@ def _caption(run: Run, runs: Sequence[Run], *, panel: Panel | None = None) -> st
 
 
 def _legend(*keys: tuple[str, str]) -> Element:
-    """Name colours; a key is the class of a swatch, and what it stands for."""
+    """Name colours; a key is the class of a swatch, and the meaning of its colour."""
     named = [
         element("span", element("i", class_=f"swatch {kind}"), name, class_="key")
         for kind, name in keys
@@ -329,8 +324,36 @@ def _legend(*keys: tuple[str, str]) -> Element:
     return element("div", *named, class_="legend")
 
 
-def _badge(run: Run) -> Element:
-    return element("span", run.letter, class_="badge")
+def _chunk_legend(chunks: Sequence[int]) -> Element:
+    """Name the colour of every chunk; pointing at one brings it forward."""
+    keys = [
+        element(
+            "span",
+            element("i", class_="swatch chunk", style=colour_of(chunk)),
+            str(chunk),
+            class_="key",
+            data_chunk=str(chunk),
+        )
+        for chunk in chunks
+    ]
+    return element("div", element("span", "chunk"), *keys, class_="legend")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Element:
+    """Make a table whose first column names the rows."""
+    body = [
+        element(
+            "tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])
+        )
+        for row in rows
+    ]
+    head = element("tr", *(element("th", name, scope="col") for name in header))
+    made = element("table", element("thead", head), element("tbody", *body))
+    return element("div", made, class_="scroll")
+
+
+def _badge(run: Run, runs: Sequence[Run]) -> Element | None:
+    return element("span", run.letter, class_="badge") if len(runs) == 2 else None
 
 
 def _section(title: str, *children: Child) -> Element:
