@@ -168,7 +168,7 @@ def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path:
     assert [point.decibel for point in scatter.read_methods(path)] == [30.0, 20.0, 20.0]
 
 
-def test_the_drawing_knows_the_names_of_the_tables(script: ModuleType):
+def test_the_drawing_knows_the_names_of_the_tables():
     reuse = importlib.import_module("benchmark.reuse")
     methods = importlib.import_module("tuning.methods")
     assert set(scatter.RULES.looks) == {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
