@@ -27,7 +27,7 @@ class ForcingPlan:
         num_frames: latent frames of a whole window.
         chunk_frames: latent frames of a chunk at sampling time.
         shift: how far noise levels lean to the noisy side, as the sampling shift does.
-        warp: power of the progress that the shift is applied to: 1, or 2 with MAGI-1's table.
+        warp: power of the progress that the shift is applied to: 1, or 2 for a squared table.
         lag_range: shares of all steps by which a chunk lags behind the one before it.
         fewest_chunks: chunks of the shortest window.
         batch_frames: latent frames of a batch, all clips together.

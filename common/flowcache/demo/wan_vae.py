@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from flowcache.demo.autoencoder import BatchShape
 from flowcache.demo.optim import new_optimizers
+from flowcache.demo.vae import BatchShape
 
 # Frames are 1 + 4 k. Long clips teach that a clip goes on as it began.
 BATCH_SHAPES = tuple(

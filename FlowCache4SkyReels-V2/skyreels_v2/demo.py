@@ -1,7 +1,8 @@
-"""The recipe of the SkyReels-V2 demo: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
+"""How the demo checkpoint is trained: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
 
 Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run beside the next two),
 `latents` (encodes the clips the transformer learns from), `dit` (transformer and text encoder).
+`scripts/train_demo.py` runs them.
 """
 
 import json
@@ -19,37 +20,31 @@ from diffusers import (
 from torch import Tensor, nn
 
 from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
-from flowcache.demo.latents import LatentBank
+from flowcache.demo.latents import (
+    LatentBank,
+    Statistics,
+    drop_some,
+    encode_bank,
+    read_bank,
+    read_statistics,
+)
 from flowcache.demo.optim import new_optimizers
+from flowcache.demo.recipe import Recipe, Training, new_files, write_tokenizer
 from flowcache.demo.text import (
     TEXT_LEN,
     TEXT_WIDTH,
     build_tokenizer,
     encode_captions,
-    new_text_encoder,
+    new_umt5_encoder,
 )
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
+from flowcache.demo.vae import ClipMixture, measured_psnr, train_autoencoder
 from flowcache.demo.wan_vae import BATCH_SHAPES, WanCodec, new_vae, vae_optimizers
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.layers import Block
 from skyreels_v2.checkpoint import diffusers_key
-from training.work import (
-    Recipe,
-    Work,
-    drop_some,
-    encode_bank,
-    measured_psnr,
-    move_over,
-    new_temporary,
-    parts_record,
-    read_bank,
-    read_statistics,
-    train_autoencoder,
-    write_tokenizer,
-)
 
 CLIP_FRAMES = 97
-LATENT_CHANNELS = 16
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
 DIT = DiTConfig(
     dim=128,
@@ -62,12 +57,12 @@ DIT = DiTConfig(
 )
 # Share of the VAE's learning rates that its decoder begins its further training with.
 DECODER_RATE = 0.5
-# Shares of many-shaped scenes among the clips: they teach fast, the real clips teach exactly.
-VAE_SCENES = 0.5
-DECODER_SCENES = 0.1
+# Many-shaped scenes teach fast, the real clips teach exactly.
+VAE_CLIPS = ClipMixture(BATCH_SHAPES, scene_share=0.5)
+DECODER_CLIPS = ClipMixture(BATCH_SHAPES, scene_share=0.1)
 
 
-def train_vae(work: Work) -> AutoencoderKLWan:
+def train_vae(training: Training) -> AutoencoderKLWan:
     """Train the VAE, or load it if that is done; returns it with averaged weights."""
     torch.manual_seed(0)
     vae = new_vae()
@@ -75,38 +70,36 @@ def train_vae(work: Work) -> AutoencoderKLWan:
         vae,
         WanCodec(vae),
         vae_optimizers(vae),
-        plan=TrainPlan(num_steps=work.steps["vae"]),
-        checkpoint=work.checkpoint("vae"),
-        shapes=BATCH_SHAPES,
-        scene_share=VAE_SCENES,
+        plan=TrainPlan(num_steps=training.steps["vae"]),
+        checkpoint=training.checkpoint("vae"),
+        clips=VAE_CLIPS,
     )
     return vae
 
 
-def train_decoder(work: Work) -> AutoencoderKLWan:
+def train_decoder(training: Training) -> AutoencoderKLWan:
     """Train only the VAE's decoder on, or load it if that is done; returns the whole VAE.
 
     The latents stay what they are, so this can go on while the transformer learns from them.
     """
-    vae = train_vae(work)
+    vae = train_vae(training)
     decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
     decoder.requires_grad_(True)
     train_autoencoder(
         decoder,
         WanCodec(vae),
         vae_optimizers(vae, rate=DECODER_RATE),
-        plan=TrainPlan(num_steps=work.steps["decoder"], decay_share=0.6, seed=1),
-        checkpoint=work.checkpoint("decoder"),
-        shapes=BATCH_SHAPES,
-        scene_share=DECODER_SCENES,
+        plan=TrainPlan(num_steps=training.steps["decoder"], decay_share=0.6, seed=1),
+        checkpoint=training.checkpoint("decoder"),
+        clips=DECODER_CLIPS,
     )
     return vae.eval()
 
 
-def encode_latents(work: Work) -> None:
+def encode_latents(training: Training) -> None:
     """Encode the clips that the transformer learns from."""
-    codec = WanCodec(train_vae(work))
-    encode_bank(work, codec.encode, num_frames=CLIP_FRAMES, num_channels=LATENT_CHANNELS)
+    encode = WanCodec(train_vae(training)).encode
+    encode_bank(encode, num_clips=training.num_clips, num_frames=CLIP_FRAMES, folder=training.out)
 
 
 class DemoModels(nn.Module):
@@ -118,7 +111,7 @@ class DemoModels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dit = DiT(DIT)
-        self.text = new_text_encoder(vocabulary_size=len(build_tokenizer()))
+        self.text = new_umt5_encoder()
         silent = [self.dit.time_projection[1], self.dit.fps_projection[2], self.dit.head.head]
         for block in self.dit.blocks:
             assert isinstance(block, Block)
@@ -134,10 +127,10 @@ def new_models() -> DemoModels:
     return DemoModels()
 
 
-def train_dit(work: Work) -> DemoModels:
+def train_dit(training: Training) -> DemoModels:
     """Train transformer and text encoder, or load them if that is done; averaged weights."""
     models = new_models()
-    bank = read_bank(work, **read_statistics(work))
+    bank = read_bank(training.out)
     optimizers = new_optimizers(
         models.dit.named_parameters(),
         matrices_under=("blocks.",),
@@ -145,8 +138,8 @@ def train_dit(work: Work) -> DemoModels:
         rate=3e-3,
         others=[([*models.text.parameters()], 1e-3)],
     )
-    plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
-    trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
+    plan = TrainPlan(num_steps=training.steps["dit"], warmup_steps=100, decay_share=0.45)
+    trainer = Trainer(models, optimizers, plan=plan, checkpoint=training.checkpoint("dit"))
     trainer.run(_DitLoss(models, bank))
     return models.eval().requires_grad_(False)
 
@@ -168,39 +161,31 @@ class _DitLoss:
         def velocity(x: Tensor, t_BF: Tensor, bounds: tuple[tuple[int, int], ...] | None) -> Tensor:
             return self.models.dit(x, t_BF, text_BLD, causal_chunks=bounds)
 
-        return forcing_loss(
-            velocity,
-            latents_BCFhw[:, :, : window.num_frames],
-            window,
-            plan=FORCING,
-            randomness=randomness,
-        )
+        data_BCFhw = latents_BCFhw[:, :, : window.num_frames]
+        return forcing_loss(velocity, data_BCFhw, window, plan=FORCING, randomness=randomness)
 
 
-def export(work: Work, folder: Path) -> dict[str, Any]:
+def export(training: Training, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models = train_decoder(work), train_dit(work)
+    vae, models = train_decoder(training), train_dit(training)
     psnr = measured_psnr(WanCodec(vae), num_frames=CLIP_FRAMES)
-    write_checkpoint(vae, models, statistics=read_statistics(work), folder=folder)
+    write_checkpoint(vae, models, statistics=read_statistics(training.out), folder=folder)
     return {
-        **parts_record(work, vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr),
+        **training.parts_record(
+            vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr
+        ),
         "mixture": asdict(FORCING),
     }
 
 
 def write_checkpoint(
-    vae: AutoencoderKLWan,
-    models: DemoModels,
-    *,
-    statistics: dict[str, list[float]],
-    folder: Path,
+    vae: AutoencoderKLWan, models: DemoModels, *, statistics: Statistics, folder: Path
 ) -> None:
     """Write all parts in float16 in the `*-Diffusers` layout; a reader never sees half a file.
 
     The transformer is saved by diffusers' own class, so the layout is the official one.
     """
-    temporary = new_temporary(folder)
-    vae.register_to_config(latents_mean=statistics["mean"], latents_std=statistics["std"])
+    vae.register_to_config(latents_mean=statistics.mean, latents_std=statistics.std)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
     )
@@ -211,8 +196,6 @@ def write_checkpoint(
         "tokenizer": build_tokenizer(),
         "scheduler": scheduler,
     }
-    for name, part in parts.items():
-        part.save_pretrained(temporary / name)
     index = {
         "_class_name": "SkyReelsV2DiffusionForcingPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -222,8 +205,10 @@ def write_checkpoint(
         "transformer": ["diffusers", "SkyReelsV2Transformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    move_over(temporary, folder)
+    with new_files(folder) as made:
+        for name, part in parts.items():
+            part.save_pretrained(made / name)
+        (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
@@ -246,7 +231,7 @@ def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
 
 
 RECIPE = Recipe(
-    shipped=Path(__file__).resolve().parents[2] / "FlowCache4SkyReels-V2" / "demo",
+    shipped=Path(__file__).resolve().parents[1] / "demo",
     default_steps={"vae": 850, "decoder": 1650, "dit": 3000},
     stages={
         "tokenizer": write_tokenizer,
