@@ -28,15 +28,14 @@ from flowcache.demo.latents import (
     LatentBank,
     Statistics,
     drop_some,
-    encode_bank,
     read_bank,
     read_statistics,
 )
 from flowcache.demo.optim import new_optimizers
-from flowcache.demo.recipe import Recipe, Training, new_files, write_tokenizer
+from flowcache.demo.recipe import Recipe, Training, VAERecipe, new_files, write_tokenizer
 from flowcache.demo.text import TEXT_WIDTH, build_tokenizer, new_t5_encoder
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
-from flowcache.demo.vae import BatchShape, ClipMixture, measured_psnr, train_autoencoder
+from flowcache.demo.vae import BatchShape, ClipMixture
 from magi1.captions import NULL_TOKENS, NUM_OTHER, SpecialTokens, TokenChoice, chunk_captions
 from magi1.config import ModelConfig
 from magi1.dit import DiT
@@ -45,11 +44,10 @@ from magi1.sampling import Guidance
 from magi1.schedule import step_width
 from magi1.vit import Block, VAEConfig, ViTVAE
 
-CLIP_FRAMES = 144
 TILE_FRAMES = 12
 LATENT_CHANNELS = 16
 CHUNK_WIDTH = 6
-VAE = VAEConfig(
+VAE_CONFIG = VAEConfig(
     video_size=64,
     video_length=TILE_FRAMES,
     z_chans=LATENT_CHANNELS,
@@ -91,8 +89,6 @@ VAE_SHAPES = (
     *[BatchShape(8, TILE_FRAMES)] * 3,
     BatchShape(16, 4, num_still=8),
 )
-VAE_CLIPS = ClipMixture(VAE_SHAPES, scene_share=0.1)
-DECODER_CLIPS = ClipMixture(VAE_SHAPES, scene_share=0.05)
 LAYERS = ("videodit_blocks.layers.",)
 # Effective scale of the norms behind each branch before training.
 _BRANCH_SCALE = 0.3
@@ -131,7 +127,7 @@ SCALE_FACTOR = 0.18215
 def new_vae() -> ViTVAE:
     """Make the untrained VAE, the same every time."""
     torch.manual_seed(0)
-    vae = ViTVAE(VAE)
+    vae = ViTVAE(VAE_CONFIG)
     for half in (vae.encoder, vae.decoder):
         nn.init.normal_(half.cls_token, std=0.02)
         for block in half.blocks:
@@ -155,8 +151,27 @@ class ViTCodec:
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode latents to pixels `[B, 3, T, H, W]` in -1..1."""
-        tiles = latents_BCFhw.split(TILE_FRAMES // VAE.patch_length, dim=2)
+        tiles = latents_BCFhw.split(TILE_FRAMES // VAE_CONFIG.patch_length, dim=2)
         return torch.cat([self.vae.decoder(tile) for tile in tiles], dim=2)
+
+
+VAE = VAERecipe(
+    new=new_vae,
+    codec=ViTCodec,
+    decoder=lambda vae: vae.decoder,
+    optimizers=lambda vae: new_optimizers(
+        vae.named_parameters(),
+        matrices_under=("encoder.blocks", "decoder.blocks"),
+        matrix_rate=0.02,
+        rate=2e-3,
+    ),
+    decoder_optimizers=lambda vae: new_optimizers(
+        vae.decoder.named_parameters(), matrices_under=("blocks",), matrix_rate=0.015, rate=1.5e-3
+    ),
+    clips=ClipMixture(VAE_SHAPES, scene_share=0.1),
+    decoder_clips=ClipMixture(VAE_SHAPES, scene_share=0.05),
+    clip_frames=144,
+)
 
 
 class DemoModels(nn.Module):
@@ -235,8 +250,7 @@ class BaseLoss:
         rng = randomness.numpy
         window = draw_window(rng, self.forcing)
         num_chunks = len(window.bounds)
-        size = min(self.forcing.largest_batch, self.forcing.batch_frames // window.num_frames)
-        latents, captions = self.bank.batch(rng, size)
+        latents, captions = self.bank.batch(rng, self.forcing.batch_size(window))
         now = Situation(
             captions=self.encode(rng, captions, num_chunks=num_chunks),
             is_null=bool(rng.random() < NULL_SHARE),
@@ -246,11 +260,7 @@ class BaseLoss:
         if rng.random() < FIXED_SHARE:
             num_fixed = int(rng.choice(FIXED_LATENTS if num_chunks > 1 else FIXED_LATENTS[:2]))
         clips = draw_noisy(
-            latents[:, :, : window.num_frames],
-            window,
-            plan=self.forcing,
-            randomness=randomness,
-            num_fixed=num_fixed,
+            latents, window, plan=self.forcing, randomness=randomness, num_fixed=num_fixed
         )
         return now, clips
 
@@ -351,53 +361,6 @@ class DistillLoss(BaseLoss):
         return without + torch.tensor(scales)[:, None, :, None, None] * (with_text - without)
 
 
-def train_vae(training: Training) -> ViTVAE:
-    """Train the VAE, or load it if that is done; returns it with averaged weights."""
-    vae = new_vae()
-    optimizers = new_optimizers(
-        vae.named_parameters(),
-        matrices_under=("encoder.blocks", "decoder.blocks"),
-        matrix_rate=0.02,
-        rate=2e-3,
-    )
-    train_autoencoder(
-        vae,
-        ViTCodec(vae),
-        optimizers,
-        plan=TrainPlan(num_steps=training.steps["vae"], checkpoint_steps=200),
-        checkpoint=training.checkpoint("vae"),
-        clips=VAE_CLIPS,
-    )
-    return vae
-
-
-def train_decoder(training: Training) -> ViTVAE:
-    """Train only the VAE's decoder on, or load it if that is done; returns the whole VAE.
-
-    The latents stay what they are, so this can go on while the transformer learns from them.
-    """
-    vae = train_vae(training)
-    vae.decoder.requires_grad_(True)
-    optimizers = new_optimizers(
-        vae.decoder.named_parameters(), matrices_under=("blocks",), matrix_rate=0.015, rate=1.5e-3
-    )
-    train_autoencoder(
-        vae.decoder,
-        ViTCodec(vae),
-        optimizers,
-        plan=TrainPlan(num_steps=training.steps["decoder"], decay_share=0.6, seed=1),
-        checkpoint=training.checkpoint("decoder"),
-        clips=DECODER_CLIPS,
-    )
-    return vae.eval()
-
-
-def encode_latents(training: Training) -> None:
-    """Encode the clips that the transformer learns from."""
-    encode = ViTCodec(train_vae(training)).encode
-    encode_bank(encode, num_clips=training.num_clips, num_frames=CLIP_FRAMES, folder=training.out)
-
-
 def train_dit(training: Training) -> DemoModels:
     """Train the base transformer with its text side, or load it if that is done."""
     models = new_models()
@@ -454,8 +417,8 @@ def distill(training: Training) -> DiT:
 
 def export(training: Training, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models, student = train_decoder(training), refine_dit(training), distill(training)
-    psnr = measured_psnr(ViTCodec(vae), num_frames=CLIP_FRAMES)
+    vae, models = VAE.train_decoder(training), refine_dit(training)
+    student, psnr = distill(training), VAE.psnr(vae)
     write_checkpoint(vae, models, student, statistics=read_statistics(training.out), folder=folder)
     return {
         **training.parts_record(
@@ -473,7 +436,7 @@ def write_checkpoint(
 ) -> None:
     """Write all parts in float16 in the layout of the release; a reader never sees half a file."""
     fold_statistics(vae, statistics)
-    vae_config = {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": asdict(VAE)}
+    vae_config = {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": asdict(VAE_CONFIG)}
     tokens = models.tokens.detach().double().numpy()
     with new_files(folder) as made:
         _save(vae, made / "ckpt/vae/diffusion_pytorch_model.safetensors")
@@ -513,7 +476,7 @@ def released_configs() -> dict[str, dict[str, Any]]:
         "t5_device": "cpu",
         "vae_pretrained": "ckpt/vae",
         "scale_factor": SCALE_FACTOR,
-        "temporal_downsample_factor": VAE.patch_length,
+        "temporal_downsample_factor": VAE_CONFIG.patch_length,
     }
     engine = {
         "distributed_backend": "nccl",
@@ -570,9 +533,9 @@ RECIPE = Recipe(
     default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "refine": 9000, "distill": 700},
     stages={
         "tokenizer": write_tokenizer,
-        "vae": train_vae,
-        "decoder": train_decoder,
-        "latents": encode_latents,
+        "vae": VAE.train,
+        "decoder": VAE.train_decoder,
+        "latents": VAE.encode_latents,
         "dit": train_dit,
         "refine": refine_dit,
         "distill": distill,

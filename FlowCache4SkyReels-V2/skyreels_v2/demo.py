@@ -19,17 +19,16 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
+from flowcache.demo.forcing import ForcingPlan, draw_noisy, draw_window
 from flowcache.demo.latents import (
     LatentBank,
     Statistics,
     drop_some,
-    encode_bank,
     read_bank,
     read_statistics,
 )
 from flowcache.demo.optim import new_optimizers
-from flowcache.demo.recipe import Recipe, Training, new_files, write_tokenizer
+from flowcache.demo.recipe import Recipe, Training, VAERecipe, new_files, write_tokenizer
 from flowcache.demo.text import (
     TEXT_LEN,
     TEXT_WIDTH,
@@ -38,13 +37,12 @@ from flowcache.demo.text import (
     new_umt5_encoder,
 )
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
-from flowcache.demo.vae import ClipMixture, measured_psnr, train_autoencoder
+from flowcache.demo.vae import ClipMixture
 from flowcache.demo.wan_vae import BATCH_SHAPES, WanCodec, new_vae, vae_optimizers
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.layers import Block
 from skyreels_v2.checkpoint import diffusers_key
 
-CLIP_FRAMES = 97
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
 DIT = DiTConfig(
     dim=128,
@@ -55,51 +53,24 @@ DIT = DiTConfig(
     text_len=TEXT_LEN,
     inject_sample_info=True,
 )
-# Share of the VAE's learning rates that its decoder begins its further training with.
-DECODER_RATE = 0.5
-# Many-shaped scenes teach fast, the real clips teach exactly.
-VAE_CLIPS = ClipMixture(BATCH_SHAPES, scene_share=0.5)
-DECODER_CLIPS = ClipMixture(BATCH_SHAPES, scene_share=0.1)
 
 
-def train_vae(training: Training) -> AutoencoderKLWan:
-    """Train the VAE, or load it if that is done; returns it with averaged weights."""
-    torch.manual_seed(0)
-    vae = new_vae()
-    train_autoencoder(
-        vae,
-        WanCodec(vae),
-        vae_optimizers(vae),
-        plan=TrainPlan(num_steps=training.steps["vae"]),
-        checkpoint=training.checkpoint("vae"),
-        clips=VAE_CLIPS,
-    )
-    return vae
+def decoder_of(vae: AutoencoderKLWan) -> nn.ModuleDict:
+    """Return the parts of the VAE that turn latents into pixels."""
+    return nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
 
-def train_decoder(training: Training) -> AutoencoderKLWan:
-    """Train only the VAE's decoder on, or load it if that is done; returns the whole VAE.
-
-    The latents stay what they are, so this can go on while the transformer learns from them.
-    """
-    vae = train_vae(training)
-    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
-    decoder.requires_grad_(True)
-    train_autoencoder(
-        decoder,
-        WanCodec(vae),
-        vae_optimizers(vae, rate=DECODER_RATE),
-        plan=TrainPlan(num_steps=training.steps["decoder"], decay_share=0.6, seed=1),
-        checkpoint=training.checkpoint("decoder"),
-        clips=DECODER_CLIPS,
-    )
-    return vae.eval()
-
-
-def encode_latents(training: Training) -> None:
-    """Encode the clips that the transformer learns from."""
-    encode = WanCodec(train_vae(training)).encode
-    encode_bank(encode, num_clips=training.num_clips, num_frames=CLIP_FRAMES, folder=training.out)
+VAE = VAERecipe(
+    new=new_vae,
+    codec=WanCodec,
+    decoder=decoder_of,
+    optimizers=vae_optimizers,
+    decoder_optimizers=lambda vae: vae_optimizers(vae, rate=0.5),
+    # many-shaped scenes teach fast, the real clips teach exactly
+    clips=ClipMixture(BATCH_SHAPES, scene_share=0.5),
+    decoder_clips=ClipMixture(BATCH_SHAPES, scene_share=0.1),
+    clip_frames=97,
+)
 
 
 class DemoModels(nn.Module):
@@ -154,21 +125,18 @@ class _DitLoss:
     def __call__(self, _step: int, randomness: StepRandomness) -> Tensor:
         rng = randomness.numpy
         window = draw_window(rng, FORCING)
-        size = min(FORCING.largest_batch, FORCING.batch_frames // window.num_frames)
-        latents_BCFhw, captions = self.bank.batch(rng, size)
+        latents_BCFhw, captions = self.bank.batch(rng, FORCING.batch_size(window))
         text_BLD = encode_captions(self.models.text, self.tokenizer, drop_some(rng, captions))
-
-        def velocity(x: Tensor, t_BF: Tensor, bounds: tuple[tuple[int, int], ...] | None) -> Tensor:
-            return self.models.dit(x, t_BF, text_BLD, causal_chunks=bounds)
-
-        data_BCFhw = latents_BCFhw[:, :, : window.num_frames]
-        return forcing_loss(velocity, data_BCFhw, window, plan=FORCING, randomness=randomness)
+        clips = draw_noisy(latents_BCFhw, window, plan=FORCING, randomness=randomness)
+        bounds = window.bounds if window.is_causal else None
+        velocity = self.models.dit(clips.x, 1000 * clips.sigma, text_BLD, causal_chunks=bounds)
+        return clips.mean_square(velocity - clips.target)
 
 
 def export(training: Training, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models = train_decoder(training), train_dit(training)
-    psnr = measured_psnr(WanCodec(vae), num_frames=CLIP_FRAMES)
+    vae, models = VAE.train_decoder(training), train_dit(training)
+    psnr = VAE.psnr(vae)
     write_checkpoint(vae, models, statistics=read_statistics(training.out), folder=folder)
     return {
         **training.parts_record(
@@ -235,9 +203,9 @@ RECIPE = Recipe(
     default_steps={"vae": 850, "decoder": 1650, "dit": 3000},
     stages={
         "tokenizer": write_tokenizer,
-        "vae": train_vae,
-        "decoder": train_decoder,
-        "latents": encode_latents,
+        "vae": VAE.train,
+        "decoder": VAE.train_decoder,
+        "latents": VAE.encode_latents,
         "dit": train_dit,
     },
     export=export,

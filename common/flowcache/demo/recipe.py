@@ -8,12 +8,18 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from flowcache.demo.latents import encode_bank
 from flowcache.demo.text import build_tokenizer
+from flowcache.demo.trainer import TrainPlan
+from flowcache.demo.vae import ClipMixture, Codec, measured_psnr, train_autoencoder
+
+VAEType = TypeVar("VAEType", bound=nn.Module)
 
 logger = logging.getLogger(__name__)
 RECORD = "training.json"
@@ -72,6 +78,74 @@ class Training:
             "vae_psnr_db_on_unseen_clips": psnr,
             "transformer": self.record("dit"),
         }
+
+
+@dataclass(frozen=True)
+class VAERecipe(Generic[VAEType]):
+    """How a model's VAE is trained: as a whole, then its decoder alone.
+
+    The decoder's training leaves the latents as they are, so it can go on while the transformer
+    learns from them. Every stage is loaded if it is done, with averaged weights.
+
+    Attributes:
+        new: makes the untrained VAE, the same every time.
+        codec: its two directions, with latents that are not normalised.
+        decoder: the part that is trained on.
+        optimizers: of the whole VAE.
+        decoder_optimizers: of a VAE in which only the decoder's parameters are not frozen.
+        clips: what the VAE learns from.
+        decoder_clips: what its decoder learns from.
+        clip_frames: pixel frames of a clip that the transformer learns from.
+    """
+
+    new: Callable[[], VAEType]
+    codec: Callable[[VAEType], Codec]
+    decoder: Callable[[VAEType], nn.Module]
+    optimizers: Callable[[VAEType], list[Optimizer]]
+    decoder_optimizers: Callable[[VAEType], list[Optimizer]]
+    clips: ClipMixture
+    decoder_clips: ClipMixture
+    clip_frames: int
+
+    def train(self, training: Training) -> VAEType:
+        """Train the VAE."""
+        vae = self.new()
+        train_autoencoder(
+            vae,
+            self.codec(vae),
+            self.optimizers(vae),
+            plan=TrainPlan(num_steps=training.steps["vae"]),
+            checkpoint=training.checkpoint("vae"),
+            clips=self.clips,
+        )
+        return vae
+
+    def train_decoder(self, training: Training) -> VAEType:
+        """Train only the decoder of the trained VAE on; returns the whole VAE."""
+        vae = self.train(training)
+        decoder = self.decoder(vae).requires_grad_(True)
+        train_autoencoder(
+            decoder,
+            self.codec(vae),
+            self.decoder_optimizers(vae),
+            plan=TrainPlan(num_steps=training.steps["decoder"], decay_share=0.6, seed=1),
+            checkpoint=training.checkpoint("decoder"),
+            clips=self.decoder_clips,
+        )
+        return vae.eval()
+
+    def encode_latents(self, training: Training) -> None:
+        """Encode the clips that the transformer learns from."""
+        encode_bank(
+            self.codec(self.train(training)).encode,
+            num_clips=training.num_clips,
+            num_frames=self.clip_frames,
+            folder=training.out,
+        )
+
+    def psnr(self, vae: VAEType) -> float:
+        """Return the mean PSNR in dB of clips of unseen attributes, encoded and decoded."""
+        return measured_psnr(self.codec(vae), num_frames=self.clip_frames)
 
 
 @dataclass(frozen=True)
