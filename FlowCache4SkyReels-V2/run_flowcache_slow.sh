@@ -4,8 +4,7 @@
 # Everything else follows as key=value: bash run_flowcache_slow.sh num_steps=30 guidance=5
 # --dry-run checks and prints the plan, --help and --list-settings say what there is.
 set -euo pipefail
-here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-source "$here/../scripts/setup.sh" # makes and enters the Python environment the first time
+source "$(dirname -- "${BASH_SOURCE[0]}")/scripts/common.sh" # enters the Python environment
 
 MODEL=${MODEL:-auto}           # auto: the 1.3B model on a CUDA machine, else the demo; or a folder, or a hub id
 PROMPT=${PROMPT-a blue triangle moving up on a black background}
@@ -19,10 +18,6 @@ NUM_STEPS=${NUM_STEPS:-}       # denoising steps of a chunk; empty: the preset's
 THRESHOLD=${THRESHOLD:-}       # accumulated change at which a step is computed; empty: 0.1
 SEED=${SEED:-}                 # of all noise; empty: 1024
 GPUS=${GPUS:-}                 # processes, one per GPU, that make the video together; empty: one
-OUT=${OUT:-$here/result}       # an .mp4 file, or a folder in which a fresh name is found
+OUT=${OUT:-$root/result}       # an .mp4 file, or a folder in which a fresh name is found
 
-exec python ${GPUS:+-m flowcache.runtime.launch "$GPUS"} \
-    -m skyreels_v2 --preset flowcache_slow --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
-    ${IMAGE:+--image "$IMAGE"} ${END_IMAGE:+--end-image "$END_IMAGE"} ${VIDEO:+--video "$VIDEO"} \
-    ${HEIGHT:+height="$HEIGHT"} ${WIDTH:+width="$WIDTH"} ${NUM_FRAMES:+num_frames="$NUM_FRAMES"} \
-    ${NUM_STEPS:+num_steps="$NUM_STEPS"} ${THRESHOLD:+reuse.threshold="$THRESHOLD"} ${SEED:+seed="$SEED"} "$@"
+generate --preset flowcache_slow ${THRESHOLD:+reuse.threshold="$THRESHOLD"} "$@"

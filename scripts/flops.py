@@ -16,12 +16,12 @@ start_quietly(__name__)
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.flops import attention
+from flowcache.runtime.flops import attention, linear
 from flowcache.runtime.markdown import escaped, table_row
 from flowcache.schedule import staggered
-from flowcache.wan import flops as skyreels_flops
-from magi1 import flops as magi1_flops
+from flowcache.wan.dit import blocks_flops
 from magi1.config import ModelConfig, read_config
+from magi1.dit import published_block_flops, published_clip_flops
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
 from skyreels_v2.released import RELEASED
@@ -71,7 +71,7 @@ def magi1_clip(
     *, num_frames: int = 240, reaches: Sequence[int] = (), nearly_clean_pass: bool
 ) -> int:
     """Count one clip of the distilled 4.5B model, 720 x 720, 64 steps, window of 4 chunks."""
-    return magi1_flops.published_clip(
+    return published_clip_flops(
         magi1_sizes(),
         clip=Clip(num_frames),
         clock=Clock(num_steps=64, window=4, reaches=tuple(reaches)),
@@ -89,10 +89,16 @@ def skyreels_ticks() -> int:
 
 
 def skyreels_causal(num_chunks: int) -> int:
-    """Count one forward of so many chunks, each seeing itself and those before it."""
-    return skyreels_flops.published_forward(
-        SKYREELS_1_3B, chunk_tokens=[SKYREELS_CHUNK_TOKENS] * num_chunks
-    )
+    """Count one forward of so many chunks, each seeing itself and those before it.
+
+    As published, every chunk projects the prompt's keys and values anew; norms are not counted.
+
+    Source: the published spreadsheet, sheet SkyreelsV2-Chunkwise.
+    """
+    sizes, chunk = SKYREELS_1_3B, SKYREELS_CHUNK_TOKENS
+    text = sizes.num_layers * linear(sizes.text_len, d_in=sizes.dim, d_out=2 * sizes.dim)
+    seen = range(chunk, (num_chunks + 1) * chunk, chunk)
+    return sum(blocks_flops(sizes, queries=chunk, keys=keys) + text for keys in seen)
 
 
 def skyreels_full() -> int:
@@ -101,8 +107,8 @@ def skyreels_full() -> int:
     As published, every chunk projects the prompt's keys and values anew.
     """
     chunk, window = SKYREELS_CHUNK_TOKENS, 5 * SKYREELS_CHUNK_TOKENS
-    text = skyreels_causal(1) - skyreels_flops.blocks(SKYREELS_1_3B, queries=chunk, keys=chunk)
-    return skyreels_flops.blocks(SKYREELS_1_3B, queries=window, keys=window) + 5 * text
+    text = skyreels_causal(1) - blocks_flops(SKYREELS_1_3B, queries=chunk, keys=chunk)
+    return blocks_flops(SKYREELS_1_3B, queries=window, keys=window) + 5 * text
 
 
 def skyreels_active_only() -> int:
@@ -118,7 +124,7 @@ def skyreels_active_only() -> int:
 def paper_rows() -> list[Row]:
     """Return the published figures and what they are made of."""
     sizes = magi1_sizes()
-    alone = magi1_flops.published_blocks(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
+    alone = published_block_flops(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
     seen = sizes.num_layers * attention(
         MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=sizes.hidden_size
     )

@@ -276,6 +276,7 @@ def copy_launchers(tmp_path: Path) -> Callable[..., Launchers]:
         folder = tmp_path / "a copy" / "model"
         folder.mkdir(parents=True)
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             transfer = shutil.copytree if (source / name).is_dir() else shutil.copy
             transfer(source / name, folder / name)
         tools = tmp_path / "bin"
@@ -286,3 +287,25 @@ def copy_launchers(tmp_path: Path) -> Callable[..., Launchers]:
         return Launchers(folder, pattern, package, variables, tools)
 
     return copy
+
+
+@pytest.fixture
+def make_dit() -> Callable[..., Any]:
+    """Return what builds a tiny Wan transformer: `(seed=0, **changes of its config)`."""
+    from flowcache.wan.dit import DiT, DiTConfig
+
+    def make(seed: int = 0, **changes: Any) -> DiT:
+        tiny: dict[str, Any] = {
+            "dim": 32,
+            "ffn_dim": 48,
+            "freq_dim": 16,
+            "num_heads": 2,
+            "num_layers": 2,
+            "text_dim": 12,
+            "text_len": 5,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return DiT(DiTConfig(**tiny | changes)).eval()
+
+    return make

@@ -22,7 +22,7 @@ ALLOWED = {"flowcache": set[str](), "magi1": {"flowcache"}, "skyreels_v2": {"flo
 OURS = {*PACKAGES, "scripts", "tests"}
 
 # The parts of a model know nothing of what puts them together.
-PARTS = {"dit", "layers", "solver", "text", "vae", "window"}
+PARTS = {"dit", "layers", "text", "vae", "window"}
 ASSEMBLIES = {"__main__", "build", "pipeline", "plan", "run", "upstream"}
 
 # Large or optional libraries, and the only files (of any package) that import them.

@@ -11,10 +11,9 @@ from flowcache.runtime.cli import overrides_of, run_command, run_parser
 from flowcache.runtime.config import describe as describe_keys
 from flowcache.runtime.parallel import run_in_ranks
 from flowcache.runtime.ranks import Ranks
-from magi1.config import MagiConfig
+from magi1.config import ReleaseConfig, RunConfig
 from magi1.released import CONFIGS, RELEASED
 from magi1.run import BASE, PRESETS, Request, describe, plan_without_files, prepare, run
-from magi1.settings import RunConfig
 
 EXAMPLES = """examples:
   python -m magi1 --preset flowcache_fast --model demo \\
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def list_settings() -> list[str]:
     """Return one line per setting: the release's fields, then the others."""
-    release = describe_keys(MagiConfig, commented=FIELDS)
+    release = describe_keys(ReleaseConfig, commented=FIELDS)
     return [*release, *describe_keys(RunConfig, commented=BASE)[len(release) :]]
 
 

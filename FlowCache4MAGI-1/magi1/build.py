@@ -9,10 +9,9 @@ from flowcache.reuse import ReusePolicy
 from flowcache.runtime.cli import DTYPES
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.settings import check_work, policy_maker, strategy_of
-from magi1.config import PIXELS_PER_TOKEN
-from magi1.sampling import KVBudget, Sampling
+from magi1.config import PIXELS_PER_TOKEN, RunConfig
+from magi1.sampler import KVBudget, Sampling
 from magi1.schedule import SHIFT, Clip, Clock
-from magi1.settings import RunConfig
 from magi1.vae import Tiling
 
 VAE_STRIDE = 8
@@ -48,6 +47,8 @@ def sampling_of(config: RunConfig) -> Sampling:
         nearly_clean_pass=config.passes.nearly_clean_pass,
         prev_share=config.passes.prev_share,
         quantity=config.reuse.predict,
+        budget=budget_of(config),
+        kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
     )
 
 

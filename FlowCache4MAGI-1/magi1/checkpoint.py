@@ -29,7 +29,7 @@ from flowcache.runtime.weights import (
     wrapping_of,
 )
 from magi1 import text, vae
-from magi1.config import MagiConfig
+from magi1.config import ReleaseConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import FP8
 
@@ -62,13 +62,13 @@ class Checkpoint:
         text_encoder: the T5 encoder's folder.
     """
 
-    config: MagiConfig
+    config: ReleaseConfig
     dit_files: tuple[Path, ...]
     vae: Path
     text_encoder: Path
 
 
-def find(config: MagiConfig) -> Checkpoint:
+def find(config: ReleaseConfig) -> Checkpoint:
     """Find the parts of the checkpoint that a config names.
 
     Raises:
@@ -226,12 +226,12 @@ def _fitting(dit: DiT, tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor
         yield StoredTensor(path, key, tensor)
 
 
-def _empty_dit(config: MagiConfig) -> DiT:
+def _empty_dit(config: ReleaseConfig) -> DiT:
     with torch.device("meta"):
         return DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)
 
 
-def check_dit(config: MagiConfig, paths: Iterable[Path]) -> int:
+def check_dit(config: ReleaseConfig, paths: Iterable[Path]) -> int:
     """Check from headers alone that shards fill the transformer exactly.
 
     Returns:

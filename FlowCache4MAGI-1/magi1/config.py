@@ -1,28 +1,47 @@
-"""The JSON configs of the MAGI-1 release, read as they are into frozen dataclasses.
+"""Every setting of a run: the JSON config of the release, and what that has no field for.
 
-Field names, sections and units are the release's own: a field that is missing or unknown is an
-error that names it. Source: SandAI-org/MAGI-1, example/*/*_config.json.
+Field names, sections and units of the JSON are the release's own: a field that is missing or
+unknown is an error that names it. Source: SandAI-org/MAGI-1, example/*/*_config.json.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 
+from flowcache.attention import KernelName
 from flowcache.errors import UserError
 from flowcache.runtime.bounds import IS_PATH, Bounds, check_values
 from flowcache.runtime.config import load_config
-from flowcache.runtime.parallel import MAX_PROCESSES
-from flowcache.runtime.settings import MAX_FRAMES, Fps, Frames, NumSteps, Pixels, Seed, Share
+from flowcache.runtime.memory import parse_limit
+from flowcache.runtime.parallel import MAX_PROCESSES, ParallelRule
+from flowcache.runtime.settings import (
+    MAX_FRAMES,
+    Fps,
+    Frames,
+    KVRule,
+    NumSteps,
+    Pixels,
+    Place,
+    ReuseRule,
+    Seed,
+    Share,
+    Threshold,
+    check_guidance,
+    check_prompt,
+    check_reuse,
+    strategy_of,
+)
+from magi1.vae import RELEASED, Tiling, check_decoding
 
 PIXELS_PER_TOKEN = 16
 """Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""
 
 PROJECTION_GROUPS = 8
-"""Groups in which attention outputs lie before the joint projection, whatever the head count.
+"""Groups in which attention outputs lie before the joint projection, for any head count.
 
 Source: the released weights, which were trained with eight key/value heads.
 """
@@ -37,6 +56,14 @@ PlaceName: TypeAlias = Annotated[str, IS_PATH]
 
 ParamsDtype = Literal["torch.bfloat16", "torch.float16", "torch.float32"]
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+
+Quantity = Literal["latent_update", "velocity", "clean"]
+"""What a reused chunk gets again: the last change of its latents, as published, with the step size
+of then; or the last velocity, times the step size of now; or the velocity that leads to the clean
+estimate of then."""
+
+
+# The release's JSON -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,7 +170,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class MagiConfig:
+class ReleaseConfig:
     """One JSON config of the release."""
 
     model_config: ModelConfig
@@ -151,27 +178,16 @@ class MagiConfig:
     engine_config: EngineConfig
 
 
-def read_config(path: str | Path, *, overrides: Sequence[str] = ()) -> MagiConfig:
-    """Read a JSON config of the release and check that it makes sense.
-
-    Args:
-        overrides: `section.field=value` texts that win over the file.
-
-    Raises:
-        UserError: a field is missing, unknown, of the wrong type, or breaks a rule; it is named.
-    """
-    config = load_config(MagiConfig, [Path(path)], overrides=overrides)
+def read_config(path: str | Path, *, overrides: Sequence[str] = ()) -> ReleaseConfig:
+    """Read a JSON config and check it; `overrides` are texts as in `section.field=value`."""
+    config = load_config(ReleaseConfig, [Path(path)], overrides=overrides)
     check_model(config.model_config, source=str(path))
     check_runtime(config.runtime_config, config.engine_config, source=str(path))
     return config
 
 
 def check_model(model: ModelConfig, *, source: str) -> None:
-    """Check the sizes of a transformer.
-
-    Raises:
-        UserError: one is out of bounds, does not divide another, or is not of a released model.
-    """
+    """Check that the sizes of a transformer fit together and are of a released architecture."""
     check_values(model, source=source)
     supported: dict[str, Any] = {
         "model_name": "videodit_ardf",
@@ -181,41 +197,31 @@ def check_model(model: ModelConfig, *, source: str) -> None:
         "xattn_cond_hidden_ratio": 1.0,
         "cond_gating_ratio": 1.0,
     }
-    _check(
-        source,
-        model,
-        (
+    heads, width, channels = model.num_attention_heads, model.hidden_size, model.in_channels
+    is_split_evenly = not (model.half_channel_vae and channels % 2)
+    rules = (
+        *(
             (name, getattr(model, name) == value, f"only {value} is supported")
             for name, value in supported.items()
         ),
-    )
-    heads, width, channels = model.num_attention_heads, model.hidden_size, model.in_channels
-    rules = (
         ("num_query_groups", heads % model.num_query_groups == 0, f"must divide {heads} heads"),
         ("kv_channels", heads * model.kv_channels == width, f"{heads} heads must make {width}"),
         ("kv_channels", model.kv_channels % 8 == 0, "must be a multiple of 8 (rotary positions)"),
         ("hidden_size", width % PROJECTION_GROUPS == 0, f"must divide by {PROJECTION_GROUPS}"),
         ("out_channels", model.out_channels == channels, f"must be in_channels, {channels}"),
-        (
-            "in_channels",
-            not (model.half_channel_vae and channels % 2),
-            "must be even for two halves",
-        ),
+        ("in_channels", is_split_evenly, "must be even for two halves"),
     )
     _check(source, model, rules)
 
 
 def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> None:
-    """Check what is to be generated.
-
-    Raises:
-        UserError: a size, step count or guidance setting that the model cannot work with.
-    """
+    """Check that sizes, step counts and guidance are such as the model can work with."""
     check_values(run, source=source)
     check_values(engine, source=source)
     passes = 1 if engine.distill or engine.fp8_quant else 3
     kind = "distilled" if passes == 1 else "base"
-    ranges, num_scales = run.noise2clean_kvrange, len(run.cfg_t_range)
+    ranges, lows, num_scales = run.noise2clean_kvrange, run.cfg_t_range, len(run.cfg_t_range)
+    is_device = re.fullmatch(r"cpu|cuda(:\d+)?", run.t5_device) is not None
     size_rule = f"must be a positive multiple of {PIXELS_PER_TOKEN} pixels"
     range_rule = f"must divide by the {len(ranges)} entries of noise2clean_kvrange"
     scale_rule = f"needs {num_scales} entries, as cfg_t_range has"
@@ -230,21 +236,17 @@ def check_runtime(run: RuntimeConfig, engine: EngineConfig, *, source: str) -> N
             run.clean_chunk_kvrange == -1 or run.clean_chunk_kvrange > 0,
             "must be a count from 1 on, or -1 for the last entry of noise2clean_kvrange",
         ),
-        ("cfg_t_range", _is_rising(run.cfg_t_range), "must rise, from 0 on"),
+        # no timestep is left out
+        (
+            "cfg_t_range",
+            lows[:1] == (0,) and lows == tuple(sorted(set(lows))),
+            "must rise, from 0 on",
+        ),
         ("prev_chunk_scales", len(run.prev_chunk_scales) == num_scales, scale_rule),
         ("text_scales", len(run.text_scales) == num_scales, scale_rule),
-        ("t5_device", _is_device(run.t5_device), "must be cpu, cuda or cuda:0"),
+        ("t5_device", is_device, "must be cpu, cuda or cuda:0"),
     )
     _check(source, run, rules)
-
-
-def _is_rising(lows: Sequence[float]) -> bool:
-    """Tell whether the lower ends of ranges leave no timestep out."""
-    return bool(lows) and lows[0] == 0 and list(lows) == sorted(set(lows))
-
-
-def _is_device(name: str) -> bool:
-    return re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
 
 
 def _check(source: str, section: object, rules: Iterable[tuple[str, bool, str]]) -> None:
@@ -252,3 +254,129 @@ def _check(source: str, section: object, rules: Iterable[tuple[str, bool, str]])
     for name, holds, rule in rules:
         if not holds:
             raise UserError(f"{source}: {name} is {getattr(section, name)!r}, but {rule}")
+
+
+# A run --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """Which special tokens go before the prompt.
+
+    Attributes:
+        static: the video starts with a still picture.
+        dynamic: the video starts with motion.
+        borderness: the picture has borders.
+        quality: the video is of high quality.
+        three_d_model: a look of computer graphics.
+        two_d_anime: a look of drawn animation.
+        duration: how many chunks come after this one.
+        negative: tokens of captions, logos, transitions and borders before the null caption.
+    """
+
+    static: bool = False
+    dynamic: bool = False
+    borderness: bool = False
+    quality: bool = True
+    three_d_model: bool = False
+    two_d_anime: bool = False
+    duration: bool = True
+    negative: bool = False
+
+    def names(self) -> list[str]:
+        """Return the chosen tokens but that of duration, in the order they are put in front."""
+        style = ("static", "dynamic", "borderness", "quality", "three_d_model", "two_d_anime")
+        return [name for name in style if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """Extra passes through the model."""
+
+    clean_pass: bool = True
+    nearly_clean_pass: bool = True
+    prev_share: Share = 0.7
+
+
+@dataclass(frozen=True)
+class ReuseConfig(ReuseRule):
+    """When a chunk is recomputed, and what it gets when it is not."""
+
+    threshold: Threshold = 0.01
+    compute_last_step: bool = False
+    predict: Quantity = "latent_update"
+
+
+@dataclass(frozen=True)
+class KVConfig(KVRule):
+    """How many chunks the KV cache holds, and which clean tokens stay."""
+
+    total_chunks: Annotated[int, Bounds(1, MAX_FRAMES)] = 5
+
+
+@dataclass(frozen=True)
+class RunConfig(ReleaseConfig):
+    """One video: a JSON config of the release, under its own names, and more."""
+
+    prompt: str = ""
+    image: Place = None
+    video: Place = None
+    prefix_frames: Annotated[int | None, Bounds(1, MAX_FRAMES)] = 32
+    special_tokens: Place = None
+    tokens: TokenChoice = field(default_factory=TokenChoice)
+    passes: PassConfig = field(default_factory=PassConfig)
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    parallel: ParallelRule = field(default_factory=ParallelRule)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+    offload: bool = False
+    memory_limit: str = "auto"
+    embedding_cache: Place = None
+    attention_kernel: KernelName = "auto"
+    compile: bool | None = None
+    overlap: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        check_model(self.model_config, source="model_config")
+        check_runtime(self.runtime_config, self.engine_config, source="runtime_config")
+        check_prompt("prompt", self.prompt)
+        check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
+        check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
+        self._check_given()
+        check_decoding(
+            Tiling.of_rate(self.runtime_config.fps),
+            chunk_width=self.runtime_config.chunk_width,
+            temporal_stride=RELEASED.patch_length,  # whether the VAE's is another is checked later
+        )
+        self._check_kv()
+        parse_limit(self.memory_limit)
+        if self.engine_config.fp8_quant and self.dtype not in ("auto", "bfloat16"):
+            raise UserError(
+                f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
+                "leave dtype at auto"
+            )
+
+    def _check_given(self) -> None:
+        stride = self.runtime_config.temporal_downsample_factor
+        if self.image is not None and self.video is not None:
+            raise UserError(
+                "image and video cannot both be the start: give image for a first frame, or video "
+                "for a clip that goes on"
+            )
+        if self.prefix_frames is not None and (
+            self.prefix_frames < stride or self.prefix_frames % stride
+        ):
+            raise UserError(
+                f"prefix_frames must be a positive multiple of {stride} (the frames of a latent) "
+                f"or null, not {self.prefix_frames}"
+            )
+
+    def _check_kv(self) -> None:
+        window = self.runtime_config.window_size
+        if strategy_of(self.kv) is not None and self.kv.total_chunks <= window:
+            raise UserError(
+                f"kv.total_chunks must be above runtime_config.window_size {window}, so that a "
+                f"clean chunk stays beside the active ones, not {self.kv.total_chunks}"
+            )

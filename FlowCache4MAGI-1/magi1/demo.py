@@ -36,13 +36,13 @@ from flowcache.demo.recipe import Recipe, Training, VAERecipe, new_files, write_
 from flowcache.demo.text import TEXT_WIDTH, build_tokenizer, new_t5_encoder
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
 from flowcache.demo.vae import BatchShape, ClipMixture
-from magi1.captions import NULL_TOKENS, NUM_OTHER, SpecialTokens, TokenChoice, chunk_captions
-from magi1.config import ModelConfig
-from magi1.dit import DiT
-from magi1.layers import Layer, SelfAttend
-from magi1.sampling import Guidance
+from flowcache.kv import Attend
+from magi1.config import ModelConfig, TokenChoice
+from magi1.dit import DiT, Layer
+from magi1.sampler import Guidance
 from magi1.schedule import step_width
-from magi1.vit import Block, VAEConfig, ViTVAE
+from magi1.text import NULL_TOKENS, NUM_OTHER, SpecialTokens, chunk_captions
+from magi1.vae import Block, VAEConfig, ViTVAE
 
 TILE_FRAMES = 12
 LATENT_CHANNELS = 16
@@ -147,7 +147,7 @@ class ViTCodec:
     def encode(self, video_B3THW: Tensor) -> Tensor:
         """Encode pixels in -1..1 to the posterior's mean, `[B, C, F, h, w]`."""
         tiles = video_B3THW.split(TILE_FRAMES, dim=2)
-        return torch.cat([self.vae.moments(tile)[0] for tile in tiles], dim=2)
+        return torch.cat([self.vae.means(tile) for tile in tiles], dim=2)
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode latents to pixels `[B, 3, T, H, W]` in -1..1."""
@@ -320,7 +320,7 @@ def predict(
     )
 
 
-def _limited(dit: DiT, *, num_chunks: int, reach: int | None) -> SelfAttend | None:
+def _limited(dit: DiT, *, num_chunks: int, reach: int | None) -> Attend | None:
     """Let every chunk attend to the last `reach` chunks, itself included."""
     if reach is None:
         return None

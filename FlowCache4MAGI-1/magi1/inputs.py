@@ -10,8 +10,7 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.video import Pixels, read_image, read_video, to_pixels
 from magi1.build import tiling_of
-from magi1.config import RuntimeConfig
-from magi1.settings import RunConfig
+from magi1.config import RunConfig, RuntimeConfig
 from magi1.vae import check_encoding
 
 MAX_PREFIX_SECONDS = 5

@@ -27,13 +27,13 @@ from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.ulysses import TokenSplit
 from magi1 import text, vae
 from magi1.build import budget_of, latent_size, layout_of, tiling_of
-from magi1.captions import NULL_TOKENS
 from magi1.checkpoint import Checkpoint
+from magi1.config import RunConfig
 from magi1.dit import DiT, Embedded, set_precision
 from magi1.plan import Plan
 from magi1.schedule import Clock
-from magi1.settings import RunConfig
-from magi1.vit import ViTVAE
+from magi1.text import NULL_TOKENS
+from magi1.vae import ViTVAE
 
 META = torch.device("meta")
 CHUNK_COPIES = 4

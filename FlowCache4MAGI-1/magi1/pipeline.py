@@ -1,7 +1,7 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,12 +18,12 @@ from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from magi1.build import budget_of, clip_of, latent_size, policy_of, sampling_of
-from magi1.captions import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
+from magi1.build import clip_of, latent_size, policy_of, sampling_of
+from magi1.config import RunConfig
 from magi1.dit import DiT
-from magi1.sampler import ALL_BRANCHES, ClipSampler
-from magi1.schedule import Clip, Clock
-from magi1.settings import RunConfig
+from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
+from magi1.schedule import Clip
+from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
 
 
 class LatentCodec(Protocol):
@@ -88,150 +88,97 @@ def generate(
         dit: the transformer, on the device of the run.
         vae: encodes and decodes; it may be elsewhere.
         draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
-        observe: is shown the velocities of computed steps.
+        observe: is given the velocities of computed steps.
         policies: decide what is computed, in segment 0 and branch `ALL_BRANCHES`; default: as the
             settings say.
         ranks: the processes that divide the work; each yields the whole video. Default: one.
     """
+    device = dit.x_embedder.weight.device
     ranks = Ranks() if ranks is None else ranks
     policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
-    codec = _Codec(dit, vae, turns=_Turns.of(config, dit, vae), stats=stats, ranks=ranks)
-    if draw is None:
-        draw = seeded_noise(config.runtime_config.seed, device=codec.device)
+    codec = _Codec(vae, dit, takes_turns=config.offload, stats=stats, ranks=ranks)
     prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
     clip = clip_of(config, num_prefix=0 if prefix is None else prefix.shape[1])
     shape = (dit.config.latent_channels, clip.num_latents, *latent_size(config))
+    draw = draw or seeded_noise(config.runtime_config.seed, device=device)
+    tokens = conditioning.tokens
     captions = chunk_captions(
-        conditioning.text.to(codec.device),
+        conditioning.text.to(device),
         num_chunks=len(clip.generated),
-        tokens=conditioning.tokens,
-        choice=config.tokens if conditioning.tokens else NO_TOKENS,
+        tokens=tokens,
+        choice=config.tokens if tokens else NO_TOKENS,
         max_length=dit.config.caption_max_length,
+    )
+    inputs = ClipInputs(
+        clip,
+        draw(shape, torch.float32),
+        captions=dict(zip(clip.generated, captions, strict=True)),
+        null_caption=null_caption(dit.null_caption, tokens=tokens, choice=config.tokens),
+        prefix=prefix,
     )
     sampler = ClipSampler(
         dit,
-        draw(shape, torch.float32),
-        clip=clip,
-        clock=Clock.of(config),
-        sampling=sampling_of(config),
-        captions=dict(zip(clip.generated, captions, strict=True)),
-        null_caption=null_caption(
-            dit.null_caption, tokens=conditioning.tokens, choice=config.tokens
+        inputs,
+        sampling_of(config),
+        reuse=Reuse(
+            ranks.decided_by(policy, branch=0), store_of(config.reuse), guidance_of(config.reuse)
         ),
-        policy=ranks.decided_by(policy, branch=0),
         stats=stats,
-        results=store_of(config.reuse),
-        held_guidance=guidance_of(config.reuse),
-        prefix=prefix,
-        budget=budget_of(config),
-        kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
         observe=observe,
         ranks=ranks,
     )
-    is_beside = should_overlap(
-        config.overlap, codec.device, takes_turns=config.offload or ranks.place.size > 1
+    is_concurrent = should_overlap(
+        config.overlap, device, takes_turns=config.offload or ranks.place.size > 1
     )
-    with lane_for("decode", device=codec.device, is_beside=is_beside) as lane:
+    with lane_for("decode", device=device, is_beside=is_concurrent) as lane:
         for tick, finished in sampler.run():
-            parts = {chunk: clip.latents(chunk) for chunk in finished}
             # a copy: the thread must not see later changes of the whole
-            latents = {c: sampler.latents[:, p.start : p.stop].clone() for c, p in parts.items()}
-            later = None
-            if finished:
-                later = lane.submit(
-                    partial(_decode_chunks, codec, latents, clip=clip, is_beside=is_beside)
-                )
-            yield Progress(tick, later)
+            latents = {chunk: inputs.frames(chunk).clone() for chunk in finished}
+            decode = partial(codec.decode, latents, clip=clip, is_concurrent=is_concurrent)
+            yield Progress(tick, lane.submit(decode) if finished else None)
 
 
-def _decode_chunks(
-    codec: "_Codec", latents: Mapping[int, Tensor], *, clip: Clip, is_beside: bool
-) -> Decoded:
-    """Decode clean chunks and return the frames of them that are new."""
-    return Decoded.joined(
-        [
-            Decoded(
-                _decode_chunk(codec, own, clip=clip, chunk=chunk, is_beside=is_beside),
-                all_finite(own),
-            )
-            for chunk, own in latents.items()
-        ]
-    )
-
-
-def _decode_chunk(
-    codec: "_Codec", latents: Tensor, *, clip: Clip, chunk: int, is_beside: bool
-) -> Tensor:
-    """Decode a clean chunk and return the frames of it that are new, `[3, T, H, W]`.
-
-    Given latents are decoded with the others and cut off afterwards. The release cuts first; what
-    remains is then no whole number of decoder tiles, and a video may lose three frames at the seam.
-    """
-    own, shown = clip.latents(chunk), clip.shown(chunk)
-    frames = codec.decode(latents, is_beside=is_beside)
-    return frames[:, (shown.start - own.start) * clip.temporal_stride :]
-
-
-@dataclass(frozen=True)
-class _Turns:
-    """The weights of transformer and VAE on the host, where one of them is on the device at a time.
-
-    The VAE is the one that waits.
-    """
-
-    dit: HostWeights
-    vae: HostWeights
-
-    @classmethod
-    def of(cls, config: RunConfig, dit: DiT, vae: LatentCodec) -> "_Turns | None":
-        """Return them if memory is scarce."""
-        if not config.offload:
-            return None
-        device = dit.x_embedder.weight.device
-        return cls(HostWeights(dit, device), HostWeights(vae.model, device))
-
-    @contextmanager
-    def of_vae(self) -> Generator[None, None, None]:
-        """Have the VAE on the device, and the transformer off it."""
-        with aside(self.dit):
-            self.vae.come()
-            try:
-                yield
-            finally:
-                self.vae.leave()
-
-
-@dataclass(frozen=True)
 class _Codec:
-    """The VAE, which may have to take turns on the device with the transformer."""
+    """The VAE; where memory is scarce it takes turns on the device with the transformer."""
 
-    dit: DiT
-    vae: LatentCodec
-    turns: _Turns | None
-    stats: RunStats
-    ranks: Ranks
-
-    @property
-    def device(self) -> torch.device:
-        return self.dit.x_embedder.weight.device
+    def __init__(
+        self, vae: LatentCodec, dit: DiT, *, takes_turns: bool, stats: RunStats, ranks: Ranks
+    ) -> None:
+        self.vae, self.stats, self.ranks = vae, stats, ranks
+        self.device = dit.x_embedder.weight.device
+        self.dit_weights = HostWeights(dit, self.device) if takes_turns else None
+        self.vae_weights = HostWeights(vae.model, self.device) if takes_turns else None
 
     def encode(self, pixels_3THW: Tensor) -> Tensor:
         """Return float32 latents `[C, F, h, w]`."""
-        with self._at_work() as device:
+        with self._at_work():
             latents = self.vae.encode(pixels_3THW.unsqueeze(0))[0]
-        return latents.to(device=device, dtype=torch.float32)
+        return latents.to(device=self.device, dtype=torch.float32)
 
-    def decode(self, latents_CFhw: Tensor, *, is_beside: bool) -> Tensor:
-        """Return float32 pixels `[3, T, H, W]`."""
-        with self._at_work(is_beside=is_beside):
-            return self.vae.decode(latents_CFhw.unsqueeze(0), self.ranks)[0].float()
+    def decode(self, latents: Mapping[int, Tensor], *, clip: Clip, is_concurrent: bool) -> Decoded:
+        """Decode clean chunks `[C, F, h, w]` and return the frames of them that are new.
+
+        Given latents are decoded with the others and cut off afterwards. The release cuts first;
+        what remains is then no whole number of decoder tiles, and a video may lose three frames at
+        the seam.
+        """
+        parts: list[Decoded] = []
+        for chunk, own in latents.items():
+            with self._at_work(is_concurrent=is_concurrent):
+                frames = self.vae.decode(own.unsqueeze(0), self.ranks)[0].float()
+            given = clip.shown(chunk).start - clip.latents(chunk).start
+            parts.append(Decoded(frames[:, given * clip.temporal_stride :], all_finite(own)))
+        return Decoded.joined(parts)
 
     @contextmanager
-    def _at_work(self, *, is_beside: bool = False) -> Generator[torch.device, None, None]:
-        """Put the VAE on the device of the run, and the transformer off it, if memory is scarce."""
-        device = self.device
-        with (
-            self.stats.stage("vae", is_beside=is_beside),
-            nullcontext() if self.turns is None else self.turns.of_vae(),
-        ):
-            yield device
+    def _at_work(self, *, is_concurrent: bool = False) -> Generator[None, None, None]:
+        """Put the VAE on the device, and the transformer off it, if they take turns."""
+        with self.stats.stage("vae", is_beside=is_concurrent), aside(self.dit_weights):
+            if self.vae_weights is None:
+                yield
+                return
+            self.vae_weights.come()
+            try:
+                yield
+            finally:
+                self.vae_weights.leave()

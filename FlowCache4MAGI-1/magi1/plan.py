@@ -10,14 +10,12 @@ from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.settings import POLICIES, check_pass, stored_results
 from flowcache.schedule import Tick
 from flowcache.scoring import scoring_bytes
-from magi1 import flops
 from magi1.build import budget_of, clip_of, latent_size, layout_of, sampling_of
-from magi1.captions import NULL_TOKENS
-from magi1.config import ModelConfig
-from magi1.dit import DiT, set_precision
-from magi1.sampling import KVBudget, Sampling, cache_bytes, cache_chunks
+from magi1.config import ModelConfig, RunConfig
+from magi1.dit import DiT, block_flops, context_flops, embed_flops, head_flops, set_precision
+from magi1.sampler import KVBudget, Sampling, cache_bytes, cache_chunks
 from magi1.schedule import Clip, Clock
-from magi1.settings import RunConfig
+from magi1.text import NULL_TOKENS
 
 TOKEN_COPIES = 6
 """Token-wide float32 arrays alive at once inside a layer (stream, norms, gated output)."""
@@ -160,7 +158,7 @@ class _FlopCounter:
 
     def clip(self, clip: Clip, ticks: list[Tick]) -> int:
         """Return the FLOPs of a whole clip, given chunks included."""
-        total = flops.context(self.model, text=self.null_text)
+        total = context_flops(self.model, text=self.null_text)
         for _ in range(clip.num_given):
             total += self._feed(self.clock.reach_given())
             self.num_clean += 1
@@ -172,7 +170,7 @@ class _FlopCounter:
                 self.num_clean += 1
             if self.total_chunks is not None and tick.entering:
                 self.num_clean = min(self.num_clean, self.total_chunks - len(tick.steps))
-            total += len(tick.entering) * flops.context(self.model, text=self.text)
+            total += len(tick.entering) * context_flops(self.model, text=self.text)
             total += self._tick(tick)
             waiting = len(tick.finishing)
         return total
@@ -197,15 +195,15 @@ class _FlopCounter:
         return self._layers(seen if reach is None else min(seen, reach), text=self.null_text)
 
     def _step(self, num_seen: int, *, text: int) -> int:
-        return self._layers(num_seen, text=text) + flops.head(self.model, queries=self.chunk_tokens)
+        return self._layers(num_seen, text=text) + head_flops(self.model, queries=self.chunk_tokens)
 
     def _layers(self, num_seen: int, *, text: int) -> int:
         """Return the FLOPs of one chunk that sees `num_seen` chunks, itself included."""
         known = self.known.get((num_seen, text))
         if known is None:
             tokens = self.chunk_tokens
-            known = flops.embed(self.model, tokens=tokens, is_distilled=self.sampling.is_distilled)
-            known += flops.blocks(self.model, queries=tokens, keys=num_seen * tokens, text=text)
+            known = embed_flops(self.model, tokens=tokens, is_distilled=self.sampling.is_distilled)
+            known += block_flops(self.model, queries=tokens, keys=num_seen * tokens, text=text)
             self.known[num_seen, text] = known
         return known
 

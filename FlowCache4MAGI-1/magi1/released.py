@@ -10,7 +10,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.bounds import given_path
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from magi1 import checkpoint as checkpoints
-from magi1.config import MagiConfig
+from magi1.config import ReleaseConfig
 
 FOLDER = Path(__file__).resolve().parent.parent
 DEMO = FOLDER / "demo"
@@ -25,7 +25,7 @@ REAL_MODEL = "4.5B_distill"
 REPOSITORY = "sand-ai/MAGI-1"
 PATH_FIELDS = ("load", "t5_pretrained", "vae_pretrained")
 
-Config = TypeVar("Config", bound=MagiConfig)
+Config = TypeVar("Config", bound=ReleaseConfig)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def find_path(path: str, source: Source) -> str:
     return str(beside) if not Path(path).exists() and beside.exists() else path
 
 
-def are_there(config: MagiConfig) -> bool:
+def are_there(config: ReleaseConfig) -> bool:
     """Whether the folders that a config names hold a whole model."""
     try:
         checkpoints.check_complete(checkpoints.find(config))
@@ -134,7 +134,7 @@ def download(config: Config, source: Source, *, hub: Hub = HUB) -> Config:
     return _in_folder(config, source, folder)
 
 
-def find_download(config: MagiConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
+def find_download(config: ReleaseConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
     """Return what `download` would fetch; None: nothing, a copy is in the local hub cache.
 
     Raises:

@@ -42,12 +42,11 @@ from magi1 import checkpoint as checkpoints
 from magi1 import text, vae
 from magi1.build import VAE_STRIDE, clip_of, dtype_of, sampling_of, setting_of, tiling_of
 from magi1.build import layout_of as layout_tokens
-from magi1.captions import SpecialTokens, load_special_tokens
 from magi1.checkpoint import Checkpoint
-from magi1.dit import DiT
+from magi1.config import RunConfig
+from magi1.dit import DiT, compiled_parts
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import num_latents, read_prefix
-from magi1.layers import compiled_parts
 from magi1.memory import placed, plan_memory
 from magi1.pipeline import Conditioning, generate
 from magi1.plan import Plan, attention_shape, lines, make_plan, shown_frames
@@ -64,7 +63,7 @@ from magi1.released import (
 )
 from magi1.sampler import ALL_BRANCHES, GUIDANCE
 from magi1.schedule import Clock
-from magi1.settings import RunConfig
+from magi1.text import SpecialTokens, load_special_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -2,53 +2,252 @@
 
 Chunks go through the transformer one by one, oldest first, and find the keys of those before them
 in a KV cache. That gives what one forward of all active chunks gives, whose attention is causal
-between chunks.
+between chunks. Where processes divide the guidance passes, each has the caches of its own ones.
 
-Axes: C latent channels, F latent frames, h/w latent rows/columns, L text tokens; the batch is 1.
+Axes: B batch (1), C latent channels, F latent frames, h/w latent rows/columns, L text tokens,
+S tokens of a chunk, H query heads, D model width.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
 from flowcache.errors import UserError
 from flowcache.guidance import HeldGuidance
-from flowcache.results import ResultStore
+from flowcache.kv import (
+    Attend,
+    KVCache,
+    cached_attention,
+    caches_for,
+    prefetcher_for,
+    tokens_per_chunk,
+)
+from flowcache.results import ResultStore, clean_estimate, velocity_to
 from flowcache.reuse import Decision, Observe, ReusePolicy
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId
+from flowcache.runtime.ulysses import TokenSplit
 from flowcache.schedule import Tick
-from magi1.clean import CleanKeys
-from magi1.dit import DiT
-from magi1.euler import euler_step_
-from magi1.forward import ClipForward
-from magi1.layers import ContextKV
-from magi1.sampling import Branch, KVBudget, Sampling
+from magi1.config import ModelConfig, Quantity, ReleaseConfig
+from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops
 from magi1.schedule import Clip, Clock
 
 ALL_BRANCHES = "all"
 """Branch under which the one decision for all guidance passes is recorded."""
 GUIDANCE = "guidance"
-"""Branch under which the passes beside that with text are recorded where they are held."""
+"""Branch under which the passes without text are recorded where they are held."""
+RANGE_SLACK = 1e-7
+"""A timestep this little below a range's lower end belongs to it."""
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the three passes of a base model are weighted, by timestep.
+
+    `(1 - prev) * alone + (prev - text) * no_text + text * with_text`: the chunk alone and without
+    text, with the chunks before it, and with its text as well.
+
+    Attributes:
+        t_range: lower ends of the ranges of timesteps.
+        prev_scales: `prev` in each range.
+        text_scales: `text` in each range.
+    """
+
+    t_range: tuple[float, ...]
+    prev_scales: tuple[float, ...]
+    text_scales: tuple[float, ...]
+
+    def scales(self, t: float) -> tuple[float, float]:
+        """Return `prev` and `text` at a timestep."""
+        place = sum(low - RANGE_SLACK < t for low in self.t_range) - 1
+        return self.prev_scales[place], self.text_scales[place]
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """A bound on the KV cache and the rule that picks which clean tokens stay.
+
+    Attributes:
+        total_chunks: chunks that the cache holds, active ones included.
+        strategy: picks the tokens.
+        layout: tokens of a frame and a chunk.
+    """
+
+    total_chunks: int
+    strategy: CompressionStrategy
+    layout: TokenLayout
+
+    def seen_queries(self, q_SHC: Tensor) -> Tensor:
+        """Return a copy of the queries that the strategy looks at (none, if it looks at none)."""
+        if isinstance(self.strategy, ImportanceRedundancy):
+            return self.strategy.seen_queries(q_SHC, self.layout).clone()
+        return q_SHC[:0]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a clip is denoised.
+
+    Attributes:
+        clock: when each chunk takes which step.
+        guidance: three passes with these weights; None: one pass (distilled models).
+        is_distilled: whether the model is given the step size.
+        clean_t: timestep at which clean chunks are shown to the model.
+        clean_pass: whether a chunk that became clean goes through the model once more, without its
+            text, for its keys. Else they stay those of its last computed step, as in FlowCache.
+        nearly_clean_pass: whether the oldest chunk, once nearly clean, is computed a second time
+            without the chunks before it (one pass only).
+        prev_share: weight of the chunk that saw the ones before it in the mean with the copy that
+            saw none.
+        quantity: what a reused chunk gets again.
+        budget: bound of the KV cache; None: all chunks stay.
+        kv_storage: where the KV cache lies; None: on the device.
+    """
+
+    clock: Clock
+    guidance: Guidance | None
+    is_distilled: bool
+    clean_t: float = 0.9999
+    clean_pass: bool = True
+    nearly_clean_pass: bool = True
+    prev_share: float = 0.7
+    quantity: Quantity = "latent_update"
+    budget: KVBudget | None = None
+    kv_storage: torch.device | None = None
+
+    @classmethod
+    def of(cls, config: ReleaseConfig) -> "Sampling":
+        """Return what a config of the release describes."""
+        run = config.runtime_config
+        guidance = Guidance(run.cfg_t_range, run.prev_chunk_scales, run.text_scales)
+        return cls(
+            clock=Clock.of(config),
+            guidance=guidance if run.cfg_number > 1 else None,
+            is_distilled=config.engine_config.distill,
+            clean_t=run.clean_t,
+        )
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The guidance passes by name: with text; without; the chunk alone and without."""
+        return ("cond",) if self.guidance is None else ("cond", "prev", "alone")
+
+    def has_pass_alone(self, t: float) -> bool:
+        """Tell whether the pass of a chunk alone has any weight in the guidance at a timestep."""
+        return self.guidance is not None and self.guidance.scales(t)[0] != 1
+
+    def is_computed_twice(self, step: int) -> bool:
+        """Tell whether the oldest chunk is also computed without the chunks before it."""
+        is_on = self.nearly_clean_pass and self.guidance is None
+        return is_on and self.clock.is_nearly_clean(step)
+
+
+def cache_chunks(clip: Clip, *, total_chunks: int | None) -> int:
+    """Return how many chunks a KV cache must hold; `total_chunks` is the budget, None: all."""
+    if total_chunks is None:
+        return clip.num_chunks
+    # given chunks go in all at once
+    return max(clip.num_given, min(clip.num_chunks, total_chunks))
+
+
+def cache_bytes(
+    config: ModelConfig,
+    *,
+    clip: Clip,
+    chunk_tokens: int,
+    total_chunks: int | None,
+    num_branches: int = 1,
+) -> int:
+    """Return the size of the keys and values of a run, in bytes.
+
+    Args:
+        total_chunks: see `cache_chunks`.
+        num_branches: guidance passes with a cache: 1 for distilled models, 2 for base models.
+    """
+    tokens = cache_chunks(clip, total_chunks=total_chunks) * chunk_tokens
+    values = 2 * tokens * config.num_query_groups * config.kv_channels
+    return num_branches * config.num_layers * values * config.dtype.itemsize
+
+
+# What one clip has --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipInputs:
+    """What a clip is made from.
+
+    Attributes:
+        latents: `[C, F, h, w]` float32 noise for all chunks, given ones included.
+        captions: text of each chunk to denoise, `[L, C']`.
+        null_caption: the learned text without content, `[L, C']`.
+        prefix: given latents, `[C, clip.num_prefix, h, w]`.
+    """
+
+    clip: Clip
+    latents: Tensor
+    captions: Mapping[int, Tensor]
+    null_caption: Tensor
+    prefix: Tensor | None = None
+
+    def frames(self, chunk: int) -> Tensor:
+        """Return a view of a chunk's latents."""
+        own = self.clip.latents(chunk)
+        return self.latents[:, own.start : own.stop]
+
+    def fixed(self, chunk: int) -> Tensor:
+        """Return a copy of a chunk's latents, the given ones in their places."""
+        latents, num_fixed = self.frames(chunk).clone(), self.clip.num_fixed(chunk)
+        if num_fixed:
+            assert self.prefix is not None, "the clip has given latents, but none were passed"
+            start = self.clip.latents(chunk).start
+            latents[:, :num_fixed] = self.prefix[:, start : start + num_fixed]
+        return latents
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """When chunks are computed, and what they get when they are not.
+
+    Attributes:
+        policy: one decision serves all guidance passes: their signal is the same.
+        results: what computed steps gave.
+        held_guidance: says where only the pass with text is computed; default: nowhere.
+    """
+
+    policy: ReusePolicy
+    results: ResultStore = field(default_factory=ResultStore)
+    held_guidance: HeldGuidance = field(default_factory=HeldGuidance)
+
+
+@dataclass
+class Branch:
+    """One guidance pass through the KV cache.
+
+    Attributes:
+        is_null: whether the caption counts as dropped.
+        caches: keys and values, by layer; empty where other processes compute the pass.
+        queries: of the chunk computed last, by layer; empty without a KV budget.
+    """
+
+    is_null: bool
+    caches: list[KVCache]
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class ClipSampler:
     """Denoises one clip; lives as long as it does.
 
     Args:
-        latents: `[C, F, h, w]` float32 noise for all chunks, given ones included. Changed in place.
-        captions: text of each chunk to denoise, `[L, C']`.
-        null_caption: text that stands for no text, `[L, C']`.
-        policy: when a chunk is computed. One decision serves all passes: their signal is the same.
-        results: what computed steps gave, for reuse.
-        held_guidance: says where only the pass with text is computed; None: nowhere.
-        prefix: given latents, `[C, clip.num_prefix, h, w]`.
-        budget: bound of the KV cache; None: all chunks stay.
-        kv_storage: where the KV cache lies; None: on the device.
-        observe: is shown the velocities of computed steps.
+        inputs: of the clip; the latents are changed in place.
+        observe: is given the velocities of computed steps.
         ranks: the processes that divide the work; all hold the same latents.
 
     Raises:
@@ -58,68 +257,49 @@ class ClipSampler:
     def __init__(
         self,
         dit: DiT,
-        latents: Tensor,
-        *,
-        clip: Clip,
-        clock: Clock,
+        inputs: ClipInputs,
         sampling: Sampling,
-        captions: Mapping[int, Tensor],
-        null_caption: Tensor,
-        policy: ReusePolicy,
+        *,
+        reuse: Reuse,
         stats: RunStats,
-        results: ResultStore | None = None,
-        held_guidance: HeldGuidance | None = None,
-        prefix: Tensor | None = None,
-        budget: KVBudget | None = None,
-        kv_storage: torch.device | None = None,
         observe: Observe | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        if budget is not None and budget.total_chunks <= clock.window:
+        budget, window = sampling.budget, sampling.clock.window
+        if budget is not None and budget.total_chunks <= window:
             raise UserError(
                 f"the KV budget is {budget.total_chunks} chunks, but must be above the window of "
-                f"{clock.window}; raise total_chunks"
+                f"{window}; raise total_chunks"
             )
-        self.latents = latents
-        self.clip = clip
-        self.clock = clock
-        self.sampling = sampling
-        self.captions = captions
-        self.policy = policy
-        self.stats = stats
-        self.results = ResultStore() if results is None else results
-        self.held_guidance = HeldGuidance() if held_guidance is None else held_guidance
-        self.prefix = prefix
-        self.budget = budget
-        self.observe = observe
+        self.dit, self.inputs, self.sampling, self.reuse = dit, inputs, sampling, reuse
+        self.clip, self.latents, self.clock = inputs.clip, inputs.latents, sampling.clock
+        self.stats, self.observe = stats, observe
         self.ranks = Ranks() if ranks is None else ranks
-        self.forward = ClipForward(
-            dit,
-            clip=clip,
-            clock=clock,
-            size=(latents.shape[-2], latents.shape[-1]),
-            device=latents.device,
-            sampling=sampling,
-            stats=stats,
-            budget=budget,
-            ranks=self.ranks,
-        )
-        self.chunk_tokens = self.forward.chunk_tokens
-        self.timesteps = clock.timesteps().tolist()
+        self.timesteps: list[float] = self.clock.timesteps().tolist()
+        self.size = (self.latents.shape[-2], self.latents.shape[-1])
+        rows, columns = (length // dit.config.patch_size for length in self.size)
+        self.chunk_tokens = self.clip.chunk_width * rows * columns
+        self.split = TokenSplit(self.ranks.sequence, 1, self.chunk_tokens)
+        self.num_kv_heads = dit.config.num_query_groups // self.ranks.layout.sequence
+        """Key/value heads of this process."""
+        self.null_context = self._context(inputs.null_caption)
         self.contexts: dict[int, list[ContextKV]] = {}
-        self.null_context = self.forward.context(null_caption)
-        own = self.ranks.own(sampling.passes)
+        owned = self.ranks.own(sampling.passes)
         self.branches = {
-            name: Branch(
-                is_null=name == "prev",
-                caches=self.forward.caches(kv_storage) if name in own else [],
-            )
+            name: Branch(name == "prev", caches=self._caches() if name in owned else [])
             for name in sampling.passes
             if name != "alone"
         }
-        self.keys = CleanKeys(
-            self.forward, self.branches, null_context=self.null_context, fixed=self._fixed
-        )
+        """The passes with a cache; the clean keys of the last one are those of all."""
+        self.own = {name: branch for name, branch in self.branches.items() if branch.caches}
+        """Those that this process computes."""
+        self.prefetcher = prefetcher_for([c for own in self.own.values() for c in own.caches])
+        self.num_clean = 0
+        """Clean tokens in each cache."""
+        self.waiting: tuple[int, ...] = ()
+        """Chunks that became clean in the last tick; the next one makes their keys final."""
+        self.num_unshared = 0
+        """Chunks whose clean keys the branches don't share yet, see `_share`."""
 
     def run(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
         """Denoise; after every tick yield it and the chunks that became clean in it.
@@ -128,47 +308,49 @@ class ClipSampler:
         """
         ticks = self.clock.ticks(self.clip)
         with self.stats.stage("dit"):
-            self.keys.feed_given(ticks[0])
+            self._feed_given(ticks[0])
         for tick in ticks:
             with self.stats.timed_tick(0, tick.index), self.stats.stage("dit"):
-                self.keys.settle_waiting(tick)
-                self.keys.compress(tick)
-                velocities = self._velocities(tick)
-                self._advance(tick, velocities)
+                self._settle_waiting(tick)
+                self._compress(tick)
+                self._advance(tick, self._velocities(tick))
                 self._finish(tick)
-            self._keep_tokens(tick)
+            self._trace_tokens(tick)
             yield tick, tick.finishing
 
-    # One tick ---------------------------------------------------------------------------------
+    # One tick -------------------------------------------------------------------------------------
 
     def _velocities(self, tick: Tick) -> dict[int, Tensor]:
         """Return the guided velocity of each chunk that is computed, `[C, F, h, w]`."""
         for chunk in tick.steps:
-            self._frames(chunk).copy_(self._fixed(chunk))
+            self.inputs.frames(chunk).copy_(self.inputs.fixed(chunk))
             if chunk not in self.contexts:
-                self.contexts[chunk] = self.forward.context(self.captions[chunk])
+                self.contexts[chunk] = self._context(self.inputs.captions[chunk])
         held = self._held(tick)
-        steps = {chunk: tick.steps[chunk] for chunk in self._computed(tick, held=held)}
-        full = {chunk: step for chunk, step in steps.items() if chunk not in held}
-        self._count(tick, steps, full)
+        computed = self._computed(tick, held=held)
+        full = [chunk for chunk in computed if chunk not in held]
+        self._count(tick, computed, full)
         own = {
-            name: self._through_cache(name, tick, steps if name == "cond" else full)
-            for name in self.keys.own
+            name: {
+                chunk: self._through_cache(name, tick, chunk)
+                for chunk in (computed if name == "cond" else full)
+            }
+            for name in self.own
         }
         guided = own.get("cond", {})
         if self.sampling.guidance is not None:
             guided = {
-                chunk: self._guide(
+                chunk: self._guided(
                     tick,
                     chunk,
                     {name: passes[chunk] for name, passes in own.items() if chunk in passes},
                     is_held=chunk in held,
                 )
-                for chunk in steps
+                for chunk in computed
             }
         oldest = min(tick.steps)
-        if oldest in steps and self._is_computed_twice(tick.steps[oldest]):
-            alone = self._alone(tick, oldest, branch="nearly_clean", position=max(tick.steps) + 1)
+        if oldest in computed and self.sampling.is_computed_twice(tick.steps[oldest]):
+            alone = self._alone("nearly_clean", tick, oldest, position=max(tick.steps) + 1)
             share = self.sampling.prev_share
             guided[oldest] = share * guided[oldest] + (1 - share) * alone
         for chunk in full:
@@ -179,30 +361,22 @@ class ClipSampler:
         """Return the chunks that compute the pass with text alone, if they are computed."""
         if self.sampling.guidance is None:
             return set()
+        is_held = partial(self.reuse.held_guidance.is_held, num_steps=tick.num_steps)
         return {
             chunk
             for chunk, step in tick.steps.items()
-            if self.held_guidance.is_held(
-                chunk, step, num_steps=tick.num_steps, scales=self._scales(step)
-            )
+            if is_held(chunk, step, scales=self._scales(step))
         }
-
-    def _scales(self, step: int) -> tuple[float, ...]:
-        assert self.sampling.guidance is not None
-        return self.sampling.guidance.scales(self.timesteps[step])
 
     def _computed(self, tick: Tick, *, held: Collection[int]) -> list[int]:
         """Ask the policy which chunks are computed, and record its answer."""
-        signals: dict[int, Tensor] = {}
-        if self.policy.needs_signals:
-            signals = {
-                chunk: self.forward.signal(self._frames(chunk), t=self.timesteps[step])
-                for chunk, step in tick.steps.items()
-            }
-        plan = self.policy.plan(tick, signals, stored=self.results.units())
+        policy, signals = self.reuse.policy, dict[int, Tensor]()
+        if policy.needs_signals:
+            signals = {chunk: self._signal(chunk, step) for chunk, step in tick.steps.items()}
+        plan = policy.plan(tick, signals, stored=self.reuse.results.units())
         for chunk, decision in plan.items():
             rows = {ALL_BRANCHES: decision}
-            if self.held_guidance.is_on:
+            if self.reuse.held_guidance.is_on:
                 rows[GUIDANCE] = Decision(decision.is_computed and chunk not in held)
             for branch, row in rows.items():
                 self.stats.record(
@@ -215,102 +389,286 @@ class ClipSampler:
                 )
         return [chunk for chunk, decision in plan.items() if decision.is_computed]
 
-    def _through_cache(self, name: str, tick: Tick, steps: Mapping[int, int]) -> dict[int, Tensor]:
-        """Compute chunks one after the other, each with the keys of those before it."""
-        branch, order, velocities = self.keys.own[name], list(tick.steps), {}
-        for chunk, step in steps.items():
-            attend = self.forward.through_cache(
-                branch,
-                offset=order.index(chunk) * self.chunk_tokens,
-                reach=self.clock.reach(step),
-                keeps_queries=self.budget is not None,
-            )
-            with self.stats.timed_pass([self._pass(tick, chunk, is_text=name == "cond")]):
-                hidden = self.forward.run(
-                    self._frames(chunk),
-                    t=self.timesteps[step],
-                    tick=tick,
-                    position=chunk,
-                    is_null=branch.is_null,
-                    context=self.null_context if branch.is_null else self.contexts[chunk],
-                    attend=attend,
-                )
-                velocities[chunk] = self.forward.velocity(hidden)
-            self._show(tick, chunk, name, velocities[chunk])
-        return velocities
-
-    def _guide(self, tick: Tick, chunk: int, own: Mapping[str, Tensor], *, is_held: bool) -> Tensor:
+    def _guided(
+        self, tick: Tick, chunk: int, own: Mapping[str, Tensor], *, is_held: bool
+    ) -> Tensor:
         """Weight the passes; the one of the chunk alone is left out where it has no weight.
 
         Args:
             own: the velocities of this process' passes through the cache.
             is_held: whether only the pass with text is computed.
         """
-        like, step = self._frames(chunk), tick.steps[chunk]
+        held_guidance, like = self.reuse.held_guidance, self.inputs.frames(chunk)
         if is_held:
             cond = self.ranks.exchanged(own, names=["cond"], like=like)["cond"]
-            return cond + self.held_guidance.take(chunk)
-        passes = self._passes(tick, chunk, own)
+            return cond + held_guidance.take(chunk)
+        step, names, made = tick.steps[chunk], list(self.branches), dict(own)
+        if self.sampling.has_pass_alone(self.timesteps[step]):
+            names.append("alone")
+            if "alone" in self.ranks.own(self.sampling.passes):
+                made["alone"] = self._alone("alone", tick, chunk, position=0)
+        passes = self.ranks.exchanged(made, names=names, like=like)
         prev, text = scales = self._scales(step)
         guided = (prev - text) * passes["prev"] + text * passes["cond"]
         if "alone" in passes:
             guided = (1 - prev) * passes["alone"] + guided
-        self.held_guidance.put(chunk, guided - passes["cond"], scales=scales)
+        held_guidance.put(chunk, guided - passes["cond"], scales=scales)
         return guided
 
-    def _passes(self, tick: Tick, chunk: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the velocities of all passes from the own ones, that of the chunk alone made."""
-        names, made = list(self.branches), dict(own)
-        if self.sampling.has_pass_alone(self.timesteps[tick.steps[chunk]]):
-            names.append("alone")
-            if "alone" in self.ranks.own(self.sampling.passes):
-                made["alone"] = self._alone(tick, chunk, branch="alone", position=0)
-        return self.ranks.exchanged(made, names=names, like=self._frames(chunk))
-
-    def _is_computed_twice(self, step: int) -> bool:
-        """Tell whether the oldest chunk is also computed without the chunks before it."""
-        return self.sampling.has_nearly_clean_pass and self.clock.is_nearly_clean(step)
-
-    def _alone(self, tick: Tick, chunk: int, *, branch: str, position: int) -> Tensor:
-        """Compute a chunk without the chunks before it; as "alone" also without its text."""
-        is_null = branch == "alone"
-        with self.stats.timed_pass([self._pass(tick, chunk, is_text=not is_null)]):
-            hidden = self.forward.run(
-                self._frames(chunk),
-                t=self.timesteps[tick.steps[chunk]],
-                tick=tick,
-                position=position,
-                is_null=is_null,
-                context=self.null_context if is_null else self.contexts[chunk],
-                attend=self.forward.own_tokens,
-            )
-            velocity = self.forward.velocity(hidden)
-        self._show(tick, chunk, branch, velocity)
-        return velocity
+    def _scales(self, step: int) -> tuple[float, ...]:
+        assert self.sampling.guidance is not None
+        return self.sampling.guidance.scales(self.timesteps[step])
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one Euler step with every active chunk."""
         for chunk, step in tick.steps.items():
-            t, latents = self.timesteps[step], self._frames(chunk)
+            t, latents = self.timesteps[step], self.inputs.frames(chunk)
             euler_step_(
                 latents.movedim(1, 0),
                 velocities[chunk].movedim(1, 0) if chunk in velocities else None,
                 chunk=chunk,
                 t=t,
                 step_size=self.timesteps[step + 1] - t,
-                results=self.results,
+                results=self.reuse.results,
                 quantity=self.sampling.quantity,
             )
 
     def _finish(self, tick: Tick) -> None:
-        self.keys.share()
-        self.keys.waiting = tick.finishing
+        self._share()
+        self.waiting = tick.finishing
         for chunk in tick.finishing:
-            self.results.drop(chunk)
-            self.held_guidance.drop(chunk)
+            self.reuse.results.drop(chunk)
+            self.reuse.held_guidance.drop(chunk)
             del self.contexts[chunk]
 
-    # What others see --------------------------------------------------------------------------
+    # The keys of clean chunks ---------------------------------------------------------------------
+
+    def _feed_given(self, first: Tick) -> None:
+        """Put the keys of the given chunks into the caches, those without text into all.
+
+        A process without the pass without text makes its keys in a cache of its own.
+        """
+        _, last = self._last
+        *others, fed = self.own.values() or [last]
+        tokens = self.chunk_tokens
+        for chunk in range(self.clip.num_given):
+            self._feed(chunk, fed, tick=first, is_null=last.is_null, reach=self.clock.reach_given())
+            for branch in others:
+                for cache, source in zip(branch.caches, fed.caches, strict=True):
+                    cache.put(0, *source.prefix(tokens, reach_tokens=tokens))
+                branch.queries.update(fed.queries)
+            self._settle(chunk)
+
+    def _settle_waiting(self, tick: Tick) -> None:
+        """Give the chunks that became clean in the last tick their final keys."""
+        has_pass, reach = self.sampling.clean_pass, self.clock.reach_clean()
+        for chunk in self.waiting:
+            for branch in self.branches.values() if has_pass else ():
+                self._feed(chunk, branch, tick=tick, is_null=branch.is_null, reach=reach)
+            self._settle(chunk)
+        self.num_unshared = len(self.waiting) if has_pass else 0
+        self.waiting = ()
+
+    def _feed(
+        self, chunk: int, branch: Branch, *, tick: Tick, is_null: bool, reach: int | None
+    ) -> None:
+        """Send a clean chunk through all layers, without its text, for the sake of its keys.
+
+        Where other processes have the branch, it is only counted.
+        """
+        keys = self._num_keys(self.num_clean, reach=reach)
+        cost = self._flops(self.null_context, keys=keys, has_head=False)
+        self.stats.add_flops(computed=cost, without_reuse=cost)
+        if branch.caches:
+            self._hidden(
+                self.inputs.fixed(chunk),
+                t=self.sampling.clean_t,
+                tick=tick,
+                position=chunk,
+                is_null=is_null,
+                context=self.null_context,
+                attend=self._attend(
+                    branch, offset=0, reach=reach, keeps_queries=not branch.queries
+                ),
+            )
+
+    def _settle(self, chunk: int) -> None:
+        """Declare the keys of the oldest active chunk final."""
+        for branch in self.own.values():
+            for cache in branch.caches:
+                cache.settle(self.chunk_tokens, chunk=chunk)
+        self.num_clean += self.chunk_tokens
+
+    def _share(self) -> None:
+        """Give the pass with text the clean keys of the pass without.
+
+        In the tick in which a chunk's clean keys are made, the released model lets each pass see
+        its own; from the next tick on, all see those of the pass without text.
+        """
+        tokens = self.num_unshared * self.chunk_tokens
+        self.num_unshared = 0
+        if not tokens or len(self.branches) == 1:
+            return
+        name, last = self._last
+        source = self.ranks.holder(self.sampling.passes, name)
+        shape = (2, tokens, self.num_kv_heads, self.dit.config.kv_channels)
+        for layer in range(self.dit.config.num_layers):
+            if last.caches:
+                made = last.caches[layer].last_clean(tokens)
+            else:
+                made = torch.empty(shape, dtype=self.dit.dtype, device=self.latents.device)
+            kv = self.ranks.branches.copied(made, source=source)
+            for branch in self.own.values():
+                if branch is not last:
+                    branch.caches[layer].replace_last_clean(kv)
+
+    def _compress(self, tick: Tick) -> None:
+        """Drop clean tokens where the caches have no room for the chunk that enters."""
+        budget = self.sampling.budget
+        if budget is None or not tick.entering:
+            return
+        kept = (budget.total_chunks - len(tick.steps)) * self.chunk_tokens
+        if self.num_clean <= kept:
+            return
+        self._share()
+        keep = partial(budget.strategy.keep, budget=kept, layout=budget.layout)
+        with self.stats.stage("kv_compression"):
+            for branch in self.own.values():
+                for layer, cache in enumerate(branch.caches):
+                    cache.compress(branch.queries[layer], keep)
+                    assert cache.clean == kept, f"{cache.clean} tokens kept instead of {kept}"
+        self.num_clean = kept
+
+    @property
+    def _last(self) -> tuple[str, Branch]:
+        return list(self.branches.items())[-1]
+
+    # One chunk through the transformer ------------------------------------------------------------
+
+    def _through_cache(self, name: str, tick: Tick, chunk: int) -> Tensor:
+        """Compute a chunk's velocity with the keys of those before it."""
+        branch = self.branches[name]
+        attend = self._attend(
+            branch,
+            offset=list(tick.steps).index(chunk) * self.chunk_tokens,
+            reach=self.clock.reach(tick.steps[chunk]),
+            keeps_queries=self.sampling.budget is not None,
+        )
+        return self._pass(name, tick, chunk, position=chunk, is_null=branch.is_null, attend=attend)
+
+    def _alone(self, name: str, tick: Tick, chunk: int, *, position: int) -> Tensor:
+        """Compute a chunk's velocity without the chunks before it; as "alone" without its text."""
+
+        def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.dit.kernel(q, k, v)
+
+        is_null = name == "alone"
+        return self._pass(name, tick, chunk, position=position, is_null=is_null, attend=attend)
+
+    def _pass(
+        self, name: str, tick: Tick, chunk: int, *, position: int, is_null: bool, attend: Attend
+    ) -> Tensor:
+        """Compute a chunk's velocity `[C, F, h, w]` as `name`, and show it."""
+        with self.stats.timed_pass([self._pass_id(tick, chunk, is_text=not is_null)]):
+            hidden = self._hidden(
+                self.inputs.frames(chunk),
+                t=self.timesteps[tick.steps[chunk]],
+                tick=tick,
+                position=position,
+                is_null=is_null,
+                context=self.null_context if is_null else self.contexts[chunk],
+                attend=attend,
+            )
+            velocity = self.dit.velocity(
+                hidden, latent_height=self.size[0], latent_width=self.size[1]
+            )[0]
+        self._show(tick, chunk, name, velocity)
+        return velocity
+
+    def _hidden(
+        self,
+        x_CFhw: Tensor,
+        *,
+        t: float,
+        tick: Tick,
+        position: int,
+        is_null: bool,
+        context: Sequence[ContextKV],
+        attend: Attend,
+    ) -> Tensor:
+        """Send one chunk, placed as chunk `position`, through all layers."""
+        return self.dit.hidden(
+            x_CFhw.unsqueeze(0),
+            self._t(t),
+            context,
+            first_frame=position * self.clip.chunk_width,
+            self_attend=attend,
+            is_null=is_null,
+            step_width=self.clock.step_width(tick) if self.sampling.is_distilled else None,
+            split=self.split,
+        )
+
+    def _attend(
+        self, branch: Branch, *, offset: int, reach: int | None, keeps_queries: bool
+    ) -> Attend:
+        """Return the attention of one chunk: store its keys, attend to the last `reach` chunks.
+
+        Args:
+            offset: tokens of the active chunks before this one.
+            reach: chunks of the cache that are seen, this one included; None: all.
+            keeps_queries: whether the queries are kept for the compression of the cache.
+        """
+        budget = self.sampling.budget
+
+        def remember(layer: int, q_BSHC: Tensor) -> None:
+            if budget is not None:
+                branch.queries[layer] = budget.seen_queries(q_BSHC[0])
+
+        return cached_attention(
+            [branch.caches],
+            active=[range(offset, offset + self.chunk_tokens)],
+            kernel=self.dit.kernel,
+            reach_tokens=None if reach is None else reach * self.chunk_tokens,
+            prefetcher=self.prefetcher,
+            remember=remember if keeps_queries else None,
+        )
+
+    def _caches(self) -> list[KVCache]:
+        """Allocate the KV caches of one guidance pass."""
+        config, budget = self.dit.config, self.sampling.budget
+        total = None if budget is None else budget.total_chunks
+        caches = caches_for(
+            config.num_layers,
+            capacity=cache_chunks(self.clip, total_chunks=total) * self.chunk_tokens,
+            num_heads=self.num_kv_heads,
+            head_width=config.kv_channels,
+            dtype=self.dit.dtype,
+            device=self.latents.device,
+            storage=self.sampling.kv_storage,
+        )
+        if self.stats.trace is not None:
+            for cache in caches:
+                cache.track(self.clip.num_chunks)
+        return caches
+
+    def _context(self, text_LC: Tensor) -> list[ContextKV]:
+        """Project a text to every layer's cross-attention keys and values."""
+        cost = context_flops(self.dit.config, text=len(text_LC))
+        self.stats.add_flops(computed=cost, without_reuse=cost)
+        return self.dit.encode_context(text_LC.unsqueeze(0))
+
+    def _signal(self, chunk: int, step: int) -> Tensor:
+        """Return what policies compare: the patch embedding, `[1, S, D]`."""
+        cost = embed_flops(self.dit.config, tokens=self.chunk_tokens, is_distilled=False)
+        self.stats.add_flops(computed=cost, without_reuse=0)
+        x_BCFhw = self.inputs.frames(chunk).unsqueeze(0)
+        return self.dit.embed(x_BCFhw, self._t(self.timesteps[step]), is_null=False).tokens
+
+    def _t(self, t: float) -> Tensor:
+        # made on the device: a copy from the host would wait for all that is queued there
+        return torch.full((1, 1), t, dtype=torch.float32, device=self.latents.device)
+
+    # Statistics -----------------------------------------------------------------------------------
 
     def _count(self, tick: Tick, computed: Collection[int], full: Collection[int]) -> None:
         """Add the FLOPs of a tick, as done and as without reuse.
@@ -321,24 +679,41 @@ class ClipSampler:
         """
         for place, (chunk, step) in enumerate(tick.steps.items()):
             own, costs = self.contexts[chunk], {True: 0, False: 0}
+            before = self.num_clean + place * self.chunk_tokens
+            keys = self._num_keys(before, reach=self.clock.reach(step))
             for name, branch in self.branches.items():
-                before = self.keys.num_clean + place * self.chunk_tokens
-                keys = self.forward.num_keys(before, reach=self.clock.reach(step))
                 context = self.null_context if branch.is_null else own
-                costs[name == "cond"] += self.forward.flops(context, keys=keys)
+                costs[name == "cond"] += self._flops(context, keys=keys)
             if self.sampling.has_pass_alone(self.timesteps[step]):
-                costs[False] += self.forward.flops(self.null_context, keys=self.chunk_tokens)
-            if place == 0 and self._is_computed_twice(step):
-                costs[True] += self.forward.flops(own, keys=self.chunk_tokens)
+                costs[False] += self._flops(self.null_context, keys=self.chunk_tokens)
+            if place == 0 and self.sampling.is_computed_twice(step):
+                costs[True] += self._flops(own, keys=self.chunk_tokens)
             for is_text, cost in costs.items():
                 self.stats.add_flops(
                     computed=cost if chunk in (computed if is_text else full) else 0,
                     without_reuse=cost,
-                    passes=[self._pass(tick, chunk, is_text=is_text)],
+                    passes=[self._pass_id(tick, chunk, is_text=is_text)],
                 )
 
+    def _num_keys(self, before: int, *, reach: int | None) -> int:
+        """Return how many tokens a chunk sees, with `before` tokens before its own."""
+        seen = before + self.chunk_tokens
+        return seen if reach is None else min(seen, reach * self.chunk_tokens)
+
+    def _flops(self, context: Sequence[ContextKV], *, keys: int, has_head: bool = True) -> int:
+        """Return the FLOPs of one chunk through embedding, layers and, if asked, the head."""
+        config, tokens = self.dit.config, self.chunk_tokens
+        cost = embed_flops(config, tokens=tokens, is_distilled=self.sampling.is_distilled)
+        cost += block_flops(config, queries=tokens, keys=keys, text=context[0].k.shape[1])
+        return cost + (head_flops(config, queries=tokens) if has_head else 0)
+
+    def _pass_id(self, tick: Tick, chunk: int, *, is_text: bool) -> PassId:
+        """Return the row of the record that a pass belongs to."""
+        is_apart = self.reuse.held_guidance.is_on and not is_text
+        return PassId(0, tick.index, chunk, GUIDANCE if is_apart else ALL_BRANCHES)
+
     def _show(self, tick: Tick, chunk: int, branch: str, velocity: Tensor) -> None:
-        """Show the observer, if there is one, a chunk's computed velocity."""
+        """Give the observer, if there is one, a chunk's computed velocity."""
         if self.observe is None:
             return
         step = tick.steps[chunk]
@@ -352,29 +727,47 @@ class ClipSampler:
             sigma=1 - self.timesteps[step],
         )
 
-    def _keep_tokens(self, tick: Tick) -> None:
+    def _trace_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens in the caches after a tick."""
-        for name, branch in self.keys.own.items():
-            tokens = partial(self.keys.tokens_per_chunk, branch)
+        for name, branch in self.own.items():
+            tokens = partial(self._tokens_per_chunk, branch)
             self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
 
-    # Small things -----------------------------------------------------------------------------
+    def _tokens_per_chunk(self, branch: Branch) -> Tensor:
+        """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
+        sequence = self.ranks.sequence
+        return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
 
-    def _frames(self, chunk: int) -> Tensor:
-        """Return a view of a chunk's latents."""
-        own = self.clip.latents(chunk)
-        return self.latents[:, own.start : own.stop]
 
-    def _fixed(self, chunk: int) -> Tensor:
-        """Return a copy of a chunk's latents, the given ones in their places."""
-        latents, num_fixed = self._frames(chunk).clone(), self.clip.num_fixed(chunk)
-        if num_fixed:
-            assert self.prefix is not None, "the clip has given latents, but none were passed"
-            start = self.clip.latents(chunk).start
-            latents[:, :num_fixed] = self.prefix[:, start : start + num_fixed]
-        return latents
+def euler_step_(
+    latents: Tensor,
+    velocity: Tensor | None,
+    *,
+    chunk: int,
+    t: float,
+    step_size: float,
+    results: ResultStore,
+    quantity: Quantity,
+) -> None:
+    """Move a chunk's latents `[F, ...]` in place, and store what later steps reuse.
 
-    def _pass(self, tick: Tick, chunk: int, *, is_text: bool) -> PassId:
-        """Return the row of the record that a pass belongs to."""
-        is_own = self.held_guidance.is_on and not is_text
-        return PassId(0, tick.index, chunk, GUIDANCE if is_own else ALL_BRANCHES)
+    Args:
+        velocity: data minus noise, like `latents`; None: the step was not computed, and `results`
+            predict the change.
+        t: timestep, 0 noise to 1 clean.
+        step_size: to the next timestep.
+    """
+    sigma = latents.new_full((len(latents),), 1 - t)
+    if velocity is None:
+        result = results.predict(chunk, sigma=sigma)
+        if quantity == "clean":
+            # the store's functions have velocities of the other sign: noise minus data
+            result = -velocity_to(result, latents, sigma=sigma)
+        latents += result if quantity == "latent_update" else result * step_size
+        return
+    change = velocity * step_size
+    stored = change if quantity == "latent_update" else velocity
+    if quantity == "clean":
+        stored = clean_estimate(latents, -velocity, sigma=sigma)
+    results.put(chunk, stored, sigma=sigma)
+    latents += change

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.schedule import Tick, staggered
-from magi1.config import MagiConfig
+from magi1.config import ReleaseConfig
 
 Warp = Literal["sd3_shift", "square", "piecewise", "identity"]
 
@@ -59,10 +59,9 @@ def timestep_table(
 
 
 def interval_table(num_steps: int, *, shortcut_mode: str) -> list[float]:
-    """Return the length of every step in units of the shortest, for distilled models.
+    """Return the length of every step of a stage in units of the shortest, for distilled models.
 
-    It depends on the index of the tick within its stage: 1 throughout, but 2 1 1 2 1 1 ... (or
-    1 1 2 ...) where the step count divides by three.
+    It is 1 throughout, but 2 1 1 2 1 1 ... (or 1 1 2 ...) where the step count divides by three.
     """
     if num_steps % 3:
         return [1.0] * num_steps
@@ -71,7 +70,7 @@ def interval_table(num_steps: int, *, shortcut_mode: str) -> list[float]:
 
 
 def step_width(num_steps: int, *, interval: float) -> float:
-    """Return what a distilled model is told of the step size.
+    """Return the step size as a distilled model takes it.
 
     64 steps give 32, 16 give 8, 8 give 4; 12 give 4 for a long step and 8 for a short one.
     """
@@ -123,15 +122,14 @@ class Clip:
         return self.num_chunks * self.chunk_width
 
     @property
-    def num_frames_out(self) -> int:
-        """Frames that the clip shows: whole chunks, without a given video, with a given image."""
-        shown = sum(len(self.shown(chunk)) for chunk in range(self.num_given, self.num_chunks))
-        return shown * self.temporal_stride
-
-    @property
     def generated(self) -> range:
         """Chunks to denoise."""
         return range(self.num_given, self.num_chunks)
+
+    @property
+    def num_frames_out(self) -> int:
+        """Frames that the clip shows: whole chunks, without a given video, with a given image."""
+        return sum(len(self.shown(chunk)) for chunk in self.generated) * self.temporal_stride
 
     def latents(self, chunk: int) -> range:
         """Return the latents of a chunk."""
@@ -173,7 +171,7 @@ class Clock:
     nearly_clean: float = 0.3
 
     @classmethod
-    def of(cls, config: MagiConfig) -> "Clock":
+    def of(cls, config: ReleaseConfig) -> "Clock":
         """Return the clock that a config of the release describes."""
         run = config.runtime_config
         return cls(
@@ -199,15 +197,12 @@ class Clock:
         return timestep_table(self.num_steps, shortcut_mode=self.shortcut_mode)
 
     def is_nearly_clean(self, step: int) -> bool:
-        """Tell whether a chunk is nearly clean in its own step.
-
-        The float32 timestep is compared with a double: three quarters of the way it is 0.3 and
-        0.00000001 more, which counts.
-        """
+        """Tell whether a chunk is nearly clean in its own step."""
+        # a float32 against a double: three quarters of the way it is 0.30000001, which counts
         return self.timesteps()[step].item() > self.nearly_clean
 
     def step_width(self, tick: Tick) -> float:
-        """Return what a distilled model is told of the step size in a tick."""
+        """Return the step size of a tick as a distilled model takes it."""
         intervals = interval_table(self.num_steps, shortcut_mode=self.shortcut_mode)
         return step_width(self.num_steps, interval=intervals[tick.index % self.stage])
 
@@ -219,16 +214,12 @@ class Clock:
 
     def reach_clean(self) -> int | None:
         """Return how many chunks a chunk that became clean sees, itself included; None: all."""
-        if not self.reaches:
-            return None
-        return self.reaches[-1] if self.clean_reach == -1 else self.clean_reach
+        return self.reach_given() if self.reaches else None
 
     def reach_given(self) -> int:
         """Return how many chunks a given chunk sees, itself included.
 
-        As many as a chunk that became clean, if a range is configured. Without one, where that sees
-        all, it is the clean range, or `DEFAULT_PREFIX_REACH`. With 2, given chunks 0, 1, 2 see
-        chunks 0; 0 and 1; 1 and 2.
+        With 2, given chunks 0, 1, 2 see chunks 0; 0 and 1; 1 and 2.
         """
         if self.clean_reach != -1:
             return self.clean_reach

@@ -12,7 +12,7 @@ from flowcache.runtime.profile import Setting
 from flowcache.wan.dit import PATCH, DiTConfig
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
 from skyreels_v2.config import RunConfig
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import Segment, Window, cut_segments, cut_window, latent_frames
 
 VAE_STRIDE = 8

@@ -1,7 +1,7 @@
 """TeaCache's calibrated polynomials for the released models.
 
-A polynomial maps the relative change of a signal to the change of the model's output that it
-stands for. They were fitted on Wan 2.1, whose T2V polynomials the diffusion forcing and T2V models
+A polynomial maps the relative change of a signal to the change of the model's output to expect.
+They were fitted on Wan 2.1, whose T2V polynomials the diffusion forcing and T2V models
 of SkyReels-V2 share.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from flowcache.wan.dit import DiTConfig
-from skyreels_v2.sampling import Signal
+from skyreels_v2.sampler import Signal
 
 COEFFICIENTS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {

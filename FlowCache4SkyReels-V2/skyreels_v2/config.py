@@ -26,7 +26,7 @@ from flowcache.runtime.settings import (
     guidance_of,
 )
 from flowcache.wan.quantize import QuantizeName
-from skyreels_v2.sampling import Signal
+from skyreels_v2.sampler import Signal
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"

@@ -39,9 +39,8 @@ from flowcache.demo.text import (
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
 from flowcache.demo.vae import ClipMixture
 from flowcache.demo.wan_vae import BATCH_SHAPES, WanCodec, new_vae, vae_optimizers
-from flowcache.wan.dit import DiT, DiTConfig
-from flowcache.wan.layers import Block
-from skyreels_v2.checkpoint import diffusers_key
+from flowcache.wan.checkpoint import diffusers_key
+from flowcache.wan.dit import Block, DiT, DiTConfig
 
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
 DIT = DiTConfig(

@@ -23,9 +23,6 @@ def enhance(prompt: str, *, model: str, device: torch.device) -> str:
     Args:
         prompt: a short description of the video.
         model: folder or hub id of a chat model; it is loaded as stored and dropped afterwards.
-
-    Raises:
-        UserError: the model can't be loaded, is no chat model, or answers nothing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import
 

@@ -24,8 +24,7 @@ from flowcache.runtime.parallel import own_branches
 from flowcache.runtime.ranks import Layout, Ranks
 from flowcache.runtime.ulysses import TokenSplit
 from flowcache.wan import text, vae
-from flowcache.wan.dit import DiT, DiTConfig, Embedded, whole_window
-from flowcache.wan.layers import join_contexts
+from flowcache.wan.dit import DiT, DiTConfig, Embedded, join_contexts, whole_window
 from skyreels_v2.build import VAE_STRIDE, batches_branches, sampling_of
 from skyreels_v2.checkpoint import Checkpoint
 from skyreels_v2.config import RunConfig

@@ -1,4 +1,7 @@
-"""From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean."""
+"""From encoded prompts to pixel frames: segments, prefixes, decoding as chunks become clean.
+
+Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +21,7 @@ from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.wan import flops
-from flowcache.wan.dit import DiT
-from flowcache.wan.layers import ContextKV
+from flowcache.wan.dit import ContextKV, DiT, context_flops
 from skyreels_v2.build import (
     VAE_STRIDE,
     compression_of,
@@ -32,13 +33,12 @@ from skyreels_v2.build import (
     window_of,
 )
 from skyreels_v2.config import RunConfig
-from skyreels_v2.sampler import WindowSampler
-from skyreels_v2.sampling import Branch
-from skyreels_v2.window import Segment, pixel_frames
+from skyreels_v2.sampler import Branch, Run, WindowSampler
+from skyreels_v2.window import Segment, Window, pixel_frames
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4
-"""Channels that tell an I2V model which latent frames are given."""
+"""Channels that show an I2V model which latent frames are given."""
 
 
 class LatentDecoder(Protocol):
@@ -117,48 +117,273 @@ def generate(
         ranks: the processes that divide the work; each yields the whole video. Default: one.
     """
     device = dit.patch_embedding.weight.device
-    if draw is None:
-        draw = seeded_noise(config.seed, device=device)
-    ranks = Ranks() if ranks is None else ranks
+    draw = seeded_noise(config.seed, device=device) if draw is None else draw
+    policies = policies or _settings_policies(config, dit)
+    run = _run(dit, config, stats=stats, draw=draw, observe=observe, ranks=ranks or Ranks())
     dit_weights = HostWeights(dit, device) if config.offload else None
-    contexts = _encode_contexts(dit, conditioning, stats=stats, ranks=ranks)
+    contexts = _encode_contexts(run, conditioning)
     segments = segments_of(config)
     # before any that is blended into a prefix, which upstream takes from another source
     noises = [_draw_noise(draw, config, segment, dit=dit) for segment in segments]
     tail = None if conditioning.video is None else Later.of(conditioning.video)
     is_beside = should_overlap(
-        config.overlap, device, takes_turns=config.offload or ranks.place.size > 1
+        config.overlap, device, takes_turns=config.offload or run.ranks.place.size > 1
     )
     with lane_for("decode", device=device, is_beside=is_beside) as lane:
+        codec = _Codec(vae, run, lane, dit_weights)
         for segment, noise in zip(segments, noises, strict=True):
-            maker = _SegmentMaker(
-                dit,
-                vae,
+            window = window_of(
                 config,
-                conditioning,
-                contexts,
                 segment,
-                len(segments),
-                stats,
-                noise,
-                draw,
-                observe,
-                policies or _settings_policies(config, dit),
-                ranks,
-                lane,
-                dit_weights,
+                num_segments=len(segments),
+                is_i2v=dit.config.model_type == "i2v",
             )
-            for tick, frames in maker.run(None if tail is None else tail.get()):
+            before = None if tail is None else tail.get()
+            latents = _start_latents(
+                codec, conditioning, noise, window=window, segment=segment, before=before
+            )
+            # caches are made in the call: a name would keep them until the next ones are made
+            made = _make_segment(
+                codec,
+                latents,
+                window=window,
+                segment=segment,
+                branches=_branches(run, config, contexts, policies, window=window, segment=segment),
+                condition=_image_condition(codec, conditioning, segment),
+            )
+            for tick, frames in made:
                 yield Progress(segment, len(segments), tick, frames)
                 if frames is not None and config.overlap_history is not None:
-                    new = Later(partial(_frames_of, frames))
-                    parts = [new] if tail is None else [tail, new]
+                    parts = [Later(partial(_frames_of, frames))]
+                    parts = parts if tail is None else [tail, *parts]
                     tail = lane.follow(partial(_last_frames, parts, config.overlap_history))
-    _add_flops_of_others(stats, ranks)
+    _add_flops_of_others(stats, run.ranks)
+
+
+# Before the first segment -------------------------------------------------------------------------
+
+
+def _run(
+    dit: DiT,
+    config: RunConfig,
+    *,
+    stats: RunStats,
+    draw: Draw,
+    observe: Observe | None,
+    ranks: Ranks,
+) -> Run:
+    """Return what all segments share, as the settings say."""
+    return Run(
+        dit,
+        sampling_of(config),
+        stats,
+        compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
+        new_store=partial(store_of, config.reuse),
+        new_guidance=partial(guidance_of, config.reuse),
+        draw_noise=lambda like: draw(tuple(like.shape), like.dtype),
+        observe=observe,
+        ranks=ranks,
+    )
+
+
+def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
+    make_policy = policy_maker(config, dit.config)
+
+    def policy_of(*, segment: int, branch: str) -> ReusePolicy:  # noqa: ARG001
+        return make_policy()
+
+    return policy_of
+
+
+def _encode_contexts(run: Run, conditioning: Conditioning) -> dict[str, list[ContextKV]]:
+    """Project every branch's prompt to cross-attention keys and values, once per video.
+
+    A branch that other processes compute gets none.
+    """
+    dit, image = run.dit, conditioning.image_features
+    device = dit.patch_embedding.weight.device
+    contexts: dict[str, list[ContextKV]] = {}
+    with run.stats.stage("dit"):
+        for number, (name, text) in enumerate(conditioning.text.items()):
+            contexts[name] = []
+            if not run.ranks.owns(number):
+                continue
+            cost = context_flops(dit.config)
+            run.stats.add_flops(computed=cost, without_reuse=cost)
+            contexts[name] = dit.encode_context(
+                text.to(device), None if image is None else image.to(device)
+            )
+    return contexts
+
+
+def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) -> Tensor:
+    """Draw what a window starts from, `[C, F, h, w]`, as upstream: nothing for an end image.
+
+    Upstream draws in the transformer's type for diffusion forcing models, in float32 for T2V and
+    I2V models; in bfloat16 the same seed gives other numbers.
+    """
+    is_float32 = config.noise_dtype == "float32" or (
+        config.noise_dtype == "auto" and dit.config.model_type == "i2v"
+    )
+    size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+    dtype = torch.float32 if is_float32 else dit.dtype
+    return draw((LATENT_CHANNELS, segment.num_frames, *size), dtype)
+
+
+# One segment --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Codec:
+    """The VAE of a run, which may decode concurrently with the denoising."""
+
+    vae: LatentCodec
+    run: Run
+    lane: Lane
+    dit_weights: HostWeights | None
+    """On the host, if the transformer leaves the device while the VAE works."""
+
+    def encode(self, pixels_3THW: Tensor) -> Tensor:
+        """Encode pixels to latents `[C, F, h, w]`, float32."""
+        device = self.run.dit.patch_embedding.weight.device
+        with self.run.stats.stage("vae"), aside(self.dit_weights):
+            latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(device))
+        return latents[0].to(device=device, dtype=torch.float32)
+
+    def decode(
+        self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
+    ) -> Later[Decoded]:
+        """Have latents decoded, without the first `skipped` frames; they may still change."""
+        is_beside = self.lane.is_beside
+        own = latents_CFhw.unsqueeze(0).clone() if is_beside else latents_CFhw[None]
+
+        def decode() -> Decoded:
+            with self.run.stats.stage("vae", is_beside=is_beside), aside(self.dit_weights):
+                frames = decoder.decode(own)[0].float()[:, skipped:]
+                return Decoded(frames, all_finite(own))
+
+        return self.lane.submit(decode)
+
+
+def _start_latents(
+    codec: _Codec,
+    conditioning: Conditioning,
+    noise: Tensor,
+    *,
+    window: Window,
+    segment: Segment,
+    before: Tensor | None,
+) -> Tensor:
+    """Return noise with the given frames in their places, `[C, F, h, w]` float32.
+
+    Args:
+        noise: `[C, F, h, w]`, without an end image.
+        before: the pixel frames before this segment, `[3, T, H, W]`; its last ones are repeated.
+    """
+    latents, given = noise.to(torch.float32, copy=True), conditioning.image
+    if segment.prefix_pixels:
+        assert before is not None, "a segment with a prefix needs the frames before it"
+        given = before[:, -segment.prefix_pixels :]
+    if window.num_prefix and given is not None:
+        latents[:, : window.num_prefix] = codec.encode(given)
+    if window.num_frames > segment.num_frames:
+        end_image = conditioning.end_image
+        assert end_image is not None, "the window has an end frame, but no end image was passed"
+        latents = torch.cat([latents, codec.encode(end_image)], dim=1)
+    return latents
+
+
+def _image_condition(codec: _Codec, conditioning: Conditioning, segment: Segment) -> Tensor | None:
+    """Return what an I2V model sees along with the noise: a mask and the encoded start image.
+
+    The image is followed by mid-grey frames, as the model was trained.
+    """
+    image = conditioning.image
+    if codec.run.dit.config.model_type != "i2v" or image is None:
+        return None
+    clip = torch.zeros(3, pixel_frames(segment.num_frames), *image.shape[-2:])
+    clip[:, :1] = image
+    latents = codec.encode(clip)
+    mask = latents.new_zeros(MASK_CHANNELS, *latents.shape[1:])
+    mask[:, 0] = 1
+    return torch.cat([mask, latents])
+
+
+def _branches(
+    run: Run,
+    config: RunConfig,
+    contexts: Mapping[str, list[ContextKV]],
+    policies: Policies,
+    *,
+    window: Window,
+    segment: Segment,
+) -> dict[str, Branch]:
+    """Return the guidance branches of a window; those of other processes have no caches."""
+    branches: dict[str, Branch] = {}
+    for number, (name, context) in enumerate(contexts.items()):
+        policy = policies(segment=segment.index, branch=name)
+        has_caches = config.attention == "causal" and run.ranks.owns(number)
+        branches[name] = Branch(
+            context,
+            run.ranks.decided_by(policy, branch=number),
+            run.new_store(),
+            _caches(run, config, window) if has_caches else [],
+        )
+    return branches
+
+
+def _caches(run: Run, config: RunConfig, window: Window) -> list[KVCache]:
+    dit = run.dit
+    return caches_for(
+        dit.config.num_layers,
+        capacity=kv_capacity(config, window),
+        num_heads=dit.config.num_heads // run.ranks.layout.sequence,
+        head_width=dit.config.head_width,
+        dtype=dit.dtype,
+        device=dit.patch_embedding.weight.device,
+        storage=torch.device("cpu") if config.kv_on_host else None,
+    )
+
+
+def _make_segment(
+    codec: _Codec,
+    latents: Tensor,
+    *,
+    window: Window,
+    segment: Segment,
+    branches: Mapping[str, Branch],
+    condition: Tensor | None,
+) -> Iterator[tuple[Tick, Later[Decoded] | None]]:
+    """Denoise one segment; yield after every tick the new pixel frames, or None.
+
+    Args:
+        latents: noise and given frames, `[C, F, h, w]`; changed in place.
+    """
+    sampler = WindowSampler(
+        codec.run,
+        latents,
+        window=window,
+        branches=branches,
+        segment=segment.index,
+        condition=condition,
+    )
+    decoder = codec.vae.stream(codec.run.ranks)
+    waiting: list[Later[Decoded]] = []
+    if window.num_prefix:
+        prefix = latents[:, : window.num_prefix]
+        # what it repeats was shown before; the decoder needs it all the same
+        waiting.append(codec.decode(decoder, prefix, skipped=segment.prefix_pixels))
+    for tick, finished in sampler.denoise():
+        for chunk in finished:
+            own = window.chunks[chunk]
+            waiting.append(codec.decode(decoder, latents[:, own.start : own.stop]))
+        yield tick, _joined(waiting) if finished else None
+        if finished:
+            waiting = []
 
 
 def _joined(parts: list[Later[Decoded]]) -> Later[Decoded]:
-    """Return pixel frames that are made apart together."""
+    """Return pixel frames that are decoded one by one together."""
     return Later(lambda: Decoded.joined([part.get() for part in parts]))
 
 
@@ -179,197 +404,3 @@ def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
     own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
     every = ranks.everyone.total(own) // ranks.sequence.size
     stats.computed_flops, stats.flops_without_reuse = every.tolist()
-
-
-def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) -> Tensor:
-    """Draw what a window starts from, `[C, F, h, w]`, as upstream: nothing for an end image.
-
-    Upstream draws in the transformer's type for diffusion forcing models, in float32 for T2V and
-    I2V models; in bfloat16 the same seed gives other numbers.
-    """
-    is_float32 = config.noise_dtype == "float32" or (
-        config.noise_dtype == "auto" and dit.config.model_type == "i2v"
-    )
-    size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
-    dtype = torch.float32 if is_float32 else dit.dtype
-    return draw((LATENT_CHANNELS, segment.num_frames, *size), dtype)
-
-
-def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
-    make_policy = policy_maker(config, dit.config)
-
-    def policy_of(*, segment: int, branch: str) -> ReusePolicy:  # noqa: ARG001
-        return make_policy()
-
-    return policy_of
-
-
-def _encode_contexts(
-    dit: DiT, conditioning: Conditioning, *, stats: RunStats, ranks: Ranks
-) -> dict[str, list[ContextKV]]:
-    """Project every branch's prompt to cross-attention keys and values, once per video.
-
-    A branch that other processes compute gets none.
-    """
-    device = dit.patch_embedding.weight.device
-    image = conditioning.image_features
-    contexts: dict[str, list[ContextKV]] = {}
-    with stats.stage("dit"):
-        for number, (name, text) in enumerate(conditioning.text.items()):
-            contexts[name] = []
-            if not ranks.owns(number):
-                continue
-            cost = flops.context(dit.config)
-            stats.add_flops(computed=cost, without_reuse=cost)
-            contexts[name] = dit.encode_context(
-                text.to(device), None if image is None else image.to(device)
-            )
-    return contexts
-
-
-@dataclass
-class _SegmentMaker:
-    """Makes one segment: given frames, noise, denoising, decoding."""
-
-    dit: DiT
-    vae: LatentCodec
-    config: RunConfig
-    conditioning: Conditioning
-    contexts: Mapping[str, list[ContextKV]]
-    segment: Segment
-    num_segments: int
-    stats: RunStats
-    noise: Tensor
-    """What the window starts from, `[C, F, h, w]`, without an end image."""
-    draw: Draw
-    observe: Observe | None
-    policies: Policies
-    ranks: Ranks
-    lane: Lane
-    dit_weights: HostWeights | None
-    """On the host, if the transformer leaves the device while the VAE works."""
-
-    def __post_init__(self) -> None:
-        self.device = self.dit.patch_embedding.weight.device
-        self.window = window_of(
-            self.config,
-            self.segment,
-            num_segments=self.num_segments,
-            is_i2v=self.dit.config.model_type == "i2v",
-        )
-
-    def run(self, tail: Tensor | None) -> Iterator[tuple[Tick, Later[Decoded] | None]]:
-        """Denoise; yield after every tick the new pixel frames, or None.
-
-        Args:
-            tail: the pixel frames before this segment, `[3, T, H, W]`; its last ones are repeated.
-        """
-        num_prefix, skipped = self.window.num_prefix, self.segment.prefix_pixels
-        latents = self._start_latents(tail)
-        sampler = self._sampler(latents)
-        decoder = self.vae.stream(self.ranks)
-        waiting: list[Later[Decoded]] = []
-        if num_prefix:
-            waiting = [self._decode(decoder, latents[:, :num_prefix], skipped=skipped)]
-        for tick, finished in sampler.run():
-            for chunk in finished:
-                own = self.window.chunks[chunk]
-                waiting.append(self._decode(decoder, latents[:, own.start : own.stop]))
-            yield tick, _joined(waiting) if finished else None
-            if finished:
-                waiting = []
-
-    def _start_latents(self, tail: Tensor | None) -> Tensor:
-        """Return noise with the given frames in their places, `[C, F, h, w]` float32."""
-        window, latents = self.window, self.noise.to(torch.float32, copy=True)
-        given = self.conditioning.image
-        if self.segment.prefix_pixels:
-            assert tail is not None, "a segment with a prefix needs the frames before it"
-            given = tail[:, -self.segment.prefix_pixels :]
-        if window.num_prefix and given is not None:
-            latents[:, : window.num_prefix] = self._encode(given)
-        if window.num_frames > self.segment.num_frames:
-            end_image = self.conditioning.end_image
-            assert end_image is not None, "the window has an end frame, but no end image was passed"
-            latents = torch.cat([latents, self._encode(end_image)], dim=1)
-        return latents
-
-    def _sampler(self, latents: Tensor) -> WindowSampler:
-        config = self.config
-        return WindowSampler(
-            self.dit,
-            latents,
-            window=self.window,
-            sampling=sampling_of(config),
-            branches={
-                name: Branch(
-                    context=context,
-                    policy=self._policy(name, number=number),
-                    results=store_of(config.reuse),
-                    caches=self._caches() if self.ranks.owns(number) else [],
-                )
-                for number, (name, context) in enumerate(self.contexts.items())
-            },
-            stats=self.stats,
-            segment=self.segment.index,
-            compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
-            updates=store_of(config.reuse),
-            guidance=guidance_of(config.reuse),
-            condition=self._condition(),
-            observe=self.observe,
-            draw_noise=lambda like: self.draw(tuple(like.shape), like.dtype),
-            ranks=self.ranks,
-        )
-
-    def _policy(self, name: str, *, number: int) -> ReusePolicy:
-        own = self.policies(segment=self.segment.index, branch=name)
-        return self.ranks.decided_by(own, branch=number)
-
-    def _caches(self) -> list[KVCache]:
-        if self.config.attention == "full":
-            return []
-        model = self.dit.config
-        return caches_for(
-            model.num_layers,
-            capacity=kv_capacity(self.config, self.window),
-            num_heads=model.num_heads // self.ranks.layout.sequence,
-            head_width=model.head_width,
-            dtype=self.dit.dtype,
-            device=self.device,
-            storage=torch.device("cpu") if self.config.kv_on_host else None,
-        )
-
-    def _condition(self) -> Tensor | None:
-        """Return what an I2V model sees beside the noise: a mask and the encoded start image.
-
-        The image is followed by mid-grey frames, as the model was trained.
-        """
-        image = self.conditioning.image
-        if self.dit.config.model_type != "i2v" or image is None:
-            return None
-        num_pixels = pixel_frames(self.segment.num_frames)
-        clip = torch.zeros(3, num_pixels, self.config.height, self.config.width)
-        clip[:, :1] = image
-        latents = self._encode(clip)
-        mask = latents.new_zeros(MASK_CHANNELS, *latents.shape[1:])
-        mask[:, 0] = 1
-        return torch.cat([mask, latents])
-
-    def _encode(self, pixels_3THW: Tensor) -> Tensor:
-        with self.stats.stage("vae"), aside(self.dit_weights):
-            latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(self.device))
-        return latents[0].to(device=self.device, dtype=torch.float32)
-
-    def _decode(
-        self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
-    ) -> Later[Decoded]:
-        """Have latents decoded, without the first `skipped` frames; they may still change."""
-        own = latents_CFhw.unsqueeze(0).clone() if self.lane.is_beside else latents_CFhw[None]
-
-        def decode() -> Decoded:
-            is_beside = self.lane.is_beside
-            with self.stats.stage("vae", is_beside=is_beside), aside(self.dit_weights):
-                frames = decoder.decode(own)[0].float()[:, skipped:]
-                return Decoded(frames, all_finite(own))
-
-        return self.lane.submit(decode)

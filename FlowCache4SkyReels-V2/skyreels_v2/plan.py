@@ -10,8 +10,15 @@ from flowcache.compress import kept_tokens
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.settings import check_pass, stored_results, strategy_of
 from flowcache.scoring import scoring_bytes
-from flowcache.wan import flops
-from flowcache.wan.dit import PATCH, DiT, DiTConfig
+from flowcache.wan.dit import (
+    PATCH,
+    DiT,
+    DiTConfig,
+    blocks_flops,
+    context_flops,
+    embed_flops,
+    head_flops,
+)
 from flowcache.wan.quantize import weight_bytes
 from skyreels_v2.build import (
     batches_branches,
@@ -113,7 +120,7 @@ def make_plan(config: RunConfig, dit: DiTConfig, *, dtype: torch.dtype) -> Plan:
         segments=tuple(plans),
         frame_tokens=frame_tokens,
         num_branches=num_branches,
-        context_flops=num_branches * flops.context(dit),
+        context_flops=num_branches * context_flops(dit),
         weight_bytes=weights,
         kv_bytes=2 * kv_tokens * dit.dim * dit.num_layers * num_branches * width,
         scoring_bytes=_scoring_bytes(config, dit, queries=queries, kv_tokens=kv_tokens),
@@ -175,8 +182,8 @@ def _plan_segment(
 def _full_flops(config: RunConfig, dit: DiTConfig, window: Window, *, num_branches: int) -> int:
     per_frame = tokens_per_frame(config)
     tokens = window.num_frames * per_frame
-    forward = flops.blocks(dit, queries=tokens, keys=tokens) + flops.head(dit, queries=tokens)
-    embed = flops.embed(dit, num_frames=window.num_frames, frame_tokens=per_frame)
+    forward = blocks_flops(dit, queries=tokens, keys=tokens) + head_flops(dit, queries=tokens)
+    embed = embed_flops(dit, num_frames=window.num_frames, frame_tokens=per_frame)
     num_ticks = len(sampling_of(config).ticks(window))
     return num_ticks * (embed + num_branches * forward)
 
@@ -191,12 +198,12 @@ def _causal_flops(config: RunConfig, dit: DiTConfig, window: Window, *, num_bran
         nonlocal clean, per_branch
         if compression is not None:
             clean = min(clean, compression.budget)
-        per_branch += flops.blocks(dit, queries=queries, keys=clean + offset + queries)
-        per_branch += flops.head(dit, queries=queries) if has_head else 0
+        per_branch += blocks_flops(dit, queries=queries, keys=clean + offset + queries)
+        per_branch += head_flops(dit, queries=queries) if has_head else 0
 
     def embed(num_frames: int) -> None:
         nonlocal embedding
-        embedding += flops.embed(dit, num_frames=num_frames, frame_tokens=per_frame)
+        embedding += embed_flops(dit, num_frames=num_frames, frame_tokens=per_frame)
 
     def feed_clean(chunk: range) -> None:
         nonlocal clean

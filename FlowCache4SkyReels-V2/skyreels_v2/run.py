@@ -40,8 +40,7 @@ from flowcache.runtime.settings import threshold_of
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import check_ffmpeg, to_pixels
 from flowcache.wan import quantize, text, vae
-from flowcache.wan.dit import DiT, DiTConfig
-from flowcache.wan.layers import compiled_parts
+from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.build import (
     batches_branches,

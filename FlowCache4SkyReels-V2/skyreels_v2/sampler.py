@@ -1,32 +1,142 @@
-"""The denoising loop of one window: the algorithm of SkyReels-V2 with FlowCache.
+"""The denoising of one window: the loop of SkyReels-V2 with FlowCache, from top to bottom.
 
-Axes: C latent channels, F latent frames, h/w latent rows/columns; the batch is 1.
+In every tick the active chunks are embedded; each guidance branch decides which of them go through
+the blocks, and predicts the others' velocities from stored results; guidance makes one velocity of
+the branches'; every chunk takes a step with a solver of its own. Attention is full over the window,
+or causal: then a chunk sees itself and, through the KV cache, those before it.
+
+Axes: C latent channels, F latent frames, h/w latent rows/columns, B batch, S tokens, D width. The
+batch is 1, or has one entry per guidance branch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowcache.guidance import HeldGuidance
-from flowcache.kv import Compression, tokens_per_chunk
-from flowcache.results import ResultStore
-from flowcache.reuse import Decision, Observe, agree, compute_together
+from flowcache.kv import (
+    Compression,
+    KVCache,
+    cached_attention,
+    prefetcher_for,
+    tokens_per_chunk,
+)
+from flowcache.results import Quantity, ResultStore, clean_estimate, velocity_to
+from flowcache.reuse import Decision, Observe, ReusePolicy, agree, compute_together
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
+from flowcache.runtime.trace import PassId
 from flowcache.runtime.transfer import on_device
-from flowcache.schedule import Tick
-from flowcache.wan.dit import DiT, Embedded
-from flowcache.wan.solver import UniPC, timestep_grid
-from skyreels_v2.forward import WindowForward
-from skyreels_v2.passes import WindowPasses
-from skyreels_v2.sampling import WHOLE_WINDOW, Branch, Noisy, Sampling, Unit
+from flowcache.runtime.ulysses import TokenSplit
+from flowcache.schedule import Tick, staggered
+from flowcache.wan.dit import (
+    ContextKV,
+    DiT,
+    Embedded,
+    blocks_flops,
+    embed_flops,
+    head_flops,
+    join_contexts,
+    whole_window,
+)
+from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.window import Window
+
+Signal = Literal["timestep", "timestep_embedding", "content"]
 
 WAITING_TIMESTEP = 999
 """Timestep shown to the model for chunks that are still pure noise."""
+WHOLE_WINDOW = -1
+"""Id under which results of the whole window are stored, which full attention computes at once."""
+
+Computed = dict[str, tuple[Tensor, Tensor]]
+"""Branch -> a chunk's tokens after the blocks, `[1, S, D]`, and its velocity `[C, F, h, w]`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a window is denoised."""
+
+    num_steps: int
+    shift: float
+    guidance: float
+    lag: int
+    attention: Literal["full", "causal"]
+    clean_pass: bool
+    fps: int
+    addnoise: int = 0
+    """Timestep, 0..60, to which the prefix is noised while it conditions the rest."""
+    signal: Signal = "timestep"
+    quantity: Quantity = "residual"
+    """What a reused chunk gets again."""
+    batch_branches: bool = False
+    """Compute the guidance branches in one batch: fewer, larger operations, more memory."""
+    together_tokens: int = 4096
+    """Chunks of one tick with at most so many tokens together go through the blocks at once."""
+
+    def ticks(self, window: Window) -> list[Tick]:
+        """Return the passes that denoise a window."""
+        return staggered(window.generated, num_steps=self.num_steps, lag=self.lag)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all windows of a video share."""
+
+    dit: DiT
+    sampling: Sampling
+    stats: RunStats
+    compression: Compression | None = None
+    new_store: Callable[[], ResultStore] = ResultStore
+    """Makes the stores of what reused steps are predicted from."""
+    new_guidance: Callable[[], HeldGuidance] = HeldGuidance
+    """Makes the record of where "cond" alone is computed."""
+    draw_noise: Callable[[Tensor], Tensor] = torch.randn_like
+    """Makes float32 standard normal noise like its argument."""
+    observe: Observe | None = None
+    """Is shown the velocities of computed steps."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that divide the work; all hold the same latents."""
+
+
+@dataclass
+class Branch:
+    """One guidance pass of one window: its prompt, decisions, stored results, keys and values."""
+
+    context: list[ContextKV]
+    policy: ReusePolicy
+    results: ResultStore
+    caches: list[KVCache]
+    """One per layer; empty with full attention."""
+
+
+@dataclass(frozen=True)
+class NoisyChunk:
+    """A chunk in one tick, noisy and embedded; with full attention the whole window."""
+
+    id: int
+    """The chunk, or `WHOLE_WINDOW`."""
+    active: tuple[int, ...]
+    """The active chunks in it."""
+    latents: Tensor
+    """`[C, F, h, w]`."""
+    sigma: Tensor
+    """Noise level of each frame, `[F]`."""
+    embedded: Embedded
+    offset: int = 0
+    """Tokens of the active chunks before it."""
+    computed: tuple[str, ...] = ()
+    """Branches in which it goes through the blocks, those of other processes included."""
+    is_held: bool = False
+    """Whether "cond" alone goes through the blocks, and the others' difference to it is held."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.embedded.tokens.shape[1]
 
 
 class WindowSampler:
@@ -37,179 +147,81 @@ class WindowSampler:
             place.
         branches: by name, "cond" first; "uncond" where guidance is on.
         condition: `[C, F, h, w]` start image condition of an I2V model.
-        updates: store of the guided latent's updates, read where these are the reused quantity.
-        guidance: says where only "cond" is computed; None: nowhere.
-        draw_noise: makes float32 standard normal noise like its argument.
-        observe: is shown the velocities of computed steps.
-        ranks: the processes that divide the work; all hold the same latents.
     """
 
     def __init__(
         self,
-        dit: DiT,
+        run: Run,
         latents: Tensor,
         *,
         window: Window,
-        sampling: Sampling,
         branches: Mapping[str, Branch],
-        stats: RunStats,
         segment: int = 0,
-        compression: Compression | None = None,
-        updates: ResultStore | None = None,
-        guidance: HeldGuidance | None = None,
         condition: Tensor | None = None,
-        draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
-        observe: Observe | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
-        self.latents = latents
-        self.window = window
-        self.sampling = sampling
+        self.run, self.sampling, self.stats = run, run.sampling, run.stats
+        self.latents, self.condition = latents, condition
+        self.window, self.segment = window, segment
         self.branches = branches
-        self.stats = stats
-        self.segment = segment
-        self.updates = ResultStore() if updates is None else updates
-        self.guidance = HeldGuidance() if guidance is None else guidance
-        self.draw_noise = draw_noise
-        self.ranks = Ranks() if ranks is None else ranks
-        self.own = {name: branches[name] for name in self.ranks.own(list(branches))}
+        self.own = {name: branches[name] for name in run.ranks.own(list(branches))}
         """The branches that this process computes."""
-        self.timesteps, self.sigmas = timestep_grid(sampling.num_steps, shift=sampling.shift)
-        self.solvers = {
-            chunk: UniPC(sampling.num_steps, shift=sampling.shift) for chunk in window.generated
-        }
+        self.updates = run.new_store()
+        """Of the guided latents, where their updates are what is reused."""
+        self.guidance = run.new_guidance()
+        num_steps, shift = self.sampling.num_steps, self.sampling.shift
+        self.timesteps, self.sigmas = timestep_grid(num_steps, shift=shift)
+        self.solvers = {chunk: UniPC(num_steps, shift=shift) for chunk in window.generated}
         self.clean = set(range(window.num_given))
-        self.forward = WindowForward(
-            dit,
-            window=window,
-            size=(latents.shape[-2], latents.shape[-1]),
-            device=latents.device,
-            sampling=sampling,
-            branches=self.own,
-            stats=stats,
-            compression=compression,
-            condition=condition,
-            ranks=self.ranks,
+        self.prefetcher = prefetcher_for([c for b in self.own.values() for c in b.caches])
+        self.batched_context: list[ContextKV] = []
+        if self.sampling.batch_branches and len(self.own) > 1:
+            self.batched_context = join_contexts([branch.context for branch in self.own.values()])
+        self.rope = run.dit.rope(
+            torch.arange(window.num_frames, device=latents.device),
+            latent_height=latents.shape[-2],
+            latent_width=latents.shape[-1],
         )
-        self.passes = WindowPasses(
-            self.forward,
-            window=window,
-            sampling=sampling,
-            branches=branches,
-            guidance=self.guidance,
-            stats=stats,
-            segment=segment,
-            sigmas=self.sigmas,
-            observe=observe,
-            ranks=self.ranks,
-        )
-        if stats.trace is not None:
+        self.frame_tokens = len(self.rope) // window.num_frames
+        if self.stats.trace is not None:
             for branch in branches.values():
                 for cache in branch.caches:
                     cache.track(len(window.chunks))
 
-    def run(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
+    def denoise(self) -> Iterator[tuple[Tick, tuple[int, ...]]]:
         """Denoise; after every tick yield it and the chunks that became clean in it."""
-        is_causal = self.sampling.attention == "causal"
-        if is_causal:
+        if self.sampling.attention == "causal":
             self._feed_given()
         for tick in self.sampling.ticks(self.window):
             with self.stats.timed_tick(self.segment, tick.index), self.stats.stage("dit"):
-                velocities = self._causal_tick(tick) if is_causal else self._full_tick(tick)
-                self._advance(tick, velocities)
+                self._advance(tick, self._velocities(tick))
                 self._finish(tick)
-            self._keep_tokens(tick)
+            self._trace_tokens(tick)
             yield tick, tick.finishing
 
     # One tick ---------------------------------------------------------------------------------
 
-    def _full_tick(self, tick: Tick) -> dict[int, Tensor]:
-        """Forward the whole window, every frame at its own noise level, with full attention."""
-        order = sorted(range(len(self.window.chunks)), key=lambda c: self.window.chunks[c].start)
-        latents, times, sigmas = self.latents.clone(), [], []
-        for chunk in order:
-            level = tick.steps.get(chunk)
-            waits = level is None and chunk not in self.clean
-            size = len(self.window.chunks[chunk])
-            t = WAITING_TIMESTEP if waits else 0 if level is None else self.timesteps[level]
-            sigma = self.sigmas[0] if waits else 0.0 if level is None else self.sigmas[level]
-            times += [t] * size
-            sigmas += [sigma] * size
-        prefix = self.window.num_prefix
-        if prefix and self.sampling.addnoise:
-            latents[:, :prefix] = self._noised(latents[:, :prefix])
-            times[:prefix] = [self.sampling.addnoise] * prefix
-        embedded = self.forward.embed(
-            latents, frames=list(range(self.window.num_frames)), times=times
-        )
-        signals = {
-            c: self._signal(
-                embedded.frames(self.window.chunks[c].start, self.window.chunks[c].stop)
-            )
-            for c in order
-        }
-        plans = self._plan(tick, signals)
-        unit = Unit(WHOLE_WINDOW, (0, self.window.num_frames))
-        noisy = Noisy(latents, self._tensor(sigmas), embedded)
-        velocities = self.passes.velocities(tick, [unit], plans, noisy)
-        return {c: v[:, self._frames(c)] for v in velocities.values() for c in tick.steps}
+    def _velocities(self, tick: Tick) -> dict[int, Tensor]:
+        """Return the guided velocity of each active chunk, `[C, F, h, w]`.
 
-    def _causal_tick(self, tick: Tick) -> dict[int, Tensor]:
-        """Forward the active chunks through the KV cache, each behind those before it."""
-        frames, times, sigmas, units = [], [], [], []
-        for chunk, step in tick.steps.items():
-            own = self.window.chunks[chunk]
-            units.append(Unit(chunk, (len(frames), len(frames) + len(own))))
-            frames += own
-            times += [self.timesteps[step]] * len(own)
-            sigmas += [self.sigmas[step]] * len(own)
-        latents = torch.cat([self.latents[:, self._frames(chunk)] for chunk in tick.steps], dim=1)
-        embedded = self.forward.embed(latents, frames=frames, times=times)
-        signals = {unit.id: self._signal(embedded.frames(*unit.frames)) for unit in units}
-        plans = self._plan(tick, signals)
-        return self.passes.velocities(
-            tick, units, plans, Noisy(latents, self._tensor(sigmas), embedded)
-        )
-
-    def _plan(self, tick: Tick, signals: Mapping[int, Tensor]) -> dict[str, dict[int, Decision]]:
-        policies = {name: branch.policy for name, branch in self.branches.items()}
-        plans = {
-            name: branch.policy.plan(tick, signals, stored=self._stored(branch, chunks=tick.steps))
-            for name, branch in self.branches.items()
-        }
-        if self.sampling.attention == "full":
-            plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
-        held = self.passes.held(tick)
-        if self.sampling.quantity == "latent_update":
-            plans = agree(policies, plans, apart=held)
-        for plan in (plan for name, plan in plans.items() if name != "cond"):
-            plan.update({c: replace(plan[c], is_computed=False) for c in held})
-        for name, plan in plans.items():
-            for chunk, decision in plan.items():
-                self.stats.record(
-                    segment=self.segment,
-                    tick=tick.index,
-                    chunk=chunk,
-                    step=tick.steps[chunk],
-                    branch=name,
-                    decision=decision,
-                )
-        return plans
-
-    def _held(self, tick: Tick) -> set[int]:
-        """Return the chunks that compute the conditional branch alone, if they are computed."""
-        num_steps = self.sampling.num_steps
-        return {
-            chunk
-            for chunk, step in tick.steps.items()
-            if self.guidance.is_held(chunk, step, num_steps=num_steps)
-        }
-
-    def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
-        if self.sampling.quantity == "latent_update":
-            return set(chunks) & set(self.updates.units())
-        units = branch.results.units()
-        return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
+        A chunk whose latent update is reused has none.
+        """
+        is_causal = self.sampling.attention == "causal"
+        noisy = self._embed_active(tick) if is_causal else [self._embed_window(tick)]
+        guided: dict[int, Tensor] = {}
+        for group in self._until_settled(tick, self._decide(tick, noisy)):
+            computed = self._compute(tick, group)
+            for chunk in group:
+                velocities = self._by_branch(tick, chunk, computed.get(chunk.id, {}))
+                if velocities:
+                    guided[chunk.id] = velocity = self._guide(velocities)
+                    if len(chunk.computed) == len(self.branches):
+                        self._show(tick, chunk, "guided", velocity)
+            if self._settles(tick, group[-1].id):
+                self._settle(group[-1].id)
+        if WHOLE_WINDOW in guided:
+            whole = guided[WHOLE_WINDOW]
+            return {chunk: whole[:, self._frames(chunk)] for chunk in tick.steps}
+        return guided
 
     def _advance(self, tick: Tick, velocities: Mapping[int, Tensor]) -> None:
         """Take one solver step with every active chunk."""
@@ -235,11 +247,347 @@ class WindowSampler:
             for branch in self.branches.values():
                 branch.results.drop(chunk)
             if self.sampling.attention == "causal" and self.sampling.clean_pass:
-                if not tick.is_last:
+                if not tick.is_last:  # else nobody would see the keys
                     self._feed_clean(chunk, timestep=0)
-                self.forward.settle(chunk)
+                self._settle(chunk)
 
-    # Given and clean chunks -------------------------------------------------------------------
+    # Noisy latents, embedded ------------------------------------------------------------------
+
+    def _embed_window(self, tick: Tick) -> NoisyChunk:
+        """Embed the whole window, every frame at its own noise level."""
+        latents, (times, sigma) = self.latents.clone(), self._levels(tick, self._in_time())
+        prefix = self.window.num_prefix
+        if prefix and self.sampling.addnoise:
+            latents[:, :prefix] = self._noised(latents[:, :prefix])
+            times[:prefix] = [self.sampling.addnoise] * prefix
+        embedded = self._embed(latents, frames=list(range(self.window.num_frames)), times=times)
+        return NoisyChunk(WHOLE_WINDOW, tuple(tick.steps), latents, sigma, embedded)
+
+    def _embed_active(self, tick: Tick) -> list[NoisyChunk]:
+        """Embed the active chunks, all at once, and take them apart again."""
+        latents = torch.cat([self.latents[:, self._frames(chunk)] for chunk in tick.steps], dim=1)
+        frames = [frame for chunk in tick.steps for frame in self.window.chunks[chunk]]
+        times, sigma = self._levels(tick, tick.steps)
+        embedded = self._embed(latents, frames=frames, times=times)
+        chunks: list[NoisyChunk] = []
+        start = offset = 0
+        for chunk in tick.steps:
+            stop = start + len(self.window.chunks[chunk])
+            own, part = slice(start, stop), embedded.frames(start, stop)
+            chunks.append(NoisyChunk(chunk, (chunk,), latents[:, own], sigma[own], part, offset))
+            # the keys of one that settles in this tick count as clean for those behind it
+            offset += 0 if self._settles(tick, chunk) else chunks[-1].num_tokens
+            start = stop
+        return chunks
+
+    def _embed(self, latents_CFhw: Tensor, *, frames: list[int], times: list[int]) -> Embedded:
+        """Embed some frames of the window, each at its own timestep."""
+        run, condition = self.run, self.condition
+        if condition is not None:
+            index = on_device(frames, dtype=torch.int64, device=self.latents.device)
+            condition = condition.index_select(1, index)
+        if run.ranks.branches.rank == 0:  # the others' is the same work
+            cost = embed_flops(
+                run.dit.config, num_frames=len(frames), frame_tokens=self.frame_tokens
+            )
+            self.stats.add_flops(computed=cost, without_reuse=cost)
+        return run.dit.embed(
+            latents_CFhw.unsqueeze(0),
+            self._tensor(times).unsqueeze(0),
+            fps=[self.sampling.fps],
+            y_BCFhw=None if condition is None else condition.unsqueeze(0),
+        )
+
+    def _levels(self, tick: Tick, chunks: Iterable[int]) -> tuple[list[int], Tensor]:
+        """Return the timestep and the noise level of every frame of some chunks, `[F]`."""
+        times: list[int] = []
+        sigmas: list[float] = []
+        for chunk in chunks:
+            size, step = len(self.window.chunks[chunk]), tick.steps.get(chunk)
+            time, sigma = WAITING_TIMESTEP, self.sigmas[0]
+            if step is not None:
+                time, sigma = self.timesteps[step], self.sigmas[step]
+            elif chunk in self.clean:
+                time, sigma = 0, 0.0
+            times += [time] * size
+            sigmas += [sigma] * size
+        return times, self._tensor(sigmas)
+
+    def _noised(self, latents: Tensor) -> Tensor:
+        share = self.sampling.addnoise / 1000
+        return (1 - share) * latents + share * self.run.draw_noise(latents)
+
+    # What is computed -------------------------------------------------------------------------
+
+    def _decide(self, tick: Tick, chunks: Sequence[NoisyChunk]) -> list[NoisyChunk]:
+        """Return the chunks with the branches in which each is computed."""
+        sampling, signals = self.sampling, self._signals(chunks)
+        policies = {name: branch.policy for name, branch in self.branches.items()}
+        plans = {
+            name: branch.policy.plan(tick, signals, stored=self._stored(branch, chunks=tick.steps))
+            for name, branch in self.branches.items()
+        }
+        if sampling.attention == "full":
+            plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
+        held = {
+            chunk
+            for chunk, step in tick.steps.items()
+            if self.guidance.is_held(chunk, step, num_steps=sampling.num_steps)
+        }
+        if sampling.quantity == "latent_update":
+            plans = agree(policies, plans, apart=held)
+        for plan in (plan for name, plan in plans.items() if name != "cond"):
+            plan.update({c: replace(plan[c], is_computed=False) for c in held})
+        self._record(tick, plans)
+        decided: list[NoisyChunk] = []
+        for chunk in chunks:
+            computed = tuple(
+                name
+                for name, plan in plans.items()
+                if any(plan[active].is_computed for active in chunk.active)
+            )
+            is_held = chunk.id in held and "cond" in computed
+            decided.append(replace(chunk, computed=computed, is_held=is_held))
+        return decided
+
+    def _signals(self, chunks: Sequence[NoisyChunk]) -> dict[int, Tensor]:
+        """Return what the policies compare: of the active chunks, or of all in the window."""
+        if self.sampling.attention == "causal":
+            return {chunk.id: self._signal(chunk.embedded) for chunk in chunks}
+        (whole,) = chunks
+        bounds = {chunk: self.window.chunks[chunk] for chunk in self._in_time()}
+        return {c: self._signal(whole.embedded.frames(b.start, b.stop)) for c, b in bounds.items()}
+
+    def _signal(self, part: Embedded) -> Tensor:
+        match self.sampling.signal:
+            case "timestep":
+                return part.modulation
+            case "timestep_embedding":
+                return part.time
+            case "content":
+                return part.tokens
+
+    def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
+        """Return the active chunks that have a stored result."""
+        if self.sampling.quantity == "latent_update":
+            return set(chunks) & set(self.updates.units())
+        units = branch.results.units()
+        return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
+
+    # Velocities -------------------------------------------------------------------------------
+
+    def _until_settled(
+        self, tick: Tick, chunks: Sequence[NoisyChunk]
+    ) -> Iterator[Sequence[NoisyChunk]]:
+        """Yield the chunks of a tick in order, up to each one whose keys become final.
+
+        The chunks behind that one attend to its final keys in this tick already.
+        """
+        start = 0
+        for number, chunk in enumerate(chunks, 1):
+            if self._settles(tick, chunk.id) or number == len(chunks):
+                yield chunks[start:number]
+                start = number
+
+    def _by_branch(self, tick: Tick, chunk: NoisyChunk, computed: Computed) -> dict[str, Tensor]:
+        """Return a chunk's velocity in each branch: computed, predicted, or by held guidance."""
+        if not chunk.computed and self.sampling.quantity == "latent_update":
+            return {}
+        names = [n for n in self.branches if n in chunk.computed or not chunk.is_held]
+        own = {
+            name: self._store_computed(branch, chunk, *computed[name])
+            if name in computed
+            else self._predict(branch, chunk)
+            for name, branch in self.own.items()
+            if name in names
+        }
+        velocities = self.run.ranks.exchanged(own, names=names, like=chunk.latents)
+        for name in chunk.computed:
+            self._show(tick, chunk, name, velocities[name])
+        for name in self.branches:
+            if name not in names:
+                velocities[name] = velocities["cond"] + self.guidance.take(chunk.id)
+                if name in self.own:
+                    self._store(self.own[name], chunk, velocities[name])
+        if len(chunk.computed) == 2:
+            self.guidance.put(chunk.id, velocities["uncond"] - velocities["cond"])
+        return velocities
+
+    def _guide(self, velocities: Mapping[str, Tensor]) -> Tensor:
+        """Move a velocity away from that of the branch without the prompt."""
+        if "uncond" not in velocities:
+            return velocities["cond"]
+        uncond = velocities["uncond"]
+        return uncond + self.sampling.guidance * (velocities["cond"] - uncond)
+
+    # Stored results ---------------------------------------------------------------------------
+
+    def _store_computed(
+        self, branch: Branch, chunk: NoisyChunk, hidden_BSD: Tensor, velocity: Tensor
+    ) -> Tensor:
+        """Store what a branch computed; return its velocity."""
+        if self.sampling.quantity == "residual":
+            change = (hidden_BSD - chunk.embedded.tokens)[0].unflatten(0, (len(chunk.sigma), -1))
+            branch.results.put(chunk.id, change, sigma=chunk.sigma)
+        else:
+            self._store(branch, chunk, velocity)
+        return velocity
+
+    def _store(self, branch: Branch, chunk: NoisyChunk, velocity: Tensor) -> None:
+        """Store a velocity of one branch, or the clean estimate that it points to."""
+        if self.sampling.quantity == "latent_update":  # stored of the guided latent, by `_advance`
+            return
+        value = velocity.movedim(1, 0)
+        if self.sampling.quantity == "clean":
+            value = clean_estimate(chunk.latents.movedim(1, 0), value, sigma=chunk.sigma)
+        branch.results.put(chunk.id, value, sigma=chunk.sigma)
+
+    def _predict(self, branch: Branch, chunk: NoisyChunk) -> Tensor:
+        """Predict a velocity of one branch, `[C, F, h, w]`, from what is stored."""
+        predicted = branch.results.predict(chunk.id, sigma=chunk.sigma)
+        if self.sampling.quantity == "residual":
+            hidden = chunk.embedded.tokens + predicted.flatten(0, 1)
+            return self._read_velocity(hidden, chunk.embedded)
+        if self.sampling.quantity == "clean":
+            predicted = velocity_to(predicted, chunk.latents.movedim(1, 0), sigma=chunk.sigma)
+        return predicted.movedim(0, 1)
+
+    # Through the blocks -----------------------------------------------------------------------
+
+    def _compute(self, tick: Tick, chunks: Sequence[NoisyChunk]) -> dict[int, Computed]:
+        """Send chunks through the blocks of the branches in which they are computed."""
+        for chunk in chunks:
+            for name, branch in self.own.items():
+                self._count(
+                    branch,
+                    chunk,
+                    is_computed=name in chunk.computed,
+                    passes=self._passes(tick, chunk, name),
+                )
+        made: dict[int, Computed] = {chunk.id: {} for chunk in chunks}
+        for batch in self._together(chunks):
+            names = [name for name in batch[0].computed if name in self.own]
+            embedded = batch[0].embedded.joined([chunk.embedded for chunk in batch[1:]])
+            passes = [
+                p for name in names for chunk in batch for p in self._passes(tick, chunk, name)
+            ]
+            with self.stats.timed_pass(passes):
+                hidden = self._run_blocks(names, batch, embedded)
+            frames = [len(chunk.sigma) for chunk in batch]
+            tokens = [chunk.num_tokens for chunk in batch]
+            for name, whole in hidden.items():
+                velocities = self._read_velocity(whole, embedded).split(frames, dim=1)
+                parts = whole.split(tokens, dim=1)
+                for chunk, part, velocity in zip(batch, parts, velocities, strict=True):
+                    made[chunk.id][name] = (part, velocity)
+        return made
+
+    def _together(self, chunks: Sequence[NoisyChunk]) -> Iterator[list[NoisyChunk]]:
+        """Yield the computed chunks that go through the blocks at once: same branches, few tokens.
+
+        Example: with at most 200 tokens, chunks of 80 go through two by two.
+        """
+        batch: list[NoisyChunk] = []
+        for chunk in chunks:
+            if not chunk.computed:
+                continue
+            tokens = sum(other.num_tokens for other in (*batch, chunk))
+            if batch and (
+                chunk.computed != batch[0].computed or tokens > self.sampling.together_tokens
+            ):
+                yield batch
+                batch = []
+            batch.append(chunk)
+        if batch:
+            yield batch
+
+    def _run_blocks(
+        self, names: Sequence[str], chunks: Sequence[NoisyChunk], embedded: Embedded
+    ) -> dict[str, Tensor]:
+        """Run the blocks for some branches; return each one's `[1, S, D]`.
+
+        Args:
+            embedded: the tokens of all chunks.
+        """
+        if self.batched_context and len(names) == len(self.own):
+            size = len(names)
+            every = Embedded(
+                embedded.tokens.expand(size, -1, -1),
+                embedded.time,
+                embedded.modulation.expand(size, -1, -1, -1),
+            )
+            branches = list(self.own.values())
+            hidden = self._run_batch(branches, self.batched_context, chunks, every)
+            return dict(zip(names, hidden.split(1), strict=True))
+        return {
+            name: self._run_batch([branch], branch.context, chunks, embedded)
+            for name, branch in self.own.items()
+            if name in names
+        }
+
+    def _run_batch(
+        self,
+        branches: list[Branch],
+        context: list[ContextKV],
+        chunks: Sequence[NoisyChunk],
+        embedded: Embedded,
+    ) -> Tensor:
+        """Run the blocks on one batch entry per branch, each with its own cache: `[B, S, D]`."""
+        run = self.run
+        split = TokenSplit(run.ranks.sequence, embedded.time.shape[1], self.frame_tokens)
+        if chunks[0].id == WHOLE_WINDOW:
+            attend, rope = whole_window(run.dit.kernel), self.rope
+        else:
+            attend = cached_attention(
+                [branch.caches for branch in branches],
+                active=[range(c.offset, c.offset + c.num_tokens) for c in chunks],
+                kernel=run.dit.kernel,
+                compression=run.compression,
+                prefetcher=self.prefetcher,
+                timing=lambda: self.stats.stage("kv_compression"),
+            )
+            by_frame = self.rope.unflatten(0, (-1, self.frame_tokens))
+            rope = torch.cat([by_frame[self._frames(c.id)] for c in chunks]).flatten(0, 1)
+        own = Embedded(split.own(embedded.tokens, axis=1), embedded.time, embedded.modulation)
+        hidden = run.dit.run_blocks(
+            own, split.own(rope, axis=0), context, self_attend=split.over_heads(attend)
+        )
+        return split.whole(hidden)
+
+    def _read_velocity(self, hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
+        """Read the velocity `[C, F, h, w]` out of what the blocks made of one branch."""
+        height, width = self.latents.shape[-2:]
+        return self.run.dit.velocity(
+            hidden_BSD, embedded, latent_height=height, latent_width=width
+        )[0]
+
+    def _count(
+        self,
+        branch: Branch,
+        chunk: NoisyChunk,
+        *,
+        is_computed: bool,
+        has_head: bool = True,
+        passes: Sequence[PassId] = (),
+    ) -> None:
+        """Add the FLOPs of blocks and head of one branch, as done and as without reuse."""
+        config, queries = self.run.dit.config, chunk.num_tokens
+        keys = queries
+        if branch.caches:
+            clean = branch.caches[0].clean
+            if self.run.compression is not None:  # done before anything attends
+                clean = min(clean, self.run.compression.budget)
+            keys += clean + chunk.offset
+        blocks = blocks_flops(config, queries=queries, keys=keys)
+        head = head_flops(config, queries=queries) if has_head else 0
+        reads_head = is_computed or self.sampling.quantity == "residual"
+        self.stats.add_flops(
+            computed=(blocks if is_computed else 0) + (head if reads_head else 0),
+            without_reuse=blocks + head,
+            passes=passes,
+        )
+
+    # Keys of clean chunks ---------------------------------------------------------------------
 
     def _feed_given(self) -> None:
         """Put the keys of the given chunks into the cache: one forward each."""
@@ -247,7 +595,7 @@ class WindowSampler:
             for chunk in range(self.window.num_given):
                 is_prefix = self.window.chunks[chunk].start < self.window.num_prefix
                 self._feed_clean(chunk, timestep=self.sampling.addnoise if is_prefix else 0)
-                self.forward.settle(chunk)
+                self._settle(chunk)
 
     def _feed_clean(self, chunk: int, *, timestep: int) -> None:
         """Forward a clean chunk for the sake of its keys, noised up to `timestep` if above 0."""
@@ -255,14 +603,62 @@ class WindowSampler:
         latents = self.latents[:, self._frames(chunk)]
         if timestep:
             latents = self._noised(latents)
-        embedded = self.forward.embed(latents, frames=list(frames), times=[timestep] * len(frames))
+        embedded = self._embed(latents, frames=list(frames), times=[timestep] * len(frames))
+        sigma = self._tensor([timestep / 1000] * len(frames))
+        clean = NoisyChunk(chunk, (), latents, sigma, embedded)
         for branch in self.own.values():
-            self.forward.count(branch, embedded, offset=0, is_computed=True, has_head=False)
-        self.forward.run(list(self.own), [Unit(chunk, (0, len(frames)))], embedded, offsets=[0])
+            self._count(branch, clean, is_computed=True, has_head=False)
+        self._run_blocks(list(self.own), [clean], embedded)
 
-    # What others see --------------------------------------------------------------------------
+    def _settles(self, tick: Tick, chunk: int) -> bool:
+        """Tell whether a chunk's keys are final as soon as it went through the blocks.
 
-    def _keep_tokens(self, tick: Tick) -> None:
+        So they are in its last step, unless a clean pass makes them anew.
+        """
+        return chunk in tick.finishing and not self.sampling.clean_pass
+
+    def _settle(self, chunk: int) -> None:
+        """Declare the keys of the oldest active chunk final."""
+        num_tokens = len(self.window.chunks[chunk]) * self.frame_tokens
+        for branch in self.own.values():
+            for cache in branch.caches:
+                cache.settle(num_tokens, chunk=chunk)
+
+    # What is recorded and shown ---------------------------------------------------------------
+
+    def _record(self, tick: Tick, plans: Mapping[str, Mapping[int, Decision]]) -> None:
+        for name, plan in plans.items():
+            for chunk, decision in plan.items():
+                self.stats.record(
+                    segment=self.segment,
+                    tick=tick.index,
+                    chunk=chunk,
+                    step=tick.steps[chunk],
+                    branch=name,
+                    decision=decision,
+                )
+
+    def _show(self, tick: Tick, chunk: NoisyChunk, branch: str, velocity: Tensor) -> None:
+        """Show the observer, if there is one, a computed velocity, chunk by chunk."""
+        if self.run.observe is None:
+            return
+        for active in chunk.active:
+            step = tick.steps[active]
+            is_whole = chunk.id == WHOLE_WINDOW
+            self.run.observe(
+                segment=self.segment,
+                tick=tick.index,
+                chunk=active,
+                step=step,
+                branch=branch,
+                velocity=velocity[:, self._frames(active)] if is_whole else velocity,
+                sigma=self.sigmas[step],
+            )
+
+    def _passes(self, tick: Tick, chunk: NoisyChunk, branch: str) -> list[PassId]:
+        return [PassId(self.segment, tick.index, active, branch) for active in chunk.active]
+
+    def _trace_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens in the caches after a tick."""
         for name, branch in self.branches.items():
             if branch.caches:
@@ -275,23 +671,14 @@ class WindowSampler:
 
     def _tokens_per_chunk(self, branch: Branch) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
-        sequence = self.ranks.sequence
+        sequence = self.run.ranks.sequence
         return sequence.total(tokens_per_chunk(branch.caches)) / sequence.size
 
-    # Small things -----------------------------------------------------------------------------
+    # Places in the window ---------------------------------------------------------------------
 
-    def _signal(self, part: Embedded) -> Tensor:
-        match self.sampling.signal:
-            case "timestep":
-                return part.modulation
-            case "timestep_embedding":
-                return part.time
-            case "content":
-                return part.tokens
-
-    def _noised(self, latents: Tensor) -> Tensor:
-        share = self.sampling.addnoise / 1000
-        return (1 - share) * latents + share * self.draw_noise(latents)
+    def _in_time(self) -> list[int]:
+        """Return the chunks by their first frame; a given end frame is the last one."""
+        return sorted(range(len(self.window.chunks)), key=lambda c: self.window.chunks[c].start)
 
     def _frames(self, chunk: int) -> slice:
         own = self.window.chunks[chunk]

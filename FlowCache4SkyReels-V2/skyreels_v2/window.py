@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowcache.errors import UserError
-
-TEMPORAL_STRIDE = 4
+from flowcache.wan.vae import TEMPORAL_STRIDE
 
 
 def latent_frames(pixel_frames: int) -> int:
@@ -27,7 +26,7 @@ class Window:
     """The latent frames of one segment, cut into chunks.
 
     Chunks are in the order in which the KV cache holds them: the given prefix, the given end frame,
-    then the chunks to denoise. The end frame stands last in time nevertheless.
+    then the chunks to denoise. In time the end frame is the last one nevertheless.
     """
 
     num_frames: int
@@ -98,9 +97,6 @@ def cut_segments(
         base: pixel frames of a window.
         overlap: pixel frames shared by neighbouring windows.
         continues_video: whether the first window, too, starts with given frames.
-
-    Raises:
-        UserError: the counts don't fit each other.
     """
     _check_frames("num_frames", num_frames)
     _check_frames("base_num_frames", base)

@@ -68,6 +68,11 @@ def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryErro
     return NoMemoryError(f"{kind} is used up{where}{size}: {REMEDY}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; of one that says nothing, its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(error: BaseException) -> str:
     """Return what an error says, on one line."""
     return " ".join(str(error).split())

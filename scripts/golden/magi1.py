@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowcache.kv import Attend
 from golden.case import Case, Check, Kind, compare, compare_sets
 from golden.magi1_loops import (
     build_dit,
@@ -17,14 +18,12 @@ from golden.magi1_loops import (
     special_tokens,
     step_width_of,
 )
-from magi1.captions import TokenChoice, chunk_captions, null_caption
+from magi1.config import TokenChoice
 from magi1.dit import DiT
 from magi1.fp8 import FP8, Fp8Linear, SmoothFp8Linear, emulated_product
-from magi1.layers import SelfAttend
-from magi1.prompt import clean, clean_once
 from magi1.schedule import Clip, Clock, interval_table, timestep_table, visible
-from magi1.vae import VAE, Tiling, parse_config
-from magi1.vit import ViTVAE
+from magi1.text import chunk_captions, clean, clean_once, null_caption
+from magi1.vae import VAE, Tiling, ViTVAE, parse_config
 
 UNIT_TOLERANCE = 5e-5
 """Of one forward, relative to the largest reference value."""
@@ -39,7 +38,7 @@ close = partial(relative, tolerance=UNIT_TOLERANCE)
 
 def ranged(
     dit: DiT, past: Sequence[Tensor], ranges: Sequence[Sequence[int]], seen: dict[int, Tensor]
-) -> SelfAttend:
+) -> Attend:
     """Attend as the reference does: query range i to key range i of cached and current tokens.
 
     The keys and values of the call are put into `seen`, by layer.

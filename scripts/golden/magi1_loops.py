@@ -11,13 +11,18 @@ from flowcache.compress import ImportanceRedundancy, TokenLayout
 from flowcache.reuse import FlowCache, ReusePolicy, Vanilla
 from flowcache.runtime.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets
-from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
-from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi1.config import (
+    EngineConfig,
+    ModelConfig,
+    ReleaseConfig,
+    ReuseConfig,
+    RuntimeConfig,
+    TokenChoice,
+)
 from magi1.dit import DiT, set_precision
-from magi1.sampler import ClipSampler
-from magi1.sampling import KVBudget, Sampling
-from magi1.schedule import Clip, Clock, step_width
-from magi1.settings import ReuseConfig
+from magi1.sampler import ClipInputs, ClipSampler, KVBudget, Reuse, Sampling
+from magi1.schedule import Clip, step_width
+from magi1.text import SpecialTokens, chunk_captions, null_caption
 
 LOOP_TOLERANCE = 2e-4
 """Of latents after a whole loop, relative to the largest reference value."""
@@ -46,13 +51,13 @@ def relative(what: str, ours: Tensor, stored: Tensor, *, tolerance: float) -> Ch
     return compare(what, ours.double() / size, stored.double() / size, tolerance=tolerance)
 
 
-def config_of(case: Case) -> MagiConfig:
+def config_of(case: Case) -> ReleaseConfig:
     """Return the configuration of a case, which leaves out the three paths."""
     parts = case.settings["config"]
     runtime = {
         k: tuple(v) if isinstance(v, list) else v for k, v in parts["runtime_config"].items()
     }
-    return MagiConfig(
+    return ReleaseConfig(
         ModelConfig(**parts["model_config"]),
         RuntimeConfig(**runtime, load="", t5_pretrained="", vae_pretrained=""),
         EngineConfig(**parts["engine_config"]),
@@ -122,19 +127,16 @@ def build_sampler(
         choice=choice,
         max_length=config.model_config.caption_max_length,
     )
-    return ClipSampler(
-        dit,
+    sampling = replace(change(Sampling.of(config)), budget=budget)
+    inputs = ClipInputs(
+        clip,
         case.tensor("noise")[0].clone(),
-        clip=clip,
-        clock=Clock.of(config),
-        sampling=change(Sampling.of(config)),
         captions=dict(zip(clip.generated, captions, strict=True)),
         null_caption=null_caption(dit.null_caption, tokens=tokens, choice=choice),
-        policy=policy,
-        stats=RunStats(torch.device("cpu")),
         prefix=prefix,
-        budget=budget,
     )
+    stats = RunStats(torch.device("cpu"))
+    return ClipSampler(dit, inputs, sampling, reuse=Reuse(policy), stats=stats)
 
 
 def check_timesteps(case: Case, sampler: ClipSampler) -> Check:

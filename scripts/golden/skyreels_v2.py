@@ -18,7 +18,7 @@ from flowcache.errors import UserError
 from flowcache.schedule import Tick, staggered, visible_intervals
 from flowcache.scoring import importance, redundancy
 from flowcache.wan import text, vae
-from flowcache.wan.solver import UniPC, timestep_grid
+from flowcache.wan.unipc import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, compare, compare_sets
 from golden.skyreels_v2_long import check_long_video
 from golden.skyreels_v2_loops import (

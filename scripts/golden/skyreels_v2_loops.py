@@ -17,8 +17,7 @@ from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import PATCH, DiT, DiTConfig
 from golden.case import Case, Check, compare, compare_sets, known
 from skyreels_v2.calibration import COEFFICIENTS
-from skyreels_v2.sampler import WindowSampler
-from skyreels_v2.sampling import Branch, Sampling
+from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window, cut_window
 
 LOOP_TOLERANCE = 1e-4
@@ -120,17 +119,9 @@ def denoise(
         context = dit.encode_context(text)
         branches[name] = Branch(context, policy(name), ResultStore(), caches)
     moving = latents.clone()
-    sampler = WindowSampler(
-        dit,
-        moving,
-        window=window,
-        sampling=sampling,
-        branches=branches,
-        stats=stats,
-        compression=compression,
-        draw_noise=lambda _like: next(draws),
-    )
-    return Denoised([moving.clone() for _ in sampler.run()], stats)
+    run = Run(dit, sampling, stats, compression=compression, draw_noise=lambda _like: next(draws))
+    sampler = WindowSampler(run, moving, window=window, branches=branches)
+    return Denoised([moving.clone() for _ in sampler.denoise()], stats)
 
 
 def check_df_loop(case: Case) -> Iterator[Check]:

@@ -68,7 +68,7 @@ def _words(*shape: int) -> torch.Tensor:
 def skyreels() -> Demo:
     """Return SkyReels-V2."""
     from flowcache.wan import vae
-    from flowcache.wan.layers import compiled_parts
+    from flowcache.wan.dit import compiled_parts
     from skyreels_v2 import checkpoint, run
     from skyreels_v2.build import branches_of
     from skyreels_v2.pipeline import Conditioning, generate
@@ -116,7 +116,7 @@ def skyreels() -> Demo:
 def magi1() -> Demo:
     """Return MAGI-1."""
     from magi1 import checkpoint, run, vae
-    from magi1.layers import compiled_parts
+    from magi1.dit import compiled_parts
     from magi1.pipeline import Conditioning, generate
 
     # six chunks of 96 tokens: one more than the compressed cache holds

@@ -13,18 +13,15 @@ from flowcache.runtime.precision import set_float32_precision
 from flowcache.runtime.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
 from gpu.traces import MAGI1_CURVE
-from magi1 import flops
 from magi1.build import clip_of, dtype_of, latent_size, layout_of, tiling_of
-from magi1.dit import DiT, set_precision
-from magi1.layers import compiled_parts
+from magi1.config import RunConfig
+from magi1.dit import DiT, compiled_parts, published_block_flops, set_precision
 from magi1.pipeline import Conditioning, Progress, generate
 from magi1.plan import attention_shape, make_plan
 from magi1.run import ASSUMED_TOKENS, Request, read_settings
 from magi1.sampler import ALL_BRANCHES
 from magi1.schedule import Clip, Clock, visible
-from magi1.settings import RunConfig
-from magi1.vae import RELEASED, VAE
-from magi1.vit import VAEConfig, ViTVAE
+from magi1.vae import RELEASED, VAE, VAEConfig, ViTVAE
 
 MODEL = "4.5B_distill"
 STEPS = {"paper": 64, "tiny": 16}
@@ -107,7 +104,7 @@ def published_costs(config: RunConfig, *, clip: Clip) -> tuple[float, ...]:
     clock = Clock(run.num_steps, run.window_size, MAGI1_WINDOWS)
     return tuple(
         sum(
-            flops.published_blocks(
+            published_block_flops(
                 config.model_config,
                 queries=tokens,
                 keys=tokens * len(visible(chunk, clock.reach(step))),

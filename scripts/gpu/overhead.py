@@ -25,7 +25,7 @@ PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "embedding and head": (("dit.py", "embed"), ("dit.py", "velocity")),
     "decisions": (("reuse.py", "plan"),),
     "stored results": (("reuse.py", "put"), ("reuse.py", "predict")),
-    "solver": (("solver.py", "advance_"), ("solver.py", "skip")),
+    "solver": (("unipc.py", "advance_"), ("unipc.py", "skip")),
 }
 """Functions of which each part's time is, inner calls included; none calls another."""
 TIME = "seconds_per_chunk"

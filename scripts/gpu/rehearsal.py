@@ -33,7 +33,7 @@ from magi1.dit import DiT as MagiDiT
 from magi1.dit import set_precision
 from magi1.plan import make_plan as make_magi1_plan
 from magi1.run import per_process as magi1_per_process
-from magi1.vit import ViTVAE
+from magi1.vae import ViTVAE
 from skyreels_v2 import memory, pipeline
 from skyreels_v2.build import branches_of
 from skyreels_v2.plan import make_plan

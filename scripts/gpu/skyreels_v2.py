@@ -16,8 +16,7 @@ from flowcache.runtime.job import Request
 from flowcache.runtime.precision import set_float32_precision
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.dit import DiT, DiTConfig
-from flowcache.wan.layers import compiled_parts
+from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
 from flowcache.wan.vae import TEMPORAL_STRIDE, VAE
 from gpu.subject import (
     TARGETS_OF_ALL,

@@ -20,7 +20,7 @@ from flowcache.runtime.bounds import (
     path_fault,
 )
 from flowcache.runtime.config import describe, load_config
-from magi1.settings import RunConfig as MagiRun
+from magi1.config import RunConfig as MagiRun
 from skyreels_v2.config import RunConfig as SkyReelsRun
 
 

@@ -17,9 +17,9 @@ from flowcache.reuse import Decision
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.job import Clip, config_layers
 from flowcache.runtime.stats import RunStats
+from magi1.config import RunConfig
 from magi1.released import find_model
 from magi1.run import BASE, PRESETS
-from magi1.settings import RunConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MAGI_SETTINGS = (

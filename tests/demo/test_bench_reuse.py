@@ -15,9 +15,9 @@ from flowcache.errors import UserError
 from flowcache.runtime import profile as profiles
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.job import Request, config_layers
+from magi1.config import RunConfig
 from magi1.released import find_model
 from magi1.run import BASE, PRESETS
-from magi1.settings import RunConfig
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.build import setting_of
 from skyreels_v2.run import prepare

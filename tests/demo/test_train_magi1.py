@@ -11,8 +11,8 @@ from flowcache.demo.clips import draw_scene
 from flowcache.demo.latents import LatentBank, Statistics
 from flowcache.demo.trainer import step_randomness
 from magi1 import checkpoint, demo, vae
-from magi1.captions import load_special_tokens
 from magi1.config import read_config
+from magi1.text import load_special_tokens
 
 pytestmark = pytest.mark.numeric
 

@@ -19,13 +19,11 @@ from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.job import config_layers
 from flowcache.runtime.video import VideoWriter
 from magi1 import run as runs
-from magi1.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi1.config import EngineConfig, ModelConfig, ReleaseConfig, RunConfig, RuntimeConfig
 from magi1.dit import DiT, set_precision
 from magi1.released import find_model
 from magi1.run import BASE, PRESETS
-from magi1.settings import RunConfig
-from magi1.vae import parse_config
-from magi1.vit import ViTVAE
+from magi1.vae import ViTVAE, parse_config
 
 FOLDER = Path(__file__).parents[1] / "golden/magi1"
 
@@ -45,7 +43,7 @@ class Golden:
         start = f"{prefix}."
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 
-    def config(self) -> MagiConfig:
+    def config(self) -> ReleaseConfig:
         """Return the case's configuration; the files leave out the three paths."""
         parts = self.case["config"]
         runtime = {
@@ -53,7 +51,7 @@ class Golden:
             for key, value in parts["runtime_config"].items()
         }
         paths = {"load": "", "t5_pretrained": "", "vae_pretrained": ""}
-        return MagiConfig(
+        return ReleaseConfig(
             ModelConfig(**parts["model_config"]),
             RuntimeConfig(**runtime, **paths),
             EngineConfig(**parts["engine_config"]),

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from magi1.captions import (
-    NO_TOKENS,
-    SpecialTokens,
-    TokenChoice,
-    chunk_captions,
-    load_special_tokens,
-    null_caption,
-)
+from magi1.config import TokenChoice
+from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, load_special_tokens, null_caption
 
 CHANNELS = 2
 TEXT = torch.full((3, CHANNELS), 0.5)
@@ -80,7 +74,7 @@ def test_tokens_are_rounded_to_float16_as_released(tmp_path: Path):
     path = tmp_path / "special_tokens.npz"
     np.savez(path, caption_token=third, logo_token=third, other_tokens=np.zeros((100, CHANNELS)))
     tokens = load_special_tokens(path, channels=CHANNELS)
-    assert tokens.token("CAPTION")[0, 0].item() == np.float16(1 / 3)
+    assert tokens.negative()[0][0, 0].item() == np.float16(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from magi1.checkpoint import check_dit, find, find_dit_files, load_dit, read_shards
-from magi1.config import MagiConfig, ModelConfig
+from magi1.config import ModelConfig, ReleaseConfig
 from magi1.dit import DiT, is_float32
 
 
 @pytest.fixture
-def config(golden: Callable[[str], Any], model_tiny: ModelConfig, tmp_path: Path) -> MagiConfig:
+def config(golden: Callable[[str], Any], model_tiny: ModelConfig, tmp_path: Path) -> ReleaseConfig:
     base = golden("dit_24b_style").config()
     paths = {
         "load": str(tmp_path / "4.5B"),
@@ -34,7 +34,7 @@ def config(golden: Callable[[str], Any], model_tiny: ModelConfig, tmp_path: Path
     )
 
 
-def released_state(config: MagiConfig) -> dict[str, Tensor]:
+def released_state(config: ReleaseConfig) -> dict[str, Tensor]:
     """Random weights in the types of the release."""
     torch.manual_seed(0)
     state = DiT(config.model_config, is_fp8=config.engine_config.fp8_quant).state_dict()
@@ -61,7 +61,7 @@ def write_shards(folder: Path, state: dict[str, Tensor]) -> Path:
     return folder
 
 
-def write_checkpoint(config: MagiConfig, state: dict[str, Tensor], *, suffix: str = "") -> Path:
+def write_checkpoint(config: ReleaseConfig, state: dict[str, Tensor], *, suffix: str = "") -> Path:
     run = config.runtime_config
     (Path(run.t5_pretrained) / "t5-v1_1-xxl").mkdir(parents=True)
     Path(run.vae_pretrained).mkdir()
@@ -82,19 +82,19 @@ def assert_loaded(dit: DiT, state: dict[str, Tensor]) -> None:
         assert torch.equal(loaded[key].float(), value.float()), key
 
 
-def test_shards_are_loaded_in_the_released_types(config: MagiConfig):
+def test_shards_are_loaded_in_the_released_types(config: ReleaseConfig):
     state = released_state(config)
     write_checkpoint(config, state)
     assert_loaded(load_dit(find(config), device="cpu"), state)
 
 
-def test_another_type_inside_the_blocks_can_be_asked_for(config: MagiConfig):
+def test_another_type_inside_the_blocks_can_be_asked_for(config: ReleaseConfig):
     write_checkpoint(config, released_state(config))
     dit = load_dit(find(config), device="cpu", dtype=torch.float32)
     assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
 
 
-def test_packed_shards_are_loaded_as_plain_ones(config: MagiConfig):
+def test_packed_shards_are_loaded_as_plain_ones(config: ReleaseConfig):
     state = released_state(config)
     folder = write_checkpoint(config, state)
     plain_bytes = check_dit(config, find_dit_files(folder))
@@ -105,7 +105,7 @@ def test_packed_shards_are_loaded_as_plain_ones(config: MagiConfig):
     assert_loaded(load_dit(checkpoint, device="cpu"), state)
 
 
-def test_a_packed_file_without_index_is_loaded(config: MagiConfig, tmp_path: Path):
+def test_a_packed_file_without_index_is_loaded(config: ReleaseConfig, tmp_path: Path):
     state = released_state(config)
     save_file(state, tmp_path / "model.safetensors")
     pack(tmp_path / "model.safetensors")
@@ -114,7 +114,7 @@ def test_a_packed_file_without_index_is_loaded(config: MagiConfig, tmp_path: Pat
     assert all(torch.equal(stored[key].float(), state[key].float()) for key in state)
 
 
-def test_a_damaged_packed_shard_is_named(config: MagiConfig):
+def test_a_damaged_packed_shard_is_named(config: ReleaseConfig):
     folder = write_checkpoint(config, released_state(config))
     pack(folder / "model-00001-of-00002.safetensors")
     packed = folder / "model-00001-of-00002.safetensors.zst"
@@ -128,7 +128,7 @@ def test_a_damaged_packed_shard_is_named(config: MagiConfig):
 
 
 def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
-    config: MagiConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ReleaseConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = write_checkpoint(config, released_state(config))
     pack(folder / "model-00001-of-00002.safetensors")
@@ -148,7 +148,7 @@ def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
     assert list(temporary.iterdir()) == []
 
 
-def test_quantised_checkpoints_are_loaded_as_stored(config: MagiConfig):
+def test_quantised_checkpoints_are_loaded_as_stored(config: ReleaseConfig):
     quantised = replace(
         config,
         engine_config=replace(config.engine_config, fp8_quant=True, distill=True),
@@ -160,7 +160,7 @@ def test_quantised_checkpoints_are_loaded_as_stored(config: MagiConfig):
     assert_loaded(load_dit(find(quantised), device="cpu"), state)
 
 
-def test_weights_that_are_not_quantised_as_announced_are_refused(config: MagiConfig):
+def test_weights_that_are_not_quantised_as_announced_are_refused(config: ReleaseConfig):
     engine = replace(config.engine_config, fp8_quant=True)
     quantised = replace(config, engine_config=engine)
     state = released_state(quantised)
@@ -179,7 +179,7 @@ def test_weights_that_are_not_quantised_as_announced_are_refused(config: MagiCon
         ("shape", r"key rope\.bands has shape \[2\], expected \[1\]"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(change: str, message: str, config: MagiConfig):
+def test_weights_that_do_not_fit_are_named(change: str, message: str, config: ReleaseConfig):
     state = released_state(config)
     bands = state.pop("rope.bands")
     if change == "unexpected":
@@ -192,7 +192,7 @@ def test_weights_that_do_not_fit_are_named(change: str, message: str, config: Ma
 
 
 @pytest.mark.parametrize("part", ["load", "t5_pretrained", "vae_pretrained"])
-def test_a_missing_folder_is_named_with_its_field(part: str, config: MagiConfig):
+def test_a_missing_folder_is_named_with_its_field(part: str, config: ReleaseConfig):
     write_checkpoint(config, released_state(config))
     shutil.rmtree(getattr(config.runtime_config, part))
     what, advice = (
@@ -203,7 +203,7 @@ def test_a_missing_folder_is_named_with_its_field(part: str, config: MagiConfig)
         find(config)
 
 
-def test_a_missing_shard_is_named(config: MagiConfig):
+def test_a_missing_shard_is_named(config: ReleaseConfig):
     folder = write_checkpoint(config, released_state(config))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):

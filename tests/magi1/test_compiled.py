@@ -11,9 +11,8 @@ from flowcache.attention import SDPA
 from flowcache.kv import cached_attention, caches_for
 from flowcache.runtime.stats import RunStats
 from magi1.config import ModelConfig
-from magi1.dit import DiT, set_precision
+from magi1.dit import DiT, LayerParts, compiled_parts, set_precision
 from magi1.fp8 import Fp8Linear
-from magi1.layers import LayerParts, compiled_parts
 from magi1.run import Request, encode_inputs, load_models, prepare, render
 
 CHUNK_FRAMES, FRAME_TOKENS = 2, 8

@@ -10,10 +10,16 @@ from closeness import assert_close
 from torch import Tensor
 
 from flowcache.attention import SDPA
-from flowcache.kv import cached_attention, caches_for
+from flowcache.kv import Attend, cached_attention, caches_for
 from magi1.config import ModelConfig
-from magi1.dit import DiT, is_float32, set_precision
-from magi1.layers import SelfAttend, attend_to_text, interleave, rope_table
+from magi1.dit import (
+    DiT,
+    attend_to_text,
+    interleave,
+    is_float32,
+    rope_table,
+    set_precision,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -25,7 +31,7 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 def ranged(
     past: Sequence[Tensor], ranges: Sequence[Sequence[int]], seen: dict[int, Tensor]
-) -> SelfAttend:
+) -> Attend:
     """Attend as the reference does: query range i to key range i of cached and current tokens.
 
     The keys and values of the call are put into `seen`, by layer, as `[S, G, 2 C]`.

@@ -8,7 +8,7 @@ import torch
 from closeness import assert_close
 
 from flowcache.results import ResultStore
-from magi1.euler import euler_step_
+from magi1.sampler import euler_step_
 
 pytestmark = pytest.mark.numeric
 

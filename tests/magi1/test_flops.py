@@ -2,8 +2,8 @@
 
 import pytest
 
-from magi1 import flops
 from magi1.config import ModelConfig
+from magi1.dit import published_block_flops, published_clip_flops
 from magi1.schedule import Clip, Clock
 
 CHUNK_TOKENS = 6 * 45 * 45
@@ -27,7 +27,7 @@ def test_the_real_sizes_cost_what_was_published(
     pflops: float,
     model_4_5b: ModelConfig,
 ):
-    total = flops.published_clip(
+    total = published_clip_flops(
         model_4_5b,
         clip=Clip(num_frames),
         clock=Clock(num_steps=64, window=4, reaches=reaches),
@@ -39,7 +39,7 @@ def test_the_real_sizes_cost_what_was_published(
 
 def test_a_chunk_costs_what_was_published(model_4_5b: ModelConfig):
     alone, seen = (
-        flops.published_blocks(model_4_5b, queries=CHUNK_TOKENS, keys=keys)
+        published_block_flops(model_4_5b, queries=CHUNK_TOKENS, keys=keys)
         for keys in (0, CHUNK_TOKENS)
     )
     assert round(alone / 1e12, 2) == 98.76

@@ -20,8 +20,7 @@ from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video
 from magi1.__main__ import main
 from magi1.dit import DiT
-from magi1.sampler import ClipSampler
-from magi1.sampling import Guidance, Sampling
+from magi1.sampler import ClipInputs, ClipSampler, Guidance, Reuse, Sampling
 from magi1.schedule import Clip, Clock
 
 pytestmark = pytest.mark.numeric
@@ -29,7 +28,9 @@ pytestmark = pytest.mark.numeric
 NUM_STEPS = 8
 PASSES = ("all", "guidance")
 GUIDANCE = Guidance((0.0, 0.3), prev_scales=(1.5, 1.0), text_scales=(7.5, 0.0))
-BASE = Sampling(guidance=GUIDANCE, is_distilled=False, quantity="velocity")
+BASE = Sampling(
+    Clock(num_steps=NUM_STEPS, window=2), GUIDANCE, is_distilled=False, quantity="velocity"
+)
 
 
 @dataclass
@@ -55,17 +56,18 @@ def make(
     clip = Clip(8 * num_chunks, num_prefix=0, chunk_width=2)
     draw = torch.Generator().manual_seed(1)
     text = torch.randn(5, 6, generator=draw)
-    return ClipSampler(
-        dit,
+    inputs = ClipInputs(
+        clip,
         torch.randn(4, 2 * num_chunks, 4, 4, generator=draw),
-        clip=clip,
-        clock=Clock(num_steps=NUM_STEPS, window=2),
-        sampling=BASE,
         captions=dict.fromkeys(clip.generated, text),
         null_caption=dit.null_caption[:3],
-        policy=policy or Vanilla(),
+    )
+    return ClipSampler(
+        dit,
+        inputs,
+        BASE,
+        reuse=Reuse(policy or Vanilla(), held_guidance=held or HeldGuidance()),
         stats=RunStats(torch.device("cpu"), records=True),
-        held_guidance=held,
         observe=observe,
     )
 

@@ -10,8 +10,8 @@ import torch
 from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.video import VideoWriter
+from magi1.config import RunConfig
 from magi1.inputs import num_latents, read_prefix
-from magi1.settings import RunConfig
 
 
 @pytest.fixture

@@ -22,15 +22,14 @@ from flowcache.runtime.memory import (
 from flowcache.runtime.stats import RunStats
 from magi1 import run as runs
 from magi1 import vae
-from magi1.captions import NULL_TOKENS
+from magi1.config import RunConfig
 from magi1.dit import DiT, set_precision
 from magi1.memory import Networks, RunMemory, TracedVAE, placed, wanted_residence
 from magi1.pipeline import Conditioning, generate
 from magi1.plan import make_plan
 from magi1.run import Request, prepare
-from magi1.settings import RunConfig
-from magi1.text import empty
-from magi1.vit import ViTVAE
+from magi1.text import NULL_TOKENS, empty
+from magi1.vae import ViTVAE
 
 META = torch.device("meta")
 TOLERANCE = 0.15

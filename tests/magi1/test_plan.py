@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from magi1 import flops
 from magi1.build import clip_of, layout_of
+from magi1.config import RunConfig
+from magi1.dit import published_clip_flops
 from magi1.plan import Plan, lines, make_plan
 from magi1.schedule import Clock
-from magi1.settings import RunConfig
 
 Configure = Callable[..., RunConfig]
 
@@ -51,7 +51,7 @@ def test_the_planned_flops_are_the_published_ones_and_a_little_more(
     configure: Configure, preset: str
 ):
     config = configure(preset, "passes.clean_pass=false")
-    published = flops.published_clip(
+    published = published_clip_flops(
         config.model_config,
         clip=clip_of(config, num_prefix=0),
         clock=Clock.of(config),

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from magi1.markup import markup_text
-from magi1.prompt import clean, clean_once
+from magi1.text import clean, clean_once
 
 FILES = ("prompt_cleaning", "prompt_cleaning_html")
 PAIRS = [

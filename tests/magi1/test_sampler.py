@@ -17,17 +17,17 @@ from flowcache.errors import UserError
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.runtime.record import build_record, replay_policies
 from flowcache.runtime.stats import RunStats
-from magi1.captions import SpecialTokens, TokenChoice, chunk_captions, null_caption
-from magi1.config import ModelConfig
+from magi1.config import ModelConfig, TokenChoice
 from magi1.dit import DiT
-from magi1.sampler import ClipSampler
-from magi1.sampling import Guidance, KVBudget, Sampling, cache_bytes
+from magi1.sampler import ClipInputs, ClipSampler, Guidance, KVBudget, Reuse, Sampling, cache_bytes
 from magi1.schedule import Clip, Clock
+from magi1.text import SpecialTokens, chunk_captions, null_caption
 
 pytestmark = pytest.mark.numeric
 
 BASE = Guidance((0.0, 0.3), prev_scales=(1.5, 1.0), text_scales=(7.5, 0.0))
-DISTILLED = Sampling(guidance=None, is_distilled=True)
+CLOCK = Clock(num_steps=8, window=4)
+DISTILLED = Sampling(CLOCK, guidance=None, is_distilled=True)
 LAYOUT = TokenLayout(frame_tokens=4, chunk_tokens=8)
 """Of the tiny clips: 2 latents of 4 x 4 in a chunk, 4 tokens in a latent."""
 
@@ -47,15 +47,12 @@ def reference_sampler(want: Any, policy: ReusePolicy, sampling: Sampling) -> Cli
         choice=TokenChoice(),
         max_length=config.model_config.caption_max_length,
     )
+    noise, null = want["noise"][0].clone(), null_caption(dit.null_caption)
     return ClipSampler(
         dit,
-        want["noise"][0].clone(),
-        clip=clip,
-        clock=Clock.of(config),
-        sampling=sampling,
-        captions=dict(enumerate(captions)),
-        null_caption=null_caption(dit.null_caption),
-        policy=policy,
+        ClipInputs(clip, noise, captions=dict(enumerate(captions)), null_caption=null),
+        replace(sampling, clock=Clock.of(config)),
+        reuse=Reuse(policy),
         stats=RunStats(torch.device("cpu")),
     )
 
@@ -94,29 +91,33 @@ def make(
     num_prefix: int = 0,
     policy: ReusePolicy | None = None,
     sampling: Sampling = DISTILLED,
-    clock: Clock | None = None,
-    budget: KVBudget | None = None,
     records: bool = False,
-    **options: Any,
+    observe: Any = None,
+    **changes: Any,
 ) -> ClipSampler:
-    """Build a sampler of chunks of two latents, eight tokens each; always the same noise."""
+    """Build a sampler of chunks of two latents, eight tokens each; always the same noise.
+
+    Args:
+        changes: of the sampling.
+    """
     clip = Clip(8 * num_chunks, num_prefix=num_prefix, chunk_width=2)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(4, 2 * clip.num_chunks, 4, 4, generator=generator)
     text = torch.randn(5, 6, generator=generator)
-    return ClipSampler(
-        dit,
+    inputs = ClipInputs(
+        clip,
         noise,
-        clip=clip,
-        clock=clock or Clock(num_steps=8, window=4),
-        sampling=sampling,
         captions={chunk: text[: 2 + chunk % 3] for chunk in clip.generated},
         null_caption=dit.null_caption[:3],
-        policy=policy or Vanilla(),
-        stats=RunStats(torch.device("cpu"), records=records),
         prefix=torch.randn(4, num_prefix, 4, 4, generator=generator) if num_prefix else None,
-        budget=budget,
-        **options,
+    )
+    return ClipSampler(
+        dit,
+        inputs,
+        replace(sampling, **changes),
+        reuse=Reuse(policy or Vanilla()),
+        stats=RunStats(torch.device("cpu"), records=records),
+        observe=observe,
     )
 
 
@@ -145,7 +146,7 @@ def keep(total_chunks: int) -> KVBudget:
 
 
 SAMPLINGS = {
-    "base": Sampling(guidance=BASE, is_distilled=False),
+    "base": Sampling(CLOCK, guidance=BASE, is_distilled=False),
     "distilled": DISTILLED,
     "published": replace(DISTILLED, clean_pass=False, nearly_clean_pass=False),
 }
@@ -219,8 +220,8 @@ def test_given_latents_stay_in_their_places_and_matter(dit: DiT):
     latents = finished(sampler)
     assert torch.equal(latents[:, :2], before[:, :2])
     other = make(dit, num_prefix=3, num_chunks=3)
-    assert other.prefix is not None
-    other.prefix[:, :2] = 0
+    assert other.inputs.prefix is not None
+    other.inputs.prefix[:, :2] = 0
     assert not torch.equal(finished(other)[:, 2:], latents[:, 2:])
 
 
@@ -381,18 +382,20 @@ def test_nothing_but_a_decision_waits_for_the_device(dit: DiT, name: str, quanti
     model, clip = deepcopy(dit).to(meta), Clip(32, chunk_width=2)
 
     def sampler(policy: ReusePolicy) -> ClipSampler:
-        return ClipSampler(
-            model,
+        inputs = ClipInputs(
+            clip,
             torch.empty(4, 8, 4, 4, device=meta),
-            clip=clip,
-            clock=Clock(num_steps=4, window=2),
-            sampling=replace(SAMPLINGS[name], quantity=quantity),
             captions={chunk: torch.empty(5, 6, device=meta) for chunk in clip.generated},
             null_caption=model.null_caption[:3],
-            policy=policy,
-            stats=RunStats(torch.device("cpu")),
+        )
+        sampling = replace(
+            SAMPLINGS[name],
+            clock=Clock(num_steps=4, window=2),
+            quantity=quantity,
             budget=keep(3),
         )
+        stats = RunStats(torch.device("cpu"))
+        return ClipSampler(model, inputs, sampling, reuse=Reuse(policy), stats=stats)
 
     stride = Stride(every=2, warmup_steps=1)
     stride.needs_signals = True  # they are made, and not looked at

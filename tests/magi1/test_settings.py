@@ -11,11 +11,10 @@ from flowcache.reuse import FlowCache
 from flowcache.runtime.profiled import follows_profile
 from flowcache.runtime.settings import POLICIES, strategy_of
 from magi1.build import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
-from magi1.config import read_config
+from magi1.config import RunConfig, read_config
 from magi1.dit import DiT
 from magi1.released import CONFIGS, DEMOS, RELEASED, find_model, find_path
 from magi1.run import PRESETS
-from magi1.settings import RunConfig
 
 Configure = Callable[..., RunConfig]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))

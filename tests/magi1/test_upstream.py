@@ -12,9 +12,9 @@ import pytest
 from flowcache.runtime.config import load_config
 from flowcache.runtime.job import config_layers
 from flowcache.runtime.video import probe
+from magi1.config import RunConfig
 from magi1.released import FOLDER
 from magi1.run import BASE, Request
-from magi1.settings import RunConfig
 from magi1.upstream import environment_lines, main, parser_of, request_of
 
 Refused = Callable[..., str]

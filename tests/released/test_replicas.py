@@ -146,7 +146,7 @@ SIZE = {"HEIGHT": "16", "WIDTH": "32", "NUM_FRAMES": "17"}
 def skyreels_launchers(copy_launchers: Callable[..., Any]) -> Any:
     return copy_launchers(
         SKYREELS_FOLDER,
-        [f"run_{name}.sh" for name in RUNS],
+        ["scripts/common.sh", *(f"run_{name}.sh" for name in RUNS)],
         pattern="run_{}.sh",
         package="skyreels_v2",
         variables=(*SIZE, "MODEL", "PROMPT", "IMAGE", "VIDEO", "SEED", "GPUS", "OUT"),

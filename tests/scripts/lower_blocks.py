@@ -31,8 +31,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from gpu.fake_cuda import CAPABILITY, CUDA, Forgetful, device_guard
 
-from flowcache.wan import layers as skyreels_layers
-from magi1 import layers as magi_layers
+from flowcache.wan import dit as skyreels_dit
+from magi1 import dit as magi_dit
 from magi1.config import read_config
 from magi1.dit import is_float32
 from magi1.released import CONFIGS
@@ -81,7 +81,7 @@ def skyreels_parts() -> tuple[nn.Module, Parts]:
     sizes = RELEASED["df-1.3b-540p"]
     tokens, frames, wide = 5 * 34 * 60, 5, torch.float32
     with torch.device("meta"):
-        block = skyreels_layers.Block(
+        block = skyreels_dit.Block(
             sizes.dim,
             ffn_dim=sizes.ffn_dim,
             num_heads=sizes.num_heads,
@@ -93,9 +93,9 @@ def skyreels_parts() -> tuple[nn.Module, Parts]:
     e = empty(1, frames, 6, sizes.dim, dtype=wide)
     rope = empty(tokens, sizes.head_width // 2, 2, dtype=wide)
     return block, {
-        "before": (skyreels_layers.before_attention, (x, e, rope)),
-        "between": (skyreels_layers.between_attentions, (x, heads, e)),
-        "after": (skyreels_layers.after_attention, (x32, heads, e)),
+        "before": (skyreels_dit.before_attention, (x, e, rope)),
+        "between": (skyreels_dit.between_attentions, (x, heads, e)),
+        "after": (skyreels_dit.after_attention, (x32, heads, e)),
     }
 
 
@@ -104,18 +104,18 @@ def magi1_parts() -> tuple[nn.Module, Parts]:
     sizes = read_config(CONFIGS / "4.5B_distill.json").model_config
     tokens = 6 * 45 * 45
     with torch.device("meta"):
-        layer = magi_layers.Layer(sizes)
+        layer = magi_dit.Layer(sizes)
     for name, parameter in layer.named_parameters():
         wide = is_float32(f"videodit_blocks.layers.0.{name}")
         parameter.data = parameter.data.to(torch.float32 if wide else HALF)
     x = empty(1, tokens, sizes.hidden_size)
     heads = empty(1, tokens, sizes.num_attention_heads, sizes.kv_channels)
     bands = sizes.kv_channels // 8
-    rope = empty(tokens, magi_layers.ROPE_AXES * bands, 2, dtype=torch.float32)
+    rope = empty(tokens, magi_dit.ROPE_AXES * bands, 2, dtype=torch.float32)
     condition = empty(1, 1, sizes.condition_width)
     return layer, {
-        "before": (magi_layers.before_attention, (x, rope)),
-        "after": (magi_layers.after_attention, (x, heads, heads, condition)),
+        "before": (magi_dit.before_attention, (x, rope)),
+        "after": (magi_dit.after_attention, (x, heads, heads, condition)),
     }
 
 

@@ -31,8 +31,8 @@ from flowcache.runtime.frames import open_clip
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.record import read_record
 from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
-from magi1.captions import load_special_tokens
 from magi1.config import read_config
+from magi1.text import load_special_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_SECONDS = 20

@@ -30,6 +30,8 @@ SIX_CHUNKS = "runtime_config.num_frames=144"
 """More than the compressed cache of MAGI-1 holds."""
 DIT = ("dit", "caching", "other")
 """Stages whose FLOPs our own count covers: all but the VAE and the products of KV compression."""
+LAYERS = {"skyreels_v2": "wan/dit.py:", "magi1": "magi1/layers.py:"}
+"""File of a model's layers."""
 UPCASTS = {
     "skyreels_v2": {"add_gated": 2, "between_attentions": 1, "after_attention": 1},
     "magi1": {"project": 2, "add_gated": 3},
@@ -147,7 +149,7 @@ def test_a_layer_widens_no_more_large_tensors_than_it_did(name: str):
     attention = "_scaled_dot_product_flash_attention"
     # self-attention and cross-attention
     passes = sum(c.launches for p, c in run.ledger.products.items() if p[:2] == ("dit", attention))
-    file, found = f"{made.model}/layers.py:", {}
+    file, found = LAYERS[made.model], {}
     for site, count in run.ledger.upcasts.items():
         if site.place.startswith(file):
             found[site.place.removeprefix(file)] = count / (passes / 2)

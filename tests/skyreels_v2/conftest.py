@@ -21,12 +21,11 @@ from flowcache.results import ResultStore
 from flowcache.reuse import Observe, ReusePolicy, Vanilla
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
+from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import DiT, DiTConfig
 from skyreels_v2 import run as runs
-from skyreels_v2.checkpoint import diffusers_key
 from skyreels_v2.run import DEMO
-from skyreels_v2.sampler import WindowSampler
-from skyreels_v2.sampling import Branch, Sampling
+from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window
 
 HEIGHT, WIDTH = 16, 32
@@ -47,12 +46,9 @@ reuse:
 """
 """What a checkpoint for tests brings: about a second per video."""
 
-MakeDiT = Callable[..., DiT]
-"""`(seed=0, **changes of the tiny config) -> transformer`"""
-
 
 @dataclass
-class Run:
+class Denoised:
     """What came out of denoising a window."""
 
     rows: list[Tensor]
@@ -84,7 +80,7 @@ def denoise_window(
     storage: torch.device | None = None,
     store: Callable[[], ResultStore] = ResultStore,
     guidance: HeldGuidance | None = None,
-) -> Run:
+) -> Denoised:
     """Denoise with random prompts, or the given ones; everything but the weights is made here."""
     config, draw = dit.config, torch.Generator().manual_seed(seed)
     if texts is None:
@@ -113,46 +109,25 @@ def denoise_window(
         for name, text in texts.items()
     }
     stats = RunStats(latents.device, records=records)
-    updates, moving = store(), latents.clone()
-    sampler = WindowSampler(
+    moving = latents.clone()
+    run = Run(
         dit,
-        moving,
-        window=window,
-        sampling=sampling,
-        branches=branches,
-        stats=stats,
+        sampling,
+        stats,
         compression=compression,
-        updates=updates,
-        guidance=guidance,
-        condition=condition,
+        new_store=store,
+        new_guidance=lambda: guidance or HeldGuidance(),
         draw_noise=draw_noise,
         observe=observe,
     )
-    return Run([moving.clone() for _ in sampler.run()], stats, branches, updates)
+    sampler = WindowSampler(run, moving, window=window, branches=branches, condition=condition)
+    rows = [moving.clone() for _ in sampler.denoise()]
+    return Denoised(rows, stats, branches, sampler.updates)
 
 
 @pytest.fixture
-def denoise() -> Callable[..., Run]:
+def denoise() -> Callable[..., Denoised]:
     return denoise_window
-
-
-@pytest.fixture
-def make_dit() -> MakeDiT:
-    def make(seed: int = 0, **changes: Any) -> DiT:
-        tiny: dict[str, Any] = {
-            "dim": 32,
-            "ffn_dim": 48,
-            "freq_dim": 16,
-            "num_heads": 2,
-            "num_layers": 2,
-            "text_dim": 12,
-            "text_len": 5,
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return DiT(DiTConfig(**tiny | changes)).eval()
-
-    return make
 
 
 @pytest.fixture(autouse=True)

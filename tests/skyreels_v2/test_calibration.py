@@ -5,7 +5,7 @@ import pytest
 from flowcache.reuse import polynomial
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
-from skyreels_v2.sampling import Signal
+from skyreels_v2.sampler import Signal
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from flowcache.errors import UserError
+from flowcache.wan.checkpoint import diffusers_key, read_diffusers, read_original
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.text import umt5_key
-from skyreels_v2 import checkpoint
-from skyreels_v2.checkpoint import check, diffusers_key, find, load_dit
+from skyreels_v2.checkpoint import check, find, load_dit
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 
@@ -181,9 +181,9 @@ def test_every_released_model_is_built_from_either_config(
     )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(_original_json(released)))
-    assert checkpoint._parse_original(path) == released
+    assert read_original(path) == released
     path.write_text(json.dumps(_diffusers_json(released)))
-    assert checkpoint._parse_diffusers(path, text_len=512) == released
+    assert read_diffusers(path, text_len=512) == released
     with torch.device("meta"):
         dit = DiT(released)
         theirs = SkyReelsV2Transformer3DModel.from_config(_diffusers_json(released))
@@ -194,28 +194,6 @@ def test_every_released_model_is_built_from_either_config(
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
     assert len(renamed) == num_keys
     assert renamed == expected
-
-
-@pytest.mark.parametrize(
-    ("original", "renamed"),
-    [
-        ("time_embedding.2.bias", "condition_embedder.time_embedder.linear_2.bias"),
-        ("fps_projection.0.weight", "fps_projection.net.0.proj.weight"),
-        ("fps_embedding.weight", "fps_embedding.weight"),
-        ("blocks.11.modulation", "blocks.11.scale_shift_table"),
-        ("blocks.11.norm3.bias", "blocks.11.norm2.bias"),
-        ("blocks.11.self_attn.o.weight", "blocks.11.attn1.to_out.0.weight"),
-        ("blocks.11.cross_attn.norm_k.weight", "blocks.11.attn2.norm_k.weight"),
-        ("blocks.11.cross_attn.k_img.bias", "blocks.11.attn2.add_k_proj.bias"),
-        ("blocks.11.cross_attn.norm_k_img.weight", "blocks.11.attn2.norm_added_k.weight"),
-        ("blocks.11.ffn.2.weight", "blocks.11.ffn.net.2.weight"),
-        ("head.modulation", "scale_shift_table"),
-        ("head.head.bias", "proj_out.bias"),
-        ("img_emb.proj.4.bias", "condition_embedder.image_embedder.norm2.bias"),
-    ],
-)
-def test_keys_are_renamed_as_published(original: str, renamed: str):
-    assert diffusers_key(original) == renamed
 
 
 def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path):
@@ -236,8 +214,8 @@ def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path)
         inject_sample_info=False,
         eps=1e-6,
     )
-    assert checkpoint._parse_original(path) == defaults
-    assert checkpoint._parse_diffusers(path, text_len=512) == defaults
+    assert read_original(path) == defaults
+    assert read_diffusers(path, text_len=512) == defaults
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

@@ -11,10 +11,9 @@ import torch
 from closeness import assert_close
 
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.dit import DiT
-from flowcache.wan.layers import BlockParts, compiled_parts
+from flowcache.wan.dit import BlockParts, DiT, compiled_parts
 from skyreels_v2.run import Request, encode_inputs, load_models, prepare, render
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

@@ -33,7 +33,7 @@ def launchers(copy_launchers: Callable[..., Any]) -> Any:
     """A copy of the launchers, see `Launchers`."""
     return copy_launchers(
         FOLDER,
-        [f"run_{name}.sh" for name in (*NAMES, TUNED)],
+        ["scripts/common.sh", *(f"run_{name}.sh" for name in (*NAMES, TUNED))],
         pattern="run_{}.sh",
         package="skyreels_v2",
         variables=VARIABLES,
@@ -61,8 +61,8 @@ def test_the_tuned_launcher_hands_on_its_profile(launch: Launch):
     prompt = "a blue triangle moving up on a black background"
     handed = launch(TUNED, "--dry-run", MODEL="demo", PROFILE="my profile.yaml", OUT="a.mp4")
     assert handed == [
-        *("--preset", TUNED, "--model", "demo", "--prompt", prompt, "--out", "a.mp4"),
-        *("reuse.profile=my profile.yaml", "--dry-run"),
+        *("--model", "demo", "--prompt", prompt, "--out", "a.mp4"),
+        *("--preset", TUNED, "reuse.profile=my profile.yaml", "--dry-run"),
     ]
 
 
@@ -88,8 +88,8 @@ def test_a_launcher_uses_its_preset_and_hands_on_no_empty_variable(
     launch: Launch, copy: Path, name: str
 ):
     prompt = "a blue triangle moving up on a black background"
-    expected = ["--preset", name, "--model", "auto", "--prompt", prompt]
-    assert launch(name) == [*expected, "--out", f"{copy}/result"]
+    expected = ["--model", "auto", "--prompt", prompt, "--out", f"{copy}/result"]
+    assert launch(name) == [*expected, "--preset", name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,10 +113,10 @@ def test_a_launcher_hands_on_its_variables_and_arguments(launch: Launch, name: s
     )
     threshold = [] if name == "vanilla" else ["reuse.threshold=0.3"]
     assert handed == [
-        *("--preset", name, "--model", "my models/one", "--prompt", 'two "words" and $more'),
+        *("--model", "my models/one", "--prompt", 'two "words" and $more'),
         *("--out", "my out/x.mp4", "--image", "a b.png", "--end-image", "c.png"),
         *("--video", "d.mp4", "height=64", "width=32", "num_frames=49", "num_steps=7"),
-        *(*threshold, "seed=8", "guidance=5", "--dry-run"),
+        *("seed=8", "--preset", name, *threshold, "guidance=5", "--dry-run"),
     ]
 
 
@@ -137,7 +137,7 @@ def test_several_gpus_get_a_process_each(launchers: Any, tmp_path: Path, name: s
     done = launchers.run(name, "--dry-run", cwd=tmp_path, GPUS="4")
     assert done.returncode == 0, done.stderr
     handed = (tmp_path / "handed").read_text().split("\0")
-    assert handed[:6] == ["-m", "flowcache.runtime.launch", "4", "-m", "skyreels_v2", "--preset"]
+    assert handed[:5] == ["-m", "flowcache.runtime.launch", "4", "-m", "skyreels_v2"]
 
 
 def test_an_empty_prompt_is_handed_on_and_refused(

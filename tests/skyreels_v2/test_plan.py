@@ -8,8 +8,7 @@ import torch
 from flowcache.results import Quantity
 from flowcache.reuse import FlowCache
 from flowcache.runtime.config import find_preset, load_config
-from flowcache.wan import flops
-from flowcache.wan.dit import DiTConfig
+from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
 from skyreels_v2.build import compression_of, policy_maker, tokens_per_frame
 from skyreels_v2.config import RunConfig
 from skyreels_v2.plan import Plan, lines, make_plan
@@ -71,11 +70,11 @@ def test_weights_are_counted_in_the_dtype_of_the_run():
 def test_a_synchronous_window_costs_its_forwards():
     plan = plan_of("vanilla", "num_frames=97", "ar_step=0", "num_steps=10", model=TWO_LAYERS)
     tokens = 25 * FRAME
-    forward = flops.blocks(TWO_LAYERS, queries=tokens, keys=tokens)
-    forward += flops.head(TWO_LAYERS, queries=tokens)
-    embed = flops.embed(TWO_LAYERS, num_frames=25, frame_tokens=FRAME)
+    forward = blocks_flops(TWO_LAYERS, queries=tokens, keys=tokens)
+    forward += head_flops(TWO_LAYERS, queries=tokens)
+    embed = embed_flops(TWO_LAYERS, num_frames=25, frame_tokens=FRAME)
     assert plan.num_ticks == 10
-    assert plan.flops == 10 * (embed + 2 * forward) + 2 * flops.context(TWO_LAYERS)
+    assert plan.flops == 10 * (embed + 2 * forward) + 2 * context_flops(TWO_LAYERS)
     assert plan.segments[0].num_forwards == 10 * 2
 
 
@@ -87,11 +86,11 @@ def test_causal_chunks_cost_what_they_see():
     )
     # 5 latent frames: chunks of 2, 2 and 1, each sees itself and the ones before
     seen = {2: [2, 4], 1: [5]}
-    tick = flops.embed(TWO_LAYERS, num_frames=5, frame_tokens=FRAME)
+    tick = embed_flops(TWO_LAYERS, num_frames=5, frame_tokens=FRAME)
     for queries, keys in ((size, k) for size, all_keys in seen.items() for k in all_keys):
-        tick += flops.blocks(TWO_LAYERS, queries=queries * FRAME, keys=keys * FRAME)
-        tick += flops.head(TWO_LAYERS, queries=queries * FRAME)
-    assert plan.flops == 4 * tick + flops.context(TWO_LAYERS)
+        tick += blocks_flops(TWO_LAYERS, queries=queries * FRAME, keys=keys * FRAME)
+        tick += head_flops(TWO_LAYERS, queries=queries * FRAME)
+    assert plan.flops == 4 * tick + context_flops(TWO_LAYERS)
 
 
 def test_a_long_video_is_planned_in_segments():

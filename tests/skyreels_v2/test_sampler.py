@@ -17,10 +17,9 @@ from flowcache.compress import CompressionStrategy, ImportanceRedundancy, Recent
 from flowcache.kv import Compression, KVCache, cached_attention, caches_for
 from flowcache.results import Quantity
 from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
-from flowcache.wan import flops
-from flowcache.wan.dit import DiT, DiTConfig
-from flowcache.wan.solver import UniPC, timestep_grid
-from skyreels_v2.sampling import Sampling
+from flowcache.wan.dit import DiT, DiTConfig, embed_flops
+from flowcache.wan.unipc import UniPC, timestep_grid
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric
@@ -366,7 +365,7 @@ def test_without_guidance_only_the_prompts_branch_runs(denoise: Denoise, make_di
     both = denoise(dit, noise(5), window=WINDOW, sampling=replace(CAUSAL, guidance=3.0))
     # both branches share one embedding
     embedding = sum(
-        flops.embed(
+        embed_flops(
             dit.config,
             num_frames=sum(len(WINDOW.chunks[chunk]) for chunk in tick.steps),
             frame_tokens=FRAME_TOKENS,

@@ -13,9 +13,9 @@ from flowcache.errors import UserError
 from flowcache.guidance import HeldGuidance
 from flowcache.reuse import FlowCache, Stride
 from flowcache.wan.dit import DiT
-from flowcache.wan.solver import UniPC, timestep_grid
+from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.config import ReuseConfig, RunConfig
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

@@ -16,7 +16,7 @@ from flowcache.reuse import FlowCache
 from flowcache.runtime.record import build_record, replay_policies
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT
-from skyreels_v2.sampling import Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

@@ -18,8 +18,8 @@ from flowcache.kv import Compression
 from flowcache.results import Quantity, ResultStore
 from flowcache.reuse import FlowCache, ReusePolicy, Stride
 from flowcache.wan.dit import DiT
-from flowcache.wan.solver import UniPC, timestep_grid
-from skyreels_v2.sampling import Sampling
+from flowcache.wan.unipc import UniPC, timestep_grid
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 pytestmark = pytest.mark.numeric

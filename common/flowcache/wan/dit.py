@@ -1,35 +1,46 @@
-"""The SkyReels-V2 diffusion transformer (DF, T2V and I2V; every released size).
+"""The Wan 2.1 video transformer, in the parts that caching needs, and what each costs.
 
-Parameter names are the keys of the original checkpoints. Source of the architecture: the released
-SkyReels-V2 checkpoints and code (arXiv 2504.13074), which follow Wan 2.1.
+A video model on Wan's backbone makes tokens of latent frames (`DiT.embed`), sends them through the
+blocks (`DiT.run_blocks`) with a self-attention of its own choice, and reads the velocity out of
+what comes back (`DiT.velocity`). Every latent frame has its own timestep. Parameter names are the
+keys of the original checkpoints.
 
-Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, S tokens
-(F * h/2 * w/2, frame-major), D model width, L context tokens.
+Precision follows the released models: weights and matrix products in the weight dtype (bf16 on a
+GPU); norms, modulation, rotation and the residual sums inside a block in float32.
+
+Axes: B batch, C latent channels (inside attention: head width), F latent frames, h/w latent
+rows/columns, P tokens of one frame (h/2 * w/2), S tokens (F * P: by frame, row, column), D model
+width, H heads, L context tokens.
+
+Source: Wan 2.1 (arXiv 2503.20314) and its released code. Some models add the frame rate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flowcache.attention import SDPA, Kernel
+from flowcache.runtime import flops
+from flowcache.runtime.compiling import Compilation, compiled
 from flowcache.runtime.precision import linear_in_float32
 from flowcache.runtime.transfer import on_device
-from flowcache.wan.layers import (
-    Block,
-    BlockParts,
-    ContextKV,
-    SelfAttend,
-    modulate,
-    rope_table,
-    sinusoid,
-)
 
 PATCH = (1, 2, 2)
+"""Latent frames, rows and columns of one token."""
+IMAGE_TOKENS = 257
+"""Tokens that CLIP makes of a start image: its class token and 16 x 16 patches."""
+CLIP_WIDTH = 1280
+"""Width of the image features of every released I2V model."""
 IMAGE_MLP_EPS = 1e-5
+ROPE_THETA = 10000.0
+
+SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,276 @@ class Embedded:
         )
 
 
+@dataclass(frozen=True)
+class ContextKV:
+    """Keys and values of the prompt (and the start image) for one layer's cross-attention.
+
+    They don't depend on the timestep, so one run computes them once. `[B, L, H, C]`.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_img: Tensor | None = None
+    v_img: Tensor | None = None
+
+
+def join_contexts(branches: Sequence[Sequence[ContextKV]]) -> list[ContextKV]:
+    """Put the contexts of several branches (one list of layers each) into one batch."""
+
+    def join(parts: Sequence[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    return [
+        ContextKV(
+            torch.cat([c.k for c in layer]),
+            torch.cat([c.v for c in layer]),
+            join([c.k_img for c in layer]),
+            join([c.v_img for c in layer]),
+        )
+        for layer in zip(*branches, strict=True)
+    ]
+
+
+# Positions and timesteps --------------------------------------------------------------------------
+
+
+def sinusoid(t: Tensor, *, width: int) -> Tensor:
+    """Embed timesteps as `[cos(t f_j)..., sin(t f_j)...]`, f_j = 10000^(-j / (width/2)).
+
+    Args:
+        t: timesteps in 0..1000, any shape.
+        width: size of the embedding, even.
+
+    Returns: float64, `t.shape + [width]`.
+    """
+    half = width // 2
+    j = torch.arange(half, dtype=torch.float64, device=t.device)
+    angle = t.to(torch.float64).unsqueeze(-1) * ROPE_THETA ** (-j / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rope_table(frames: Tensor, *, height: int, width: int, head_width: int) -> Tensor:
+    """Rotation angles of a grid of tokens, frame-major, then row, then column.
+
+    The head's channel pairs are divided among frame, row and column: `head_width // 6` pairs each
+    for row and column, the rest for the frame (22, 21, 21 of 64 at the released head width 128).
+
+    Args:
+        frames: positions of the latent frames inside the window, `[F]`.
+        height: token rows. width: token columns.
+
+    Returns: float32 `[F * height * width, head_width // 2, 2]`, cosine and sine.
+    """
+    pairs_hw = head_width // 6
+    pairs_f = head_width // 2 - 2 * pairs_hw
+    device = frames.device
+
+    def angles(position: Tensor, pairs: int) -> Tensor:
+        j = torch.arange(pairs, dtype=torch.float64, device=device)
+        return position.to(torch.float64).unsqueeze(-1) * ROPE_THETA ** (-j / pairs)
+
+    num = len(frames)
+    by_frame = angles(frames, pairs_f)[:, None, None].expand(num, height, width, -1)
+    rows = angles(torch.arange(height, device=device), pairs_hw)[None, :, None]
+    columns = angles(torch.arange(width, device=device), pairs_hw)[None, None, :]
+    shape = (num, height, width, -1)
+    table = torch.cat([by_frame, rows.expand(shape), columns.expand(shape)], dim=-1).flatten(0, 2)
+    return torch.stack([table.cos(), table.sin()], dim=-1).float()
+
+
+def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs (2j, 2j+1) by the angles of `rope_table`, in float32."""
+    even, odd = x_BSHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+# A block ------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed and returned in float32."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
+class LayerNormF32(nn.LayerNorm):
+    """Affine layer norm, computed and returned in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return functional.layer_norm(
+            input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
+
+
+class SelfAttention(nn.Module):
+    """Self-attention: RMS norm of q and k over the whole width, then rotary positions."""
+
+    def __init__(self, dim: int, *, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
+
+    def split(self, x_BSD: Tensor) -> Tensor:
+        """Divide the width among the heads: `[B, S, H, C]`."""
+        return x_BSD.unflatten(-1, (self.num_heads, -1))
+
+    def project(self, x_BSD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make rotated queries and keys, and values, `[B, S, H, C]`."""
+        dtype = x_BSD.dtype
+        q = rotate(self.split(self.norm_q(self.q(x_BSD))), rope).to(dtype)
+        k = rotate(self.split(self.norm_k(self.k(x_BSD))), rope).to(dtype)
+        return q, k, self.split(self.v(x_BSD))
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the prompt's tokens and, for I2V models, to the start image's tokens."""
+
+    def __init__(self, dim: int, *, num_heads: int, eps: float, has_image: bool) -> None:
+        super().__init__(dim, num_heads=num_heads, eps=eps)
+        if has_image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps=eps)
+
+    def encode(self, text_BLD: Tensor, image_BLD: Tensor | None) -> ContextKV:
+        """Project the context once; `forward` uses the result at every step."""
+        dtype = text_BLD.dtype
+        k = self.split(self.norm_k(self.k(text_BLD))).to(dtype)
+        v = self.split(self.v(text_BLD))
+        if image_BLD is None:
+            return ContextKV(k, v)
+        k_img = self.split(self.norm_k_img(self.k_img(image_BLD))).to(dtype)
+        return ContextKV(k, v, k_img, self.split(self.v_img(image_BLD)))
+
+    def query(self, x_BSD: Tensor) -> Tensor:
+        """Make queries `[B, S, H, C]`."""
+        return self.split(self.norm_q(self.q(x_BSD))).to(x_BSD.dtype)
+
+
+def attend_to_context(q_BSHC: Tensor, context: ContextKV, *, kernel: Kernel) -> Tensor:
+    """Attend to the prompt and, where there is one, to the start image."""
+    out = kernel(q_BSHC, context.k, context.v)
+    if context.k_img is not None and context.v_img is not None:
+        out = out + kernel(q_BSHC, context.k_img, context.v_img)
+    return out
+
+
+class Block(nn.Module):
+    """One transformer layer: modulated self-attention, cross-attention, modulated MLP."""
+
+    def __init__(
+        self, dim: int, *, ffn_dim: int, num_heads: int, eps: float, has_image: bool
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.self_attn = SelfAttention(dim, num_heads=num_heads, eps=eps)
+        self.norm3 = LayerNormF32(dim, eps=eps)
+        self.cross_attn = CrossAttention(dim, num_heads=num_heads, eps=eps, has_image=has_image)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        e0_BF6D: Tensor,
+        rope: Tensor,
+        context: ContextKV,
+        *,
+        layer: int,
+        self_attend: SelfAttend,
+        kernel: Kernel,
+        parts: "BlockParts",
+    ) -> Tensor:
+        q, k, v = parts.before(self, x_BSD, e0_BF6D, rope)
+        x, q = parts.between(self, x_BSD, self_attend(layer, q, k, v), e0_BF6D)
+        out = attend_to_context(q, context, kernel=kernel)
+        return parts.after(self, x, out, e0_BF6D).to(x_BSD.dtype)
+
+    def modulators(self, e0_BF6D: Tensor) -> tuple[Tensor, ...]:
+        """Return shift, scale and gate of attention, then of the MLP: `[B, F, 1, D]` each."""
+        return (self.modulation.float() + e0_BF6D).unsqueeze(3).unbind(2)
+
+
+def before_attention(
+    block: Block, x_BSD: Tensor, e0_BF6D: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make a block's queries, keys and values."""
+    shift, scale, *_ = block.modulators(e0_BF6D)
+    a = modulate(x_BSD, shift, scale, num_frames=e0_BF6D.shape[1], eps=block.eps)
+    return block.self_attn.project(a.to(x_BSD.dtype), rope)
+
+
+def between_attentions(
+    block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add self-attention to the residual stream (float32); make queries for the context."""
+    gate = block.modulators(e0_BF6D)[2]
+    y = block.self_attn.o(out_BSHC.flatten(2))
+    x = add_gated(x_BSD.float(), y, gate, num_frames=e0_BF6D.shape[1])
+    return x, block.cross_attn.query(block.norm3(x).to(x_BSD.dtype))
+
+
+def after_attention(block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor) -> Tensor:
+    """Add cross-attention and the MLP to the residual stream, float32."""
+    shift, scale, gate = block.modulators(e0_BF6D)[3:]
+    num_frames = e0_BF6D.shape[1]
+    x = x_BSD + block.cross_attn.o(out_BSHC.flatten(2)).float()
+    a = modulate(x, shift, scale, num_frames=num_frames, eps=block.eps).to(out_BSHC.dtype)
+    return add_gated(x, block.ffn(a), gate, num_frames=num_frames)
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A block's work around its two attentions, each part as it is or compiled."""
+
+    before: Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
+        before_attention
+    )
+    between: Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = between_attentions
+    after: Callable[[Block, Tensor, Tensor, Tensor], Tensor] = after_attention
+    compilation: Compilation | None = None
+    """How compiling went; None: nothing is compiled."""
+
+
+def compiled_parts() -> BlockParts:
+    """Return the parts of a block, compiled once for all blocks and lengths."""
+    together = Compilation()
+    return BlockParts(
+        compiled(before_attention, lengths=(1, 1, 0), together=together),
+        compiled(between_attentions, lengths=(1, 1, 1), together=together),
+        compiled(after_attention, lengths=(1, 1, 1), together=together),
+        together,
+    )
+
+
+def modulate(
+    x_BSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, *, num_frames: int, eps: float
+) -> Tensor:
+    """Layer-normalise, then scale by `1 + scale` and shift, one pair of vectors per frame."""
+    normed = functional.layer_norm(x_BSD.float(), x_BSD.shape[-1:], eps=eps)
+    normed_BFPD = normed.unflatten(1, (num_frames, -1))
+    return torch.addcmul(shift_BF1D, normed_BFPD, 1 + scale_BF1D).flatten(1, 2)
+
+
+def add_gated(x_BSD: Tensor, y_BSD: Tensor, gate_BF1D: Tensor, *, num_frames: int) -> Tensor:
+    """Add `y * gate` to the float32 residual stream, one gate per frame."""
+    y_BFPD = y_BSD.float().unflatten(1, (num_frames, -1))
+    return torch.addcmul(x_BSD.unflatten(1, (num_frames, -1)), y_BFPD, gate_BF1D).flatten(1, 2)
+
+
+# The transformer ----------------------------------------------------------------------------------
+
+
 class Head(nn.Module):
     """Modulated norm and projection to patches, in float32."""
 
@@ -119,7 +400,11 @@ class ImageMLP(nn.Module):
 
 
 class DiT(nn.Module):
-    """The transformer, in the three parts that caching needs: `embed`, `run_blocks`, `head`."""
+    """The transformer, in the three parts that caching needs.
+
+    `embed`, `run_blocks` and `velocity` are separate because a reused chunk skips the second, and
+    because the caller puts its own self-attention (KV cache, whole window) into it.
+    """
 
     def __init__(self, config: DiTConfig, *, kernel: Kernel = SDPA) -> None:
         super().__init__()
@@ -152,7 +437,7 @@ class DiT(nn.Module):
         )
         self.head = Head(dim, out_width=config.out_dim * PATCH[1] * PATCH[2], eps=config.eps)
         if has_image:
-            self.img_emb = ImageMLP(config.image_dim or 1280, dim)
+            self.img_emb = ImageMLP(config.image_dim or CLIP_WIDTH, dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -330,3 +615,48 @@ def whole_window(kernel: Kernel, bounds: Sequence[tuple[int, int]] | None = None
         return torch.cat(parts, dim=1)
 
     return attend
+
+
+# FLOPs, as torch counts them ----------------------------------------------------------------------
+
+
+def embed_flops(config: DiTConfig, *, num_frames: int, frame_tokens: int) -> int:
+    """FLOPs of the patch, time and frame-rate embeddings of some latent frames."""
+    dim = config.dim
+    patch = config.in_dim * PATCH[0] * PATCH[1] * PATCH[2]
+    total = flops.linear(num_frames * frame_tokens, d_in=patch, d_out=dim)
+    total += flops.linear(num_frames, d_in=config.freq_dim, d_out=dim)
+    total += flops.linear(num_frames, d_in=dim, d_out=dim + 6 * dim)
+    if config.inject_sample_info:
+        total += flops.linear(1, d_in=dim, d_out=dim + 6 * dim)
+    return total
+
+
+def context_flops(config: DiTConfig) -> int:
+    """FLOPs of one prompt's projection to every layer's cross-attention keys and values."""
+    dim, rows = config.dim, config.text_len
+    total = flops.linear(rows, d_in=config.text_dim, d_out=dim)
+    total += flops.linear(rows, d_in=dim, d_out=dim)
+    total += config.num_layers * flops.linear(rows, d_in=dim, d_out=2 * dim)
+    if config.model_type == "i2v":
+        image = config.image_dim or CLIP_WIDTH
+        total += flops.linear(IMAGE_TOKENS, d_in=image, d_out=image + dim)
+        total += config.num_layers * flops.linear(IMAGE_TOKENS, d_in=dim, d_out=2 * dim)
+    return total
+
+
+def blocks_flops(config: DiTConfig, *, queries: int, keys: int) -> int:
+    """FLOPs of all blocks for `queries` tokens that attend to `keys` tokens (own ones included)."""
+    dim = config.dim
+    context_tokens = config.text_len + (IMAGE_TOKENS if config.model_type == "i2v" else 0)
+    per_block = flops.linear(queries, d_in=dim, d_out=4 * dim)  # q, k, v, o of self-attention
+    per_block += flops.attention(queries, keys=keys, width=dim)
+    per_block += flops.linear(queries, d_in=dim, d_out=2 * dim)  # q, o of cross-attention
+    per_block += flops.attention(queries, keys=context_tokens, width=dim)
+    per_block += 2 * flops.linear(queries, d_in=dim, d_out=config.ffn_dim)
+    return config.num_layers * per_block
+
+
+def head_flops(config: DiTConfig, *, queries: int) -> int:
+    """FLOPs of the projection of tokens to latent patches."""
+    return flops.linear(queries, d_in=config.dim, d_out=config.out_dim * PATCH[1] * PATCH[2])

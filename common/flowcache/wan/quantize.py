@@ -34,11 +34,7 @@ SCALE_BYTES = 4
 def check(
     mode: QuantizeName | None, sizes: DiTConfig, *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Check that a run can quantise; loads no weights.
-
-    Raises:
-        UserError: torchao is missing, or the device, the dtype or the model does not fit.
-    """
+    """Check that a run can quantise; loads no weights."""
     if mode is None:
         return
     if mode == "fp8_dynamic":
@@ -50,9 +46,6 @@ def quantize(dit: DiT, mode: QuantizeName, *, device: torch.device) -> None:
     """Replace the blocks' linear weights by 8-bit ones, in place, and move all to a device.
 
     One weight at a time is on the device in full width.
-
-    Raises:
-        UserError: torchao is missing.
     """
     own = {id(layer) for layer in linears(dit)}
 
@@ -108,11 +101,7 @@ def _check_fp8_products(sizes: DiTConfig, *, device: torch.device, dtype: torch.
 
 
 def _torchao(mode: QuantizeName) -> ModuleType:
-    """Import the part of torchao that quantises.
-
-    Raises:
-        UserError: it is missing.
-    """
+    """Import the part of torchao that quantises."""
     try:
         with _quiet("torchao", "torch.utils._pytree"):
             return importlib.import_module("torchao.quantization")

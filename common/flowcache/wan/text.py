@@ -1,4 +1,4 @@
-"""What a SkyReels-V2 model is told: the prompt through UMT5, the start image through CLIP.
+"""The encoders of Wan 2.1 models: the prompt through UMT5, the start image through CLIP.
 
 Axes: B batch, L prompt tokens, P image tokens (class token, then patches), D width.
 """
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLIP_HEADS = 16
-"""Attention heads of the released CLIP tower (ViT-H/14); its file does not tell."""
+"""Attention heads of the released CLIP tower (ViT-H/14); its file does not say."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of the RGB values CLIP was trained on. Source: arXiv 2103.00020, its code."""
@@ -85,7 +85,7 @@ _CLIP_KEYS = (
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mend broken Unicode, undo HTML escapes (also doubled ones), and make blanks single spaces.
+    """Fix broken Unicode, undo HTML escapes (also doubled ones), and make blanks single spaces.
 
     Example: `"a  caf&amp;eacute;\\n"` becomes `"a café"`.
     """
@@ -165,7 +165,7 @@ class VisionEncoder:
     def prepare(self, image_B3HW: Tensor) -> Tensor:
         """Resize an image in -1..1 to CLIP's square, aspect not kept, and normalise it (float32).
 
-        Source: the released SkyReels-V2 code, which is bicubic without antialiasing; the image
+        Source: the released code of Wan 2.1, which is bicubic without antialiasing; the image
         processor of transformers differs.
         """
         size = self.model.config.image_size
@@ -316,9 +316,6 @@ def check_encoder(path: str | Path, *, tokenizer: str | Path, width: int) -> Non
     Args:
         tokenizer: tokenizer folder.
         width: what the transformer takes.
-
-    Raises:
-        UserError: naming the file and the key.
     """
     model, files, origin = _build_encoder(Path(path))
     if model.config.d_model != width:
@@ -374,9 +371,6 @@ def load_encoder(
         tokenizer: tokenizer folder.
         text_len: tokens the transformer takes.
         dtype: type of all weights; None keeps each as stored.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit.
     """
     model, files, origin = _build_encoder(Path(path))
     words = load_tokenizer(Path(tokenizer), vocab_size=model.config.vocab_size, needs_padding=True)
@@ -418,11 +412,8 @@ def load_vision(
     """Load CLIP's vision tower from a folder of transformers or an original file.
 
     Args:
-        num_heads: attention heads, read only where the file does not tell (original layout).
+        num_heads: attention heads, read only where the file does not say (original layout).
         dtype: type of all weights; None keeps each as stored.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit.
     """
     model, source = _build_vision(Path(path), num_heads=num_heads)
     load_files(model, **source, dtype=dtype, device=device)

@@ -1,13 +1,21 @@
 """The Wan 2.1 video VAE: pixels to latents and back, all at once or as the latents come.
 
 The first frame makes one latent, every four more make another: T frames, (T - 1) / 4 + 1 latents.
-Axes: B batch, T frames, H/W rows/columns of pixels, F latents, h/w rows/columns of latents.
+The network is diffusers' `AutoencoderKLWan`. Its decoder is called one latent at a time, for the
+whole picture or a strip of it. Up to its attention, which sees all positions, it works at the
+latents' size and takes little: 2 % of the FLOPs at 544x960. What follows is local, so a strip
+needs only what lies close to it.
+
+Axes: B batch, C channels, T frames, H/W rows/columns of pixels, F latents, h/w rows/columns of
+latents or of a level between the two.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +33,6 @@ from flowcache.runtime.weights import (
     read_model_config,
     rename,
 )
-from flowcache.wan.decoder import Seen, Strip, decode_latent
 
 # Seconds to import: where nothing is decoded, as for --help, it is never loaded.
 if TYPE_CHECKING:
@@ -33,8 +40,15 @@ if TYPE_CHECKING:
 
 TEMPORAL_STRIDE = 4
 """Frames per latent, after the first."""
+MEMORY_FRAMES = 2
+"""Frames that a causal convolution over three of them remembers."""
+
+Seen = list[Tensor | str | None]
+"""What each convolution of the decoder has seen so far, in the order of their calls."""
 
 # Key of diffusers -> key of the original file, except for the decoder's blocks.
+# diffusers' own `convert_wan_vae_to_diffusers` goes the other way, and for two residual blocks on
+# four levels only: with it a missing key could not be named as the file spells it.
 # Source: the two published layouts of the same weights.
 _ORIGINAL_KEYS = (
     (r"^quant_conv\.", "conv1."),
@@ -159,6 +173,149 @@ class VAEStream:
         return ranks.total(strip.placed(pixels, scale=vae.spatial_stride))
 
 
+# One latent, for a strip of the picture -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Neighbouring columns (or rows) of latents."""
+
+    axis: int
+    """-1 for columns, -2 for rows."""
+    start: int
+    stop: int
+    size: int
+    """How many the whole picture has."""
+
+    @classmethod
+    def of(cls, *, height: int, width: int, share: int, num_shares: int) -> Strip:
+        """Return one of the strips into which the longer side is divided; it may be empty.
+
+        Args:
+            height: of the picture, in latents.
+            width: the same.
+        """
+        size = max(height, width)
+        start, stop = (size * number // num_shares for number in (share, share + 1))
+        return cls(-1 if width == size else -2, start, stop, size)
+
+    def span(self, *, scale: int, margin: int) -> range:
+        """Return its places at a level, with a margin where the picture goes on.
+
+        Args:
+            scale: places of that level per latent.
+            margin: places of that level.
+        """
+        start, stop = self.start * scale - margin, self.stop * scale + margin
+        return range(max(start, 0), min(stop, self.size * scale))
+
+    def placed(self, pixels_BCTHW: Tensor, *, scale: int) -> Tensor:
+        """Return a whole picture that has the pixels of the strip in their places, else zeros."""
+        shape = list(pixels_BCTHW.shape)
+        shape[self.axis] = self.size * scale
+        whole = pixels_BCTHW.new_zeros(shape)
+        own = whole.narrow(self.axis, self.start * scale, pixels_BCTHW.shape[self.axis])
+        own.copy_(pixels_BCTHW)
+        return whole
+
+
+def decode_latent(model: Any, z_BC1hw: Tensor, seen: Seen, *, strip: Strip) -> Tensor:
+    """Decode the next latent to the pixels of a strip, `[B, 3, T, H, W]`.
+
+    Args:
+        model: an `AutoencoderKLWan` of Wan 2.1.
+        z_BC1hw: the latent of the whole picture.
+        seen: by the earlier latents of this video, for this strip; it is updated.
+    """
+    decoder = model.decoder
+    # the decoder's parts count its convolutions in the list's only entry
+    place = [0]
+    hidden = _convolve(decoder.conv_in, model.post_quant_conv(z_BC1hw), seen, place)
+    hidden = decoder.mid_block(hidden, feat_cache=seen, feat_idx=place)
+    return decode_hidden(decoder, hidden, seen, place, strip=strip)
+
+
+def decode_hidden(
+    decoder: Any, hidden_BCThw: Tensor, seen: Seen, place: list[int], *, strip: Strip
+) -> Tensor:
+    """Turn what the attention returned for the whole picture into the pixels of a strip.
+
+    At every level, no more of the picture is kept than the remaining layers look at. The
+    zeros that convolutions put beyond the edge of that reach only what is cut off later.
+    """
+    x, held, scale = hidden_BCThw, range(strip.size), 1
+    *margins, last = margins_of(decoder, axis=strip.axis)
+    for block, margin in zip(decoder.up_blocks, margins, strict=True):
+        needed = strip.span(scale=scale, margin=margin)
+        x = block(_cut(x, held, needed, strip.axis), feat_cache=seen, feat_idx=place)
+        factor = _factor(block, strip.axis)
+        scale, held = scale * factor, range(needed.start * factor, needed.stop * factor)
+    needed = strip.span(scale=scale, margin=last)
+    x = decoder.nonlinearity(decoder.norm_out(_cut(x, held, needed, strip.axis)))
+    x = _convolve(decoder.conv_out, x, seen, place)
+    return _cut(x, needed, strip.span(scale=scale, margin=0), strip.axis)
+
+
+def margins_of(decoder: Any, *, axis: int) -> list[int]:
+    """Return how far beyond a strip its pixels depend on the input of each up block and the head.
+
+    Counted from the pixels back, in places of the level: a convolution over k places looks k // 2
+    further. A place before doubling is two after it, so a margin is halved there, rounded up.
+    Norms, activations and convolutions over time stay in their place.
+
+    Example: the released VAE has three residual blocks of two convolutions in each of four up
+    blocks, a doubling and a convolution after the first three, and a convolution at the end, all
+    over three places:
+
+        head     1                             1
+        block 3  1 + 6                         7
+        block 2  (7 + 1) / 2 + 6              10
+        block 1  (10 + 1) / 2 rounded up + 6  12
+        block 0  (12 + 1) / 2 rounded up + 6  13
+
+    which is returned as [13, 12, 10, 7, 1]: 13 latents, or 6, 2.5, 0.9 and 0.1 at the later levels.
+    """
+    margins = [_reach(decoder.conv_out, axis)]
+    for block in reversed(decoder.up_blocks):
+        margin = margins[-1]
+        if block.upsamplers is not None:
+            margin += _reach(block.upsamplers[0].resample[1], axis)
+        margin = math.ceil(margin / _factor(block, axis))
+        convs = [conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)]
+        margins.append(margin + sum(_reach(conv, axis) for conv in convs))
+    return margins[::-1]
+
+
+def _reach(conv: Any, axis: int) -> int:
+    return conv.kernel_size[axis] // 2
+
+
+def _factor(block: Any, axis: int) -> int:
+    """Return how many places an up block makes of one."""
+    return (
+        1 if block.upsamplers is None else int(block.upsamplers[0].resample[0].scale_factor[axis])
+    )
+
+
+def _cut(x: Tensor, held: range, needed: range, axis: int) -> Tensor:
+    """Return some of the places that a tensor has along an axis."""
+    return x.narrow(axis, needed.start - held.start, len(needed))
+
+
+def _convolve(conv: Any, x_BCThw: Tensor, seen: Seen, place: list[int]) -> Tensor:
+    """Apply a causal convolution to new frames after those it has seen, and remember the last."""
+    before = seen[place[0]]
+    last = x_BCThw[:, :, -MEMORY_FRAMES:].clone()
+    if isinstance(before, Tensor) and last.shape[2] < MEMORY_FRAMES:
+        last = torch.cat([before[:, :, -1:], last], dim=2)
+    seen[place[0]] = last
+    place[0] += 1
+    return conv(x_BCThw, before)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
 def original_key(name: str, *, num_res_blocks: int) -> str:
     """Translate a diffusers name of the VAE to the key in `Wan2.1_VAE.pth`.
 
@@ -176,11 +333,7 @@ def original_key(name: str, *, num_res_blocks: int) -> str:
 
 
 def _original_config(path: Path) -> dict[str, Any]:
-    """Derive the constructor arguments of diffusers from the shapes in an original file.
-
-    Raises:
-        UserError: if the file is not that of a Wan 2.1 VAE.
-    """
+    """Derive the constructor arguments of diffusers from the shapes in an original file."""
     shapes = {stored.key: stored.tensor.shape for stored in read([path])}
     try:
         base = shapes["encoder.conv1.weight"][0]
@@ -239,11 +392,7 @@ def _build(path: Path) -> tuple[AutoencoderKLWan, tuple[Path, ...], Callable[[st
 
 
 def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
-    """Build a VAE on the meta device.
-
-    Raises:
-        UserError: if the settings are not those of a Wan 2.1 VAE.
-    """
+    """Build a VAE on the meta device."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     try:
@@ -278,20 +427,12 @@ def released() -> VAE:
 
 
 def empty(path: str | Path) -> VAE:
-    """Build an empty VAE of the size of a folder or an original file, float32 on the meta device.
-
-    Raises:
-        UserError: the settings are not those of a Wan 2.1 VAE.
-    """
+    """Build an empty VAE for a folder or an original file, float32 on the meta device."""
     return VAE(_build(Path(path))[0])
 
 
 def check(path: str | Path) -> None:
-    """Check that the weights are there, whole, and fit; reads headers only.
-
-    Raises:
-        UserError: naming the file and the key.
-    """
+    """Check that the weights are there, whole, and fit; reads headers only."""
     model, files, origin = _build(Path(path))
     check_files(model, files, origin=origin)
 
@@ -306,9 +447,6 @@ def load(
 
     Args:
         dtype: type of the weights; None keeps each as stored.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit.
     """
     model, files, origin = _build(Path(path))
     load_files(model, files, origin=origin, dtype=dtype, device=device)

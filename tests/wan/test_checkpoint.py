@@ -1,0 +1,131 @@
+"""The files of a Wan transformer: sizes, names, and that it is the transformer of the library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowcache.wan.checkpoint import (
+    check_dit,
+    diffusers_key,
+    fingerprint_dit,
+    load_dit,
+    read_diffusers,
+    read_original,
+)
+from flowcache.wan.dit import DiT, DiTConfig
+
+pytestmark = pytest.mark.numeric
+
+TINY = DiTConfig(
+    dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_dim=32, text_len=7
+)
+WAN_1_3B = {
+    "_class_name": "WanModel",
+    "dim": 1536,
+    "eps": 1e-06,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "in_dim": 16,
+    "model_type": "t2v",
+    "num_heads": 12,
+    "num_layers": 30,
+    "out_dim": 16,
+    "text_len": 512,
+}
+"""`config.json` of the released Wan2.1-T2V-1.3B."""
+
+
+def theirs(config: DiTConfig) -> dict[str, Any]:
+    """Return the settings of diffusers' transformer of the same sizes."""
+    return {
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
+        "attention_head_dim": config.head_width,
+        "cross_attn_norm": True,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "image_dim": config.image_dim,
+        "in_channels": config.in_dim,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_channels": config.out_dim,
+        "patch_size": [1, 2, 2],
+        "qk_norm": "rms_norm_across_heads",
+        "text_dim": config.text_dim,
+    }
+
+
+def write(folder: Path, *, layout: str) -> tuple[DiT, tuple[Path, ...]]:
+    """Write the weights of a tiny transformer, named as in a layout."""
+    torch.manual_seed(0)
+    dit, path = DiT(TINY), folder / "model.safetensors"
+    rename = diffusers_key if layout == "diffusers" else str
+    save_file({rename(name): value for name, value in dit.state_dict().items()}, path)
+    return dit, (path,)
+
+
+def test_the_released_wan_1_3b_is_read_from_its_config(tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(WAN_1_3B))
+    sizes = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+    assert read_original(path) == sizes
+    path.write_text(json.dumps(theirs(sizes)))
+    assert read_diffusers(path, text_len=512) == sizes
+    with torch.device("meta"):
+        ours, wan = DiT(sizes), WanTransformer3DModel.from_config(theirs(sizes))
+    renamed = {diffusers_key(name): value.shape for name, value in ours.state_dict().items()}
+    assert renamed == {name: value.shape for name, value in wan.state_dict().items()}
+
+
+def test_a_forward_equals_that_of_diffusers(tmp_path: Path):
+    """With one timestep for all frames, which is all that Wan 2.1 itself knows."""
+    dit, _ = write(tmp_path, layout="diffusers")
+    wan: Any = WanTransformer3DModel.from_config(theirs(TINY))
+    wan.load_state_dict({diffusers_key(name): value for name, value in dit.state_dict().items()})
+    draw = torch.Generator().manual_seed(1)
+    x_BCFhw = torch.randn(2, 16, 3, 4, 6, generator=draw)
+    text_BLD = torch.randn(2, TINY.text_len, TINY.text_dim, generator=draw)
+    t_B = torch.tensor([700, 30])
+    expected: Tensor = wan(x_BCFhw, t_B, text_BLD, return_dict=False)[0]
+    assert_close(dit(x_BCFhw, t_B.unsqueeze(1).expand(-1, 3), text_BLD), expected, ulps=512)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_both_layouts_hold_the_same_weights(tmp_path: Path, layout: Any):
+    dit, files = write(tmp_path, layout=layout)
+    check_dit(TINY, files, layout=layout)
+    loaded = load_dit(TINY, files, layout=layout, dtype=None, device="cpu").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
+    (tmp_path / "original").mkdir()
+    _, original = write(tmp_path / "original", layout="original")
+    assert fingerprint_dit(TINY, files, layout=layout) == fingerprint_dit(
+        TINY, original, layout="original"
+    )
+
+
+@pytest.mark.parametrize(
+    ("original", "renamed"),
+    [
+        ("time_embedding.2.bias", "condition_embedder.time_embedder.linear_2.bias"),
+        ("fps_projection.0.weight", "fps_projection.net.0.proj.weight"),
+        ("fps_embedding.weight", "fps_embedding.weight"),
+        ("blocks.11.modulation", "blocks.11.scale_shift_table"),
+        ("blocks.11.norm3.bias", "blocks.11.norm2.bias"),
+        ("blocks.11.self_attn.o.weight", "blocks.11.attn1.to_out.0.weight"),
+        ("blocks.11.cross_attn.norm_k.weight", "blocks.11.attn2.norm_k.weight"),
+        ("blocks.11.cross_attn.k_img.bias", "blocks.11.attn2.add_k_proj.bias"),
+        ("blocks.11.cross_attn.norm_k_img.weight", "blocks.11.attn2.norm_added_k.weight"),
+        ("blocks.11.ffn.2.weight", "blocks.11.ffn.net.2.weight"),
+        ("head.modulation", "scale_shift_table"),
+        ("head.head.bias", "proj_out.bias"),
+        ("img_emb.proj.4.bias", "condition_embedder.image_embedder.norm2.bias"),
+    ],
+)
+def test_keys_are_renamed_as_published(original: str, renamed: str):
+    assert diffusers_key(original) == renamed
