@@ -137,32 +137,110 @@ RULES = Table(
 )
 
 
+def _mark(
+    look: Look, at: tuple[float, float], *, is_filled: bool = True, tip: str | None = None
+) -> Element:
+    """Draw the mark of a row or of a legend: filled, or with the page's colour inside."""
+    x, y = at
+    colour = f"var(--{look.colour})"
+    style = f"stroke:{colour};stroke-width:2;fill:{colour if is_filled else 'var(--page)'}"
+    title = None if tip is None else element("title", tip)
+    if look.shape == "circle":
+        return element("circle", title, cx=x, cy=y, r=SIZE, style=style)
+    if look.shape == "box":
+        side = 1.8 * SIZE
+        x, y = x - side / 2, y - side / 2
+        return element("rect", title, x=x, y=y, width=side, height=side, style=style)
+    if look.shape == "triangle":
+        base = f"M{number(x - SIZE)} {number(y + 0.8 * SIZE)}H{number(x + SIZE)}"
+        path = f"{base}L{number(x)} {number(y - SIZE)}Z"
+    else:
+        corners = CORNERS[look.shape]
+        path = polyline([(x + SIZE * across, y + SIZE * up) for across, up in corners]) + "Z"
+    return element("path", title, d=path, style=style)
+
+
+def _underline(look: Look, at: tuple[float, float]) -> Element:
+    (x, y), style = at, f"stroke:var(--{look.colour});stroke-width:2.5"
+    low = y + SIZE + 4
+    return element("line", x1=x - SIZE, x2=x + SIZE, y1=low, y2=low, style=style)
+
+
+class _Chart:
+    """Marks between axes; at the right a legend: the policies drawn, then meanings of marks."""
+
+    def __init__(self, table: Table, points: Sequence[Point]) -> None:
+        self.table, (self.width, self.height) = table, table.size
+        shares = [point.share for point in points]
+        ends = [point.decibel + sign * point.error for point in points for sign in (-1, 1)]
+        low, high = math.floor(min(shares)) - table.margin, math.ceil(max(shares)) + table.margin
+        x = Axis(table.x_name, low, high, LEFT, self.width - LEGEND_WIDTH - RIGHT)
+        low, high = math.floor(min(ends)) - 1, math.ceil(max(ends)) + 1
+        self.axes = x, Axis("PSNR, dB", low, high, self.height - BOTTOM, TOP)
+        self.marks: list[Element] = []
+        self._legend: list[Element] = []
+        self.place = (self.width - LEGEND_WIDTH + 20, HEAD + 30)
+        """Of the next line of the legend."""
+        present = {point.policy for point in points}
+        for policy, look in table.looks.items():
+            if policy in present:
+                name = f"stride: {table.stride}" if policy == "stride" else policy
+                self.explain(name, _mark(look, self.place), class_="name")
+        self.place = (self.place[0], self.place[1] + LINE / 2)
+        for name, is_filled in table.meanings.items():
+            self.explain(name, _mark(table.looks["FlowCache"], self.place, is_filled=is_filled))
+
+    def at(self, point: Point) -> tuple[float, float]:
+        """Return the place of a point."""
+        x, y = self.axes
+        return x(point.share), y(point.decibel)
+
+    def add(self, point: Point, *, tip: str) -> None:
+        """Draw a point; the tip shows when it is pointed at."""
+        look = self.table.looks[point.policy]
+        self.marks.append(_mark(look, self.at(point), is_filled=point.is_filled, tip=tip))
+
+    def explain(self, name: str, *marks: Element, class_: str | None = None) -> None:
+        """Add a line to the legend with marks that were drawn at `place`."""
+        x, y = self.place
+        self._legend += [*marks, text(name, x=x + 16, y=y + 4, class_=class_)]
+        self.place = (x, y + LINE)
+
+    def drawing(self, *, title: str, subtitle: str, label: str) -> str:
+        """Return the whole drawing, with the title above the chart."""
+        return document(
+            text(title, x=24, y=28, class_="title"),
+            text(subtitle, x=24, y=50),
+            placed(plot(*self.axes, marks=self.marks, label=f"every {self.table.row}"), 0, HEAD),
+            *self._legend,
+            width=self.width,
+            height=HEAD + self.height + 10,
+            label=label,
+            colours=self.table.colours,
+        )
+
+
 def draw_tradeoff(path: Path, *, model: str) -> str:
     """Return the drawing of a table of `bench_demo.py`."""
     points = read_methods(path)
-    title = f"{model} demo: quality against computation"
-    x, y = _axes(METHODS, points)
-    marks: list[Element] = []
+    chart = _Chart(METHODS, points)
     for point in points:
-        look, at = METHODS.looks[point.policy], (x(point.share), y(point.decibel))
-        share, decibel = f"{point.share:.0f} % of the FLOPs", f"{point.decibel:.1f} dB"
-        tip = f"{point.policy} {point.label}: {share}, {decibel}"
-        marks.append(_mark(look, at, is_filled=point.is_filled, tip=tip))
+        tip = (
+            f"{point.policy} {point.label}: {point.share:.0f} % of the FLOPs, "
+            f"{point.decibel:.1f} dB"
+        )
+        chart.add(point, tip=tip)
+        look, (x, y) = METHODS.looks[point.policy], chart.at(point)
         if point.is_compressed:
-            marks.append(_underline(look, at))
+            chart.marks.append(_underline(look, (x, y)))
         else:
-            label_y = at[1] - SIZE - 5 if point.is_filled else at[1] + SIZE + 13
-            marks.append(text(point.label, x=at[0], y=label_y, class_="middle"))
-    legend = _Legend(METHODS, points)
+            y += -SIZE - 5 if point.is_filled else SIZE + 13
+            chart.marks.append(text(point.label, x=x, y=y, class_="middle"))
     if any(point.is_compressed for point in points):
-        look, at = METHODS.looks["FlowCache"], legend.place
-        legend.add("with KV compression", _mark(look, at, is_filled=False), _underline(look, at))
-    return _drawing(
-        METHODS,
-        (x, y),
-        marks,
-        legend,
-        title=title,
+        look, at = METHODS.looks["FlowCache"], chart.place
+        chart.explain("with KV compression", _mark(look, at, is_filled=False), _underline(look, at))
+    return chart.drawing(
+        title=f"{model} demo: quality against computation",
         subtitle="PSNR against the same attention and passes with every step computed",
         label=f"{model} demo: PSNR of {len(points)} methods against their FLOPs",
     )
@@ -260,35 +338,38 @@ def _draw_rules(
     points: Sequence[Point], *, title: str, front: Sequence[tuple[float, float]] = ()
 ) -> str:
     """Draw rules; of the front, a line behind the points, what lies beyond them is left out."""
-    x, y = _axes(RULES, points)
-    legend = _Legend(RULES, points)
+    chart = _Chart(RULES, points)
+    x, y = chart.axes
     seen = [
         (x(share), y(decibel))
         for share, decibel in sorted(front)
         if x.low <= share <= x.high and y.low <= decibel <= y.high
     ]
-    marks: list[Element] = []
     if len(seen) > 1:
-        marks.append(element("path", d=polyline(seen), class_="dashed", style=FRONT))
+        chart.marks.append(element("path", d=polyline(seen), class_="dashed", style=FRONT))
     if seen:
-        key = f"M{legend.place[0] - 8} {legend.place[1]}h16"
+        key = f"M{chart.place[0] - 8} {chart.place[1]}h16"
         name = "plans, as calibration expects"
-        legend.add(name, element("path", d=key, class_="dashed", style=FRONT))
-    marks += [*_budget_lines(points, x, y), *_rule_marks(points, x, y)]
-    marks += _predictors(points, x, y)
+        chart.explain(name, element("path", d=key, class_="dashed", style=FRONT))
+    chart.marks += _budget_lines(chart, points)
+    for point in points:
+        at, colour = x(point.share), RULES.looks[point.policy].colour
+        low, high = y(point.decibel - point.error), y(point.decibel + point.error)
+        style = f"stroke:var(--{colour});opacity:.55"
+        chart.marks.append(element("line", x1=at, x2=at, y1=low, y2=high, style=style))
+    for point in points:
+        decibel = f"{point.decibel:.2f} ± {point.error:.2f} dB"
+        chart.add(point, tip=f"{point.name}: {point.share:.1f} % of the FLOPs, {decibel}")
+    chart.marks += _predictors(chart, points)
     bars = "; bars: its standard error" if any(point.error for point in points) else ""
-    return _drawing(
-        RULES,
-        (x, y),
-        marks,
-        legend,
+    return chart.drawing(
         title=title,
         subtitle=f"PSNR against every step computed with the same attention and passes{bars}",
         label=f"{title}: PSNR of {len(points)} rows against their FLOPs",
     )
 
 
-def _budget_lines(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
+def _budget_lines(chart: _Chart, points: Sequence[Point]) -> list[Element]:
     """Join the budgets of a policy with the same predictor."""
 
     def rule(point: Point) -> tuple[str, str]:
@@ -296,36 +377,20 @@ def _budget_lines(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
 
     drawn: list[Element] = []
     for (policy, _), group in groupby(sorted(points, key=rule), key=rule):
-        path = polyline(sorted((x(point.share), y(point.decibel)) for point in group))
-        colour = RULES.looks[policy].colour
-        style = f"stroke:var(--{colour});fill:none;stroke-width:1.5;opacity:.55"
-        drawn.append(element("path", d=path, style=style))
+        style = f"stroke:var(--{RULES.looks[policy].colour});fill:none;stroke-width:1.5;opacity:.55"
+        drawn.append(element("path", d=polyline(sorted(map(chart.at, group))), style=style))
     return drawn
 
 
-def _rule_marks(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
-    """Draw the standard errors, and the marks over them."""
-    bars: list[Element] = []
-    marks: list[Element] = []
-    for point in points:
-        look, at = RULES.looks[point.policy], x(point.share)
-        low, high = y(point.decibel - point.error), y(point.decibel + point.error)
-        style = f"stroke:var(--{look.colour});opacity:.55"
-        bars.append(element("line", x1=at, x2=at, y1=low, y2=high, style=style))
-        decibel = f"{point.decibel:.2f} ± {point.error:.2f} dB"
-        tip = f"{point.name}: {point.share:.1f} % of the FLOPs, {decibel}"
-        marks.append(_mark(look, (at, y(point.decibel)), is_filled=point.is_filled, tip=tip))
-    return [*bars, *marks]
-
-
-def _predictors(points: Sequence[Point], x: Axis, y: Axis) -> list[Element]:
+def _predictors(chart: _Chart, points: Sequence[Point]) -> list[Element]:
     """Name the predictors of plans that are not as tuned, none over another one."""
     drawn: list[Element] = []
     last = -math.inf
     named = [point for point in points if point.policy == TUNED and not point.is_filled]
-    for point in sorted(named, key=lambda point: y(point.decibel)):
-        last = max(y(point.decibel), last + LABEL_GAP)
-        drawn.append(text(point.label, x=x(point.share) + SIZE + 8, y=last + 4))
+    for point in sorted(named, key=lambda point: chart.at(point)[1]):
+        x, y = chart.at(point)
+        last = max(y, last + LABEL_GAP)
+        drawn.append(text(point.label, x=x + SIZE + 8, y=last + 4))
     return drawn
 
 
@@ -340,89 +405,3 @@ def _read_table(path: Path, table: Table, points_of: Callable[[Rows], list[Point
     if not points:
         raise UserError(f"{path}: no {table.row} reuses anything: nothing to draw")
     return points
-
-
-def _axes(table: Table, points: Sequence[Point]) -> tuple[Axis, Axis]:
-    """Return axes between whole numbers, beyond the points and their errors."""
-    shares = [point.share for point in points]
-    ends = [point.decibel + sign * point.error for point in points for sign in (-1, 1)]
-    (width, height), margin = table.size, table.margin
-    low, high = math.floor(min(shares)) - margin, math.ceil(max(shares)) + margin
-    x = Axis(table.x_name, low, high, LEFT, width - LEGEND_WIDTH - RIGHT)
-    low, high = math.floor(min(ends)) - 1, math.ceil(max(ends)) + 1
-    return x, Axis("PSNR, dB", low, high, height - BOTTOM, TOP)
-
-
-def _mark(
-    look: Look, at: tuple[float, float], *, is_filled: bool = True, tip: str | None = None
-) -> Element:
-    """Draw the mark of a row or of a legend: filled, or with the page's colour inside."""
-    x, y = at
-    colour = f"var(--{look.colour})"
-    style = f"stroke:{colour};stroke-width:2;fill:{colour if is_filled else 'var(--page)'}"
-    title = None if tip is None else element("title", tip)
-    if look.shape == "circle":
-        return element("circle", title, cx=x, cy=y, r=SIZE, style=style)
-    if look.shape == "box":
-        side = 1.8 * SIZE
-        x, y = x - side / 2, y - side / 2
-        return element("rect", title, x=x, y=y, width=side, height=side, style=style)
-    if look.shape == "triangle":
-        base = f"M{number(x - SIZE)} {number(y + 0.8 * SIZE)}H{number(x + SIZE)}"
-        path = f"{base}L{number(x)} {number(y - SIZE)}Z"
-    else:
-        corners = CORNERS[look.shape]
-        path = polyline([(x + SIZE * across, y + SIZE * up) for across, up in corners]) + "Z"
-    return element("path", title, d=path, style=style)
-
-
-def _underline(look: Look, at: tuple[float, float]) -> Element:
-    (x, y), style = at, f"stroke:var(--{look.colour});stroke-width:2.5"
-    low = y + SIZE + 4
-    return element("line", x1=x - SIZE, x2=x + SIZE, y1=low, y2=low, style=style)
-
-
-class _Legend:
-    """Lines below one another: the policies that have a point, then meanings of marks."""
-
-    def __init__(self, table: Table, points: Sequence[Point]) -> None:
-        self.place = (table.size[0] - LEGEND_WIDTH + 20, HEAD + 30)
-        self.drawn: list[Element] = []
-        present = {point.policy for point in points}
-        for policy, look in table.looks.items():
-            if policy in present:
-                name = f"stride: {table.stride}" if policy == "stride" else policy
-                self.add(name, _mark(look, self.place), class_="name")
-        self.place = (self.place[0], self.place[1] + LINE / 2)
-        for name, is_filled in table.meanings.items():
-            self.add(name, _mark(table.looks["FlowCache"], self.place, is_filled=is_filled))
-
-    def add(self, name: str, *marks: Element, class_: str | None = None) -> None:
-        """Add a line with marks that were drawn at `place`."""
-        x, y = self.place
-        self.drawn += [*marks, text(name, x=x + 16, y=y + 4, class_=class_)]
-        self.place = (x, y + LINE)
-
-
-def _drawing(
-    table: Table,
-    axes: tuple[Axis, Axis],
-    marks: Sequence[Element],
-    legend: _Legend,
-    *,
-    title: str,
-    subtitle: str,
-    label: str,
-) -> str:
-    """Put the title above the chart, and the legend at its right."""
-    width, height = table.size
-    return document(
-        text(title, x=24, y=28, class_="title"),
-        text(subtitle, x=24, y=50),
-        placed(plot(*axes, marks=marks, label=f"every {table.row}"), 0, HEAD),
-        *legend.drawn,
-        width=width,
-        height=HEAD + height + 10,
-        label=label,
-        colours=table.colours,
-    )
