@@ -22,8 +22,7 @@ from flowcache.runtime.starting import start_quietly
 start_quietly(__name__)
 
 from flowcache.errors import UserError
-from flowcache.report.page import write_page
-from flowcache.report.pair import measure, read_clip, summary, with_video_alarms
+from flowcache.report.page import measure, read_clip, summary, with_video_alarms, write_page
 from flowcache.report.run import SUFFIX, find_record, load_run
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, fresh_path, write_text

@@ -1,6 +1,6 @@
 """How the demo checkpoint is trained: ViT VAE, base and distilled transformer, T5, special tokens.
 
-Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run beside the next two),
+Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run during the next two),
 `latents` (encodes the clips the transformer learns from), `dit` (base transformer, text encoder and
 special tokens), `refine` (the same, on, with smaller batches and a loss that weights noise levels),
 `distill` (teaches a copy of the transformer to give in one pass what guidance makes of the base

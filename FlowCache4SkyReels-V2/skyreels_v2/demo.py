@@ -1,6 +1,6 @@
 """How the demo checkpoint is trained: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
 
-Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run beside the next two),
+Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run during the next two),
 `latents` (encodes the clips the transformer learns from), `dit` (transformer and text encoder).
 `scripts/train_demo.py` runs them.
 """

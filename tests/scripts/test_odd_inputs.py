@@ -217,7 +217,7 @@ DOCUMENTS = (
 
 def explain(path: Path) -> None:
     run = import_module("flowcache.report.run").load_run(path, "A")
-    no_clip = import_module("flowcache.report.pair").Clip(None, "there is none")
+    no_clip = import_module("flowcache.report.page").Clip(None, "there is none")
     import_module("flowcache.report.page").write_page([run], [no_clip], None)
 
 
