@@ -24,7 +24,7 @@ from flowcache.runtime.video import read_video
 
 
 def judged(video: Path) -> tuple[Attributes, dict[str, bool]]:
-    """Return the attributes in a video's prompt, and for each of them whether the video shows it."""
+    """Return what a video's prompt says, and for each attribute whether the video shows it."""
     report = video.with_suffix(".json")
     try:
         prompt = read_json(report)["config"]["prompt"]
