@@ -17,14 +17,17 @@ from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.flops import attention, linear
 from flowcache.runtime.markdown import escaped, table_row
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import plan_by_sizes
 from flowcache.schedule import staggered
 from flowcache.wan.dit import blocks_flops
 from magi1.config import ModelConfig, read_config
 from magi1.dit import published_block_flops, published_clip_flops
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock
+from skyreels_v2.checkpoint import released_sizes
+from skyreels_v2.model import MODEL
 from skyreels_v2.released import RELEASED
-from skyreels_v2.run import Request, plan_released
 
 EXAMPLES = f"""examples:
   python scripts/flops.py --paper
@@ -39,7 +42,7 @@ MAGI1_CHUNK_TOKENS = 6 * 45 * 45
 """Of 6 latent frames of 720 x 720 pixels."""
 MAGI1_WINDOWS = (5, 4, 3, 2)
 """The released KV window: chunks seen in each quarter of a chunk's steps."""
-SKYREELS_1_3B = RELEASED["df-1.3b-540p"]
+SKYREELS_1_3B = released_sizes("df-1.3b-540p")
 SKYREELS_FRAME_TOKENS = 34 * 60
 """Of a latent frame of 544 x 960 pixels."""
 SKYREELS_CHUNK_TOKENS = 5 * SKYREELS_FRAME_TOKENS
@@ -187,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(paper_table())
         elif options.model in RELEASED:
             settings = ["prompt=-", *options.settings]
-            print(plan_released(Request(options.preset, options.model, settings)))
+            print(plan_by_sizes(MODEL, Request(options.preset, options.model, settings)))
         else:
             raise UserError(
                 f"{options.model} is no released model of SkyReels-V2: use one of "

@@ -26,15 +26,15 @@ from golden.skyreels_v2_loops import build_dit
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.cli import DTYPES, Parser, choose_device, run_command
-from flowcache.runtime.job import Request
+from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import collect, encode_inputs, load_networks, prepare
+from flowcache.runtime.settings import QuantizeName
 from flowcache.runtime.stats import RunStats
-from flowcache.runtime.video import to_uint8
-from flowcache.wan.quantize import QuantizeName, check, linears, quantize
-from skyreels_v2.pipeline import generate
-from skyreels_v2.run import encode_inputs, load_models, prepare
+from flowcache.wan.quantize import check, linears, quantize
+from skyreels_v2.model import MODEL
 
 CASE = Path("tests/golden/skyreels_v2/dit_t2v.safetensors")
 MODES: tuple[QuantizeName, ...] = get_args(QuantizeName)
@@ -90,7 +90,7 @@ def compute(way: Way, case: Case, options: argparse.Namespace) -> Made:
 
 def forward(way: Way, case: Case, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what the first quantised layer and the whole transformer give."""
-    dtype = DTYPES[way.dtype]
+    dtype = getattr(torch, way.dtype)
     dit = build_dit(case).to(device, dtype)
     check(way.mode, dit.config, device=device, dtype=dtype)
     if way.mode is not None:
@@ -103,12 +103,12 @@ def forward(way: Way, case: Case, *, device: torch.device) -> tuple[Tensor, Tens
 
 def make_clip(model: str, settings: Sequence[str]) -> tuple[Tensor, int]:
     """Make a clip in memory; return it and the bytes of the transformer's weights."""
-    job = prepare(Request("vanilla", model, settings))
+    job = prepare(MODEL, Request("vanilla", model, settings))
     stats = RunStats(job.device)
-    models, inputs = load_models(job, stats=stats), encode_inputs(job, stats=stats)
-    shown = generate(models.dit, models.vae, job.placed, inputs, stats=stats)
-    frames = [to_uint8(made.frames).cpu() for made in shown if made.frames is not None]
-    return torch.cat(frames), job.plan.weight_bytes
+    loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
+    shown = MODEL.generate(loaded.dit, loaded.vae, job.placed, inputs, stats=stats)
+    clip = collect(shown, stats)
+    return clip.frames, job.work.weight_bytes
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

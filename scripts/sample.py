@@ -35,11 +35,11 @@ from sampling.sources import (
 from sampling.tasks import FAMILIES, Kind, Origin, Task, check_names
 from sampling.worker import Worker, say_alarms, say_failures
 
+from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable
 from flowcache.runtime.ranks import Place
-from flowcache.runtime.settings import MAX_SEED
 
 EXIT_SOME_FAILED = 1
 MAX_PER_PROMPT = 10_000

@@ -56,7 +56,7 @@ from tuning.subject import Subject
 from tuning.table import markdown, summarize
 
 from flowcache.errors import UserError
-from flowcache.planned import distance_band, magnitude_ratios
+from flowcache.policies import distance_band, magnitude_ratios
 from flowcache.report.scatter import draw_tuning
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text

@@ -22,8 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowcache.runtime.model import Request, VideoModel
 from flowcache.runtime.ranks import Group, Ranks
 from flowcache.runtime.record import read_record
+from flowcache.runtime.run import prepare, run
 
 # Before any test imports a hub client: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -188,21 +190,22 @@ class Made:
 
 
 @pytest.fixture
-def maker(tmp_path: Path) -> Callable[[ModuleType, Path], Callable[..., Made]]:
-    """Return what gives a model's `make`, from its module `run` and the checkpoint it uses."""
+def maker(tmp_path: Path) -> Callable[[VideoModel, Path], Callable[..., Made]]:
+    """Return what gives a model's `make`, of the checkpoint it uses."""
 
-    def make_with(runs: ModuleType, checkpoint: Path) -> Callable[..., Made]:
+    def make_with(video_model: VideoModel, checkpoint: Path) -> Callable[..., Made]:
         def make_video(*settings: str, preset: str = "vanilla", model: Path = checkpoint) -> Made:
             """Make a video in a fresh folder from settings given as `key=value`."""
-            job = runs.prepare(
-                runs.Request(
+            job = prepare(
+                video_model,
+                Request(
                     preset=preset,
                     model=str(model),
                     overrides=["prompt=a red circle moving right", *settings],
                     out=str(tmp_path / "videos"),
-                )
+                ),
             )
-            return Made(job, runs.run(job))
+            return Made(job, run(job))
 
         return make_video
 

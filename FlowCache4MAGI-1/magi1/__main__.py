@@ -7,13 +7,8 @@ from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import overrides_of, run_command, run_parser
-from flowcache.runtime.config import describe as describe_keys
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
-from magi1.config import ReleaseConfig, RunConfig
-from magi1.released import CONFIGS, RELEASED
-from magi1.run import BASE, PRESETS, Request, describe, plan_without_files, prepare, run
+from flowcache.runtime.cli import run_parser
+from magi1.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
   python -m magi1 --preset flowcache_fast --model demo \\
@@ -28,12 +23,6 @@ Settings are changed by key=value; --list-settings shows all keys. A run prints 
 progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
 of the cache, seconds per stage).
 """
-
-RUN_ARGUMENTS = ("prompt", "image", "video", "memory_limit", "embedding_cache")
-"""Arguments that are settings of the same name."""
-
-FIELDS = CONFIGS / "fields.yaml"
-"""What the fields of the release's JSON files mean."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,41 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--download", action="store_true", help="fetch the released --model from the hub"
     )
     options = parser.parse_intermixed_args(arguments)
-    if options.list_settings:
-        return run_command(lambda: print("\n".join(list_settings()), flush=True))
-    named = {name: name for name in RUN_ARGUMENTS}
-    request = Request(
-        preset=options.preset,
-        model=options.model,
-        overrides=overrides_of(options, {**named, "seed": "runtime_config.seed"}),
-        out=options.out,
-        overwrite=options.overwrite,
-        record=options.record,
-        replay=options.replay,
-        is_dry=options.dry_run,
-        download=options.download,
-    )
-    return run_in_ranks(lambda ranks: execute(request, ranks))
+    from flowcache.runtime.run import main_of  # PyTorch, which --help does without
 
-
-def list_settings() -> list[str]:
-    """Return one line per setting: the release's fields, then the others."""
-    release = describe_keys(ReleaseConfig, commented=FIELDS)
-    return [*release, *describe_keys(RunConfig, commented=BASE)[len(release) :]]
-
-
-def execute(request: Request, ranks: Ranks) -> None:
-    """Check, say what will be done, and do it unless the run is dry."""
-    plan = ranks.together(lambda: plan_without_files(request, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
-    job = ranks.together(lambda: prepare(request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if not request.is_dry:
-        run(job)
+    return main_of("magi1", options)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,20 @@ VAE's own. Shards may be compressed (`NAME.safetensors.zst`); they are unpacked 
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import torch
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import profile
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.ending import temporary_folder
 from flowcache.runtime.files import parse_json
+from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
+from flowcache.runtime.model import Source
 from flowcache.runtime.tokenizer import tokenizer_files
 from flowcache.runtime.weights import (
     StoredTensor,
@@ -32,7 +35,9 @@ from magi1 import text, vae
 from magi1.config import ReleaseConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import FP8
+from magi1.released import CONFIGS, DEMO, DEMOS, REAL_MODEL, RELEASED, REPOSITORY
 
+PATH_FIELDS = ("load", "t5_pretrained", "vae_pretrained")
 PACKED = ".zst"
 _FRAME_HEADER_BYTES = 18
 """Most that the zstd format needs to say how large the content is."""
@@ -49,6 +54,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+Config = TypeVar("Config", bound=ReleaseConfig)
 
 
 @dataclass(frozen=True)
@@ -289,3 +296,147 @@ def load_dit(
     load_into(dit, _fitting(dit, read_shards(paths)), dtype=None, device=device)
     set_precision(dit, config.model_config.dtype if dtype is None else dtype)
     return dit
+
+
+# Models by name -----------------------------------------------------------------------------------
+
+
+def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool = False) -> Source:
+    """Find the JSON config of a model, its only layer of settings.
+
+    Args:
+        has_cuda: whether there is a CUDA device; None: look for one.
+        model: `demo`, `demo-base`, a name of `RELEASED`, a JSON file, a folder with one
+            `*config.json`, or `auto`: 4.5B_distill where there is CUDA, else the demo.
+        wants_download: whether the weights come from the hub in any case.
+
+    Raises:
+        UserError: there is no such model, or a folder with none or several configs.
+    """
+    is_auto = model == "auto"
+    if is_auto:
+        has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
+        model = REAL_MODEL if has_cuda else "demo"
+    if model in RELEASED:
+        path = CONFIGS / f"{model}.json"
+        may_download = "missing" if is_auto else "never"
+        return _source(
+            model,
+            path,
+            plans_by_sizes=not is_auto,
+            download="always" if wants_download else may_download,
+        )
+    if model in DEMOS:
+        path = DEMO / DEMOS[model]
+        if not path.is_file():
+            raise UserError(f"{path}: the demo checkpoint is missing: restore it with git")
+        return _source(model, path, download="always" if wants_download else "never")
+    path = given_path(model, name="model")
+    if path.is_dir():
+        path = _only_config(path)
+    if not path.is_file():
+        raise UserError(
+            f"{model}: no such file or folder; a model is a JSON config, a folder that holds one, "
+            f"or one of {', '.join((*DEMOS, *RELEASED))}"
+        )
+    name = path.parent.resolve().name
+    return _source(name, path, download="always" if wants_download else "never")
+
+
+def _source(name: str, path: Path, **facts: Any) -> Source:
+    return Source(name, path.parent, layers=(path,), **facts)
+
+
+def is_released(source: Source) -> bool:
+    """Tell whether a model was named by a name of `RELEASED`."""
+    return source.layers[0].parent == CONFIGS
+
+
+def _only_config(folder: Path) -> Path:
+    # hidden: macOS leaves ._NAME next to NAME on foreign disks
+    found = sorted(p for p in folder.glob("*config.json") if not p.name.startswith("."))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"{folder}: must hold one *config.json, found {names}: name the JSON file itself"
+        )
+    return found[0]
+
+
+def locate(config: Config, source: Source) -> Config:
+    """Return the config with its folders found: from here, as upstream, or beside the JSON."""
+    run = config.runtime_config
+    paths = {name: find_path(getattr(run, name), source) for name in PATH_FIELDS}
+    return replace(config, runtime_config=replace(run, **paths))
+
+
+def find_path(path: str, source: Source) -> str:
+    """Return a path as it is if it exists from here, else beside the JSON if it exists there."""
+    beside = source.layers[0].parent / path
+    return str(beside) if not Path(path).exists() and beside.exists() else path
+
+
+def are_there(config: ReleaseConfig) -> bool:
+    """Whether the folders that a config names hold a whole model."""
+    try:
+        check_complete(find(config))
+    except UserError:
+        return False
+    return True
+
+
+def download(config: Config, source: Source, *, hub: Hub = HUB) -> Config:
+    """Find a released model in the local hub cache, or fetch it from the hub.
+
+    Returns: the config with the folders of what was fetched.
+
+    Raises:
+        UserError: it is none of the released models, or not to be had.
+    """
+    if not is_released(source):
+        raise UserError(
+            f"--download fetches a released model, not {source.name}: give --model as one of "
+            f"{', '.join(RELEASED)}"
+        )
+    folder = fetch(
+        REPOSITORY,
+        patterns=_patterns(source),
+        is_whole=lambda folder: are_there(_in_folder(config, source, folder)),
+        hub=hub,
+    )
+    return _in_folder(config, source, folder)
+
+
+def find_download(config: ReleaseConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
+    """Return what `download` would fetch; None: nothing, a copy is in the local hub cache.
+
+    Raises:
+        UserError: it is not to be had, or the disk has no room for it.
+    """
+    patterns = _patterns(source)
+    found = local_copy(
+        REPOSITORY,
+        patterns=patterns,
+        is_whole=lambda folder: are_there(_in_folder(config, source, folder)),
+        hub=hub,
+    )
+    if found is not None:
+        return None
+    missing = find_missing(REPOSITORY, patterns=patterns, hub=hub)
+    missing.check_room()
+    return missing
+
+
+def _patterns(source: Source) -> list[str]:
+    return [f"ckpt/magi/{source.name}/*", "ckpt/vae/*", "ckpt/t5/*"]
+
+
+def _in_folder(config: Config, source: Source, folder: Path) -> Config:
+    """Return the config with the folders of a copy of the repository."""
+    run = replace(
+        config.runtime_config,
+        load=str(folder / "ckpt" / "magi" / source.name),
+        t5_pretrained=str(folder / "ckpt" / "t5"),
+        vae_pretrained=str(folder / "ckpt" / "vae"),
+    )
+    return replace(config, runtime_config=run)

@@ -4,38 +4,43 @@ Field names, sections and units of the JSON are the release's own: a field that 
 unknown is an error that names it. Source: SandAI-org/MAGI-1, example/*/*_config.json.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import torch
-
-from flowcache.attention import KernelName
-from flowcache.errors import UserError
-from flowcache.runtime.bounds import IS_PATH, Bounds, check_values
-from flowcache.runtime.config import load_config
-from flowcache.runtime.memory import parse_limit
-from flowcache.runtime.parallel import MAX_PROCESSES, ParallelRule
-from flowcache.runtime.settings import (
+from flowcache.bounds import (
+    IS_PATH,
     MAX_FRAMES,
+    Bounds,
     Fps,
     Frames,
-    KVRule,
     NumSteps,
+    OneOf,
     Pixels,
     Place,
-    ReuseRule,
     Seed,
     Share,
     Threshold,
-    check_guidance,
-    check_prompt,
-    check_reuse,
-    strategy_of,
+    check_values,
 )
-from magi1.vae import RELEASED, Tiling, check_decoding
+from flowcache.compress import KVRule, strategy_of
+from flowcache.errors import UserError
+from flowcache.policies import ReuseRule, check_guidance, check_reuse
+from flowcache.runtime.config import load_config
+from flowcache.runtime.settings import (
+    MAX_PROCESSES,
+    KernelName,
+    ParallelRule,
+    check_prompt,
+    parse_limit,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 PIXELS_PER_TOKEN = 16
 """Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""
@@ -55,9 +60,8 @@ Processes: TypeAlias = Annotated[int, Bounds(1, MAX_PROCESSES)]
 PlaceName: TypeAlias = Annotated[str, IS_PATH]
 
 ParamsDtype = Literal["torch.bfloat16", "torch.float16", "torch.float32"]
-_DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 
-Quantity = Literal["latent_update", "velocity", "clean"]
+Quantity: TypeAlias = Annotated[str, OneOf(("latent_update", "velocity", "clean"))]
 """What a reused chunk gets again: the last change of its latents, as published, with the step size
 of then; or the last velocity, times the step size of now; or the velocity that leads to the clean
 estimate of then."""
@@ -100,7 +104,9 @@ class ModelConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights inside the blocks."""
-        return _DTYPES[self.params_dtype]
+        import torch
+
+        return getattr(torch, self.params_dtype.removeprefix("torch."))
 
     @property
     def condition_width(self) -> int:
@@ -345,11 +351,7 @@ class RunConfig(ReleaseConfig):
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
         check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
         self._check_given()
-        check_decoding(
-            Tiling.of_rate(self.runtime_config.fps),
-            chunk_width=self.runtime_config.chunk_width,
-            temporal_stride=RELEASED.patch_length,  # whether the VAE's is another is checked later
-        )
+        self._check_decoding()
         self._check_kv()
         parse_limit(self.memory_limit)
         if self.engine_config.fp8_quant and self.dtype not in ("auto", "bfloat16"):
@@ -357,6 +359,16 @@ class RunConfig(ReleaseConfig):
                 f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
                 "leave dtype at auto"
             )
+
+    def _check_decoding(self) -> None:
+        # late: most wrong settings are refused before torch is loaded
+        from magi1.vae import RELEASED, Tiling, check_decoding
+
+        check_decoding(
+            Tiling.of_rate(self.runtime_config.fps),
+            chunk_width=self.runtime_config.chunk_width,
+            temporal_stride=RELEASED.patch_length,  # whether the VAE's is another is checked later
+        )
 
     def _check_given(self) -> None:
         stride = self.runtime_config.temporal_downsample_factor

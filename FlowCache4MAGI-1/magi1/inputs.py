@@ -1,6 +1,7 @@
 """The image or video that a clip starts from: read, brought to rate and size, as pixels."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,36 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.video import Pixels, read_image, read_video, to_pixels
-from magi1.build import tiling_of
+from flowcache.runtime.images import read_image
+from flowcache.runtime.model import Source
+from flowcache.runtime.video import Pixels, read_video, to_pixels
+from magi1.checkpoint import find_path
 from magi1.config import RunConfig, RuntimeConfig
+from magi1.text import SpecialTokens, load_special_tokens
 from magi1.vae import check_encoding
+from magi1.work import tiling_of
 
 MAX_PREFIX_SECONDS = 5
 """Longest prefix where no number of frames is set. Source: the code published with FlowCache."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """What is given in addition to the prompt."""
+
+    prefix: Tensor | None = None
+    """Given frames, `[3, T, H, W]` in -1..1."""
+    tokens: SpecialTokens | None = None
+    """Learned tokens that go before the prompt; None: none do."""
+
+
+def read_media(config: RunConfig, source: Source) -> Media:
+    """Read the pictures and the special tokens that the settings name."""
+    tokens = None
+    if config.special_tokens is not None:
+        path = find_path(config.special_tokens, source)
+        tokens = load_special_tokens(path, channels=config.model_config.caption_channels)
+    return Media(read_prefix(config), tokens)
 
 
 def read_prefix(config: RunConfig) -> Tensor | None:

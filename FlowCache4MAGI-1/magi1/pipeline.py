@@ -9,21 +9,20 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flowcache.reuse import Observe, Policies
+from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.finite import Decoded, all_finite
 from flowcache.runtime.noise import Draw, seeded_noise
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.overlap import Later, lane_for, should_overlap
 from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from magi1.build import clip_of, latent_size, policy_of, sampling_of
 from magi1.config import RunConfig
 from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
 from magi1.schedule import Clip
 from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
+from magi1.work import clip_of, latent_size, policy_of, sampling_of
 
 
 class LatentCodec(Protocol):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
 from flowcache.errors import UserError
-from flowcache.guidance import HeldGuidance
 from flowcache.kv import (
     Attend,
     KVCache,
@@ -26,8 +25,8 @@ from flowcache.kv import (
     prefetcher_for,
     tokens_per_chunk,
 )
-from flowcache.results import ResultStore, clean_estimate, velocity_to
-from flowcache.reuse import Decision, Observe, ReusePolicy
+from flowcache.policies import Decision, Observe, ReusePolicy
+from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId
@@ -758,16 +757,16 @@ def euler_step_(
         step_size: to the next timestep.
     """
     sigma = latents.new_full((len(latents),), 1 - t)
+    predictor = PREDICTORS[quantity]
     if velocity is None:
-        result = results.predict(chunk, sigma=sigma)
-        if quantity == "clean":
-            # the store's functions have velocities of the other sign: noise minus data
-            result = -velocity_to(result, latents, sigma=sigma)
-        latents += result if quantity == "latent_update" else result * step_size
+        change = results.predict(chunk, sigma=sigma)
+        if predictor.level == "velocity":
+            # predictors have velocities of the other sign: noise minus data
+            change = -predictor.velocity(change, latents, sigma) * step_size
+        latents += change
         return
     change = velocity * step_size
-    stored = change if quantity == "latent_update" else velocity
-    if quantity == "clean":
-        stored = clean_estimate(latents, -velocity, sigma=sigma)
+    is_whole_step = predictor.level == "step"
+    stored = change if is_whole_step else predictor.stored(-velocity, latents, sigma)
     results.put(chunk, stored, sigma=sigma)
     latents += change

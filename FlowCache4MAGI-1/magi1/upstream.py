@@ -16,9 +16,11 @@ from typing import Literal
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import load_config
+from flowcache.runtime.model import Request
 from flowcache.runtime.parallel import run_in_ranks
 from flowcache.runtime.ranks import Ranks
-from magi1.run import Request, describe, prepare, run
+from flowcache.runtime.run import describe, prepare, run
+from magi1.model import MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ def parser_of() -> Parser:
 def _execute(options: Namespace, ranks: Ranks) -> None:
     for line in environment_lines(os.environ):
         logger.warning("%s", line)
-    job = ranks.together(lambda: prepare(request_of(options), ranks))
+    job = ranks.together(lambda: prepare(MODEL, request_of(options), ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
     if not options.dry_run:

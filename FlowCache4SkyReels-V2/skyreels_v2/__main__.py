@@ -7,13 +7,8 @@ from flowcache.runtime.starting import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import overrides_of, run_command, run_parser
-from flowcache.runtime.config import describe as describe_keys
-from flowcache.runtime.parallel import run_in_ranks
-from flowcache.runtime.ranks import Ranks
-from skyreels_v2.config import RunConfig
-from skyreels_v2.released import RELEASED
-from skyreels_v2.run import PRESETS, Request, describe, plan_without_files, prepare, run
+from flowcache.runtime.cli import run_parser
+from skyreels_v2.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
   python -m skyreels_v2 --preset flowcache_fast --model demo \\
@@ -44,36 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--end-image", dest="end_image", help="end image")
     options = parser.parse_intermixed_args(arguments)
-    if options.list_settings:
-        keys = describe_keys(RunConfig, commented=PRESETS / "base.yaml")
-        return run_command(lambda: print("\n".join(keys), flush=True))
-    names = ("prompt", "image", "end_image", "video", "seed", "memory_limit", "embedding_cache")
-    named = {name: name for name in names}
-    request = Request(
-        preset=options.preset,
-        model=options.model,
-        overrides=overrides_of(options, named),
-        out=options.out,
-        overwrite=options.overwrite,
-        record=options.record,
-        replay=options.replay,
-        is_dry=options.dry_run,
-    )
-    return run_in_ranks(lambda ranks: execute(request, ranks))
+    from flowcache.runtime.run import main_of  # PyTorch, which --help does without
 
-
-def execute(request: Request, ranks: Ranks) -> None:
-    """Check, say what will be done, and do it unless the run is dry."""
-    plan = ranks.together(lambda: plan_without_files(request, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
-    job = ranks.together(lambda: prepare(request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if not request.is_dry:
-        run(job)
+    return main_of("skyreels_v2", options)
 
 
 if __name__ == "__main__":

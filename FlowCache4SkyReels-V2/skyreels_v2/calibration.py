@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from flowcache.wan.dit import DiTConfig
-from skyreels_v2.sampler import Signal
+from skyreels_v2.config import Signal
 
 COEFFICIENTS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {

@@ -5,7 +5,7 @@ is, and which model, is read from the files, never from the name of the folder.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from flowcache.runtime.tokenizer import tokenizer_files
 from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import checkpoint as wan
 from flowcache.wan import text, vae
-from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -25,6 +25,19 @@ _VAE_FILE = "Wan2.1_VAE.pth"
 _TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 _TOKENIZER_FOLDER = "google/umt5-xxl"
 _IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+
+
+def released_sizes(name: str) -> DiTConfig:
+    """Return the sizes of a released model, which plan a run without its files.
+
+    Source: the `config.json` files of the released checkpoints.
+    """
+    sizes = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+    if "-1.3b-" in name:
+        sizes = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+    if name.startswith("i2v-"):
+        return replace(sizes, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH)
+    return replace(sizes, inject_sample_info=name == "df-1.3b-540p")
 
 
 @dataclass(frozen=True)

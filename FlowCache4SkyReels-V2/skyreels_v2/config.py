@@ -1,32 +1,31 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from flowcache.attention import KernelName
-from flowcache.errors import UserError
-from flowcache.results import Quantity
-from flowcache.runtime.bounds import Bounds, check_values
-from flowcache.runtime.memory import parse_limit
-from flowcache.runtime.parallel import ParallelRule
-from flowcache.runtime.settings import (
+from flowcache.bounds import (
     MAX_FRAMES,
     MAX_STEPS,
+    Bounds,
     Fps,
     Frames,
-    KVRule,
     NumSteps,
     Pixels,
     Place,
-    ReuseRule,
     Seed,
-    check_guidance,
-    check_prompt,
-    check_reuse,
-    guidance_of,
+    check_values,
 )
-from flowcache.wan.quantize import QuantizeName
-from skyreels_v2.sampler import Signal
+from flowcache.compress import KVRule
+from flowcache.errors import UserError
+from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
+from flowcache.predict import PREDICTORS, Quantity
+from flowcache.runtime.settings import (
+    KernelName,
+    ParallelRule,
+    QuantizeName,
+    check_prompt,
+    parse_limit,
+)
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -34,6 +33,9 @@ NEGATIVE_PROMPT = (
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 """The negative prompt of Wan 2.1, with which SkyReels-V2 is used."""
+
+Signal: TypeAlias = Literal["timestep", "timestep_embedding", "content"]
+"""What a reuse policy compares: a tick's timestep, its embedding, or the noisy chunk itself."""
 
 MAX_ADDNOISE = 60
 MAX_SCALE = 1000
@@ -102,9 +104,9 @@ class RunConfig:
         check_values(self)
         check_prompt("prompt", self.prompt)
         check_reuse(self.reuse, num_steps=self.num_steps, least_warmup=1)
-        if self.reuse.policy == "guarded" and self.reuse.signal != "content":
+        if self.reuse.kind.takes("distance_low") and self.reuse.signal != "content":
             raise UserError(
-                "reuse.policy=guarded compares what profiles are calibrated with: set "
+                f"reuse.policy={self.reuse.policy} compares what profiles are calibrated with: set "
                 f"reuse.signal=content, not {self.reuse.signal}"
             )
         parse_limit(self.memory_limit)
@@ -120,7 +122,7 @@ class RunConfig:
                 "reuse.guidance_every and reuse.guidance_steps work chunk by chunk: set "
                 "attention=causal, or leave them out"
             )
-        if self.reuse.predict == "residual":
+        if PREDICTORS[self.reuse.predict].level == "tokens":
             raise UserError(
                 "reuse.guidance_every and reuse.guidance_steps hold a difference of velocities: "
                 "set reuse.predict to velocity, clean or latent_update, not residual"

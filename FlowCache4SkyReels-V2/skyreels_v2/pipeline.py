@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
-from flowcache.reuse import Observe, Policies, ReusePolicy
+from flowcache.policies import Observe, Policies, ReusePolicy, guidance_of, store_of
 from flowcache.runtime.finite import Decoded, all_finite
 from flowcache.runtime.noise import Draw, seeded_noise
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.overlap import Lane, Later, lane_for, should_overlap
 from flowcache.runtime.ranks import Ranks
-from flowcache.runtime.settings import guidance_of, store_of
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.dit import ContextKV, DiT, context_flops
-from skyreels_v2.build import (
+from skyreels_v2.config import RunConfig
+from skyreels_v2.sampler import Branch, Run, WindowSampler
+from skyreels_v2.window import Segment, Window, pixel_frames
+from skyreels_v2.work import (
     VAE_STRIDE,
     compression_of,
     kv_capacity,
@@ -32,9 +34,6 @@ from skyreels_v2.build import (
     tokens_per_frame,
     window_of,
 )
-from skyreels_v2.config import RunConfig
-from skyreels_v2.sampler import Branch, Run, WindowSampler
-from skyreels_v2.window import Segment, Window, pixel_frames
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4

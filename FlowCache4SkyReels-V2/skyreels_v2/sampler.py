@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowcache.guidance import HeldGuidance
 from flowcache.kv import (
     Compression,
     KVCache,
@@ -25,8 +24,8 @@ from flowcache.kv import (
     prefetcher_for,
     tokens_per_chunk,
 )
-from flowcache.results import Quantity, ResultStore, clean_estimate, velocity_to
-from flowcache.reuse import Decision, Observe, ReusePolicy, agree, compute_together
+from flowcache.policies import Decision, Observe, ReusePolicy, agree, compute_together
+from flowcache.predict import PREDICTORS, HeldGuidance, Level, Quantity, ResultStore
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId
@@ -44,9 +43,8 @@ from flowcache.wan.dit import (
     whole_window,
 )
 from flowcache.wan.unipc import UniPC, timestep_grid
+from skyreels_v2.config import Signal
 from skyreels_v2.window import Window
-
-Signal = Literal["timestep", "timestep_embedding", "content"]
 
 WAITING_TIMESTEP = 999
 """Timestep shown to the model for chunks that are still pure noise."""
@@ -77,6 +75,11 @@ class Sampling:
     """Compute the guidance branches in one batch: fewer, larger operations, more memory."""
     together_tokens: int = 4096
     """Chunks of one tick with at most so many tokens together go through the blocks at once."""
+
+    @property
+    def level(self) -> Level:
+        """Where what is reused lies: in the tokens, the velocities, or the whole step."""
+        return PREDICTORS[self.quantity].level
 
     def ticks(self, window: Window) -> list[Tick]:
         """Return the passes that denoise a window."""
@@ -231,7 +234,7 @@ class WindowSampler:
             if chunk not in velocities:
                 latents += self.updates.predict(chunk, sigma=sigma).movedim(0, 1)
                 solver.skip()
-            elif self.sampling.quantity == "latent_update":
+            elif self.sampling.level == "step":
                 before = latents.clone()
                 solver.advance_(latents, velocity=velocities[chunk])
                 self.updates.put(chunk, (latents - before).movedim(1, 0), sigma=sigma)
@@ -334,7 +337,7 @@ class WindowSampler:
             for chunk, step in tick.steps.items()
             if self.guidance.is_held(chunk, step, num_steps=sampling.num_steps)
         }
-        if sampling.quantity == "latent_update":
+        if sampling.level == "step":
             plans = agree(policies, plans, apart=held)
         for plan in (plan for name, plan in plans.items() if name != "cond"):
             plan.update({c: replace(plan[c], is_computed=False) for c in held})
@@ -369,7 +372,7 @@ class WindowSampler:
 
     def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
         """Return the active chunks that have a stored result."""
-        if self.sampling.quantity == "latent_update":
+        if self.sampling.level == "step":
             return set(chunks) & set(self.updates.units())
         units = branch.results.units()
         return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
@@ -391,7 +394,7 @@ class WindowSampler:
 
     def _by_branch(self, tick: Tick, chunk: NoisyChunk, computed: Computed) -> dict[str, Tensor]:
         """Return a chunk's velocity in each branch: computed, predicted, or by held guidance."""
-        if not chunk.computed and self.sampling.quantity == "latent_update":
+        if not chunk.computed and self.sampling.level == "step":
             return {}
         names = [n for n in self.branches if n in chunk.computed or not chunk.is_held]
         own = {
@@ -426,7 +429,7 @@ class WindowSampler:
         self, branch: Branch, chunk: NoisyChunk, hidden_BSD: Tensor, velocity: Tensor
     ) -> Tensor:
         """Store what a branch computed; return its velocity."""
-        if self.sampling.quantity == "residual":
+        if self.sampling.level == "tokens":
             change = (hidden_BSD - chunk.embedded.tokens)[0].unflatten(0, (len(chunk.sigma), -1))
             branch.results.put(chunk.id, change, sigma=chunk.sigma)
         else:
@@ -434,23 +437,21 @@ class WindowSampler:
         return velocity
 
     def _store(self, branch: Branch, chunk: NoisyChunk, velocity: Tensor) -> None:
-        """Store a velocity of one branch, or the clean estimate that it points to."""
-        if self.sampling.quantity == "latent_update":  # stored of the guided latent, by `_advance`
+        """Store a velocity of one branch, or what the predictor makes of it."""
+        if self.sampling.level == "step":  # stored of the guided latent, by `_advance`
             return
-        value = velocity.movedim(1, 0)
-        if self.sampling.quantity == "clean":
-            value = clean_estimate(chunk.latents.movedim(1, 0), value, sigma=chunk.sigma)
+        stored = PREDICTORS[self.sampling.quantity].stored
+        value = stored(velocity.movedim(1, 0), chunk.latents.movedim(1, 0), chunk.sigma)
         branch.results.put(chunk.id, value, sigma=chunk.sigma)
 
     def _predict(self, branch: Branch, chunk: NoisyChunk) -> Tensor:
         """Predict a velocity of one branch, `[C, F, h, w]`, from what is stored."""
         predicted = branch.results.predict(chunk.id, sigma=chunk.sigma)
-        if self.sampling.quantity == "residual":
+        if self.sampling.level == "tokens":
             hidden = chunk.embedded.tokens + predicted.flatten(0, 1)
             return self._read_velocity(hidden, chunk.embedded)
-        if self.sampling.quantity == "clean":
-            predicted = velocity_to(predicted, chunk.latents.movedim(1, 0), sigma=chunk.sigma)
-        return predicted.movedim(0, 1)
+        velocity = PREDICTORS[self.sampling.quantity].velocity
+        return velocity(predicted, chunk.latents.movedim(1, 0), chunk.sigma).movedim(0, 1)
 
     # Through the blocks -----------------------------------------------------------------------
 
@@ -580,7 +581,7 @@ class WindowSampler:
             keys += clean + chunk.offset
         blocks = blocks_flops(config, queries=queries, keys=keys)
         head = head_flops(config, queries=queries) if has_head else 0
-        reads_head = is_computed or self.sampling.quantity == "residual"
+        reads_head = is_computed or self.sampling.level == "tokens"
         self.stats.add_flops(
             computed=(blocks if is_computed else 0) + (head if reads_head else 0),
             without_reuse=blocks + head,

@@ -13,25 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import given_path
 from flowcache.runtime.config import read_yaml
+from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import run_in_ranks
 from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.run import describe, plan_without_files, prepare, run
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance
-from skyreels_v2.released import RELEASED, released_name
-from skyreels_v2.run import (
-    Job,
-    Request,
-    choose_model,
-    describe,
-    plan_without_files,
-    prepare,
-    run,
-)
+from skyreels_v2.model import MODEL, choose_model
+from skyreels_v2.released import released_name
 from skyreels_v2.upstream_flags import SIZES, Script, parser_of
 from skyreels_v2.window import latent_frames
 
@@ -64,7 +58,7 @@ def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
     options.seed = ranks.from_first(lambda: _seed_of(options))
     request = ranks.together(lambda: _request(script, options, ranks))
     planned = replace(request, is_dry=options.dry_run)
-    plan = ranks.together(lambda: plan_without_files(planned, ranks))
+    plan = ranks.together(lambda: plan_without_files(MODEL, planned, ranks))
     if plan is not None:
         if ranks.is_first:
             print(plan)
@@ -100,7 +94,7 @@ def _request(script: Script, options: Namespace, ranks: Ranks) -> Request:
 
 
 def _prepare(script: Script, request: Request, ranks: Ranks) -> Job:
-    job = prepare(request, ranks)
+    job = prepare(MODEL, request, ranks)
     _check_model(script, job)
     return job
 
@@ -250,7 +244,7 @@ def _sizes_of(model: str | Path) -> DiTConfig:
     """Return the sizes of a model; of a released one without a download."""
     name = released_name(str(model))
     if name is not None and not Path(model).expanduser().exists():
-        return RELEASED[name]
+        return checkpoints.released_sizes(name)
     return checkpoints.find(model).config
 
 
@@ -270,13 +264,11 @@ def _file_stem(prompt: str, *, seed: int) -> str:
 
 def _check_model(script: Script, job: Job) -> None:
     """Check that the model is of the script's kind, as far as its files tell."""
-    is_i2v = job.checkpoint.is_i2v
+    is_i2v = job.source.files.is_i2v
     if script == "generate_video_df.py" and is_i2v:
-        raise UserError(
-            f"{job.checkpoint.folder} is an image-to-video model: use generate_video.py"
-        )
+        raise UserError(f"{job.source.folder} is an image-to-video model: use generate_video.py")
     if script == "generate_video.py" and not is_i2v and job.config.image is not None:
         raise UserError(
-            f"{job.checkpoint.folder} takes no image: use an I2V model, or a DF model with "
+            f"{job.source.folder} takes no image: use an I2V model, or a DF model with "
             "generate_video_df.py"
         )

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,6 @@ from torch.nn import functional
 from flowcache.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-KernelName = Literal[
-    "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch"
-]
-"""What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
 
 PROBE_RUNS = 5
 """Timed runs of a kernel, of which the median counts; two more warm it up."""
@@ -182,12 +177,8 @@ def available_kernels(device: torch.device, *, dtype: torch.dtype) -> dict[str, 
     return (_flash_attn() if is_half else {}) | {"torch": SDPA} | _backends()
 
 
-def check_available(wanted: KernelName, device: torch.device, *, dtype: torch.dtype) -> None:
-    """Check that a kernel is there; whether it can do the shape of a run is not looked at.
-
-    Raises:
-        UserError: it is not.
-    """
+def check_available(wanted: str, device: torch.device, *, dtype: torch.dtype) -> None:
+    """Check that a kernel is there; whether it can do the shape of a run is not looked at."""
     kernels = {} if wanted == "auto" else available_kernels(device, dtype=dtype)
     if kernels and wanted not in kernels:
         raise UserError(
@@ -228,17 +219,14 @@ def choose_kernel(
     *,
     dtype: torch.dtype,
     shape: AttentionShape | None = None,
-    wanted: KernelName = "auto",
+    wanted: str = "auto",
     seconds: Seconds = measure,
 ) -> Kernel:
     """Pick the fastest kernel for a shape by a short probe; without CUDA, PyTorch's own choice.
 
     Args:
         shape: None: no probe, the first of flash-attn 3, flash-attn 2 and PyTorch's own choice.
-        wanted: `attention_kernel` of the settings.
-
-    Raises:
-        UserError: the wanted kernel can't run here.
+        wanted: `attention_kernel` of the settings: a name of `available_kernels`, or auto.
     """
     kernels = available_kernels(device, dtype=dtype)
     if wanted != "auto":
@@ -269,7 +257,7 @@ def choose_kernels(
     dtype: torch.dtype,
     shape: AttentionShape,
     num_text: int,
-    wanted: KernelName = "auto",
+    wanted: str = "auto",
     seconds: Seconds = measure,
 ) -> tuple[Kernel, Kernel]:
     """Pick the fastest kernel for self-attention, and the one for attention to the prompt.
@@ -277,9 +265,6 @@ def choose_kernels(
     Args:
         shape: the largest self-attention; the other one has as many queries.
         num_text: tokens of the prompt.
-
-    Raises:
-        UserError: the wanted kernel can't run here.
     """
     to_text = replace(shape, num_keys=max(num_text, 1))
     own, cross = (
@@ -290,7 +275,7 @@ def choose_kernels(
 
 
 def describe_choice(kernel: Kernel, cross_kernel: Kernel) -> str:
-    """Say which kernels were taken, and how long those took that were tried."""
+    """Return a line on which kernels were taken, and how long those took that were tried."""
     return f"attention     {_described(kernel)}; to the prompt {_described(cross_kernel)}"
 
 

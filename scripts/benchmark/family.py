@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from flowcache.runtime.job import Clip
+from flowcache.runtime.run import Clip
 
 REFERENCE = "vanilla"
 """The method that every other one is compared with; each family has one of this name."""

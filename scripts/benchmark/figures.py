@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmark.family import REFERENCE, Method
 from flowcache.demo.clips import Attributes
 from flowcache.demo.judge import judge
-from flowcache.runtime.job import Clip
 from flowcache.runtime.markdown import escaped, table_row
 from flowcache.runtime.metrics import psnr, ssim
+from flowcache.runtime.run import Clip
 
 
 def measure(

@@ -12,11 +12,11 @@ from tuning.magi1 import Magi
 from benchmark.family import REFERENCE, Family, Method, Source
 from benchmark.reuse import Rivals
 from flowcache.errors import UserError
-from flowcache.runtime.job import Clip, collect
+from flowcache.runtime.model import Job, Loaded, Request
+from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
-from magi1.build import budget_of
-from magi1.pipeline import generate
-from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare
+from magi1.model import MODEL
+from magi1.work import budget_of
 
 COMPRESSION = ("kv.compress=importance", "kv.queries=frame", "kv.order=score")
 """KV compression as in the published presets, `configs/flowcache_*.yaml`."""
@@ -73,23 +73,24 @@ def prepare_method(method: Method, source: Source) -> Job:
         UserError: a method of KV compression would compress nothing.
     """
     overrides = source.overrides(method)
-    job = prepare(Request(method.preset, source.checkpoint, overrides, str(source.folder)))
+    request = Request(method.preset, source.checkpoint, overrides, str(source.folder))
+    job = prepare(MODEL, request)
     check_compresses(method.name, job)
     return job
 
 
-def load(job: Job) -> Models:
+def load(job: Job) -> Loaded:
     """Load transformer and VAE."""
-    return load_models(job, stats=RunStats(job.device))
+    return load_networks(job, stats=RunStats(job.device))
 
 
-def render(job: Job, models: Models, prompt: str, seed: int) -> Clip:
+def render(job: Job, models: Loaded, prompt: str, seed: int) -> Clip:
     """Make a clip in memory."""
     runtime = replace(job.config.runtime_config, seed=seed)
     job = replace(job, config=replace(job.config, prompt=prompt, runtime_config=runtime))
     stats = RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
-    return collect(generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
+    return collect(MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
 
 
 def check_compresses(name: str, job: Job) -> None:
@@ -98,7 +99,7 @@ def check_compresses(name: str, job: Job) -> None:
     Raises:
         UserError: the KV cache has room for the whole clip.
     """
-    budget, num_chunks = budget_of(job.config), job.plan.clip.num_chunks
+    budget, num_chunks = budget_of(job.config), job.work.segments[0].cut.num_chunks
     if budget is not None and num_chunks <= budget.total_chunks:
         raise UserError(
             f"{name}: nothing would be dropped, since the clip has {num_chunks} chunks and the KV "

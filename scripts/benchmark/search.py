@@ -14,7 +14,7 @@ from tuning.study import Prompt
 from tuning.subject import Subject
 
 from flowcache.errors import UserError
-from flowcache.runtime.job import Clip
+from flowcache.runtime.run import Clip
 from flowcache.tune.gap import ErrorModel
 
 MOST_TRIALS = 8

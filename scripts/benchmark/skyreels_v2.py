@@ -6,10 +6,10 @@ from tuning.skyreels_v2 import SkyReels
 
 from benchmark.family import REFERENCE, Family, Method, Source
 from benchmark.reuse import Rivals
-from flowcache.runtime.job import Clip, Request, collect
+from flowcache.runtime.model import Job, Loaded, Request
+from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
-from skyreels_v2.pipeline import generate
-from skyreels_v2.run import Job, Models, encode_inputs, load_models, prepare
+from skyreels_v2.model import MODEL
 
 CAUSAL = "vanilla-causal"
 BEST = ("reuse.predict=velocity", "reuse.extrapolate=0.5")
@@ -41,20 +41,21 @@ METHODS = (
 def prepare_method(method: Method, source: Source) -> Job:
     """Check a method's settings."""
     overrides = source.overrides(method)
-    return prepare(Request(method.preset, source.checkpoint, overrides, str(source.folder)))
+    request = Request(method.preset, source.checkpoint, overrides, str(source.folder))
+    return prepare(MODEL, request)
 
 
-def load(job: Job) -> Models:
+def load(job: Job) -> Loaded:
     """Load transformer and VAE."""
-    return load_models(job, stats=RunStats(job.device))
+    return load_networks(job, stats=RunStats(job.device))
 
 
-def render(job: Job, models: Models, prompt: str, seed: int) -> Clip:
+def render(job: Job, models: Loaded, prompt: str, seed: int) -> Clip:
     """Make a clip in memory."""
     job = replace(job, config=replace(job.config, prompt=prompt, seed=seed))
     stats = RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
-    return collect(generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
+    return collect(MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
 
 
 RIVALS = Rivals(COMPUTED, "flowcache_fast", SkyReels.words, has_clean=True, has_guidance=True)

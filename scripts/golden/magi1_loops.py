@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowcache.compress import ImportanceRedundancy, TokenLayout
-from flowcache.reuse import FlowCache, ReusePolicy, Vanilla
+from flowcache.policies import FlowCache, ReusePolicy, Vanilla
 from flowcache.runtime.stats import RunStats
 from golden.case import Case, Check, compare, compare_sets
 from magi1.config import (

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from flowcache.compress import ImportanceRedundancy, TokenLayout, gather
+from flowcache.compress import ImportanceRedundancy, TokenLayout, gather, importance, redundancy
 from flowcache.errors import UserError
 from flowcache.schedule import Tick, staggered, visible_intervals
-from flowcache.scoring import importance, redundancy
 from flowcache.wan import text, vae
 from flowcache.wan.unipc import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, compare, compare_sets

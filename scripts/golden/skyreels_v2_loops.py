@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression, KVCache, peak_tokens
-from flowcache.results import ResultStore
-from flowcache.reuse import Decision, FlowCache, ReusePolicy, TeaCache, Vanilla, polynomial
+from flowcache.policies import Decision, FlowCache, ReusePolicy, TeaCache, Vanilla, polynomial
+from flowcache.predict import ResultStore
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import PATCH, DiT, DiTConfig
 from golden.case import Case, Check, compare, compare_sets, known

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.runtime.config import find_preset
-from flowcache.runtime.job import Request, Shown
+from flowcache.runtime.model import Progress, Request
+from flowcache.runtime.run import read_settings
 from flowcache.runtime.stats import RunStats
 from gpu.subject import is_installed
 
-Play = Callable[[Any, Any, Any, RunStats, Any], Iterator[Shown]]
+Play = Callable[[Any, Any, Any, RunStats, Any], Iterator[Progress]]
 """`(transformer, VAE, settings, statistics, noise) -> what is shown`"""
 CERTAIN = ("reuse.warmup_steps=1", "reuse.threshold=100")
 """Every step between the forced ones is reused, whichever way signals are rounded."""
@@ -69,23 +69,24 @@ def skyreels() -> Demo:
     """Return SkyReels-V2."""
     from flowcache.wan import vae
     from flowcache.wan.dit import compiled_parts
-    from skyreels_v2 import checkpoint, run
-    from skyreels_v2.build import branches_of
+    from skyreels_v2 import checkpoint
+    from skyreels_v2.model import MODEL
     from skyreels_v2.pipeline import Conditioning, generate
+    from skyreels_v2.work import branches_of
 
-    found = checkpoint.find(run.DEMO)
+    source = MODEL.find("demo")
+    found = source.files
     # three chunks of 80 tokens in one window
     short = ("num_frames=57", "base_num_frames=57", "overlap_history=null")
 
     def read(preset: str, settings: Sequence[str], dtype: torch.dtype) -> Any:
         overrides = ("prompt=-", "ar_step=2", *short, *CERTAIN, _name(dtype), *settings)
-        path = find_preset(run.PRESETS, preset)
-        return run.read_settings(Request(preset, overrides=overrides), path, folder=found.folder)
+        return read_settings(MODEL, Request(preset, overrides=overrides), source)
 
     def load(_config: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return checkpoint.load_dit(found, dtype=dtype, device=device)
 
-    def play(dit: Any, codec: Any, config: Any, stats: RunStats, draw: Any) -> Iterator[Shown]:
+    def play(dit: Any, codec: Any, config: Any, stats: RunStats, draw: Any) -> Iterator[Progress]:
         names, sizes = branches_of(config), dit.config
         text = {n: _words(1, sizes.text_len, sizes.text_dim) * (1 + i) for i, n in enumerate(names)}
         inputs = Conditioning(text)
@@ -115,8 +116,9 @@ def skyreels() -> Demo:
 
 def magi1() -> Demo:
     """Return MAGI-1."""
-    from magi1 import checkpoint, run, vae
+    from magi1 import checkpoint, vae
     from magi1.dit import compiled_parts
+    from magi1.model import MODEL
     from magi1.pipeline import Conditioning, generate
 
     # six chunks of 96 tokens: one more than the compressed cache holds
@@ -124,7 +126,7 @@ def magi1() -> Demo:
 
     def read(preset: str, settings: Sequence[str], dtype: torch.dtype) -> Any:
         overrides = ("prompt=-", *short, *CERTAIN, _name(dtype), *settings)
-        return run.read_settings(run.Request(preset, "demo", overrides))[2]
+        return read_settings(MODEL, Request(preset, "demo", overrides))
 
     def load(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return checkpoint.load_dit(checkpoint.find(config), device=device, dtype=dtype)
@@ -136,7 +138,7 @@ def magi1() -> Demo:
     def run_scale(config: Any) -> float:
         return config.runtime_config.scale_factor
 
-    def play(dit: Any, codec: Any, config: Any, stats: RunStats, draw: Any) -> Iterator[Shown]:
+    def play(dit: Any, codec: Any, config: Any, stats: RunStats, draw: Any) -> Iterator[Progress]:
         inputs = Conditioning(_words(NUM_WORDS, dit.config.caption_channels))
         return generate(dit, codec, config, inputs, stats=stats, draw=draw)
 

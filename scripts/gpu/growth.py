@@ -16,20 +16,16 @@ from tqdm import tqdm
 
 from flowcache.errors import UserError
 from flowcache.runtime import files
-from flowcache.runtime import job as jobs
-from flowcache.runtime.cli import DTYPES
-from flowcache.runtime.config import find_preset
 from flowcache.runtime.files import check_writable, write_json
+from flowcache.runtime.model import Request, Source, VideoModel, load_model
 from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings
 from flowcache.runtime.stats import RunStats, environment
 from gpu import magi1 as magi1_subject
 from gpu import skyreels_v2 as skyreels_subject
-from magi1 import pipeline as magi1_pipeline
-from magi1 import plan as magi1_plan
-from magi1 import run as magi1_run
-from skyreels_v2 import pipeline as skyreels_pipeline
-from skyreels_v2 import plan as skyreels_plan
-from skyreels_v2 import run as skyreels_run
+from magi1.model import ASSUMED_TOKENS
+from magi1.work import work_of as magi1_work_of
+from skyreels_v2.work import work_of as skyreels_work_of
 
 NAME = "growth.json"
 PROMPT = "a red circle moving right on a black background"
@@ -105,35 +101,25 @@ Make = Callable[[Line, int], dict[str, Any]]
 
 def plan_skyreels(line: Line, num_frames: int) -> dict[str, Any]:
     """Plan a video of the 1.3B model at 544x960."""
-    settings = ("dtype=bfloat16", *line.settings(num_frames))
-    config = skyreels_run.read_settings(
-        jobs.Request(line.preset, overrides=settings),
-        find_preset(skyreels_run.PRESETS, line.preset),
-        folder=None,
-    )
-    made = skyreels_plan.make_plan(
-        config, skyreels_subject.DIT["paper"], dtype=DTYPES[config.dtype]
-    )
-    num_chunks = sum(len(own.window.generated) for own in made.segments)
-    return _planned(num_frames, num_chunks, flops=made.flops, kv_bytes=made.kv_bytes)
+    request = Request(line.preset, overrides=("dtype=bfloat16", *line.settings(num_frames)))
+    config = read_settings(load_model("skyreels_v2"), request, Source("paper"))
+    work = skyreels_work_of(config, skyreels_subject.DIT["paper"], dtype=torch.bfloat16)
+    return _planned(num_frames, work.num_chunks, flops=work.flops, kv_bytes=work.kv_bytes)
 
 
 def plan_magi1(line: Line, num_frames: int) -> dict[str, Any]:
     """Plan a video of the distilled 4.5B model at 720x720."""
-    sizes = magi1_subject.SETTINGS["paper"]
-    request = magi1_run.Request(
-        line.preset, magi1_subject.MODEL, (*sizes, *line.settings(num_frames))
-    )
-    _, _, config = magi1_run.read_settings(request)
-    made = magi1_plan.make_plan(
+    settings = (*magi1_subject.SETTINGS["paper"], *line.settings(num_frames))
+    request = Request(line.preset, magi1_subject.RELEASED_NAME, settings)
+    config = read_settings(load_model("magi1"), request)
+    work = magi1_work_of(
         config,
         num_prefix=0,
-        prompt_tokens=magi1_run.ASSUMED_TOKENS,
+        prompt_tokens=ASSUMED_TOKENS,
         has_special_tokens=False,
         dtype=config.model_config.dtype,
     )
-    num_chunks = len(made.clip.generated)
-    return _planned(num_frames, num_chunks, flops=made.flops, kv_bytes=made.kv_bytes)
+    return _planned(num_frames, work.num_chunks, flops=work.flops, kv_bytes=work.kv_bytes)
 
 
 def _planned(num_frames: int, num_chunks: int, *, flops: int, kv_bytes: int) -> dict[str, Any]:
@@ -146,42 +132,30 @@ def _planned(num_frames: int, num_chunks: int, *, flops: int, kv_bytes: int) -> 
 
 
 def open_skyreels() -> Make:
-    """Load the demo."""
-
-    def prepare(line: Line, num_frames: int) -> skyreels_run.Job:
-        return skyreels_run.prepare(
-            jobs.Request(line.preset, "demo", (*line.settings(num_frames), f"prompt={PROMPT}"))
-        )
-
-    first = prepare(SKYREELS_LINES[0], SKYREELS_MEASURED[0])
-    models = skyreels_run.load_models(first, stats=RunStats(first.device))
-    inputs = skyreels_run.encode_inputs(first, stats=RunStats(first.device))
-
-    def make(line: Line, num_frames: int) -> dict[str, Any]:
-        job, stats = prepare(line, num_frames), RunStats(first.device)
-        shown = skyreels_pipeline.generate(models.dit, NoVideo(), job.config, inputs, stats=stats)
-        num_chunks = sum(len(own.window.generated) for own in job.plan.segments)
-        return make_video(num_frames, num_chunks, shown, stats) | {"kv_bytes": job.plan.kv_bytes}
-
-    return make
+    """Load the demo of SkyReels-V2."""
+    return _open(load_model("skyreels_v2"), SKYREELS_LINES[0], SKYREELS_MEASURED[0])
 
 
 def open_magi1() -> Make:
-    """Load the demo."""
+    """Load the demo of MAGI-1."""
+    return _open(load_model("magi1"), MAGI1_LINES[0], MAGI1_MEASURED[0])
 
-    def prepare(line: Line, num_frames: int) -> magi1_run.Job:
-        settings = (*line.settings(num_frames), f"prompt={PROMPT}")
-        return magi1_run.prepare(magi1_run.Request(line.preset, "demo", settings))
 
-    first = prepare(MAGI1_LINES[0], MAGI1_MEASURED[0])
-    models = magi1_run.load_models(first, stats=RunStats(first.device))
-    inputs = magi1_run.encode_inputs(first, stats=RunStats(first.device))
+def _open(model: VideoModel, line: Line, num_frames: int) -> Make:
+    """Load a demo with the settings of a line."""
+
+    def request(line: Line, num_frames: int) -> Request:
+        return Request(line.preset, "demo", (*line.settings(num_frames), f"prompt={PROMPT}"))
+
+    first = prepare(model, request(line, num_frames))
+    loaded = load_networks(first, stats=RunStats(first.device))
+    inputs = encode_inputs(first, stats=RunStats(first.device))
 
     def make(line: Line, num_frames: int) -> dict[str, Any]:
-        job, stats = prepare(line, num_frames), RunStats(first.device)
-        shown = magi1_pipeline.generate(models.dit, NoVideo(), job.config, inputs, stats=stats)
-        num_chunks = len(job.plan.clip.generated)
-        return make_video(num_frames, num_chunks, shown, stats) | {"kv_bytes": job.plan.kv_bytes}
+        job, stats = prepare(model, request(line, num_frames)), RunStats(first.device)
+        shown = model.generate(loaded.dit, NoVideo(), job.config, inputs, stats=stats)
+        row = make_video(num_frames, job.work.num_chunks, shown, stats)
+        return row | {"kv_bytes": job.work.kv_bytes}
 
     return make
 

@@ -7,23 +7,24 @@ import torch
 from flops import MAGI1_WINDOWS, magi1_clip
 
 from flowcache.attention import Kernel, choose_kernels
-from flowcache.reuse import Policies
+from flowcache.policies import Policies
 from flowcache.runtime.compiling import Compilation, should_compile
+from flowcache.runtime.model import Request
 from flowcache.runtime.precision import set_float32_precision
+from flowcache.runtime.run import read_settings
 from flowcache.runtime.stats import RunStats
 from gpu.subject import TARGETS_OF_ALL, Method, Plan, Size, Subject, Target, fill
 from gpu.traces import MAGI1_CURVE
-from magi1.build import clip_of, dtype_of, latent_size, layout_of, tiling_of
 from magi1.config import RunConfig
 from magi1.dit import DiT, compiled_parts, published_block_flops, set_precision
+from magi1.model import ASSUMED_TOKENS, MODEL
 from magi1.pipeline import Conditioning, Progress, generate
-from magi1.plan import attention_shape, make_plan
-from magi1.run import ASSUMED_TOKENS, Request, read_settings
 from magi1.sampler import ALL_BRANCHES
 from magi1.schedule import Clip, Clock, visible
 from magi1.vae import RELEASED, VAE, VAEConfig, ViTVAE
+from magi1.work import dtype_of, latent_size, layout_of, tiling_of, work_of
 
-MODEL = "4.5B_distill"
+RELEASED_NAME = "4.5B_distill"
 STEPS = {"paper": 64, "tiny": 16}
 TEXT_TOKENS = {"paper": ASSUMED_TOKENS, "tiny": 7}
 SETTINGS: Mapping[Size, tuple[str, ...]] = {
@@ -74,26 +75,26 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         *("prompt=-", f"runtime_config.num_steps={STEPS[size] // thin}"),
         *(*SETTINGS[size], *method.settings, *settings),
     ]
-    _, _, config = read_settings(Request(method.preset, MODEL, overrides))
-    clip, clock = clip_of(config, num_prefix=0), Clock.of(config)
-    made = make_plan(
+    config = read_settings(MODEL, Request(method.preset, RELEASED_NAME, overrides))
+    made = work_of(
         config,
         num_prefix=0,
         prompt_tokens=TEXT_TOKENS[size],
         has_special_tokens=False,
         dtype=config.model_config.dtype,
     )
-    height, width = latent_size(config)
+    (segment,), (height, width) = made.segments, latent_size(config)
+    clip = segment.cut
     return Plan(
         config=config,
-        ticks={0: clock.ticks(clip)},
+        ticks={0: segment.ticks},
         branches=(ALL_BRANCHES,),
         flops=made.flops,
         num_chunks=clip.num_chunks,
         costs=published_costs(config, clip=clip),
         stored_shape=(clip.chunk_width, config.model_config.latent_channels, height, width),
         stored_dtype=torch.float32,
-        attention=attention_shape(config, made),
+        attention=made.attention,
         num_text=made.text_tokens,
     )
 

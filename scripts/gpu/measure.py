@@ -17,10 +17,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flowcache.results import ResultStore
-from flowcache.reuse import Policies, ReusePolicy, Vanilla
+from flowcache.policies import Policies, ReusePolicy, Vanilla
+from flowcache.predict import ResultStore
 from flowcache.runtime.finite import Decoded
-from flowcache.runtime.job import Shown
+from flowcache.runtime.model import Progress
 from flowcache.runtime.overlap import Later, lane_for, should_overlap
 from flowcache.runtime.record import Record
 from flowcache.runtime.stats import RunStats
@@ -241,7 +241,7 @@ def measure(
     }
 
 
-def take_frames(shown: Iterable[Shown], *, device: torch.device, is_beside: bool) -> int:
+def take_frames(shown: Iterable[Progress], *, device: torch.device, is_beside: bool) -> int:
     """Carry out a run and bring its frames to the host, as one that writes them; count them.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels, choose_kernels
 from flowcache.errors import UserError
 from flowcache.runtime.compiling import should_compile
-from flowcache.runtime.job import Shown
+from flowcache.runtime.model import Progress
 from flowcache.runtime.precision import set_float32_precision
 from flowcache.runtime.ranks import Ranks
 from flowcache.runtime.stats import RunStats
@@ -316,7 +316,7 @@ def _compile(dit: Any, demo: Demo, device: torch.device) -> None:
     dit.parts = demo.compiled_parts()
 
 
-def _frames(shown: Iterator[Shown]) -> Iterator[Tensor]:
+def _frames(shown: Iterator[Progress]) -> Iterator[Tensor]:
     """Yield what a run shows; only at its end, so that decoding may go on beside the ticks."""
     laters = [progress.later for progress in shown if progress.later is not None]
     yield from (later.get().frames for later in laters)

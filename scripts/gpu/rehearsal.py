@@ -8,11 +8,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-from flowcache.attention import KernelName, choose_kernel
-from flowcache.reuse import Policies
-from flowcache.runtime.job import Shown
+from flowcache.attention import choose_kernel
+from flowcache.policies import Policies
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan, weight_bytes
+from flowcache.runtime.model import Progress
+from flowcache.runtime.plan import per_process
 from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.settings import KernelName
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
@@ -24,20 +26,19 @@ from gpu import skyreels_v2 as gpu_skyreels
 from gpu.fake_cuda import CUDA, Cost, Ledger, pretended_cuda
 from gpu.measure import Job
 from gpu.subject import Method, Plan, Subject
-from magi1 import memory as magi1_memory
 from magi1 import pipeline as magi1_pipeline
 from magi1 import text as magi1_text
 from magi1 import vae as magi1_vae
-from magi1.build import dtype_of
+from magi1 import work as magi1_work
 from magi1.dit import DiT as MagiDiT
 from magi1.dit import set_precision
-from magi1.plan import make_plan as make_magi1_plan
-from magi1.run import per_process as magi1_per_process
+from magi1.model import MODEL as MAGI
 from magi1.vae import ViTVAE
-from skyreels_v2 import memory, pipeline
-from skyreels_v2.build import branches_of
-from skyreels_v2.plan import make_plan
-from skyreels_v2.run import per_process
+from magi1.work import dtype_of
+from skyreels_v2 import pipeline
+from skyreels_v2 import work as skyreels_work
+from skyreels_v2.model import MODEL as SKYREELS
+from skyreels_v2.work import branches_of
 
 ModelName: TypeAlias = Literal["skyreels_v2", "magi1"]
 SUBJECTS: Mapping[str, Subject[Any]] = {
@@ -164,7 +165,7 @@ class LedgerStats(RunStats):
             yield
 
 
-Play: TypeAlias = Callable[[RunStats, Policies | None], Iterator[Shown]]
+Play: TypeAlias = Callable[[RunStats, Policies | None], Iterator[Progress]]
 """Makes the models, then the video."""
 
 
@@ -206,18 +207,17 @@ def _skyreels(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
     config, sizes = made.config, gpu_skyreels.DIT["paper"]
     if case.num_layers is not None:
         sizes = replace(sizes, num_layers=case.num_layers)
-    plan = per_process(make_plan(config, sizes, dtype=DTYPE), case.ranks.layout)
-    needs = memory.RunMemory(
+    work = skyreels_work.work_of(config, sizes, dtype=DTYPE)
+    needs = skyreels_work.RunMemory(
         config,
         sizes,
-        plan,
-        networks=memory.released_networks(dtype=DTYPE, is_i2v=False),
+        per_process(work, case.ranks.layout),
+        networks=skyreels_work.Networks.of(None, sizes, dtype=DTYPE),
         dtype=DTYPE,
-        overlaps=False,
         layout=case.ranks.layout,
     )
 
-    def play(stats: RunStats, policies: Policies | None) -> Iterator[Shown]:
+    def play(stats: RunStats, policies: Policies | None) -> Iterator[Progress]:
         with torch.device("meta"):
             dit, vae = DiT(sizes).to(DTYPE), AutoencoderKLWan()
         for model in (dit, vae):
@@ -240,7 +240,7 @@ def _skyreels(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             ranks=case.ranks,
         )
 
-    wanted = memory.wanted_residence(config)
+    wanted = SKYREELS.residence(config)
     return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), play
 
 
@@ -250,21 +250,20 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
     model, num_tokens = config.model_config, gpu_magi1.TEXT_TOKENS["paper"]
     vae_sizes = replace(magi1_vae.RELEASED, depth=case.vae_layers)
     scale, dtype = config.runtime_config.scale_factor, dtype_of(config, CUDA)
-    plan = make_magi1_plan(
+    work = magi1_work.work_of(
         config, num_prefix=0, prompt_tokens=num_tokens, has_special_tokens=False, dtype=dtype
     )
     with torch.device("meta"):
         empty = magi1_vae.VAE(ViTVAE(vae_sizes).to(dtype), scale=scale)
-    needs = magi1_memory.RunMemory(
+    needs = magi1_work.RunMemory(
         config,
-        magi1_per_process(plan, case.ranks.layout),
-        networks=magi1_memory.Networks(magi1_text.released(), empty),
+        per_process(work, case.ranks.layout),
+        networks=magi1_work.Networks(magi1_text.released(), empty),
         dtype=dtype,
-        overlaps=False,
         layout=case.ranks.layout,
     )
 
-    def play(stats: RunStats, policies: Policies | None) -> Iterator[Shown]:
+    def play(stats: RunStats, policies: Policies | None) -> Iterator[Progress]:
         with torch.device("meta"):
             dit = MagiDiT(model, is_fp8=config.engine_config.fp8_quant)
             vae = ViTVAE(vae_sizes).to(dtype)
@@ -283,5 +282,5 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             ranks=case.ranks,
         )
 
-    wanted = magi1_memory.wanted_residence(config)
+    wanted = MAGI.residence(config)
     return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), play

@@ -8,13 +8,12 @@ from flops import skyreels_active_only
 from torch import Tensor
 
 from flowcache.attention import Kernel, choose_kernels
-from flowcache.reuse import Policies
-from flowcache.runtime.cli import DTYPES
+from flowcache.policies import Policies
 from flowcache.runtime.compiling import Compilation, should_compile
-from flowcache.runtime.config import find_preset
-from flowcache.runtime.job import Request
+from flowcache.runtime.model import Request, Source
 from flowcache.runtime.precision import set_float32_precision
 from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.run import read_settings
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
 from flowcache.wan.vae import TEMPORAL_STRIDE, VAE
@@ -29,17 +28,16 @@ from gpu.subject import (
     is_installed,
 )
 from gpu.traces import SKYREELS_CURVE
-from skyreels_v2.build import VAE_STRIDE, branches_of, sampling_of, tokens_per_frame
+from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
+from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, Progress, generate
-from skyreels_v2.plan import attention_shape, make_plan
-from skyreels_v2.released import RELEASED
-from skyreels_v2.run import PRESETS, read_settings
+from skyreels_v2.work import VAE_STRIDE, branches_of, work_of
 
 STEPS = {"paper": 50, "tiny": 10}
 LAG = {"paper": 5, "tiny": 1}
 DIT: Mapping[Size, DiTConfig] = {
-    "paper": RELEASED["df-1.3b-540p"],
+    "paper": released_sizes("df-1.3b-540p"),
     "tiny": DiTConfig(
         dim=48, ffn_dim=64, freq_dim=32, num_heads=4, num_layers=2, text_dim=24, text_len=16
     ),
@@ -100,20 +98,20 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         *("prompt=-", f"num_steps={STEPS[size] // thin}", f"ar_step={LAG[size] // thin}"),
         *(*SETTINGS[size], *method.settings, *settings),
     ]
-    preset = find_preset(PRESETS, method.preset)
-    config = read_settings(Request(preset=method.preset, overrides=overrides), preset, folder=None)
-    made = make_plan(config, DIT[size], dtype=DTYPES[config.dtype])
-    sampling = sampling_of(config)
+    request = Request(preset=method.preset, overrides=overrides)
+    config = read_settings(MODEL, request, Source(size))
+    dtype = getattr(torch, config.dtype)
+    made = work_of(config, DIT[size], dtype=dtype)
     return Plan(
         config=config,
-        ticks={i: sampling.ticks(own.window) for i, own in enumerate(made.segments)},
-        branches=branches_of(config),
+        ticks={number: own.ticks for number, own in enumerate(made.segments)},
+        branches=made.branches,
         flops=made.flops,
-        num_chunks=sum(len(own.window.generated) for own in made.segments),
+        num_chunks=made.num_chunks,
         costs=(1.0,) * config.num_steps,
-        stored_shape=(config.causal_block_size, tokens_per_frame(config), DIT[size].dim),
-        stored_dtype=DTYPES[config.dtype],
-        attention=attention_shape(config, DIT[size], made),
+        stored_shape=(config.causal_block_size, made.frame_tokens, DIT[size].dim),
+        stored_dtype=dtype,
+        attention=made.attention,
         num_text=DIT[size].text_len,
     )
 
@@ -121,7 +119,7 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
 def build(made: Plan, size: Size, device: torch.device) -> Models:
     """Make random weights: the transformer in the run's dtype, the VAE in float32, as loaded."""
     config: RunConfig = made.config
-    dtype = DTYPES[config.dtype]
+    dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
         dit = DiT(DIT[size]).to(dtype)
     fill(dit, device=device)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from flowcache.attention import AttentionShape, Kernel
-from flowcache.reuse import Policies
+from flowcache.policies import Policies
 from flowcache.runtime.compiling import Compilation
-from flowcache.runtime.job import Shown
+from flowcache.runtime.model import Progress
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from gpu.traces import Curve, Pattern, fit_pattern
@@ -130,7 +130,7 @@ class Subject(Generic[Models]):
     build: Callable[[Plan, Size, torch.device], Models]
     choose: Callable[[Models, Plan], tuple[Kernel, Kernel]]
     compilation: Callable[[Models], Compilation | None]
-    play: Callable[[Models, Plan, RunStats, Policies], Iterator[Shown]]
+    play: Callable[[Models, Plan, RunStats, Policies], Iterator[Progress]]
     vae_package: str | None = None
 
     @property

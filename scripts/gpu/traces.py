@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.reuse import Decision, FlowCache, Policies, Replay, ReusePolicy
+from flowcache.policies import Decision, FlowCache, Policies, Replay, ReusePolicy
 from flowcache.runtime.record import Record, check_replay, replay_policies
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick, staggered

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
-from flowcache.runtime.job import VIDEO_QUALITY
+from flowcache.runtime.run import VIDEO_QUALITY
 from sampling.tasks import Task, check_names, sha256_of
 
 VIDEOS = "videos"

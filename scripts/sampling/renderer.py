@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import tempfile
 from collections.abc import Hashable, Mapping
@@ -13,14 +12,13 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.runtime.cli import choose_device
 from flowcache.runtime.config import to_dict
-from flowcache.runtime.profiled import follows_profile
+from flowcache.runtime.model import Job, Loaded, Request, load_model
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
 from sampling.gpus import describe_gpus
 from sampling.protocol import contradiction
 from sampling.tasks import Kind, Origin, Task, sha256_of, sketch_of
 
-SEED_KEYS = {"skyreels_v2": "seed", "magi1": "runtime_config.seed"}
-"""Family -> its setting of the seed."""
 OWN_KEYS = frozenset({"prompt", "seed", "image", "video"})
 """Settings in which the videos of a kind differ; a task names them itself."""
 PLACES = frozenset({"device", "load", "t5_pretrained", "vae_pretrained", "special_tokens"})
@@ -37,15 +35,14 @@ FILES = {
 @dataclass(frozen=True)
 class _Loaded:
     identity: Hashable
-    models: Any
-    """Transformer and VAE, as the family's `load_models` returns them."""
+    networks: Loaded
     encoder: Any
     """The text encoder; None: it is loaded for every prompt, as with `offload`."""
 
 
 @dataclass
 class Renderer:
-    """Makes videos on one device. Both families have functions of the same names in `run`."""
+    """Makes videos of any model on one device."""
 
     device: str
     """As the setting `device`; settings of a task come after it."""
@@ -78,14 +75,13 @@ class Renderer:
         self.origins[task.kind] = origin
         return origin
 
-    def _checkpoint_of(self, task: Task, job: Any) -> dict[str, str]:
+    def _checkpoint_of(self, task: Task, job: Job) -> dict[str, str]:
         """Return a hash of each part of the checkpoint; little of large files is read."""
         model = _identity(task, job)
         if model not in self._fingerprints:
-            checkpoints = importlib.import_module(f"{task.family}.checkpoint")
-            found = {CHECKPOINT: checkpoints.fingerprint(job.checkpoint)}
+            found = {CHECKPOINT: job.model.fingerprint(job.source)}
             for part in FILES[task.family]:
-                path = getattr(job.checkpoint, part)
+                path = getattr(job.source.files, part)
                 if path is not None:
                     found[part] = sketch_of(path)
             self._fingerprints[model] = found
@@ -98,17 +94,17 @@ class Renderer:
         Raises:
             UserError: the task is not possible, or the video can't be written.
         """
-        run = _module(task.family)
         job = self._prepare(task, folder)
         self._check_origin(task, job)
         loaded = self._load(task, job)
         stats = RunStats(job.device)
-        conditioning = run.encode_inputs(job, stats=stats, encoder=loaded.encoder)
-        job = replace(_only_new(task, job), keeps_partial=False)  # it is made again as a whole
-        report = run.render(job, loaded.models, conditioning, stats=stats)
-        return {**report, "kv_cache_bytes": job.plan.kv_bytes, "gpus": describe_gpus()}
+        inputs = encode_inputs(job, stats=stats, encoder=loaded.encoder)
+        # evaluations want the new frames; what is left unfinished is made again as a whole
+        job = replace(job, before=None, keeps_partial=False)
+        report = render(job, loaded.networks, inputs, stats=stats)
+        return {**report, "kv_cache_bytes": job.work.kv_bytes, "gpus": describe_gpus()}
 
-    def _check_origin(self, task: Task, job: Any) -> None:
+    def _check_origin(self, task: Task, job: Job) -> None:
         """Check that nobody has edited the preset since the start.
 
         A clip to continue may turn the video upright: then the settings differ anyway.
@@ -120,31 +116,30 @@ class Renderer:
                 "output folder"
             )
 
-    def _prepare(self, task: Task, folder: Path) -> Any:
-        run = _module(task.family)
+    def _prepare(self, task: Task, folder: Path) -> Job:
+        model = load_model(task.family)
         settings = [
             f"device={self.device}",
             *task.settings,
             f"prompt={task.prompt}",
-            f"{SEED_KEYS[task.family]}={task.seed}",
+            f"{model.keys['seed']}={task.seed}",
         ]
         if task.video is not None:
             settings.append(f"video={task.video}")
         out = str(folder / f"{task.name}.mp4")
-        return run.prepare(run.Request(task.preset, task.model, settings, out))
+        return prepare(model, Request(task.preset, task.model, settings, out))
 
-    def _load(self, task: Task, job: Any) -> _Loaded:
+    def _load(self, task: Task, job: Job) -> _Loaded:
         identity = _identity(task, job)
         if self.loaded is None or self.loaded.identity != identity:
             self.loaded = None  # frees the memory first
-            run = _module(task.family)
-            models = run.load_models(job, stats=RunStats(job.device))
-            encoder = None if job.config.offload else run.load_text(job)
-            self.loaded = _Loaded(identity, models, encoder)
+            networks = load_networks(job, stats=RunStats(job.device))
+            encoder = None if job.config.offload else job.model.load_text(job)
+            self.loaded = _Loaded(identity, networks, encoder)
         return self.loaded
 
 
-def hash_settings(job: Any) -> str:
+def hash_settings(job: Job) -> str:
     """Return a hash of what the videos of a kind share, wherever their files are.
 
     A profile counts by what it says.
@@ -152,16 +147,16 @@ def hash_settings(job: Any) -> str:
     rule = job.config.reuse
     shared = _without(to_dict(job.config), OWN_KEYS | PLACES)
     shared["dtype"] = str(job.dtype)
-    shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if follows_profile(rule) else None
+    shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if rule.needs_profile else None
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def hash_tokens(job: Any) -> str | None:
+def hash_tokens(job: Job) -> str | None:
     """Return a hash of MAGI-1's special tokens; None: the run has none."""
-    if job.tokens is None:
+    if job.media.tokens is None:
         return None
     digest = hashlib.sha256()
-    for part in dataclasses.astuple(job.tokens):
+    for part in dataclasses.astuple(job.media.tokens):
         digest.update(part.float().numpy().tobytes())
     return digest.hexdigest()
 
@@ -175,21 +170,9 @@ def _without(settings: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
     }
 
 
-def _module(family: str) -> Any:
-    """Import a family's `run`: only the one that is needed."""
-    return importlib.import_module(f"{family}.run")
-
-
-def _only_new(task: Task, job: Any) -> Any:
-    """Leave the given clip out of the video, as MAGI-1 does: evaluations want the new frames."""
-    if task.family != "skyreels_v2" or task.video is None:
-        return job
-    return replace(job, media=replace(job.media, video=None))
-
-
-def _identity(task: Task, job: Any) -> Hashable:
+def _identity(task: Task, job: Job) -> Hashable:
     """Return what loaded models depend on, and nothing that differs between their videos."""
-    config, checkpoint = job.config, job.checkpoint
+    config, checkpoint = job.config, job.source.files
     own: tuple[Hashable, ...] = (str(checkpoint),)
     if task.family == "magi1":
         # its checkpoint holds the settings of the run, too: prompt, seed, number of steps

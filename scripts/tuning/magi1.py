@@ -6,27 +6,24 @@ from pathlib import Path
 
 import torch
 
-from flowcache.reuse import Observe
-from flowcache.runtime.job import Clip, collect
+from flowcache.policies import Observe
+from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.profile import Setting
-from flowcache.runtime.stats import RunStats
-from flowcache.tune.gram import most_active
-from magi1 import checkpoint as checkpoints
-from magi1.build import clip_of, dtype_of, latent_size, setting_of
-from magi1.pipeline import Conditioning, generate
-from magi1.plan import make_plan
-from magi1.released import DEMOS
-from magi1.run import (
-    ASSUMED_TOKENS,
-    Job,
-    Models,
-    Request,
+from flowcache.runtime.run import (
+    Clip,
+    collect,
     encode_inputs,
-    load_models,
+    load_networks,
     prepare,
     read_settings,
 )
+from flowcache.runtime.stats import RunStats
+from flowcache.tune.gram import most_active
+from magi1.model import MODEL
+from magi1.pipeline import Conditioning
+from magi1.released import DEMOS
 from magi1.schedule import Clock
+from magi1.work import latent_size
 from tuning.subject import Words, Work
 
 DEMO_FRAMES = 96
@@ -53,45 +50,41 @@ class Magi:
         self.settings = [*short, *settings]
         self.folder = folder
         self.holds_guidance = holds_guidance
-        self._run: tuple[Job, Models] | None = None
+        self._run: tuple[Job, Loaded] | None = None
         self._conditioning: dict[str, Conditioning] = {}
 
     def work(self) -> Work:
         """Return the size of one clip; no weights are needed for that."""
-        _, _, config = read_settings(self._request([]))
-        clip, clock, model = clip_of(config, num_prefix=0), Clock.of(config), config.model_config
+        source = MODEL.find(self.checkpoint)
+        config = read_settings(MODEL, self._request([]), source)
+        dtype = MODEL.dtype(config, torch.device("cuda"))
+        work = MODEL.work(config, source, MODEL.media(config, source), dtype)
+        clip, clock, model = work.segments[0].cut, Clock.of(config), config.model_config
         height, width = latent_size(config)
-        plan = make_plan(
-            config,
-            num_prefix=0,
-            prompt_tokens=ASSUMED_TOKENS,
-            has_special_tokens=config.special_tokens is not None,
-            dtype=dtype_of(config, torch.device("cuda")),
-        )
         return Work(
             num_steps=clock.num_steps,
             warmup_steps=config.reuse.warmup_steps,
             compute_last_step=config.reuse.compute_last_step,
             num_elements=model.latent_channels * clip.chunk_width * height * width,
             num_active=most_active(clip.num_chunks, num_steps=clock.num_steps, lag=clock.stage),
-            flops=plan.flops,
-            num_passes=plan.num_passes,
+            flops=work.flops,
+            num_passes=len(work.passes),
             compresses_kv=config.kv.compress != "none",
             holds_guidance=self.holds_guidance,
         )
 
     def load(self) -> None:
         """Load transformer and VAE."""
-        job = prepare(self._request([]))
-        self._run = job, load_models(job, stats=RunStats(job.device))
+        job = prepare(MODEL, self._request([]))
+        self._run = job, load_networks(job, stats=RunStats(job.device))
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
-        return setting_of(self._loaded()[0].config)
+        return MODEL.setting(self._loaded()[0].config)
 
     def fingerprint(self) -> str:
         """Return the hash of the model that a profile must fit."""
-        return checkpoints.fingerprint(self._loaded()[0].checkpoint)
+        return MODEL.fingerprint(self._loaded()[0].source)
 
     def render(
         self,
@@ -104,10 +97,10 @@ class Magi:
     ) -> Clip:
         """Make a clip; see `Subject.render`."""
         job, models = self._loaded()
-        _, _, config = read_settings(self._request(settings, preset=preset))
+        config = read_settings(MODEL, self._request(settings, preset=preset))
         runtime = replace(config.runtime_config, seed=seed)
         stats = RunStats(job.device)
-        shown = generate(
+        shown = MODEL.generate(
             models.dit,
             models.vae,
             replace(config, prompt=prompt, runtime_config=runtime),
@@ -129,6 +122,6 @@ class Magi:
         given = [*self.settings, *settings, "prompt=-"]
         return Request(preset or self.preset, self.checkpoint, given, str(self.folder))
 
-    def _loaded(self) -> tuple[Job, Models]:
+    def _loaded(self) -> tuple[Job, Loaded]:
         assert self._run is not None, "load() comes first"
         return self._run

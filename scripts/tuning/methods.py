@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowcache.planned import MagCache
-from flowcache.runtime.settings import ReuseRule
+from flowcache.policies import MagCache, ReuseRule
 from flowcache.schedule import staggered
 from flowcache.tune.plan import Plan
 from tuning.subject import Words

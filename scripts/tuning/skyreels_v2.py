@@ -7,30 +7,24 @@ from pathlib import Path
 import torch
 
 from flowcache.errors import UserError
-from flowcache.reuse import Observe
-from flowcache.runtime.config import find_preset
-from flowcache.runtime.job import Clip, collect
+from flowcache.policies import Observe
+from flowcache.runtime.model import Job, Loaded, Request, Source
 from flowcache.runtime.profile import Setting
-from flowcache.runtime.stats import RunStats
-from flowcache.tune.gram import most_active
-from skyreels_v2 import checkpoint as checkpoints
-from skyreels_v2.build import VAE_STRIDE, branches_of, segments_of, setting_of, window_of
-from skyreels_v2.config import RunConfig
-from skyreels_v2.inputs import turn_to_fit
-from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, generate
-from skyreels_v2.plan import make_plan
-from skyreels_v2.released import RELEASED
-from skyreels_v2.run import (
-    PRESETS,
-    Job,
-    Models,
-    Request,
-    choose_model,
+from flowcache.runtime.run import (
+    Clip,
+    collect,
     encode_inputs,
-    load_models,
+    load_networks,
     prepare,
     read_settings,
 )
+from flowcache.runtime.stats import RunStats
+from flowcache.tune.gram import most_active
+from skyreels_v2.config import RunConfig
+from skyreels_v2.model import MODEL
+from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning
+from skyreels_v2.released import RELEASED
+from skyreels_v2.work import VAE_STRIDE
 from tuning.subject import Words, Work
 
 DEMO_FRAMES = 77
@@ -59,21 +53,19 @@ class SkyReels:
         self.settings = [*short, *settings]
         self.folder = folder
         self.holds_guidance = holds_guidance
-        self._run: tuple[Job, Models] | None = None
+        self._run: tuple[Job, Loaded] | None = None
         self._conditioning: dict[str, Conditioning] = {}
 
     def work(self) -> Work:
         """Return the size of one clip; a released model needs no files for that."""
         name = self.checkpoint.rpartition("/")[2].lower()
         if name in RELEASED:
-            config, dit = self._read([], folder=None), RELEASED[name]
+            source = MODEL.find(name, is_dry=True)
         else:
-            found = checkpoints.find(choose_model(self.checkpoint))
-            config, dit = self._read([], folder=found.folder), found.config
-        segments = segments_of(config)
-        window = window_of(
-            config, segments[0], num_segments=len(segments), is_i2v=dit.model_type == "i2v"
-        )
+            _, source = MODEL.fetch(None, MODEL.find(self.checkpoint))
+        config = self._read([], source)
+        work = MODEL.work(config, source, MODEL.media(config, source), torch.bfloat16)
+        window = work.segments[0].cut
         frames = max(len(window.chunks[chunk]) for chunk in window.generated)
         pixels = config.height * config.width
         return Work(
@@ -84,29 +76,29 @@ class SkyReels:
             num_active=most_active(
                 len(window.generated), num_steps=config.num_steps, lag=config.ar_step
             ),
-            flops=make_plan(config, dit, dtype=torch.bfloat16).flops,
-            num_passes=len(branches_of(config)),
+            flops=work.flops,
+            num_passes=len(work.passes),
             compresses_kv=config.kv.compress != "none",
             holds_guidance=self.holds_guidance,
         )
 
     def load(self) -> None:
         """Load transformer and VAE."""
-        job = prepare(self._request([]))
+        job = prepare(MODEL, self._request([]))
         if job.config.attention != "causal":
             raise UserError(
                 f"preset {self.preset} has attention={job.config.attention}: chunks are reused "
                 "one by one only with attention=causal; choose such a preset, as flowcache_fast"
             )
-        self._run = job, load_models(job, stats=RunStats(job.device))
+        self._run = job, load_networks(job, stats=RunStats(job.device))
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
-        return setting_of(self._loaded()[0].config)
+        return MODEL.setting(self._loaded()[0].config)
 
     def fingerprint(self) -> str:
         """Return the hash of the model that a profile must fit."""
-        return checkpoints.fingerprint(self._loaded()[0].checkpoint)
+        return MODEL.fingerprint(self._loaded()[0].source)
 
     def render(
         self,
@@ -119,9 +111,9 @@ class SkyReels:
     ) -> Clip:
         """Make a clip; see `Subject.render`."""
         job, models = self._loaded()
-        config = self._read(settings, folder=job.checkpoint.folder, preset=preset)
+        config = self._read(settings, job.source, preset=preset)
         stats = RunStats(job.device)
-        shown = generate(
+        shown = MODEL.generate(
             models.dit,
             models.vae,
             replace(config, prompt=prompt, seed=seed),
@@ -140,16 +132,14 @@ class SkyReels:
         return self._conditioning[prompt]
 
     def _read(
-        self, settings: Sequence[str], *, folder: Path | None, preset: str | None = None
+        self, settings: Sequence[str], source: Source, *, preset: str | None = None
     ) -> RunConfig:
-        request = self._request(settings, preset=preset)
-        path = find_preset(PRESETS, request.preset)
-        return turn_to_fit(read_settings(request, path, folder=folder))
+        return read_settings(MODEL, self._request(settings, preset=preset), source)
 
     def _request(self, settings: Sequence[str], *, preset: str | None = None) -> Request:
         given = [*self.settings, *settings, "prompt=-"]
         return Request(preset or self.preset, self.checkpoint, given, str(self.folder))
 
-    def _loaded(self) -> tuple[Job, Models]:
+    def _loaded(self) -> tuple[Job, Loaded]:
         assert self._run is not None, "load() comes first"
         return self._run

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowcache.results import Quantity
-from flowcache.reuse import Observe
-from flowcache.runtime.job import Clip
+from flowcache.policies import Observe
+from flowcache.predict import Quantity
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.run import Clip
 from flowcache.tune.gram import calibration_bytes
 
 EXACT_BYTES = 256_000_000

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from flowcache.errors import UserError
-from flowcache.runtime.bounds import (
+from flowcache.bounds import (
     IS_PATH,
     Bounds,
     annotated_hints,
@@ -19,6 +18,7 @@ from flowcache.runtime.bounds import (
     given_path,
     path_fault,
 )
+from flowcache.errors import UserError
 from flowcache.runtime.config import describe, load_config
 from magi1.config import RunConfig as MagiRun
 from skyreels_v2.config import RunConfig as SkyReelsRun

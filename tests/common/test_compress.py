@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flowcache.compress import (
+    EXCLUDED_SCORE,
+    WEIGHTINGS,
     CompressionStrategy,
     ImportanceRedundancy,
     Recent,
@@ -20,18 +22,14 @@ from flowcache.compress import (
     TokenLayout,
     best,
     gather,
-    kept_tokens,
-)
-from flowcache.errors import UserError
-from flowcache.scoring import (
-    EXCLUDED_SCORE,
-    WEIGHTINGS,
     importance,
+    kept_tokens,
     position_weights,
     redundancy,
     scoring_bytes,
     weigh,
 )
+from flowcache.errors import UserError
 
 pytestmark = pytest.mark.numeric
 

@@ -1,15 +1,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.runtime import config as configs
 from flowcache.runtime.config import (
+    MISSING,
     describe,
     find_preset,
     load_config,
@@ -21,9 +20,9 @@ from flowcache.runtime.config import (
 WriteLayer = Callable[[str], Path]
 
 
-class Colour(Enum):
-    red = 1
-    blue = 2
+@dataclass(frozen=True)
+class Part:
+    name: str
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,11 @@ class Run:
     negative: str | None = None
     seed: int = 0
     offload: bool = False
-    colour: Colour = Colour.red
+    colour: Literal["red", "blue"] = "red"
     budget: float | Literal["all"] = "all"
     weights: dict[str, float] = field(default_factory=dict)
     images: list[str] | None = None
-    output: Path | None = None
-
-
-@pytest.fixture(autouse=True, params=["OmegaConf", "PyYAML alone"])
-def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "OmegaConf":
-        monkeypatch.setattr(configs, "has_omegaconf", lambda: False)
-    return request.param
+    parts: list[Part] | None = None
 
 
 @pytest.fixture
@@ -94,15 +86,18 @@ def test_a_later_layer_changes_only_the_keys_it_names(layer: WriteLayer):
         ("prompt=", "prompt", ""),
         ("prompt=3", "prompt", "3"),
         ("prompt=null", "prompt", "null"),
+        ("prompt=???", "prompt", "???"),
+        ("prompt=2001-02-03", "prompt", "2001-02-03"),
+        ("weights={a: 1e3, b: '2'}", "weights", {"a": 1000.0, "b": 2.0}),
         ("prompt=猫が走る = 速い", "prompt", "猫が走る = 速い"),
         ("negative=null", "negative", None),
         ("offload=true", "offload", True),
-        ("colour=blue", "colour", Colour.blue),
+        ("colour=blue", "colour", "blue"),
         ("budget=3", "budget", 3.0),
         ("budget=all", "budget", "all"),
         ("weights.clip=2", "weights", {"clip": 2.0}),
         ("images=[a, b]", "images", ["a", "b"]),
-        ("output=x/y z", "output", Path("x/y z")),
+        ("parts=[{name: a}, {name: b}]", "parts", [Part("a"), Part("b")]),
     ],
 )
 def test_an_override_becomes_a_value_of_the_field_type(override: str, key: str, value: Any):
@@ -114,6 +109,21 @@ def test_an_override_becomes_a_value_of_the_field_type(override: str, key: str, 
 def test_lists_become_tuples_and_replace_the_earlier_list(layer: WriteLayer):
     first, second = layer("reuse: {steps: [1, 2, 3]}"), layer("reuse: {steps: [5]}")
     assert load_config(Run, [first, second]).reuse.steps == (5,)
+
+
+def test_a_quoted_number_or_boolean_is_one_and_a_date_is_text(layer: WriteLayer):
+    path = layer("seed: '3'\nreuse: {threshold: '0.2'}\noffload: 'on'\nprompt: 2001-02-03\n")
+    want = Run(Reuse(threshold=0.2), "2001-02-03", seed=3, offload=True)
+    assert load_config(Run, [path]) == want
+
+
+def test_a_section_keeps_what_its_default_has_of_its_own(layer: WriteLayer):
+    @dataclass(frozen=True)
+    class Quick:
+        reuse: Reuse = field(default_factory=lambda: Reuse("flowcache", 0.3))
+
+    found = load_config(Quick, [layer("reuse: {steps: [2]}")]).reuse
+    assert found == Reuse("flowcache", 0.3, (2,))
 
 
 def test_mappings_are_merged(layer: WriteLayer):
@@ -142,12 +152,15 @@ def test_text_in_a_file_is_never_a_reference(layer: WriteLayer):
         ("reuse: {policy: fast}", "reuse.policy is 'fast', but must be one of vanilla, flowcache"),
         ("reuse: {steps: [1, x]}", "reuse.steps is [1, 'x'], but must be a list of int"),
         ("reuse: {rescale: '${a}'}", "reuse.rescale is '${a}', but must be [float, float]"),
+        ("reuse: {steps: [1, [2]]}", "reuse.steps is [1, [2]], but must be a list of int"),
         ("reuse: {rescale: [1]}", "reuse.rescale is [1], but must be [float, float]"),
         ("reuse: {threshold: .nan}", "reuse.threshold is nan, but must be float"),
         ("reuse: {threshold: '${seed}'}", "reuse.threshold is '${seed}', but must be float"),
         ("colour: green", "colour is 'green', but must be one of red, blue"),
         ("budget: some", "budget is 'some', but must be float or one of all"),
         ("prompt: [a]", "prompt is ['a'], but must be text"),
+        ("parts: [{}]", "parts is [{}], but must be a list of a section of keys or null"),
+        ("parts: [{nam: a}]", "parts is [{'nam': 'a'}], but must be a list of a section of"),
         ("seed: 1\n\tprompt: a", "line 2: not valid YAML"),
         ("seed: 1\nseed: 2", "line 2: not valid YAML (found duplicate key seed)"),
         ("- 1\n- 2", "expected 'key: value' lines, found a list"),
@@ -164,6 +177,8 @@ def test_a_wrong_file_names_itself_the_key_and_the_rule(layer: WriteLayer, text:
     ("override", "said"),
     [
         ("sed=1", "command line: unknown key 'sed', did you mean seed?"),
+        ("seed=${offload}", "command line: seed is '${offload}', but must be int"),
+        ("seed=???", "command line: seed is '???', but must be int"),
         ("seed=1.5", "command line: seed is 1.5, but must be int"),
         ("seed=", "command line: seed is None, but must be int"),
         ("seed.x=1", "command line: seed is {'x': 1}, but must be int"),
@@ -196,7 +211,7 @@ def test_an_empty_file_changes_nothing(layer: WriteLayer):
 def test_a_key_without_default_must_be_given():
     @dataclass(frozen=True)
     class Model:
-        folder: str = "???"  # OmegaConf's mark of a value that must be given
+        folder: str = MISSING
 
     with pytest.raises(UserError, match=r"folder has no value: set it .* as folder=VALUE"):
         load_config(Model, [])
@@ -229,16 +244,11 @@ def test_presets_are_found_by_name_and_by_path(tmp_path: Path):
 
 
 def test_a_config_becomes_json_and_comes_back(layer: WriteLayer):
-    config = Run(reuse=Reuse(steps=(1, 2)), colour=Colour.blue, output=Path("a/b"), prompt="${x}")
+    config = Run(reuse=Reuse(steps=(1, 2)), colour="blue", parts=[Part("a")], prompt="${x}")
     plain = to_dict(config)
     assert plain["colour"] == "blue"
     assert plain["reuse"]["steps"] == [1, 2]
     assert load_config(Run, [layer(json.dumps(plain))]) == config
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
 
 
 @dataclass(frozen=True)

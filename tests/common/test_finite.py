@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flowcache.errors import UserError
 from flowcache.runtime.finite import Decoded, broken_weight, check_finite
-from flowcache.runtime.job import finished_frames
+from flowcache.runtime.run import finished_frames
 
 BROKEN = [float("nan"), float("inf"), float("-inf")]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flowcache.runtime.cli import EXIT_USER_ERROR, Parser
+from flowcache.runtime.cli import Parser
+from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.launch import main
 
 PROCESS = """

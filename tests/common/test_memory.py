@@ -11,9 +11,9 @@ from flowcache.runtime.memory import (
     Stage,
     make_memory_plan,
     one_layer,
-    parse_limit,
     scratch_bytes,
 )
+from flowcache.runtime.settings import parse_limit
 
 GB = 10**9
 

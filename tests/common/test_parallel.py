@@ -10,13 +10,13 @@ from datetime import timedelta
 import pytest
 import torch
 
+from flowcache.bounds import check_values
 from flowcache.errors import UserError
-from flowcache.reuse import Vanilla
-from flowcache.runtime.bounds import check_values
-from flowcache.runtime.cli import EXIT_USER_ERROR
-from flowcache.runtime.ending import LAUNCHER, Starter, Stopped
-from flowcache.runtime.parallel import ParallelRule, layout_of, own_bytes, run_in_ranks
+from flowcache.policies import Vanilla
+from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Starter, Stopped
+from flowcache.runtime.parallel import layout_of, own_bytes, run_in_ranks
 from flowcache.runtime.ranks import Group, Layout, LostProcessError, Place, Ranks, starter_of
+from flowcache.runtime.settings import ParallelRule
 from flowcache.runtime.ulysses import TokenSplit
 
 

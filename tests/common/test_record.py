@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
-from flowcache.reuse import Decision
+from flowcache.policies import Decision
 from flowcache.runtime.record import (
     alarms,
     build_record,

@@ -1,24 +1,34 @@
 """What shared settings stand for, and what they refuse."""
 
-from typing import Any, get_args, get_type_hints
+from dataclasses import MISSING, fields
+from typing import Any
 
 import pytest
 
-from flowcache.compress import ImportanceRedundancy, Recent, SinkRecent
-from flowcache.errors import UserError
-from flowcache.reuse import FlowCache, Stride, TeaCache, Vanilla
-from flowcache.runtime.settings import (
-    POLICIES,
+from flowcache.bounds import SETTING, annotated_hints, names_of, sources_of
+from flowcache.compress import (
+    STRATEGIES,
+    ImportanceRedundancy,
     KVRule,
-    ReuseRule,
-    check_pass,
-    check_prompt,
-    check_reuse,
-    check_work,
-    policy_maker,
+    Recent,
+    SinkRecent,
     strategy_of,
+)
+from flowcache.errors import UserError
+from flowcache.policies import (
+    POLICIES,
+    Calibration,
+    FlowCache,
+    NamedPolicy,
+    ReuseRule,
+    Stride,
+    TeaCache,
+    Vanilla,
+    check_reuse,
     threshold_of,
 )
+from flowcache.runtime.profile import policy_maker
+from flowcache.runtime.settings import check_pass, check_prompt, check_work
 
 
 def test_every_policy_is_made_with_its_values():
@@ -37,9 +47,19 @@ def test_every_policy_is_made_with_its_values():
 
 
 def test_every_policy_that_settings_name_is_known():
-    assert set(get_args(get_type_hints(ReuseRule)["policy"])) == set(POLICIES)
+    assert names_of(annotated_hints(ReuseRule)["policy"]) == tuple(POLICIES)
+    assert names_of(annotated_hints(KVRule)["compress"]) == tuple(STRATEGIES)
     for name in ("vanilla", "stride", "teacache", "flowcache"):
         assert type(policy_maker(ReuseRule(policy=name))()) is POLICIES[name]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_what_a_policy_must_be_given_is_a_setting_or_calibrated(policy: type[NamedPolicy]):
+    given = {each.name for section in (ReuseRule, Calibration) for each in fields(section)}
+    for each in fields(policy):
+        has_default = not (each.default is each.default_factory is MISSING)
+        assert has_default or sources_of(policy)[each.name] in given
+        assert SETTING not in each.metadata or each.metadata[SETTING] in given
 
 
 def test_policies_of_one_rule_share_no_state():

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from flowcache.reuse import Decision
+from flowcache.policies import Decision
 from flowcache.runtime.stats import RunStats, environment
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from closeness import assert_close
 
-from flowcache.results import ResultStore, clean_estimate, velocity_to
+from flowcache.predict import ResultStore, clean_estimate, velocity_to
 from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
 
 pytestmark = pytest.mark.numeric

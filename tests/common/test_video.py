@@ -17,13 +17,13 @@ from PIL import Image
 from flowcache.errors import UserError
 from flowcache.runtime.decoding import Timed, at_rate
 from flowcache.runtime.ending import Ending, Stopped
+from flowcache.runtime.images import read_image
 from flowcache.runtime.video import (
     Pixels,
     Probe,
     VideoWriter,
     check_ffmpeg,
     probe,
-    read_image,
     read_video,
     stream_video,
     to_uint8,

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from flowcache.demo.clips import Attributes
-from flowcache.reuse import Decision
+from flowcache.policies import Decision
 from flowcache.runtime.config import find_preset, load_config, to_dict
-from flowcache.runtime.job import Clip, config_layers
+from flowcache.runtime.run import Clip, config_layers
 from flowcache.runtime.stats import RunStats
+from magi1.checkpoint import find_model
 from magi1.config import RunConfig
-from magi1.released import find_model
-from magi1.run import BASE, PRESETS
+from magi1.released import PRESETS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MAGI_SETTINGS = (
@@ -96,10 +96,10 @@ def magi_settings(preset: str, overrides: tuple[str, ...] = ()) -> dict[str, Any
     """Return the settings of a method on the released model, without what may differ freely."""
     source = find_model("4.5B_distill")
     layers = config_layers(
-        BASE,
+        PRESETS / "base.yaml",
         find_preset(PRESETS, preset),
-        checkpoint=source.config_file.parent,
-        model=[source.config_file],
+        checkpoint=source.folder,
+        model=source.layers,
     )
     return to_dict(load_config(RunConfig, layers, overrides=["prompt=-", *overrides]))
 

@@ -14,13 +14,14 @@ import pytest
 from flowcache.errors import UserError
 from flowcache.runtime import profile as profiles
 from flowcache.runtime.config import find_preset, load_config, to_dict
-from flowcache.runtime.job import Request, config_layers
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import config_layers, prepare
+from magi1.checkpoint import find_model
 from magi1.config import RunConfig
-from magi1.released import find_model
-from magi1.run import BASE, PRESETS
+from magi1.released import PRESETS
 from skyreels_v2 import checkpoint as checkpoints
-from skyreels_v2.build import setting_of
-from skyreels_v2.run import prepare
+from skyreels_v2.model import MODEL
+from skyreels_v2.work import setting_of
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODELS = ("magi1", "skyreels_v2")
@@ -104,10 +105,10 @@ def test_a_magi1_row_differs_from_every_step_in_reuse_alone(script: ModuleType):
     def settings(row: Any) -> dict[str, Any]:
         source = find_model("4.5B_distill")
         layers = config_layers(
-            BASE,
+            PRESETS / "base.yaml",
             find_preset(PRESETS, row.preset),
-            checkpoint=source.config_file.parent,
-            model=[source.config_file],
+            checkpoint=source.folder,
+            model=source.layers,
         )
         overrides = ["prompt=-", *row.overrides]
         return to_dict(load_config(RunConfig, layers, overrides=overrides))
@@ -226,11 +227,11 @@ def write_budgets(folder: Path, *, model: str = "skyreels_v2") -> str:
     budgets = importlib.import_module("benchmark.budgets")
     folder.mkdir()
     budgets.write_budgets(budgets_of(model), folder)
-    job = prepare(Request("vanilla_causal", "demo", [*TINY, "prompt=-"], str(folder)))
+    job = prepare(MODEL, Request("vanilla_causal", "demo", [*TINY, "prompt=-"], str(folder)))
     ones = [1.0] * NUM_STEPS
     profile = profiles.Profile(
         version=profiles.VERSION,
-        fingerprint=checkpoints.fingerprint(job.checkpoint),
+        fingerprint=checkpoints.fingerprint(job.source.files),
         setting=setting_of(job.config),
         reuse=profiles.Reuse([[0, 1, 4, NUM_STEPS - 1]], "velocity", 1, 0.5),
         predicted=profiles.Prediction(1.0, 30.0, 0.5, 1.0),

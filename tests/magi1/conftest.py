@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from flowcache.runtime.config import find_preset, load_config
-from flowcache.runtime.job import config_layers
+from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import VideoWriter
-from magi1 import run as runs
+from magi1.checkpoint import find_model
 from magi1.config import EngineConfig, ModelConfig, ReleaseConfig, RunConfig, RuntimeConfig
 from magi1.dit import DiT, set_precision
-from magi1.released import find_model
-from magi1.run import BASE, PRESETS
+from magi1.model import MODEL
+from magi1.released import PRESETS
 from magi1.vae import ViTVAE, parse_config
 
 FOLDER = Path(__file__).parents[1] / "golden/magi1"
@@ -86,10 +86,10 @@ def configure() -> Configure:
     def settings_of(preset: str = "base", *settings: str, model: str = "4.5B_distill") -> RunConfig:
         source = find_model(model)
         layers = config_layers(
-            BASE,
+            PRESETS / "base.yaml",
             find_preset(PRESETS, preset),
-            checkpoint=source.config_file.parent,
-            model=[source.config_file],
+            checkpoint=source.folder,
+            model=source.layers,
         )
         return load_config(RunConfig, layers, overrides=["prompt=a cat", *settings])
 
@@ -329,7 +329,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(maker: Callable[..., Any], distilled: Path) -> Callable[..., Any]:
     """Return what makes a video in a fresh folder from settings given as `key=value`."""
-    return maker(runs, distilled)
+    return maker(MODEL, distilled)
 
 
 @pytest.fixture

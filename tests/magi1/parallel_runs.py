@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
+from flowcache.runtime.model import Request
 from flowcache.runtime.parallel import joined
 from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings, run
 from flowcache.runtime.stats import RunStats
+from magi1.model import MODEL
 from magi1.pipeline import generate
-from magi1.run import Request, encode_inputs, load_models, prepare, read_settings, run
 
 COMMON = [
     *("prompt=a red circle moving right", "runtime_config.num_frames=60"),
@@ -55,7 +57,7 @@ def main() -> None:
             for kind in ("distilled", "base") if branch == 1 else ("base",):
                 made[kind, layout] = make_videos(f"{models}/{kind}", divided)
             recorded = request_of(f"{models}/base", f"{folder}/{layout}.mp4", layout_ranks.layout)
-            run(prepare(recorded, ranks))
+            run(prepare(MODEL, recorded, ranks))
             made["base", layout][RECORDED]["request"] = recorded
         torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
 
@@ -68,14 +70,14 @@ def request_of(model: str, out: str, layout: Layout) -> Request:
 
 
 def make_videos(model: str, ranks: Ranks) -> dict[str, dict[str, object]]:
-    job = prepare(Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4"))
+    job = prepare(MODEL, Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4"))
     stats = RunStats(job.device)
-    conditioning, models = encode_inputs(job, stats=stats), load_models(job, stats=stats)
+    conditioning, models = encode_inputs(job, stats=stats), load_networks(job, stats=stats)
     results = {}
     cases = CASES if job.config.engine_config.distill else CASES | HELD
     for name, settings in cases.items():
-        *_, config = read_settings(
-            Request(preset="vanilla", model=model, overrides=[*COMMON, *settings])
+        config = read_settings(
+            MODEL, Request(preset="vanilla", model=model, overrides=[*COMMON, *settings])
         )
         stats = RunStats(job.device)
         shown = generate(models.dit, models.vae, config, conditioning, stats=stats, ranks=ranks)

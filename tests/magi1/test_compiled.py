@@ -9,11 +9,13 @@ from torch import Tensor
 
 from flowcache.attention import SDPA
 from flowcache.kv import cached_attention, caches_for
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
 from magi1.config import ModelConfig
 from magi1.dit import DiT, LayerParts, compiled_parts, set_precision
 from magi1.fp8 import Fp8Linear
-from magi1.run import Request, encode_inputs, load_models, prepare, render
+from magi1.model import MODEL
 
 CHUNK_FRAMES, FRAME_TOKENS = 2, 8
 
@@ -82,9 +84,9 @@ def test_compiled_layers_equal_plain_ones_and_are_compiled_once(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_what_a_run_needs_is_compiled_while_its_models_are_loaded(quantised: Path, tmp_path: Path):
     overrides = ["prompt=a cat", "compile=true", "reuse.policy=stride", "reuse.warmup_steps=1"]
-    job = prepare(Request("vanilla", str(quantised), overrides, out=str(tmp_path)))
+    job = prepare(MODEL, Request("vanilla", str(quantised), overrides, out=str(tmp_path)))
     stats = RunStats(job.device)
     torch.compiler.reset()
-    models, conditioning = load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    models, conditioning = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert render(job, models, conditioning, stats=stats)["num_frames"] == 24

@@ -7,7 +7,7 @@ import pytest
 import torch
 from closeness import assert_close
 
-from flowcache.results import ResultStore
+from flowcache.predict import ResultStore
 from magi1.sampler import euler_step_
 
 pytestmark = pytest.mark.numeric

@@ -12,9 +12,9 @@ from closeness import assert_close
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.guidance import HeldGuidance
-from flowcache.reuse import ReusePolicy, Stride, Vanilla
-from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.policies import ReusePolicy, Stride, Vanilla
+from flowcache.predict import HeldGuidance
+from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.record import read_record
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video

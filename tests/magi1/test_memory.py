@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.errors import UserError
 from flowcache.runtime.memory import (
     LeanAttention,
     LiveBytes,
@@ -19,17 +20,17 @@ from flowcache.runtime.memory import (
     make_memory_plan,
     scratch_bytes,
 )
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import encode_inputs, load_networks, plan_by_sizes, prepare
 from flowcache.runtime.stats import RunStats
-from magi1 import run as runs
 from magi1 import vae
 from magi1.config import RunConfig
 from magi1.dit import DiT, set_precision
-from magi1.memory import Networks, RunMemory, TracedVAE, placed, wanted_residence
+from magi1.model import MODEL
 from magi1.pipeline import Conditioning, generate
-from magi1.plan import make_plan
-from magi1.run import Request, prepare
 from magi1.text import NULL_TOKENS, empty
 from magi1.vae import ViTVAE
+from magi1.work import Networks, RunMemory, TracedVAE, work_of
 
 META = torch.device("meta")
 TOLERANCE = 0.15
@@ -73,7 +74,7 @@ def planned_and_measured_at_released_size(
         networks = vae.ViTVAE(replace(vae.RELEASED, depth=1)).to(torch.bfloat16)
     set_precision(dit, torch.bfloat16)
     codec = vae.VAE(networks, scale=config.runtime_config.scale_factor)
-    plan = make_plan(
+    plan = work_of(
         config, num_prefix=0, prompt_tokens=50, has_special_tokens=False, dtype=torch.bfloat16
     )
     needs = RunMemory(
@@ -81,7 +82,6 @@ def planned_and_measured_at_released_size(
         plan,
         networks=Networks(empty(text_encoder), codec),
         dtype=torch.bfloat16,
-        overlaps=False,
     )
     peak = measured(
         config,
@@ -90,7 +90,7 @@ def planned_and_measured_at_released_size(
         Conditioning(torch.empty(NULL_TOKENS, model.caption_channels, device=META)),
         draw=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META),
     )
-    wanted = wanted_residence(config)
+    wanted = MODEL.residence(config)
     return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), peak
 
 
@@ -126,10 +126,12 @@ def planned_and_measured(
     folder: Path, *settings: str, num_frames: int = 48
 ) -> tuple[MemoryPlan, int]:
     overrides = ["prompt=a cat", *size(96, 128, num_frames), *STEPS, *settings]
-    job = prepare(Request(preset="vanilla", model=str(folder), overrides=overrides, is_dry=True))
+    job = prepare(
+        MODEL, Request(preset="vanilla", model=str(folder), overrides=overrides, is_dry=True)
+    )
     assert job.memory is not None
-    models = runs.load_models(job, stats=RunStats(job.device))
-    inputs = runs.encode_inputs(job, stats=RunStats(job.device))
+    models = load_networks(job, stats=RunStats(job.device))
+    inputs = encode_inputs(job, stats=RunStats(job.device))
     assert isinstance(models.vae, vae.VAE)
     return job.memory, measured(job.placed, models.dit, models.vae, inputs)
 
@@ -163,12 +165,13 @@ def test_two_layers_of_keys_on_the_host_are_on_the_device(distilled: Path):
 
 
 def test_a_limit_picks_what_leaves_the_gpu():
-    said = runs.plan_released(
+    said = plan_by_sizes(
+        MODEL,
         Request(
             preset="flowcache_fast",
             model="4.5B_distill",
             overrides=["prompt=x", "memory_limit=16GB", "runtime_config.t5_device=cuda"],
-        )
+        ),
     )
     assert "limit 16 GB" in said
     assert "the text encoder runs on the host" in said  # 19 GB
@@ -178,16 +181,16 @@ def test_a_limit_picks_what_leaves_the_gpu():
 def test_a_run_that_cannot_fit_ends_before_anything_is_loaded():
     overrides = ["prompt=x", "memory_limit=8GB"]
     request = Request(preset="flowcache_fast", model="4.5B_distill", overrides=overrides)
-    with pytest.raises(runs.UserError, match=r"8 GB.* is the transformer: use a smaller model"):
-        runs.plan_released(request)
+    with pytest.raises(UserError, match=r"8 GB.* is the transformer: use a smaller model"):
+        plan_by_sizes(MODEL, request)
 
 
 def test_settings_are_placed_as_planned(distilled: Path):
     overrides = ["prompt=a", "offload=true", "engine_config.kv_offload=true"]
-    job = prepare(Request(preset="vanilla", model=str(distilled), overrides=overrides))
-    wanted = wanted_residence(job.config)
+    job = prepare(MODEL, Request(preset="vanilla", model=str(distilled), overrides=overrides))
+    wanted = MODEL.residence(job.config)
     assert (wanted.dit_aside, wanted.kv_on_host) == (True, True)
-    assert wanted_residence(placed(job.config, wanted)) == wanted
+    assert MODEL.residence(MODEL.placed(job.config, wanted)) == wanted
 
 
 @pytest.mark.parametrize("size", [(6, 90, 60), (7, 64, 40), (1, 50, 70), (4, 33, 57)])

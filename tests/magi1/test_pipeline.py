@@ -8,27 +8,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
-from magi1.memory import networks_of
+from magi1.model import MODEL
 from magi1.pipeline import Conditioning, Progress, generate
-from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare
 from magi1.vae import Tiling
+from magi1.work import Networks
 
 COMPRESSED = ("kv.compress=importance", "kv.total_chunks=3", "runtime_config.num_frames=60")
 
 
 def job_of(model: Path, out: Path, *settings: str, preset: str = "vanilla") -> Job:
     overrides = ["prompt=a red circle", *settings]
-    return prepare(Request(preset=preset, model=str(model), overrides=overrides, out=str(out)))
+    return prepare(
+        MODEL, Request(preset=preset, model=str(model), overrides=overrides, out=str(out))
+    )
 
 
-def loaded(job: Job) -> tuple[Models, Conditioning]:
+def loaded(job: Job) -> tuple[Loaded, Conditioning]:
     stats = RunStats(job.device)
-    return load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    return load_networks(job, stats=stats), encode_inputs(job, stats=stats)
 
 
-def rendered(job: Job, models: Models, conditioning: Conditioning) -> Tensor:
+def rendered(job: Job, models: Loaded, conditioning: Conditioning) -> Tensor:
     """Return all frames of a clip."""
     stats = RunStats(job.device)
     parts = [
@@ -55,14 +59,14 @@ def test_every_frame_is_finite(
     job = job_of(request.getfixturevalue(kind), tmp_path, *settings, preset=preset)
     frames = rendered(job, *loaded(job))
     assert frames.isfinite().all()
-    assert frames.shape == (3, job.plan.clip.num_frames_out, 32, 48)
+    assert frames.shape == (3, job.work.segments[0].cut.num_frames_out, 32, 48)
 
 
 def test_the_vae_of_a_run_works_in_tiles_of_its_rate(distilled: Path, tmp_path: Path):
     settings = ("runtime_config.fps=17", "runtime_config.chunk_width=2")
     job = job_of(distilled, tmp_path, *settings, "runtime_config.num_frames=8")
     models, _ = loaded(job)
-    planned = networks_of(job.checkpoint, job.config, dtype=job.dtype)
+    planned = Networks.of(job.source.files, job.config, dtype=job.dtype)
     assert models.vae.tiling == planned.vae.tiling == Tiling(frames=8)
 
 
@@ -88,7 +92,7 @@ def test_frames_come_chunk_by_chunk_while_the_next_ones_are_denoised(
     # 4 steps, two chunks at once: one becomes clean in every second tick from the fourth on
     shown = {each.tick.index: each.frames.shape[1] for each in progress if each.frames is not None}
     assert shown == {3: 12, 5: 12, 7: 12, 9: 12}
-    assert len(progress) == job.plan.num_ticks
+    assert len(progress) == job.work.num_ticks
 
 
 class CountingVAE:

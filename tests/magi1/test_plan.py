@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from magi1.build import clip_of, layout_of
+from flowcache.runtime.model import Work
 from magi1.config import RunConfig
 from magi1.dit import published_clip_flops
-from magi1.plan import Plan, lines, make_plan
 from magi1.schedule import Clock
+from magi1.work import clip_of, layout_of, lines_of, work_of
 
 Configure = Callable[..., RunConfig]
 
@@ -17,8 +17,8 @@ CHUNK_KV_BYTES = 12150 * 2 * 8 * 128 * 34 * 2
 """Keys and values of a chunk: 8 heads of 128 in 34 layers, two bytes each."""
 
 
-def plan_of(config: RunConfig) -> Plan:
-    return make_plan(
+def plan_of(config: RunConfig) -> Work:
+    return work_of(
         config,
         num_prefix=0,
         prompt_tokens=100,
@@ -43,7 +43,7 @@ def test_a_base_model_has_two_caches(configure: Configure):
     config = configure("vanilla", model="4.5B_base")
     plan = plan_of(config)
     assert plan.kv_bytes == 2 * 10 * CHUNK_KV_BYTES
-    assert (plan.num_passes, plan.num_branches) == (3, 2)
+    assert (len(plan.passes), plan.num_caches) == (3, 2)
 
 
 @pytest.mark.parametrize("preset", ["vanilla", "vanilla_window", "vanilla_no_nearly_clean"])
@@ -72,6 +72,6 @@ def test_weights_are_counted_as_they_are_stored(configure: Configure):
 
 def test_the_plan_says_what_is_rounded(configure: Configure):
     config = configure("vanilla", "runtime_config.num_frames=100")
-    said = "\n".join(lines(plan_of(config), config))
+    said = "\n".join(lines_of(config, plan_of(config)))
     assert "120 frames of 720x720 at 24 fps (100 asked, 120 made: whole chunks)" in said
-    assert "asked" not in "\n".join(lines(plan_of(configure()), configure()))
+    assert "asked" not in "\n".join(lines_of(configure(), plan_of(configure())))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.record import read_record
 from flowcache.runtime.video import read_video
 from magi1.__main__ import main

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from flowcache.errors import UserError
+from flowcache.runtime.model import Request
 from flowcache.runtime.record import read_record
+from flowcache.runtime.run import prepare, run
 from flowcache.runtime.video import probe, read_video
-from magi1.run import Request, prepare, run
+from magi1.model import MODEL
 
 Make = Callable[..., Any]
 
@@ -29,9 +31,9 @@ def frames_of(path: Path) -> np.ndarray:
 def check_costs(made: Any) -> None:
     """Check that the plan said what the run then did."""
     stats = made.report["stats"]
-    assert stats["flops"]["without_reuse"] == made.job.plan.flops
-    assert len({row[1] for row in stats["decisions"]["rows"]}) == made.job.plan.num_ticks
-    assert made.report["num_frames"] == made.job.plan.clip.num_frames_out
+    assert stats["flops"]["without_reuse"] == made.job.work.flops
+    assert len({row[1] for row in stats["decisions"]["rows"]}) == made.job.work.num_ticks
+    assert made.report["num_frames"] == made.job.work.segments[0].cut.num_frames_out
 
 
 # What it makes ------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_a_record_names_the_frames_that_show_each_chunk(
         out=str(tmp_path / "made.mp4"),
         record=True,
     )
-    report = run(prepare(asked))
+    report = run(prepare(MODEL, asked))
     record = read_record(tmp_path / "made.record.json")
     # 8 latents given and 6 asked, 3 per chunk: two chunks given whole, of the third one latent
     assert record["chunk_frames"] == {"0": [[0, 0], [0, 0], [0, 4], [4, 16], [16, 28]]}
@@ -133,7 +135,7 @@ def test_a_record_names_the_frames_that_show_each_chunk(
     with pytest.raises(UserError, match=r"made\.record\.json exists and is kept"):
         (tmp_path / "made.mp4").unlink()
         (tmp_path / "made.json").unlink()
-        prepare(asked)
+        prepare(MODEL, asked)
 
 
 def test_8_bit_checkpoints_run_by_emulation_and_say_so(
@@ -212,7 +214,7 @@ def test_a_high_threshold_reuses_all_steps_after_the_warmup_but_the_last_of_the_
     # 2 chunks: of 4 steps the first is computed, and of the last chunk the last, which ends the run
     assert made.report["stats"]["passes"]["computed"] == 2 + 1
     flops = made.report["stats"]["flops"]
-    assert flops["computed"] < flops["without_reuse"] == made.job.plan.flops
+    assert flops["computed"] < flops["without_reuse"] == made.job.work.flops
 
 
 # Checkpoints that do not fit ----------------------------------------------------------------
@@ -225,7 +227,7 @@ def test_a_vae_of_other_latents_is_refused(distilled: Path, tmp_path: Path):
         document["runtime_config"][name] = str(distilled / document["runtime_config"][name])
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match="the VAE's patch_length is 4, the transformer takes 8"):
-        prepare(Request(model=str(tmp_path), overrides=["prompt=a cat"], out=str(tmp_path)))
+        prepare(MODEL, Request(model=str(tmp_path), overrides=["prompt=a cat"], out=str(tmp_path)))
 
 
 def test_only_a_released_model_can_be_downloaded(distilled: Path, tmp_path: Path):
@@ -233,4 +235,4 @@ def test_only_a_released_model_can_be_downloaded(distilled: Path, tmp_path: Path
         model=str(distilled), overrides=["prompt=a cat"], out=str(tmp_path), download=True
     )
     with pytest.raises(UserError, match="fetches a released model, not distilled"):
-        prepare(asked)
+        prepare(MODEL, asked)

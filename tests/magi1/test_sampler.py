@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.errors import UserError
-from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.runtime.record import build_record, replay_policies
 from flowcache.runtime.stats import RunStats
 from magi1.config import ModelConfig, TokenChoice

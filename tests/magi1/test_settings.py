@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowcache.compress import strategy_of
 from flowcache.errors import UserError
-from flowcache.reuse import FlowCache
-from flowcache.runtime.profiled import follows_profile
-from flowcache.runtime.settings import POLICIES, strategy_of
-from magi1.build import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
+from flowcache.policies import POLICIES, FlowCache
+from magi1.checkpoint import find_model, find_path
 from magi1.config import RunConfig, read_config
 from magi1.dit import DiT
-from magi1.released import CONFIGS, DEMOS, RELEASED, find_model, find_path
-from magi1.run import PRESETS
+from magi1.released import CONFIGS, DEMOS, PRESETS, RELEASED
+from magi1.work import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
 
 Configure = Callable[..., RunConfig]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -86,7 +85,7 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise(configure: Configure)
 def test_every_preset_is_in_order_for_every_released_model(configure: Configure, preset: str):
     for model in RELEASED:
         config = configure(preset, model=model)
-        if not follows_profile(config.reuse):  # a profile comes with its checkpoint
+        if not config.reuse.needs_profile:  # a profile comes with its checkpoint
             assert isinstance(policy_of(config), POLICIES[config.reuse.policy])
         assert sampling_of(config).guidance is None or "base" in model
 
@@ -140,19 +139,19 @@ def test_a_model_that_is_none_is_named(tmp_path: Path):
         find_model(str(tmp_path))
     (tmp_path / "a_config.json").write_text("{}")
     (tmp_path / "._a_config.json").write_bytes(b"\0\5\x16\7")  # as macOS leaves on foreign disks
-    assert find_model(str(tmp_path)).config_file == tmp_path / "a_config.json"
+    assert find_model(str(tmp_path)).layers[0] == tmp_path / "a_config.json"
     (tmp_path / "b_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"found a_config\.json, b_config\.json"):
         find_model(str(tmp_path))
-    assert find_model(str(tmp_path / "a_config.json")).config_file == tmp_path / "a_config.json"
+    assert find_model(str(tmp_path / "a_config.json")).layers[0] == tmp_path / "a_config.json"
     assert not set(DEMOS) & set(RELEASED)
 
 
 def test_auto_is_the_distilled_model_where_there_is_cuda_else_the_demo():
     found = find_model("auto", has_cuda=True)
-    assert (found.name, found.is_released, found.may_download) == ("4.5B_distill", True, True)
+    assert (found.name, found.download) == ("4.5B_distill", "missing")
     assert find_model("auto", has_cuda=False) == find_model("demo")
-    assert not find_model("4.5B_distill").may_download
+    assert find_model("4.5B_distill").download == "never"
 
 
 def test_a_path_is_looked_for_from_here_and_then_beside_the_config(

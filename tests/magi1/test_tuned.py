@@ -12,7 +12,8 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.ending import EXIT_USER_ERROR
+from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.profile import (
     Observed,
     Prediction,
@@ -22,14 +23,15 @@ from flowcache.runtime.profile import (
     read_profile,
     write_profile,
 )
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings
 from flowcache.runtime.stats import RunStats
 from flowcache.tune.gram import Calibration
 from magi1 import checkpoint as checkpoints
 from magi1.__main__ import main
-from magi1.build import setting_of
+from magi1.model import MODEL
 from magi1.pipeline import Conditioning, generate
-from magi1.run import Job, Models, Request, encode_inputs, load_models, prepare, read_settings
 from magi1.schedule import Clock
+from magi1.work import setting_of
 
 pytestmark = pytest.mark.numeric
 
@@ -42,28 +44,28 @@ Render = Callable[..., tuple[Tensor, set[tuple[int, int]]]]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Setup:
     """A checkpoint, ready to run."""
 
     job: Job
-    models: Models
+    models: Loaded
     inputs: Conditioning
     fingerprint: str
 
 
 @pytest.fixture(name="loaded", scope="module", params=["distilled", "base"])
-def _loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def _loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp("loaded")
     model: Path = request.getfixturevalue(request.param)
-    job = prepare(Request("vanilla", str(model), SETTINGS, str(folder)))
+    job = prepare(MODEL, Request("vanilla", str(model), SETTINGS, str(folder)))
     stats = RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
-    models = load_models(job, stats=stats)
-    return Loaded(job, models, inputs, checkpoints.fingerprint(job.checkpoint))
+    models = load_networks(job, stats=stats)
+    return Setup(job, models, inputs, checkpoints.fingerprint(job.source.files))
 
 
 @pytest.fixture(name="write")
-def _write(loaded: Loaded, tmp_path: Path) -> Write:
+def _write(loaded: Setup, tmp_path: Path) -> Write:
     """Return what writes a profile for the checkpoint."""
 
     def write(plan: list[int], **changes: Any) -> Path:
@@ -84,12 +86,12 @@ def _write(loaded: Loaded, tmp_path: Path) -> Write:
 
 
 @pytest.fixture(name="render")
-def _render(loaded: Loaded) -> Render:
+def _render(loaded: Setup) -> Render:
     """Return what gives the frames of a run, and the (chunk, own step) that it computed."""
 
     def render(*settings: str) -> tuple[Tensor, set[tuple[int, int]]]:
-        model = str(loaded.job.source.config_file)
-        _, _, config = read_settings(Request("vanilla", model, [*SETTINGS, *settings]))
+        model = str(loaded.job.source.layers[0])
+        config = read_settings(MODEL, Request("vanilla", model, [*SETTINGS, *settings]))
         stats = RunStats(loaded.job.device)
         shown = generate(loaded.models.dit, loaded.models.vae, config, loaded.inputs, stats=stats)
         frames = torch.cat([each.frames for each in shown if each.frames is not None], dim=1)
@@ -140,7 +142,7 @@ def test_magcache_reuses_up_to_its_threshold(render: Render, write: Write):
     ],
 )
 def test_a_profile_that_does_not_fit_is_refused_in_one_line_before_anything_is_loaded(
-    loaded: Loaded,
+    loaded: Setup,
     write: Write,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -149,7 +151,7 @@ def test_a_profile_that_does_not_fit_is_refused_in_one_line_before_anything_is_l
     message: str,
 ):
     path = write([0, NUM_STEPS - 1], **changes)
-    model = str(loaded.job.source.config_file)
+    model = str(loaded.job.source.layers[0])
     given = ["--preset", "vanilla", "--model", model, "--out", str(tmp_path / "a.mp4")]
     policy = ["reuse.policy=planned", f"reuse.profile={path}"]
     code = main([*given, *SETTINGS, *policy, *settings, "--dry-run"])
@@ -159,8 +161,8 @@ def test_a_profile_that_does_not_fit_is_refused_in_one_line_before_anything_is_l
     assert told.err.count("\n") == 1
 
 
-def test_a_profile_holds_all_scales_of_the_guidance(loaded: Loaded):
-    scales = [0.0, 0.3, 1.5, 1.0, 7.5, 0.0] if loaded.job.plan.num_passes == 3 else []
+def test_a_profile_holds_all_scales_of_the_guidance(loaded: Setup):
+    scales = [0.0, 0.3, 1.5, 1.0, 7.5, 0.0] if len(loaded.job.work.passes) == 3 else []
     assert setting_of(loaded.job.config).guidance == scales
 
 
@@ -197,12 +199,13 @@ def test_a_tuned_profile_serves_a_run(
     path = tmp_path / "work/profile.yaml"
     calibration = Calibration.load(tmp_path / "work/calibration-000.npz")
     job = prepare(
+        MODEL,
         Request(
             "flowcache_fast",
             str(distilled),
             [steps, "prompt=a cat", "reuse.policy=planned", f"reuse.profile={path}"],
             str(tmp_path / "videos"),
-        )
+        ),
     )
     # noise levels are those of the model's clock, 1 noise to 0 clean
     timesteps = Clock.of(job.config).timesteps().double()

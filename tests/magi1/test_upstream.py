@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from flowcache.runtime.config import load_config
-from flowcache.runtime.job import config_layers
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import probe
 from magi1.config import RunConfig
-from magi1.released import FOLDER
-from magi1.run import BASE, Request
+from magi1.released import FOLDER, PRESETS
 from magi1.upstream import environment_lines, main, parser_of, request_of
 
 Refused = Callable[..., str]
@@ -40,7 +40,12 @@ def settings(config_file: Path) -> Callable[..., RunConfig]:
         asked = request(
             *("--config_file", str(config_file), "--output_path", "x.mp4", *PROMPT), *arguments
         )
-        layers = config_layers(BASE, BASE, checkpoint=config_file.parent, model=[config_file])
+        layers = config_layers(
+            PRESETS / "base.yaml",
+            PRESETS / "base.yaml",
+            checkpoint=config_file.parent,
+            model=[config_file],
+        )
         return load_config(RunConfig, layers, overrides=asked.overrides)
 
     return read

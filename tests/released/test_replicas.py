@@ -40,7 +40,7 @@ from magi1.released import CONFIGS
 from magi1.released import FOLDER as MAGI_FOLDER
 from skyreels_v2 import __main__ as skyreels_v2
 from skyreels_v2 import upstream as skyreels_upstream
-from skyreels_v2.run import FOLDER as SKYREELS_FOLDER
+from skyreels_v2.released import FOLDER as SKYREELS_FOLDER
 
 PROMPT = "a red circle moving right on a black background"
 

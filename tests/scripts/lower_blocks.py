@@ -36,7 +36,7 @@ from magi1 import dit as magi_dit
 from magi1.config import read_config
 from magi1.dit import is_float32
 from magi1.released import CONFIGS
-from skyreels_v2.released import RELEASED
+from skyreels_v2.checkpoint import released_sizes
 
 H100 = SimpleNamespace(
     name="H100",
@@ -78,7 +78,7 @@ def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 def skyreels_parts() -> tuple[nn.Module, Parts]:
     """Return a block of the 1.3B model and its parts, for a chunk of 5 frames of 544 x 960."""
-    sizes = RELEASED["df-1.3b-540p"]
+    sizes = released_sizes("df-1.3b-540p")
     tokens, frames, wide = 5 * 34 * 60, 5, torch.float32
     with torch.device("meta"):
         block = skyreels_dit.Block(

@@ -164,22 +164,6 @@ def test_the_papers_run_is_planned_with_the_flops_that_the_issue_is_about(script
     assert whole.num_ticks == 4 * short.num_ticks
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_all_methods_have_the_same_settings_where_omegaconf_is_missing(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str
-):
-    subject, settings = script.SUBJECTS[model], ("compile=false", "reuse.threshold=1e-3", "seed=7")
-    settings = settings if model == "skyreels_v2" else settings[:2]
-
-    def read() -> list[Any]:
-        return [subject.plan(method, "paper", 1, settings).config for method in subject.methods]
-
-    with_omegaconf = read()
-    monkeypatch.setattr("flowcache.runtime.config.has_omegaconf", lambda: False)
-    assert read() == with_omegaconf
-    assert with_omegaconf[0].compile is False
-
-
 # Kinds of kernels, targets and tables -------------------------------------------------------------
 
 

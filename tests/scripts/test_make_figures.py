@@ -18,7 +18,7 @@ from flowcache.errors import UserError
 from flowcache.report import figures, scatter
 from flowcache.report.figures import draw_distances, widest_spread
 from flowcache.report.run import load_run
-from flowcache.runtime.job import Clip
+from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 
 REPOSITORY = Path(__file__).parents[2]

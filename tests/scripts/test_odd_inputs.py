@@ -28,9 +28,13 @@ from flowcache.runtime import weights
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import describe
 from flowcache.runtime.frames import open_clip
+from flowcache.runtime.images import read_image
+from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.record import read_record
-from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
+from flowcache.runtime.run import describe as describe_run
+from flowcache.runtime.run import prepare
+from flowcache.runtime.video import VideoWriter, probe, read_video
 from magi1.config import read_config
 from magi1.text import load_special_tokens
 
@@ -94,13 +98,12 @@ def ends_well(command: Callable[[], object]) -> int:
 
 
 def keys_of(family: str) -> list[str]:
-    module = "settings" if family == "magi1" else "config"
-    lines = describe(import_module(f"{family}.{module}").RunConfig)
+    lines = describe(import_module(f"{family}.config").RunConfig)
     return [line.partition(":")[0] for line in lines]
 
 
 def check_settings(family: str, folder: Path, *, examples: int) -> None:
-    run: Any = import_module(f"{family}.run")
+    video_model = load_model(family)
     overrides = st.lists(
         st.tuples(st.sampled_from(keys_of(family)), VALUES), min_size=1, max_size=3
     )
@@ -115,7 +118,7 @@ def check_settings(family: str, folder: Path, *, examples: int) -> None:
         out: str | None,
         replay: str | None,
     ) -> None:
-        request = run.Request(
+        request = Request(
             preset=preset or "flowcache_fast",
             model=model or "demo",
             overrides=[*BASE[family], *(f"{key}={_text(value)}" for key, value in changed)],
@@ -123,7 +126,7 @@ def check_settings(family: str, folder: Path, *, examples: int) -> None:
             replay=replay,
             is_dry=True,
         )
-        ends_well(lambda: run.describe(run.prepare(request)))
+        ends_well(lambda: describe_run(prepare(video_model, request)))
 
     check()
 

@@ -17,6 +17,9 @@ from sampling_cases import (
     write_protocol,
 )
 
+from flowcache.runtime.model import Request, load_model
+from flowcache.runtime.run import plan_by_sizes, read_settings
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -51,12 +54,12 @@ def test_a_protocol_out_of_order_is_refused(tmp_path: Path, changes: dict[str, A
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
 def test_every_method_of_a_shipped_protocol_can_be_planned(path: Path):
     protocol = importlib.import_module("sampling.protocol").read_protocol(path)
-    run = importlib.import_module(f"{protocol.family}.run")
+    model = load_model(protocol.family)
     assert path.stem.startswith(protocol.family)
     for task in {task.folder: task for task in protocol.tasks(None)}.values():
         settings = [*task.settings, f"prompt={task.prompt}"]
-        request = run.Request(task.preset, SIZES[protocol.family], settings)
-        assert "PFLOPs if every step is computed" in run.plan_released(request)
+        request = Request(task.preset, SIZES[protocol.family], settings)
+        assert "PFLOPs if every step is computed" in plan_by_sizes(model, request)
     parts = [method.part for method in protocol.methods]
     assert parts.count("paper") == 5
     assert parts.count("ingredient") >= 4
@@ -100,15 +103,10 @@ def leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def resolve(protocol: Any, method: Any) -> dict[str, Any]:
     """Return all settings of a row, without the files of a released model."""
-    run = importlib.import_module(f"{protocol.family}.run")
     config = importlib.import_module("flowcache.runtime.config")
     settings = [*protocol.settings, *method.settings, "prompt=a cat"]
-    request = run.Request(method.preset, protocol.model, settings)
-    if protocol.family == "magi1":
-        return config.to_dict(run.read_settings(request)[-1])
-    folder = run.DEMO if protocol.model == "demo" else None
-    preset = config.find_preset(run.PRESETS, method.preset)
-    return config.to_dict(run.read_settings(request, preset, folder=folder))
+    request = Request(method.preset, protocol.model, settings)
+    return config.to_dict(read_settings(load_model(protocol.family), request))
 
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)

@@ -30,7 +30,7 @@ SIX_CHUNKS = "runtime_config.num_frames=144"
 """More than the compressed cache of MAGI-1 holds."""
 DIT = ("dit", "caching", "other")
 """Stages whose FLOPs our own count covers: all but the VAE and the products of KV compression."""
-LAYERS = {"skyreels_v2": "wan/dit.py:", "magi1": "magi1/layers.py:"}
+LAYERS = {"skyreels_v2": "wan/dit.py:", "magi1": "magi1/dit.py:"}
 """File of a model's layers."""
 UPCASTS = {
     "skyreels_v2": {"add_gated": 2, "between_attentions": 1, "after_attention": 1},

@@ -15,59 +15,65 @@ from sampling_cases import (
     make_task,
 )
 
+from flowcache.runtime.model import load_model
+from flowcache.runtime.run import read_settings
+
 
 @dataclass(frozen=True)
 class Job:
     """What the renderer reads of a job."""
 
     config: Any
-    checkpoint: Any
+    source: Any
+    model: Any
     device: torch.device
     dtype: torch.dtype
-    plan: Any
+    work: Any
+    before: None = None
     keeps_partial: bool = True
 
 
 def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    run = importlib.import_module("magi1.run")
+    renderer = importlib.import_module("sampling.renderer")
     checkpoint = importlib.import_module("magi1.checkpoint").Checkpoint
     loads: list[str] = []
 
-    def prepare(request: Any) -> Job:
-        _, _, config = run.read_settings(request)
+    def prepare(model: Any, request: Any) -> Job:
+        config = read_settings(model, request)
+        files = checkpoint(config, (Path("dit"),), Path("vae"), Path("t5"))
         return Job(
             config=config,
-            checkpoint=checkpoint(config, (Path("dit"),), Path("vae"), Path("t5")),
+            source=SimpleNamespace(files=files),
+            model=SimpleNamespace(load_text=lambda _job: None),
             device=torch.device("cpu"),
             dtype=torch.float32,
-            plan=SimpleNamespace(kv_bytes=1),
+            work=SimpleNamespace(kv_bytes=1),
         )
 
     def load(job: Any, **_: Any) -> None:
         loads.append(job.config.runtime_config.scale_factor)
 
-    monkeypatch.setattr(run, "prepare", prepare)
-    monkeypatch.setattr(run, "load_models", load)
-    monkeypatch.setattr(run, "load_text", lambda _job: None)
-    monkeypatch.setattr(run, "encode_inputs", lambda *_, **__: None)
+    monkeypatch.setattr(renderer, "prepare", prepare)
+    monkeypatch.setattr(renderer, "load_networks", load)
+    monkeypatch.setattr(renderer, "encode_inputs", lambda *_, **__: None)
     rendered: list[Job] = []
-    monkeypatch.setattr(run, "render", lambda job, *_, **__: rendered.append(job) or {})
-    renderer = importlib.import_module("sampling.renderer").Renderer("cpu")
+    monkeypatch.setattr(renderer, "render", lambda job, *_, **__: rendered.append(job) or {})
+    maker = renderer.Renderer("cpu")
     task = replace(make_task("a"), family="magi1", model="4.5B_distill")
     others = {"preset": "flowcache_fast"}, {"prompt": "other"}, {"seed": 5}
     for changes in ({}, *others):
-        renderer.render(replace(task, **changes), tmp_path)
+        maker.render(replace(task, **changes), tmp_path)
     assert len(loads) == 1
     assert not any(job.keeps_partial for job in rendered)
-    renderer.render(replace(task, settings=("runtime_config.scale_factor=0.5",)), tmp_path)
+    maker.render(replace(task, settings=("runtime_config.scale_factor=0.5",)), tmp_path)
     assert len(loads) == 2
 
 
 def test_what_a_video_is_made_from_is_told_by_contents_not_by_names(tmp_path: Path):
     renderer = importlib.import_module("sampling.renderer")
-    presets = importlib.import_module("skyreels_v2.run").PRESETS
+    presets = load_model("skyreels_v2").presets
     model = tmp_path / "model"
     shutil.copytree(FOLDERS["skyreels_v2"] / "demo", model)
     preset = tmp_path / "own.yaml"
@@ -108,7 +114,7 @@ def spoil_weights(model: Path) -> None:
 
 def test_a_preset_that_is_edited_meanwhile_is_refused(tmp_path: Path):
     preset = tmp_path / "own.yaml"
-    presets = importlib.import_module("skyreels_v2.run").PRESETS
+    presets = load_model("skyreels_v2").presets
     preset.write_text((presets / "vanilla.yaml").read_text())
     renderer = importlib.import_module("sampling.renderer").Renderer("cpu")
     task = replace(make_task("a", settings=SHORT), preset=str(preset))

@@ -15,6 +15,8 @@ from sampling_cases import (
     SCRIPTS,
 )
 
+from flowcache.runtime.model import load_model
+
 LAUNCHERS = [
     (family, f"{method}_{benchmark}")
     for family in FOLDERS
@@ -59,10 +61,10 @@ def test_a_launcher_makes_its_videos(
     assert {task.family for task in fake} == {family}
     assert all(task.preset.startswith(method) for task in fake)
     assert all((task.video is not None) == (benchmark == "physicsiq") for task in fake)
-    run = importlib.import_module(f"{family}.run")
+    presets = load_model(family).presets
     config = importlib.import_module("flowcache.runtime.config")
     for task in fake:  # the settings exist and fit
-        preset = config.find_preset(run.PRESETS, task.preset)
+        preset = config.find_preset(presets, task.preset)
         assert preset.is_file()
 
 

@@ -14,11 +14,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from flowcache.guidance import HeldGuidance
-from flowcache.results import ResultStore, clean_estimate, velocity_to
-from flowcache.reuse import Decision, Observe
-from flowcache.runtime.job import Clip
+from flowcache.policies import Decision, Observe
+from flowcache.predict import HeldGuidance, ResultStore, clean_estimate, velocity_to
 from flowcache.runtime.profile import Setting, read_profile
+from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration

@@ -15,16 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from flowcache.guidance import HeldGuidance
 from flowcache.kv import Compression, caches_for
-from flowcache.results import ResultStore
-from flowcache.reuse import Observe, ReusePolicy, Vanilla
+from flowcache.policies import Observe, ReusePolicy, Vanilla
+from flowcache.predict import HeldGuidance, ResultStore
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
 from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2 import run as runs
-from skyreels_v2.run import DEMO
+from skyreels_v2.model import MODEL
+from skyreels_v2.released import DEMO
 from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window
 
@@ -205,7 +204,7 @@ def _write_dit(folder: Path, kind: DiTConfig) -> None:
 @pytest.fixture
 def make(maker: Callable[..., Any], small: Path) -> Callable[..., Any]:
     """Return what makes a video in a fresh folder from settings given as `key=value`."""
-    return maker(runs, small)
+    return maker(MODEL, small)
 
 
 @pytest.fixture

@@ -11,20 +11,13 @@ from pathlib import Path
 
 import torch
 
-from flowcache.runtime.config import find_preset
+from flowcache.runtime.model import Request
 from flowcache.runtime.parallel import joined
 from flowcache.runtime.ranks import PATIENCE, Layout, Place, Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings, run
 from flowcache.runtime.stats import RunStats
+from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import generate
-from skyreels_v2.run import (
-    PRESETS,
-    Request,
-    encode_inputs,
-    load_models,
-    prepare,
-    read_settings,
-    run,
-)
 
 COMMON = ["prompt=a red circle moving right", "height=16", "width=80", "num_steps=4"]
 FLOWCACHE = ["attention=causal", "reuse.policy=flowcache", "reuse.warmup_steps=1"]
@@ -71,7 +64,7 @@ def main() -> None:
             divided = layout_ranks.divided(torch.device("cpu"))
             made[layout] = make_videos(model, divided)
             recorded = request_of(model, f"{folder}/{layout}.mp4", layout_ranks.layout)
-            run(prepare(recorded, ranks))
+            run(prepare(MODEL, recorded, ranks))
             made[layout][RECORDED]["request"] = recorded
         torch.save(made, Path(folder) / f"{ranks.place.rank}.pt")
 
@@ -85,15 +78,15 @@ def request_of(model: str, out: str, layout: Layout) -> Request:
 
 def make_videos(model: str, ranks: Ranks) -> dict[str, dict[str, object]]:
     request = Request(preset="vanilla", model=model, overrides=COMMON, out="unused.mp4")
-    job = prepare(request)
+    job = prepare(MODEL, request)
     stats = RunStats(job.device)
-    conditioning, models = encode_inputs(job, stats=stats), load_models(job, stats=stats)
-    preset, results = find_preset(PRESETS, "vanilla"), {}
+    conditioning, models = encode_inputs(job, stats=stats), load_networks(job, stats=stats)
+    results = {}
     for name, settings in CASES.items():
         config = read_settings(
+            MODEL,
             Request(preset="vanilla", model=model, overrides=[*COMMON, *settings]),
-            preset,
-            folder=job.checkpoint.folder,
+            job.source,
         )
         stats = RunStats(job.device)
         shown = generate(models.dit, models.vae, config, conditioning, stats=stats, ranks=ranks)

@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 
-from flowcache.reuse import polynomial
+from flowcache.policies import polynomial
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
-from skyreels_v2.sampler import Signal
+from skyreels_v2.config import Signal
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
-from flowcache.results import Quantity
-from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.predict import Quantity
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
 from skyreels_v2.sampler import Sampling

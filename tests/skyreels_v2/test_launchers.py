@@ -10,7 +10,7 @@ import pytest
 
 from flowcache.runtime.video import probe
 from skyreels_v2.__main__ import main
-from skyreels_v2.run import FOLDER
+from skyreels_v2.released import FOLDER
 
 NAMES = (
     "flowcache_fast",

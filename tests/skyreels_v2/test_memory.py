@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache.errors import UserError
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.memory import (
     LeanAttention,
@@ -20,20 +21,21 @@ from flowcache.runtime.memory import (
     Residence,
     make_memory_plan,
 )
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import encode_inputs, load_networks, plan_by_sizes, prepare
 from flowcache.runtime.stats import RunStats
 from flowcache.wan import vae
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.text import empty_encoder
-from skyreels_v2 import run as runs
+from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
-from skyreels_v2.memory import Networks, RunMemory, placed, released_networks
+from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.plan import make_plan
-from skyreels_v2.released import RELEASED
-from skyreels_v2.run import PRESETS, Request, prepare
+from skyreels_v2.released import PRESETS
+from skyreels_v2.work import Networks, RunMemory, work_of
 
 META = torch.device("meta")
-SIZES = RELEASED["df-1.3b-540p"]
+SIZES = released_sizes("df-1.3b-540p")
 STEPS = ("num_steps=3", "ar_step=0", "seed=1")
 """Few ticks, all chunks active at once: what is held does not depend on their number."""
 TOLERANCE = 0.15
@@ -47,8 +49,8 @@ def config_of(preset: str, *settings: str) -> RunConfig:
 def planned(
     config: RunConfig, sizes: DiTConfig, networks: Networks, *, dtype: torch.dtype
 ) -> MemoryPlan:
-    plan = make_plan(config, sizes, dtype=dtype)
-    needs = RunMemory(config, sizes, plan, networks=networks, dtype=dtype, overlaps=False)
+    plan = work_of(config, sizes, dtype=dtype)
+    needs = RunMemory(config, sizes, plan, networks=networks, dtype=dtype)
     return make_memory_plan(needs.stages, wanted=Residence(), limit_bytes=None, has_host=True)
 
 
@@ -97,7 +99,7 @@ def at_released_size(config: RunConfig) -> int:
 )
 def test_the_plan_of_the_released_size_holds(preset: str, settings: tuple[str, ...]):
     config = config_of(preset, "num_frames=97", "reuse.warmup_steps=1", *settings)
-    networks = released_networks(dtype=torch.bfloat16, is_i2v=False)
+    networks = Networks.of(None, SIZES, dtype=torch.bfloat16)
     plan = planned(config, SIZES, networks, dtype=torch.bfloat16)
     assert generation_peak(plan) == pytest.approx(at_released_size(config), rel=TOLERANCE)
 
@@ -115,10 +117,12 @@ def test_the_plan_of_the_released_size_holds(preset: str, settings: tuple[str, .
 def test_the_plan_of_a_run_on_the_cpu_holds(small: Path, settings: tuple[str, ...]):
     sizes = ("height=96", "width=128", "num_frames=33", "base_num_frames=33")
     overrides = ["prompt=a swan", *sizes, *STEPS, *settings]
-    job = prepare(Request(preset="vanilla", model=str(small), overrides=overrides, is_dry=True))
+    job = prepare(
+        MODEL, Request(preset="vanilla", model=str(small), overrides=overrides, is_dry=True)
+    )
     assert job.memory is not None
-    models = runs.load_models(job, stats=RunStats(job.device))
-    text = runs.encode_inputs(job, stats=RunStats(job.device)).text
+    models = load_networks(job, stats=RunStats(job.device))
+    text = encode_inputs(job, stats=RunStats(job.device)).text
     peak = measured(job.config, models.dit, models.vae, dict(text))
     assert generation_peak(job.memory) == pytest.approx(peak, rel=TOLERANCE)
 
@@ -135,7 +139,7 @@ def test_a_limit_moves_the_keys_and_is_told():
         model="df-1.3b-540p",
         overrides=["prompt=x", "num_frames=97", "memory_limit=24GB"],
     )
-    said = runs.plan_released(request)
+    said = plan_by_sizes(MODEL, request)
     assert "limit 24 GB: keys and values lie on the host" in said
     for stage in ("text", "denoise", "decode"):
         assert f"\n  {stage}" in said
@@ -143,8 +147,8 @@ def test_a_limit_moves_the_keys_and_is_told():
 
 def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(small: Path):
     overrides = ["prompt=a swan", "memory_limit=1MB"]
-    with pytest.raises(runs.UserError, match=r"memory_limit is 1 MB.* needs .*most of it"):
-        prepare(Request(preset="vanilla", model=str(small), overrides=overrides))
+    with pytest.raises(UserError, match=r"memory_limit is 1 MB.* needs .*most of it"):
+        prepare(MODEL, Request(preset="vanilla", model=str(small), overrides=overrides))
 
 
 def test_the_plan_is_in_the_json_of_the_run(make: Any):
@@ -157,13 +161,15 @@ def test_the_plan_is_in_the_json_of_the_run(make: Any):
 
 def test_settings_are_placed_as_planned():
     config = config_of("vanilla_causal")
-    moved = placed(config, Residence(text_on_host=True, dit_aside=True, kv_on_host=True))
+    moved = MODEL.placed(config, Residence(text_on_host=True, dit_aside=True, kv_on_host=True))
     assert (moved.text_on_host, moved.offload, moved.kv_on_host) == (True, True, True)
 
 
 def test_the_text_encoder_is_counted_at_its_size(small: Path):
     encoder = empty_encoder(small / "text_encoder")
     stored = sum(p.numel() for p in encoder.parameters())
-    job = prepare(Request(preset="vanilla", model=str(small), overrides=["prompt=a"], is_dry=True))
+    job = prepare(
+        MODEL, Request(preset="vanilla", model=str(small), overrides=["prompt=a"], is_dry=True)
+    )
     assert job.memory is not None
     assert job.memory.stages[0].parts[0].num_bytes == 4 * stored

@@ -6,23 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache.runtime.model import Job, Loaded, Request
+from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare
 
 SEED = 3
 LONG = ("num_frames=57", "base_num_frames=25", "overlap_history=9", "addnoise_condition=20")
 """15 latent frames in three windows of 7 that share 3, the prefix noised."""
 
 
-def loaded(model: Path, *settings: str) -> tuple[Job, Models, Conditioning]:
+def loaded(model: Path, *settings: str) -> tuple[Job, Loaded, Conditioning]:
     overrides = ["prompt=a red circle", f"seed={SEED}", "num_steps=2", *settings]
-    job = prepare(Request(preset="vanilla_causal", model=str(model), overrides=overrides))
+    job = prepare(MODEL, Request(preset="vanilla_causal", model=str(model), overrides=overrides))
     stats = RunStats(job.device)
-    return job, load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    return job, load_networks(job, stats=stats), encode_inputs(job, stats=stats)
 
 
-def frames_of(job: Job, models: Models, given: Conditioning, **options: object) -> Tensor:
+def frames_of(job: Job, models: Loaded, given: Conditioning, **options: object) -> Tensor:
     shown = generate(
         models.dit,
         models.vae,

@@ -15,7 +15,8 @@ import torch
 from closeness import num_ulps
 
 from flowcache.runtime.record import read_record
-from skyreels_v2.run import prepare
+from flowcache.runtime.run import prepare
+from skyreels_v2.model import MODEL
 
 SCRIPT = Path(__file__).with_name("parallel_runs.py")
 LAYOUTS = {2: ("1x2", "2x1"), 4: ("1x4", "2x2")}
@@ -83,7 +84,7 @@ def test_processes_record_what_one_records(
         # one process makes the decisions again
         again = [*request.overrides, "parallel.branch=null", "parallel.sequence=null"]
         path = str(Path(request.out).with_suffix(".record.json"))
-        job = prepare(replace(request, overrides=again, replay=path, overwrite=True))
+        job = prepare(MODEL, replace(request, overrides=again, replay=path, overwrite=True))
         assert job.replay == read_record(Path(path))
 
 

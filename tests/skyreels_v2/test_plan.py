@@ -5,14 +5,14 @@ from typing import get_args
 import pytest
 import torch
 
-from flowcache.results import Quantity
-from flowcache.reuse import FlowCache
+from flowcache.policies import FlowCache
+from flowcache.predict import Quantity
 from flowcache.runtime.config import find_preset, load_config
+from flowcache.runtime.model import Work
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
-from skyreels_v2.build import compression_of, policy_maker, tokens_per_frame
 from skyreels_v2.config import RunConfig
-from skyreels_v2.plan import Plan, lines, make_plan
-from skyreels_v2.run import PRESETS
+from skyreels_v2.released import PRESETS
+from skyreels_v2.work import compression_of, lines_of, policy_maker, tokens_per_frame, work_of
 
 DF_13B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, inject_sample_info=True)
 """The 1.3B diffusion forcing model."""
@@ -28,8 +28,8 @@ def config_of(preset: str, *settings: str) -> RunConfig:
     return load_config(RunConfig, layers, overrides=["prompt=a swan", *settings])
 
 
-def plan_of(preset: str, *settings: str, model: DiTConfig = DF_13B) -> Plan:
-    return make_plan(config_of(preset, *settings), model, dtype=torch.bfloat16)
+def plan_of(preset: str, *settings: str, model: DiTConfig = DF_13B) -> Work:
+    return work_of(config_of(preset, *settings), model, dtype=torch.bfloat16)
 
 
 def test_the_kv_cache_of_97_frames_at_540p_stays_below_18_9_gigabytes():
@@ -75,7 +75,6 @@ def test_a_synchronous_window_costs_its_forwards():
     embed = embed_flops(TWO_LAYERS, num_frames=25, frame_tokens=FRAME)
     assert plan.num_ticks == 10
     assert plan.flops == 10 * (embed + 2 * forward) + 2 * context_flops(TWO_LAYERS)
-    assert plan.segments[0].num_forwards == 10 * 2
 
 
 def test_causal_chunks_cost_what_they_see():
@@ -95,18 +94,17 @@ def test_causal_chunks_cost_what_they_see():
 
 def test_a_long_video_is_planned_in_segments():
     plan = plan_of("vanilla", model=TWO_LAYERS)  # 177 frames, windows of 97, 17 shared
-    assert [segment.window.num_frames for segment in plan.segments] == [25, 25]
+    assert [segment.cut.num_frames for segment in plan.segments] == [25, 25]
     # 50 steps, 5 and 4 chunks to denoise, each 5 steps behind the one before: the published 70, 65
-    assert [segment.num_ticks for segment in plan.segments] == [70, 65]
+    assert [len(segment.ticks) for segment in plan.segments] == [70, 65]
 
 
 def test_a_second_branch_doubles_all_but_the_embedding():
     settings = ("num_frames=97", "attention=causal")
     one = plan_of("vanilla", *settings, "guidance=1", model=TWO_LAYERS)
     two = plan_of("vanilla", *settings, model=TWO_LAYERS)
-    assert (one.num_branches, two.num_branches) == (1, 2)
+    assert (one.num_caches, two.num_caches) == (1, 2)
     assert two.kv_bytes == 2 * one.kv_bytes
-    assert two.context_flops == 2 * one.context_flops
     assert one.flops < two.flops < 2 * one.flops
 
 
@@ -116,7 +114,7 @@ def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
     base = config_of(preset)
     for policy, quantity in product(policies, get_args(Quantity)):
         config = replace(base, reuse=replace(base.reuse, policy=policy, predict=quantity))
-        plan = make_plan(config, TWO_LAYERS, dtype=torch.bfloat16)
+        plan = work_of(config, TWO_LAYERS, dtype=torch.bfloat16)
         assert plan.num_ticks == 135
         assert (plan.kv_bytes > 0) == (config.attention == "causal")
         assert plan.stored_bytes > 0  # also where none is asked for
@@ -137,8 +135,8 @@ def test_a_chunks_own_last_step_is_computed_unless_asked_otherwise(is_forced: bo
 @pytest.mark.parametrize("preset", NAMES)
 def test_the_plan_is_told_in_lines(preset: str):
     config = config_of(preset)
-    plan = make_plan(config, TWO_LAYERS, dtype=torch.bfloat16)
-    text = "\n".join(lines(plan, config))
+    plan = work_of(config, TWO_LAYERS, dtype=torch.bfloat16)
+    text = "\n".join(lines_of(config, plan))
     assert "177 frames of 960x544 at 24 fps, seed 1024" in text
     assert "2: 5 chunks (5 of 5 latent frames), 4 chunks (4 of 5 latent frames)" in text
     assert "2040 per latent frame, 51000 in the first window" in text

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowcache.runtime.cli import EXIT_USER_ERROR
+from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.record import read_record
 from flowcache.runtime.video import read_video
 from skyreels_v2.__main__ import main

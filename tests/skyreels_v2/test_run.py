@@ -16,12 +16,14 @@ from torch import Tensor
 
 from flowcache.kv import KVCache
 from flowcache.runtime.cli import EXIT_INTERRUPTED, run_command
+from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.ranks import Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import probe, read_video
 from flowcache.wan.vae import VAE
+from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import LatentDecoder, generate
-from skyreels_v2.run import Job, Models, Request, encode_inputs, load_models, prepare, render
 
 Make = Callable[..., Any]
 
@@ -38,9 +40,9 @@ def frames_of(path: Path) -> np.ndarray:
 def check_costs(made: Any) -> None:
     """Check that the plan said what the run then did."""
     stats = made.report["stats"]
-    assert stats["flops"]["without_reuse"] == made.job.plan.flops
+    assert stats["flops"]["without_reuse"] == made.job.work.flops
     ticks = {(row[0], row[1]) for row in stats["decisions"]["rows"]}
-    assert len(ticks) == made.job.plan.num_ticks
+    assert len(ticks) == made.job.work.num_ticks
 
 
 # What it makes ------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def test_the_given_prefix_is_shown_unchanged(make: Make, picture: Path):
     made = make(f"image={picture}", "attention=causal")
     job = made.job
     stats = RunStats(job.device)
-    models = load_models(job, stats=stats)
+    models = load_networks(job, stats=stats)
     image = job.media.image
     assert image is not None
     latents = models.vae.encode(image.unsqueeze(0))
@@ -165,7 +167,7 @@ def test_a_video_is_extended_by_new_frames_only(make: Make, clip: Path):
 
 def test_a_long_extension_is_made_in_segments(make: Make, clip: Path):
     made = make(f"video={clip}", "overlap_history=9", "num_frames=29", "base_num_frames=17")
-    assert len(made.job.plan.segments) == 3
+    assert len(made.job.work.segments) == 3
     assert probe(made.path).num_frames == 20 + 29 - 9
     check_costs(made)
 
@@ -222,7 +224,7 @@ def test_a_high_threshold_reuses_all_steps_between_warmup_and_last(make: Make):
     assert made.report["stats"]["passes"]["computed"] == 3 * 2 * 2
     assert made.report["stats"]["passes"]["reused"] == 3 * 2 * 2
     flops = made.report["stats"]["flops"]
-    assert flops["computed"] < flops["without_reuse"] == made.job.plan.flops
+    assert flops["computed"] < flops["without_reuse"] == made.job.work.flops
 
 
 # What it holds ------------------------------------------------------------------------------
@@ -239,14 +241,15 @@ def test_a_high_threshold_reuses_all_steps_between_warmup_and_last(make: Make):
 )
 def test_the_planned_kv_bytes_are_allocated_and_filled(small: Path, settings: tuple[str, ...]):
     job = prepare(
+        MODEL,
         Request(
             preset="vanilla_causal",
             model=str(small),
             overrides=["prompt=a red circle", *settings],
-        )
+        ),
     )
     stats = RunStats(job.device)
-    models, conditioning = load_models(job, stats=stats), encode_inputs(job, stats=stats)
+    models, conditioning = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
     gc.collect()
     most_bytes = most_tokens = 0
     for progress in generate(models.dit, models.vae, job.config, conditioning, stats=stats):
@@ -254,14 +257,14 @@ def test_the_planned_kv_bytes_are_allocated_and_filled(small: Path, settings: tu
         assert len(caches) == models.dit.config.num_layers * 2
         most_bytes = max(most_bytes, sum(cache.kv.nbytes for cache in caches))
         most_tokens = max(most_tokens, *(cache.filled for cache in caches))
-        window = job.plan.segments[progress.segment.index].window
+        window = job.work.segments[progress.segment.index].cut
         reached = progress.tick.index
         known = [c for c in window.generated if _entered(c - window.num_given, job, reached)]
         frames = sum(len(window.chunks[c]) for c in [*range(window.num_given), *known])
-        assert all(cache.filled <= frames * job.plan.frame_tokens for cache in caches)
+        assert all(cache.filled <= frames * job.work.frame_tokens for cache in caches)
         del caches
-    assert most_bytes == job.plan.kv_bytes
-    planned = max(segment.kv_tokens for segment in job.plan.segments)
+    assert most_bytes == job.work.kv_bytes
+    planned = max(segment.kv_tokens for segment in job.work.segments)
     # what compression drops within a tick is no longer there after it
     assert most_tokens == planned if job.config.kv.compress == "none" else most_tokens <= planned
 
@@ -272,7 +275,7 @@ def _entered(place: int, job: Job, tick: int) -> bool:
 
 
 def test_full_attention_holds_no_keys(make: Make):
-    assert make().job.plan.kv_bytes == 0
+    assert make().job.work.kv_bytes == 0
 
 
 # Interruption -------------------------------------------------------------------------------
@@ -311,16 +314,17 @@ def test_an_interrupted_run_keeps_what_it_made_under_another_name(
 ):
     out = tmp_path / "videos"
     job = prepare(
+        MODEL,
         Request(
             preset="flowcache_fast",
             model=str(small),
             overrides=["prompt=a red circle"],
             out=str(out),
-        )
+        ),
     )
     stats = RunStats(job.device)
-    models = load_models(job, stats=stats)
-    broken = Models(models.dit, InterruptedVAE(models.vae))
+    models = load_networks(job, stats=stats)
+    broken = Loaded(models.dit, InterruptedVAE(models.vae))
     conditioning = encode_inputs(job, stats=stats)
     code = run_command(lambda: render(job, broken, conditioning, stats=stats))
     assert code == EXIT_INTERRUPTED

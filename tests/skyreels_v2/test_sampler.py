@@ -15,8 +15,8 @@ from torch import Tensor
 from flowcache.attention import SDPA
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression, KVCache, cached_attention, caches_for
-from flowcache.results import Quantity
-from flowcache.reuse import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
+from flowcache.predict import Quantity
 from flowcache.wan.dit import DiT, DiTConfig, embed_flops
 from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.sampler import Sampling

@@ -10,8 +10,8 @@ from closeness import assert_close
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.guidance import HeldGuidance
-from flowcache.reuse import FlowCache, Stride
+from flowcache.policies import FlowCache, Stride
+from flowcache.predict import HeldGuidance
 from flowcache.wan.dit import DiT
 from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.config import ReuseConfig, RunConfig

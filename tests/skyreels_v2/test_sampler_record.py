@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowcache.compress import ImportanceRedundancy, TokenLayout
 from flowcache.kv import Compression
-from flowcache.results import Quantity
-from flowcache.reuse import FlowCache
+from flowcache.policies import FlowCache
+from flowcache.predict import Quantity
 from flowcache.runtime.record import build_record, replay_policies
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT

@@ -15,8 +15,8 @@ from torch import Tensor
 from flowcache.attention import SDPA
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.kv import Compression
-from flowcache.results import Quantity, ResultStore
-from flowcache.reuse import FlowCache, ReusePolicy, Stride
+from flowcache.policies import FlowCache, ReusePolicy, Stride
+from flowcache.predict import Quantity, ResultStore
 from flowcache.wan.dit import DiT
 from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.sampler import Sampling

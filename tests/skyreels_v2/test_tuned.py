@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.runtime.cli import EXIT_USER_ERROR
-from flowcache.runtime.config import find_preset
+from flowcache.runtime.ending import EXIT_USER_ERROR
+from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.profile import (
     Observed,
     Prediction,
@@ -19,21 +19,13 @@ from flowcache.runtime.profile import (
     Source,
     write_profile,
 )
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings
 from flowcache.runtime.stats import RunStats
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.__main__ import main
-from skyreels_v2.build import setting_of
+from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.run import (
-    PRESETS,
-    Job,
-    Models,
-    Request,
-    encode_inputs,
-    load_models,
-    prepare,
-    read_settings,
-)
+from skyreels_v2.work import setting_of
 
 pytestmark = pytest.mark.numeric
 
@@ -45,27 +37,27 @@ Render = Callable[..., tuple[Tensor, set[tuple[int, int]]]]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Setup:
     """The small checkpoint, ready to run."""
 
     job: Job
-    models: Models
+    models: Loaded
     inputs: Conditioning
     fingerprint: str
 
 
 @pytest.fixture(name="loaded", scope="module")
-def _loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def _loaded(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp("loaded")
-    job = prepare(Request("vanilla_causal", str(small), SETTINGS, str(folder)))
+    job = prepare(MODEL, Request("vanilla_causal", str(small), SETTINGS, str(folder)))
     stats = RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
-    models = load_models(job, stats=stats)
-    return Loaded(job, models, inputs, checkpoints.fingerprint(job.checkpoint))
+    models = load_networks(job, stats=stats)
+    return Setup(job, models, inputs, checkpoints.fingerprint(job.source.files))
 
 
 @pytest.fixture(name="write")
-def _write(loaded: Loaded, tmp_path: Path) -> Write:
+def _write(loaded: Setup, tmp_path: Path) -> Write:
     """Return what writes a profile for the small checkpoint."""
 
     def write(*plans: list[int], band: tuple[float, float] = (0.0, 1e9), **changes: Any) -> Path:
@@ -86,16 +78,14 @@ def _write(loaded: Loaded, tmp_path: Path) -> Write:
 
 
 @pytest.fixture(name="render")
-def _render(loaded: Loaded) -> Render:
+def _render(loaded: Setup) -> Render:
     """Return what gives the frames of a run, and the (chunk, own step) that it computed."""
 
     def render(
         *settings: str, preset: str = "vanilla_causal"
     ) -> tuple[Tensor, set[tuple[int, int]]]:
-        request = Request(overrides=[*SETTINGS, *settings])
-        config = read_settings(
-            request, find_preset(PRESETS, preset), folder=loaded.job.checkpoint.folder
-        )
+        request = Request(preset, overrides=[*SETTINGS, *settings])
+        config = read_settings(MODEL, request, loaded.job.source)
         stats = RunStats(loaded.job.device)
         shown = generate(loaded.models.dit, loaded.models.vae, config, loaded.inputs, stats=stats)
         frames = torch.cat([each.frames for each in shown if each.frames is not None], dim=1)

@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
-from flowcache.runtime.job import config_layers
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import probe
 from skyreels_v2.checkpoint import find
 from skyreels_v2.config import RunConfig
 from skyreels_v2.enhance import MAX_NEW_TOKENS, enhance
-from skyreels_v2.run import BASE, Request
+from skyreels_v2.released import PRESETS
 from skyreels_v2.upstream import main, request_of
 from skyreels_v2.upstream_flags import Script, parser_of
 
@@ -36,7 +37,9 @@ def request(script: Script, *arguments: str) -> Request:
 def config(script: Script, *arguments: str) -> RunConfig:
     """The settings that a command line means."""
     asked = request(script, *arguments)
-    layers = config_layers(BASE, BASE, checkpoint=find(asked.model).folder)
+    layers = config_layers(
+        PRESETS / "base.yaml", PRESETS / "base.yaml", checkpoint=find(asked.model).folder
+    )
     return load_config(RunConfig, layers, overrides=asked.overrides)
 
 

@@ -30,8 +30,8 @@ from flowcache.report.drawing import (
 )
 from flowcache.report.run import Row, Run, load_run
 from flowcache.runtime.files import read_json
-from flowcache.runtime.job import Clip
 from flowcache.runtime.metrics import psnr
+from flowcache.runtime.run import Clip
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -1,4 +1,9 @@
-"""What every model's command line shares: arguments, exit codes, device, output name, progress."""
+"""The command line of every model: arguments, exit codes, device, output name, progress.
+
+PyTorch is imported where it is used, so that --help answers at once.
+"""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -10,17 +15,16 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from flowcache.errors import UserError, no_memory
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Stopped
 from flowcache.runtime.files import fresh_path
-from flowcache.runtime.precision import set_allocator
-from flowcache.runtime.ranks import Place, starter_of
-from flowcache.runtime.stats import RunStats
+
+if TYPE_CHECKING:
+    import torch
+
+    from flowcache.runtime.stats import RunStats
 
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
@@ -32,7 +36,8 @@ SHOWN_PATH = 300
 LOG_INTERVAL_SECONDS = 15
 """Between two states of the progress bar where it goes to a file."""
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Arguments ----------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,6 +130,9 @@ def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[s
     return [*named, *options.settings]
 
 
+# Errors -------------------------------------------------------------------------------------------
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; return its exit code.
 
@@ -137,6 +145,8 @@ def run_command(command: Callable[[], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test captures it
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the characters
+    from flowcache.runtime.ranks import Place, starter_of
+
     try:
         place = Place.of(os.environ)
         with Ending(starter_of(os.environ, place), is_first=place.rank == 0):
@@ -184,6 +194,9 @@ def _described(error: OSError) -> str:
     return f"{place}{error.strerror or ' '.join(str(error).split())}"
 
 
+# Choices ------------------------------------------------------------------------------------------
+
+
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """Return the device of a run: `auto` is CUDA where there is one, else the CPU.
 
@@ -194,6 +207,10 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     Raises:
         UserError: the name is no device, or there is no such device here.
     """
+    import torch
+
+    from flowcache.runtime.precision import set_allocator
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -221,9 +238,11 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights: `auto` is bfloat16 on CUDA and float32 on the CPU."""
+    import torch
+
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -260,6 +279,8 @@ class ProgressBar:
     def __init__(self, *, num_ticks: int, num_chunks: int) -> None:
         self.num_chunks = num_chunks
         self.num_clean = 0
+        from tqdm import tqdm  # only a run needs it
+
         interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
         self.bar = tqdm(total=num_ticks, unit="tick", dynamic_ncols=True, mininterval=interval)
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import given_path
 from flowcache.runtime.files import check_writable
 
 logger = logging.getLogger(__name__)

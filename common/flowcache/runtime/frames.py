@@ -12,7 +12,8 @@ import numpy as np
 
 from flowcache.errors import UserError
 from flowcache.runtime.files import ARRAY_ERRORS
-from flowcache.runtime.video import Pixels, read_image, stream_video
+from flowcache.runtime.images import read_image
+from flowcache.runtime.video import Pixels, stream_video
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 ARRAY_SUFFIXES = (".npy", ".npz")

@@ -6,8 +6,8 @@ counted by running it on the meta device, where tensors have shapes but no value
 """
 
 import copy
-import re
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowcache.errors import UserError
+from flowcache.kv import PREFETCHED_LAYERS
+from flowcache.runtime.model import Work
+from flowcache.runtime.parallel import own_branches
 from flowcache.runtime.ranks import Group, Layout, Ranks
+from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.units import scaled
 
 RESERVED_SHARE = 0.05
 """Of the limit: holes between tensors, scratch memory inside kernels, the CUDA context."""
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-_LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+PIXEL_BYTES = 3 * 4
+"""Of an RGB pixel in float32."""
+META = torch.device("meta")
+SCORING_REMEDY = "set kv.queries=frame"
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -97,6 +103,18 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def weight_bytes(model: nn.Module) -> int:
     """Return what the parameters of a network take; on the meta device, what they would."""
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def text_scratch_bytes(encoder: Any, *, batch: int, num_tokens: int, dtype: torch.dtype) -> int:
+    """Return what encoding prompts holds in addition to the weights: one layer is as all.
+
+    Args:
+        encoder: an empty T5 of transformers.
+    """
+    ids = torch.empty(batch, num_tokens, dtype=torch.int64, device=META)
+    model = one_layer(encoder).to(dtype)
+    # without a mask: transformers would look at its values
+    return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
 
 
 def one_layer(encoder: Any) -> Any:
@@ -183,8 +201,8 @@ class Stage:
 class Residence:
     """What is kept in the memory of the host while the device does not need it.
 
-    Ordered from the fastest to the slowest: what is true costs copies, never another result, but
-    for the text encoder, whose sums the host may round otherwise.
+    Ordered from the fastest to the slowest. Each costs copies and leaves the video as it is, except
+    for the text encoder, whose sums the host may round in another order.
     """
 
     text_on_host: bool = False
@@ -244,6 +262,53 @@ class MemoryPlan:
         return rows
 
 
+class Footprint(ABC):
+    """Counts what a run keeps in the memory of its device; networks are traced once.
+
+    A model says what its stages hold; what is alike in all models is here.
+    """
+
+    def __init__(
+        self, config: Any, work: Work, *, dtype: torch.dtype, layout: Layout, overlaps: bool
+    ) -> None:
+        """Count for one of the processes that divide a run.
+
+        Args:
+            work: of a process, see `plan.per_process`.
+            dtype: of the weights inside the blocks.
+            overlaps: whether chunks are decoded while others are denoised, if both networks are
+                there.
+        """
+        self.config, self.work, self.dtype = config, work, dtype
+        self.ranks, self.overlaps = traced_ranks(layout), overlaps
+        self.num_own = own_branches(layout, num_branches=work.num_caches)
+        """Branches of this process."""
+
+    @abstractmethod
+    def stages(self, residence: Residence) -> list[Stage]:
+        """Return the stages of the run, given what is kept on the host."""
+
+    def kv_part(self, residence: Residence, *, num_layers: int, remedy: str) -> Part:
+        """Return the keys and values; of those on the host, two layers are read at a time."""
+        if not residence.kv_on_host:
+            return Part("the KV cache", self.work.kv_bytes, remedy)
+        # the buffers stay from the first tick to the last
+        name = f"{PREFETCHED_LAYERS} layers of the KV cache"
+        return Part(name, PREFETCHED_LAYERS * self.layer_bytes(num_layers), remedy)
+
+    def layer_bytes(self, num_layers: int) -> int:
+        """Return the keys and values of one layer and branch."""
+        return self.work.kv_bytes // (num_layers * self.num_own)
+
+    def scoring_part(self, residence: Residence, *, num_layers: int) -> Part:
+        """Return what compression adds: queries, scores, kept rows; those of the host are read."""
+        size = 0
+        if self.config.kv.compress != "none":
+            halves = 2 if residence.kv_on_host else 1
+            size = self.work.scoring_bytes + halves * self.layer_bytes(num_layers) // 2
+        return Part("KV scoring", size, SCORING_REMEDY)
+
+
 StagesOf = Callable[[Residence], Sequence[Stage]]
 """The stages of a run, given what is kept where."""
 
@@ -294,25 +359,6 @@ def _candidates(wanted: Residence) -> list[Residence]:
                     )
                 )
     return list(dict.fromkeys(made))
-
-
-def parse_limit(text: str) -> int | None:
-    """Return the bytes that a `memory_limit` names, None for `auto` and `none`.
-
-    Example: `24GB` is 24,000,000,000 and `24GiB` is 25,769,803,776.
-
-    Raises:
-        UserError: it is no amount of memory.
-    """
-    if text.lower() in ("auto", "none"):
-        return None
-    found = _LIMIT.fullmatch(text.strip())
-    factor = None if found is None else UNITS.get(found[2].upper())
-    if found is None or factor is None or not float(found[1]):
-        raise UserError(
-            f"memory_limit must be auto, none or an amount such as 24GB or 24GiB, not {text}"
-        )
-    return int(float(found[1]) * factor)
 
 
 def limit_of(text: str, device: torch.device) -> int | None:

@@ -6,14 +6,12 @@ import socket
 import sys
 from collections.abc import Callable, Generator, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, cast
+from typing import cast
 
 import torch.distributed as dist
 
 from flowcache.errors import UserError
-from flowcache.runtime.bounds import Bounds
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.ending import EXIT_LOST, LAUNCHER
 from flowcache.runtime.ranks import (
@@ -27,16 +25,7 @@ from flowcache.runtime.ranks import (
     ToldElsewhereError,
     contact,
 )
-
-MAX_PROCESSES = 4096
-
-
-@dataclass(frozen=True)
-class ParallelRule:
-    """How several processes divide a run."""
-
-    branch: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
-    sequence: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
+from flowcache.runtime.settings import ParallelRule
 
 
 def layout_of(

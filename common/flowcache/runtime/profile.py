@@ -1,27 +1,36 @@
-"""A tuned plan on disk: a small YAML file that says what it was made for.
+"""A tuned plan on disk, and runs that follow one.
 
-write_profile(profile, Path("profile.yaml"))
-profile = read_profile(Path("profile.yaml"))
-check_fits(profile, setting, path=Path("profile.yaml"))
-check_model(profile, fingerprint(sizes, weights), path=Path("profile.yaml"))
+A profile is a small YAML file that says what it was made for. It ranks above the presets and below
+the command line: what a user sets there wins.
+
+    write_profile(profile, Path("profile.yaml"))
+    config = load_with_profile(load, overrides, folder=checkpoint, setting_of=setting_of)
+    check_tuned_for(config.reuse, partial(fingerprint, sizes, weights))
+    make_policy = policy_maker(config.reuse)
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
-import torch
 import yaml
-from torch import Tensor
 
+from flowcache.bounds import OneOf, given_path
 from flowcache.errors import UserError
-from flowcache.results import MAX_ORDER
+from flowcache.policies import Calibration, Rescale, ReusePolicy, ReuseRule, identity
+from flowcache.predict import MAX_ORDER, PREDICTORS
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 SIGNIFICANT_DIGITS = 6
@@ -30,9 +39,15 @@ FINGERPRINT_NUMBERS = 1024
 HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here: tune again.\n"
 
 
+FITTED = tuple(name for name, each in PREDICTORS.items() if each.level == "velocity")
+"""Predictors that plans are made for."""
+PLACEHOLDER = "reuse.predict=velocity"
+"""What a profile sets, until it is read: a predictor that all other settings go with."""
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a plan depends on beside the model: it serves runs with the same values only."""
+    """What a plan depends on besides the model: it serves runs with the same values only."""
 
     num_steps: int
     shift: float
@@ -43,11 +58,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Reuse:
-    """What is computed, and what stands for the rest."""
+    """What is computed, and what predicts the rest."""
 
     plans: list[list[int]]
     """Computed own steps by chunk position; chunks behind the last entry use that one."""
-    predict: Literal["velocity", "clean"]
+    predict: Annotated[str, OneOf(FITTED)]
     order: int
     factor: float
     guidance_steps: list[int] | None = None
@@ -122,24 +137,20 @@ class Profile:
             if len(values) != num_steps:
                 raise UserError(f"observed.{name} needs {num_steps} values, found {len(values)}")
 
+    def calibration(self, rescale: Rescale) -> Calibration:
+        """Return what policies build on."""
+        return Calibration(rescale, self.reuse.plans, **dataclasses.asdict(self.observed))
+
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write a profile in one step: a reader sees the old file or the whole new one.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write a profile in one step: a reader sees the old file or the whole new one."""
     content = _rounded(dataclasses.asdict(profile))
     text = HEADER + yaml.safe_dump(content, sort_keys=False, width=100, allow_unicode=True)
     write_text(path, text)
 
 
 def read_profile(path: Path) -> Profile:
-    """Read a profile; every key must be there and no other.
-
-    Raises:
-        UserError: the file is missing, or no whole profile.
-    """
+    """Read a profile; every key must be there and no other."""
     if not path.is_file():
         raise UserError(f"{path}: no such profile: make one with scripts/tune.py --out {path}")
     try:
@@ -152,11 +163,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def check_fits(profile: Profile, setting: Setting, *, path: Path) -> None:
-    """Refuse a profile that was made for other settings.
-
-    Raises:
-        UserError: it was; the line says what to do.
-    """
+    """Refuse a profile that was made for other settings."""
     tuned, found = (_rounded(dataclasses.asdict(each)) for each in (profile.setting, setting))
     wrong = [name for name, wanted in tuned.items() if wanted != found[name]]
     if wrong:
@@ -174,9 +181,6 @@ def check_model(profile: Profile, found: str, *, path: Path) -> None:
 
     Args:
         found: fingerprint of the model of the run.
-
-    Raises:
-        UserError: it was; the line says what to do.
     """
     if found != profile.fingerprint:
         raise UserError(
@@ -202,6 +206,8 @@ def fingerprint(config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
 
 
 def _start(tensor: Tensor) -> bytes:
+    import torch  # late: a wrong setting is refused before torch is loaded
+
     shape = str(list(tensor.shape)).encode()
     start = tensor.detach().flatten()[:FINGERPRINT_NUMBERS].to(torch.bfloat16)
     return shape + start.view(torch.int16).numpy().tobytes()
@@ -213,3 +219,112 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
+
+
+# Runs that follow a profile -----------------------------------------------------------------------
+
+
+class Tunable(Protocol):
+    """The settings of a run."""
+
+    @property
+    def reuse(self) -> Any:
+        """A `ReuseRule`."""
+        ...
+
+
+Config = TypeVar("Config", bound=Tunable)
+
+
+def load_with_profile(
+    load: Callable[[Sequence[str]], Config],
+    overrides: Sequence[str],
+    *,
+    folder: Path | None,
+    setting_of: Callable[[Config], Setting],
+) -> Config:
+    """Return the settings of a run, with the place and the predictor of its profile, if it has one.
+
+    Args:
+        load: makes settings from `key=value` texts above all presets.
+        overrides: those of the command line.
+        folder: the checkpoint's; a relative path is looked for there, then from here.
+        setting_of: what the profile must fit, of the run.
+    """
+    rule = load([PLACEHOLDER, *overrides]).reuse
+    if not rule.needs_profile:
+        return load(overrides)
+    path = find_profile(rule, folder=folder)
+    profile = read_profile(path)
+    config = load([*profile_settings(profile, rule), *overrides, f"reuse.profile={path}"])
+    check_fits(profile, setting_of(config), path=path)
+    return config
+
+
+def find_profile(rule: ReuseRule, *, folder: Path | None) -> Path:
+    """Return where a run's profile is, whether or not it exists."""
+    if rule.profile is None:
+        raise UserError(
+            f"reuse.policy={rule.policy} needs a profile: set reuse.profile=PATH to one that "
+            "scripts/tune.py made"
+        )
+    path = given_path(rule.profile, name="reuse.profile")
+    if folder is not None and ((folder / path).exists() or not path.exists()):
+        return folder / path
+    return path
+
+
+def check_tuned_for(rule: ReuseRule, fingerprint: Callable[[], str]) -> None:
+    """Refuse a run that follows a profile of another model.
+
+    Args:
+        fingerprint: of the model of the run; asked for only if a profile is followed.
+    """
+    if rule.needs_profile:
+        path, profile = profile_of(rule)
+        check_model(profile, fingerprint(), path=path)
+
+
+def profile_of(rule: ReuseRule) -> tuple[Path, Profile]:
+    """Read the profile of a run's settings, which has been found."""
+    assert rule.profile is not None, "load_with_profile comes first"
+    return Path(rule.profile), read_profile(Path(rule.profile))
+
+
+def profile_settings(profile: Profile, rule: ReuseRule) -> list[str]:
+    """Return what a profile sets: its plan is made for its predictor, magnitudes are for none."""
+    if not rule.kind.takes("plans"):
+        return [f"reuse.predict={profile.reuse.predict}"]
+    reuse = profile.reuse
+    steps = "null" if reuse.guidance_steps is None else reuse.guidance_steps
+    return [
+        f"reuse.predict={reuse.predict}",
+        f"reuse.extrapolate={reuse.factor if reuse.order else 0.0}",
+        f"reuse.order={max(reuse.order, 1)}",
+        f"reuse.guidance_steps={steps}",
+    ]
+
+
+def profile_lines(rule: ReuseRule) -> list[str]:
+    """Say what a run's profile is, in a line of its description; [] where it follows none."""
+    if not rule.needs_profile:
+        return []
+    path, profile = profile_of(rule)
+    counts = sorted({len(plan) for plan in profile.reuse.plans})
+    computed = " or ".join(str(count) for count in counts)
+    return [
+        f"profile      {path}: {computed} of {profile.setting.num_steps} steps planned, "
+        f"{profile.predicted.psnr:.1f} dB expected"
+    ]
+
+
+def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[], ReusePolicy]:
+    """Return what makes a run's reuse policies, one for each guidance branch.
+
+    Args:
+        rescale: from a distance of signals to what is accumulated.
+    """
+    calibration = Calibration(rescale)
+    if rule.needs_profile:
+        calibration = profile_of(rule)[1].calibration(rescale)
+    return partial(rule.kind.of, rule, calibration)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.reuse import Decision, ReusePolicy
+from flowcache.policies import Decision, ReusePolicy
 from flowcache.runtime.ending import LAUNCHER, ORPHANED, Starter, Stopped
 from flowcache.schedule import Tick
 

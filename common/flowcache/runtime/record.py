@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from flowcache.errors import UserError
-from flowcache.reuse import Replay, compute_together
+from flowcache.policies import Replay, compute_together
 from flowcache.runtime.files import read_json, write_json
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.trace import PassId, Traced

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import memory_named
-from flowcache.reuse import Decision
+from flowcache.policies import Decision
 from flowcache.runtime.timeline import Period, merged_periods
 from flowcache.runtime.trace import (
     Moment,

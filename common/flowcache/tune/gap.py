@@ -29,12 +29,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from flowcache.results import MAX_ORDER
+from flowcache.predict import MAX_ORDER
 
 Array = npt.NDArray[np.float64]
 
 Predicted = Literal["velocity", "clean"]
-"""What is held or extrapolated: the velocity, or the clean estimate; see `flowcache.results`."""
+"""What is held or extrapolated: the velocity, or the clean estimate; see `flowcache.predict`."""
 
 Point = tuple[int, int]
 """A computed step, and the last one up to it that ran all guidance passes."""
@@ -50,7 +50,7 @@ class Predictor:
     degree `order` through the last computed ones, over the noise level, adds to it. Order 0, or
     factor 0, holds the last velocity. A chunk with fewer results uses the degree that they allow.
 
-    Source: TaylorSeer (arXiv 2503.06923) for extrapolated features; `flowcache.reuse.ResultStore`
+    Source: TaylorSeer (arXiv 2503.06923) for extrapolated features; `flowcache.predict.ResultStore`
     carries the same rule out.
     """
 

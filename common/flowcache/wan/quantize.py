@@ -11,16 +11,14 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from flowcache.errors import UserError
+from flowcache.runtime.settings import QuantizeName
 from flowcache.wan.dit import DiT, DiTConfig
-
-QuantizeName = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]
-"""weight: 8-bit weights, widened for each product; dynamic: 8-bit activations and products, too."""
 
 PINNED = "torchao==0.18.0"
 """The version in constraints.txt."""

@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache.planned import (
+from flowcache.policies import (
     GuardedPlan,
     MagCache,
     Planned,
+    ReusePolicy,
+    Stride,
     distance_band,
     magnitude_ratios,
 )
-from flowcache.reuse import ReusePolicy, Stride
 from flowcache.schedule import staggered
 
 

@@ -3,7 +3,7 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.results import ResultStore, clean_estimate, velocity_to
+from flowcache.predict import ResultStore, clean_estimate, velocity_to
 
 pytestmark = pytest.mark.numeric
 

@@ -1,4 +1,4 @@
-"""What values settings may have: bounds of numbers and rules of texts, beside their declarations.
+"""What values settings may have: bounds of numbers and rules of texts, as part of their types.
 
     @dataclass(frozen=True)
     class Sampling:
@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 from flowcache.errors import UserError
+
+T = TypeVar("T")
 
 MAX_CHARACTERS = 10_000
 """Of any text: the models read some hundred tokens of a prompt."""
@@ -44,13 +46,62 @@ class Bounds:
     """Whether `low` itself is too low."""
 
     def holds(self, value: float) -> bool:
-        """Tell whether a number lies inside."""
+        """Return whether a number lies inside."""
         return (self.low < value if self.is_open else self.low <= value) and value <= self.high
 
     def rule(self) -> str:
-        """Say the bounds: `in 1..1000`, `above 0 and at most 1000`."""
+        """Return the rule in words: `in 1..1000`, `above 0 and at most 1000`."""
         low, high = number(self.low), number(self.high)
         return f"above {low} and at most {high}" if self.is_open else f"in {low}..{high}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The names that a text may be."""
+
+    names: tuple[str, ...]
+
+
+# The bounds of settings that every model has ------------------------------------------------------
+
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+"""Denoising steps of a chunk. Source: the timesteps that the models were trained with."""
+MAX_FRAMES = 1_000_000
+"""Of a video: eleven hours at 24 frames per second."""
+
+Seed: TypeAlias = Annotated[int, Bounds(0, MAX_SEED)]
+Frames: TypeAlias = Annotated[int, Bounds(1, MAX_FRAMES)]
+Pixels: TypeAlias = Annotated[int, Bounds(16, 4096)]
+Fps: TypeAlias = Annotated[int, Bounds(1, 1000)]
+NumSteps: TypeAlias = Annotated[int, Bounds(1, MAX_STEPS)]
+OwnSteps: TypeAlias = Annotated[list[int] | None, Bounds(0, MAX_STEPS - 1)]
+Threshold: TypeAlias = Annotated[float, Bounds(0, 10**9)]
+Share: TypeAlias = Annotated[float, Bounds(0, 1)]
+Place: TypeAlias = Annotated[str | None, IS_PATH]
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+SETTING = "setting"
+"""In the metadata of a dataclass field: the setting that it takes, where that has another name."""
+
+
+def sources_of(made: type) -> dict[str, str]:
+    """Return for each field of a dataclass the name of the setting that it may take."""
+    return {each.name: each.metadata.get(SETTING, each.name) for each in fields(made)}
+
+
+def made_of(made: type[T], *sections: Any) -> T:
+    """Return an instance whose fields take the values of settings; the others keep defaults.
+
+    Args:
+        made: a dataclass; its fields have the names of settings, or name them in their metadata.
+        sections: of the settings; the later one wins where two have the same name.
+    """
+    values = {name: value for section in sections for name, value in vars(section).items()}
+    sources = sources_of(made).items()
+    return made(**{name: values[source] for name, source in sources if source in values})
 
 
 def number(value: float) -> str:
@@ -67,6 +118,11 @@ def bounds_of(hint: Any) -> Bounds | None:
     return next((x for x in _annotations(hint) if isinstance(x, Bounds)), None)
 
 
+def names_of(hint: Any) -> tuple[str, ...] | None:
+    """Return the names that a type is annotated with, or None."""
+    return next((x.names for x in _annotations(hint) if isinstance(x, OneOf)), None)
+
+
 @cache
 def annotated_hints(schema: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields, their annotations included."""
@@ -79,9 +135,6 @@ def check_values(section: Any, *, prefix: str = "", source: str = "") -> None:
     Args:
         prefix: of the keys: the section that this is.
         source: file, for messages.
-
-    Raises:
-        UserError: naming the key, the rule and the value.
     """
     where = f"{source}: " if source else ""
     for entry in fields(section):
@@ -110,7 +163,7 @@ def _number_fault(value: float, bounds: Bounds | None) -> str | None:
 
 
 def text_fault(text: str) -> str | None:
-    """Say what keeps a text from being written and read as UTF-8, or None."""
+    """Return what keeps a text from being written and read as UTF-8, or None."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "is not valid UTF-8 text: check the encoding of your terminal or file"
     if "\0" in text:
@@ -124,7 +177,7 @@ def text_fault(text: str) -> str | None:
 
 
 def path_fault(text: str) -> str | None:
-    """Say why a text can't be the path of a file or folder, or None."""
+    """Return why a text can't be the path of a file or folder, or None."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "is not valid UTF-8: rename the file or folder"
     if any(character < " " for character in text):
@@ -143,9 +196,6 @@ def given_path(text: str, *, name: str) -> Path:
 
     Args:
         name: of the argument or setting, for messages.
-
-    Raises:
-        UserError: it can't be a path, or there is no such user.
     """
     fault = path_fault(text)
     if fault is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.planned import GuardedPlan, MagCache, Planned
+from flowcache.policies import GuardedPlan, MagCache, Planned, ReuseRule, guidance_of, threshold_of
 from flowcache.runtime.config import load_config
 from flowcache.runtime.profile import (
     Observed,
@@ -16,10 +16,12 @@ from flowcache.runtime.profile import (
     Reuse,
     Setting,
     Source,
+    check_tuned_for,
+    load_with_profile,
+    policy_maker,
+    profile_lines,
     write_profile,
 )
-from flowcache.runtime.profiled import check_tuned_for, load_with_profile, profile_lines
-from flowcache.runtime.settings import ReuseRule, guidance_of, policy_maker, threshold_of
 
 SETTING = Setting(num_steps=4, shift=5.0, lag=2, guidance=[4.0])
 PROFILE = Profile(

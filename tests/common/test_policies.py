@@ -6,8 +6,7 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.results import ResultStore
-from flowcache.reuse import (
+from flowcache.policies import (
     Decision,
     FlowCache,
     ReusePolicy,
@@ -20,6 +19,7 @@ from flowcache.reuse import (
     polynomial,
     relative_l1,
 )
+from flowcache.predict import ResultStore
 from flowcache.schedule import Tick, staggered
 
 pytestmark = pytest.mark.numeric

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from flowcache.errors import UserError
-from flowcache.guidance import HeldGuidance
-from flowcache.runtime.settings import ReuseRule, check_guidance, check_reuse, guidance_of
+from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
+from flowcache.predict import HeldGuidance
 
 
 def full_steps(guidance: HeldGuidance, computed: list[int], *, num_steps: int = 8) -> list[int]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.finite import Decoded
-from flowcache.runtime.job import Request, claim_output, collect, config_layers
+from flowcache.runtime.model import Request
 from flowcache.runtime.overlap import Later
+from flowcache.runtime.run import claim_output, collect, config_layers
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 

@@ -1,0 +1,233 @@
+"""MAGI-1 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.runtime import config as settings
+from flowcache.runtime.finite import check_finite
+from flowcache.runtime.hub import Missing
+from flowcache.runtime.memory import Residence
+from flowcache.runtime.model import Job, Source, Work
+from magi1 import checkpoint as checkpoints
+from magi1 import released, text, vae
+from magi1 import work as works
+from magi1.config import ReleaseConfig, RunConfig
+from magi1.dit import DiT, compiled_parts
+from magi1.fp8 import has_fp8_gemm
+from magi1.inputs import Media, num_latents, read_media
+from magi1.pipeline import Conditioning, generate
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_TOKENS = 100
+"""Tokens of a prompt where no tokenizer is at hand to count them."""
+KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        **{key: key for key in ("prompt", "image", "video", "memory_limit", "embedding_cache")},
+        **{key: f"runtime_config.{key}" for key in ("seed", "num_steps", "num_frames", "fps")},
+        "height": "runtime_config.video_size_h",
+        "width": "runtime_config.video_size_w",
+    }
+)
+
+
+class Magi:
+    """MAGI-1; see `VideoModel` for what each method is for."""
+
+    name = "magi1"
+    presets = released.PRESETS
+    schema = RunConfig
+    keys: Mapping[str, str] = KEYS
+
+    def settings_lines(self) -> list[str]:
+        release = settings.describe(ReleaseConfig, commented=released.FIELDS)
+        every = settings.describe(RunConfig, commented=released.PRESETS / "base.yaml")
+        return [*release, *every[len(release) :]]
+
+    # Files and settings -----------------------------------------------------------------------
+
+    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
+        return checkpoints.find_model(name, wants_download=download)
+
+    def check(self, config: RunConfig, source: Source) -> RunConfig:
+        return checkpoints.locate(config, source)
+
+    def check_device(
+        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        pass
+
+    dtype = staticmethod(works.dtype_of)
+
+    def missing(self, config: RunConfig, source: Source) -> Missing | None:
+        if not checkpoints.is_released(source) or not _may_download(config, source):
+            return None
+        return checkpoints.find_download(config, source)
+
+    def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
+        if _may_download(config, source):
+            config = checkpoints.download(config, source)
+        return config, replace(source, files=checkpoints.find(config))
+
+    def check_files(self, config: RunConfig, source: Source) -> None:
+        checkpoints.check(source.files)
+        folder, model = source.files.vae, config.model_config
+        found = vae.read_config(folder)
+        for name, value, wanted in (
+            ("z_chans", found.z_chans, model.latent_channels),
+            ("patch_size", found.patch_size, works.VAE_STRIDE),
+            ("patch_length", found.patch_length, config.runtime_config.temporal_downsample_factor),
+        ):
+            if value != wanted:
+                raise UserError(
+                    f"{folder}: the VAE's {name} is {value}, the transformer takes {wanted}"
+                )
+
+    def fingerprint(self, source: Source) -> str:
+        return checkpoints.fingerprint(source.files)
+
+    setting = staticmethod(works.setting_of)
+
+    # Planning ---------------------------------------------------------------------------------
+
+    media = staticmethod(read_media)
+
+    def before(self, media: Media) -> Tensor | None:
+        return None
+
+    def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
+        stride = config.runtime_config.temporal_downsample_factor
+        prompt_tokens = ASSUMED_TOKENS
+        if source.files is not None:
+            most = config.model_config.caption_max_length
+            folder = source.files.text_encoder
+            prompt_tokens = text.count_tokens(folder, config.prompt, max_length=most)
+        return works.work_of(
+            config,
+            num_prefix=num_latents(media.prefix, temporal_stride=stride),
+            prompt_tokens=prompt_tokens,
+            has_special_tokens=media.tokens is not None,
+            dtype=dtype,
+        )
+
+    def title(self, job: Job) -> list[str]:
+        config, engine, passes = job.config, job.config.engine_config, job.config.passes
+        kind = "distilled" if engine.distill else "base"
+        kind += ", 8-bit" if engine.fp8_quant else ""
+        where = str(job.dtype).removeprefix("torch.")
+        if job.source.files is None:
+            where += f", by its sizes alone, for a prompt of {ASSUMED_TOKENS} tokens"
+        else:
+            where += f" on {job.device}"
+        extra = {"clean": passes.clean_pass, "nearly clean": passes.nearly_clean_pass}
+        made = ", ".join(name for name, is_made in extra.items() if is_made)
+        return [
+            f"model        {job.source.name} ({kind}), {where}",
+            f"preset       {job.preset}: {config.reuse.policy} reuse, {config.kv.compress} "
+            f"KV compression, extra passes: {made or 'none'}",
+        ]
+
+    lines = staticmethod(works.lines_of)
+
+    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
+        return works.RunMemory(
+            job.config,
+            job.work,
+            networks=works.Networks.of(job.source.files, job.config, dtype=job.dtype),
+            dtype=job.dtype,
+            layout=job.ranks.layout,
+            overlaps=overlaps,
+        )
+
+    def residence(self, config: RunConfig) -> Residence:
+        # the release says by t5_device only whether the encoder shares the GPU
+        return Residence(
+            text_on_host=config.runtime_config.t5_device == "cpu",
+            dit_aside=config.offload,
+            kv_on_host=config.engine_config.kv_offload,
+        )
+
+    def placed(self, config: RunConfig, residence: Residence) -> RunConfig:
+        run, engine = config.runtime_config, config.engine_config
+        t5_device = "cpu" if residence.text_on_host else run.t5_device
+        return replace(
+            config,
+            runtime_config=replace(run, t5_device=t5_device),
+            engine_config=replace(engine, kv_offload=residence.kv_on_host),
+            offload=residence.dit_aside,
+        )
+
+    # Running ----------------------------------------------------------------------------------
+
+    def text_facts(self, job: Job) -> dict[str, Any]:
+        return {
+            "prompts": [job.config.prompt],
+            "encoder": text.fingerprint(job.source.files.text_encoder),
+            "max_length": job.config.model_config.caption_max_length,
+            "dtype": "torch.float32",
+        }
+
+    def load_text(self, job: Job) -> text.TextEncoder:
+        return text.load(
+            job.source.files.text_encoder,
+            max_length=job.config.model_config.caption_max_length,
+            device=job.text_device,
+        )
+
+    def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
+        made = encoder.encode(job.config.prompt)
+        modules = {"text encoder": encoder.model}
+        return check_finite(made, "the embeddings of the prompt", modules=modules)
+
+    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
+        choice, tokens = job.config.tokens, job.media.tokens
+        if tokens is None and (choice.names() or choice.duration or choice.negative):
+            logger.warning(
+                "no special tokens: the model is not told of quality and duration; set "
+                "special_tokens to the path of special_tokens.npz"
+            )
+        return Conditioning(encoded, tokens=tokens, prefix=job.media.prefix)
+
+    def load_dit(self, job: Job) -> DiT:
+        engine = job.config.engine_config
+        if engine.fp8_quant and not has_fp8_gemm(job.device):
+            logger.warning("8-bit products are emulated in float32: %s has none", job.device)
+        if engine.cp_size * engine.pp_size > 1:
+            logger.warning(
+                "cp_size and pp_size of the config are left out: several GPUs are used with "
+                "torchrun and divided by parallel.branch and parallel.sequence"
+            )
+        return checkpoints.load_dit(job.source.files, device=job.device, dtype=job.dtype)
+
+    def compile(self, job: Job, dit: DiT) -> None:
+        dit.parts = compiled_parts()
+        dit.compile_ahead(num_tokens=job.work.pass_tokens // job.ranks.layout.sequence)
+
+    def load_vae(self, job: Job) -> vae.VAE:
+        """Load the VAE; with `offload` it waits on the CPU."""
+        return vae.load(
+            job.source.files.vae,
+            scale=job.config.runtime_config.scale_factor,
+            tiling=works.tiling_of(job.config),
+            dtype=torch.bfloat16 if job.dtype == torch.bfloat16 else torch.float32,
+            device="cpu" if job.placed.offload else job.device,
+        )
+
+    generate = staticmethod(generate)
+
+
+MODEL = Magi()
+
+
+def _may_download(config: RunConfig, source: Source) -> bool:
+    """Tell whether weights come from the hub."""
+    if source.download == "missing":
+        return not checkpoints.are_there(config)
+    return source.download == "always"

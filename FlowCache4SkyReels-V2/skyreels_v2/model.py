@@ -1,0 +1,267 @@
+"""SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowcache.bounds import given_path
+from flowcache.errors import UserError
+from flowcache.runtime import config as settings
+from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.finite import check_finite
+from flowcache.runtime.hub import Missing
+from flowcache.runtime.memory import Residence
+from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.video import to_pixels
+from flowcache.wan import quantize, text, vae
+from flowcache.wan.dit import DiT, compiled_parts
+from skyreels_v2 import checkpoint as checkpoints
+from skyreels_v2 import work as works
+from skyreels_v2.config import RunConfig
+from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
+from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.released import DEMO, PRESETS, REAL_MODEL, RELEASED, released_name
+
+logger = logging.getLogger(__name__)
+KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        key: key
+        for key in (
+            *("prompt", "image", "end_image", "video", "seed", "memory_limit", "embedding_cache"),
+            *("num_steps", "num_frames", "height", "width", "fps"),
+        )
+    }
+)
+
+
+class SkyReels:
+    """SkyReels-V2; see `VideoModel` for what each method is for."""
+
+    name = "skyreels_v2"
+    presets = PRESETS
+    schema = RunConfig
+    keys: Mapping[str, str] = KEYS
+
+    def settings_lines(self) -> list[str]:
+        return settings.describe(RunConfig, commented=PRESETS / "base.yaml")
+
+    # Files and settings -----------------------------------------------------------------------
+
+    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
+        if is_dry and name in RELEASED:
+            return Source(name, plans_by_sizes=True, sizes=checkpoints.released_sizes(name))
+        place = choose_model(name)
+        if Path(place).expanduser().exists():
+            return _source(checkpoints.find(place))
+        known = released_name(str(place))
+        sizes = None if known is None else checkpoints.released_sizes(known)
+        return Source(str(place), sizes=sizes)
+
+    def check(self, config: RunConfig, source: Source) -> RunConfig:
+        if source.sizes is None:
+            return config
+        check_mode(config, source.sizes)
+        config = turn_to_fit(config)
+        if config.reuse.kind.takes("rescale"):
+            works.rescale_for(config, source.sizes)
+        return config
+
+    def check_device(
+        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        quantize.check(config.quantize, source.sizes, device=device, dtype=dtype)
+
+    def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
+        return choose_dtype(config.dtype, device)
+
+    def missing(self, config: RunConfig, source: Source) -> Missing | None:
+        if source.folder is not None or source.plans_by_sizes:
+            return None
+        missing = checkpoints.find_download(source.name)
+        if missing is not None and source.sizes is None:
+            raise UserError(
+                f"{missing.describe()}: is not downloaded in a dry run, and its sizes are not "
+                f"known: give --model as one of {', '.join(RELEASED)}, or run without --dry-run"
+            )
+        return missing
+
+    def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
+        return config, source if source.files else _source(checkpoints.find(source.name))
+
+    def check_files(self, config: RunConfig, source: Source) -> None:
+        checkpoints.check(source.files)
+
+    def fingerprint(self, source: Source) -> str:
+        return checkpoints.fingerprint(source.files)
+
+    setting = staticmethod(works.setting_of)
+
+    # Planning ---------------------------------------------------------------------------------
+
+    def media(self, config: RunConfig, source: Source) -> Media:
+        return read_media(config)
+
+    def before(self, media: Media) -> Tensor | None:
+        return media.video
+
+    def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
+        return works.work_of(config, source.sizes, dtype=dtype)
+
+    def title(self, job: Job) -> list[str]:
+        config, source = job.config, job.source
+        if source.files is None:
+            name = source.name if source.plans_by_sizes else released_name(source.name)
+            model = f"sizes of the released {name}, {config.dtype} = {job.dtype}; no files"
+        else:
+            dtype = str(job.dtype).removeprefix("torch.")
+            model = f"{source.name}, {source.files.layout} layout, {dtype} on {job.device}"
+        return [
+            f"model        {model}",
+            f"preset       {job.preset}: {config.attention} attention, {config.reuse.policy} "
+            f"reuse, {config.kv.compress} KV compression",
+        ]
+
+    lines = staticmethod(works.lines_of)
+
+    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
+        sizes = job.source.sizes
+        return works.RunMemory(
+            job.config,
+            sizes,
+            job.work,
+            networks=works.Networks.of(job.source.files, sizes, dtype=job.dtype),
+            dtype=job.dtype,
+            layout=job.ranks.layout,
+            overlaps=overlaps,
+        )
+
+    def residence(self, config: RunConfig) -> Residence:
+        return Residence(
+            text_on_host=config.text_on_host,
+            dit_aside=config.offload,
+            kv_on_host=config.kv_on_host,
+        )
+
+    def placed(self, config: RunConfig, residence: Residence) -> RunConfig:
+        return replace(
+            config,
+            text_on_host=residence.text_on_host,
+            offload=residence.dit_aside,
+            kv_on_host=residence.kv_on_host,
+        )
+
+    # Running ----------------------------------------------------------------------------------
+
+    def text_facts(self, job: Job) -> dict[str, Any]:
+        files = job.source.files
+        return {
+            "prompts": _prompts(job.config),
+            "encoder": text.fingerprint(files.text_encoder, tokenizer=files.tokenizer),
+            "text_len": files.config.text_len,
+            "dtype": str(job.dtype),
+        }
+
+    def load_text(self, job: Job) -> text.TextEncoder:
+        files = job.source.files
+        return text.load_encoder(
+            files.text_encoder,
+            tokenizer=files.tokenizer,
+            text_len=files.config.text_len,
+            dtype=job.dtype,
+            device=job.text_device,
+        )
+
+    def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
+        made = encoder.encode(_prompts(job.config))
+        modules = {"text encoder": encoder.model}
+        return check_finite(made, "the embeddings of the prompts", modules=modules)
+
+    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
+        media, overlap = job.media, job.config.overlap_history
+        video = None
+        if media.video is not None and overlap is not None:
+            video = to_pixels(media.video[-overlap:]).to(job.device)
+        branches = job.work.branches
+        return Conditioning(
+            text={name: encoded[i : i + 1] for i, name in enumerate(branches)},
+            image_features=self._image_features(job),
+            image=media.image,
+            end_image=media.end_image,
+            video=video,
+        )
+
+    def _image_features(self, job: Job) -> Tensor | None:
+        """Return what CLIP sees in the start image; None for models without."""
+        path, image = job.source.files.image_encoder, job.media.image
+        if path is None or image is None:
+            return None
+        vision = text.load_vision(path, dtype=job.dtype, device=job.device)
+        return check_finite(
+            vision.encode(image.movedim(1, 0)),
+            "the features of the start image",
+            modules={"image encoder": vision.model},
+        )
+
+    def load_dit(self, job: Job) -> DiT:
+        mode = job.config.quantize
+        device = job.device if mode is None else torch.device("cpu")
+        dit = checkpoints.load_dit(job.source.files, dtype=job.dtype, device=device)
+        if mode is not None:
+            quantize.quantize(dit, mode, device=job.device)
+        return dit
+
+    def compile(self, job: Job, dit: DiT) -> None:
+        work, num_own = job.work, len(job.ranks.own(job.work.branches))
+        # of two branches in one batch one may reuse alone
+        is_batched = num_own > 1 and works.batches_branches(job.config)
+        dit.parts = compiled_parts()
+        dit.compile_ahead(
+            num_frames=work.pass_tokens // work.frame_tokens,
+            frame_tokens=work.frame_tokens // job.ranks.layout.sequence,
+            batches=[num_own, 1] if is_batched else [1],
+        )
+
+    def load_vae(self, job: Job) -> vae.VAE:
+        return vae.load(job.source.files.vae, device=job.device)
+
+    generate = staticmethod(generate)
+
+
+MODEL = SkyReels()
+
+
+def choose_model(name: str, *, has_cuda: bool | None = None) -> str | Path:
+    """Return the folder or hub id of a model.
+
+    Args:
+        name: either, or `demo`, or `auto`: the real model where there is CUDA, else the demo.
+        has_cuda: whether there is a CUDA device; None: look for one.
+    """
+    has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
+    if name == "demo" or (name == "auto" and not has_cuda):
+        if not DEMO.is_dir():
+            raise UserError(
+                f"{DEMO}: the demo checkpoint is missing: restore it from the repository"
+            )
+        return DEMO
+    if name in RELEASED and not Path(name).exists():
+        raise UserError(
+            f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
+            f"its hub id, as {REAL_MODEL}"
+        )
+    given_path(name, name="model")
+    return REAL_MODEL if name == "auto" else name
+
+
+def _source(found: checkpoints.Checkpoint) -> Source:
+    return Source(found.folder.name, found.folder, files=found, sizes=found.config)
+
+
+def _prompts(config: RunConfig) -> list[str]:
+    return [config.prompt, config.negative_prompt][: len(works.branches_of(config))]

@@ -1,0 +1,641 @@
+"""When a chunk is recomputed.
+
+A policy says *when*: at every tick it looks at one cheap signal per chunk and says which chunks
+must be computed. `flowcache.predict` says *what* the others get; any policy goes with any
+predictor. Each guidance branch has a policy of its own.
+
+To add a policy: write its class, whose fields name the settings that it takes, and list it in
+`POLICIES`. A setting that no other policy has is one more field of `ReuseRule`. What a run checks
+and what `--list-settings` shows follows from these two.
+
+Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeAlias
+
+from flowcache.bounds import (
+    MAX_STEPS,
+    SETTING,
+    Bounds,
+    OneOf,
+    OwnSteps,
+    Place,
+    Threshold,
+    made_of,
+    sources_of,
+)
+from flowcache.errors import UserError
+from flowcache.predict import MAX_ORDER, HeldGuidance, ResultStore
+from flowcache.schedule import Tick
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Array = NDArray[np.float64]
+
+# torch is imported where tensors are made: a wrong setting is refused before torch is loaded
+
+BAND_MARGIN = 0.1
+"""Share by which the calibrated band of distances is widened on both sides: few clips are seen."""
+
+Signals: TypeAlias = "Mapping[int, Tensor]"
+"""Chunk -> its signal now; any shape, the same at every tick."""
+Rescale = Callable[[float], float]
+"""Maps a relative distance to the amount that is accumulated (both dimensionless)."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy says about one chunk at one tick."""
+
+    is_computed: bool
+    distance: float | None = None
+    """Relative L1 distance of the signal to the previous tick; None where none was measured."""
+    accumulated: float | None = None
+    """Sum of the rescaled distances since the last computed step, this tick included."""
+
+
+Decisions: TypeAlias = dict[int, Decision]
+"""By chunk."""
+
+
+def identity(distance: float) -> float:
+    """Return the distance as it is."""
+    return distance
+
+
+def polynomial(coefficients: Sequence[float]) -> Rescale:
+    """Return TeaCache's rescaling polynomial, highest power first (may be negative)."""
+
+    def rescale(distance: float) -> float:
+        value = 0.0
+        for coefficient in coefficients:
+            value = value * distance + coefficient
+        return value
+
+    return rescale
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured before a run, for the policies that build on it."""
+
+    rescale: Rescale = identity
+    plans: Sequence[Collection[int]] = ()
+    """Computed own steps by chunk; chunks behind the last entry use that one."""
+    magnitude_ratios: Sequence[float] = ()
+    """By own step; see `magnitude_ratios`."""
+    distance_low: Sequence[float] = ()
+    distance_high: Sequence[float] = ()
+    """By own step; see `distance_band`."""
+
+
+class ReusePolicy(ABC):
+    """Decides for one guidance branch which active chunks are computed at each tick."""
+
+    needs_signals = True
+    """Whether `plan` reads its signals; where not, the caller may pass none."""
+
+    @abstractmethod
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        """Decide for each chunk of `tick.steps`.
+
+        Args:
+            stored: chunks with a stored result; the others have to be computed.
+        """
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:  # noqa: B027
+        """Learn that these chunks were computed although `plan` did not ask for it."""
+
+
+class NamedPolicy(ReusePolicy):
+    """A policy that `reuse.policy` can name; see `POLICIES`.
+
+    A field of its dataclass has the value of the setting, or of the calibrated value, of that name,
+    or of the name that its metadata gives; see `made_of`.
+    """
+
+    @classmethod
+    def of(cls, rule: ReuseRule, calibration: Calibration) -> NamedPolicy:
+        """Return a new policy with the values of the settings and of a calibration."""
+        return made_of(cls, rule, calibration)
+
+    @classmethod
+    def takes(cls, *names: str) -> bool:
+        """Return whether the policy depends on one of these settings or calibrated values."""
+        return not set(names).isdisjoint(sources_of(cls).values())
+
+
+@dataclass
+class Vanilla(NamedPolicy):
+    """Compute every step of every chunk."""
+
+    needs_signals = False
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        return {chunk: Decision(True) for chunk in tick.steps}
+
+
+@dataclass
+class Stride(NamedPolicy):
+    """Compute fixed own steps of every chunk: the baseline any adaptive rule has to beat.
+
+    Either an explicit list `steps`, or the `warmup_steps` first ones and from there every
+    `every`-th. The first and the last own step are always computed. Example with 10 steps,
+    warm-up 3, every 3: 0 1 2 3 6 9.
+    """
+
+    every: int = 2
+    warmup_steps: int = 3
+    steps: Collection[int] | None = None
+    needs_signals = False
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        return {
+            chunk: Decision(chunk not in stored or self._is_planned(step, tick.num_steps))
+            for chunk, step in tick.steps.items()
+        }
+
+    def _is_planned(self, step: int, num_steps: int) -> bool:
+        if step == num_steps - 1:
+            return True
+        if self.steps is not None:
+            return step in self.steps
+        return step < self.warmup_steps or (step - self.warmup_steps) % self.every == 0
+
+
+@dataclass
+class FlowCache(NamedPolicy):
+    """Every chunk decides for itself, by the accumulated change of its own signal.
+
+    A chunk is computed in its first `warmup_steps` own steps, in the last tick of the run, and when
+    the accumulated rescaled distance reaches `threshold`; each computed step sets the sum to zero.
+
+    Source: FlowCache, section 3.2, and its published code, which treats a chunk's own last step
+    differently per model: SkyReels-V2 computes it, MAGI-1 may reuse it.
+    """
+
+    threshold: float
+    warmup_steps: int
+    rescale: Rescale = identity
+    compute_last_step: bool = True
+    """Whether a chunk's own last step is always computed; else it is decided like any other."""
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    accumulated: dict[int, float] = field(default_factory=dict)
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        distances = relative_l1(
+            {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
+        )
+        decisions: Decisions = {}
+        for chunk, step in tick.steps.items():
+            is_own_last = self.compute_last_step and step == tick.num_steps - 1
+            decisions[chunk] = self._decide(
+                chunk,
+                distances.get(chunk),
+                is_forced=step < self.warmup_steps or is_own_last or chunk not in stored,
+                is_run_end=tick.is_last,
+            )
+        self.previous = {chunk: signals[chunk] for chunk in tick.steps}
+        return decisions
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        self.accumulated.update(dict.fromkeys(chunks, 0.0))
+
+    def _decide(
+        self, chunk: int, distance: float | None, *, is_forced: bool, is_run_end: bool
+    ) -> Decision:
+        before, total = self.accumulated.setdefault(chunk, 0.0), None
+        if distance is not None:
+            total = before + self.rescale(distance)
+        if is_run_end:  # as published, the sum stays what it was
+            return Decision(True, distance, total)
+        # "not below": a distance that is not a number must lead to a computation
+        is_computed = is_forced or total is None or not total < self.threshold
+        self.accumulated[chunk] = 0.0 if is_computed or total is None else total
+        return Decision(is_computed, distance, total)
+
+
+@dataclass
+class TeaCache(NamedPolicy):
+    """One decision for the whole window: all active chunks are computed, or none.
+
+    The distance is taken over all signals given, in one mean. The first `warmup_ticks` ticks and
+    the last one are computed; a chunk without a stored result is computed alone.
+
+    Source: TeaCache, section 3.3; the baseline of the FlowCache paper.
+    """
+
+    threshold: float
+    warmup_ticks: int = field(metadata={SETTING: "warmup_steps"})
+    rescale: Rescale = identity
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    accumulated: float = 0.0
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        distance = self._distance(signals)
+        total = None if distance is None else self.accumulated + self.rescale(distance)
+        is_forced = tick.index < self.warmup_ticks or tick.is_last
+        is_computed = is_forced or total is None or not total < self.threshold
+        self.accumulated = 0.0 if is_computed or total is None else total
+        self.previous = dict(signals)
+        return {
+            chunk: Decision(is_computed or chunk not in stored, distance, total)
+            for chunk in tick.steps
+        }
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        self.accumulated = 0.0
+
+    def _distance(self, signals: Signals) -> float | None:
+        common = [chunk for chunk in signals if chunk in self.previous]
+        if not common:
+            return None
+        import torch
+
+        now = torch.cat([signals[c].flatten() for c in common])
+        before = torch.cat([self.previous[c].flatten() for c in common])
+        return relative_l1({0: (now, before)})[0]
+
+
+@dataclass
+class Planned(NamedPolicy):
+    """Compute the planned own steps of every chunk.
+
+    The first and the last own step are always computed.
+    """
+
+    plans: Sequence[Collection[int]]
+    """Computed own steps by chunk; chunks behind the last entry use that one."""
+    needs_signals = False
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        return {
+            chunk: Decision(chunk not in stored or self.is_planned(chunk, step, tick.num_steps))
+            for chunk, step in tick.steps.items()
+        }
+
+    def is_planned(self, chunk: int, step: int, num_steps: int) -> bool:
+        """Return whether a chunk's own step is in its plan."""
+        own = self.plans[min(chunk, len(self.plans) - 1)]
+        return step in own or step == num_steps - 1
+
+
+@dataclass
+class GuardedPlan(Planned):
+    """Follow a plan, and compute as well where a chunk changes as no calibration clip did.
+
+    A chunk is computed off plan at an own step at which the distance of its signal to the previous
+    tick is outside of the calibrated band: a sudden motion, a change of scene.
+    """
+
+    low: Sequence[float] = field(default=(), metadata={SETTING: "distance_low"})
+    """Least distance by own step, widened; see `distance_band`."""
+    high: Sequence[float] = field(default=(), metadata={SETTING: "distance_high"})
+    """Largest distance by own step, widened."""
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    needs_signals = True
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        distances = relative_l1(
+            {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
+        )
+        decisions = super().plan(tick, signals, stored=stored)
+        for chunk, distance in distances.items():
+            step = tick.steps[chunk]
+            # "not inside": a distance that is not a number must lead to a computation
+            is_inside = self.low[step] <= distance <= self.high[step]
+            decisions[chunk] = Decision(decisions[chunk].is_computed or not is_inside, distance)
+        self.previous = {chunk: signals[chunk] for chunk in tick.steps}
+        return decisions
+
+
+@dataclass
+class MagCache(NamedPolicy):
+    """Reuse while the magnitudes of the skipped results stay near that of the stored one.
+
+    Each skipped step multiplies the chunk's ratio by the calibrated one of that step, and adds
+    ``|1 - ratio|`` to its error. The chunk is computed when the error reaches `threshold` or
+    `most_reuses` steps were skipped. Example with ratios 0.9 and threshold 0.25: the errors are
+    0.1 after one reuse and 0.1 + 0.19 = 0.29 with a second one, which is computed instead.
+
+    Source: MagCache (arXiv 2506.09045), here with every chunk for itself.
+    """
+
+    ratios: Sequence[float] = field(metadata={SETTING: "magnitude_ratios"})
+    """Magnitude of the result of each own step over that of the step before; see
+    `magnitude_ratios`."""
+    threshold: float
+    warmup_steps: int
+    most_reuses: int
+    skipped: dict[int, tuple[float, float, int]] = field(default_factory=dict)
+    """Chunk -> ratio, error and steps since its last computed one."""
+    needs_signals = False
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        return {
+            chunk: self._decide(
+                chunk,
+                step,
+                is_forced=step < self.warmup_steps
+                or step == tick.num_steps - 1
+                or chunk not in stored,
+            )
+            for chunk, step in tick.steps.items()
+        }
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        for chunk in chunks:
+            self.skipped.pop(chunk, None)
+
+    def _decide(self, chunk: int, step: int, *, is_forced: bool) -> Decision:
+        ratio, error, count = self.skipped.get(chunk, (1.0, 0.0, 0))
+        ratio *= self.ratios[step]
+        error += abs(1 - ratio)
+        is_computed = is_forced or not error < self.threshold or count >= self.most_reuses
+        if is_computed:
+            self.skipped.pop(chunk, None)
+        else:
+            self.skipped[chunk] = (ratio, error, count + 1)
+        return Decision(is_computed, accumulated=error)
+
+
+@dataclass
+class Replay(ReusePolicy):
+    """Compute exactly what a recorded run computed.
+
+    `ticks` holds its decisions: tick -> chunk -> (own step, whether it was computed).
+    """
+
+    ticks: Mapping[int, Mapping[int, tuple[int, bool]]]
+    needs_signals = False
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        """Decide as recorded; see `ReusePolicy.plan`."""
+        if len(self.ticks) != tick.num_ticks:
+            raise _unfit(f"it has {len(self.ticks)} ticks, the run {tick.num_ticks}")
+        recorded = self.ticks.get(tick.index, {})
+        steps = {chunk: step for chunk, (step, _) in recorded.items()}
+        if steps != dict(tick.steps):
+            raise _unfit(
+                f"in tick {tick.index} it has the chunks and steps {steps}, the run "
+                f"{dict(tick.steps)}"
+            )
+        decisions = {chunk: Decision(is_computed) for chunk, (_, is_computed) in recorded.items()}
+        for chunk, decision in decisions.items():
+            if not decision.is_computed and chunk not in stored:
+                raise _unfit(f"it reuses chunk {chunk} in tick {tick.index}, but nothing is stored")
+        return decisions
+
+    def computed_anyway(self, chunks: Collection[int]) -> None:
+        """Refuse a run that computes more than was recorded."""
+        raise _unfit(f"it reuses chunks {sorted(chunks)} where the run has to compute them")
+
+
+def _unfit(reason: str) -> UserError:
+    return UserError(
+        f"the record does not fit this run: {reason}; replay it with the settings it was made with"
+    )
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+PROFILED = ("plans", "magnitude_ratios", "distance_low", "distance_high")
+"""The values of a `Calibration` that a profile holds."""
+
+POLICIES: Mapping[str, type[NamedPolicy]] = MappingProxyType(
+    {
+        "vanilla": Vanilla,
+        "teacache": TeaCache,
+        "flowcache": FlowCache,
+        "stride": Stride,
+        "planned": Planned,
+        "guarded": GuardedPlan,
+        "magcache": MagCache,
+    }
+)
+"""What `reuse.policy` names."""
+
+
+@dataclass(frozen=True)
+class ReuseRule:
+    """When a chunk is computed; each model adds what it compares and what it reuses."""
+
+    policy: Annotated[str, OneOf(tuple(POLICIES))] = "vanilla"
+    profile: Place = None
+    threshold: Threshold = 0.1
+    warmup_steps: Annotated[int, Bounds(0, MAX_STEPS)] = 5
+    every: Annotated[int, Bounds(1, MAX_STEPS)] = 2
+    steps: OwnSteps = None
+    most_reuses: Annotated[int, Bounds(0, MAX_STEPS)] = 8
+    compute_last_step: bool = True
+    extrapolate: Annotated[float, Bounds(-100, 100)] = 0.0
+    order: Annotated[int, Bounds(1, MAX_ORDER)] = 1
+    guidance_every: Annotated[int, Bounds(1, MAX_STEPS)] = 1
+    guidance_steps: OwnSteps = None
+
+    @property
+    def kind(self) -> type[NamedPolicy]:
+        """The class of the policy."""
+        return POLICIES[self.policy]
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the policy builds on what a profile holds."""
+        return self.kind.takes(*PROFILED)
+
+
+def threshold_of(rule: ReuseRule) -> float | None:
+    """Return the threshold of an adaptive policy, or None."""
+    return rule.threshold if rule.kind.takes("threshold") else None
+
+
+def store_of(rule: ReuseRule) -> ResultStore:
+    """Return a new store of the results that reused steps are made from."""
+    return ResultStore(rule.extrapolate, order=rule.order)
+
+
+def stored_results(rule: ReuseRule) -> int:
+    """Return how many results of a chunk such a store holds."""
+    return 1 + rule.order if rule.extrapolate else 1
+
+
+def guidance_of(rule: ReuseRule) -> HeldGuidance:
+    """Return a new record of which steps run the conditional pass alone."""
+    return HeldGuidance(rule.guidance_steps, every=rule.guidance_every)
+
+
+def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
+    """Check that the rules when chunks are computed fit each other and the number of steps."""
+    if rule.warmup_steps < least_warmup:
+        raise UserError(
+            f"reuse.warmup_steps must be {least_warmup} or more, not {rule.warmup_steps}"
+        )
+    if rule.guidance_every > 1 and rule.guidance_steps is not None:
+        raise UserError(
+            f"reuse.guidance_every={rule.guidance_every} and reuse.guidance_steps both say which "
+            "steps run all passes: give one of them"
+        )
+    for name, steps in (("steps", rule.steps), ("guidance_steps", rule.guidance_steps)):
+        wrong = [step for step in steps or () if not 0 <= step < num_steps]
+        if wrong:
+            raise UserError(
+                f"reuse.{name} are own steps of a chunk, 0..{num_steps - 1}: {wrong[0]} is none"
+            )
+
+
+def check_guidance(rule: ReuseRule, *, num_passes: int) -> None:
+    """Check that a run of `num_passes` guidance passes has guidance, if it is to be held."""
+    if guidance_of(rule).is_on and num_passes == 1:
+        raise UserError(
+            "reuse.guidance_every and reuse.guidance_steps hold what guidance adds to the "
+            "conditional pass, but this run has that one pass only (a distilled model, or no "
+            "guidance): leave them out"
+        )
+
+
+# Several branches -------------------------------------------------------------------------------
+
+
+class Policies(Protocol):
+    """Makes the policy of a guidance branch in a segment."""
+
+    def __call__(self, *, segment: int, branch: str) -> ReusePolicy:
+        """Return a new policy."""
+        ...
+
+
+def compute_together(policy: ReusePolicy, plan: Decisions) -> Decisions:
+    """Compute all chunks of a plan as soon as one must be.
+
+    For attention over the whole window, where chunks can't be computed apart.
+    """
+    is_any = any(decision.is_computed for decision in plan.values())
+    return _compute(policy, plan, plan if is_any else ())
+
+
+def agree(
+    policies: Mapping[str, ReusePolicy],
+    plans: Mapping[str, Decisions],
+    *,
+    apart: Collection[int] = (),
+) -> dict[str, Decisions]:
+    """Compute a chunk in all branches as soon as one branch must compute it.
+
+    For what is reused after guidance, which needs every branch.
+
+    Args:
+        apart: chunks that one branch may compute without the others.
+    """
+    wanted = {c for plan in plans.values() for c, decision in plan.items() if decision.is_computed}
+    wanted -= set(apart)
+    return {branch: _compute(policies[branch], plan, wanted) for branch, plan in plans.items()}
+
+
+def _compute(policy: ReusePolicy, plan: Decisions, chunks: Collection[int]) -> Decisions:
+    extra = [
+        chunk for chunk, decision in plan.items() if chunk in chunks and not decision.is_computed
+    ]
+    if extra:
+        policy.computed_anyway(extra)
+    return {
+        c: replace(decision, is_computed=True) if c in extra else decision
+        for c, decision in plan.items()
+    }
+
+
+# Measurements -----------------------------------------------------------------------------------
+
+
+def relative_l1(pairs: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
+    """Return mean|now - before| / mean|before| of each pair, with one device-to-host copy.
+
+    Identical signals give 0 even where both are zero; a change from an all-zero signal gives inf.
+    """
+    if not pairs:
+        return {}
+    import torch
+
+    sums = torch.stack(
+        [
+            torch.stack([_mean(now - before), _mean(before)]).float()
+            for now, before in pairs.values()
+        ]
+    ).tolist()
+    return {key: _ratio(change, size) for key, (change, size) in zip(pairs, sums, strict=True)}
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Return mean|x|: summed and kept in float32 at least; a 16-bit mean is 0.4 % coarse."""
+    import torch
+
+    return x.abs().mean(dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _ratio(change: float, size: float) -> float:
+    if size == 0.0:
+        return 0.0 if change == 0.0 else math.inf
+    return change / size
+
+
+def distance_band(
+    distances: Iterable[tuple[int, float]], *, num_steps: int, margin: float = BAND_MARGIN
+) -> tuple[list[float], list[float]]:
+    """Return the least and the largest distance seen at each own step, widened by `margin`.
+
+    Args:
+        distances: (own step, distance to the previous tick), in any order. The first step has
+            none: its band is 0, 0 and never asked for.
+
+    Raises:
+        ValueError: a later step has none.
+    """
+    seen: dict[int, list[float]] = {}
+    for step, distance in distances:
+        seen.setdefault(step, []).append(distance)
+    missing = set(range(1, num_steps)) - set(seen)
+    if missing:
+        raise ValueError(f"no distance was measured at own step {min(missing)}")
+    low = [0.0, *(min(seen[step]) * (1 - margin) for step in range(1, num_steps))]
+    high = [0.0, *(max(seen[step]) * (1 + margin) for step in range(1, num_steps))]
+    return low, high
+
+
+def magnitude_ratios(gram_NN: Array) -> list[float]:
+    """Return |v_k| / |v_{k-1}| for every own step, root mean squares; 1 for the first step."""
+    norm_N = [math.sqrt(gram_NN[k, k]) for k in range(len(gram_NN))]
+    return [1.0, *(_ratio(now, before) for before, now in itertools.pairwise(norm_N))]
+
+
+class Observe(Protocol):
+    """Is shown the velocity of each computed step of a chunk, for calibration."""
+
+    def __call__(
+        self,
+        *,
+        segment: int,
+        tick: int,
+        chunk: int,
+        step: int,
+        branch: str,
+        velocity: Tensor,
+        sigma: float,
+    ) -> None:
+        """Look at a velocity; it must not be changed.
+
+        Args:
+            branch: the guidance pass; "guided": what guidance makes of all.
+            velocity: the model's output, `[C, F, h, w]`.
+            sigma: noise level of the step, 1 noise to 0 clean.
+        """
+        ...

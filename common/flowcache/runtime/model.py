@@ -1,0 +1,414 @@
+"""The contract between a video model and everything that runs, plans, tunes and measures it.
+
+A model package has one module `model` with one object `MODEL`, a `VideoModel`. Nothing outside the
+package knows more of the model than this contract says, and the package imports nothing of what
+uses it. `flowcache.runtime.run` leads a request through it:
+
+    model = load_model("skyreels_v2")
+    request = Request(preset="flowcache_fast", model="demo", overrides=["prompt=a red circle"])
+    job = prepare(model, request)       # find, read_settings, check, fetch, media, work, stages
+    print(describe(job))                # title, lines
+    run(job)                            # encode, load, generate; then the mp4 and its JSON
+
+In between a model is called in this order:
+
+    source = model.find("demo")                      # small files only, nothing is downloaded
+    config = model.check(config, source)             # settings that fit the model and the inputs
+    config, source = model.fetch(config, source)     # all files are on the disk
+    work = model.work(config, source, media, dtype)  # ticks, FLOPs, bytes: derived once
+    dit, vae = model.load_dit(job), model.load_vae(job)
+    for progress in model.generate(dit, vae, config, inputs, stats=stats):
+        progress.later.get().frames                  # pixels of the chunks that became clean
+
+To add a model: write the package with its `model.MODEL`, and name it in `MODELS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from flowcache.attention import AttentionShape
+    from flowcache.policies import Observe, Policies
+    from flowcache.runtime.finite import Decoded
+    from flowcache.runtime.hub import Missing
+    from flowcache.runtime.memory import Footprint, MemoryPlan, Residence
+    from flowcache.runtime.noise import Draw
+    from flowcache.runtime.overlap import Later
+    from flowcache.runtime.profile import Setting
+    from flowcache.runtime.ranks import Ranks
+    from flowcache.runtime.record import Record
+    from flowcache.runtime.stats import RunStats
+    from flowcache.schedule import Tick
+
+MODELS = {"skyreels_v2": "skyreels_v2.model", "magi1": "magi1.model"}
+"""Package -> module with its `MODEL`."""
+
+
+def load_model(name: str) -> VideoModel:
+    """Import a model by the name of its package; nothing of the others is imported."""
+    return cast("VideoModel", importlib.import_module(MODELS[name]).MODEL)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for."""
+
+    preset: str = "base"
+    model: str = "auto"
+    """A checkpoint, by its place or by a name, see `VideoModel.find`."""
+    overrides: Sequence[str] = ()
+    """`key=value` texts."""
+    out: str | None = None
+    """An `.mp4` file, or a folder in which a fresh name is found; None: `folder`."""
+    overwrite: bool = False
+    folder: Path = Path("result")
+    stem: str | None = None
+    """Name of the video in a folder, without number and `.mp4`; None: preset and seed."""
+    record: bool = False
+    """Whether `NAME.record.json` is written, too: what each pass cost, what the caches held."""
+    replay: str | None = None
+    """The record of a run whose decisions are made again."""
+    is_dry: bool = False
+    """Whether the plan alone is wanted."""
+    download: bool = False
+    """Whether the weights of a released model come from the hub."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that a request names, and what of it is on the disk."""
+
+    name: str
+    """As reports show it."""
+    folder: Path | None = None
+    """Where presets and profiles of its own may lie; None: it is not on the disk yet."""
+    layers: tuple[Path, ...] = ()
+    """Settings of the model itself, which stand between `base.yaml` and the preset."""
+    plans_by_sizes: bool = False
+    """Whether a dry run needs none of its files."""
+    download: Literal["never", "missing", "always"] = "missing"
+    """Whether its weights come from the hub."""
+    files: Any = None
+    """The checkpoint's parts, of the model's own type; None: not looked for yet."""
+    sizes: Any = None
+    """Sizes of the transformer where the settings do not hold them; None: not known."""
+
+
+@dataclass(frozen=True)
+class SegmentWork:
+    """What is denoised by ticks of its own: a window of a long video, or all of it."""
+
+    ticks: Sequence[Tick]
+    tokens: Mapping[int, int]
+    """Chunk -> its tokens, given chunks included."""
+    given: Sequence[int]
+    """Chunks that are clean from the start."""
+    frames: Sequence[Sequence[int]]
+    """For each chunk the frames `[first, stop)` of the new video that show it."""
+    kv_tokens: int
+    """Tokens that each layer's KV cache of a branch holds at most."""
+    cut: Any
+    """The model's own description of its chunks."""
+
+    @property
+    def generated(self) -> Sequence[int]:
+        """Chunks that are denoised."""
+        return [chunk for chunk in self.tokens if chunk not in self.given]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does if every step is computed; reuse only saves."""
+
+    segments: tuple[SegmentWork, ...]
+    branches: tuple[str, ...]
+    """Guidance passes that decide on their own, as records name them."""
+    passes: tuple[str, ...]
+    """All guidance passes of a step."""
+    is_whole: bool
+    """Whether all active chunks go through the blocks together (full attention)."""
+    num_caches: int
+    """Guidance passes with a KV cache of their own."""
+    frame_tokens: int
+    divided_tokens: int
+    """Tokens that several processes divide, at least."""
+    pass_tokens: int
+    """Tokens of one branch that go through the blocks at once, at most."""
+    text_tokens: int
+    """Tokens of a prompt, as cross-attention sees them."""
+    attention: AttentionShape
+    """The largest self-attention."""
+    flops: int
+    weight_bytes: int
+    """The transformer's weights."""
+    kv_bytes: int
+    """The KV caches of all layers and branches."""
+    scoring_bytes: int
+    """Extra memory while the KV cache is compressed, kept queries included."""
+    query_bytes: int
+    """Queries that are kept from one compression to the next."""
+    stored_bytes: int
+    """Stored results from which reused steps are made, and signals that are compared."""
+    activation_bytes: int
+    """Estimate of what one forward needs in addition to weights and caches."""
+
+    @property
+    def num_ticks(self) -> int:
+        """Ticks of all segments."""
+        return sum(len(segment.ticks) for segment in self.segments)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that are denoised."""
+        return sum(len(segment.generated) for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was found to be in order; nothing large is loaded yet."""
+
+    model: VideoModel
+    request: Request
+    preset: str
+    """Its name."""
+    config: Any
+    """All settings, an instance of `model.schema`."""
+    source: Source
+    media: Any
+    """The given pictures, of the model's own type."""
+    before: Tensor | None
+    """Frames that the video begins with, uint8 `[T, H, W, 3]`."""
+    device: torch.device
+    dtype: torch.dtype
+    work: Work
+    """Of one of the processes that divide the run."""
+    replay: Record | None
+    ranks: Ranks
+    """The processes that make the video; before `run` their layout only."""
+    memory: MemoryPlan | None = None
+    """None: it is not known how much there is, and nothing is moved."""
+    path: Path | None = None
+    """Of the video; None: sizes alone are planned."""
+    keeps_partial: bool = True
+    """Whether the frames of an unfinished video are kept."""
+
+    @property
+    def placed(self) -> Any:
+        """The settings, with things kept on the host as the memory plan says."""
+        if self.memory is None:
+            return self.config
+        return self.model.placed(self.config, self.memory.residence)
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoder runs."""
+        import torch
+
+        is_on_host = self.model.residence(self.placed).text_on_host
+        return torch.device("cpu") if is_on_host else self.device
+
+    def value(self, argument: str) -> Any:
+        """Return the setting that an argument of the command line names, such as `seed`."""
+        value = self.config
+        for name in self.model.keys[argument].split("."):
+            value = getattr(value, name)
+        return value
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The networks that make the frames."""
+
+    dit: Any
+    vae: Any
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The networks by what messages call them."""
+        return {"transformer": self.dit, "VAE": self.vae.model}
+
+
+class Progress(Protocol):
+    """What a pipeline yields after each tick."""
+
+    @property
+    def tick(self) -> Tick:
+        """The tick that was just made."""
+        ...
+
+    @property
+    def later(self) -> Later[Decoded] | None:
+        """New frames, which may be under way, or None."""
+        ...
+
+
+class VideoModel(Protocol):
+    """What a run needs of a model.
+
+    The settings of all models share the sections `reuse`, `kv`, `parallel` and the keys `prompt
+    device compile overlap offload memory_limit embedding_cache attention_kernel`; others are
+    reached through `keys`.
+    """
+
+    name: str
+    """Of the package."""
+    presets: Path
+    """Folder of the presets; `base.yaml` stands below all of them."""
+    schema: type
+    """Dataclass of all settings."""
+    keys: Mapping[str, str]
+    """Argument -> setting: those of the command line, num_steps, num_frames, height, width, fps.
+
+    The seed, for example, is `seed` in one model and `runtime_config.seed` in another.
+    """
+
+    def settings_lines(self) -> Sequence[str]:
+        """Return a line for every setting, with type, default and meaning."""
+        ...
+
+    # Files and settings -----------------------------------------------------------------------
+
+    def find(self, name: str, /, *, is_dry: bool = False, download: bool = False) -> Source:
+        """Find a model by `demo`, `auto`, a released name, a place on the disk or a hub id.
+
+        Only small files are read, and nothing is downloaded.
+
+        Args:
+            is_dry: whether sizes alone may do.
+            download: whether its weights are to come from the hub.
+        """
+        ...
+
+    def check(self, config: Any, source: Source, /) -> Any:
+        """Return the settings to run: fitting the model, turned to the shape of given pictures."""
+        ...
+
+    def dtype(self, config: Any, device: torch.device, /) -> torch.dtype:
+        """Return the type of the weights inside the transformer's blocks."""
+        ...
+
+    def check_device(
+        self, config: Any, source: Source, device: torch.device, dtype: torch.dtype, /
+    ) -> None:
+        """Refuse settings that the device cannot carry out."""
+        ...
+
+    def missing(self, config: Any, source: Source, /) -> Missing | None:
+        """Return what `fetch` would download; None: nothing."""
+        ...
+
+    def fetch(self, config: Any, source: Source, /) -> tuple[Any, Source]:
+        """Return settings and source with the `files` in their places, downloaded if need be."""
+        ...
+
+    def check_files(self, config: Any, source: Source, /) -> None:
+        """Check that the weights of all parts are there, whole, and fit; reads headers only."""
+        ...
+
+    def fingerprint(self, source: Source, /) -> str:
+        """Return a hash of the transformer, see `flowcache.runtime.profile.fingerprint`."""
+        ...
+
+    def setting(self, config: Any, /) -> Setting:
+        """Return what a tuned profile must fit."""
+        ...
+
+    # Planning ---------------------------------------------------------------------------------
+
+    def media(self, config: Any, source: Source, /) -> Any:
+        """Read the pictures that the settings name."""
+        ...
+
+    def before(self, media: Any, /) -> Tensor | None:
+        """Return given frames that the video begins with, uint8 `[T, H, W, 3]`."""
+        ...
+
+    def work(self, config: Any, source: Source, media: Any, dtype: torch.dtype, /) -> Work:
+        """Derive from the settings what the run does; without `source.files` by sizes alone."""
+        ...
+
+    def title(self, job: Job, /) -> Sequence[str]:
+        """Describe in two lines which model and which preset run."""
+        ...
+
+    def lines(self, config: Any, work: Work, /) -> Sequence[str]:
+        """Describe the video and what it costs."""
+        ...
+
+    def footprint(self, job: Job, /, *, overlaps: bool) -> Footprint:
+        """Return what counts the memory of each stage of the run.
+
+        Args:
+            overlaps: whether chunks are decoded while others are denoised.
+        """
+        ...
+
+    def residence(self, config: Any, /) -> Residence:
+        """Return what the settings ask to be on the host."""
+        ...
+
+    def placed(self, config: Any, residence: Residence, /) -> Any:
+        """Return the settings with things where a memory plan puts them."""
+        ...
+
+    # Running ----------------------------------------------------------------------------------
+
+    def text_facts(self, job: Job, /) -> Mapping[str, Any]:
+        """Return what encoded prompts depend on: `prompts`, the encoder, its type."""
+        ...
+
+    def load_text(self, job: Job, /) -> Any:
+        """Load the text encoder."""
+        ...
+
+    def encode_text(self, job: Job, encoder: Any, /) -> Tensor:
+        """Return the encoded prompts of the guidance passes."""
+        ...
+
+    def inputs(self, job: Job, encoded: Tensor, /) -> Any:
+        """Return what the video is made from: the encoded prompts and all given pictures."""
+        ...
+
+    def load_dit(self, job: Job, /) -> Any:
+        """Load the transformer; its `kernel`, `cross_kernel` and `parts` are set afterwards."""
+        ...
+
+    def compile(self, job: Job, dit: Any, /) -> None:
+        """Compile the transformer's blocks for the lengths that the run has."""
+        ...
+
+    def load_vae(self, job: Job, /) -> Any:
+        """Load the VAE; its network is `model`."""
+        ...
+
+    def generate(
+        self,
+        dit: Any,
+        vae: Any,
+        config: Any,
+        inputs: Any,
+        /,
+        *,
+        stats: RunStats,
+        draw: Draw | None = None,
+        observe: Observe | None = None,
+        policies: Policies | None = None,
+        ranks: Ranks | None = None,
+    ) -> Iterator[Progress]:
+        """Make a video; yield after every tick, with the frames that are finished.
+
+        Args:
+            draw: makes all noise; default: from a generator seeded with the settings' seed.
+            observe: is shown the velocities of computed steps.
+            policies: decide what is computed; default: as the settings say.
+            ranks: the processes that divide the work; each yields the whole video.
+        """
+        ...

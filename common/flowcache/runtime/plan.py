@@ -1,0 +1,177 @@
+"""What a run costs, by arithmetic: one walk through its ticks, with every step computed.
+
+The models bring formulas for a pass through their blocks; which passes are made, over which clean
+tokens, and how the cost is described is the same for all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flowcache.attention import AttentionShape
+from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
+from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.model import SegmentWork, Work
+from flowcache.runtime.parallel import layout_of, own_bytes
+from flowcache.runtime.ranks import Layout
+from flowcache.runtime.settings import ParallelRule
+from flowcache.schedule import Tick
+
+TOKEN_COPIES = 6
+"""Token-wide float32 arrays alive at once inside a block (stream, norms, their rotations)."""
+
+Limit = Callable[[Tick | None], int | None]
+"""Tick -> clean tokens that stay when it begins, None: all. None: a clean chunk is fed."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One chunk's way through the blocks in one branch."""
+
+    chunk: int
+    step: int | None
+    """Its own step; None: it is clean, and fed for its keys and values."""
+    tokens: int
+    keys: int
+    """Tokens of this chunk, of active ones before it, and clean ones that are kept."""
+    is_oldest: bool = False
+    """Whether it is the first active chunk of its tick."""
+    is_given: bool = False
+
+
+def walk(
+    segment: SegmentWork,
+    *,
+    limit: Limit,
+    clean_pass: bool,
+    settles_at_once: bool,
+) -> Iterator[list[Pass]]:
+    """Yield the passes of a segment in groups that are embedded together.
+
+    Args:
+        clean_pass: whether a chunk that became clean is fed once more, before the next tick.
+        settles_at_once: without a clean pass, whether the keys of a chunk's last step count as
+            clean for the chunks after it in the same tick, and may be dropped.
+    """
+    tokens, clean, finished = segment.tokens, 0, list[int]()
+
+    def fed(chunk: int, *, is_given: bool) -> list[Pass]:
+        nonlocal clean
+        clean = _limited(clean, limit(None))
+        made = Pass(chunk, None, tokens[chunk], clean + tokens[chunk], is_given=is_given)
+        clean += tokens[chunk]
+        return [made]
+
+    for chunk in segment.given:
+        yield fed(chunk, is_given=True)
+    for tick in segment.ticks:
+        for chunk in finished:
+            if clean_pass:
+                yield fed(chunk, is_given=False)
+            else:
+                clean += tokens[chunk]
+        finished, active, group = list[int](), 0, list[Pass]()
+        for place, (chunk, step) in enumerate(tick.steps.items()):
+            clean = _limited(clean, limit(tick))
+            own = tokens[chunk]
+            group.append(Pass(chunk, step, own, clean + active + own, is_oldest=place == 0))
+            if chunk in tick.finishing and settles_at_once and not clean_pass:
+                clean += own
+                continue
+            active += own
+            finished += [chunk] if chunk in tick.finishing else []
+        yield group
+
+
+def _limited(clean: int, most: int | None) -> int:
+    return clean if most is None else min(clean, most)
+
+
+def check_compression(
+    strategy: CompressionStrategy, segment: SegmentWork, *, layout: TokenLayout, limit: Limit
+) -> None:
+    """Compress the number of clean tokens as a run does in which every step is computed.
+
+    Raises:
+        UserError: the strategy can't work with such a budget.
+    """
+    kept: dict[tuple[int, int], int] = {}
+    clean = sum(segment.tokens[chunk] for chunk in segment.given)
+    for tick in segment.ticks:
+        most = limit(tick)
+        if most is not None and clean > most:
+            if (clean, most) not in kept:
+                kept[clean, most] = kept_tokens(
+                    strategy, num_keys=clean, budget=most, layout=layout
+                )
+            clean = kept[clean, most]
+        clean += sum(segment.tokens[chunk] for chunk in tick.finishing)
+
+
+def most_active(ticks: Sequence[Tick], tokens: Mapping[int, int]) -> int:
+    """Return how many tokens the active chunks of a tick have at most."""
+    return max(sum(tokens[chunk] for chunk in tick.steps) for tick in ticks)
+
+
+def scored_bytes(shape: AttentionShape, *, num_queries: int) -> int:
+    """Return the scratch memory of one compression, at most.
+
+    Args:
+        shape: with all keys that the cache holds.
+        num_queries: that score the keys; 0: no scores are computed.
+    """
+    if not num_queries:
+        return 0
+    return scoring_bytes(
+        num_queries,
+        shape.num_keys,
+        num_heads=shape.num_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_width,
+    )
+
+
+def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
+    """Describe what a run holds.
+
+    Args:
+        cache: how much a KV cache holds, in words.
+        stored: what is stored for reused steps.
+    """
+    return [
+        f"weights      {gigabytes(work.weight_bytes)} (transformer)",
+        f"KV cache     {gigabytes(work.kv_bytes)}, {cache}",
+        f"KV scoring   {gigabytes(work.scoring_bytes)} extra while compressing",
+        f"stored       {gigabytes(work.stored_bytes)} of {stored} for reuse",
+        f"activations  {gigabytes(work.activation_bytes)} (estimate, one forward)",
+    ]
+
+
+# Several processes --------------------------------------------------------------------------------
+
+
+def divide(rule: ParallelRule, work: Work, num_processes: int) -> Layout:
+    """Return how the processes divide a run.
+
+    Raises:
+        UserError: the branches, heads or tokens can't be divided so.
+    """
+    return layout_of(
+        rule,
+        num_processes,
+        num_branches=len(work.passes),
+        num_heads=work.attention.kv_heads,
+        num_tokens=work.divided_tokens,
+    )
+
+
+def per_process(work: Work, layout: Layout) -> Work:
+    """Return the work with the caches that each process has at most."""
+    num_caches = work.num_caches
+    # kept queries are those of each branch; the scratch memory of scoring is there once
+    num_scored = num_caches if work.query_bytes else 1
+    return replace(
+        work,
+        kv_bytes=own_bytes(work.kv_bytes, layout, num_branches=num_caches),
+        scoring_bytes=own_bytes(work.scoring_bytes, layout, num_branches=num_scored),
+        query_bytes=own_bytes(work.query_bytes, layout, num_branches=num_caches),
+    )

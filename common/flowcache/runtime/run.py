@@ -1,0 +1,640 @@
+"""One run, for every model: request, settings, checked job, description, video and its JSON."""
+
+import argparse
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowcache.attention import check_available, choose_kernels, describe_choice
+from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
+from flowcache.errors import UserError
+from flowcache.policies import threshold_of
+from flowcache.runtime.cli import (
+    ProgressBar,
+    choose_device,
+    choose_output,
+    overrides_of,
+    run_command,
+)
+from flowcache.runtime.compiling import should_compile
+from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.degenerate import DegenerateCheck
+from flowcache.runtime.embeddings import cached_embedding, check_cache
+from flowcache.runtime.ending import check_stopped, undisturbed
+from flowcache.runtime.files import check_writable, write_json
+from flowcache.runtime.finite import Decoded, Modules, NotFiniteError, all_finite
+from flowcache.runtime.memory import MemoryPlan, limit_of, make_memory_plan
+from flowcache.runtime.model import (
+    Job,
+    Loaded,
+    Progress,
+    Request,
+    Source,
+    VideoModel,
+    load_model,
+)
+from flowcache.runtime.overlap import Later, lane_for, should_overlap
+from flowcache.runtime.parallel import layout_lines, run_in_ranks
+from flowcache.runtime.plan import divide, per_process
+from flowcache.runtime.precision import release_cache, set_float32_precision
+from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.ranks import Ranks, ToldElsewhereError
+from flowcache.runtime.record import (
+    REPLAY,
+    Record,
+    build_record,
+    check_replay,
+    read_record,
+    replay_policies,
+    write_record,
+)
+from flowcache.runtime.settings import parse_limit
+from flowcache.runtime.stats import RunStats, environment
+from flowcache.runtime.trace import Traced, merged
+from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
+
+logger = logging.getLogger(__name__)
+
+RECORD_SUFFIX = ".record.json"
+SPARE_BYTES = 32
+"""Of a name, for what unfinished and further files add: `.NAME.record.json.1234567.part`."""
+VIDEO_QUALITY = 8
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def main_of(name: str, options: argparse.Namespace) -> int:
+    """Do what the command line of a model asks for; return the exit code.
+
+    Args:
+        name: of the model's package.
+        options: as `cli.run_parser` gives them.
+    """
+    model = load_model(name)
+    if options.list_settings:
+        return run_command(lambda: print("\n".join(model.settings_lines()), flush=True))
+    request = request_of(options, model.keys)
+    return run_in_ranks(lambda ranks: execute(model, request, ranks))
+
+
+def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
+    """Return what the arguments of a model's command line ask for.
+
+    Args:
+        keys: argument -> setting.
+    """
+    own = {argument: key for argument, key in keys.items() if hasattr(options, argument)}
+    return Request(
+        preset=options.preset,
+        model=options.model,
+        overrides=overrides_of(options, own),
+        out=options.out,
+        overwrite=options.overwrite,
+        record=options.record,
+        replay=options.replay,
+        is_dry=options.dry_run,
+        download=getattr(options, "download", False),
+    )
+
+
+def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
+    """Check, describe what will be done, and do it unless the run is dry."""
+    plan = ranks.together(lambda: plan_without_files(model, request, ranks))
+    if plan is not None:
+        if ranks.is_first:
+            print(plan)
+        return
+    job = ranks.together(lambda: prepare(model, request, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
+    if not request.is_dry:
+        run(job)
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+
+def read_settings(model: VideoModel, request: Request, source: Source | None = None) -> Any:
+    """Return all settings of a run, checked against the model.
+
+    Args:
+        source: the model that the request names; None: it is found, by its sizes if need be.
+
+    Raises:
+        UserError: one is wrong, or the profile that they name can't be used.
+    """
+    if source is None:
+        source = model.find(request.model, is_dry=True)
+    path = find_preset(model.presets, request.preset)
+    base = model.presets / "base.yaml"
+    layers = config_layers(base, path, checkpoint=source.folder, model=source.layers)
+
+    def load(overrides: Sequence[str]) -> Any:
+        return load_config(model.schema, layers, overrides=overrides)
+
+    config = load_with_profile(
+        load, request.overrides, folder=source.folder, setting_of=model.setting
+    )
+    return model.check(config, source)
+
+
+def config_layers(
+    base: Path, preset: Path, *, checkpoint: Path | None, model: Sequence[Path] = ()
+) -> list[Path]:
+    """Return the YAML files of a run, lowest first.
+
+    A checkpoint may bring its own values, in `presets/base.yaml` and `presets/PRESET.yaml`.
+
+    Args:
+        base: the settings under all presets; may be the preset itself.
+        checkpoint: its folder; None: it isn't there yet.
+        model: files of the model itself, right above `base`.
+    """
+    layers = [base, *model]
+    for layer in dict.fromkeys([base, preset]):
+        if layer != base:
+            layers.append(layer)
+        own = None if checkpoint is None else checkpoint / "presets" / layer.name
+        if own is not None and own.is_file():
+            layers.append(own)
+    return layers
+
+
+# From a request to a job --------------------------------------------------------------------------
+
+
+def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> Job:
+    """Check everything that can be checked before anything large is loaded.
+
+    Args:
+        ranks: the processes that make the video; None: this one.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    ranks = Ranks() if ranks is None else ranks
+    source = model.find(request.model, download=request.download)
+    config = read_settings(model, request, source)  # a mistake is reported before a download
+    device = choose_device(config.device, local_rank=ranks.place.shared_rank)
+    dtype = model.dtype(config, device)
+    check_available(config.attention_kernel, device, dtype=dtype)
+    if config.compile:
+        should_compile(config.compile, device)
+    check_cache(config.embedding_cache)
+    media = model.media(config, source)
+    config, found = model.fetch(config, source)
+    if found.folder != source.folder:
+        config = read_settings(model, request, found)  # it may bring presets of its own
+    model.check_device(config, found, device, dtype)
+    job = _job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
+    job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
+    model.check_files(config, found)
+    check_tuned_for(config.reuse, partial(model.fingerprint, found))
+    check_ffmpeg()
+    limit = limit_of(config.memory_limit, device)
+    if config.memory_limit == "none" or not (limit or request.is_dry):
+        return job
+    return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
+
+
+def _job_of(
+    model: VideoModel,
+    request: Request,
+    config: Any,
+    source: Source,
+    media: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Job:
+    """Derive what the run does, and how the processes divide it."""
+    work = model.work(config, source, media, dtype)
+    layout = divide(config.parallel, work, ranks.place.size)
+    replay = None
+    if request.replay is not None:
+        replay = read_record(Path(request.replay))
+        check_replay(
+            replay,
+            ticks={number: segment.ticks for number, segment in enumerate(work.segments)},
+            branches=work.branches,
+            is_whole_window=work.is_whole,
+        )
+    return Job(
+        model=model,
+        request=request,
+        preset=find_preset(model.presets, request.preset).stem,
+        config=config,
+        source=source,
+        media=media,
+        before=model.before(media),
+        device=device,
+        dtype=dtype,
+        work=per_process(work, layout),
+        replay=replay,
+        ranks=replace(ranks, layout=layout),
+    )
+
+
+def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> MemoryPlan:
+    """Find what must be kept on the host so that the run fits.
+
+    Args:
+        limit: bytes of the device that may be used; None: not known.
+        has_host: whether the device is not the host itself.
+
+    Raises:
+        UserError: it can't be made to fit.
+    """
+    wanted = has_host if job.config.overlap is None else job.config.overlap
+    footprint = job.model.footprint(job, overlaps=wanted and job.ranks.layout.size == 1)
+    return make_memory_plan(
+        footprint.stages,
+        wanted=job.model.residence(job.config),
+        limit_bytes=limit,
+        has_host=has_host,
+    )
+
+
+def plan_without_files(
+    model: VideoModel, request: Request, ranks: Ranks | None = None
+) -> str | None:
+    """Return the plan of a dry run that has no files to look at; None: it has.
+
+    Args:
+        ranks: the processes that would make the video; None: this one.
+
+    Raises:
+        UserError: the settings are wrong, or the model is not to be had.
+    """
+    if not request.is_dry:
+        return None
+    source = model.find(request.model, is_dry=True, download=request.download)
+    config = read_settings(model, request, source)
+    missing = model.missing(config, source)
+    if missing is None and not source.plans_by_sizes:
+        return None
+    plan = plan_by_sizes(model, request, ranks)
+    return plan if missing is None else f"{plan}\ndownload     {missing.describe()}"
+
+
+def plan_by_sizes(model: VideoModel, request: Request, ranks: Ranks | None = None) -> str:
+    """Describe what a run of a released model would do on a CUDA device, by its sizes alone.
+
+    Args:
+        ranks: the processes that would make the video; None: this one.
+
+    Raises:
+        UserError: the settings are wrong.
+    """
+    source = model.find(request.model, is_dry=True, download=request.download)
+    config, device = read_settings(model, request, source), torch.device("cuda")
+    job = _job_of(
+        model,
+        request,
+        config,
+        source,
+        model.media(config, source),
+        device=device,
+        dtype=model.dtype(config, device),
+        ranks=Ranks() if ranks is None else ranks,
+    )
+    logger.info("planning the memory: some seconds")
+    return describe(replace(job, memory=plan_memory(job, limit=parse_limit(config.memory_limit))))
+
+
+def describe(job: Job) -> str:
+    """Describe what the run will do."""
+    lines = [*job.model.title(job), *profile_lines(job.config.reuse)]
+    if job.replay is not None:
+        video, policy = job.replay["video"], job.replay["policy"]
+        lines.append(f"replay       the decisions of {video} ({policy})")
+    lines += [*layout_lines(job.ranks.layout), *job.model.lines(job.config, job.work)]
+    lines += [] if job.memory is None else job.memory.lines()
+    return "\n".join(lines if job.path is None else [*lines, f"output       {job.path}"])
+
+
+def claim_output(request: Request, *, stem: str) -> Path:
+    """Return where the video goes, after a look at what is there.
+
+    Args:
+        stem: name in a folder, if the request has none.
+
+    Raises:
+        UserError: the video or its JSON exists and is to be kept, or the folder is not writable.
+    """
+    for given in (request.out, request.stem or stem, str(request.folder)):
+        check_path(given or "", name="out")
+    path = choose_output(
+        request.out,
+        folder=request.folder,
+        stem=request.stem or stem,
+        overwrite=request.overwrite,
+    )
+    for suffix in (".json", RECORD_SUFFIX) if request.record else (".json",):
+        other = path.with_suffix(suffix)
+        if other.exists() and not request.overwrite:
+            raise UserError(f"{other} exists and is kept: choose another name, or give --overwrite")
+    check_writable(path.parent)
+    return path
+
+
+def check_path(text: str, *, name: str) -> None:
+    """Check that a text can be the path of a video, with room for what is written next to it."""
+    fault = path_fault(text)
+    if fault is None and len(os.path.abspath(text).encode()) > MAX_PATH_BYTES - SPARE_BYTES:
+        fault = f"is a path of over {MAX_PATH_BYTES - SPARE_BYTES} bytes from the root"
+    if fault is None and len(Path(text).name.encode()) > MAX_NAME_BYTES - SPARE_BYTES:
+        fault = f"has a file name of over {MAX_NAME_BYTES - SPARE_BYTES} bytes: shorten it"
+    if fault is not None:
+        raise UserError(f"{name} {fault}")
+
+
+# From a job to a video ----------------------------------------------------------------------------
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Make the video, write it and its JSON, and return what the JSON holds.
+
+    With several processes the first one writes; the others return nothing.
+    """
+    job = replace(job, ranks=job.ranks.divided(job.device))
+    stats = RunStats(job.device, records=job.request.record)
+    inputs = encode_inputs(job, stats=stats)
+    release_cache(job.device)
+    loaded = load_networks(job, stats=stats)
+    release_cache(job.device)
+    job.ranks.wait()
+    return render(job, loaded, inputs, stats=stats)
+
+
+def encode_inputs(job: Job, *, stats: RunStats, encoder: Any = None) -> Any:
+    """Encode the prompts and given pictures; what is loaded for it is gone when this returns.
+
+    Args:
+        encoder: of texts, where it is loaded already.
+    """
+
+    def encode() -> Tensor:
+        return job.model.encode_text(job, encoder or job.model.load_text(job))
+
+    def facts() -> dict[str, Any]:
+        return {**job.model.text_facts(job), "device": job.text_device.type}
+
+    with stats.stage("text"):
+        encoded = job.ranks.from_first(
+            lambda: cached_embedding(job.config.embedding_cache, facts, encode).cpu()
+        )
+        return job.model.inputs(job, encoded)
+
+
+def load_networks(job: Job, *, stats: RunStats) -> Loaded:
+    """Load the transformer, choose its attention, compile its blocks, load the VAE."""
+    set_float32_precision(job.dtype)
+    with stats.stage("load", is_on_host=True):
+        dit = job.model.load_dit(job)
+        dit.kernel, dit.cross_kernel = choose_kernels(
+            job.device,
+            dtype=job.dtype,
+            shape=job.work.attention,
+            num_text=job.work.text_tokens,
+            wanted=job.config.attention_kernel,
+        )
+        logger.info("%s", describe_choice(dit.kernel, dit.cross_kernel))
+        if should_compile(job.config.compile, job.device):
+            # here, where processes may differ by minutes; in the first tick they may not
+            job.model.compile(job, dit)
+        return Loaded(dit, job.model.load_vae(job))
+
+
+def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[str, Any]:
+    """Denoise and write with networks that are loaded already."""
+    shown = job.model.generate(
+        loaded.dit,
+        loaded.vae,
+        job.placed,
+        inputs,
+        stats=stats,
+        policies=None if job.replay is None else partial(replay_policies, job.replay),
+        ranks=job.ranks,
+    )
+    if not job.ranks.is_first:
+        return follow(shown, stats=stats, ranks=job.ranks)
+    return write_run(job, loaded, shown, stats=stats)
+
+
+def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
+    """Carry out a pipeline in a process that writes nothing; return nothing.
+
+    Raises:
+        ToldElsewhereError: a result is not finite, which the first process reports.
+    """
+    for progress in shown:
+        check_stopped()
+        try:
+            _finished(progress)
+        except NotFiniteError as error:
+            raise ToldElsewhereError(str(error)) from None
+    traced_by_all(stats, ranks)
+    return {}
+
+
+def write_run(
+    job: Job, loaded: Loaded, shown: Iterable[Progress], *, stats: RunStats
+) -> dict[str, Any]:
+    """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds.
+
+    Args:
+        stats: with a trace, a record is written, too.
+
+    Raises:
+        NotFiniteError: a result is not finite; the finished frames stay as a partial video.
+    """
+    overlaps = should_overlap(job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1)
+    assert job.path is not None, "a run has a place for its video"
+    bar = ProgressBar(num_ticks=job.work.num_ticks, num_chunks=job.work.num_chunks)
+    check = DegenerateCheck()
+    writer = VideoWriter(
+        job.path,
+        fps=job.value("fps"),
+        size=(job.value("height"), job.value("width")),
+        quality=VIDEO_QUALITY,
+        overwrite=job.request.overwrite,
+        publishes=False,
+        keeps_partial=job.keeps_partial,
+    )
+    first: list[float] = []
+
+    def write(progress: Progress, later: Later[Decoded]) -> None:
+        later.get()  # waiting for the decoder is not writing
+        with stats.stage("write", is_beside=overlaps):
+            frames = _finished(progress, modules=loaded.modules)
+            check.see(frames.numpy())
+            writer.append(frames)
+        first.append(stats.elapsed_seconds())
+
+    try:
+        with writer, lane_for("write", device=stats.device, is_beside=overlaps) as written:
+            if job.before is not None:
+                writer.append(job.before)
+            for progress in shown:
+                check_stopped()
+                bar.update(stats, num_finished=len(progress.tick.finishing))
+                if progress.later is not None:
+                    written.submit(partial(write, progress, progress.later))
+            traced = traced_by_all(stats, job.ranks)
+    finally:
+        bar.close()
+    report = _report(job, loaded, stats, num_frames=writer.num_frames, video=writer.path.name)
+    report |= {"alarms": check.alarms(), "first_frames_seconds": first[0] if first else None}
+    record = None if traced is None else _record(job, report, stats, traced)
+    with undisturbed():  # the video goes last: one that has its name has its JSON, too
+        write_json(writer.path.with_suffix(".json"), report)
+        if record is not None:
+            write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
+        writer.publish()
+    logger.info("%s", stats.summary())
+    for alarm in check.alarms():
+        logger.warning("ALARM         %s", alarm)
+    logger.info(
+        "wrote         %s: %d frames of %dx%d at %d fps, and %s",
+        writer.path,
+        writer.num_frames,
+        job.value("width"),
+        job.value("height"),
+        job.value("fps"),
+        writer.path.with_suffix(".json").name,
+    )
+    return report
+
+
+def _report(
+    job: Job, loaded: Loaded, stats: RunStats, *, num_frames: int, video: str
+) -> dict[str, Any]:
+    """Return what the JSON of a video holds."""
+    dit = loaded.dit
+    compilation = dit.parts.compilation
+    return {
+        "video": video,
+        "num_frames": num_frames,
+        "alarms": [],
+        "first_frames_seconds": None,
+        "preset": job.preset,
+        "model": job.source.name,
+        "attention_kernel": dit.kernel.name,
+        "attention_probe": dict(dit.kernel.probed),
+        "cross_attention_kernel": dit.cross_kernel.name,
+        "cross_attention_probe": dict(dit.cross_kernel.probed),
+        "compilation": None if compilation is None else compilation.to_dict(),
+        "config": to_dict(job.config),
+        "memory": None if job.memory is None else job.memory.to_dict(),
+        "processes": asdict(job.ranks.layout),
+        "replay": None if job.replay is None else job.replay["video"],
+        "environment": environment(stats.device),
+        "stats": stats.to_dict(),
+    }
+
+
+def _record(job: Job, report: dict[str, Any], stats: RunStats, traced: Traced) -> Record:
+    """Return what the record of a video holds."""
+    rule, num_before = job.config.reuse, 0 if job.before is None else len(job.before)
+    return build_record(
+        stats,
+        traced,
+        video=report["video"],
+        model=job.source.name,
+        preset=job.preset,
+        policy=rule.policy if job.replay is None else REPLAY,
+        threshold=threshold_of(rule) if job.replay is None else None,
+        num_steps=job.value("num_steps"),
+        config=report["config"],
+        environment=report["environment"],
+        chunk_frames={
+            number: [[num_before + frame for frame in ends] for ends in segment.frames]
+            for number, segment in enumerate(job.work.segments)
+        },
+    )
+
+
+def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
+    """Exchange what the processes of a run traced; None: nothing was. All must ask for it.
+
+    Raises:
+        LostProcessError: one of them ended or hangs.
+    """
+    ranks.confirm()
+    if stats.trace is None:
+        return None
+    # the sequence ranks of a group make the same passes together: the first one's are enough
+    return merged(ranks.everyone.everyones(stats.traced())[:: ranks.layout.sequence])
+
+
+# Frames -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video that was made, and what it cost."""
+
+    frames: Tensor
+    """uint8 `[T, H, W, 3]`."""
+    stats: RunStats
+
+
+def collect(shown: Iterable[Progress], stats: RunStats) -> Clip:
+    """Carry out a pipeline and keep its frames in memory.
+
+    Raises:
+        NotFiniteError: a result is not finite.
+    """
+    parts: list[Tensor] = []
+    for progress in shown:
+        check_stopped()
+        if progress.later is not None:
+            parts.append(_finished(progress))
+    return Clip(torch.cat(parts), stats)
+
+
+def _finished(progress: Progress, *, modules: Modules | None = None) -> Tensor:
+    """Return the new frames of a tick on the host, uint8 `[T, H, W, 3]`, T = 0 without any."""
+    if progress.later is None:
+        return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    tick = progress.tick
+    try:
+        return finished_frames(progress.later.get(), chunks=tick.finishing, tick=tick.index)
+    except NotFiniteError as error:
+        if modules is None:
+            raise
+        raise error.caused_by(modules) from None
+
+
+def finished_frames(decoded: Decoded, *, chunks: Collection[int], tick: int) -> Tensor:
+    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers.
+
+    Args:
+        chunks: those that became clean.
+        tick: the one in which they did.
+
+    Raises:
+        NotFiniteError: a latent or a pixel is not finite.
+    """
+    checks = torch.stack([decoded.is_latent_finite, all_finite(decoded.frames)])
+    frames = to_uint8(decoded.frames).cpu()
+    is_latent_finite, is_pixel_finite = checks.tolist()  # the device is done: nothing waits
+    if is_latent_finite and is_pixel_finite:
+        return frames
+    where = "decoded frames" if is_latent_finite else "latents"
+    raise NotFiniteError(f"the {where} of {_named(chunks)} (clean after tick {tick})")
+
+
+def _named(chunks: Collection[int]) -> str:
+    first, last = min(chunks), max(chunks)
+    return f"chunk {first}" if first == last else f"chunks {first} to {last}"
