@@ -56,7 +56,6 @@ from tuning.subject import Subject
 from tuning.table import markdown, summarize
 
 from flowcache.errors import UserError
-from flowcache.policies import distance_band, magnitude_ratios
 from flowcache.report.scatter import draw_tuning
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
@@ -70,6 +69,7 @@ from flowcache.runtime.profile import (
     write_profile,
 )
 from flowcache.tune.forecast import choose, parse_target
+from flowcache.tune.gram import distance_band, magnitude_ratios
 from flowcache.tune.plan import Constraints, Plan
 
 TABLE_SHARES = (0.27, 0.5)

@@ -379,7 +379,7 @@ def importance(
 
     ``Imp_j = max_pool1d(mean_q softmax_j(max_{h in group} q_h . k_j / sqrt(D)))`` with stride 1
     and padding ``kernel // 2``; the softmax runs over clean keys only. Products, softmax and mean
-    are float32 whatever the dtype of the inputs: with 20,000 keys a score is about 5e-5 and
+    are float32 for inputs of any dtype: with 20,000 keys a score is about 5e-5 and
     neighbours differ in its fourth digit. Before pooling a head's scores sum to 1. The Q x L
     matrix is never formed: blocks of heads and queries take turns in ``max_bytes`` of scratch.
 

@@ -189,7 +189,8 @@ class Prefetcher:
     done when it is begun.
 
     Example: attention of layer 0 has its rows copied and waits; then the copy of layer 1 begins and
-    goes on beside the rest of layer 0. Layer 1 takes it, and layer 2 begins in layer 0's buffer.
+    goes on concurrently with the rest of layer 0. Layer 1 takes it, and layer 2 begins in the
+    buffer of layer 0.
     """
 
     def __init__(self, like: KVCache) -> None:

@@ -13,10 +13,9 @@ Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Protocol, TypeAlias
@@ -37,16 +36,9 @@ from flowcache.predict import MAX_ORDER, HeldGuidance, ResultStore
 from flowcache.schedule import Tick
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
-    Array = NDArray[np.float64]
-
 # torch is imported where tensors are made: a wrong setting is refused before torch is loaded
-
-BAND_MARGIN = 0.1
-"""Share by which the calibrated band of distances is widened on both sides: few clips are seen."""
 
 Signals: TypeAlias = "Mapping[int, Tensor]"
 """Chunk -> its signal now; any shape, the same at every tick."""
@@ -94,10 +86,11 @@ class Calibration:
     plans: Sequence[Collection[int]] = ()
     """Computed own steps by chunk; chunks behind the last entry use that one."""
     magnitude_ratios: Sequence[float] = ()
-    """By own step; see `magnitude_ratios`."""
+    """Magnitude of the result of each own step over that of the step before."""
     distance_low: Sequence[float] = ()
+    """Least distance of signals seen at each own step, widened."""
     distance_high: Sequence[float] = ()
-    """By own step; see `distance_band`."""
+    """Largest distance of signals seen at each own step, widened."""
 
 
 class ReusePolicy(ABC):
@@ -300,9 +293,7 @@ class GuardedPlan(Planned):
     """
 
     low: Sequence[float] = field(default=(), metadata={SETTING: "distance_low"})
-    """Least distance by own step, widened; see `distance_band`."""
     high: Sequence[float] = field(default=(), metadata={SETTING: "distance_high"})
-    """Largest distance by own step, widened."""
     previous: dict[int, Tensor] = field(default_factory=dict)
     needs_signals = True
 
@@ -333,8 +324,6 @@ class MagCache(NamedPolicy):
     """
 
     ratios: Sequence[float] = field(metadata={SETTING: "magnitude_ratios"})
-    """Magnitude of the result of each own step over that of the step before; see
-    `magnitude_ratios`."""
     threshold: float
     warmup_steps: int
     most_reuses: int
@@ -586,35 +575,6 @@ def _ratio(change: float, size: float) -> float:
     if size == 0.0:
         return 0.0 if change == 0.0 else math.inf
     return change / size
-
-
-def distance_band(
-    distances: Iterable[tuple[int, float]], *, num_steps: int, margin: float = BAND_MARGIN
-) -> tuple[list[float], list[float]]:
-    """Return the least and the largest distance seen at each own step, widened by `margin`.
-
-    Args:
-        distances: (own step, distance to the previous tick), in any order. The first step has
-            none: its band is 0, 0 and never asked for.
-
-    Raises:
-        ValueError: a later step has none.
-    """
-    seen: dict[int, list[float]] = {}
-    for step, distance in distances:
-        seen.setdefault(step, []).append(distance)
-    missing = set(range(1, num_steps)) - set(seen)
-    if missing:
-        raise ValueError(f"no distance was measured at own step {min(missing)}")
-    low = [0.0, *(min(seen[step]) * (1 - margin) for step in range(1, num_steps))]
-    high = [0.0, *(max(seen[step]) * (1 + margin) for step in range(1, num_steps))]
-    return low, high
-
-
-def magnitude_ratios(gram_NN: Array) -> list[float]:
-    """Return |v_k| / |v_{k-1}| for every own step, root mean squares; 1 for the first step."""
-    norm_N = [math.sqrt(gram_NN[k, k]) for k in range(len(gram_NN))]
-    return [1.0, *(_ratio(now, before) for before, now in itertools.pairwise(norm_N))]
 
 
 class Observe(Protocol):

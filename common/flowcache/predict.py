@@ -179,7 +179,7 @@ class HeldGuidance:
     def is_held(
         self, chunk: int, step: int, *, num_steps: int, scales: tuple[float, ...] = ()
     ) -> bool:
-        """Tell whether a chunk, if it is computed in an own step, runs the conditional pass alone.
+        """Return whether a chunk's own step, if computed, runs the conditional pass alone.
 
         Args:
             scales: of the guidance in this step; a difference made with others is not held.

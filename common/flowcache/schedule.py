@@ -51,9 +51,6 @@ def staggered(chunks: Sequence[int], *, num_steps: int, lag: int) -> list[Tick]:
         chunks: ids of the chunks to denoise, ascending (given clean chunks left out).
         num_steps: denoising steps of one chunk, at least 1.
         lag: own steps between neighbouring chunks, at least 0.
-
-    Raises:
-        UserError: `num_steps` below 1 or `lag` below 0.
     """
     if num_steps < 1:
         raise UserError(f"the number of denoising steps must be at least 1, not {num_steps}")

@@ -11,11 +11,14 @@ import pytest
 
 from flowcache.bounds import (
     IS_PATH,
+    SETTING,
     Bounds,
+    OneOf,
     annotated_hints,
     bounds_of,
     check_values,
     given_path,
+    made_of,
     path_fault,
 )
 from flowcache.errors import UserError
@@ -102,6 +105,30 @@ def test_every_number_of_the_settings_has_bounds_and_they_are_listed(schema: typ
         bounds = bounds_of(hint)
         assert bounds is not None, f"{key} has no bounds"
         assert bounds.rule() in listed[key]
+
+
+@dataclass(frozen=True)
+class Even:
+    shares: tuple[float, ...]
+    count: int = field(metadata={SETTING: "steps"})
+    seen: int = 0
+
+
+def test_an_object_takes_its_values_from_the_settings_that_its_fields_name():
+    assert made_of(Even, Outer(steps=7), Inner((0.25,))) == Even((0.25,), 7)
+    assert made_of(Even, Inner((1.0,)), Even((0.5,), 3, seen=2), Outer()) == Even((0.5,), 50, 2)
+
+
+def test_a_name_that_is_none_of_those_is_refused_by_name():
+    @dataclass(frozen=True)
+    class Choice:
+        kind: Annotated[str, OneOf(("fast", "slow"))] = "fast"
+
+    assert load_config(Choice, [], overrides=["kind=slow"]) == Choice("slow")
+    for given, shown in (("quick", "'quick'"), ("null", "None"), ("3", "3")):
+        with pytest.raises(UserError, match=rf"kind is {shown}, but must be one of fast, slow$"):
+            load_config(Choice, [], overrides=[f"kind={given}"])
+    assert describe(Choice) == ["kind: one of fast, slow = fast"]
 
 
 def test_annotations_do_not_hinder_reading(tmp_path: Path):

@@ -11,10 +11,9 @@ from flowcache.policies import (
     Planned,
     ReusePolicy,
     Stride,
-    distance_band,
-    magnitude_ratios,
 )
 from flowcache.schedule import staggered
+from flowcache.tune.gram import distance_band, magnitude_ratios
 
 
 def computed_steps(

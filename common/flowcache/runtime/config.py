@@ -366,7 +366,7 @@ def _section(hint: Any) -> type | None:
 
 
 def _expected(hint: Any) -> str:
-    """Say in words what values a type allows: `int or null`, `one of full, causal`."""
+    """Return in words what values a type allows: `int or null`, `one of full, causal`."""
     names = names_of(hint)
     return " or ".join(
         f"one of {', '.join(names)}" if names and option is str else _expected_option(option)

@@ -42,7 +42,7 @@ HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here
 FITTED = tuple(name for name, each in PREDICTORS.items() if each.level == "velocity")
 """Predictors that plans are made for."""
 PLACEHOLDER = "reuse.predict=velocity"
-"""What a profile sets, until it is read: a predictor that all other settings go with."""
+"""Replaces what a profile sets, until it is read: a predictor that all other settings go with."""
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,16 @@ def load_with_profile(
         folder: the checkpoint's; a relative path is looked for there, then from here.
         setting_of: what the profile must fit, of the run.
     """
-    rule = load([PLACEHOLDER, *overrides]).reuse
-    if not rule.needs_profile:
-        return load(overrides)
+    try:
+        config = load(overrides)
+        rule = config.reuse
+        if not rule.needs_profile:
+            return config
+    except UserError:
+        # they may go with the predictor of a profile
+        rule = load([PLACEHOLDER, *overrides]).reuse
+        if not rule.needs_profile:
+            raise
     path = find_profile(rule, folder=folder)
     profile = read_profile(path)
     config = load([*profile_settings(profile, rule), *overrides, f"reuse.profile={path}"])
@@ -306,7 +313,7 @@ def profile_settings(profile: Profile, rule: ReuseRule) -> list[str]:
 
 
 def profile_lines(rule: ReuseRule) -> list[str]:
-    """Say what a run's profile is, in a line of its description; [] where it follows none."""
+    """Return a line on a run's profile for its description; [] where it follows none."""
     if not rule.needs_profile:
         return []
     path, profile = profile_of(rule)

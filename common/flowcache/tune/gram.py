@@ -13,7 +13,7 @@ Axes: N own steps, M = branches x N, the steps of the first branch first.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from flowcache.errors import UserError
 from flowcache.runtime.files import ARRAY_ERRORS
 from flowcache.tune.gap import Array, ErrorModel
 
+BAND_MARGIN = 0.1
+"""Share by which the calibrated band of distances is widened on both sides: few clips are seen."""
 SKETCHING_BYTES = 8 + 4 + 2 * 4
 """Per element of a velocity that is sketched: its place (int64) and its sign, and the element in
 float32 before and after the sign."""
@@ -289,3 +291,32 @@ def calibration_bytes(
 def most_active(num_chunks: int, *, num_steps: int, lag: int) -> int:
     """Return how many chunks are active at once at most."""
     return num_chunks if lag == 0 else min(num_chunks, math.ceil(num_steps / lag))
+
+
+def distance_band(
+    distances: Iterable[tuple[int, float]], *, num_steps: int, margin: float = BAND_MARGIN
+) -> tuple[list[float], list[float]]:
+    """Return the least and the largest distance seen at each own step, widened by `margin`.
+
+    Args:
+        distances: (own step, distance to the previous tick), in any order. The first step has
+            none: its band is 0, 0 and never asked for.
+
+    Raises:
+        ValueError: a later step has none.
+    """
+    seen: dict[int, list[float]] = {}
+    for step, distance in distances:
+        seen.setdefault(step, []).append(distance)
+    missing = set(range(1, num_steps)) - set(seen)
+    if missing:
+        raise ValueError(f"no distance was measured at own step {min(missing)}")
+    low = [0.0, *(min(seen[step]) * (1 - margin) for step in range(1, num_steps))]
+    high = [0.0, *(max(seen[step]) * (1 + margin) for step in range(1, num_steps))]
+    return low, high
+
+
+def magnitude_ratios(gram_NN: Array) -> list[float]:
+    """Return |v_k| / |v_{k-1}| for every own step, root mean squares; 1 for the first step."""
+    norm_N = np.sqrt(np.diag(gram_NN))
+    return [1.0, *(norm_N[1:] / norm_N[:-1]).tolist()]
