@@ -98,12 +98,7 @@ def ends_well(command: Callable[[], object]) -> int:
 
 
 def keys_of(family: str) -> list[str]:
-<<<<<<< HEAD
     lines = describe(import_module(f"{family}.config").RunConfig)
-=======
-    module = "config"
-    lines = describe(import_module(f"{family}.{module}").RunConfig)
->>>>>>> house-method
     return [line.partition(":")[0] for line in lines]
 
 
