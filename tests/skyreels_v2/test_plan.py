@@ -1,12 +1,11 @@
 from dataclasses import replace
 from itertools import product
-from typing import get_args
 
 import pytest
 import torch
 
 from flowcache.policies import FlowCache
-from flowcache.predict import Quantity
+from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.model import Work
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
@@ -112,7 +111,7 @@ def test_a_second_branch_doubles_all_but_the_embedding():
 def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
     policies = ("vanilla", "teacache", "flowcache", "stride")
     base = config_of(preset)
-    for policy, quantity in product(policies, get_args(Quantity)):
+    for policy, quantity in product(policies, PREDICTORS):
         config = replace(base, reuse=replace(base.reuse, policy=policy, predict=quantity))
         plan = work_of(config, TWO_LAYERS, dtype=torch.bfloat16)
         assert plan.num_ticks == 135
