@@ -15,20 +15,15 @@ colour or frozen.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from explain_page.compare import Metrics, figure_rows, measure
-from explain_page.frames import Clip, first_new_frame, read_clip
-from explain_page.page import headline, write_page
-from explain_page.run import SUFFIX, Run, find_record, load_run
-
 from flowcache.errors import UserError
-from flowcache.runtime.checks import DegenerateCheck
+from flowcache.report.page import measure, read_clip, summary, with_video_alarms, write_page
+from flowcache.report.run import SUFFIX, find_record, load_run
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, fresh_path, write_text
 
@@ -43,44 +38,8 @@ exit code: 0; 1 with --strict if there is an alarm; 2 if something given is wron
 """
 
 
-def summary(runs: Sequence[Run], metrics: Metrics | str | None) -> str:
-    """Return what the page says in a few lines: settings, figures, alarms."""
-    lines: list[str] = []
-    for run in runs:
-        letter = f"{run.letter}: " if len(runs) == 2 else ""
-        lines.append(f"{letter}{run.name}: {headline(run)}")
-    rows = figure_rows(runs, metrics)
-    if len(runs) == 2:
-        rows = [("", "A", "B", "B / A"), *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
-    if isinstance(metrics, str):
-        lines.append(metrics)
-    found = [(run, alarm) for run in runs for alarm in run.alarms]
-    for run, alarm in found:
-        lines.append(f"ALARM {run.name}: {alarm}")
-    if not found:
-        lines.append("no alarm")
-    return "\n".join(lines)
-
-
-def with_alarms_of(clip: Clip, run: Run) -> Run:
-    """Add what is alarming about the new frames of a run's video, if there is one."""
-    if clip.frames_THW3 is None:
-        return run
-    check = DegenerateCheck()
-    check.see(clip.frames_THW3[first_new_frame(run.record["chunk_frames"]) :])
-    return replace(run, alarms=[*run.alarms, *check.alarms()])
-
-
 def choose_page(out: Path | None, records: Sequence[Path], *, overwrite: bool) -> Path:
-    """Return where the page goes: `out`, or a fresh name beside the first record.
-
-    Raises:
-        UserError: the name is no `.html`, exists already, or its folder can't be written.
-    """
+    """Return where the page goes: `out`, or a fresh name in the folder of the first record."""
     names = [path.name.removesuffix(SUFFIX) for path in records]
     if out is None:
         check_writable(records[0].parent)
@@ -94,11 +53,7 @@ def choose_page(out: Path | None, records: Sequence[Path], *, overwrite: bool) -
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a page in one step.
-
-    Raises:
-        UserError: it is larger than a page may be, or can't be written.
-    """
+    """Write a page in one step, unless it is too large."""
     num_bytes = len(content.encode("utf-8"))
     if num_bytes > MAX_PAGE_BYTES:
         raise UserError(
@@ -127,24 +82,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the page of --out")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if there is an alarm")
     options = parser.parse_args(arguments)
-    found: list[str] = []
+    alarms: list[str] = []
 
     def command() -> None:
         if len(options.runs) > 2:
             raise UserError(f"one run or two can be explained, {len(options.runs)} were given")
         records = [find_record(path) for path in options.runs]
         path = choose_page(options.out, records, overwrite=options.overwrite)
-        loaded = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
-        clips = [read_clip(run.video) for run in loaded]
-        runs = [with_alarms_of(clip, run) for run, clip in zip(loaded, clips, strict=True)]
+        runs = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
+        clips = [read_clip(run.video) for run in runs]
+        runs = [with_video_alarms(run, clip) for run, clip in zip(runs, clips, strict=True)]
         metrics = measure(clips) if len(runs) == 2 else None
         write_whole(path, write_page(runs, clips, metrics))
         print(summary(runs, metrics))
         print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
-        found.extend(alarm for run in runs for alarm in run.alarms)
+        alarms.extend(alarm for run in runs for alarm in run.alarms)
 
     code = run_command(command)
-    return EXIT_ALARM if code == 0 and options.strict and found else code
+    return EXIT_ALARM if code == 0 and options.strict and alarms else code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A multiply-add counts 2. No weights are read and nothing is rendered.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 from flowcache.runtime.ending import start_quietly
@@ -18,7 +17,7 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.model import Request
-from flowcache.runtime.ops import attention_flops, linear_flops
+from flowcache.runtime.ops import linear_flops
 from flowcache.runtime.run import plan_by_sizes
 from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered
@@ -51,18 +50,6 @@ SKYREELS_CHUNK_TOKENS = 5 * SKYREELS_FRAME_TOKENS
 SKYREELS_SEGMENTS = (range(5), range(1, 5))
 """Chunks that are denoised in each window of 177 frames; the second one's first chunk is given."""
 SKYREELS_STEPS, SKYREELS_LAG, SKYREELS_BRANCHES = 50, 5, 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One counted quantity, and what was published for it."""
-
-    model: str
-    quantity: str
-    flops: float
-    unit: str
-    published: str = ""
-    """The published figure, rounded as printed there, in the same unit."""
 
 
 @cache
@@ -125,69 +112,59 @@ def skyreels_active_only() -> int:
     return SKYREELS_BRANCHES * (SKYREELS_STEPS * steps + skyreels_causal(1))
 
 
-def paper_rows() -> list[Row]:
-    """Return the published figures and what they are made of."""
-    sizes = magi1_sizes()
-    alone = published_block_flops(sizes, queries=MAGI1_CHUNK_TOKENS, keys=0)
-    seen = sizes.num_layers * attention_flops(
-        MAGI1_CHUNK_TOKENS, keys=MAGI1_CHUNK_TOKENS, width=sizes.hidden_size
+def magi1_rows() -> list[tuple[str, str, str]]:
+    """Return quantities, what is counted, and what was published, rounded as printed there."""
+    sizes, tokens, windows = magi1_sizes(), MAGI1_CHUNK_TOKENS, MAGI1_WINDOWS
+    alone = published_block_flops(sizes, queries=tokens, keys=0)
+    seen = sizes.num_layers * attention_flops(tokens, keys=tokens, width=sizes.hidden_size)
+    window = f"KV window {list(windows)}, nearly-clean pass"
+    whole, reduced = (magi1_clip(nearly_clean_pass=passes) for passes in (True, False))
+    windowed, before_reuse = (
+        magi1_clip(reaches=windows, nearly_clean_pass=passes) for passes in (True, False)
     )
-    forward, full = skyreels_causal(5), skyreels_full()
-    num_forwards = SKYREELS_BRANCHES * skyreels_ticks()
-    magi1, skyreels = "MAGI-1 4.5B", "SkyReels-V2 1.3B"
-    windows = list(MAGI1_WINDOWS)
+    shorter = magi1_clip(num_frames=168, reaches=windows, nearly_clean_pass=True)
     return [
-        Row(magi1, "a chunk's forward, without its attention", alone, "TF"),
-        Row(magi1, "its attention, per chunk that it sees", seen, "TF"),
-        Row(
-            magi1,
-            "240 frames, all chunks seen, nearly-clean pass (Vanilla)",
-            magi1_clip(nearly_clean_pass=True),
-            "PF",
-            "306",
-        ),
-        Row(magi1, "... without the nearly-clean pass", magi1_clip(nearly_clean_pass=False), "PF"),
-        Row(
-            magi1,
-            f"240 frames, KV window {windows}, nearly-clean pass",
-            magi1_clip(reaches=MAGI1_WINDOWS, nearly_clean_pass=True),
-            "PF",
-        ),
-        Row(
-            magi1,
-            "... without it: before any step is reused",
-            magi1_clip(reaches=MAGI1_WINDOWS, nearly_clean_pass=False),
-            "PF",
-        ),
-        Row(
-            magi1,
-            f"168 frames, KV window {windows}, nearly-clean pass (MotionCache's Vanilla)",
-            magi1_clip(num_frames=168, reaches=MAGI1_WINDOWS, nearly_clean_pass=True),
-            "PF",
-            "139",
-        ),
-        Row(skyreels, "a window's forward, counted causally", forward, "TF"),
-        Row(skyreels, "a window's forward, full attention as it runs", full, "TF"),
-        Row(
-            skyreels,
-            f"177 frames, {num_forwards} causal forwards (Vanilla)",
-            forward * num_forwards,
-            "PF",
-            "113",
-        ),
-        Row(skyreels, "... with full attention as it runs", full * num_forwards, "PF"),
-        Row(skyreels, "active chunks only, causal, before any reuse", skyreels_active_only(), "PF"),
+        ("a chunk's forward, without its attention", tera(alone), ""),
+        ("its attention, per chunk that it sees", tera(seen), ""),
+        ("240 frames, all chunks seen, nearly-clean pass (Vanilla)", peta(whole), "306 PF"),
+        ("... without the nearly-clean pass", peta(reduced), ""),
+        (f"240 frames, {window}", peta(windowed), ""),
+        ("... without it: before any step is reused", peta(before_reuse), ""),
+        (f"168 frames, {window} (MotionCache's Vanilla)", peta(shorter), "139 PF"),
     ]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table."""
+def skyreels_rows() -> list[tuple[str, str, str]]:
+    """Return quantities, what is counted, and what was published, rounded as printed there."""
+    forward, full = skyreels_causal(5), skyreels_full()
+    num_forwards = SKYREELS_BRANCHES * skyreels_ticks()
+    vanilla = f"177 frames, {num_forwards} causal forwards (Vanilla)"
+    return [
+        ("a window's forward, counted causally", tera(forward), ""),
+        ("a window's forward, full attention as it runs", tera(full), ""),
+        (vanilla, peta(forward * num_forwards), "113 PF"),
+        ("... with full attention as it runs", peta(full * num_forwards), ""),
+        ("active chunks only, causal, before any reuse", peta(skyreels_active_only()), ""),
+    ]
+
+
+def tera(flops: int) -> str:
+    """Write a count in TFLOPs."""
+    return f"{flops / 1e12:.2f} TF"
+
+
+def peta(flops: int) -> str:
+    """Write a count in PFLOPs."""
+    return f"{flops / 1e15:.1f} PF"
+
+
+def paper_table() -> str:
+    """Return the published figures and what they are made of as a Markdown table."""
     lines = ["| model | what is counted | counted | published |", "|---|---|---:|---:|"]
-    for row in rows:
-        scale, digits = (1e12, 2) if row.unit == "TF" else (1e15, 1)
-        published = f"{row.published} {row.unit}" if row.published else ""
-        counted = f"{row.flops / scale:.{digits}f} {row.unit}"
-        lines.append(table_row([escaped(row.model), escaped(row.quantity), counted, published]))
+    models = {"MAGI-1 4.5B": magi1_rows(), "SkyReels-V2 1.3B": skyreels_rows()}
+    for model, rows in models.items():
+        for quantity, counted, published in rows:
+            lines.append(table_row([escaped(model), escaped(quantity), counted, published]))
     return "\n".join(lines)
 
 
@@ -211,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.paper == (options.model is not None):
             raise UserError("give either --paper or a model (--help shows examples)")
         if options.paper:
-            print(markdown(paper_rows()))
+            print(paper_table())
         elif options.model in RELEASED:
             settings = ["prompt=-", *options.settings]
             print(plan_by_sizes(MODEL, Request(options.preset, options.model, settings)))

@@ -24,11 +24,7 @@ from flowcache.runtime.video import read_video
 
 
 def judged(video: Path) -> tuple[Attributes, dict[str, bool]]:
-    """Judge one video: what its prompt says, and for each attribute whether it shows that.
-
-    Raises:
-        UserError: the JSON or the video cannot be read, or the prompt is no caption of the demo.
-    """
+    """Return what a video's prompt says, and for each attribute whether the video shows it."""
     report = video.with_suffix(".json")
     try:
         prompt = read_json(report)["config"]["prompt"]
@@ -63,8 +59,8 @@ def main() -> int:
             attributes, agrees = judged(video)
             rows.append(agrees)
             wrong = [name for name in ATTRIBUTE_NAMES if not agrees[name]]
-            said = f"wrong: {', '.join(wrong)}" if wrong else "agrees"
-            print(f"{video.name}  {attributes.caption}  {said}")
+            verdict = f"wrong: {', '.join(wrong)}" if wrong else "agrees"
+            print(f"{video.name}  {attributes.caption}  {verdict}")
         for name in ATTRIBUTE_NAMES:
             print(f"{name:12} {sum(row[name] for row in rows)} of {len(rows)}")
         print(f"{'all':12} {sum(all(row.values()) for row in rows)} of {len(rows)}")

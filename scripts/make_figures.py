@@ -27,20 +27,21 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
 from benchmark import magi1, skyreels_v2
-from figures.distances import draw_distances
-from figures.framework import draw_framework
-from figures.growth import draw_growth
-from figures.reuse import draw_reuse
-from figures.strips import Strip, draw_strips
-from figures.tradeoff import draw_tradeoff
+from benchmark.family import Family, Source
+from benchmark.work import unseen_prompts
 
 from flowcache.errors import UserError
+from flowcache.report.figures import draw_distances, draw_growth, draw_strips, strip_of
+from flowcache.report.framework import draw_framework
+from flowcache.report.scatter import draw_reuse, draw_tradeoff
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
 
@@ -55,43 +56,63 @@ EXAMPLES = """examples:
 """
 
 
+def draw_frames(
+    family: Family[Any, Any], methods: Mapping[str, str], *, settings: Sequence[str], index: int
+) -> bytes:
+    """Make clips of an unseen prompt, and return a PNG of their frames.
+
+    Args:
+        methods: rows from top to bottom, with the method's name in the table of `bench_demo.py`;
+            the others are compared with the first one.
+        settings: of all methods, as in `num_frames=97`.
+        index: of the prompt in that table.
+    """
+    attributes, seed = unseen_prompts(index + 1)[index]
+    known = {method.name: method for method in family.methods}
+    with TemporaryDirectory() as folder:
+        source = Source("demo", tuple(settings), Path(folder))
+        jobs = [family.prepare(known[name], source) for name in methods.values()]
+        models = family.load(jobs[0])
+        clips = [family.render(job, models, attributes.caption, seed) for job in jobs]
+    strips = [strip_of(name, clip, clips[0]) for name, clip in zip(methods, clips, strict=True)]
+    return draw_strips(strips, title=f"{attributes.caption}, seed {seed}")
+
+
 def skyreels_v2_frames() -> bytes:
     """Make SkyReels-V2's frames: causal attention in all rows."""
-    strips = [
-        Strip("every step", "vanilla-causal"),
-        Strip("TeaCache", "TeaCache, causal (FlowCache-fast's FLOPs), residual"),
-        Strip("FlowCache", "FlowCache-fast, residual"),
-    ]
-    return draw_strips(
-        skyreels_v2.FAMILY, strips, settings=["num_frames=77"], index=MEDIAN_CLIPS["skyreels_v2"]
-    )
+    methods = {
+        "every step": "vanilla-causal",
+        "TeaCache": "TeaCache, causal (FlowCache-fast's FLOPs), residual",
+        "FlowCache": "FlowCache-fast, residual",
+    }
+    index = MEDIAN_CLIPS["skyreels_v2"]
+    return draw_frames(skyreels_v2.FAMILY, methods, settings=["num_frames=77"], index=index)
 
 
 def magi1_frames() -> bytes:
     """Make MAGI-1's frames: neither a clean nor a nearly-clean pass in any row."""
-    strips = [
-        Strip("every step", magi1.NEITHER),
-        Strip("TeaCache", "TeaCache, neither pass (FlowCache-fast's FLOPs), latent update"),
-        Strip("FlowCache", "FlowCache-fast, latent update"),
-    ]
-    return draw_strips(magi1.FAMILY, strips, settings=[], index=MEDIAN_CLIPS["magi1"])
+    methods = {
+        "every step": magi1.NEITHER,
+        "TeaCache": "TeaCache, neither pass (FlowCache-fast's FLOPs), latent update",
+        "FlowCache": "FlowCache-fast, latent update",
+    }
+    return draw_frames(magi1.FAMILY, methods, settings=[], index=MEDIAN_CLIPS["magi1"])
+
+
+def drawn_figures(key: str, model: str) -> dict[str, Callable[[], str]]:
+    """Return a model's figures that are drawn from files."""
+    return {
+        f"distances_{key}.svg": lambda: draw_distances(RECORDS / f"{key}.record.json", model=model),
+        f"tradeoff_{key}.svg": lambda: draw_tradeoff(TABLES / f"{key}_demo.json", model=model),
+        f"reuse_{key}.svg": lambda: draw_reuse(TABLES / f"{key}_reuse.json", model=model),
+    }
 
 
 FIGURES: Mapping[str, Callable[[], str | bytes]] = {
     "framework.svg": draw_framework,
-    "distances_skyreels_v2.svg": lambda: draw_distances(
-        RECORDS / "skyreels_v2.record.json", model="SkyReels-V2"
-    ),
-    "tradeoff_skyreels_v2.svg": lambda: draw_tradeoff(
-        TABLES / "skyreels_v2_demo.json", model="SkyReels-V2"
-    ),
-    "reuse_skyreels_v2.svg": lambda: draw_reuse(
-        TABLES / "skyreels_v2_reuse.json", model="SkyReels-V2"
-    ),
+    **drawn_figures("skyreels_v2", "SkyReels-V2"),
     "frames_skyreels_v2.png": skyreels_v2_frames,
-    "distances_magi1.svg": lambda: draw_distances(RECORDS / "magi1.record.json", model="MAGI-1"),
-    "tradeoff_magi1.svg": lambda: draw_tradeoff(TABLES / "magi1_demo.json", model="MAGI-1"),
-    "reuse_magi1.svg": lambda: draw_reuse(TABLES / "magi1_reuse.json", model="MAGI-1"),
+    **drawn_figures("magi1", "MAGI-1"),
     "frames_magi1.png": magi1_frames,
     "growth.svg": lambda: draw_growth(TABLES / "growth.json"),
 }
@@ -99,12 +120,7 @@ FIGURES: Mapping[str, Callable[[], str | bytes]] = {
 
 
 def make(name: str, out: Path) -> Path:
-    """Make a figure and return its path.
-
-    Raises:
-        UserError: what it is made from is missing or broken, it is too large, or it can't be
-            written.
-    """
+    """Make a figure in one step and return its path."""
     content = FIGURES[name]()
     data = content.encode("utf-8") if isinstance(content, str) else content
     path = out / name
@@ -121,11 +137,7 @@ def make(name: str, out: Path) -> Path:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """Return the files of figures that are named without their suffix; no name means all.
-
-    Raises:
-        UserError: a name is unknown.
-    """
+    """Return the files of figures that are named without their suffix; no name means all."""
     known = {name.partition(".")[0]: name for name in FIGURES}
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -141,12 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="figures to make (default: all)",
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="figures to make (default: all)")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder (default: assets)")
     options = parser.parse_args(arguments)
 

@@ -53,16 +53,13 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compute.
-
-    Attributes:
-        base: the name of what it is compared with; None: nothing.
-    """
+    """A way to compute."""
 
     name: str
     dtype: str
     mode: QuantizeName | None
     base: str | None
+    """The name of what it is compared with; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,7 @@ def ways(modes: Sequence[QuantizeName]) -> list[Way]:
 
 @torch.no_grad()
 def compute(way: Way, case: Case, options: argparse.Namespace) -> Made:
-    """Compute the layer, the velocity and the clip in one way.
-
-    Raises:
-        UserError: it can't run here.
-    """
+    """Compute the layer, the velocity and the clip in one way."""
     layer, velocity = forward(way, case, device=choose_device(options.device))
     own = (f"device={options.device}", f"dtype={way.dtype}", f"quantize={way.mode or 'null'}")
     clip, weight_bytes = make_clip(options.model, [*CLIP, *options.settings, *own])
@@ -96,11 +89,7 @@ def compute(way: Way, case: Case, options: argparse.Namespace) -> Made:
 
 
 def forward(way: Way, case: Case, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what the first quantised layer and the whole transformer give.
-
-    Raises:
-        UserError: the way can't run here.
-    """
+    """Return what the first quantised layer and the whole transformer give."""
     dtype = getattr(torch, way.dtype)
     dit = build_dit(case).to(device, dtype)
     check(way.mode, dit.config, device=device, dtype=dtype)
@@ -113,11 +102,7 @@ def forward(way: Way, case: Case, *, device: torch.device) -> tuple[Tensor, Tens
 
 
 def make_clip(model: str, settings: Sequence[str]) -> tuple[Tensor, int]:
-    """Make a clip in memory; return it and the bytes of the transformer's weights.
-
-    Raises:
-        UserError: it can't be made here, or a setting is wrong.
-    """
+    """Make a clip in memory; return it and the bytes of the transformer's weights."""
     job = prepare(MODEL, Request("vanilla", model, settings))
     stats = RunStats(job.device)
     loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
@@ -144,11 +129,7 @@ def row(way: Way, made: Made, base: Made) -> str:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Print the table, then what could not run.
-
-    Raises:
-        UserError: something given is wrong.
-    """
+    """Print the table, then what could not run."""
     try:
         case = read_case(options.case, folder=options.case.parent)
     except ValueError as error:

@@ -17,13 +17,13 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from compare import make_network
 from sampling.evidence import JSON_FILE, Evidence, read_table, verify, write_table
 from sampling.figures import Judge
 from sampling.protocol import VIDEOS, keep_protocol, read_protocol
 from sampling.table import gaps, markdown
 
 from flowcache.errors import UserError
+from flowcache.report.comparison import make_network
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.metrics import METRICS
 

@@ -37,9 +37,9 @@ from sampling.worker import Worker, say_alarms, say_failures
 
 from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
+from flowcache.launch import Place
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable
-from flowcache.runtime.launch import Place
 
 EXIT_SOME_FAILED = 1
 MAX_PER_PROMPT = 10_000
@@ -52,7 +52,7 @@ EXAMPLES = """examples:
   python scripts/sample.py magi1 --vbench VBench/prompts --dimensions color,scene --per-prompt 5 \\
       --out result/vbench
   python scripts/sample.py magi1 --physics-iq physics-IQ --out result/physics prefix_frames=72
-  python -m flowcache.runtime.launch 8 scripts/sample.py skyreels_v2 \\
+  python -m flowcache.launch 8 scripts/sample.py skyreels_v2 \\
       --model /data/SkyReels-V2-DF-1.3B-540P --vbench VBench/prompts --out /shared/vbench
   python scripts/sample.py --protocol scripts/protocols/skyreels_v2_demo.yaml \\
       --out result/reproduce_skyreels_v2

@@ -8,14 +8,14 @@ also after a kill; a finished stage is a no-op. A longer --vae-steps or --dit-st
 training that is not yet finished. Nothing is downloaded. One thread trains a checkpoint in about
 two hours on one CPU core.
 
-The stages of a model are said in `scripts/training/MODEL.py`; `export` writes the checkpoint folder
-and its training.json.
+The stages of a model are in the `demo.py` of its package; `export` writes the checkpoint folder and
+its training.json.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
@@ -23,13 +23,12 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 import torch
-from training import magi1, skyreels_v2
-from training.work import Recipe, Work, write_record
 
+from flowcache.demo.recipe import Recipe, Training, write_record
 from flowcache.runtime.cli import run_command
 
 logger = logging.getLogger("train_demo")
-RECIPES: Mapping[str, Recipe] = {"magi1": magi1.RECIPE, "skyreels_v2": skyreels_v2.RECIPE}
+MODELS = ("magi1", "skyreels_v2")
 EXPORT, ALL = "export", "all"
 STEP_NAMES = {
     "vae": "steps of the VAE",
@@ -47,24 +46,29 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: train(options))
 
 
+def recipe_of(model: str) -> Recipe:
+    """Return how a model's demo is trained, from the `demo` module of its package."""
+    return import_module(f"{model}.demo").RECIPE
+
+
 def train(options: argparse.Namespace) -> None:
     """Run the stages asked for."""
     torch.set_num_threads(options.threads)
-    recipe = RECIPES[options.model]
+    recipe = recipe_of(options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     steps = {
         name: getattr(options, f"{name}_steps") or default
         for name, default in recipe.default_steps.items()
     }
-    work = Work(options.out, options.threads, options.num_clips, steps)
+    training = Training(options.out, options.threads, options.num_clips, steps)
     for stage in (*recipe.stages, EXPORT) if options.stage == ALL else (options.stage,):
         logger.info("stage %s", stage)
         if stage == EXPORT:
             folder = options.export_to or recipe.shipped
-            parts = recipe.export(work, folder)
-            write_record(work, recipe, folder, model=options.model, parts=parts, note=options.note)
+            parts = recipe.export(training, folder)
+            write_record(training, folder, model=options.model, parts=parts, note=options.note)
         else:
-            recipe.stages[stage](work)
+            recipe.stages[stage](training)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -72,7 +76,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=sorted(RECIPES), required=True)
+    parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--stage", default=ALL, help="one stage of the model, export, or all")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the training's own files"
@@ -88,7 +92,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--note", default="", help="a remark that training.json keeps")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(argv)
-    recipe = RECIPES[options.model]
+    recipe = recipe_of(options.model)
     stages = (*recipe.stages, EXPORT, ALL)
     if options.stage not in stages:
         parser.error(f"--stage is {options.stage!r}, must be one of {', '.join(stages)}")

@@ -23,7 +23,6 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from figures.reuse import draw_tuning
 from tuning import magi1, skyreels_v2
 from tuning.findings import (
     MEASURED_SHARES,
@@ -57,6 +56,7 @@ from tuning.subject import Subject
 from tuning.table import markdown, summarize
 
 from flowcache.errors import UserError
+from flowcache.report.scatter import draw_tuning
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.profile import (

@@ -6,7 +6,7 @@ source "$root/../scripts/setup.sh"
 
 # generate ARGUMENTS...: hand the variables of the launchers, then the arguments, to Python.
 generate() {
-    exec python ${GPUS:+-m flowcache.runtime.launch "$GPUS"} \
+    exec python ${GPUS:+-m flowcache.launch "$GPUS"} \
         -m skyreels_v2 --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
         ${IMAGE:+--image "$IMAGE"} ${END_IMAGE:+--end-image "$END_IMAGE"} ${VIDEO:+--video "$VIDEO"} \
         ${HEIGHT:+height="$HEIGHT"} ${WIDTH:+width="$WIDTH"} ${NUM_FRAMES:+num_frames="$NUM_FRAMES"} \

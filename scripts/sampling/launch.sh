@@ -20,6 +20,6 @@ sample_videos() {
     if [[ $count == 1 ]]; then
         python "$flowcache_scripts/sample.py" "$@"
     else
-        python -m flowcache.runtime.launch "$count" "$flowcache_scripts/sample.py" "$@"
+        python -m flowcache.launch "$count" "$flowcache_scripts/sample.py" "$@"
     fi
 }

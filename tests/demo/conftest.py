@@ -1,8 +1,6 @@
 """Loads the commands of `scripts/` as modules."""
 
-import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,17 +21,5 @@ def load_script() -> Callable[[str], ModuleType]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def load_recipe() -> Callable[[str], ModuleType]:
-    """Return a function that loads `scripts/training/NAME.py`."""
-
-    def load(name: str) -> ModuleType:
-        if str(SCRIPTS) not in sys.path:
-            sys.path.insert(0, str(SCRIPTS))
-        return importlib.import_module(f"training.{name}")
 
     return load

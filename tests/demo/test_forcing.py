@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowcache.demo.forcing import (
     GIVEN_SIGMA,
@@ -11,7 +10,6 @@ from flowcache.demo.forcing import (
     draw_levels,
     draw_noisy,
     draw_window,
-    forcing_loss,
 )
 from flowcache.demo.trainer import step_randomness
 
@@ -61,16 +59,12 @@ def test_the_true_velocity_has_no_loss_and_given_frames_do_not_count():
     window = next(w for w in _windows() if w.starts_with_image and w.is_causal)
     data = torch.randn(3, 16, window.num_frames, 4, 4, generator=torch.Generator().manual_seed(2))
 
-    def velocity(x: Tensor, t_BF: Tensor, bounds: object) -> Tensor:
-        assert bounds == window.bounds
-        sigma = t_BF[:, None, :, None, None] / 1000
-        noise = (x - (1 - sigma) * data) / sigma.clamp(min=1e-3)
-        exact = noise - data
-        # any answer will do for given frames
-        return torch.where(sigma <= GIVEN_SIGMA, torch.full_like(exact, 1e3), exact)
-
-    loss = forcing_loss(velocity, data, window, plan=PLAN, randomness=step_randomness(0, 0))
-    assert float(loss) < 1e-6
+    clips = draw_noisy(data, window, plan=PLAN, randomness=step_randomness(0, 0))
+    sigma = clips.sigma[:, None, :, None, None]
+    noise = (clips.x - (1 - sigma) * data) / sigma.clamp(min=1e-3)
+    # any answer will do for given frames
+    velocity = torch.where(sigma <= GIVEN_SIGMA, 1e3, noise - data)
+    assert float(clips.mean_square(velocity - clips.target)) < 1e-6
 
 
 def test_fixed_frames_are_clean_and_do_not_count_though_their_chunk_is_noisy():

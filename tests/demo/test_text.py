@@ -12,7 +12,7 @@ from flowcache.demo.text import (
     TEXT_WIDTH,
     build_tokenizer,
     encode_captions,
-    new_text_encoder,
+    new_umt5_encoder,
 )
 
 
@@ -54,7 +54,7 @@ def test_a_prompt_of_any_length_fits(tokenizer: PreTrainedTokenizerBase):
 def test_padding_rows_are_zero():
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    encoder = new_text_encoder(vocabulary_size=len(tokenizer)).eval()
+    encoder = new_umt5_encoder().eval()
     states = encode_captions(encoder, tokenizer, ["a red circle", ""])
     assert states.shape == (2, TEXT_LEN, TEXT_WIDTH)
     assert (states[0, 4:] == 0).all()

@@ -1,6 +1,5 @@
 """The SkyReels-V2 recipe: what it exports is the official layout and computes the same."""
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,37 +11,34 @@ from closeness import assert_close
 from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from flowcache.demo.latents import Statistics
 from flowcache.demo.text import TEXT_LEN, TEXT_WIDTH
 from flowcache.demo.wan_vae import new_vae
+from skyreels_v2 import demo
 
 pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
-def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
-    return load_recipe("skyreels_v2")
-
-
-@pytest.fixture(scope="module")
-def exported(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export untrained parts whose silent layers are filled, so that an output can differ."""
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = recipe.new_models()
+    models = demo.new_models()
     generator = torch.Generator().manual_seed(0)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
-    statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
+    statistics = Statistics(mean=[0.5] * 16, std=[2.0] * 16)
     torch.save(models.dit.half().float().state_dict(), folder.with_suffix(".pt"))
-    recipe.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
+    demo.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
     return folder
 
 
-def test_diffusers_loads_the_transformer_and_computes_the_same(recipe: ModuleType, exported: Path):
+def test_diffusers_loads_the_transformer_and_computes_the_same(exported: Path):
     theirs, report = SkyReelsV2Transformer3DModel.from_pretrained(
         exported / "transformer", torch_dtype=torch.float32, output_loading_info=True
     )
     assert not any(report.values())
-    ours = recipe.DiT(recipe.DIT)
+    ours = demo.DiT(demo.DIT)
     ours.load_state_dict(torch.load(exported.with_suffix(".pt"), weights_only=True))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 16, 5, 8, 8, generator=generator)
@@ -83,9 +79,8 @@ def test_the_other_parts_load_with_their_libraries(exported: Path):
         ["--model", "magi1", "--out", "x", "--stage", "scheduler"],
     ],
 )
-def test_wrong_options_end_with_code_2(load_recipe: Callable[[str], ModuleType], words: list[str]):
-    load_recipe("work")
-    script = importlib.import_module("train_demo")
+def test_wrong_options_end_with_code_2(load_script: Callable[[str], ModuleType], words: list[str]):
+    script = load_script("train_demo")
     with pytest.raises(SystemExit) as ended:
         script.main(words)
     assert ended.value.code == 2

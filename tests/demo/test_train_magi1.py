@@ -1,8 +1,6 @@
 """The MAGI-1 recipe: what it exports is the release's layout, and its losses are what they say."""
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,9 +8,9 @@ import torch
 from closeness import assert_close
 
 from flowcache.demo.clips import draw_scene
-from flowcache.demo.latents import LatentBank
+from flowcache.demo.latents import LatentBank, Statistics
 from flowcache.demo.trainer import step_randomness
-from magi1 import checkpoint, vae
+from magi1 import checkpoint, demo, vae
 from magi1.config import read_config
 from magi1.text import load_special_tokens
 
@@ -22,35 +20,18 @@ CAPTION = "a red circle moving right on a black background"
 
 
 @pytest.fixture(scope="module")
-def parts(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
-    return load_recipe("magi1_models")
-
-
-@pytest.fixture(scope="module")
-def losses(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
-    return load_recipe("magi1_losses")
-
-
-@pytest.fixture(scope="module")
-def export(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
-    return load_recipe("magi1_export")
-
-
-@pytest.fixture(scope="module")
 def bank() -> LatentBank:
     generator = torch.Generator().manual_seed(0)
     return LatentBank(torch.randn(20, 16, 36, 8, 8, generator=generator).half(), [CAPTION] * 20)
 
 
 @pytest.fixture(scope="module")
-def exported(
-    parts: ModuleType, export: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = parts.new_models()
-    statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
-    student = parts.new_models().dit
-    export.write_checkpoint(parts.new_vae(), models, student, statistics=statistics, folder=folder)
+    models = demo.new_models()
+    statistics = Statistics(mean=[0.5] * 16, std=[2.0] * 16)
+    student = demo.new_models().dit
+    demo.write_checkpoint(demo.new_vae(), models, student, statistics=statistics, folder=folder)
     return folder
 
 
@@ -68,19 +49,17 @@ def test_the_export_is_a_checkpoint_of_the_release(
     assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 12e6
 
 
-def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures(
-    parts: ModuleType, export: ModuleType
-):
-    plain, folded = parts.new_vae(), parts.new_vae()
+def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures():
+    plain, folded = demo.new_vae(), demo.new_vae()
     rng = np.random.default_rng(0)
     clip = torch.stack([drawn_pixels(rng) for _ in range(4)])
     with torch.inference_mode():
-        latents = parts.ViTCodec(plain).encode(clip)
-        pictures = parts.ViTCodec(plain).decode(latents)
+        latents = demo.ViTCodec(plain).encode(clip)
+        pictures = demo.ViTCodec(plain).decode(latents)
     mean = latents.mean((0, 2, 3, 4)).tolist()
     std = latents.std((0, 2, 3, 4)).tolist()
-    export.fold_statistics(folded, mean=mean, std=std)
-    codec = vae.VAE(folded, scale=export.SCALE_FACTOR)
+    demo.fold_statistics(folded, Statistics(mean, std))
+    codec = vae.VAE(folded, scale=demo.SCALE_FACTOR)
     scaled = codec.encode(clip)
     assert_close(scaled.mean((0, 2, 3, 4)), torch.zeros(16), ulps=64, size=1.0)
     assert_close(scaled.std((0, 2, 3, 4)), torch.ones(16), ulps=64)
@@ -92,10 +71,8 @@ def drawn_pixels(rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def test_an_untrained_model_is_silent_and_learns(
-    parts: ModuleType, losses: ModuleType, bank: LatentBank
-):
-    loss = losses.BaseLoss(parts.new_models(), bank, forcing=losses.FORCING)
+def test_an_untrained_model_is_silent_and_learns(bank: LatentBank):
+    loss = demo.BaseLoss(demo.new_models(), bank, forcing=demo.FORCING)
     first = loss(0, step_randomness(0, 0))
     # noise and data both have deviation 1, and the silent model's velocity is 0
     assert float(first.detach()) == pytest.approx(2.0, abs=0.2)
@@ -106,19 +83,17 @@ def test_an_untrained_model_is_silent_and_learns(
     assert head.grad.abs().max() > 0
 
 
-def test_a_copy_of_the_base_model_is_as_far_from_guidance_as_guidance_from_text(
-    parts: ModuleType, losses: ModuleType, bank: LatentBank
-):
-    models = parts.new_models()
+def test_a_copy_of_the_base_model_is_as_far_from_guidance_as_guidance_from_text(bank: LatentBank):
+    models = demo.new_models()
     generator = torch.Generator().manual_seed(1)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
-    loss = losses.DistillLoss(models, models.dit, bank)
+    loss = demo.DistillLoss(models, models.dit, bank)
     with torch.no_grad():
         assert float(loss(3, step_randomness(0, 3))) > 0
         now, clips = loss.draw(step_randomness(0, 3))
-        with_text = losses.predict(models.dit, clips, now, is_null=False)
-        without = losses.predict(models.dit, clips, now, is_null=True)
+        with_text = demo.predict(models.dit, clips, now, is_null=False)
+        without = demo.predict(models.dit, clips, now, is_null=True)
         guided = loss.guided(clips, now)
     is_late = (clips.sigma < 0.7)[:, None, :, None, None]
     expected = without + torch.where(is_late, 1.5, 3.0) * (with_text - without)

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from flowcache.demo.autoencoder import to_signed
 from flowcache.demo.clips import draw_scene
+from flowcache.demo.vae import to_signed
 from flowcache.demo.wan_vae import WanCodec, new_vae, vae_optimizers
 
 

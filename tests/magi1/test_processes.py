@@ -17,7 +17,7 @@ from flowcache.runtime.video import probe
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-OWN = ("-m", "flowcache.runtime.launch", "2")
+OWN = ("-m", "flowcache.launch", "2")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),

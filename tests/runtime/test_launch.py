@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from flowcache.launch import main
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.ending import EXIT_USER_ERROR
-from flowcache.runtime.launch import main
 
 PROCESS = """
 import os, signal, sys, time
@@ -26,7 +26,7 @@ def start(tmp_path: Path, process: str) -> "subprocess.Popen[str]":
     script = tmp_path / "process.py"
     script.write_text(PROCESS + process)
     return subprocess.Popen(
-        [sys.executable, "-m", "flowcache.runtime.launch", "2", str(script)],
+        [sys.executable, "-m", "flowcache.launch", "2", str(script)],
         env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

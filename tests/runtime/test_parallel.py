@@ -12,9 +12,9 @@ import torch
 
 from flowcache.bounds import check_values
 from flowcache.errors import UserError
+from flowcache.launch import Place, starter_of
 from flowcache.policies import Vanilla
 from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Starter, Stopped
-from flowcache.runtime.launch import Place, starter_of
 from flowcache.runtime.parallel import (
     Group,
     Layout,

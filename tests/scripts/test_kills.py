@@ -36,7 +36,7 @@ ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PROMPT = ("--prompt", "a red circle moving right on a black background")
 MAGI = ("runtime_config.num_frames=120", "runtime_config.num_steps=8")
 MODELS = ("FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
-LAUNCH = ("-m", "flowcache.runtime.launch", "2")
+LAUNCH = ("-m", "flowcache.launch", "2")
 PROMPTS = "a red circle moving right on a black background\na blue square\na green circle\n"
 
 

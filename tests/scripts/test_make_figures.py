@@ -1,6 +1,7 @@
 """The pages' figures: what they are drawn from, and that they are the ones in the repository."""
 
 import importlib
+import io
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from flowcache.errors import UserError
+from flowcache.report import figures, scatter
+from flowcache.report.figures import draw_distances, widest_spread
+from flowcache.report.run import load_run
 from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 
@@ -116,8 +122,6 @@ def test_a_drawing_stands_alone_and_has_colours_for_light_and_dark_pages(path: P
 
 
 def test_the_widest_spread_is_that_of_the_tick_with_the_largest_ratio(tmp_path: Path):
-    distances = importlib.import_module("figures.distances")
-    run = importlib.import_module("explain_page.run")
     rows = [
         decision(0, 0, 0, None),
         decision(1, 0, 1, 0.02),
@@ -126,24 +130,22 @@ def test_the_widest_spread_is_that_of_the_tick_with_the_largest_ratio(tmp_path: 
         decision(3, 0, 3, 0.4),
         decision(3, 1, 2, 0.05),
     ]
-    spread = distances.widest_spread(run.load_run(write_record(tmp_path / "r.json", rows), "A"))
+    spread = widest_spread(load_run(write_record(tmp_path / "r.json", rows), "A"))
     assert (spread.tick, spread.smallest, spread.largest) == (3, 0.05, 0.4)
     assert spread.ratio == pytest.approx(8.0)
 
 
 def test_a_curve_per_chunk_goes_through_its_measured_distances(tmp_path: Path):
-    distances = importlib.import_module("figures.distances")
     rows = [decision(tick, 0, tick, 0.1 * tick if tick else None) for tick in range(4)]
     rows += [decision(tick, 1, tick - 1, 0.1 * (tick - 1)) for tick in range(2, 4)]
     root = ElementTree.fromstring(
-        distances.draw_distances(write_record(tmp_path / "r.json", rows), model="A")
+        draw_distances(write_record(tmp_path / "r.json", rows), model="A")
     )
     paths = [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "curve"]
     assert [str(path).count("L") + 1 for path in paths] == [3, 2, 3, 2]
 
 
 def test_a_table_gives_a_point_for_every_method_that_reuses(tmp_path: Path):
-    tradeoff = importlib.import_module("figures.tradeoff")
     path = write_table(
         tmp_path / "t.json",
         **{
@@ -153,18 +155,25 @@ def test_a_table_gives_a_point_for_every_method_that_reuses(tmp_path: Path):
             "stride (x), latent update": {"gflops": 60.0, "psnr_base": None},
         },
     )
-    assert tradeoff.read_points(path) == [
-        tradeoff.Point("TeaCache", "neither pass", True, False, 25.0, 31.0),
-        tradeoff.Point("FlowCache", "fast", False, True, 10.0, 25.0),
+    assert scatter.read_methods(path) == [
+        scatter.Point("TeaCache", 25.0, 31.0, "neither pass", True),
+        scatter.Point("FlowCache", 10.0, 25.0, "fast", False, is_compressed=True),
     ]
 
 
 def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path: Path):
-    tradeoff = importlib.import_module("figures.tradeoff")
     figures = {"gflops": 50.0, "psnr_vanilla": 30.0, "psnr_vanilla-causal": 20.0}
     names = ("TeaCache-slow, residual", "TeaCache, causal (x), residual", "FlowCache-slow, x")
     path = write_table(tmp_path / "t.json", **dict.fromkeys(names, figures))
-    assert [point.decibel for point in tradeoff.read_points(path)] == [30.0, 20.0, 20.0]
+    assert [point.decibel for point in scatter.read_methods(path)] == [30.0, 20.0, 20.0]
+
+
+def test_the_drawing_knows_the_names_of_the_tables():
+    reuse = importlib.import_module("benchmark.reuse")
+    methods = importlib.import_module("tuning.methods")
+    assert set(scatter.RULES.looks) == {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
+    moved = [name for name, settings in methods.TRENDS.items() if settings != methods.VELOCITY]
+    assert set(scatter.EXTRAPOLATED) == {methods.AS_TUNED, reuse.TREND, *moved}
 
 
 def reuse_row(policy: str, predictor: str, *, share: float, decibel: float) -> dict[str, Any]:
@@ -178,7 +187,6 @@ def reuse_row(policy: str, predictor: str, *, share: float, decibel: float) -> d
 
 
 def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: Path):
-    reuse = importlib.import_module("figures.reuse")
     rows = [
         {"method": "vanilla", "group": None, "psnr_base": 20.0},
         reuse_row("FlowCache", "residual", share=0.2, decibel=20.0),
@@ -189,10 +197,10 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
     ]
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"table": rows}))
-    points = reuse.read_points(path)
+    points = scatter.read_rules(path)
     assert [point.share for point in points] == [20, 40, 40, 40, 40]
-    assert [point.is_moved for point in points] == [False, False, True, False, False]
-    drawing = reuse.draw_reuse(path, model="A")
+    assert [point.is_filled for point in points] == [False, False, True, False, False]
+    drawing = scatter.draw_reuse(path, model="A")
     root = ElementTree.fromstring(drawing)
     tips = {
         mark.findtext(f"{SVG}title"): mark
@@ -215,19 +223,18 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
 
 
 def test_strips_show_first_and_last_frame_of_every_clip():
-    strips = importlib.import_module("figures.strips")
     stats = RunStats(torch.device("cpu"))
     ramp = torch.linspace(0, 240, 9).to(torch.uint8)
     clips = [ramp[:, None, None, None].expand(9, 8, 8, 3), 255 - ramp[:, None, None, None]]
     rows = [
-        strips.Labelled(str(index), [], Clip(clip.expand(9, 8, 8, 3), stats))
+        figures.Strip(str(index), [], Clip(clip.expand(9, 8, 8, 3), stats))
         for index, clip in enumerate(clips)
     ]
-    page = np.asarray(strips.compose(rows, title="a"))
-    first = strips.MARGIN + strips.LABEL_WIDTH + strips.FRAME // 2
-    last = page.shape[1] - strips.MARGIN - strips.FRAME // 2
-    below = strips.FRAME + strips.GAP
-    top = strips.TITLE_HEIGHT + strips.FRAME // 2
+    page = np.asarray(Image.open(io.BytesIO(figures.draw_strips(rows, title="a"))))
+    first = figures.EDGE + figures.LABEL_WIDTH + figures.FRAME // 2
+    last = page.shape[1] - figures.EDGE - figures.FRAME // 2
+    below = figures.FRAME + figures.GAP
+    top = figures.TITLE_HEIGHT + figures.FRAME // 2
     assert [page[top, first, 0], page[top, last, 0]] == [0, 240]
     assert [page[top + below, first, 0], page[top + below, last, 0]] == [255, 15]
 
@@ -248,13 +255,12 @@ def test_strips_show_first_and_last_frame_of_every_clip():
     ],
 )
 def test_a_broken_table_is_one_line(tmp_path: Path, figure: str, content: str | None, said: str):
-    module = importlib.import_module(f"figures.{figure}")
-    errors = importlib.import_module("flowcache.errors")
+    read = {"tradeoff": scatter.read_methods, "reuse": scatter.read_rules}[figure]
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(errors.UserError, match=said) as caught:
-        module.read_points(path)
+    with pytest.raises(UserError, match=said) as caught:
+        read(path)
     assert "\n" not in str(caught.value)
 
 

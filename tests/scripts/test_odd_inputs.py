@@ -218,9 +218,9 @@ DOCUMENTS = (
 
 
 def explain(path: Path) -> None:
-    run = import_module("explain_page.run").load_run(path, "A")
-    no_clip = import_module("explain_page.frames").Clip(None, "there is none")
-    import_module("explain_page.page").write_page([run], [no_clip], None)
+    run = import_module("flowcache.report.run").load_run(path, "A")
+    no_clip = import_module("flowcache.report.page").Clip(None, "there is none")
+    import_module("flowcache.report.page").write_page([run], [no_clip], None)
 
 
 def yaml_of(path: Path) -> dict[str, Any]:

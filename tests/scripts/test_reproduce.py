@@ -219,7 +219,7 @@ def test_the_command_of_a_table_makes_videos_then_the_table(family: str, tmp_pat
     command = ["bash", str(copy / f"reproduce_{family}.sh")]
     subprocess.run(command, env=clean | variables, cwd=tmp_path, check=True)
     first, second = (tmp_path / "said").read_text().splitlines()
-    assert first.startswith("python -m flowcache.runtime.launch 2 ")
+    assert first.startswith("python -m flowcache.launch 2 ")
     protocol = f"{copy}/protocols/{family}_demo.yaml"
     given = f"--protocol {protocol} --out {tmp_path}/out --model m --num-prompts 2"
     assert first.rstrip().endswith(f"sample.py {given}")

@@ -170,7 +170,7 @@ def test_help_shows_examples(sample: ModuleType, capfd: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as ended:
         sample.main(["--help"])
     assert ended.value.code == 0
-    assert "python -m flowcache.runtime.launch 8" in capfd.readouterr().out
+    assert "python -m flowcache.launch 8" in capfd.readouterr().out
 
 
 def test_every_example_runs(sample: ModuleType, fake: list[Any], tmp_path: Path):

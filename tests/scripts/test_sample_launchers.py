@@ -70,7 +70,7 @@ def test_a_launcher_makes_its_videos(
 
 def test_a_launcher_starts_as_many_processes_as_it_is_told(launch: Launch):
     words = launch("skyreels_v2", "flowcache_vbench", GPUS="4", PER_PROMPT="5", DIMENSIONS="color")
-    assert words[:4] == ["python", "-m", "flowcache.runtime.launch", "4"]
+    assert words[:4] == ["python", "-m", "flowcache.launch", "4"]
     assert Path(words[4]).name == "sample.py"
     assert words[words.index("--per-prompt") + 1] == "5"
     assert words[words.index("--dimensions") + 1] == "color"

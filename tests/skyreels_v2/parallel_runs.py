@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flowcache.runtime.launch import Place
+from flowcache.launch import Place
 from flowcache.runtime.model import Request
 from flowcache.runtime.parallel import PATIENCE, Layout, Ranks, process_group
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings, run

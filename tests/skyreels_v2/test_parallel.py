@@ -100,7 +100,7 @@ def test_the_cases_reuse_and_compress(made: Callable[[int], list[Results]]):
 
 def launch(model: Path, out: Path, *arguments: str, num: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "flowcache.runtime.launch", str(num)),
+        *(sys.executable, "-m", "flowcache.launch", str(num)),
         *("-m", "skyreels_v2", "--preset", "vanilla"),
         *("--model", str(model), "--prompt", "a cat", "--out", str(out), *arguments),
     ]

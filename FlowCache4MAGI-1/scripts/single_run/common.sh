@@ -6,7 +6,7 @@ source "$root/../scripts/setup.sh"
 
 # generate ARGUMENTS...: hand the variables that all launchers have, then the arguments, to Python.
 generate() {
-    exec python ${GPUS:+-m flowcache.runtime.launch "$GPUS"} \
+    exec python ${GPUS:+-m flowcache.launch "$GPUS"} \
         -m magi1 --model "$MODEL" --prompt "$PROMPT" --out "$OUT" \
         ${HEIGHT:+runtime_config.video_size_h="$HEIGHT"} \
         ${WIDTH:+runtime_config.video_size_w="$WIDTH"} \

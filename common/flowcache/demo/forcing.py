@@ -1,9 +1,8 @@
-"""Diffusion forcing: draw what a training step looks like and compute its flow-matching loss.
+"""Diffusion forcing: draw the window and the noisy clips of a flow-matching training step.
 
 Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,20 @@ from flowcache.demo.trainer import StepRandomness
 GIVEN_SIGMA = 0.02
 _PURE_NOISE = 0.999
 
-Velocity = Callable[[Tensor, Tensor, tuple[tuple[int, int], ...] | None], Tensor]
+
+@dataclass(frozen=True)
+class Window:
+    """What a step trains on: chunk bounds in latent frames, and what may be seen and is given."""
+
+    bounds: tuple[tuple[int, int], ...]
+    is_causal: bool
+    starts_with_image: bool
+    ends_with_image: bool
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames of the window."""
+        return self.bounds[-1][1]
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class ForcingPlan:
         num_frames: latent frames of a whole window.
         chunk_frames: latent frames of a chunk at sampling time.
         shift: how far noise levels lean to the noisy side, as the sampling shift does.
-        warp: power of the progress that the shift is applied to: 1, or 2 with MAGI-1's table.
+        warp: power of the progress that the shift is applied to: 1, or 2 for a squared table.
         lag_range: shares of all steps by which a chunk lags behind the one before it.
         fewest_chunks: chunks of the shortest window.
         batch_frames: latent frames of a batch, all clips together.
@@ -61,20 +73,9 @@ class ForcingPlan:
     given_share: float = 0.25
     waiting_share: float = 0.2
 
-
-@dataclass(frozen=True)
-class Window:
-    """What a step trains on: chunk bounds in latent frames, and what may be seen and is given."""
-
-    bounds: tuple[tuple[int, int], ...]
-    is_causal: bool
-    starts_with_image: bool
-    ends_with_image: bool
-
-    @property
-    def num_frames(self) -> int:
-        """Latent frames of the window."""
-        return self.bounds[-1][1]
+    def batch_size(self, window: Window) -> int:
+        """Return how many clips of a window are in a batch."""
+        return min(self.largest_batch, self.batch_frames // window.num_frames)
 
 
 def draw_window(rng: np.random.Generator, plan: ForcingPlan) -> Window:
@@ -178,12 +179,10 @@ def draw_noisy(
     """Noise clips, each chunk of each clip to a level of its own.
 
     Args:
-        data_BCFhw: clean normalised latents, as many frames as the window has.
-        window: from `draw_window`.
-        plan: see `ForcingPlan`.
-        randomness: streams of the step.
+        data_BCFhw: clean normalised latents; frames beyond the window are left out.
         num_fixed: first frames that are given without noise, though their chunk has a noise level.
     """
+    data_BCFhw = data_BCFhw[:, :, : window.num_frames]
     lengths = [stop - start for start, stop in window.bounds]
     levels = [draw_levels(randomness.numpy, window, plan) for _ in range(len(data_BCFhw))]
     sigma_BF = torch.from_numpy(np.stack([np.repeat(level, lengths) for level in levels])).float()
@@ -196,26 +195,3 @@ def draw_noisy(
         sigma=sigma_BF,
         counts=(sigma_BF > GIVEN_SIGMA) & ~is_fixed_F,
     )
-
-
-def forcing_loss(
-    velocity: Velocity,
-    data_BCFhw: Tensor,
-    window: Window,
-    *,
-    plan: ForcingPlan,
-    randomness: StepRandomness,
-) -> Tensor:
-    """Compute the squared error of the velocity on all frames that are not given.
-
-    Args:
-        velocity: model; takes x, timesteps (1000 sigma) `[B, F]` and the chunk bounds (None: see
-            everything).
-        data_BCFhw: clean normalised latents, as many frames as the window has.
-        window: from `draw_window`.
-        plan: see `ForcingPlan`.
-        randomness: streams of the step.
-    """
-    clips = draw_noisy(data_BCFhw, window, plan=plan, randomness=randomness)
-    bounds = window.bounds if window.is_causal else None
-    return clips.mean_square(velocity(clips.x, 1000 * clips.sigma, bounds) - clips.target)

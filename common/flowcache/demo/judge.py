@@ -5,7 +5,6 @@ out from it, its place is a circular mean (the picture is a torus), its directio
 moves, its form is the best of a few templates. Axes: T frames, H rows, W columns.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -58,9 +57,6 @@ def judge(frames: np.ndarray) -> Verdict:
 
     Args:
         frames: uint8 `[T, 64, 64, 3]`, at least two frames.
-
-    Raises:
-        ValueError: the frames have another form.
     """
     if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3) or frames.dtype != np.uint8:
         raise ValueError(
@@ -80,35 +76,6 @@ def judge(frames: np.ndarray) -> Verdict:
     color = _nearest(np.median(pixels_THW3[mask_THW], axis=0), COLORS)
     x_T, y_T = _circular_mean(mask_THW.sum(axis=1)), _circular_mean(mask_THW.sum(axis=2))
     return Verdict(color, _shape(mask_THW, x_T, y_T), _direction(x_T, y_T), background)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How often the judge agrees with the captions.
-
-    Attributes:
-        num_clips: clips judged.
-        all_attributes: share of the clips that agree in every attribute.
-        by_attribute: the share per attribute.
-    """
-
-    num_clips: int
-    all_attributes: float
-    by_attribute: dict[str, float]
-
-
-def agreement(clips: Iterable[tuple[Attributes, np.ndarray]]) -> Agreement:
-    """Judge clips (frames uint8 `[T, 64, 64, 3]`) against the attributes their captions name.
-
-    Raises:
-        ValueError: there is no clip.
-    """
-    rows = [judge(frames).agrees(attributes) for attributes, frames in clips]
-    if not rows:
-        raise ValueError("there is no clip to judge")
-    by_attribute = {name: float(np.mean([row[name] for row in rows])) for name in ATTRIBUTE_NAMES}
-    together = float(np.mean([all(row.values()) for row in rows]))
-    return Agreement(len(rows), together, by_attribute)
 
 
 def _commonest_color(frames: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 Axes: N clips, C latent channels, F latent frames, h/w latent rows/columns.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowcache.demo.clips import Attributes, draw
+from flowcache.demo.clips import draw, split_attributes
 from flowcache.demo.trainer import save_atomically
+from flowcache.demo.vae import to_signed
 
 logger = logging.getLogger(__name__)
 SHARD_CLIPS = 50
+# Clips the latent statistics are measured on: the first shards.
+STATISTICS_CLIPS = 200
+CAPTION_DROP = 0.1
 _BATCH_CLIPS = 10
 _BANK_SEED = 1
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of every latent channel."""
+
+    mean: list[float]
+    std: list[float]
 
 
 @dataclass(frozen=True)
@@ -34,49 +47,72 @@ class LatentBank:
         return self.latents[torch.from_numpy(chosen)].float(), [self.captions[i] for i in chosen]
 
 
-def encode_shards(
-    encode: Callable[[np.ndarray], Tensor],
-    pool: list[Attributes],
-    *,
-    num_clips: int,
-    num_frames: int,
-    folder: Path,
+def drop_some(rng: np.random.Generator, captions: list[str]) -> list[str]:
+    """Leave out some captions, for guidance."""
+    is_dropped = rng.random(len(captions)) < CAPTION_DROP
+    return ["" if drop else text for text, drop in zip(captions, is_dropped, strict=True)]
+
+
+def encode_bank(
+    encode: Callable[[Tensor], Tensor], *, num_clips: int, num_frames: int, folder: Path
 ) -> None:
-    """Draw and encode the shards that `folder` lacks.
+    """Encode the shards that `folder` lacks, and measure the latents of the first ones.
 
     Args:
-        encode: maps clips, uint8 `[N, T, H, W, 3]`, to latents `[N, C, F, h, w]`, not normalised.
-        pool: attributes to draw from.
+        encode: pixels `[B, 3, T, H, W]` to latents `[B, C, F, h, w]`, not normalised.
         num_clips: clips wanted in all, rounded up to whole shards.
         num_frames: length of each clip in pixel frames.
-        folder: where the shards lie.
+        folder: of the training; its `latents` holds the shards.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in range(-(-num_clips // SHARD_CLIPS)):
-        path = folder / f"latents-{index:04d}.pt"
-        if path.exists():
-            continue
-        rng = np.random.default_rng((_BANK_SEED, index))
-        clips = [draw(rng, pool, num_frames=num_frames) for _ in range(SHARD_CLIPS)]
-        frames = np.stack([frames for _, frames in clips])
-        portions = np.split(frames, SHARD_CLIPS // _BATCH_CLIPS)
-        latents = torch.cat([encode(portion) for portion in portions]).half()
-        captions = [attributes.caption for attributes, _ in clips]
-        save_atomically({"latents": latents, "captions": captions}, path)
-        logger.info("encoded %s", path.name)
+    shards = folder / "latents"
+    shards.mkdir(parents=True, exist_ok=True)
+    statistics = folder / "statistics.json"
+    for wanted in (STATISTICS_CLIPS, num_clips):
+        for index in range(-(-wanted // SHARD_CLIPS)):
+            path = shards / f"latents-{index:04d}.pt"
+            if not path.exists():
+                _write_shard(encode, path, index=index, num_frames=num_frames)
+        if not statistics.exists():
+            first_NCFhw = torch.cat([latents for latents, _ in _shards(folder)])
+            values = first_NCFhw.half()[:STATISTICS_CLIPS].double()
+            mean, std = (measure((0, 2, 3, 4)).tolist() for measure in (values.mean, values.std))
+            statistics.write_text(json.dumps({"mean": mean, "std": std}))
 
 
-def measure_channels(latents_NCFhw: Tensor) -> tuple[list[float], list[float]]:
-    """Measure the mean and the standard deviation of each latent channel."""
-    values = latents_NCFhw.double()
-    axes = (0, 2, 3, 4)
-    return values.mean(axes).tolist(), values.std(axes).tolist()
+def _write_shard(
+    encode: Callable[[Tensor], Tensor], path: Path, *, index: int, num_frames: int
+) -> None:
+    seen, _ = split_attributes()
+    rng = np.random.default_rng((_BANK_SEED, index))
+    clips = [draw(rng, seen, num_frames=num_frames) for _ in range(SHARD_CLIPS)]
+    latents: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, SHARD_CLIPS, _BATCH_CLIPS):
+            portion = clips[start : start + _BATCH_CLIPS]
+            latents.append(encode(torch.stack([to_signed(frames) for _, frames in portion])))
+    captions = [attributes.caption for attributes, _ in clips]
+    save_atomically({"latents": torch.cat(latents).half(), "captions": captions}, path)
+    logger.info("encoded %s", path.name)
 
 
-def load_bank(folder: Path, *, mean: list[float], std: list[float]) -> LatentBank:
-    """Load all shards and normalise them per channel."""
-    shards = [torch.load(path, weights_only=True) for path in sorted(folder.glob("latents-*.pt"))]
-    shape = (1, -1, 1, 1, 1)
-    latents = torch.cat([shard["latents"].float() for shard in shards])
-    latents = (latents - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-    return LatentBank(latents.half(), [name for shard in shards for name in shard["captions"]])
+def read_statistics(folder: Path) -> Statistics:
+    """Return the mean and the standard deviation of every latent channel."""
+    return Statistics(**json.loads((folder / "statistics.json").read_text()))
+
+
+def read_bank(folder: Path) -> LatentBank:
+    """Load all shards of a training and normalise them per channel."""
+    statistics, shards = read_statistics(folder), _shards(folder)
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (statistics.mean, statistics.std)
+    )
+    latents_NCFhw = (torch.cat([latents for latents, _ in shards]) - mean) / std
+    captions = [caption for _, captions in shards for caption in captions]
+    logger.info("%d clips", len(captions))
+    return LatentBank(latents_NCFhw.half(), captions)
+
+
+def _shards(folder: Path) -> list[tuple[Tensor, list[str]]]:
+    paths = sorted((folder / "latents").glob("latents-*.pt"))
+    shards = [torch.load(path, weights_only=True) for path in paths]
+    return [(shard["latents"].float(), shard["captions"]) for shard in shards]

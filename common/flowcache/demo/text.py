@@ -57,14 +57,14 @@ _ENCODER: dict[str, Any] = {
 """Sizes of the untrained text encoders: two layers of width 64."""
 
 
-def new_text_encoder(*, vocabulary_size: int) -> UMT5EncoderModel:
-    """Make the untrained text encoder of the SkyReels-V2 demo."""
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary_size, **_ENCODER))
+def new_umt5_encoder() -> UMT5EncoderModel:
+    """Make an untrained UMT5 encoder."""
+    return UMT5EncoderModel(UMT5Config(vocab_size=len(build_tokenizer()), **_ENCODER))
 
 
-def new_t5_encoder(*, vocabulary_size: int) -> T5EncoderModel:
-    """Make the untrained text encoder of the MAGI-1 demo."""
-    return T5EncoderModel(T5Config(vocab_size=vocabulary_size, **_ENCODER))
+def new_t5_encoder() -> T5EncoderModel:
+    """Make an untrained T5 encoder."""
+    return T5EncoderModel(T5Config(vocab_size=len(build_tokenizer()), **_ENCODER))
 
 
 def encode_captions(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,8 @@ class Trainer:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self._rates = [group["lr"] for group in groups]
         self._average = {name: value.clone() for name, value in module.state_dict().items()}
-        self._step, self._seconds, self._losses = 0, 0.0, []
+        self._step, self._seconds = 0, 0.0
+        self._losses: list[float] = []
         if checkpoint.exists():
             self._load()
 
@@ -167,8 +169,8 @@ class Trainer:
         )
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    """Write `state` beside `path` and rename it, so that a kill leaves the old file or the new."""
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Write a file in one step, so that a kill leaves the old one or the new."""
     temporary = path.with_name(path.name + ".part")
     torch.save(state, temporary)
     temporary.replace(path)

@@ -145,7 +145,7 @@ def run_command(command: Callable[[], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test captures it
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the characters
-    from flowcache.runtime.launch import Place, starter_of
+    from flowcache.launch import Place, starter_of
 
     try:
         place = Place.of(os.environ)

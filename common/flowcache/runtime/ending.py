@@ -56,7 +56,7 @@ EXIT_USER_ERROR = 2
 EXIT_LOST = 75
 """Of a process whose others ended or hang; by convention: to try again may help."""
 LAUNCHER = "FLOWCACHE_LAUNCHER"
-"""Variable by which `runtime.launch` says its process number and two descriptors of the first
+"""Variable by which `flowcache.launch` says its process number and two descriptors of the first
 process: its notes, see `Starter`, and the socket at which the processes meet."""
 TEMPORARY = "flowcache-unpacked-"
 INTERRUPTED = "interrupted"
@@ -69,7 +69,7 @@ class Starter:
 
     pid: int
     says_why: bool = False
-    """Whether it says why a run ended, so that its processes need not; see `runtime.launch`."""
+    """Whether it says why a run ended, so that its processes need not; see `flowcache.launch`."""
     notes: int | None = None
     """File in which it finds what is unfinished when this process is killed (descriptor)."""
 

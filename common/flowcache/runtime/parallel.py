@@ -35,10 +35,10 @@ from torch import Tensor
 
 from flowcache.errors import UserError, first_line
 from flowcache.kv import Attend
+from flowcache.launch import Place
 from flowcache.policies import Decision, ReusePolicy
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.ending import EXIT_LOST, LAUNCHER
-from flowcache.runtime.launch import Place
 from flowcache.runtime.settings import ParallelRule
 from flowcache.schedule import Tick
 

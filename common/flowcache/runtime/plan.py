@@ -11,7 +11,7 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.parallel import Layout, bytes_per_process
+from flowcache.runtime.parallel import Layout, bytes_per_process, process_layout
 from flowcache.runtime.settings import ParallelRule
 from flowcache.schedule import Tick
 

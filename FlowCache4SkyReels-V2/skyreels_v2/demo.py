@@ -1,7 +1,8 @@
-"""The recipe of the SkyReels-V2 demo: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
+"""How the demo checkpoint is trained: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
 
-Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run beside the next two),
+Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run during the next two),
 `latents` (encodes the clips the transformer learns from), `dit` (transformer and text encoder).
+`scripts/train_demo.py` runs them.
 """
 
 import json
@@ -18,37 +19,29 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from flowcache.demo.forcing import ForcingPlan, draw_window, forcing_loss
-from flowcache.demo.latents import LatentBank
+from flowcache.demo.forcing import ForcingPlan, draw_noisy, draw_window
+from flowcache.demo.latents import (
+    LatentBank,
+    Statistics,
+    drop_some,
+    read_bank,
+    read_statistics,
+)
 from flowcache.demo.optim import new_optimizers
+from flowcache.demo.recipe import Recipe, Training, VAERecipe, new_files, write_tokenizer
 from flowcache.demo.text import (
     TEXT_LEN,
     TEXT_WIDTH,
     build_tokenizer,
     encode_captions,
-    new_text_encoder,
+    new_umt5_encoder,
 )
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
+from flowcache.demo.vae import ClipMixture
 from flowcache.demo.wan_vae import BATCH_SHAPES, WanCodec, new_vae, vae_optimizers
 from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import Block, DiT, DiTConfig
-from training.work import (
-    Recipe,
-    Work,
-    drop_some,
-    encode_bank,
-    measured_psnr,
-    move_over,
-    new_temporary,
-    parts_record,
-    read_bank,
-    read_statistics,
-    train_autoencoder,
-    write_tokenizer,
-)
 
-CLIP_FRAMES = 97
-LATENT_CHANNELS = 16
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
 DIT = DiTConfig(
     dim=128,
@@ -59,53 +52,24 @@ DIT = DiTConfig(
     text_len=TEXT_LEN,
     inject_sample_info=True,
 )
-# Share of the VAE's learning rates that its decoder begins its further training with.
-DECODER_RATE = 0.5
-# Shares of many-shaped scenes among the clips: they teach fast, the real clips teach exactly.
-VAE_SCENES = 0.5
-DECODER_SCENES = 0.1
 
 
-def train_vae(work: Work) -> AutoencoderKLWan:
-    """Train the VAE, or load it if that is done; returns it with averaged weights."""
-    torch.manual_seed(0)
-    vae = new_vae()
-    train_autoencoder(
-        vae,
-        WanCodec(vae),
-        vae_optimizers(vae),
-        plan=TrainPlan(num_steps=work.steps["vae"]),
-        checkpoint=work.checkpoint("vae"),
-        shapes=BATCH_SHAPES,
-        scene_share=VAE_SCENES,
-    )
-    return vae
+def decoder_of(vae: AutoencoderKLWan) -> nn.ModuleDict:
+    """Return the parts of the VAE that turn latents into pixels."""
+    return nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
 
 
-def train_decoder(work: Work) -> AutoencoderKLWan:
-    """Train only the VAE's decoder on, or load it if that is done; returns the whole VAE.
-
-    The latents stay what they are, so this can go on while the transformer learns from them.
-    """
-    vae = train_vae(work)
-    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
-    decoder.requires_grad_(True)
-    train_autoencoder(
-        decoder,
-        WanCodec(vae),
-        vae_optimizers(vae, rate=DECODER_RATE),
-        plan=TrainPlan(num_steps=work.steps["decoder"], decay_share=0.6, seed=1),
-        checkpoint=work.checkpoint("decoder"),
-        shapes=BATCH_SHAPES,
-        scene_share=DECODER_SCENES,
-    )
-    return vae.eval()
-
-
-def encode_latents(work: Work) -> None:
-    """Encode the clips that the transformer learns from."""
-    codec = WanCodec(train_vae(work))
-    encode_bank(work, codec.encode, num_frames=CLIP_FRAMES, num_channels=LATENT_CHANNELS)
+VAE = VAERecipe(
+    new=new_vae,
+    codec=WanCodec,
+    decoder=decoder_of,
+    optimizers=vae_optimizers,
+    decoder_optimizers=lambda vae: vae_optimizers(vae, rate=0.5),
+    # many-shaped scenes teach fast, the real clips teach exactly
+    clips=ClipMixture(BATCH_SHAPES, scene_share=0.5),
+    decoder_clips=ClipMixture(BATCH_SHAPES, scene_share=0.1),
+    clip_frames=97,
+)
 
 
 class DemoModels(nn.Module):
@@ -117,7 +81,7 @@ class DemoModels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dit = DiT(DIT)
-        self.text = new_text_encoder(vocabulary_size=len(build_tokenizer()))
+        self.text = new_umt5_encoder()
         silent = [self.dit.time_projection[1], self.dit.fps_projection[2], self.dit.head.head]
         for block in self.dit.blocks:
             assert isinstance(block, Block)
@@ -133,10 +97,10 @@ def new_models() -> DemoModels:
     return DemoModels()
 
 
-def train_dit(work: Work) -> DemoModels:
+def train_dit(training: Training) -> DemoModels:
     """Train transformer and text encoder, or load them if that is done; averaged weights."""
     models = new_models()
-    bank = read_bank(work, **read_statistics(work))
+    bank = read_bank(training.out)
     optimizers = new_optimizers(
         models.dit.named_parameters(),
         matrices_under=("blocks.",),
@@ -144,8 +108,8 @@ def train_dit(work: Work) -> DemoModels:
         rate=3e-3,
         others=[([*models.text.parameters()], 1e-3)],
     )
-    plan = TrainPlan(num_steps=work.steps["dit"], warmup_steps=100, decay_share=0.45)
-    trainer = Trainer(models, optimizers, plan=plan, checkpoint=work.checkpoint("dit"))
+    plan = TrainPlan(num_steps=training.steps["dit"], warmup_steps=100, decay_share=0.45)
+    trainer = Trainer(models, optimizers, plan=plan, checkpoint=training.checkpoint("dit"))
     trainer.run(_DitLoss(models, bank))
     return models.eval().requires_grad_(False)
 
@@ -160,46 +124,35 @@ class _DitLoss:
     def __call__(self, _step: int, randomness: StepRandomness) -> Tensor:
         rng = randomness.numpy
         window = draw_window(rng, FORCING)
-        size = min(FORCING.largest_batch, FORCING.batch_frames // window.num_frames)
-        latents_BCFhw, captions = self.bank.batch(rng, size)
+        latents_BCFhw, captions = self.bank.batch(rng, FORCING.batch_size(window))
         text_BLD = encode_captions(self.models.text, self.tokenizer, drop_some(rng, captions))
-
-        def velocity(x: Tensor, t_BF: Tensor, bounds: tuple[tuple[int, int], ...] | None) -> Tensor:
-            return self.models.dit(x, t_BF, text_BLD, causal_chunks=bounds)
-
-        return forcing_loss(
-            velocity,
-            latents_BCFhw[:, :, : window.num_frames],
-            window,
-            plan=FORCING,
-            randomness=randomness,
-        )
+        clips = draw_noisy(latents_BCFhw, window, plan=FORCING, randomness=randomness)
+        bounds = window.bounds if window.is_causal else None
+        velocity = self.models.dit(clips.x, 1000 * clips.sigma, text_BLD, causal_chunks=bounds)
+        return clips.mean_square(velocity - clips.target)
 
 
-def export(work: Work, folder: Path) -> dict[str, Any]:
+def export(training: Training, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models = train_decoder(work), train_dit(work)
-    psnr = measured_psnr(WanCodec(vae), num_frames=CLIP_FRAMES)
-    write_checkpoint(vae, models, statistics=read_statistics(work), folder=folder)
+    vae, models = VAE.train_decoder(training), train_dit(training)
+    psnr = VAE.psnr(vae)
+    write_checkpoint(vae, models, statistics=read_statistics(training.out), folder=folder)
     return {
-        **parts_record(work, vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr),
+        **training.parts_record(
+            vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr
+        ),
         "mixture": asdict(FORCING),
     }
 
 
 def write_checkpoint(
-    vae: AutoencoderKLWan,
-    models: DemoModels,
-    *,
-    statistics: dict[str, list[float]],
-    folder: Path,
+    vae: AutoencoderKLWan, models: DemoModels, *, statistics: Statistics, folder: Path
 ) -> None:
     """Write all parts in float16 in the `*-Diffusers` layout; a reader never sees half a file.
 
     The transformer is saved by diffusers' own class, so the layout is the official one.
     """
-    temporary = new_temporary(folder)
-    vae.register_to_config(latents_mean=statistics["mean"], latents_std=statistics["std"])
+    vae.register_to_config(latents_mean=statistics.mean, latents_std=statistics.std)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
     )
@@ -210,8 +163,6 @@ def write_checkpoint(
         "tokenizer": build_tokenizer(),
         "scheduler": scheduler,
     }
-    for name, part in parts.items():
-        part.save_pretrained(temporary / name)
     index = {
         "_class_name": "SkyReelsV2DiffusionForcingPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -221,8 +172,10 @@ def write_checkpoint(
         "transformer": ["diffusers", "SkyReelsV2Transformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    move_over(temporary, folder)
+    with new_files(folder) as made:
+        for name, part in parts.items():
+            part.save_pretrained(made / name)
+        (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
@@ -245,13 +198,13 @@ def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
 
 
 RECIPE = Recipe(
-    shipped=Path(__file__).resolve().parents[2] / "FlowCache4SkyReels-V2" / "demo",
+    shipped=Path(__file__).resolve().parents[1] / "demo",
     default_steps={"vae": 850, "decoder": 1650, "dit": 3000},
     stages={
         "tokenizer": write_tokenizer,
-        "vae": train_vae,
-        "decoder": train_decoder,
-        "latents": encode_latents,
+        "vae": VAE.train,
+        "decoder": VAE.train_decoder,
+        "latents": VAE.encode_latents,
         "dit": train_dit,
     },
     export=export,

@@ -1,13 +1,12 @@
 """The charts of one run: decisions, distances, cache, times."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 from xml.etree.ElementTree import Element
 
-from explain_page.markup import element, number, svg
-from explain_page.plot import (
+from flowcache.report.drawing import (
     BOTTOM,
     LEFT,
     RIGHT,
@@ -17,15 +16,19 @@ from explain_page.plot import (
     colour_of,
     compact,
     cross,
+    curve,
+    element,
     horizontal,
-    line,
+    number,
+    percent,
     plot,
     rectangle,
+    seconds_text,
+    svg,
     text,
     vertical,
 )
-from explain_page.run import Panel, Row, Run
-from explain_page.units import percent, seconds_text
+from flowcache.report.run import Panel, Row, Run
 from flowcache.runtime.stats import scaled
 
 PLOT_HEIGHT = 250.0
@@ -33,9 +36,7 @@ SHARE_WIDTH = 52.0
 """Room at the right of a heat map for the share of each chunk, in CSS pixels."""
 MAX_CELL_WIDTH, CELL_HEIGHT = 26.0, 20.0
 BAR_HEIGHT = 22.0
-STAGE_NAME_WIDTH = 150.0
-STAGE_NUMBER_WIDTH = 110.0
-LANE_NAME_WIDTH = 90.0
+STAGE_NAME_WIDTH, STAGE_NUMBER_WIDTH, LANE_NAME_WIDTH = 150.0, 110.0, 90.0
 MAX_TIPS = 12_000
 """Cells with a text of their own on one page; it would get too large with more."""
 
@@ -57,27 +58,23 @@ class Limits:
 
 def limits_of(runs: Sequence[Run]) -> Limits:
     """Measure the runs of a page."""
+
+    def most(values: Iterable[float | None]) -> float:
+        return max(filter(_is_number, values), default=0.0)
+
     rows = [row for run in runs for row in run.rows]
+    sums = [row.accumulated for row in rows] + [run.threshold for run in runs]
     return Limits(
         num_ticks=1 + max(row.tick for row in rows),
         num_steps=max(run.record["num_steps"] for run in runs),
-        distance=max((value for run in runs for value in run.distances()), default=0.0),
-        accumulated=max(
-            [row.accumulated for row in rows if _is_number(row.accumulated)]
-            + [run.threshold for run in runs if run.threshold is not None],
-            default=0.0,
+        distance=most(row.distance for row in rows),
+        accumulated=most(sums),
+        tokens=most(run.peak_tokens for run in runs),
+        tick_seconds=most(tick["seconds"] for run in runs for tick in run.record["ticks"]),
+        stage_seconds=most(
+            stage["seconds"] for run in runs for stage in run.record["stages"].values()
         ),
-        tokens=max((run.peak_tokens or 0.0 for run in runs), default=0.0),
-        tick_seconds=max(
-            (tick["seconds"] for run in runs for tick in run.record["ticks"]), default=0.0
-        ),
-        stage_seconds=max(
-            (stage["seconds"] for run in runs for stage in run.record["stages"].values()),
-            default=0.0,
-        ),
-        timeline_seconds=max(
-            (period.stop_seconds for run in runs for period in run.timeline), default=0.0
-        ),
+        timeline_seconds=most(period.stop_seconds for run in runs for period in run.timeline),
         has_tips=len(rows) <= MAX_TIPS,
     )
 
@@ -88,121 +85,97 @@ def heat_map(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element
     if not rows:
         return None
     chunks = sorted({row.chunk for row in rows})
-    room = width - LEFT - SHARE_WIDTH
-    cell = min(MAX_CELL_WIDTH, room / limits.num_ticks)
+    cell = min(MAX_CELL_WIDTH, (width - LEFT - SHARE_WIDTH) / limits.num_ticks)
     top = TOP + 12
     bottom = top + CELL_HEIGHT * len(chunks)
     x = Axis("tick", 0, limits.num_ticks, LEFT, LEFT + cell * limits.num_ticks, is_whole=True)
     y = Axis("chunk", 0, len(chunks), top, bottom)
-    gap = 1.0 if cell > 4 else 0.0
+    right = x.stop + SHARE_WIDTH
     drawn = [
         rectangle(LEFT, top, x.stop - LEFT, bottom - top, class_="ground"),
-        text("computed", x=x.stop + SHARE_WIDTH - 2, y=top - 6, class_="end"),
+        text("computed", x=right - 2, y=top - 6, class_="end"),
     ]
     for row in rows:
         drawn.append(
             rectangle(
                 x(row.tick),
                 y(chunks.index(row.chunk)) + 1,
-                max(cell - gap, 0.4),
+                max(cell - _gap(cell), 0.4),
                 CELL_HEIGHT - 2,
                 class_="computed" if row.computed else "reused",
                 tip=describe(row) if limits.has_tips else None,
             )
         )
     for index, chunk in enumerate(chunks):
-        own = [row.computed for row in rows if row.chunk == chunk]
-        middle = y(index + 0.5) + 4
-        drawn.append(text(str(chunk), x=LEFT - 8, y=middle, class_="end"))
-        share = percent(sum(own) / len(own), digits=0)
-        drawn.append(text(share, x=x.stop + SHARE_WIDTH - 2, y=middle, class_="end"))
+        computed = [row.computed for row in rows if row.chunk == chunk]
+        share = percent(sum(computed) / len(computed), digits=0)
+        for shown, at in ((str(chunk), LEFT - 8), (share, right - 2)):
+            drawn.append(text(shown, x=at, y=y(index + 0.5) + 4, class_="end"))
     for value in x.numbers():
         if value < limits.num_ticks:
-            at = x(value + 0.5)
-            drawn.append(text(compact(value), x=at, y=bottom + 15, class_="middle"))
-    label = f"decisions of {name_of(run, panel)}: a row per chunk, a column per tick"
-    names = axis_names(x, y)
-    return svg(*drawn, *names, width=x.stop + SHARE_WIDTH, height=bottom + 42, label=label)
+            drawn.append(text(compact(value), x=x(value + 0.5), y=bottom + 15, class_="middle"))
+    label = f"decisions of {_name_of(run, panel)}: a row per chunk, a column per tick"
+    return svg(*drawn, *axis_names(x, y), width=right, height=bottom + 42, label=label)
 
 
 def distance_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element | None:
     """Draw the distance of every chunk's signal to the tick before, over its own steps."""
-    return _curves(
-        run,
-        panel,
-        value=lambda row: row.distance,
-        y=vertical("distance", limits.distance, height=PLOT_HEIGHT),
-        limits=limits,
-        width=width,
-    )
+    x = _own_steps(limits, width=width)
+    y = vertical("distance", limits.distance, height=PLOT_HEIGHT)
+    return _curves(run, panel, x, y, value=lambda row: row.distance)
 
 
 def accumulated_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element | None:
     """Draw the accumulated distance over own steps, the threshold, and a dot where computed."""
-    y = vertical("accumulated distance", limits.accumulated, height=PLOT_HEIGHT)
     x = _own_steps(limits, width=width)
-    marks: list[Element] = []
+    y = vertical("accumulated distance", limits.accumulated, height=PLOT_HEIGHT)
+    marks = [
+        element(
+            "circle",
+            element("title", describe(row)),
+            cx=x(row.step),
+            cy=y(row.accumulated),
+            r=3,
+            class_="chunk",
+            style=colour_of(row.chunk),
+            data_chunk=str(row.chunk),
+        )
+        for row in run.of(panel)
+        if row.computed and _is_number(row.accumulated)
+    ]
     if run.threshold is not None:
-        at = y(run.threshold)
-        marks.append(element("line", x1=x.start, x2=x.stop, y1=at, y2=at, class_="threshold"))
-    for row in run.of(panel):
-        if row.computed and _is_number(row.accumulated):
-            dot = element(
-                "circle",
-                element("title", describe(row)),
-                cx=x(row.step),
-                cy=y(row.accumulated),
-                r=3,
-                class_="chunk",
-                style=colour_of(row.chunk),
-                data_chunk=str(row.chunk),
-            )
-            marks.append(dot)
-    if run.threshold is not None:
-        said = f"threshold {run.threshold:g}"
-        marks.append(text(said, x=x.stop - 4, y=y(run.threshold) - 6, class_="end strong"))
-    return _curves(
-        run,
-        panel,
-        value=lambda row: row.accumulated,
-        y=y,
-        limits=limits,
-        width=width,
-        marks=marks,
-    )
+        at, label = y(run.threshold), f"threshold {run.threshold:g}"
+        limit = element("line", x1=x.start, x2=x.stop, y1=at, y2=at, class_="threshold")
+        marks = [limit, *marks, text(label, x=x.stop - 4, y=at - 6, class_="end strong")]
+    return _curves(run, panel, x, y, value=lambda row: row.accumulated, marks=marks)
 
 
 def cache_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element | None:
     """Draw the clean tokens in the cache after every tick, stacked by chunk."""
-    entries = [
-        entry
-        for entry in run.record["kv"]
-        if (entry["segment"], entry["branch"]) == (panel.segment, panel.branch)
-    ]
+    entries = [e for e in run.record["kv"] if Panel(e["segment"], e["branch"]) == panel]
     if not entries:
         return None
     x = horizontal("tick", -0.5, limits.num_ticks - 0.5, width=width)
     y = vertical("clean tokens in the cache", limits.tokens, height=PLOT_HEIGHT)
     bar = x(1) - x(0)
-    inner = bar - (1.0 if bar > 4 else 0.0)
     paths: dict[int, str] = {}
     tips: list[Element] = []
     for entry in entries:
         at, height = x(entry["tick"] - 0.5), 0.0
-        tokens = {int(chunk): value for chunk, value in entry["tokens"].items()}
-        for chunk, value in sorted(tokens.items()):
+        right = number(at + bar - _gap(bar))
+        tokens = sorted((int(chunk), value) for chunk, value in entry["tokens"].items())
+        for chunk, value in tokens:
             low, high = number(y(height)), number(y(height + value))
-            right = number(at + inner)
             paths[chunk] = paths.get(chunk, "") + f"M{number(at)} {low}V{high}H{right}V{low}Z"
             height += value
-        listed = ", ".join(f"{chunk}: {value:.1f}" for chunk, value in sorted(tokens.items()))
+        listed = ", ".join(f"{chunk}: {value:.1f}" for chunk, value in tokens)
         tip = f"tick {entry['tick']}\n{height:.1f} clean tokens\nchunk {listed or 'none'}"
         tips.append(rectangle(at, y.stop, bar, y.start - y.stop, class_="touch", tip=tip))
     bars = [
         element("path", d=path, class_="chunk", style=colour_of(chunk), data_chunk=str(chunk))
         for chunk, path in sorted(paths.items())
     ]
-    label = f"clean tokens in the cache of {name_of(run, panel)} over ticks, stacked by chunk"
+    label = f"clean tokens in the cache of {_name_of(run, panel)} over ticks, stacked by chunk"
     return plot(x, y, marks=[*bars, *tips], label=label)
 
 
@@ -218,17 +191,17 @@ def stage_chart(run: Run, *, limits: Limits, width: float) -> Element:
         top = TOP + BAR_HEIGHT * index
         middle = top + BAR_HEIGHT / 2 + 3
         length = max(x(stage["seconds"]) - start, 1.0)
-        tip = f"{name}: {seconds_text(stage['seconds'])} in {stage['num_uses']} uses"
+        shown = seconds_text(stage["seconds"])
+        tip = f"{name}: {shown} in {stage['num_uses']} uses"
         tip += f", part of {stage['within']}" if stage["within"] else ""
         style = "bar" if depth == 0 else "bar nested"
         drawn += [
             text(name.replace("_", " "), x=4 + 14 * depth, y=middle),
             rectangle(start, top + 2, length, BAR_HEIGHT - 5, class_=style, tip=tip),
-            text(seconds_text(stage["seconds"]), x=start + length + 6, y=middle),
+            text(shown, x=start + length + 6, y=middle),
         ]
     height = TOP + BAR_HEIGHT * len(ordered) + 4
-    label = f"seconds per stage of {run.name}"
-    return svg(*drawn, width=width, height=height, label=label)
+    return svg(*drawn, width=width, height=height, label=f"seconds per stage of {run.name}")
 
 
 def timeline_chart(run: Run, *, limits: Limits, width: float) -> Element:
@@ -249,17 +222,12 @@ def timeline_chart(run: Run, *, limits: Limits, width: float) -> Element:
             if period.stage != name:
                 continue
             start, stop = period.start_seconds, period.stop_seconds
+            length = max(x(stop) - x(start), 0.5)
             tip = f"{name}: {seconds_text(stop - start)}\nfrom {start:.3f} s to {stop:.3f} s"
             tip += "\nbeside the denoising" if period.is_concurrent else ""
+            style = "bar beside" if period.is_concurrent else "bar"
             drawn.append(
-                rectangle(
-                    x(start),
-                    top + 2,
-                    max(x(stop) - x(start), 0.5),
-                    BAR_HEIGHT - 4,
-                    class_="bar beside" if period.is_concurrent else "bar",
-                    tip=tip,
-                )
+                rectangle(x(start), top + 2, length, BAR_HEIGHT - 4, class_=style, tip=tip)
             )
     axis = element("line", x1=x.start, x2=x.stop, y1=bottom, y2=bottom, class_="axis")
     name = text(x.name, x=(x.start + x.stop) / 2, y=bottom + BOTTOM - 6, class_="middle name")
@@ -279,7 +247,7 @@ def tick_chart(run: Run, *, limits: Limits, width: float) -> Element:
         rectangle(
             x(index - 0.5),
             y(tick["seconds"]),
-            max(bar - (1.0 if bar > 4 else 0.0), 0.4),
+            max(bar - _gap(bar), 0.4),
             y(0) - y(tick["seconds"]),
             class_="bar",
             tip=f"segment {tick['segment']}, tick {tick['tick']}\n{seconds_text(tick['seconds'])}",
@@ -296,78 +264,63 @@ def metric_chart(values: Sequence[float], *, name: str, width: float) -> Element
     margin = 0.05 * (high - low) or 0.05
     x = horizontal("frame", 0, max(len(values) - 1, 1), width=width)
     y = Axis(name, low - margin, high + margin, PLOT_HEIGHT - BOTTOM, TOP)
-    path = line(list(enumerate(values)), x, y)
+    path = element("path", d=curve(list(enumerate(values)), x, y), class_="curve single")
+    bar, height = x(1) - x(0), y.start - y.stop
+    tips = [f"frame {index}\n{name} {value:.4g}" for index, value in enumerate(values)]
     touch = [
-        rectangle(
-            x(index - 0.5),
-            y.stop,
-            x(1) - x(0),
-            y.start - y.stop,
-            class_="touch",
-            tip=f"frame {index}\n{name} {value:.4g}",
-        )
-        for index, value in enumerate(values)
+        rectangle(x(index - 0.5), y.stop, bar, height, class_="touch", tip=tip)
+        for index, tip in enumerate(tips)
     ]
-    marks = [element("path", d=path, class_="curve single"), *touch]
-    return plot(x, y, marks=marks, label=f"{name} over frames")
+    return plot(x, y, marks=[path, *touch], label=f"{name} over frames")
 
 
 def describe(row: Row) -> str:
     """Say in a few lines what happened to a chunk at a tick."""
-    lines = [
-        f"chunk {row.chunk}, step {row.step}, tick {row.tick}: "
-        + ("computed" if row.computed else "reused")
-    ]
+    decision = "computed" if row.computed else "reused"
+    lines = [f"chunk {row.chunk}, step {row.step}, tick {row.tick}: {decision}"]
     if row.distance is not None:
         lines.append(f"distance {row.distance:.4g}")
     if row.accumulated is not None:
         lines.append(f"accumulated {row.accumulated:.4g}")
-    spent, saved = scaled(row.flops, "FLOP"), scaled(row.flops_saved, "FLOP")
-    lines.append(f"{spent} spent, {saved} saved")
+    lines.append(f"{scaled(row.flops, 'FLOP')} spent, {scaled(row.flops_saved, 'FLOP')} saved")
     if row.seconds is not None:
         lines.append(f"{1000 * row.seconds:.1f} ms")
     return "\n".join(lines)
 
 
-def name_of(run: Run, panel: Panel) -> str:
-    """Name a panel in words."""
-    return f"{run.name}, segment {panel.segment}, branch {panel.branch}"
-
-
 def _curves(
     run: Run,
     panel: Panel,
+    x: Axis,
+    y: Axis,
     *,
     value: Callable[[Row], float | None],
-    y: Axis,
-    limits: Limits,
-    width: float,
     marks: Sequence[Element] = (),
 ) -> Element | None:
     """Draw a line per chunk over its own steps; mark what is infinite or not a number."""
-    x = _own_steps(limits, width=width)
-    rows = run.of(panel)
+    rows = sorted(run.of(panel), key=lambda row: row.step)
     if all(value(row) is None for row in rows):
         return None
     curves: list[Element] = []
     for chunk in sorted({row.chunk for row in rows}):
         points: list[tuple[float, float]] = []
-        for row in sorted((row for row in rows if row.chunk == chunk), key=lambda row: row.step):
+        for row in (row for row in rows if row.chunk == chunk):
             found = value(row)
             points.append((row.step, math.nan if found is None else found))
             if found is not None and not math.isfinite(found):
                 tip = f"{describe(row)}\n{y.name} is {found}"
                 curves.append(cross(x(row.step), y.stop + 6, tip=tip))
-        path = element(
-            "path",
-            element("title", f"chunk {chunk}"),
-            d=line(points, x, y),
-            class_="curve",
-            style=colour_of(chunk),
-            data_chunk=str(chunk),
+        curves.append(
+            element(
+                "path",
+                element("title", f"chunk {chunk}"),
+                d=curve(points, x, y),
+                class_="curve",
+                style=colour_of(chunk),
+                data_chunk=str(chunk),
+            )
         )
-        curves.append(path)
-    label = f"{y.name} of {name_of(run, panel)} over own steps, a line per chunk"
+    label = f"{y.name} of {_name_of(run, panel)} over own steps, a line per chunk"
     return plot(x, y, marks=[*curves, *marks], label=label)
 
 
@@ -375,7 +328,18 @@ def _own_steps(limits: Limits, *, width: float) -> Axis:
     return horizontal("own step of the chunk", 0, max(limits.num_steps - 1, 1), width=width)
 
 
-def _nested(stages: dict[str, dict], *, parent: str | None, depth: int) -> list[tuple[str, int]]:
+def _name_of(run: Run, panel: Panel) -> str:
+    return f"{run.name}, segment {panel.segment}, branch {panel.branch}"
+
+
+def _gap(width: float) -> float:
+    """Return the gap between bars of that width: none where they are thin."""
+    return 1.0 if width > 4 else 0.0
+
+
+def _nested(
+    stages: Mapping[str, Mapping[str, Any]], *, parent: str | None, depth: int
+) -> list[tuple[str, int]]:
     """Return the names of the stages with their depth, each after the one it is part of."""
     found: list[tuple[str, int]] = []
     for name, stage in stages.items():

@@ -1,4 +1,4 @@
-"""Start the processes of a run: `python -m flowcache.runtime.launch 4 -m magi1 ARGUMENTS`.
+"""Start the processes of a run: `python -m flowcache.launch 4 -m magi1 ARGUMENTS`.
 
 This is `torchrun --standalone --nproc_per_node=4 -m magi1 ARGUMENTS` with three differences. All
 sockets listen on the loopback interface only. Whatever ends the run is one line, without an account

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +40,26 @@ class Panel(NamedTuple):
     branch: str
 
 
+class Shown(NamedTuple):
+    """The frames of the video that a chunk shows, from `first` to before `stop`."""
+
+    segment: int
+    chunk: int
+    first: int
+    stop: int
+
+    @property
+    def key_frames(self) -> tuple[int, int, int]:
+        """The first, the middle and the last frame."""
+        return self.first, (self.first + self.stop - 1) // 2, self.stop - 1
+
+
 @dataclass(frozen=True)
 class Run:
     """A record and what belongs to it."""
 
     letter: str
-    """A or B: what the page calls it beside another run."""
+    """A or B: how the page names it if there are two."""
     record: Mapping[str, Any]
     rows: Sequence[Row]
     alarms: Sequence[str]
@@ -114,25 +129,29 @@ class Run:
         """The most clean tokens in the cache of one branch, mean over layers and heads."""
         return max((sum(entry["tokens"].values()) for entry in self.record["kv"]), default=None)
 
+    @cached_property
+    def distances(self) -> list[float]:
+        """All measured distances that are numbers."""
+        measured = (row.distance for row in self.rows)
+        return [value for value in measured if value is not None and math.isfinite(value)]
+
+    @property
+    def shown(self) -> list[Shown]:
+        """Which frames every chunk shows, in the order of the record."""
+        return [
+            Shown(int(segment), chunk, *ends)
+            for segment, chunks in self.record["chunk_frames"].items()
+            for chunk, ends in enumerate(chunks)
+            if ends and ends[0] < ends[1]
+        ]
+
     def of(self, panel: Panel) -> list[Row]:
         """Return the rows of a panel."""
         return [row for row in self.rows if (row.segment, row.branch) == panel]
 
-    def distances(self) -> list[float]:
-        """Return all measured distances that are numbers."""
-        return [
-            row.distance
-            for row in self.rows
-            if row.distance is not None and math.isfinite(row.distance)
-        ]
-
 
 def find_record(path: Path) -> Path:
-    """Return the record that is meant by its own name, or by that of its video or report.
-
-    Raises:
-        UserError: it is not there, or the name is of none of the three kinds.
-    """
+    """Return the record that is meant by its own name, or by that of its video or report."""
     if path.name.endswith(SUFFIX):
         record = path
     elif path.suffix in (".mp4", ".json"):
@@ -145,11 +164,7 @@ def find_record(path: Path) -> Path:
 
 
 def load_run(source: Path, letter: str) -> Run:
-    """Read the record of a run.
-
-    Raises:
-        UserError: the record is missing, broken, or holds no decision.
-    """
+    """Read the record of a run, and its report if there is one."""
     record = read_record(source)
     for name, stage in record["stages"].items():
         if not isinstance(stage, dict) or set(stage) - {"overlapped_seconds"} != STAGE_FIELDS:
@@ -164,19 +179,15 @@ def load_run(source: Path, letter: str) -> Run:
 
 
 def _read_timeline(report: Path) -> list[Period]:
-    """Return the time line of a report; none if there is no report, or an older one.
-
-    Raises:
-        UserError: the report is broken.
-    """
+    """Return the time line of a report; none if there is no report, or an older one."""
     if not report.is_file():
         return []
     try:
         rows = read_json(report)["stats"].get("timeline", [])
         return [_period(*row) for row in rows]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        said = "not the report of a run: stats.timeline must hold rows of"
-        raise UserError(f"{report}: {said} {', '.join(Period._fields)}") from None
+        rule = "not the report of a run: stats.timeline must hold rows of"
+        raise UserError(f"{report}: {rule} {', '.join(Period._fields)}") from None
 
 
 def _period(stage: Any, start_seconds: Any, stop_seconds: Any, is_concurrent: Any) -> Period:

@@ -1,1 +1,0 @@
-"""The figures of the README, one module each, drawn from what lies in the repository."""
