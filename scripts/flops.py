@@ -17,7 +17,7 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.model import Request
-from flowcache.runtime.ops import linear_flops
+from flowcache.runtime.ops import attention_flops, linear_flops
 from flowcache.runtime.run import plan_by_sizes
 from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from flowcache.demo.clips import Attributes
+from flowcache.demo.latents import Statistics
 from flowcache.policies import Decision
 from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.run import Clip, config_layers
 from flowcache.runtime.stats import RunStats
+from magi1 import demo
 from magi1.checkpoint import find_model
 from magi1.config import RunConfig
 from magi1.released import PRESETS
@@ -41,19 +43,15 @@ def _script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def untrained(
-    load_recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MAGI-1 demo with random weights."""
-    recipe, folder = load_recipe("magi1"), tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = recipe.new_models()
+    folder = tmp_path_factory.mktemp("checkpoint") / "demo"
+    models = demo.new_models()
     generator = torch.Generator().manual_seed(0)
     for param in models.dit.parameters():
         param.data += 0.02 * torch.randn(param.shape, generator=generator)
-    statistics = {"mean": [0.5] * 16, "std": [2.0] * 16}
-    recipe.write_checkpoint(
-        recipe.new_vae(), models, models.dit, statistics=statistics, folder=folder
-    )
+    statistics = Statistics(mean=[0.5] * 16, std=[2.0] * 16)
+    demo.write_checkpoint(demo.new_vae(), models, models.dit, statistics=statistics, folder=folder)
     return folder
 
 

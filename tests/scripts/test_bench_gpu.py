@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.report.figures import draw_growth
 from flowcache.runtime.checks import Decoded
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
@@ -253,9 +254,10 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
         return Decoded(torch.zeros(3, 5, 2, 2), torch.tensor(True))
 
     def shown() -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(later=Future(decode))
-        goes_on.set()
-        yield SimpleNamespace(later=None)
+        with ThreadPoolExecutor(1) as decoder:
+            yield SimpleNamespace(later=decoder.submit(decode))
+            goes_on.set()
+            yield SimpleNamespace(later=None)
 
     assert measure.take_frames(shown(), device=torch.device("cpu"), is_concurrent=True) == 5
 
@@ -446,7 +448,7 @@ def test_planned_memory_is_flat_with_compression_and_grows_without():
 
 
 def test_growth_is_written_once_and_drawn(tmp_path: Path):
-    growth, figure = (importlib.import_module(f"{name}.growth") for name in ("gpu", "figures"))
+    growth = importlib.import_module("gpu.growth")
     line = growth.Line("KV compression", "flowcache_fast", lambda _: ())
 
     def plan(_line: Any, num_frames: int) -> dict[str, Any]:
@@ -466,13 +468,13 @@ def test_growth_is_written_once_and_drawn(tmp_path: Path):
         )
     }
     growth.grow(tmp_path, overwrite=False, models=models)
-    drawn = figure.draw_growth(tmp_path / growth.NAME)
+    drawn = draw_growth(tmp_path / growth.NAME)
     assert drawn.count('class="curve"') == 3 + 1
     with pytest.raises(ValueError, match="exists and is kept"):
         growth.grow(tmp_path, overwrite=False, models=models)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match="no result of python scripts"):
-        figure.draw_growth(tmp_path / "broken.json")
+        draw_growth(tmp_path / "broken.json")
 
 
 # Overhead -----------------------------------------------------------------------------------------

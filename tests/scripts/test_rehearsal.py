@@ -126,7 +126,7 @@ def test_the_host_reads_once_per_deciding_policy_and_tick(name: str):
     most = num_deciding(made)
     assert max(step.reads for step in run.steps) == most
     places = {site.place for site in run.ledger.reads}
-    assert places == ({"flowcache/reuse.py:relative_l1"} if most else set())
+    assert places == ({"flowcache/policies.py:relative_l1"} if most else set())
 
 
 @every
