@@ -19,6 +19,7 @@ OPENED = ("FlowCache4SkyReels-V2", "FlowCache4MAGI-1", "scripts")
 """Folders in which something is written, or that hold what enters the environment."""
 COMMAND = re.compile(r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*(?:bash|python|source|torchrun) .*')
 NOTHING_HERE = {
+    "docs/architecture.md",
     "docs/development.md",
     "docs/glossary.md",
     "docs/install.md",
