@@ -26,7 +26,7 @@ To add a model: write the package with its `model.MODEL`, and name it in `MODELS
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -271,6 +271,9 @@ class VideoModel(Protocol):
     The seed, for example, is `seed` in one model and `runtime_config.seed` in another.
     """
 
+    places: Collection[str]
+    """Names of settings, in any section, that say where files of the model are."""
+
     def settings_lines(self) -> Sequence[str]:
         """Return a line for every setting, with type, default and meaning."""
         ...
@@ -316,6 +319,14 @@ class VideoModel(Protocol):
 
     def fingerprint(self, source: Source, /) -> str:
         """Return a hash of the transformer, see `flowcache.runtime.profile.fingerprint`."""
+        ...
+
+    def identity(self, job: Job, /) -> Hashable:
+        """Return what loaded networks depend on; neither prompt nor seed is part of it."""
+        ...
+
+    def ingredients(self, job: Job, /) -> Mapping[str, Path | Sequence[Tensor]]:
+        """Return what a video is made from in addition to settings and transformer, by name."""
         ...
 
     def setting(self, config: Any, /) -> Setting:
