@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -216,12 +216,26 @@ class Job:
         is_on_host = self.model.residence(self.placed).text_on_host
         return torch.device("cpu") if is_on_host else self.device
 
+    def changed(self, **values: Any) -> Job:
+        """Return the job with other settings, by arguments of the command line, such as `seed`."""
+        config = self.config
+        for argument, value in values.items():
+            config = _changed(config, self.model.keys[argument].split("."), value)
+        return replace(self, config=config)
+
     def value(self, argument: str) -> Any:
         """Return the setting that an argument of the command line names, such as `seed`."""
         value = self.config
         for name in self.model.keys[argument].split("."):
             value = getattr(value, name)
         return value
+
+
+def _changed(config: Any, names: Sequence[str], value: Any) -> Any:
+    first, *rest = names
+    return replace(
+        config, **{first: _changed(getattr(config, first), rest, value) if rest else value}
+    )
 
 
 @dataclass(frozen=True)
