@@ -17,11 +17,10 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from sampling.evidence import JSON_FILE, Evidence, read_table, verify, write_table
-from sampling.figures import Judge
-from sampling.protocol import VIDEOS, keep_protocol, read_protocol
-from sampling.table import gaps, markdown
-
+from flowcache.bench.figures import Judge
+from flowcache.bench.protocol import VIDEOS, keep_protocol, read_protocol
+from flowcache.bench.table import gaps, markdown
+from flowcache.bench.verify import JSON_FILE, Inputs, read_table, verify, write_table
 from flowcache.errors import UserError
 from flowcache.report.comparison import make_network
 from flowcache.runtime.cli import Parser, choose_device, run_command
@@ -78,10 +77,10 @@ def execute(options: argparse.Namespace) -> int:
     judge, notes = make_judge(METRICS, options.lpips_weights, device=options.device)
     count = options.num_prompts
     tasks = protocol.tasks(options.model, num_prompts=count)
-    evidence = Evidence(
+    inputs = Inputs(
         protocol, tasks, options.out, judge, notes, model=options.model, num_prompts=count
     )
-    print(markdown(write_table(evidence)))
+    print(markdown(write_table(inputs)))
     return 0
 
 

@@ -21,25 +21,25 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 import torch
-from sampling.claims import STALE_SECONDS
-from sampling.protocol import VIDEOS, Protocol, keep_protocol, read_protocol
-from sampling.quiet import warned_once
-from sampling.renderer import Renderer
-from sampling.sources import (
+
+from flowcache.bench.locks import STALE_SECONDS
+from flowcache.bench.prompts import (
     VBENCH_DIMENSIONS,
     Run,
     from_lines,
     from_physics_iq,
     from_vbench,
 )
-from sampling.tasks import FAMILIES, Kind, Origin, Task, check_names
-from sampling.worker import Worker, say_alarms, say_failures
-
+from flowcache.bench.protocol import VIDEOS, Protocol, keep_protocol, read_protocol
+from flowcache.bench.render import Renderer
+from flowcache.bench.tasks import Kind, Origin, Task, check_names
+from flowcache.bench.worker import Worker, say_alarms, say_failures, warned_once
 from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
 from flowcache.launch import Place
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable
+from flowcache.runtime.model import MODELS
 
 EXIT_SOME_FAILED = 1
 MAX_PER_PROMPT = 10_000
@@ -73,7 +73,7 @@ def make_parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("family", nargs="?", help=f"{' or '.join(FAMILIES)}")
+    parser.add_argument("family", nargs="?", help=f"{' or '.join(MODELS)}")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", type=Path, metavar="FILE", help="a text file, a prompt a line")
     source.add_argument("--vbench", type=Path, metavar="DIR", help="VBench's folder of prompts")
@@ -132,8 +132,8 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
         return protocol.tasks(options.model, num_prompts=options.num_prompts)
     if options.num_prompts is not None:
         raise UserError("--num-prompts is of a protocol's prompts: leave it out")
-    if family not in FAMILIES:
-        raise UserError(f"the first argument must be {' or '.join(FAMILIES)}, not {family}")
+    if family not in MODELS:
+        raise UserError(f"the first argument must be {' or '.join(MODELS)}, not {family}")
     check_numbers(options)
     template = Task(
         name="",
@@ -214,7 +214,7 @@ def execute(options: argparse.Namespace) -> int:
     protocol = None if options.protocol is None else read_protocol(options.protocol)
     origins = check_kinds(tasks, renderer, protocol)
     worker = Worker(tasks, out, renderer.render, origins, stale_seconds=options.stale_after)
-    with warned_once(f"{family}.run" for family in FAMILIES):
+    with warned_once(MODELS.values()):
         failures = worker.run(first=place.rank * len(tasks) // place.size)
     if place.rank == 0:
         done = len(tasks) - len(failures)

@@ -16,26 +16,31 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from tuning import magi1, skyreels_v2
-from tuning.findings import (
-    MEASURED_SHARES,
-    NUM_MEASURED_CLIPS,
-    NUM_PROBES,
-    Found,
-    check_has_guidance,
-    check_leaves_steps,
-    check_reachable,
-    investigate,
-    kv_effect,
+from flowcache.errors import UserError
+from flowcache.report.scatter import draw_tuning
+from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.model import MODELS, load_model
+from flowcache.runtime.profile import (
+    VERSION,
+    Observed,
+    Prediction,
+    Profile,
+    Reuse,
+    Source,
+    write_profile,
 )
-from tuning.methods import (
+from flowcache.tune.forecast import choose, parse_target
+from flowcache.tune.gram import distance_band, magnitude_ratios
+from flowcache.tune.measure import Prompt, measure, random_plans
+from flowcache.tune.methods import (
     Method,
     adaptive,
     closest_magcache,
@@ -49,28 +54,22 @@ from tuning.methods import (
     strides,
     whole_window,
 )
-from tuning.prompts import choose_prompts
-from tuning.rows import Rows
-from tuning.study import Prompt, measure, random_plans
-from tuning.subject import Subject
-from tuning.table import markdown, summarize
-
-from flowcache.errors import UserError
-from flowcache.report.scatter import draw_tuning
-from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.files import check_writable, write_json, write_text
-from flowcache.runtime.profile import (
-    VERSION,
-    Observed,
-    Prediction,
-    Profile,
-    Reuse,
-    Source,
-    write_profile,
-)
-from flowcache.tune.forecast import choose, parse_target
-from flowcache.tune.gram import distance_band, magnitude_ratios
 from flowcache.tune.plan import Constraints, Plan
+from flowcache.tune.prompts import choose_prompts
+from flowcache.tune.rows import Rows
+from flowcache.tune.runs import Runs
+from flowcache.tune.study import (
+    MEASURED_SHARES,
+    NUM_MEASURED_CLIPS,
+    NUM_PROBES,
+    Found,
+    check_has_guidance,
+    check_leaves_steps,
+    check_reachable,
+    investigate,
+    kv_effect,
+)
+from flowcache.tune.table import markdown, summarize
 
 TABLE_SHARES = (0.27, 0.5)
 """Shares of the steps at which methods are compared, beside the target's."""
@@ -79,10 +78,6 @@ PLOT = "pareto.svg"
 NUM_CHECK_PLANS = 24
 CHECK_PLANS_SEED = 0
 GIGA = 1e9
-SUBJECTS: Mapping[str, Callable[..., Subject]] = {
-    "magi1": magi1.Magi,
-    "skyreels_v2": skyreels_v2.SkyReels,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +98,7 @@ def timed(options: argparse.Namespace) -> None:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(SUBJECTS), required=True, help="whose runs")
+    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose runs")
     parser.add_argument(
         "--checkpoint", default="demo", help="as the model's own --model takes it (default: demo)"
     )
@@ -164,21 +159,22 @@ def command(options: argparse.Namespace) -> None:
         final_steps=options.final_steps,
         most_reuses=options.most_reuses,
     )
-    subject = SUBJECTS[options.model](
+    runs = Runs(
+        load_model(options.model),
         options.checkpoint,
         options.preset,
         options.settings,
         folder=options.work,
         holds_guidance=options.hold_guidance,
     )
-    num_steps, num_passes = subject.work().num_steps, subject.work().num_passes
+    num_steps, num_passes = runs.size().num_steps, runs.size().num_passes
     check_leaves_steps(num_steps, constraints)
     least_cost = 1 / num_passes if options.hold_guidance else 1
     check_reachable(target, num_steps, constraints, least_cost=least_cost)
-    check_has_guidance(subject.work())
+    check_has_guidance(runs.size())
     out = options.out or options.work / "profile.yaml"
     if options.dry_run:
-        print("\n".join(describe(subject, options)))
+        print("\n".join(describe(runs, options)))
         return
     if out.exists() and not options.overwrite:
         raise UserError(f"{out} exists and is kept: choose another --out, or give --overwrite")
@@ -199,22 +195,22 @@ def command(options: argparse.Namespace) -> None:
         "hold_guidance": options.hold_guidance,
     }
     rows = Rows(options.work, identity=identity)
-    subject.load()
-    found = investigate(subject, rows, calibrating, constraints)
+    runs.load()
+    found = investigate(runs, rows, calibrating, constraints)
     if options.store_check is not None:
-        store_check(subject, rows, calibrating, found, constraints, folder=options.store_check)
+        store_check(runs, rows, calibrating, found, constraints, folder=options.store_check)
         return
-    if subject.work().compresses_kv:
-        print(kv_effect(subject, rows, calibrating))
+    if runs.size().compresses_kv:
+        print(kv_effect(runs, rows, calibrating))
     chosen = choose(target, found.forecasts())
     plan = found.plans[chosen.cost]
     print(gentlest(found))
-    write_profile(make_profile(subject, options, calibrating, found, plan), out)
+    write_profile(make_profile(runs, options, calibrating, found, plan), out)
     print(f"profile      {out}: {plan.num_computed} of {found.model.num_steps} steps are computed")
     print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
-    check(subject, rows, unseen, found, plan, profile=out.resolve(), options=options)
+    check(runs, rows, unseen, found, plan, profile=out.resolve(), options=options)
 
 
 def gentlest(found: Found) -> str:
@@ -226,9 +222,9 @@ def gentlest(found: Found) -> str:
     )
 
 
-def describe(subject: Subject, options: argparse.Namespace) -> list[str]:
+def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     """Say what tuning will cost, by arithmetic."""
-    work = subject.work()
+    work = runs.size()
     width = work.sketch_width
     held_as = "as they are" if width is None else f"as sketches of {width} numbers"
     clips = options.clips + NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
@@ -243,7 +239,7 @@ def describe(subject: Subject, options: argparse.Namespace) -> list[str]:
 
 
 def make_profile(
-    subject: Subject,
+    runs: Runs,
     options: argparse.Namespace,
     prompts: Sequence[Prompt],
     found: Found,
@@ -254,8 +250,8 @@ def make_profile(
     low, high = distance_band(found.distances, num_steps=found.model.num_steps)
     return Profile(
         version=VERSION,
-        fingerprint=subject.fingerprint(),
-        setting=subject.setting(),
+        fingerprint=runs.fingerprint(),
+        setting=runs.setting(),
         reuse=Reuse(
             plans=[list(plan.steps)],
             predict=plan.predictor.quantity,
@@ -282,7 +278,7 @@ def make_profile(
 
 
 def check(
-    subject: Subject,
+    runs: Runs,
     rows: Rows,
     prompts: Sequence[Prompt],
     found: Found,
@@ -294,8 +290,8 @@ def check(
     """Compare the plan with everything else on unseen prompts; print and draw the table."""
     if not prompts:
         return
-    num_steps, words, work = found.model.num_steps, subject.words, options.work
-    size = subject.work()
+    num_steps, words, work = found.model.num_steps, runs.words, options.work
+    size = runs.size()
     ratios = magnitude_ratios(found.model.gram)
     methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
     expected = dict[str, float]()
@@ -320,7 +316,7 @@ def check(
         expected[planned(own).name] = found.forecast(own).psnr
     # with few steps, two numbers of computed steps may lead to the same threshold
     methods = list({method.name: method for method in methods}.values())
-    measured = measure(subject, rows, prompts, methods, kind="check")
+    measured = measure(runs, rows, prompts, methods, kind="check")
     table = summarize(measured, methods, expected)
     print(f"\n{markdown(table)}")
     write_text(work / "table.md", markdown(table))
@@ -337,7 +333,7 @@ def table_costs(plans: Mapping[float, Plan], *, num_steps: int) -> list[float]:
 
 
 def store_check(
-    subject: Subject,
+    runs: Runs,
     rows: Rows,
     prompts: Sequence[Prompt],
     found: Found,
@@ -351,7 +347,7 @@ def store_check(
         found.model, count=NUM_CHECK_PLANS, constraints=constraints, seed=CHECK_PLANS_SEED
     )
     methods = [Method(f"random {i}", planned(plan).settings) for i, plan in enumerate(plans)]
-    measured = measure(subject, rows, prompts[:NUM_MEASURED_CLIPS], methods, kind="random")
+    measured = measure(runs, rows, prompts[:NUM_MEASURED_CLIPS], methods, kind="random")
     found.calibration.save(folder / "calibration.npz")
     kept = [
         {

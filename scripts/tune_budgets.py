@@ -14,7 +14,7 @@ What is measured is kept in OUT/work; a second start goes on where the first one
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,18 @@ from benchmark import magi1, skyreels_v2
 from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
 from benchmark.reuse import Rivals, rule_names, rule_settings
 from benchmark.search import Trials, find_threshold, suiting_factor
-from tuning.methods import even_steps, published
-from tuning.prompts import choose_prompts
-from tuning.rows import Rows
-from tuning.subject import Subject
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
+from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tune.gap import ErrorModel
 from flowcache.tune.gram import Calibration, merge
+from flowcache.tune.methods import even_steps, published
+from flowcache.tune.prompts import choose_prompts
+from flowcache.tune.rows import Rows
+from flowcache.tune.runs import Runs
 
 RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 NUM_SEARCH_CLIPS = 2
@@ -56,7 +57,7 @@ EXAMPLES = """examples:
 class Bench:
     """What all parts of the command need."""
 
-    subject: Subject
+    runs: Runs
     rivals: Rivals
     trials: Trials
     options: argparse.Namespace
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     check_writable(options.out)
-    bench = open_bench(options, tune.SUBJECTS)
+    bench = open_bench(options)
     words, preset = bench.rivals.words, bench.rivals.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
     print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
@@ -115,13 +116,15 @@ def command(options: argparse.Namespace) -> None:
     print(f"wrote {write_budgets(budgets, options.out)}")
 
 
-def open_bench(
-    options: argparse.Namespace, subjects: Mapping[str, Callable[..., Subject]]
-) -> Bench:
+def open_bench(options: argparse.Namespace) -> Bench:
     """Load the model and find what was measured before."""
     rivals = RIVALS[options.model]
-    subject = subjects[options.model](
-        options.checkpoint, rivals.preset, options.settings, folder=options.out
+    runs = Runs(
+        load_model(options.model),
+        options.checkpoint,
+        rivals.preset,
+        options.settings,
+        folder=options.out,
     )
     prompts, _ = choose_prompts(
         None, checkpoint=options.checkpoint, num_clips=options.clips, num_checks=0
@@ -130,8 +133,8 @@ def open_bench(
         key: getattr(options, key) for key in ("model", "checkpoint", "settings")
     }
     rows = Rows(options.out / "search", identity=identity)
-    subject.load()
-    return Bench(subject, rivals, Trials(subject, rows, prompts[:NUM_SEARCH_CLIPS]), options)
+    runs.load()
+    return Bench(runs, rivals, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
 
 
 def tuned(bench: Bench, flops: float) -> Path:
@@ -192,7 +195,7 @@ def make_adaptive(
             ),
             wanted,
             start=STARTS[rule],
-            tolerance=HALF_A_STEP / bench.subject.work().num_steps,
+            tolerance=HALF_A_STEP / bench.runs.size().num_steps,
         )
     chosen = settings if threshold is None else with_threshold(settings, threshold)
     found = bench.trials.outcome(chosen, preset=preset)

@@ -1,8 +1,9 @@
 """MAGI-1 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +46,7 @@ class Magi:
     presets = released.PRESETS
     schema = RunConfig
     keys: Mapping[str, str] = KEYS
+    places: Collection[str] = (*checkpoints.PATH_FIELDS, "special_tokens")
 
     def settings_lines(self) -> list[str]:
         release = settings.describe(ReleaseConfig, commented=released.FIELDS)
@@ -92,6 +94,23 @@ class Magi:
 
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
+
+    def identity(self, job: Job) -> tuple[Hashable, ...]:
+        # the config of its files holds the settings of the run, too: prompt, seed, number of steps
+        config, files, run = job.config, job.source.files, job.config.runtime_config
+        return (
+            *(files.dit_files, files.vae, files.text_encoder),
+            *(str(config.model_config), str(config.engine_config)),
+            *(run.scale_factor, run.fps, run.t5_device),
+        )
+
+    def ingredients(self, job: Job) -> dict[str, Path | Sequence[Tensor]]:
+        files, tokens = job.source.files, job.media.tokens
+        found: dict[str, Path | Sequence[Tensor]] = {
+            "vae": files.vae,
+            "text_encoder": files.text_encoder,
+        }
+        return found if tokens is None else {**found, "special_tokens": astuple(tokens)}
 
     setting = staticmethod(works.setting_of)
 

@@ -1,7 +1,7 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +47,7 @@ class SkyReels:
     presets = PRESETS
     schema = RunConfig
     keys: Mapping[str, str] = KEYS
+    places: Collection[str] = ()
 
     def settings_lines(self) -> list[str]:
         return settings.describe(RunConfig, commented=PRESETS / "base.yaml")
@@ -99,6 +100,14 @@ class SkyReels:
 
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
+
+    def identity(self, job: Job) -> str:
+        return str(job.source.files)
+
+    def ingredients(self, job: Job) -> dict[str, Path]:
+        parts = ("vae", "text_encoder", "tokenizer", "image_encoder")
+        paths = {part: getattr(job.source.files, part) for part in parts}
+        return {part: path for part, path in paths.items() if path is not None}
 
     setting = staticmethod(works.setting_of)
 

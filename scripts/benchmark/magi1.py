@@ -7,14 +7,13 @@ compression do; the second one shows reuse alone.
 
 from dataclasses import replace
 
-from tuning.magi1 import Magi
-
 from benchmark.family import REFERENCE, Family, Method, Source
 from benchmark.reuse import Rivals
 from flowcache.errors import UserError
 from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from magi1.bench import WORDS
 from magi1.model import MODEL
 from magi1.work import budget_of
 
@@ -111,7 +110,7 @@ def check_compresses(name: str, job: Job) -> None:
 RIVALS = Rivals(
     (COMPUTED[0], COMPUTED[-1]),
     "flowcache_fast_nocompress",
-    Magi.words,
+    WORDS,
     has_clean=False,
     has_guidance=False,
 )

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuning.methods import AS_TUNED, VELOCITY, published
-from tuning.subject import Words
-
 from benchmark.budgets import HIGH, LOW, MID, Budgets
 from benchmark.family import Group, Method
+from flowcache.tune.methods import AS_TUNED, VELOCITY, published
+from flowcache.tune.runs import Words
 
 FAITHFUL, TUNED = "FlowCache-fast", "planned"
 TREND = "velocity + trend"

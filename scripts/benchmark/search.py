@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning.rows import Rows
-from tuning.study import Prompt
-from tuning.subject import Subject
-
 from flowcache.errors import UserError
 from flowcache.runtime.run import Clip
 from flowcache.tune.gap import ErrorModel
+from flowcache.tune.measure import Prompt
+from flowcache.tune.rows import Rows
+from flowcache.tune.runs import Runs
 
 MOST_TRIALS = 8
 """Thresholds tried per budget, those tried for other budgets not counted."""
@@ -38,9 +37,9 @@ class Outcome:
 class Trials:
     """Measures rules on calibration clips, each once."""
 
-    def __init__(self, subject: Subject, rows: Rows, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, runs: Runs, rows: Rows, prompts: Sequence[Prompt]) -> None:
         """Keep what is measured in `rows`."""
-        self.subject = subject
+        self.runs = runs
         self.rows = rows
         self.prompts = prompts
 
@@ -58,7 +57,7 @@ class Trials:
         known = self.rows.find(**key)
         if known:
             return known[0]
-        clip = self.subject.render(settings, prompt=prompt.text, seed=prompt.seed, preset=preset)
+        clip = self.runs.render(settings, prompt=prompt.text, seed=prompt.seed, preset=preset)
         self.rows.add({**key, "flops": clip.stats.computed_flops, "steps": computed_steps(clip)})
         return self.rows.find(**key)[0]
 

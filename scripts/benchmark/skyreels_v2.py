@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-from tuning.skyreels_v2 import SkyReels
-
 from benchmark.family import REFERENCE, Family, Method, Source
 from benchmark.reuse import Rivals
 from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from skyreels_v2.bench import WORDS
 from skyreels_v2.model import MODEL
 
 CAUSAL = "vanilla-causal"
@@ -58,5 +57,5 @@ def render(job: Job, models: Loaded, prompt: str, seed: int) -> Clip:
     return collect(MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
 
 
-RIVALS = Rivals(COMPUTED, "flowcache_fast", SkyReels.words, has_clean=True, has_guidance=True)
+RIVALS = Rivals(COMPUTED, "flowcache_fast", WORDS, has_clean=True, has_guidance=True)
 FAMILY = Family(METHODS, base_label="causal", prepare=prepare_method, load=load, render=render)

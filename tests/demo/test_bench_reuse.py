@@ -152,7 +152,7 @@ def test_no_threshold_is_made_up_where_none_comes_near():
 
 @pytest.mark.usefixtures("script")
 def test_even_steps_run_from_the_first_to_the_last():
-    methods = importlib.import_module("tuning.methods")
+    methods = importlib.import_module("flowcache.tune.methods")
     assert methods.even_steps(4, num_steps=10) == [0, 3, 6, 9]
     assert methods.even_steps(2, num_steps=10) == [0, 9]
 

@@ -54,7 +54,7 @@ def _prompts(tmp_path: Path) -> Path:
 @pytest.fixture(name="fake")
 def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Make files instead of videos in a folder with all data sets; returns the tasks made."""
-    renderer = importlib.import_module("sampling.renderer").Renderer
+    renderer = importlib.import_module("flowcache.bench.render").Renderer
     made: list[Any] = []
 
     def render(_self: Any, task: Any, folder: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.setattr(renderer, "check", lambda _self, _task, **_: {})
     monkeypatch.chdir(tmp_path)
     write_vbench(Path("VBench/prompts"))
-    for dimension in importlib.import_module("sampling.sources").VBENCH_DIMENSIONS:
+    for dimension in importlib.import_module("flowcache.bench.prompts").VBENCH_DIMENSIONS:
         path = Path(f"VBench/prompts/prompts_per_dimension/{dimension}.txt")
         if not path.exists():
             path.write_text("a dog\n")

@@ -34,10 +34,9 @@ PROMPTS = ("a red circle moving right on a black background", "a blue square mov
 DRIVER = """
 import resource, sys, time
 from pathlib import Path
-sys.path.insert(0, {scripts!r})
 from flowcache.errors import UserError
-from sampling.tasks import Task
-from sampling.worker import Worker
+from flowcache.bench.tasks import Task
+from flowcache.bench.worker import Worker
 
 def render(task, folder):
     path = folder / f"{{task.name}}.mp4"
@@ -102,7 +101,7 @@ PROTOCOL: dict[str, Any] = {
 
 def drive(out: Path, *, first: int = 0, pause: float = 0.0, repeat: int = 20, limit: int = 0):
     """Start a process that makes twelve files."""
-    code = DRIVER.format(scripts=str(SCRIPTS), pause=pause, repeat=repeat, limit=limit)
+    code = DRIVER.format(pause=pause, repeat=repeat, limit=limit)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(out), str(first)],
         stderr=subprocess.PIPE,
@@ -124,7 +123,7 @@ def receipts(out: Path) -> dict[str, Any]:
 
 
 def make_task(name: str, **changes: Any) -> Any:
-    tasks = importlib.import_module("sampling.tasks")
+    tasks = importlib.import_module("flowcache.bench.tasks")
     return tasks.Task(name, "skyreels_v2", "demo", "vanilla", "-", 0, **changes)
 
 
@@ -134,7 +133,7 @@ def make_file(task: Any, folder: Path) -> dict[str, Any]:
 
 
 def make_worker(tasks: list[Any], out: Path, render: Any = make_file, **changes: Any) -> Any:
-    worker = importlib.import_module("sampling.worker")
+    worker = importlib.import_module("flowcache.bench.worker")
     return worker.Worker(tasks, out, render, poll_seconds=0.01, **changes)
 
 
@@ -203,7 +202,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    return importlib.import_module("sampling.table").without_times(report_of(folder)["rows"])
+    return importlib.import_module("flowcache.bench.table").without_times(report_of(folder)["rows"])
 
 
 def verify(

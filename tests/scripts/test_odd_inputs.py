@@ -232,8 +232,8 @@ def documents() -> dict[str, tuple[str, Any, Callable[[Path], object]]]:
     magi = json.loads((REPOSITORY / "FlowCache4MAGI-1/demo/distill_config.json").read_text())
     profile = next((REPOSITORY / "FlowCache4MAGI-1/demo/profiles").glob("*.yaml"))
     protocol = REPOSITORY / "scripts" / "protocols" / "magi1_demo.yaml"
-    evidence, protocols, tasks = (
-        import_module(f"sampling.{name}") for name in ("evidence", "protocol", "tasks")
+    verify, protocols, tasks = (
+        import_module(f"flowcache.bench.{name}") for name in ("verify", "protocol", "tasks")
     )
     task = tasks.Task("a", "magi1", "demo", "base", "x", 0)
     receipt = {"task": task.to_dict(), "sha256": "0"}
@@ -244,7 +244,7 @@ def documents() -> dict[str, tuple[str, Any, Callable[[Path], object]]]:
         "table": (
             "table.json",
             {"schema_version": 1},
-            lambda path: evidence.read_table(path.parent),
+            lambda path: verify.read_table(path.parent),
         ),
         "receipt": ("a.json", receipt, lambda path: tasks.flaw(task, path.parent)),
         "magi config": ("a.json", magi, read_config),

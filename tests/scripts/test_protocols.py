@@ -45,7 +45,7 @@ from flowcache.runtime.run import plan_by_sizes, read_settings
     ],
 )
 def test_a_protocol_out_of_order_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):
-    read = importlib.import_module("sampling.protocol").read_protocol
+    read = importlib.import_module("flowcache.bench.protocol").read_protocol
     with pytest.raises(ValueError, match=re.escape(message)):
         read(write_protocol(tmp_path / "p.yaml", **changes))
 
@@ -53,7 +53,7 @@ def test_a_protocol_out_of_order_is_refused(tmp_path: Path, changes: dict[str, A
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
 def test_every_method_of_a_shipped_protocol_can_be_planned(path: Path):
-    protocol = importlib.import_module("sampling.protocol").read_protocol(path)
+    protocol = importlib.import_module("flowcache.bench.protocol").read_protocol(path)
     model = load_model(protocol.family)
     assert path.stem.startswith(protocol.family)
     for task in {task.folder: task for task in protocol.tasks(None)}.values():
@@ -67,7 +67,7 @@ def test_every_method_of_a_shipped_protocol_can_be_planned(path: Path):
 
 @pytest.mark.parametrize("family", SIZES)
 def test_both_protocols_of_a_model_hold_the_same_rows(family: str):
-    read = importlib.import_module("sampling.protocol").read_protocol
+    read = importlib.import_module("flowcache.bench.protocol").read_protocol
     demo, paper = (read(SCRIPTS / "protocols" / f"{family}_{k}.yaml") for k in ("demo", "paper"))
     rows = [[replace(row, pinned={}) for row in protocol.methods] for protocol in (demo, paper)]
     assert rows[0] == rows[1]
@@ -111,7 +111,7 @@ def resolve(protocol: Any, method: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
 def test_a_shipped_protocol_pins_every_setting_of_every_row(path: Path):
-    protocols = importlib.import_module("sampling.protocol")
+    protocols = importlib.import_module("flowcache.bench.protocol")
     protocol = protocols.read_protocol(path)
     for method in protocol.methods:
         config = resolve(protocol, method)
@@ -122,7 +122,7 @@ def test_a_shipped_protocol_pins_every_setting_of_every_row(path: Path):
 
 
 def test_a_contradiction_names_the_setting_and_both_values():
-    contradiction = importlib.import_module("sampling.protocol").contradiction
+    contradiction = importlib.import_module("flowcache.bench.protocol").contradiction
     config = {"guidance": 4.0, "reuse": {"threshold": 0.2, "steps": None}}
     assert contradiction({"guidance": 4, "reuse.steps": None}, config) is None
     assert contradiction({"reuse.threshold": 0.1}, config) == (
@@ -149,7 +149,7 @@ def test_a_row_that_no_longer_comes_to_what_is_pinned_is_refused_before_anything
 
 
 def test_what_a_row_sets_itself_is_not_pinned_against_it(tmp_path: Path):
-    read = importlib.import_module("sampling.protocol").read_protocol
+    read = importlib.import_module("flowcache.bench.protocol").read_protocol
     row = {"name": "A", "folder": "a", "preset": "stride", "settings": ["guidance=1"]}
     changes: dict[str, Any] = {
         "methods": [row],
@@ -161,7 +161,7 @@ def test_what_a_row_sets_itself_is_not_pinned_against_it(tmp_path: Path):
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_more_prompts_than_there_are_or_none_are_refused(tmp_path: Path, count: int):
-    protocol = importlib.import_module("sampling.protocol").read_protocol(
+    protocol = importlib.import_module("flowcache.bench.protocol").read_protocol(
         write_protocol(tmp_path / "p.yaml")
     )
     assert len(protocol.tasks(None, num_prompts=1)) * 2 == len(protocol.tasks(None))

@@ -81,7 +81,7 @@ def test_the_figures_are_those_of_videos_and_receipts(made: Path):
 
 
 def test_times_are_medians_so_that_a_slow_first_video_does_not_count():
-    middle = importlib.import_module("sampling.figures").middle
+    middle = importlib.import_module("flowcache.bench.figures").middle
     assert middle("latency_seconds", [9.0, 2.0, 3.0]) == 3.0
     assert middle("pflops", [9.0, 2.0, 4.0]) == 5.0
     assert middle("latency_seconds", [9.0, None]) is None
@@ -99,7 +99,7 @@ def test_the_csv_holds_the_json_s_numbers_in_full(made: Path):
 
 def test_the_evidence_names_protocol_commit_versions_and_every_file(made: Path):
     report = report_of(made)
-    tasks = importlib.import_module("sampling.tasks")
+    tasks = importlib.import_module("flowcache.bench.tasks")
     assert report["protocol_sha256"] == tasks.sha256_of(made / "small.yaml")
     assert report["environment"]["packages"]["torch"] == torch.__version__
     assert "commit" in report["environment"]
@@ -149,7 +149,7 @@ def test_a_table_of_the_first_prompts_says_so_and_grows_to_the_whole_one(
 
 def shorten(folder: Path) -> None:
     """Replace a video by a shorter one, with a receipt that fits it."""
-    tasks = importlib.import_module("sampling.tasks")
+    tasks = importlib.import_module("flowcache.bench.tasks")
     video = folder / "out" / "videos" / "half" / "000-3.mp4"
     frames, _ = read_video(video)
     video.unlink()

@@ -125,7 +125,7 @@ def test_only_the_main_process_ends_with_the_code_of_failures(
     def fail(*_: Any) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("sampling.renderer").Renderer, "render", fail)
+    monkeypatch.setattr(importlib.import_module("flowcache.bench.render").Renderer, "render", fail)
     arguments = ["magi1", "--prompts", "prompts.txt", "--out", "out"]
     for rank, code in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))

@@ -11,26 +11,26 @@ import pytest
 def test_the_clocks_of_every_gpu_are_read_with_their_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    gpus = importlib.import_module("sampling.gpus")
+    render = importlib.import_module("flowcache.bench.render")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpus.describe_gpus() == []
+    assert render.describe_gpus() == []
     tool = tmp_path / "nvidia-smi"
     line = "NVIDIA A800, 550.54, 81920 MiB, 1410 MHz, 1410 MHz, 1593 MHz, 61, 400.00 W"
     tool.write_text(f'#!/bin/sh\n[ "$2" = --format=csv,noheader ] && echo "{line}\n{line}"\n')
     tool.chmod(0o755)
-    found = gpus.describe_gpus()
+    found = render.describe_gpus()
     assert len(found) == 2
-    assert list(found[0]) == list(gpus.GPU_FIELDS)
+    assert list(found[0]) == list(render.GPU_FIELDS)
     assert found[1]["clocks.sm"] == "1410 MHz"
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert gpus.describe_gpus() == []
+    assert render.describe_gpus() == []
 
 
 def test_a_warning_is_said_once_per_process_and_every_summary(caplog: pytest.LogCaptureFixture):
-    quiet = importlib.import_module("sampling.quiet")
+    worker = importlib.import_module("flowcache.bench.worker")
     logger = logging.getLogger("magi1.run")
     caplog.set_level(logging.INFO)
-    with quiet.warned_once(["magi1.run"]):
+    with worker.warned_once(["magi1.run"]):
         for name in "ab":
             logger.warning("no special tokens")
             logger.warning("of %s", name)
@@ -43,7 +43,7 @@ def test_a_warning_is_said_once_per_process_and_every_summary(caplog: pytest.Log
 
 
 def test_a_sketch_tells_names_sizes_and_contents_apart(tmp_path: Path):
-    sketch_of = importlib.import_module("sampling.tasks").sketch_of
+    sketch_of = importlib.import_module("flowcache.bench.tasks").sketch_of
     folder = tmp_path / "encoder"
     folder.mkdir()
     path = folder / "model.bin"

@@ -32,11 +32,15 @@ SIGMAS = np.linspace(1, 0, NUM_STEPS + 1)
 class Toy:
     """A model with one chunk, whose velocity changes fast in its last steps."""
 
-    def __init__(self, subject: Any) -> None:
+    def __init__(self, runs: Any) -> None:
         self.preset = "toy"
-        self.module = subject
-        self.words = subject.Words(
-            content=("reuse.signal=content",), published="residual", whole_window="teacache_causal"
+        self.module = runs
+        self.words = runs.Words(
+            content=("reuse.signal=content",),
+            published="residual",
+            whole_window="teacache_causal",
+            demo_frames=77,
+            token_elements=64,
         )
         self.num_renders = 0
         self.num_passes = 1
@@ -46,8 +50,8 @@ class Toy:
     def load(self) -> None:
         """Nothing to load."""
 
-    def work(self) -> Any:
-        return self.module.Work(
+    def size(self) -> Any:
+        return self.module.Size(
             num_steps=NUM_STEPS,
             warmup_steps=2,
             compute_last_step=True,
@@ -140,13 +144,13 @@ def _modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(name="toy")
 def _toy(modules: Any, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    toy = Toy(importlib.import_module("tuning.subject"))
+    toy = Toy(importlib.import_module("flowcache.tune.runs"))
 
     def choose(*_: Any, holds_guidance: bool, **__: Any) -> Toy:
         toy.holds_guidance = holds_guidance
         return toy
 
-    monkeypatch.setattr(modules, "SUBJECTS", {"skyreels_v2": choose})
+    monkeypatch.setattr(modules, "Runs", choose)
     return toy
 
 
@@ -306,7 +310,7 @@ def test_the_dry_run_says_what_a_real_model_needs_beside_the_run(
 
 @pytest.mark.usefixtures("modules")
 def test_the_threshold_of_magcache_computes_as_many_steps_as_asked_for():
-    methods = importlib.import_module("tuning.methods")
+    methods = importlib.import_module("flowcache.tune.methods")
     ratios = [1.0] + 7 * [0.9]
     threshold, computed = methods.closest_magcache(ratios, num_computed=5, warmup_steps=1)
     assert computed == 5, "0, 2, 4, 6 and the last one"
@@ -316,7 +320,7 @@ def test_the_threshold_of_magcache_computes_as_many_steps_as_asked_for():
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize(("compute_last_step", "want"), [(True, 6), (False, 5)])
 def test_the_threshold_that_computes_a_number_of_steps_is_found(compute_last_step: bool, want: int):
-    methods = importlib.import_module("tuning.methods")
+    methods = importlib.import_module("flowcache.tune.methods")
     threshold, computed = methods.closest_threshold(
         [[0.1] * 11, [0.1] * 11],
         num_computed=want,

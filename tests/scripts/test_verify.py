@@ -62,7 +62,7 @@ def test_a_changed_file_is_found(
     assert old in text
     path.write_text(text.replace(old, new))
     if file == "table.json":  # as one who changes all three forms alike
-        table = importlib.import_module("sampling.table")
+        table = importlib.import_module("flowcache.bench.table")
         (copy / "out" / "table.csv").write_text(table.csv_text(report_of(copy)["rows"]))
         (copy / "out" / "table.md").write_text(table.markdown(report_of(copy)))
     code, said = verify(reproduce, copy, capfd)
@@ -106,7 +106,7 @@ def test_an_edited_table_is_a_contradiction(
     else:
         section[path[-1]] = value
     (copy / "out" / "table.json").write_text(json.dumps(report))
-    table = importlib.import_module("sampling.table")
+    table = importlib.import_module("flowcache.bench.table")
     if not table.gaps(report):
         (copy / "out" / "table.csv").write_text(table.csv_text(report["rows"]))
         (copy / "out" / "table.md").write_text(table.markdown(report))
@@ -132,7 +132,7 @@ def test_only_figures_of_another_device_may_be_rounded_otherwise(
     report["environment"]["device"] = device
     report["rows"][1]["figures"]["psnr"] *= factor
     (copy / "out" / "table.json").write_text(json.dumps(report))
-    table = importlib.import_module("sampling.table")
+    table = importlib.import_module("flowcache.bench.table")
     (copy / "out" / "table.csv").write_text(table.csv_text(report["rows"]))
     (copy / "out" / "table.md").write_text(table.markdown(report))
     assert reproduce.main(["--verify", str(copy / "out"), "--device", "cpu"]) == code
@@ -175,7 +175,7 @@ def changed_receipt(copy: Path) -> Generator[dict[str, Any], None, None]:
     yield content
     receipt.write_text(json.dumps(content))
     report = report_of(copy)
-    tasks = importlib.import_module("sampling.tasks")
+    tasks = importlib.import_module("flowcache.bench.tasks")
     report["receipts"]["half/000-3"]["receipt"] = tasks.sha256_of(receipt)
     (copy / "out" / "table.json").write_text(json.dumps(report))
 

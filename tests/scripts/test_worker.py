@@ -209,8 +209,8 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(small_disk: Path, tmp_path:
 def test_alarms_of_receipts_are_listed_and_go_into_the_notes_of_a_table(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    evidence = importlib.import_module("sampling.evidence")
-    worker = importlib.import_module("sampling.worker")
+    evidence = importlib.import_module("flowcache.bench.verify")
+    worker = importlib.import_module("flowcache.bench.worker")
     tasks = [make_task(name, folder="half") for name in ("black", "good", "failed", "older")]
     folder = tmp_path / evidence.VIDEOS / "half"
     folder.mkdir(parents=True)

@@ -26,8 +26,8 @@ To add a model: write the package with its `model.MODEL`, and name it in `MODELS
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -216,12 +216,26 @@ class Job:
         is_on_host = self.model.residence(self.placed).text_on_host
         return torch.device("cpu") if is_on_host else self.device
 
+    def changed(self, **values: Any) -> Job:
+        """Return the job with other settings, by arguments of the command line, such as `seed`."""
+        config = self.config
+        for argument, value in values.items():
+            config = _changed(config, self.model.keys[argument].split("."), value)
+        return replace(self, config=config)
+
     def value(self, argument: str) -> Any:
         """Return the setting that an argument of the command line names, such as `seed`."""
         value = self.config
         for name in self.model.keys[argument].split("."):
             value = getattr(value, name)
         return value
+
+
+def _changed(config: Any, names: Sequence[str], value: Any) -> Any:
+    first, *rest = names
+    return replace(
+        config, **{first: _changed(getattr(config, first), rest, value) if rest else value}
+    )
 
 
 @dataclass(frozen=True)
@@ -271,6 +285,9 @@ class VideoModel(Protocol):
     The seed, for example, is `seed` in one model and `runtime_config.seed` in another.
     """
 
+    places: Collection[str]
+    """Names of settings, in any section, that say where files of the model are."""
+
     def settings_lines(self) -> Sequence[str]:
         """Return a line for every setting, with type, default and meaning."""
         ...
@@ -316,6 +333,14 @@ class VideoModel(Protocol):
 
     def fingerprint(self, source: Source, /) -> str:
         """Return a hash of the transformer, see `flowcache.runtime.profile.fingerprint`."""
+        ...
+
+    def identity(self, job: Job, /) -> Hashable:
+        """Return what loaded networks depend on; neither prompt nor seed is part of it."""
+        ...
+
+    def ingredients(self, job: Job, /) -> Mapping[str, Path | Sequence[Tensor]]:
+        """Return what a video is made from in addition to settings and transformer, by name."""
         ...
 
     def setting(self, config: Any, /) -> Setting:

@@ -1,5 +1,6 @@
 """Take tasks, make them, write receipts, until none is left: one process of any number."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -7,23 +8,23 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowcache.bench.locks import STALE_SECONDS, Lock, Locks
+from flowcache.bench.tasks import MISSING, Kind, Origin, Task, alarms_of, flaw, sha256_of
 from flowcache.errors import UserError
 from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import write_json
-from sampling.claims import STALE_SECONDS, Claim, Claims
-from sampling.tasks import MISSING, Kind, Origin, Task, alarms_of, flaw, sha256_of
 
 logger = logging.getLogger(__name__)
 
 RECEIPT = "receipt.json"
 ERROR_SUFFIX = ".error.json"
 POLL_SECONDS = 1.0
-"""Between two looks at tasks that others have claimed."""
+"""Between two looks at tasks that others have locked."""
 TRIAL_BYTES = 2**22
 """Written after a failure to tell a full disk from anything else."""
 
@@ -49,12 +50,12 @@ class Worker:
     """What videos are made from; of a kind that is not named, that is not compared."""
     stale_seconds: float = STALE_SECONDS
     poll_seconds: float = POLL_SECONDS
-    claims: Claims = field(init=False)
+    locks: Locks = field(init=False)
     old_errors: dict[str, str | None] = field(init=False)
     """What error files held at the start: such tasks are tried once more."""
 
     def __post_init__(self) -> None:
-        self.claims = Claims(self.out, self.stale_seconds)
+        self.locks = Locks(self.out, self.stale_seconds)
         self.old_errors = {task.label: self._error_text(task) for task in self.tasks}
 
     def run(self, *, first: int = 0) -> dict[str, str]:
@@ -87,20 +88,20 @@ class Worker:
             if len(waiting) == len(pending):
                 time.sleep(self.poll_seconds)
             pending = waiting
-        self.claims.tidy([task.label for task in self.tasks])
+        self.locks.tidy([task.label for task in self.tasks])
         return {task.label: failures[task.label] for task in self.tasks if task.label in failures}
 
     def _try(self, task: Task, failures: dict[str, str]) -> bool:
         """Bring a task forward; tell whether it is over: complete or failed."""
         if self._is_over(task, failures):
             return True
-        claim = self.claims.take(task.label)
-        if claim is None:
+        lock = self.locks.take(task.label)
+        if lock is None:
             return False
-        with claim.held():
-            # another process may have ended it between the look and the claim
+        with lock.held():
+            # another process may have ended it between the look and the lock
             if not self._is_over(task, failures):
-                self._make(task, claim)
+                self._make(task, lock)
         return self._is_over(task, failures)
 
     def _is_over(self, task: Task, failures: dict[str, str]) -> bool:
@@ -116,22 +117,22 @@ class Worker:
     def _flaw(self, task: Task) -> str | None:
         return flaw(task, self.out, origin=self.origins.get(task.kind))
 
-    def _make(self, task: Task, claim: Claim) -> None:
+    def _make(self, task: Task, lock: Lock) -> None:
         reason = self._flaw(task)
         if reason != MISSING:
             logger.warning("%s: it is made again", reason)
             task.path(self.out, ".json").unlink()
         try:
-            report = self.render(task, claim.work)
-            if claim.is_valid():
+            report = self.render(task, lock.work)
+            if lock.is_valid():
                 report = {**report, "made_from": dict(self.origins.get(task.kind, {}))}
-                publish(task, self.out, claim.work, report=report)
+                publish(task, self.out, lock.work, report=report)
                 task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
         except Exception as error:  # noqa: BLE001 - whatever fails, the other tasks go on
-            if not claim.is_valid():  # who took over has removed the folder, and goes on
+            if not lock.is_valid():  # who took over has removed the folder, and goes on
                 logger.warning("%s: another process has taken over: dropped", task.label)
                 return
-            check_disk(claim.work)
+            check_disk(lock.work)
             self._record(task, error)
 
     def _record(self, task: Task, error: Exception) -> None:
@@ -170,7 +171,7 @@ def publish(task: Task, out: Path, work: Path, *, report: dict[str, Any]) -> Non
     }
     with made.open("rb") as stream:
         os.fsync(stream.fileno())
-    # in the folder that goes with the claim, so that a killed process leaves no part beside videos
+    # in the folder that goes with the lock, so that a killed process leaves no part beside videos
     write_json(work / RECEIPT, receipt)
     with undisturbed():  # the video goes last: one that has its name has its receipt, too
         os.replace(work / RECEIPT, target.with_suffix(".json"))
@@ -214,3 +215,32 @@ def say_failures(failures: dict[str, str]) -> None:
     """List what failed on standard error."""
     for label, reason in failures.items():
         sys.stderr.write(f"failed: {label}: {reason}\n")
+
+
+class FirstOnly(logging.Filter):
+    """Lets a warning through the first time, and everything that is no warning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record is new, or no warning."""
+        message = record.getMessage()
+        is_new = record.levelno != logging.WARNING or message not in self.seen
+        self.seen.add(message)
+        return is_new
+
+
+@contextlib.contextmanager
+def warned_once(names: Iterable[str]) -> Generator[None, None, None]:
+    """Drop what loggers of these names warn of again while the body runs."""
+    first_only = FirstOnly()
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(first_only)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(first_only)

@@ -1,35 +1,42 @@
 """Make videos one after the other with models that are loaded once."""
 
-import dataclasses
 import hashlib
 import json
+import shutil
+import subprocess
 import tempfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from flowcache.bench.protocol import contradiction
+from flowcache.bench.tasks import Kind, Origin, Task, sha256_of, sketch_of
 from flowcache.errors import UserError
 from flowcache.runtime.cli import choose_device
 from flowcache.runtime.config import to_dict
 from flowcache.runtime.model import Job, Loaded, Request, load_model
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
 from flowcache.runtime.stats import RunStats
-from sampling.gpus import describe_gpus
-from sampling.protocol import contradiction
-from sampling.tasks import Kind, Origin, Task, sha256_of, sketch_of
 
 OWN_KEYS = frozenset({"prompt", "seed", "image", "video"})
 """Settings in which the videos of a kind differ; a task names them itself."""
-PLACES = frozenset({"device", "load", "t5_pretrained", "vae_pretrained", "special_tokens"})
-"""Settings that say where something is on this machine."""
-SETTINGS, CHECKPOINT, TOKENS = "resolved_settings", "checkpoint", "special_tokens"
+SETTINGS, CHECKPOINT = "resolved_settings", "checkpoint"
 """Parts of an origin, as messages name them."""
-FILES = {
-    "skyreels_v2": ("vae", "text_encoder", "tokenizer", "image_encoder"),
-    "magi1": ("vae", "text_encoder"),
-}
-"""Family -> other parts of an origin: what its checkpoint has beside the transformer."""
+GPU_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "temperature.gpu",
+    "power.limit",
+)
+TIMEOUT_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Renderer:
     """As the setting `device`; settings of a task come after it."""
     loaded: _Loaded | None = None
     origins: dict[Kind, Origin] = field(default_factory=dict)
-    _fingerprints: dict[Hashable, dict[str, str]] = field(default_factory=dict)
+    _hashes: dict[Hashable, str] = field(default_factory=dict)
 
     def check(self, task: Task, *, pins: Mapping[str, Any] | None = None) -> Origin:
         """Check the settings of a task without its prompt, and load nothing.
@@ -71,22 +78,27 @@ class Renderer:
                 f"preset {task.preset} with model {task.model}: {wrong} by the protocol: undo what "
                 "changed it, or write a protocol of your own"
             )
-        origin = {SETTINGS: hash_settings(job), **self._checkpoint_of(task, job)}
+        origin = {SETTINGS: hash_settings(job), **self._hashes_of(job)}
         self.origins[task.kind] = origin
         return origin
 
-    def _checkpoint_of(self, task: Task, job: Job) -> dict[str, str]:
-        """Return a hash of each part of the checkpoint; little of large files is read."""
-        model = _identity(task, job)
-        if model not in self._fingerprints:
-            found = {CHECKPOINT: job.model.fingerprint(job.source)}
-            for part in FILES[task.family]:
-                path = getattr(job.source.files, part)
-                if path is not None:
-                    found[part] = sketch_of(path)
-            self._fingerprints[model] = found
-        tokens = hash_tokens(job) if task.family == "magi1" else None
-        return {**self._fingerprints[model], **({} if tokens is None else {TOKENS: tokens})}
+    def _hashes_of(self, job: Job) -> dict[str, str]:
+        """Return a hash of each part of the model; little of large files is read, and once."""
+        model, identity = job.model, job.model.identity(job)
+        found = {
+            CHECKPOINT: self._once((model.name, identity), lambda: model.fingerprint(job.source))
+        }
+        for name, ingredient in model.ingredients(job).items():
+            if isinstance(ingredient, Path):
+                found[name] = self._once(ingredient, partial(sketch_of, ingredient))
+            else:
+                found[name] = hash_tensors(ingredient)
+        return found
+
+    def _once(self, key: Hashable, make: Callable[[], str]) -> str:
+        if key not in self._hashes:
+            self._hashes[key] = make()
+        return self._hashes[key]
 
     def render(self, task: Task, folder: Path) -> dict[str, Any]:
         """Make one video in a folder; return what its JSON holds.
@@ -96,7 +108,7 @@ class Renderer:
         """
         job = self._prepare(task, folder)
         self._check_origin(task, job)
-        loaded = self._load(task, job)
+        loaded = self._load(job)
         stats = RunStats(job.device)
         inputs = encode_inputs(job, stats=stats, encoder=loaded.encoder)
         # evaluations want the new frames; what is left unfinished is made again as a whole
@@ -129,8 +141,14 @@ class Renderer:
         out = str(folder / f"{task.name}.mp4")
         return prepare(model, Request(task.preset, task.model, settings, out))
 
-    def _load(self, task: Task, job: Job) -> _Loaded:
-        identity = _identity(task, job)
+    def _load(self, job: Job) -> _Loaded:
+        identity = (
+            job.model.name,
+            job.device,
+            job.dtype,
+            job.config.offload,
+            job.model.identity(job),
+        )
         if self.loaded is None or self.loaded.identity != identity:
             self.loaded = None  # frees the memory first
             networks = load_networks(job, stats=RunStats(job.device))
@@ -145,19 +163,17 @@ def hash_settings(job: Job) -> str:
     A profile counts by what it says.
     """
     rule = job.config.reuse
-    shared = _without(to_dict(job.config), OWN_KEYS | PLACES)
+    shared = _without(to_dict(job.config), OWN_KEYS | {"device", *job.model.places})
     shared["dtype"] = str(job.dtype)
     shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if rule.needs_profile else None
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def hash_tokens(job: Job) -> str | None:
-    """Return a hash of MAGI-1's special tokens; None: the run has none."""
-    if job.media.tokens is None:
-        return None
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """Return a hash of the values of tensors."""
     digest = hashlib.sha256()
-    for part in dataclasses.astuple(job.media.tokens):
-        digest.update(part.float().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -170,16 +186,17 @@ def _without(settings: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
     }
 
 
-def _identity(task: Task, job: Job) -> Hashable:
-    """Return what loaded models depend on, and nothing that differs between their videos."""
-    config, checkpoint = job.config, job.source.files
-    own: tuple[Hashable, ...] = (str(checkpoint),)
-    if task.family == "magi1":
-        # its checkpoint holds the settings of the run, too: prompt, seed, number of steps
-        run = config.runtime_config
-        own = (
-            *(checkpoint.dit_files, checkpoint.vae, checkpoint.text_encoder),
-            *(str(config.model_config), str(config.engine_config)),
-            *(run.scale_factor, run.fps, run.t5_device),
+def describe_gpus() -> list[dict[str, str]]:
+    """Return the fields of each GPU with their units; empty without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
-    return (task.family, job.device, job.dtype, config.offload, own)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = run.stdout.splitlines() if run.returncode == 0 else []
+    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in cells if len(row) == len(GPU_FIELDS)]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowcache.bench.figures import Judge, damaged_figures, rows_of
+from flowcache.bench.protocol import COPY, VIDEOS, Protocol, contradiction, read_protocol
+from flowcache.bench.render import describe_gpus
+from flowcache.bench.table import SCHEMA_VERSION, csv_text, markdown, plain_rows, without_times
+from flowcache.bench.tasks import Task, alarms_of, flaw, flaws, read_receipt, sha256_of
 from flowcache.errors import UserError
 from flowcache.runtime.files import read_json, write_json, write_text
 from flowcache.runtime.stats import environment
-from sampling.figures import Judge, damaged_figures, rows_of
-from sampling.gpus import describe_gpus
-from sampling.protocol import COPY, VIDEOS, Protocol, contradiction, read_protocol
-from sampling.table import SCHEMA_VERSION, csv_text, markdown, plain_rows, without_times
-from sampling.tasks import Task, alarms_of, flaw, flaws, read_receipt, sha256_of
 
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
 DEVICE_TOLERANCE = 1e-3
@@ -22,7 +22,7 @@ DEVICE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Inputs:
     """What a table is made from."""
 
     protocol: Protocol
@@ -36,22 +36,22 @@ class Evidence:
     """The first so many prompts; None: all."""
 
 
-def write_table(evidence: Evidence) -> dict[str, Any]:
+def write_table(inputs: Inputs) -> dict[str, Any]:
     """Measure all videos and write the table in its three forms; return the JSON's content.
 
     Raises:
         UserError: a video is missing or damaged, or made with other settings than pinned.
     """
-    videos, out = evidence.out / VIDEOS, evidence.out
-    missing = flaws(evidence.tasks, videos)
+    videos, out = inputs.out / VIDEOS, inputs.out
+    missing = flaws(inputs.tasks, videos)
     if missing:
         label, reason = next(iter(missing.items()))
         raise UserError(
-            f"{len(missing)} of {len(evidence.tasks)} videos are not complete ({label}: {reason}): "
+            f"{len(missing)} of {len(inputs.tasks)} videos are not complete ({label}: {reason}): "
             "start the command again, it makes only those"
         )
-    protocol = evidence.protocol
-    unpinned = unpinned_videos(protocol, evidence.tasks, videos)
+    protocol = inputs.protocol
+    unpinned = unpinned_videos(protocol, inputs.tasks, videos)
     if unpinned:
         raise UserError(f"{unpinned[0]}: remove it and start the command again")
     report: dict[str, Any] = {
@@ -59,21 +59,21 @@ def write_table(evidence: Evidence) -> dict[str, Any]:
         "title": protocol.title,
         "published_setting": protocol.published_setting,
         "protocol_sha256": sha256_of(out / COPY),
-        "model": evidence.model,
-        "num_prompts": evidence.num_prompts,
-        "rows": plain_rows(rows_of(protocol, evidence.tasks, out, judge=evidence.judge)),
-        "metrics": list(evidence.judge.metrics),
-        "lpips_sha256": dict(evidence.judge.digests),
-        "notes": [*evidence.notes, *_few_prompts(evidence), *alarm_notes(evidence.tasks, videos)],
-        "environment": environment(evidence.judge.device),
+        "model": inputs.model,
+        "num_prompts": inputs.num_prompts,
+        "rows": plain_rows(rows_of(protocol, inputs.tasks, out, judge=inputs.judge)),
+        "metrics": list(inputs.judge.metrics),
+        "lpips_sha256": dict(inputs.judge.digests),
+        "notes": [*inputs.notes, *_few_prompts(inputs), *alarm_notes(inputs.tasks, videos)],
+        "environment": environment(inputs.judge.device),
         "gpus": describe_gpus(),
-        "made_by": made_by(evidence.tasks, videos),
+        "made_by": made_by(inputs.tasks, videos),
         "receipts": {
             task.label: {
                 "video": read_receipt(task, videos)["sha256"],
                 "receipt": sha256_of(task.path(videos, ".json")),
             }
-            for task in evidence.tasks
+            for task in inputs.tasks
         },
     }
     write_json(out / JSON_FILE, report)
@@ -82,8 +82,8 @@ def write_table(evidence: Evidence) -> dict[str, Any]:
     return report
 
 
-def _few_prompts(evidence: Evidence) -> list[str]:
-    count, whole = evidence.num_prompts, len(evidence.protocol.prompts)
+def _few_prompts(inputs: Inputs) -> list[str]:
+    count, whole = inputs.num_prompts, len(inputs.protocol.prompts)
     if count is None or count == whole:
         return []
     return [f"made of the first {count} of {whole} prompts only"]

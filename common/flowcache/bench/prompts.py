@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flowcache.bench.tasks import Task
 from flowcache.errors import UserError
 from flowcache.runtime.text_files import TableRow, read_lines, read_table
-from sampling.tasks import Task
 
 logger = logging.getLogger(__name__)
 

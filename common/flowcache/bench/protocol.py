@@ -7,13 +7,15 @@ a preset that has changed since is refused instead of quietly giving another tab
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from flowcache.bench.tasks import Task, check_names, sha256_of
+from flowcache.bounds import OneOf
 from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
+from flowcache.runtime.model import MODELS
 from flowcache.runtime.run import VIDEO_QUALITY
-from sampling.tasks import Task, check_names, sha256_of
 
 VIDEOS = "videos"
 """Folder of the videos in a result folder."""
@@ -59,7 +61,7 @@ class Protocol:
     """What is made, and what it is compared with."""
 
     title: str = ""
-    family: Literal["skyreels_v2", "magi1"] = "skyreels_v2"
+    family: Annotated[str, OneOf(tuple(MODELS))] = "skyreels_v2"
     model: str = "demo"
     """The model where the command names none."""
     codec_quality: int = 0

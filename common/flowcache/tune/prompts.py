@@ -7,12 +7,11 @@ from pathlib import Path
 from flowcache.demo.clips import split_attributes
 from flowcache.errors import UserError
 from flowcache.runtime.text_files import read_lines
-from tuning.study import Prompt
+from flowcache.tune.measure import Prompt
+from flowcache.tune.runs import DEMOS
 
 CALIBRATION_SEED, CHECK_SEED = 7000, 8000
 ORDER_SEED = 0
-DEMOS = ("demo", "demo-base")
-"""Checkpoints that were trained on the captions of `flowcache.demo.clips`."""
 
 
 def choose_prompts(

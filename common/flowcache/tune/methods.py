@@ -8,7 +8,7 @@ from pathlib import Path
 from flowcache.policies import MagCache, ReuseRule
 from flowcache.schedule import staggered
 from flowcache.tune.plan import Plan
-from tuning.subject import Words
+from flowcache.tune.runs import Words
 
 REFERENCE = "every step computed"
 NUM_THRESHOLDS = 400

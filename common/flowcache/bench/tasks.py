@@ -11,10 +11,9 @@ from flowcache.errors import UserError
 from flowcache.runtime.files import parse_json, read_json
 
 Origin = Mapping[str, str]
-"""What a video is made from beside its task, as hashes: see `Renderer.check`."""
+"""What a video is made from in addition to its task, as hashes: see `Renderer.check`."""
 Kind = tuple[str, str, str, tuple[str, ...]]
 
-FAMILIES = ("skyreels_v2", "magi1")
 MAX_NAME_BYTES = 230
 """255 on common file systems, less the suffixes of what lies beside a video."""
 
@@ -30,7 +29,7 @@ class Task:
     name: str
     """Of the video, without `.mp4`."""
     family: str
-    """Import package of the model, one of `FAMILIES`."""
+    """Import package of the model, one of `MODELS`."""
     model: str
     preset: str
     prompt: str

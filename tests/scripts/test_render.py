@@ -36,7 +36,7 @@ class Job:
 def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    renderer = importlib.import_module("sampling.renderer")
+    renderer = importlib.import_module("flowcache.bench.render")
     checkpoint = importlib.import_module("magi1.checkpoint").Checkpoint
     loads: list[str] = []
 
@@ -46,7 +46,9 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
         return Job(
             config=config,
             source=SimpleNamespace(files=files),
-            model=SimpleNamespace(load_text=lambda _job: None),
+            model=SimpleNamespace(
+                name="magi1", load_text=lambda _job: None, identity=model.identity
+            ),
             device=torch.device("cpu"),
             dtype=torch.float32,
             work=SimpleNamespace(kv_bytes=1),
@@ -72,7 +74,7 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
 
 
 def test_what_a_video_is_made_from_is_told_by_contents_not_by_names(tmp_path: Path):
-    renderer = importlib.import_module("sampling.renderer")
+    renderer = importlib.import_module("flowcache.bench.render")
     presets = load_model("skyreels_v2").presets
     model = tmp_path / "model"
     shutil.copytree(FOLDERS["skyreels_v2"] / "demo", model)
@@ -98,7 +100,7 @@ def test_what_a_video_is_made_from_is_told_by_contents_not_by_names(tmp_path: Pa
         shutil.copytree(model, other)
         path = sorted((other / part).glob("*.*"))[-1]
         path.write_bytes(path.read_bytes() + b" ")
-        found = importlib.import_module("sampling.tasks").sketch_of(other / part)
+        found = importlib.import_module("flowcache.bench.tasks").sketch_of(other / part)
         assert first[part] != found
         assert first[part] == origin()[part]
 
@@ -116,7 +118,7 @@ def test_a_preset_that_is_edited_meanwhile_is_refused(tmp_path: Path):
     preset = tmp_path / "own.yaml"
     presets = load_model("skyreels_v2").presets
     preset.write_text((presets / "vanilla.yaml").read_text())
-    renderer = importlib.import_module("sampling.renderer").Renderer("cpu")
+    renderer = importlib.import_module("flowcache.bench.render").Renderer("cpu")
     task = replace(make_task("a", settings=SHORT), preset=str(preset))
     renderer.check(task)
     preset.write_text(preset.read_text() + "guidance: 3.5\n")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from flowcache.bench.protocol import METRICS_FOLDER, VIDEOS, Method, Protocol
+from flowcache.bench.tasks import Task, read_receipt
 from flowcache.errors import UserError
 from flowcache.runtime.files import read_json, write_json
 from flowcache.runtime.lpips import LPIPS
 from flowcache.runtime.metrics import ClipFigures, average, compare_clips
-from sampling.protocol import METRICS_FOLDER, VIDEOS, Method, Protocol
-from sampling.tasks import Task, read_receipt
 
 VBENCH_FILE = "vbench.json"
 """Written by scripts/vbench/evaluate.sh beside the videos of a method."""

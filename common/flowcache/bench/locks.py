@@ -1,7 +1,7 @@
-"""Claims: how processes share tasks through a folder alone, without talking to each other.
+"""Locks: how processes share tasks through a folder alone, without talking to each other.
 
-The claim of a task is a file that exactly one process can create. Its owner touches it every few
-seconds. A claim whose owner is gone is *stale*: the next owner creates the file of the next
+The lock of a task is a file that exactly one process can create. Its owner touches it every few
+seconds. A lock whose owner is gone is *stale*: the next owner creates the file of the next
 generation, which again exactly one process can do, so no file is ever taken from somebody else.
 
     .claims/5f2c.../0        of a process that was killed
@@ -34,17 +34,17 @@ STALE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Claim:
+class Lock:
     """The right of this process to make one video."""
 
     folder: Path
     generation: int
     owner: str
-    """What the file says: who made the claim, and when."""
+    """What the file says: who made the lock, and when."""
 
     @property
     def path(self) -> Path:
-        """Return the file that is the claim."""
+        """Return the file that is the lock."""
         return self.folder / str(self.generation)
 
     @property
@@ -57,7 +57,7 @@ class Claim:
         return _newest(self.folder) == self.generation and self._is_own()
 
     def _is_own(self) -> bool:
-        """Tell whether the file is still this claim: generations begin anew once all are gone."""
+        """Tell whether the file is still this lock: generations begin anew once all are gone."""
         try:
             return self.path.read_text(encoding="utf-8") == self.owner
         except FileNotFoundError:
@@ -83,9 +83,9 @@ class Claim:
                 os.utime(self.path)
 
     def _remove(self) -> None:
-        """Remove this generation and those before it; the claim itself goes last.
+        """Remove this generation and those before it; the lock itself goes last.
 
-        Where the claim is gone, who took over has removed them; what lies there now is not ours.
+        Where the lock is gone, who took over has removed them; what lies there now is not ours.
         """
         if not self._is_own():
             return
@@ -95,16 +95,16 @@ class Claim:
 
 
 @dataclass
-class Claims:
-    """What this process knows of the claims in an output folder."""
+class Locks:
+    """What this process knows of the locks in an output folder."""
 
     out: Path
     stale_seconds: float = STALE_SECONDS
     _seen: dict[Path, tuple[int, float]] = field(default_factory=dict)
-    """Claim -> its last touch (nanoseconds, its own clock), and when that was first seen here."""
+    """Lock -> its last touch (nanoseconds, its own clock), and when that was first seen here."""
 
-    def take(self, label: str) -> Claim | None:
-        """Claim a task; None: somebody else has it."""
+    def take(self, label: str) -> Lock | None:
+        """Lock a task; None: somebody else has it."""
         folder = self._folder(label)
         folder.mkdir(parents=True, exist_ok=True)
         newest = _newest(folder)
@@ -116,26 +116,26 @@ class Claims:
             "pid": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(),
         }
-        claim = Claim(folder, 0 if newest is None else newest + 1, json.dumps(owner))
+        lock = Lock(folder, 0 if newest is None else newest + 1, json.dumps(owner))
         try:
-            stream = claim.path.open("x", encoding="utf-8")
+            stream = lock.path.open("x", encoding="utf-8")
         except (FileExistsError, FileNotFoundError):  # lost the race, or the folder was tidied up
             return None
         try:
             with stream:
-                stream.write(claim.owner)
+                stream.write(lock.owner)
         except OSError:
-            claim.path.unlink()
+            lock.path.unlink()
             raise
-        return claim
+        return lock
 
     def tidy(self, labels: list[str]) -> None:
-        """Remove the folders of tasks that are over, and stale claims: killed after the receipt."""
+        """Remove the folders of tasks that are over, and stale locks: killed after the receipt."""
         with contextlib.suppress(OSError):
             for label in labels:
-                claim = self.take(label) if self._folder(label).is_dir() else None
-                if claim is not None:
-                    with claim.held():
+                lock = self.take(label) if self._folder(label).is_dir() else None
+                if lock is not None:
+                    with lock.held():
                         pass
                 with contextlib.suppress(OSError):
                     self._folder(label).rmdir()
@@ -145,7 +145,7 @@ class Claims:
         return self.out / FOLDER / hashlib.sha256(label.encode()).hexdigest()[:24]
 
     def _is_stale(self, path: Path) -> bool:
-        """Tell whether the owner of a claim is gone."""
+        """Tell whether the owner of a lock is gone."""
         try:
             touched = path.stat().st_mtime_ns
             text = path.read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowcache.runtime.text_files import escaped
-from tuning.methods import REFERENCE, Method
-from tuning.rows import mean
+from flowcache.tune.methods import REFERENCE, Method
+from flowcache.tune.rows import mean
 
 
 def summarize(

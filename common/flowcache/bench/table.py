@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any
 
+from flowcache.bench.figures import Row
 from flowcache.runtime.metrics import METRICS
 from flowcache.runtime.text_files import escaped, table_row
-from sampling.figures import Row
 
 Shape = Mapping[str, type | tuple[type, ...]]
 """Key -> what its value must be."""

@@ -1,4 +1,4 @@
-"""Calibrate a subject and measure methods on it, row by row."""
+"""Calibrate on clips of a model and measure methods on it, row by row."""
 
 import math
 import os
@@ -14,10 +14,10 @@ from flowcache.runtime.metrics import PIXEL_MAX
 from flowcache.runtime.stats import RunStats
 from flowcache.tune.gap import ErrorModel, Predictor
 from flowcache.tune.gram import Calibration, GramCollector, Sketch, merge
+from flowcache.tune.methods import OWN_SIGNAL, REFERENCE, Method
 from flowcache.tune.plan import Constraints, Plan
-from tuning.methods import OWN_SIGNAL, REFERENCE, Method
-from tuning.rows import Rows
-from tuning.subject import Subject
+from flowcache.tune.rows import Rows
+from flowcache.tune.runs import Runs
 
 SKETCH_SEED = 0
 
@@ -32,7 +32,7 @@ class Prompt:
 
 
 def calibrate(
-    subject: Subject, rows: Rows, prompts: Sequence[Prompt]
+    runs: Runs, rows: Rows, prompts: Sequence[Prompt]
 ) -> tuple[Calibration, list[tuple[int, float]]]:
     """Record the clips that were not recorded yet.
 
@@ -40,20 +40,20 @@ def calibrate(
         the mean inner products of the guided velocities, and the distances of the chunks' content
         as (own step, distance).
     """
-    width = subject.work().sketch_width
+    width = runs.size().sketch_width
     sketch = None if width is None else Sketch(width, seed=SKETCH_SEED)
     for prompt in prompts:
         if not rows.find(kind="calibration", index=prompt.index):
-            _record(subject, rows, prompt, sketch)
+            _record(runs, rows, prompt, sketch)
     found = [rows.find(kind="calibration", index=prompt.index)[0] for prompt in prompts]
     parts = [Calibration.load(rows.folder / row["file"]) for row in found]
     return merge(parts), [(step, value) for row in found for step, value in row["distances"]]
 
 
-def _record(subject: Subject, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> None:
-    collector = GramCollector(subject.work().num_steps, subject.work().branches, sketch=sketch)
-    clip = subject.render(
-        (*OWN_SIGNAL, *subject.words.content),
+def _record(runs: Runs, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> None:
+    collector = GramCollector(runs.size().num_steps, runs.size().branches, sketch=sketch)
+    clip = runs.render(
+        (*OWN_SIGNAL, *runs.words.content),
         prompt=prompt.text,
         seed=prompt.seed,
         observe=collector.observe,
@@ -76,7 +76,7 @@ def _record(subject: Subject, rows: Rows, prompt: Prompt, sketch: Sketch | None)
 
 
 def measure(
-    subject: Subject, rows: Rows, prompts: Sequence[Prompt], methods: Sequence[Method], *, kind: str
+    runs: Runs, rows: Rows, prompts: Sequence[Prompt], methods: Sequence[Method], *, kind: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Make the clips that were not made yet, each method against the reference of its clip.
 
@@ -89,13 +89,13 @@ def measure(
         missing = [method for method in methods if method.name not in done]
         if not missing and REFERENCE in done:
             continue
-        reference = subject.render(OWN_SIGNAL, prompt=prompt.text, seed=prompt.seed)
+        reference = runs.render(OWN_SIGNAL, prompt=prompt.text, seed=prompt.seed)
         if REFERENCE not in done:
             row = _costs(reference.stats, reference.stats)
             row["increments"] = _increments(reference.stats)
             rows.add({"kind": kind, "index": prompt.index, "method": REFERENCE, **row})
         for method in missing:
-            clip = subject.render(
+            clip = runs.render(
                 method.settings, prompt=prompt.text, seed=prompt.seed, preset=method.preset
             )
             mse = squared_error(clip.frames, reference.frames)

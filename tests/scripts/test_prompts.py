@@ -136,7 +136,7 @@ def test_what_is_given_wrong_is_said_in_one_line(
 
 
 def test_names_that_no_file_can_have_are_refused():
-    tasks = importlib.import_module("sampling.tasks")
+    tasks = importlib.import_module("flowcache.bench.tasks")
     for name in ("a/b", ".a", "", "x" * 300):
         with pytest.raises(ValueError, match="can't be the name of a video"):
             tasks.check_names([make_task(name)])

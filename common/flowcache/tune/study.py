@@ -9,11 +9,11 @@ from flowcache.runtime.metrics import PIXEL_MAX
 from flowcache.tune.forecast import Costs, Forecast, Target, fit_costs, fit_pixel_scale, to_psnr
 from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
 from flowcache.tune.gram import Calibration
+from flowcache.tune.measure import Prompt, calibrate, measure
+from flowcache.tune.methods import REFERENCE, WHOLE_KV, Method, held, planned, whole_kv
 from flowcache.tune.plan import Constraints, Plan, least_error_plans
-from tuning.methods import REFERENCE, WHOLE_KV, Method, held, planned, whole_kv
-from tuning.rows import Rows, geometric_mean, mean
-from tuning.study import Prompt, calibrate, measure
-from tuning.subject import CONDITIONAL, GUIDED, Subject, Work
+from flowcache.tune.rows import Rows, geometric_mean, mean
+from flowcache.tune.runs import CONDITIONAL, GUIDED, Runs, Size
 
 MEASURED_SHARES = (1 / 3, 1 / 2)
 """Shares of the steps in the plans that tell what steps cost and what an error means in dB."""
@@ -49,24 +49,24 @@ class Found:
 
 
 def investigate(
-    subject: Subject, rows: Rows, prompts: Sequence[Prompt], constraints: Constraints
+    runs: Runs, rows: Rows, prompts: Sequence[Prompt], constraints: Constraints
 ) -> Found:
     """Calibrate, plan, and measure two plans."""
-    calibration, distances = calibrate(subject, rows, prompts)
-    work = subject.work()
+    calibration, distances = calibrate(runs, rows, prompts)
+    size = runs.size()
     plain = calibration.error_model(
-        {name: float(name == GUIDED) for name in work.branches},
-        conditional=CONDITIONAL if work.holds_guidance else None,
+        {name: float(name == GUIDED) for name in size.branches},
+        conditional=CONDITIONAL if size.holds_guidance else None,
     )
-    model = with_gains(subject, rows, prompts[:NUM_MEASURED_CLIPS], plain)
+    model = with_gains(runs, rows, prompts[:NUM_MEASURED_CLIPS], plain)
     plans = least_error_plans(
         model,
         constraints=constraints,
-        num_passes=work.num_passes if work.holds_guidance else 1,
+        num_passes=size.num_passes if size.holds_guidance else 1,
     )
     sample = sample_plans(plans, num_steps=model.num_steps)
     measured = measure(
-        subject,
+        runs,
         rows,
         prompts[:NUM_MEASURED_CLIPS],
         [planned(plan) for plan in sample],
@@ -90,13 +90,11 @@ def investigate(
     )
 
 
-def with_gains(
-    subject: Subject, rows: Rows, prompts: Sequence[Prompt], model: ErrorModel
-) -> ErrorModel:
+def with_gains(runs: Runs, rows: Rows, prompts: Sequence[Prompt], model: ErrorModel) -> ErrorModel:
     """Measure by how much errors grow that are made early or late; one short gap at a time."""
     probes = probe_plans(model)
     methods = {name: Method(name, held(plan).settings) for name, (_, plan) in probes.items()}
-    measured = measure(subject, rows, prompts, list(methods.values()), kind="probe")
+    measured = measure(runs, rows, prompts, list(methods.values()), kind="probe")
     gains: dict[float, float] = {}
     for name, (middle, plan) in probes.items():
         mse = geometric_mean(measured[name], "mse")
@@ -158,22 +156,22 @@ def check_reachable(
         )
 
 
-def check_has_guidance(work: Work) -> None:
+def check_has_guidance(size: Size) -> None:
     """Refuse to plan with guidance that is held where there is none.
 
     Raises:
         UserError: there is one guidance pass.
     """
-    if work.holds_guidance and work.num_passes == 1:
+    if size.holds_guidance and size.num_passes == 1:
         raise UserError(
             "--hold-guidance needs a model with guidance, but this run has one pass (a distilled "
             "model, or guidance that is off): leave it out"
         )
 
 
-def kv_effect(subject: Subject, rows: Rows, prompts: Sequence[Prompt]) -> str:
+def kv_effect(runs: Runs, rows: Rows, prompts: Sequence[Prompt]) -> str:
     """Say what KV compression alone does to clips with every step computed."""
-    measured = measure(subject, rows, prompts[:NUM_MEASURED_CLIPS], [whole_kv()], kind="kv")
+    measured = measure(runs, rows, prompts[:NUM_MEASURED_CLIPS], [whole_kv()], kind="kv")
     own = measured[WHOLE_KV]
     mse = geometric_mean(own, "mse")
     likeness = "equal to" if mse == 0 else f"{10 * math.log10(PIXEL_MAX**2 / mse):.1f} dB like"
