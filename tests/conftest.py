@@ -177,6 +177,30 @@ def lone_shares() -> Callable[[int], list[Ranks]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SkyReels-V2 checkpoint."""
+    from tiny_skyreels_v2 import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random distilled MAGI-1 checkpoint."""
+    from tiny_magi1 import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "distilled")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random MAGI-1 base checkpoint, which needs three passes."""
+    from tiny_magi1 import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base", is_base=True)
+
+
 @dataclass(frozen=True)
 class Made:
     """A finished run."""
