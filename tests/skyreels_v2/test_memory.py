@@ -127,12 +127,6 @@ def test_the_plan_of_a_run_on_the_cpu_holds(small: Path, settings: tuple[str, ..
     assert generation_peak(job.memory) == pytest.approx(peak, rel=TOLERANCE)
 
 
-def test_keys_on_the_host_give_the_same_video(make: Any):
-    first = make("attention=causal", "seed=4")
-    second = make("attention=causal", "seed=4", "kv_on_host=true", "offload=true")
-    assert first.path.read_bytes() == second.path.read_bytes()
-
-
 def test_a_limit_moves_the_keys_and_is_told():
     request = Request(
         preset="flowcache_fast",
