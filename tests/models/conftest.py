@@ -95,11 +95,21 @@ class Tiny:
         return importlib.import_module(f"{self.model.name}.__main__").main([*arguments])
 
 
+@pytest.fixture(scope="session")
+def tiny_of(request: pytest.FixtureRequest) -> Callable[..., Tiny]:
+    """Return what gives a model with its tiny checkpoint, or with another one."""
+
+    def make_tiny(name: str, folder: Path | None = None) -> Tiny:
+        short = SHORT[name]
+        return Tiny(load_model(name), folder or request.getfixturevalue(short.checkpoint), short)
+
+    return make_tiny
+
+
 @pytest.fixture(scope="session", params=MODELS)
-def tiny(request: pytest.FixtureRequest) -> Tiny:
+def tiny(request: pytest.FixtureRequest, tiny_of: Callable[..., Tiny]) -> Tiny:
     """Each model with a tiny checkpoint."""
-    short = SHORT[request.param]
-    return Tiny(load_model(request.param), request.getfixturevalue(short.checkpoint), short)
+    return tiny_of(request.param)
 
 
 @pytest.fixture
