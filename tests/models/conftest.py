@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flowcache.runtime.model import MODELS, Request, VideoModel, load_model
+from flowcache.runtime.video import VideoWriter
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Short:
     """What the preset "vanilla" needs to make the same passes."""
     kv_on_host: str
     """What keeps keys and values on the host."""
+    for_video: tuple[str, ...]
+    """What continuing a video takes."""
     decoder: str
     """What decodes."""
     encoder: str
@@ -52,6 +56,7 @@ SHORT = {
         uncompressed="flowcache_fast",
         passes=("attention=causal",),
         kv_on_host="kv_on_host=true",
+        for_video=("overlap_history=9",),
         decoder="flowcache.wan.vae.VAEStream.decode",
         encoder="flowcache.wan.text.load_encoder",
     ),
@@ -67,6 +72,7 @@ SHORT = {
         uncompressed="flowcache_fast_nocompress",
         passes=("passes.clean_pass=false", "passes.nearly_clean_pass=false"),
         kv_on_host="engine_config.kv_offload=true",
+        for_video=(),
         decoder="magi1.vae.VAE.decode",
         encoder="magi1.text.load",
     ),
@@ -116,3 +122,13 @@ def tiny(request: pytest.FixtureRequest, tiny_of: Callable[..., Tiny]) -> Tiny:
 def make(maker: Callable[..., Any], tiny: Tiny) -> Callable[..., Any]:
     """Return what makes a video in a fresh folder from settings given as `key=value`."""
     return maker(tiny.model, tiny.folder)
+
+
+@pytest.fixture
+def clip(tiny: Tiny, tmp_path: Path) -> Path:
+    """A video of 20 frames of random noise at 24 frames per second."""
+    path, size = tmp_path / "clip.mp4", (tiny.short.height, tiny.short.width)
+    frames = np.random.default_rng(0).integers(0, 255, (20, *size, 3), dtype=np.uint8)
+    with VideoWriter(path, fps=24, size=size) as writer:
+        writer.append(frames)
+    return path
