@@ -371,7 +371,11 @@ def test_another_format_is_refused(refused: Refused, tmp_path: Path):
 
 
 def test_existing_results_are_kept(
-    tiny: Any, arguments: Arguments, refused: Refused, tmp_path: Path
+    tiny: Any,
+    arguments: Arguments,
+    refused: Refused,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     video, report = tmp_path / "mine.mp4", tmp_path / "other.json"
     for path in (video, report):
@@ -381,6 +385,7 @@ def test_existing_results_are_kept(
             assert f"{kept} exists and is kept" in refused("--out", str(out), *more)
         assert kept.read_text() == "mine"
         assert tiny.main(*arguments, "--out", str(out), "--dry-run", "--overwrite") == 0
+        capsys.readouterr()
         assert kept.read_text() == "mine"
 
 
