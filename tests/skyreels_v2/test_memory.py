@@ -145,14 +145,6 @@ def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(small: Path):
         prepare(MODEL, Request(preset="vanilla", model=str(small), overrides=overrides))
 
 
-def test_the_plan_is_in_the_json_of_the_run(make: Any):
-    made = make("attention=causal", "memory_limit=1GB")
-    memory = made.report["memory"]
-    assert memory["limit_bytes"] == 10**9
-    assert memory["planned_peak_bytes"] == made.job.memory.peak_bytes
-    assert made.report["config"]["memory_limit"] == "1GB"
-
-
 def test_settings_are_placed_as_planned():
     config = config_of("vanilla_causal")
     moved = MODEL.placed(config, Residence(text_on_host=True, dit_aside=True, kv_on_host=True))
