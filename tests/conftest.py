@@ -26,6 +26,7 @@ from flowcache.runtime.model import Request, VideoModel
 from flowcache.runtime.parallel import Group, Ranks
 from flowcache.runtime.record import read_record
 from flowcache.runtime.run import prepare, run
+from flowcache.runtime.video import read_video
 
 # Before any test imports a hub client: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -177,6 +178,30 @@ def lone_shares() -> Callable[[int], list[Ranks]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SkyReels-V2 checkpoint."""
+    from tiny_skyreels_v2 import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small")
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random distilled MAGI-1 checkpoint."""
+    from tiny_magi1 import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "distilled")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random MAGI-1 base checkpoint, which needs three passes."""
+    from tiny_magi1 import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base", is_base=True)
+
+
 @dataclass(frozen=True)
 class Made:
     """A finished run."""
@@ -187,6 +212,16 @@ class Made:
     @property
     def path(self) -> Path:
         return self.job.path.with_name(self.report["video"])
+
+    @property
+    def frames(self) -> np.ndarray:
+        return read_video(self.path)[0]
+
+    def check_costs(self) -> None:
+        """Check that the plan said what the run then did."""
+        stats, work = self.report["stats"], self.job.work
+        assert stats["flops"]["without_reuse"] == work.flops
+        assert len({(row[0], row[1]) for row in stats["decisions"]["rows"]}) == work.num_ticks
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ ELSEWHERE = {
     "scripts/check_golden.py": ("tests/test_check_golden.py", "check_golden"),
     "scripts/tune_budgets.py": ("tests/demo/test_bench_reuse.py", "tune_budgets"),
     "scripts/tune.py": ("tests/scripts/test_tune.py", "tune"),
-    "reuse.profile=profile.yaml": ("tests/skyreels_v2/test_tuned.py", "reuse.profile="),
+    "reuse.profile=profile.yaml": ("tests/models/test_tuned.py", "reuse.profile="),
     "MODEL=/data": ("tests/skyreels_v2/test_launchers.py", "MODEL="),
     "MODEL=Skywork": ("tests/common/test_hub.py", "snapshot"),
     "--download": ("tests/magi1/test_checkpoint.py", "download"),

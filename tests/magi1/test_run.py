@@ -1,9 +1,6 @@
 """Whole runs, from settings to the mp4 and its JSON, on tiny checkpoints."""
 
 import json
-import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.model import Request
 from flowcache.runtime.record import read_record
 from flowcache.runtime.run import prepare, run
-from flowcache.runtime.video import probe, read_video
+from flowcache.runtime.video import probe
 from magi1.model import MODEL
 
 Make = Callable[..., Any]
@@ -24,36 +21,7 @@ COMPRESSED = ("kv.compress=importance", "kv.total_chunks=3", "runtime_config.num
 """Five chunks, two at once, one clean one kept."""
 
 
-def frames_of(path: Path) -> np.ndarray:
-    return read_video(path)[0]
-
-
-def check_costs(made: Any) -> None:
-    """Check that the plan said what the run then did."""
-    stats = made.report["stats"]
-    assert stats["flops"]["without_reuse"] == made.job.work.flops
-    assert len({row[1] for row in stats["decisions"]["rows"]}) == made.job.work.num_ticks
-    assert made.report["num_frames"] == made.job.work.segments[0].cut.num_frames_out
-
-
 # What it makes ------------------------------------------------------------------------------
-
-
-def test_a_run_writes_a_video_that_plays_and_its_json(make: Make):
-    made = make(preset="flowcache_fast")
-    found = probe(made.path)
-    assert (found.num_frames, found.fps, found.height, found.width) == (24, 24, 32, 48)
-    report = json.loads(made.path.with_suffix(".json").read_text())
-    assert report["num_frames"] == 24
-    assert report["preset"] == "flowcache_fast"
-    assert report["model"] == "distilled"
-    assert report["config"]["runtime_config"]["seed"] == 3
-    assert report["config"]["prompt"] == "a red circle moving right"
-    assert {"text", "load", "dit", "vae", "write"} <= set(report["stats"]["stages"])
-    # 2 chunks, 4 steps each
-    assert len(report["stats"]["decisions"]["rows"]) == 2 * 4
-    names = sorted(path.name for path in made.path.parent.iterdir())
-    assert names == ["flowcache_fast-3.json", "flowcache_fast-3.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +47,8 @@ def test_every_mode_makes_a_video_and_the_plan_counts_its_flops(
 ):
     made = make(*settings, model=request.getfixturevalue(kind))
     assert probe(made.path).num_frames == made.report["num_frames"] == num_frames
-    check_costs(made)
-    assert np.ptp(frames_of(made.path)) > 0
+    made.check_costs()
+    assert np.ptp(made.frames) > 0
 
 
 @pytest.mark.parametrize(
@@ -106,14 +74,14 @@ def test_a_video_is_extended_by_new_frames(
 ):
     made = make(f"video={clip}", *settings, model=request.getfixturevalue(kind))
     assert probe(made.path).num_frames == num_frames
-    check_costs(made)
+    made.check_costs()
 
 
 def test_a_given_image_is_shown_and_counts_as_a_latent_more(make: Make, picture: Path):
     made = make(f"image={picture}")
     # 1 latent given and 6 asked: 3 chunks of 3 latents
     assert probe(made.path).num_frames == 36
-    check_costs(made)
+    made.check_costs()
 
 
 def test_a_record_names_the_frames_that_show_each_chunk(
@@ -156,65 +124,6 @@ def test_a_run_says_once_what_missing_special_tokens_leave_out(
     caplog.clear()
     make("special_tokens=null", "tokens.quality=false", "tokens.duration=false")
     assert "special tokens" not in caplog.text
-
-
-def test_the_summary_names_the_video(make: Make, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
-    made = make()
-    assert str(made.path) in caplog.text
-    assert "24 frames of 48x32 at 24 fps" in caplog.text
-
-
-# Laws ---------------------------------------------------------------------------------------
-
-
-def test_the_same_seed_makes_the_same_video_and_another_seed_another(make: Make):
-    first, second, other = (make(f"runtime_config.seed={seed}") for seed in (5, 5, 6))
-    assert np.array_equal(frames_of(first.path), frames_of(second.path))
-    assert not np.array_equal(frames_of(first.path), frames_of(other.path))
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_two_prompts_in_one_process_equal_two_processes(
-    make: Make, distilled: Path, tmp_path: Path
-):
-    prompts = ("a blue square moving left", "a green circle moving right")
-    together = [make(f"prompt={prompt}", preset="flowcache_fast") for prompt in prompts]
-    # the first needs no process of its own: nothing came before it
-    alone = tmp_path / "alone.mp4"
-    code = (
-        "import sys, torch; torch.set_num_threads(1); "
-        "from magi1.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-    rest = ["--model", str(distilled), "--prompt", prompts[1], "--out", str(alone)]
-    subprocess.run(
-        [sys.executable, "-c", code, "--preset", "flowcache_fast", *rest],
-        check=True,
-        capture_output=True,
-    )
-    assert np.array_equal(frames_of(together[1].path), frames_of(alone))
-    assert not np.array_equal(frames_of(together[0].path), frames_of(alone))
-
-
-@pytest.mark.parametrize("setting", ["offload", "engine_config.kv_offload"])
-def test_offloading_changes_nothing(make: Make, setting: str):
-    plain, offloaded = (make(f"{setting}={value}", *COMPRESSED) for value in ("false", "true"))
-    assert np.array_equal(frames_of(plain.path), frames_of(offloaded.path))
-
-
-def test_a_threshold_of_zero_equals_vanilla(make: Make):
-    vanilla = make("passes.clean_pass=false", "passes.nearly_clean_pass=false")
-    flowcache = make("reuse.threshold=0", preset="flowcache_fast_nocompress")
-    assert flowcache.report["stats"]["passes"]["reused"] == 0
-    assert np.array_equal(frames_of(vanilla.path), frames_of(flowcache.path))
-
-
-def test_a_high_threshold_reuses_all_steps_after_the_warmup_but_the_last_of_the_run(make: Make):
-    made = make("reuse.threshold=1e9", "reuse.warmup_steps=1", preset="flowcache_fast")
-    # 2 chunks: of 4 steps the first is computed, and of the last chunk the last, which ends the run
-    assert made.report["stats"]["passes"]["computed"] == 2 + 1
-    flops = made.report["stats"]["flops"]
-    assert flops["computed"] < flops["without_reuse"] == made.job.work.flops
 
 
 # Checkpoints that do not fit ----------------------------------------------------------------

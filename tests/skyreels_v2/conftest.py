@@ -1,9 +1,8 @@
 """Small seeded transformers, windows denoised with them, tiny checkpoints, and short runs."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from tiny_skyreels_v2 import HEIGHT, WIDTH, write_dit
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -20,30 +19,10 @@ from flowcache.policies import Observe, ReusePolicy, Vanilla
 from flowcache.predict import HeldGuidance, ResultStore
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
-from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import DiT, DiTConfig
 from skyreels_v2.model import MODEL
-from skyreels_v2.released import DEMO
 from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window
-
-HEIGHT, WIDTH = 16, 32
-NUM_FRAMES = 17
-
-SMALL = f"""
-height: {HEIGHT}
-width: {WIDTH}
-num_frames: {NUM_FRAMES}
-base_num_frames: {NUM_FRAMES}
-overlap_history: null
-num_steps: 3
-ar_step: 1
-causal_block_size: 2
-seed: 3
-reuse:
-  rescale: none
-"""
-"""What a checkpoint for tests brings: about a second per video."""
 
 
 @dataclass
@@ -136,19 +115,6 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random transformer with the demo's VAE and text encoder, which makes tiny videos."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "small"
-    shutil.copytree(
-        DEMO, folder, ignore=shutil.ignore_patterns("presets", "profiles", "transformer")
-    )
-    (folder / "presets").mkdir()
-    (folder / "presets/base.yaml").write_text(SMALL)
-    _write_dit(folder, DiTConfig(in_dim=16, inject_sample_info=True))
-    return folder
-
-
-@pytest.fixture(scope="session")
 def small_i2v(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random image-to-video checkpoint: the same, with a tiny CLIP."""
     folder = tmp_path_factory.mktemp("checkpoints") / "small-i2v"
@@ -164,41 +130,8 @@ def small_i2v(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch_size=2,  # 16 x 16 patches and the class token: 257, as ViT-H/14 at 224
     )
     CLIPVisionModelWithProjection(clip).save_pretrained(folder / "image_encoder")
-    _write_dit(folder, DiTConfig(model_type="i2v", in_dim=36, image_dim=32))
+    write_dit(folder, DiTConfig(model_type="i2v", in_dim=36, image_dim=32))
     return folder
-
-
-def _write_dit(folder: Path, kind: DiTConfig) -> None:
-    """Write a random transformer of a kind, in the `*-Diffusers` layout."""
-    text_dim = json.loads((folder / "text_encoder/config.json").read_text())["d_model"]
-    config = replace(
-        kind, dim=48, ffn_dim=64, freq_dim=32, num_heads=4, num_layers=2, text_dim=text_dim
-    )
-    torch.manual_seed(0)
-    weights = DiT(config).state_dict()
-    (folder / "transformer").mkdir()
-    save_file(
-        {diffusers_key(key): value.contiguous() for key, value in weights.items()},
-        folder / "transformer/diffusion_pytorch_model.safetensors",
-    )
-    stored: dict[str, Any] = {
-        "added_kv_proj_dim": None if config.image_dim is None else config.dim,
-        "attention_head_dim": config.head_width,
-        "cross_attn_norm": True,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "image_dim": config.image_dim,
-        "in_channels": config.in_dim,
-        "inject_sample_info": config.inject_sample_info,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_channels": config.out_dim,
-        "patch_size": [1, 2, 2],
-        "pos_embed_seq_len": None,
-        "qk_norm": "rms_norm_across_heads",
-        "text_dim": config.text_dim,
-    }
-    (folder / "transformer/config.json").write_text(json.dumps(stored))
 
 
 @pytest.fixture

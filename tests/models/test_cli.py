@@ -1,0 +1,528 @@
+"""The command line: what it takes, and one clear line for everything it can't take."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowcache.runtime.video import VideoWriter, probe
+
+Refused = Callable[..., str]
+Arguments = list[str]
+
+
+def only(name: str) -> pytest.MarkDecorator:
+    """Run a test with one of the models."""
+    return pytest.mark.parametrize("tiny", [name], indirect=True)
+
+
+@pytest.fixture
+def arguments(tiny: Any, tmp_path: Path) -> Arguments:
+    """Arguments that are in order."""
+    out = str(tmp_path / "videos")
+    return ["--model", str(tiny.folder), "--prompt", "a red circle", "--out", out]
+
+
+@pytest.fixture
+def refused(
+    tiny: Any, arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Return what runs the command line and gives its one line of error.
+
+    Nothing may be printed or made before: the plan is printed before any weights are loaded.
+    """
+
+    def run(*more: str) -> str:
+        assert tiny.main(*arguments, *more) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        line = captured.err.removesuffix("\n")
+        assert line.startswith("error: ")
+        assert "\n" not in line
+        assert "Traceback" not in line
+        assert not list(tmp_path.rglob("videos/*"))
+        return line
+
+    return run
+
+
+@pytest.fixture
+def edited(tiny: Any, tmp_path: Path) -> Callable[..., str]:
+    """Return what writes the checkpoint's JSON config with one field changed or left out."""
+
+    def edit(section: str, **changes: Any) -> str:
+        document = json.loads((tiny.folder / "config.json").read_text())
+        for name in ("load", "t5_pretrained", "vae_pretrained"):
+            document["runtime_config"][name] = str(tiny.folder / document["runtime_config"][name])
+        for name, value in changes.items():
+            document[section].pop(name, None)
+            if value is not None:
+                document[section][name] = value
+        path = tmp_path / "edited.json"
+        path.write_text(json.dumps(document))
+        return str(path)
+
+    return edit
+
+
+# Mistakes in settings -----------------------------------------------------------------------
+
+
+WRONG_IN_ALL = [
+    ("reuse.polcy=vanilla", "did you mean reuse.policy?"),
+    ("reuse.policy=magic", "must be one of vanilla, teacache, flowcache, stride"),
+    ("num_steps", "is not an override: write key=value"),
+    ("device=gpu", "device=gpu"),
+]
+WRONG_IN_SKYREELS = [
+    ("treshold=1", "unknown key 'treshold', did you mean reuse.threshold?"),
+    ("reuse.predict=future", "must be one of"),
+    ("attention=sparse", "must be one of full, causal"),
+    ("attention_kernel=flash", "attention_kernel=flash is not available on cpu with float32"),
+    ("num_steps=many", "num_steps is 'many', but must be int"),
+    ("num_steps=2.5", "num_steps"),
+    ("offload=maybe", "must be true or false"),
+    ("=3", "is not an override"),
+    ("num_frames=18", "num_frames must be 4 n + 1"),
+    ("num_frames=0", "num_frames must be in 1..1000000"),
+    ("num_frames=-3", "num_frames must be in 1..1000000"),
+    ("base_num_frames=20", "base_num_frames must be 4 n + 1"),
+    ("num_frames=41", "give overlap_history"),
+    ("causal_block_size=0", "causal_block_size must be in 1..1000000"),
+    ("causal_block_size=-2", "causal_block_size must be in 1..1000000"),
+    ("height=20", "height must be a multiple of 16 pixels, not 20; use 16 or 32"),
+    ("width=0", "width must be in 16..4096"),
+    ("width=-16", "width must be in 16..4096"),
+    ("num_steps=0", "num_steps must be in 1..1000, not 0"),
+    ("num_steps=-5", "num_steps must be in 1..1000, not -5"),
+    ("num_steps=1001", "num_steps must be in 1..1000, not 1001"),
+    ("reuse.threshold=-0.1", "reuse.threshold must be in 0..1000000000, not -0.1"),
+    ("reuse.threshold=nan", "reuse.threshold"),
+    ("reuse.threshold=.inf", "reuse.threshold must be a finite number"),
+    ("reuse.warmup_steps=0", "reuse.warmup_steps must be 1 or more"),
+    ("reuse.every=0", "reuse.every must be in 1..1000"),
+    ("reuse.steps=[0,99]", "99 is none"),
+    ("reuse.rescale=cubic", "reuse.rescale=cubic is unknown"),
+    ("reuse.extrapolate=.inf", "reuse.extrapolate must be a finite number"),
+    ("seed=-1", "seed must be in 0.."),
+    ("seed=9223372036854775808", "seed"),
+    ("seed=1.5", "seed"),
+    ("ar_step=-1", "ar_step must be in 0..1000"),
+    ("guidance=-1", "guidance must be in 0..1000"),
+    ("guidance=.inf", "guidance must be a finite number"),
+    ("shift=0", "shift must be above 0 and at most 1000"),
+    ("shift=.inf", "shift must be a finite number"),
+    ("shift=.nan", "shift"),
+    ("fps=0", "fps must be in 1..1000"),
+    ("addnoise_condition=61", "addnoise_condition must be in 0..60"),
+    ("addnoise_condition=-1", "addnoise_condition must be in 0..60"),
+    ("prompt=", "prompt is empty"),
+    ("prompt= \t ", "prompt is empty"),
+    ("prompt=caf\udce9", "prompt is not valid UTF-8 text"),
+    ("device=mps", "device=mps is not supported"),
+    ("dtype=int8", "must be one of auto, bfloat16, float16, float32"),
+    ("clean_pass=true", "clean_pass=true needs a KV cache: set attention=causal"),
+    ("kv.compress=importance", "needs a KV cache"),
+    ("kv.compress=zip", "must be one of"),
+    ("kv.mix=2", "kv.mix must be in 0..1, not 2"),
+    ("kv.budget_chunks=-1", "kv.budget_chunks must be in 0..1000000"),
+]
+WRONG_IN_MAGI = [
+    ("runtime_config.num_steps=5", "num_steps is 5, but must divide by 2"),
+    ("runtime_config.noise2clean_kvrange=[3,2,1]", "must divide by the 3 entries"),
+    ("runtime_config.video_size_w=40", "video_size_w is 40, but must be a positive multiple"),
+    ("runtime_config.num_frames=3", "num_frames is 3, but must make a latent of 4 frames"),
+    ("runtime_config.cfg_number=3", "must be 1 for a distilled model"),
+    ("kv.total_chunks=2", "kv.total_chunks must be above runtime_config.window_size 2"),
+    ("seed=3", "unknown key 'seed', did you mean runtime_config.seed?"),
+    ("num_frames=24", "unknown key 'num_frames', did you mean runtime_config.num_frames?"),
+]
+WRONG = {
+    "skyreels_v2": ("teacache_fast", [*WRONG_IN_ALL, *WRONG_IN_SKYREELS]),
+    "magi1": ("flowcache_fast", [*WRONG_IN_ALL, *WRONG_IN_MAGI]),
+}
+"""Model -> preset, and settings with what the error says."""
+
+
+@pytest.mark.parametrize(
+    ("tiny", "preset", "setting", "message"),
+    [(model, preset, *row) for model, (preset, rows) in WRONG.items() for row in rows],
+    indirect=["tiny"],
+)
+def test_a_wrong_setting_is_one_line(refused: Refused, preset: str, setting: str, message: str):
+    assert message in refused("--preset", preset, setting)
+
+
+@only("skyreels_v2")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("num_frames=41", "overlap_history=8"), "overlap_history must be 4 n + 1"),
+        (("num_frames=41", "overlap_history=17"), "overlap_history 17 must be below"),
+        (("kv.kernel=4", "kv.compress=importance"), "kernel must be odd"),
+        (("kv.weighting=heavy", "kv.compress=importance"), "heavy"),
+        (("kv.power=-1", "kv.weighting=polynomial", "kv.compress=importance"), "power"),
+        (("kv.compress=recent", "kv.budget_chunks=-0.5"), "kv.budget_chunks must be in 0..1000000"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_one_line(
+    refused: Refused, settings: tuple[str, ...], message: str
+):
+    assert message in refused("--preset", "vanilla_causal", *settings)
+
+
+@only("magi1")
+def test_a_missing_or_unknown_field_is_named(refused: Refused, edited: Callable[..., str]):
+    line = refused("--model", edited("runtime_config", num_steps=None))
+    assert "runtime_config.num_steps has no value" in line
+    line = refused("--model", edited("engine_config", distil=True))
+    assert "edited.json: unknown key 'engine_config.distil'" in line
+    assert "did you mean engine_config.distill?" in line
+    line = refused("--model", edited("model_config", num_layers="many"))
+    assert "model_config.num_layers is 'many', but must be int" in line
+
+
+def test_an_unknown_preset_names_the_nearest_one(refused: Refused):
+    assert "did you mean flowcache_fast?" in refused("--preset", "flowcach_fast")
+    assert "no such file" in refused("--preset", "mine.yaml")
+
+
+def test_a_preset_file_with_an_unknown_key_is_named(refused: Refused, tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("reuse:\n  treshold: 1\n")
+    line = refused("--preset", str(mine))
+    assert str(mine) in line
+    assert "reuse.threshold" in line
+
+
+@only("magi1")
+def test_an_unknown_model_is_named(refused: Refused):
+    line = refused("--model", "4.5B")
+    assert "4.5B: no such file or folder" in line
+    assert "4.5B_distill" in line
+
+
+def test_a_prompt_of_100000_characters_is_refused(refused: Refused):
+    line = refused("--prompt", "a" * 100_000)
+    assert "prompt has 100000 characters, at most 10000" in line
+    assert len(line) < 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_that_is_not_there_is_refused(refused: Refused):
+    assert "PyTorch sees 0 CUDA devices" in refused("device=cuda")
+    assert "PyTorch sees 0 CUDA devices" in refused("device=cuda:3")
+
+
+def test_arguments_that_no_flag_takes_are_one_line(tiny: Any, capsys: pytest.CaptureFixture[str]):
+    for arguments in (["--frobnicate"], ["--preset"], ["--prompt", "a", "--seed"]):
+        with pytest.raises(SystemExit) as ended:
+            tiny.main(*arguments)
+        assert ended.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+
+
+# Mistakes in files --------------------------------------------------------------------------
+
+
+FLAGS = {"skyreels_v2": ("--image", "--end-image", "--video"), "magi1": ("--image", "--video")}
+
+
+@pytest.mark.parametrize(
+    ("tiny", "flag"),
+    [(model, flag) for model, flags in FLAGS.items() for flag in flags],
+    indirect=["tiny"],
+)
+def test_a_given_file_that_is_none_is_named(refused: Refused, tiny: Any, tmp_path: Path, flag: str):
+    settings = tiny.short.for_video if flag == "--video" else ()
+    missing, folder = tmp_path / "missing.png", tmp_path / "folder"
+    empty, text = tmp_path / "empty.png", tmp_path / "text.png"
+    folder.mkdir()
+    empty.touch()
+    text.write_text("no picture at all\n" * 20)
+    kind = "not a video" if flag == "--video" else "not an image"
+    for path, message in (
+        (missing, "no such file"),
+        (folder, "a folder, not a file"),
+        (empty, "the file is empty"),
+        (text, kind),
+    ):
+        line = refused(flag, str(path), *settings)
+        assert str(path) in line
+        assert message in line
+
+
+@only("skyreels_v2")
+def test_a_video_needs_an_overlap_and_enough_frames(refused: Refused, clip: Path):
+    assert "give overlap_history" in refused("--video", str(clip))
+    line = refused(
+        "--video", str(clip), "overlap_history=21", "num_frames=41", "base_num_frames=41"
+    )
+    assert "has 20 frames at 24 fps, fewer than overlap_history 21" in line
+    assert "must be above it" in refused(
+        "--video", str(clip), "overlap_history=13", "num_frames=13"
+    )
+
+
+@only("skyreels_v2")
+def test_a_video_and_an_image_cannot_both_be_the_start(refused: Refused, clip: Path, picture: Path):
+    line = refused("--video", str(clip), "--image", str(picture), "overlap_history=9")
+    assert "video cannot be combined with image" in line
+
+
+@only("skyreels_v2")
+def test_a_checkpoint_that_is_none_is_named(refused: Refused, tmp_path: Path, picture: Path):
+    assert "no such folder" in refused("--model", str(tmp_path / "missing"))
+    assert "is a file" in refused("--model", str(picture))
+    assert "no SkyReels-V2 checkpoint" in refused("--model", str(tmp_path))
+    assert "HF_HUB_OFFLINE forbids a download" in refused("--model", "nobody/nothing")
+
+
+@only("skyreels_v2")
+def test_a_hub_id_is_fetched_only_after_the_settings_are_checked(refused: Refused):
+    assert "prompt is empty" in refused("--model", "nobody/nothing", "--prompt", "")
+    assert "seed must be" in refused("--model", "nobody/nothing", "--seed", "-1")
+
+
+@only("skyreels_v2")
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_damaged_shard_is_named(refused: Refused, tiny: Any, tmp_path: Path, part: str):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny.folder, damaged)
+    (shard,) = (damaged / part).glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert shard.name in refused("--model", str(damaged))
+    shard.write_bytes(b"no weights" * 100)
+    assert shard.name in refused("--model", str(damaged))
+    shard.unlink()
+    assert part in refused("--model", str(damaged))
+
+
+@only("skyreels_v2")
+def test_a_missing_part_of_a_checkpoint_is_named(refused: Refused, tiny: Any, tmp_path: Path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny.folder, damaged)
+    shutil.rmtree(damaged / "vae")
+    assert "vae: is missing" in refused("--model", str(damaged))
+
+
+@only("magi1")
+def test_a_missing_part_of_the_checkpoint_is_named(
+    refused: Refused, edited: Callable[..., str], tmp_path: Path
+):
+    for name in ("load", "t5_pretrained", "vae_pretrained"):
+        missing = str(tmp_path / "missing")
+        line = refused("--model", edited("runtime_config", **{name: missing}))
+        assert missing in line
+        assert f"the config's {name} asks for it" in line
+
+
+@only("magi1")
+def test_weights_of_another_size_are_refused(refused: Refused, edited: Callable[..., str]):
+    line = refused("--model", edited("model_config", ffn_hidden_size=64))
+    assert "mlp.linear_fc1.weight" in line
+
+
+@only("magi1")
+def test_a_video_that_is_too_short_is_refused(refused: Refused, tmp_path: Path):
+    path = tmp_path / "short.mp4"
+    with VideoWriter(path, fps=24, size=(32, 48)) as writer:
+        writer.append(np.zeros((6, 32, 48, 3), np.uint8))
+    assert "has 6 frames at 24 fps, fewer than prefix_frames 32" in refused("--video", str(path))
+
+
+@only("magi1")
+def test_special_tokens_that_do_not_fit_are_refused(refused: Refused, tmp_path: Path):
+    missing = tmp_path / "missing.npz"
+    assert f"{missing}: no such file" in refused(f"special_tokens={missing}")
+    path = tmp_path / "tokens.npz"
+    np.savez(
+        path,
+        caption_token=np.zeros((1, 12)),
+        logo_token=np.zeros((1, 12)),
+        other_tokens=np.zeros((100, 16)),
+    )
+    line = refused(f"special_tokens={path}")
+    assert "other_tokens has shape [100, 16], expected [100, 12]" in line
+
+
+# The output ---------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_named(refused: Refused, picture: Path):
+    assert "cannot write in folder" in refused("--out", str(picture / "videos"))
+    assert "cannot write in folder" in refused("--out", str(picture / "videos" / "a.mp4"))
+    assert "cannot write in folder /proc" in refused("--out", "/proc/flowcache")
+
+
+def test_another_format_is_refused(refused: Refused, tmp_path: Path):
+    assert "written as .mp4" in refused("--out", str(tmp_path / "a.avi"))
+    assert "--out is empty" in refused("--out", "")
+
+
+def test_existing_results_are_kept(
+    tiny: Any,
+    arguments: Arguments,
+    refused: Refused,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    video, report = tmp_path / "mine.mp4", tmp_path / "other.json"
+    for path in (video, report):
+        path.write_text("mine")
+    for out, kept in ((video, video), (tmp_path / "other.mp4", report)):
+        for more in ((), ("--dry-run",)):
+            assert f"{kept} exists and is kept" in refused("--out", str(out), *more)
+        assert kept.read_text() == "mine"
+        assert tiny.main(*arguments, "--out", str(out), "--dry-run", "--overwrite") == 0
+        capsys.readouterr()
+        assert kept.read_text() == "mine"
+
+
+def test_overwrite_replaces_an_existing_output(tiny: Any, arguments: Arguments, tmp_path: Path):
+    video = tmp_path / "mine.mp4"
+    video.write_bytes(b"old")
+    more = ["--preset", "vanilla", "--out", str(video), "--overwrite"]
+    assert tiny.main(*arguments, *more) == 0
+    assert probe(video).num_frames == tiny.short.num_frames
+
+
+# What works ---------------------------------------------------------------------------------
+
+
+@only("skyreels_v2")
+def test_a_preset_run_twice_gets_fresh_names_and_any_prompt_works(
+    tiny: Any, arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompts = (
+        "eine Möwe, 一只红色的鸟, красный круг, دائرة, 🎩",
+        "-- \"quotes\" & 'more' $HOME `x`",
+    )
+    for prompt in prompts:
+        more = ["num_steps=1", "--preset", "vanilla_causal", f"--prompt={prompt}", "guidance=1"]
+        assert tiny.main(*arguments, *more) == 0
+    out = tmp_path / "videos"
+    stems = ["vanilla_causal-3", "vanilla_causal-3-001"]
+    assert sorted(path.stem for path in out.glob("*.mp4")) == stems
+    for stem, prompt in zip(stems, prompts, strict=True):
+        report = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
+        assert report["config"]["prompt"] == prompt
+    assert "causal attention, vanilla reuse" in capsys.readouterr().out
+
+
+@only("skyreels_v2")
+def test_a_dry_run_of_skyreels_prints_the_plan_and_writes_nothing(
+    tiny: Any, arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert tiny.main(*arguments, "--dry-run", "num_frames=13", "--seed", "9", "guidance=1") == 0
+    out = capsys.readouterr().out
+    assert "small, diffusers layout" in out
+    assert "13 frames of 32x16 at 24 fps, seed 9" in out
+    assert "flowcache_fast-9.mp4" in out
+    assert not list(tmp_path.rglob("videos/*"))
+
+
+@only("skyreels_v2")
+def test_settings_may_stand_before_and_after_flags(
+    tiny: Any, arguments: Arguments, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["num_frames=5", *arguments, "fps=8", "--dry-run", "num_frames=9"]
+    assert tiny.main(*arguments) == 0
+    assert "9 frames of 32x16 at 8 fps" in capsys.readouterr().out
+
+
+@only("magi1")
+def test_a_dry_run_of_magi_prints_the_plan_and_writes_nothing(
+    tiny: Any, arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert tiny.main(*arguments, "--dry-run", "runtime_config.num_frames=30") == 0
+    out = capsys.readouterr().out
+    assert "distilled (distilled), float32 on" in out
+    assert "36 frames of 48x32 at 24 fps (30 asked, 36 made: whole chunks), seed 3" in out
+    assert "flowcache reuse, importance KV compression, extra passes: none" in out
+    # "a", "red", "circle" and the end token, after the tokens of quality and duration
+    assert "text 6" in out
+    assert not list(tmp_path.rglob("videos/*"))
+
+
+def test_a_preset_may_be_a_file(
+    tiny: Any, arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mine = tmp_path / "mine.yaml"
+    key = tiny.model.keys["num_steps"]
+    section, _, name = key.rpartition(".")
+    mine.write_text(f"{section}:\n  {name}: 8\n" if section else f"{name}: 8\n")
+    assert tiny.main(*arguments, "--preset", str(mine), "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert " of 8 steps" in out
+    assert "mine-3.mp4" in out
+
+
+@only("magi1")
+def test_a_run_from_the_command_line(tiny: Any, arguments: Arguments, tmp_path: Path):
+    assert tiny.main(*arguments, "--preset", "flowcache_slow", "--seed", "9") == 0
+    assert (tmp_path / "videos/flowcache_slow-9.mp4").is_file()
+
+
+@only("magi1")
+def test_released_models_are_planned_without_files(tiny: Any, capsys: pytest.CaptureFixture[str]):
+    asked = ["--prompt", "a cat", "--dry-run", "--preset", "vanilla"]
+    assert tiny.main("--model", "4.5B_distill", *asked) == 0
+    out = capsys.readouterr().out
+    assert "240 frames of 720x720" in out
+    assert "310.1 PFLOPs" in out
+    assert tiny.main("--model", "24B_base", *asked) == 0
+    assert "1280x720" in capsys.readouterr().out
+
+
+SETTINGS = {
+    "skyreels_v2": ("reuse.threshold", "kv.budget_chunks", "addnoise_condition"),
+    "magi1": ("runtime_config.num_frames", "kv.total_chunks", "tokens.quality"),
+}
+WORDS = ("--dry-run", "--overwrite", "--model", "flowcache_fast", "key=value", "examples")
+HELP = {"skyreels_v2": WORDS, "magi1": (*WORDS, "--download", "demo-base")}
+
+
+def test_help_and_the_list_of_settings_name_everything(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+):
+    assert tiny.main("--list-settings") == 0
+    listed = capsys.readouterr().out
+    for key in ("prompt", "reuse.threshold", *SETTINGS[tiny.model.name]):
+        assert f"\n{key}: " in f"\n{listed}"
+    assert "accumulated distance" in listed
+    lines = listed.splitlines()
+    if tiny.model.name == "magi1":
+        assert all("  # " in line for line in lines)
+    assert len({line.partition(":")[0] for line in lines}) == len(lines)
+    with pytest.raises(SystemExit) as ended:
+        tiny.main("--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for word in HELP[tiny.model.name]:
+        assert word in text
+
+
+@only("skyreels_v2")
+def test_a_released_name_makes_no_video_and_says_what_does(refused: Refused):
+    line = refused("--model", "df-1.3b-540p")
+    assert "df-1.3b-540p names sizes, for --dry-run" in line
+    assert "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers" in line
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tiny: Any):
+    command = f'"{sys.executable}" -m {tiny.model.name} --list-settings | head -1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

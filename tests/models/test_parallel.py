@@ -1,0 +1,263 @@
+"""Several processes make the video that one makes: divided by passes, by tokens, and by both."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import num_ulps
+
+from flowcache.runtime.model import load_model
+from flowcache.runtime.record import read_record
+from flowcache.runtime.run import prepare
+
+SCRIPT = Path(__file__).with_name("parallel_runs.py")
+ULPS = 256
+"""Pixels of several processes may differ by this: they add up in another order in every step."""
+
+SKYREELS_FLOWCACHE = ["attention=causal", "reuse.policy=flowcache", "reuse.warmup_steps=1"]
+SKYREELS = {
+    "common": ["prompt=a red circle moving right", "height=16", "width=80", "num_steps=4"],
+    "cases": {
+        "vanilla": [],
+        "teacache": ["reuse.policy=teacache", "reuse.threshold=0.3", "reuse.warmup_steps=1"],
+        "flowcache": [*SKYREELS_FLOWCACHE, "reuse.threshold=0.3"],
+        "content": [
+            *(*SKYREELS_FLOWCACHE, "reuse.threshold=0.4"),
+            *("reuse.signal=content", "reuse.predict=velocity"),
+        ],
+        "compression": [
+            *(*SKYREELS_FLOWCACHE, "reuse.threshold=0.3"),
+            *("kv.compress=importance", "kv.kernel=3"),
+        ],
+        "frames": [
+            *(*SKYREELS_FLOWCACHE, "kv.compress=importance"),
+            *("kv.granularity=frame", "kv.queries=frame"),
+        ],
+        "stride": [
+            *("attention=causal", "reuse.policy=stride", "reuse.warmup_steps=1"),
+            *("clean_pass=true", "reuse.predict=latent_update", "kv.compress=recent"),
+            "addnoise_condition=20",
+        ],
+        "held": [
+            *("attention=causal", "reuse.policy=stride", "reuse.warmup_steps=3"),
+            *("reuse.predict=velocity", "reuse.guidance_every=2"),
+        ],
+        "segments": [
+            *(*SKYREELS_FLOWCACHE, "reuse.threshold=0.3", "reuse.extrapolate=0.5"),
+            *("batch_branches=true", "num_frames=29", "base_num_frames=17", "overlap_history=5"),
+        ],
+        "wide": ["num_frames=9", "base_num_frames=9", "width=528", "num_steps=2"],
+    },
+    "recorded": "compression",
+    "has_branches": True,
+}
+"""Each with 5 tokens per frame, which no number of processes divides.
+
+The picture "wide" has 66 columns of latents, so that the VAE's strips are narrower at every level.
+"""
+
+MAGI_FLOWCACHE = ["reuse.policy=flowcache", "reuse.warmup_steps=1", "reuse.threshold=0.3"]
+MAGI_COMPRESSED = ["kv.compress=importance", "kv.total_chunks=3", "kv.kernel=3"]
+DISTILLED = {
+    "common": [
+        *("prompt=a red circle moving right", "runtime_config.num_frames=60"),
+        *("runtime_config.video_size_h=16", "runtime_config.video_size_w=48"),
+    ],
+    "cases": {
+        "vanilla": ["runtime_config.noise2clean_kvrange=[3,2]"],
+        "flowcache": [*MAGI_FLOWCACHE, "reuse.predict=velocity", "passes.clean_pass=false"],
+        "teacache": [*MAGI_FLOWCACHE, "reuse.policy=teacache", *MAGI_COMPRESSED],
+        "compression": [
+            *(*MAGI_FLOWCACHE, *MAGI_COMPRESSED),
+            *("kv.queries=frame", "passes.clean_pass=false"),
+        ],
+        "frames": [*MAGI_COMPRESSED, "kv.granularity=frame", "reuse.policy=stride"],
+        "wide": ["runtime_config.num_frames=36", "runtime_config.video_size_w=448"],
+    },
+    "recorded": None,
+    "has_branches": False,
+}
+"""Each with 9 tokens per chunk of 3 latents, "wide" with 84.
+
+The VAE decodes each chunk in one tile, those of "wide" in three.
+"""
+BASE = {
+    "common": DISTILLED["common"],
+    "cases": {
+        **DISTILLED["cases"],
+        "held": ["reuse.guidance_every=2"],
+        "held_flowcache": [*MAGI_FLOWCACHE, *MAGI_COMPRESSED, "reuse.guidance_every=2"],
+    },
+    "recorded": "held_flowcache",
+    "has_branches": True,
+}
+KINDS = {
+    "skyreels_v2": {"small": SKYREELS},
+    "magi1": {"distilled": DISTILLED, "base": BASE},
+}
+"""Model -> checkpoint -> its cases"""
+REUSING = {
+    "small": ("teacache", "flowcache", "content", "compression", "stride", "segments"),
+    "distilled": ("teacache", "flowcache", "compression"),
+    "base": ("teacache", "flowcache", "compression"),
+}
+LAYOUTS = {
+    "skyreels_v2": {1: ("1x1",), 2: ("1x2", "2x1"), 4: ("1x4", "2x2")},
+    "magi1": {1: ("1x1",), 2: ("1x2", "2x1"), 3: ("3x1",), 4: ("2x2",)},
+}
+
+Results = dict[tuple[str, str], dict[str, dict[str, Any]]]
+"""Checkpoint and layout -> case -> what came out"""
+Make = Callable[[str, int], list[Results]]
+
+DIVIDED = [
+    pytest.param(model, num, marks=[] if (model, num) == ("skyreels_v2", 2) else pytest.mark.slow)
+    for model, layouts in LAYOUTS.items()
+    for num in layouts
+    if num > 1
+]
+
+
+@pytest.fixture(scope="module")
+def made(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_in_ranks: Callable[..., None],
+) -> Make:
+    """Return what makes the videos of all cases of a model in so many processes, once."""
+    known: dict[tuple[str, int], list[Results]] = {}
+
+    def make(model: str, num: int) -> list[Results]:
+        if (model, num) not in known:
+            folder = tmp_path_factory.mktemp("ranks")
+            kinds = {
+                name: kind | {"checkpoint": str(request.getfixturevalue(name))}
+                for name, kind in KINDS[model].items()
+            }
+            path = folder / "cases.json"
+            path.write_text(json.dumps({"model": model, "kinds": kinds}))
+            run_in_ranks(SCRIPT, str(path), str(folder), *LAYOUTS[model][num], num=num)
+            known[model, num] = [
+                torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num)
+            ]
+        return known[model, num]
+
+    return make
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(("model", "num"), DIVIDED)
+def test_processes_make_the_video_of_one(made: Make, model: str, num: int):
+    [alone] = made(model, 1)
+    for of_rank in made(model, num):
+        assert {layout for _, layout in of_rank} == {*LAYOUTS[model][num]}
+        for (kind, layout), cases in of_rank.items():
+            assert cases.keys() == alone[kind, "1x1"].keys()
+            for name, case in cases.items():
+                expected = alone[kind, "1x1"][name]["frames"]
+                # the frames of SkyReels-V2 are compared with white, 1.0
+                size = {"size": 1.0} if model == "skyreels_v2" else {}
+                difference = num_ulps(case["frames"], expected, **size)
+                assert difference < ULPS, f"{name}, {kind}, {layout}: {difference} ulps"
+
+
+@pytest.mark.parametrize(("model", "num"), DIVIDED)
+def test_processes_decide_and_count_as_one(made: Make, model: str, num: int):
+    [alone] = made(model, 1)
+    for of_rank in made(model, num):
+        for (kind, _), cases in of_rank.items():
+            for name, case in cases.items():
+                expected = alone[kind, "1x1"][name]
+                assert case["computed"] == expected["computed"], name
+                assert case["flops"] == expected["flops"], name
+
+
+@pytest.mark.parametrize(("model", "num"), DIVIDED)
+def test_processes_record_what_one_records(
+    made: Make, model: str, num: int, same_record: Callable[[Path, Path], None]
+):
+    [alone], [first, *_] = made(model, 1), made(model, num)
+    recorded = {kind: each["recorded"] for kind, each in KINDS[model].items() if each["recorded"]}
+    for (kind, _), cases in first.items():
+        if kind not in recorded:
+            continue
+        request = cases[recorded[kind]]["request"]
+        same_record(Path(request.out), Path(alone[kind, "1x1"][recorded[kind]]["request"].out))
+        # one process makes the decisions again
+        again = [*request.overrides, "parallel.branch=null", "parallel.sequence=null"]
+        path = str(Path(request.out).with_suffix(".record.json"))
+        asked = replace(request, overrides=again, replay=path, overwrite=True)
+        assert prepare(load_model(model), asked).replay == read_record(Path(path))
+
+
+@pytest.mark.parametrize("model", ["skyreels_v2", pytest.param("magi1", marks=pytest.mark.slow)])
+def test_the_cases_reuse_and_compress(made: Make, model: str):
+    [alone] = made(model, 1)
+    for (kind, _), cases in alone.items():
+        for name in REUSING[kind]:
+            computed, without_reuse = cases[name]["flops"]
+            assert computed < without_reuse, f"{name}, {kind}"
+        frames = (cases[name]["frames"] for name in ("flowcache", "compression"))
+        assert num_ulps(*frames, size=1.0) > 100 * ULPS
+        if model == "magi1":
+            assert cases["flowcache"]["flops"][1] > cases["compression"]["flops"][1]
+
+
+def launch(model: Path, out: Path, *arguments: str, num: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "flowcache.launch", str(num)),
+        *("-m", "skyreels_v2", "--preset", "vanilla"),
+        *("--model", str(model), "--prompt", "a cat", "--out", str(out), *arguments),
+    ]
+
+
+def processes_of(launcher: int) -> dict[str, int]:
+    """Return the processes that a launcher started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_text().split("\0")
+        ranks = [entry[5:] for entry in environment if entry.startswith("RANK=")]
+        found |= dict.fromkeys(ranks, int(child))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_all_processes_end_within_a_minute_when_one_dies(small: Path, tmp_path: Path):
+    out, told = tmp_path / "a.mp4", tmp_path / "told"
+    command = launch(small, out, "num_steps=900", num=2)
+    with told.open("w") as stream:
+        launcher = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        while "tick" not in told.read_text().partition("output")[2]:
+            assert launcher.poll() is None, told.read_text()
+            time.sleep(0.2)
+        processes = processes_of(launcher.pid)
+        os.kill(processes["1"], signal.SIGKILL)
+        assert launcher.wait(timeout=60) != 0
+    assert processes.keys() == {"0", "1"}
+    assert not any(Path(f"/proc/{process}").exists() for process in processes.values())
+    assert told.read_text().count("error: ") <= 1
+    assert list(tmp_path.iterdir()) == [told]
+
+
+def test_what_can_not_be_divided_is_told_once_before_anything_is_loaded(
+    small: Path, tmp_path: Path
+):
+    command = launch(small, tmp_path / "a.mp4", "parallel.branch=1", num=3)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: parallel.sequence=3 does not divide the 4 key/value heads of the model: "
+        "start 1 or 2 processes instead of 3 (a launcher: GPUS=1 or 2)\n"
+    )
+    assert not list(tmp_path.iterdir())
