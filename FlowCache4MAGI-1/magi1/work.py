@@ -97,7 +97,6 @@ def sampling_of(config: RunConfig) -> Sampling:
         prev_share=config.passes.prev_share,
         quantity=config.reuse.predict,
         budget=budget_of(config),
-        kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
     )
 
 
@@ -176,15 +175,25 @@ def work_of(
         dtype: type of the weights inside the blocks.
     """
     model = replace(config.model_config, params_dtype=str(dtype))
-    sampling, layout, budget = sampling_of(config), layout_of(config), budget_of(config)
-    chunk_tokens, width = layout.chunk_tokens, dtype.itemsize
+    sampling, layout = sampling_of(config), layout_of(config)
+    budget, chunk_tokens, width = sampling.budget, layout.chunk_tokens, dtype.itemsize
     check_pass(chunk_tokens, sizes="video_size_h, video_size_w or chunk_width")
     special = len(config.tokens.names()) + config.tokens.duration if has_special_tokens else 0
     text_tokens = min(prompt_tokens + special, model.caption_max_length)
     num_caches = 1 if sampling.guidance is None else 2
-    segment = _segment_of(config, num_prefix=num_prefix)
-    clip: Clip = segment.cut
-    reaches, kv_chunks = config.runtime_config.noise2clean_kvrange, segment.kv_tokens
+    clip = clip_of(config, num_prefix=num_prefix)
+    total_chunks = None if budget is None else budget.total_chunks
+    segment = SegmentWork(
+        ticks=sampling.clock.ticks(clip),
+        tokens=dict.fromkeys(range(clip.num_chunks), chunk_tokens),
+        given=range(clip.num_given),
+        frames=_shown_frames(clip),
+        kv_tokens=cache_chunks(clip, total_chunks=total_chunks) * chunk_tokens,
+        cut=clip,
+    )
+    if budget is not None:
+        check_compression(budget.strategy, segment, layout=layout, limit=_limit(budget))
+    reaches, kv_chunks = sampling.clock.reaches, segment.kv_tokens
     seen = min(max(reaches) * chunk_tokens, kv_chunks) if reaches else kv_chunks
     attention = AttentionShape(
         num_queries=chunk_tokens,
@@ -207,42 +216,24 @@ def work_of(
         pass_tokens=chunk_tokens,
         text_tokens=text_tokens,
         attention=attention,
-        flops=_flops(config, segment, text_tokens=text_tokens, num_caches=num_caches),
+        flops=_flops(model, sampling, segment, text_tokens=text_tokens, num_caches=num_caches),
         weight_bytes=_weight_bytes(config, dtype),
         kv_bytes=cache_bytes(
             model,
             clip=clip,
             chunk_tokens=chunk_tokens,
-            total_chunks=None if budget is None else budget.total_chunks,
+            total_chunks=total_chunks,
             num_branches=num_caches,
         ),
         scoring_bytes=query_bytes + scratch,
         query_bytes=query_bytes,
-        stored_bytes=_stored_bytes(config, dtype, num_chunks=clip.num_chunks),
+        stored_bytes=_stored_bytes(
+            config, chunk_tokens * model.hidden_size * width, num_chunks=clip.num_chunks
+        ),
         activation_bytes=chunk_tokens
         * (TOKEN_COPIES * 4 * model.hidden_size + 2 * width * model.ffn_hidden_size),
+        loop=sampling,
     )
-
-
-def _segment_of(config: RunConfig, *, num_prefix: int) -> SegmentWork:
-    """Return the ticks and chunks of the clip."""
-    clip, budget, layout = (
-        clip_of(config, num_prefix=num_prefix),
-        budget_of(config),
-        layout_of(config),
-    )
-    total = None if budget is None else budget.total_chunks
-    segment = SegmentWork(
-        ticks=Clock.of(config).ticks(clip),
-        tokens=dict.fromkeys(range(clip.num_chunks), layout.chunk_tokens),
-        given=range(clip.num_given),
-        frames=_shown_frames(clip),
-        kv_tokens=cache_chunks(clip, total_chunks=total) * layout.chunk_tokens,
-        cut=clip,
-    )
-    if budget is not None:
-        check_compression(budget.strategy, segment, layout=layout, limit=_limit(budget))
-    return segment
 
 
 def _shown_frames(clip: Clip) -> list[list[int]]:
@@ -267,10 +258,16 @@ def _limit(budget: KVBudget | None) -> Limit:
     return limit
 
 
-def _flops(config: RunConfig, segment: SegmentWork, *, text_tokens: int, num_caches: int) -> int:
+def _flops(
+    model: ModelConfig,
+    sampling: Sampling,
+    segment: SegmentWork,
+    *,
+    text_tokens: int,
+    num_caches: int,
+) -> int:
     """Return the FLOPs of a clip: each pass sees as many chunks as its reach allows."""
-    clock, sampling, model = Clock.of(config), sampling_of(config), config.model_config
-    tokens, guidance = layout_of(config).chunk_tokens, sampling_of(config).guidance
+    clock, guidance, tokens = sampling.clock, sampling.guidance, segment.tokens[0]
     null_text = min(NULL_TOKENS, model.caption_max_length)
     times = clock.timesteps().tolist()
 
@@ -298,7 +295,7 @@ def _flops(config: RunConfig, segment: SegmentWork, *, text_tokens: int, num_cac
     total = context_flops(model, text=null_text)
     passes = walk(
         segment,
-        limit=_limit(budget_of(config)),
+        limit=_limit(sampling.budget),
         clean_pass=sampling.clean_pass,
         settles_at_once=False,
     )
@@ -332,17 +329,18 @@ def _scoring_queries(budget: KVBudget | None) -> int:
     return len(budget.strategy.seen_queries(sample, budget.layout))
 
 
-def _stored_bytes(config: RunConfig, dtype: torch.dtype, *, num_chunks: int) -> int:
+def _stored_bytes(config: RunConfig, signals: int, *, num_chunks: int) -> int:
     """Return the bytes of stored results and signals, all chunks of the window active.
 
     Results are stored whether a policy will ask for them or not.
+
+    Args:
+        signals: bytes of what is compared of a chunk.
     """
     model, run = config.model_config, config.runtime_config
     height, width = latent_size(config)
     latents = model.latent_channels * run.chunk_width * height * width * 4
-    signals = 0
-    if config.reuse.kind.needs_signals:
-        signals = layout_of(config).chunk_tokens * model.hidden_size * dtype.itemsize
+    signals *= config.reuse.kind.needs_signals
     num_active = min(run.window_size, num_chunks)
     return num_active * (stored_results(config.reuse) * latents + signals)
 
@@ -473,7 +471,7 @@ class RunMemory(Footprint):
             *(dit, *kept),
             Part("kept queries", self.work.query_bytes, SCORING_REMEDY),
             # neighbours that become clean in successive ticks: one is shown, the next decoded
-            self._shown(is_held=Clock.of(self.config).stage == 1),
+            self._shown(is_held=self.work.loop.clock.stage == 1),
             codec,
             Part("VAE activations", self.decode_scratch, size_remedy),
         )
@@ -527,7 +525,7 @@ class RunMemory(Footprint):
             dit = DiT(model, is_fp8=is_fp8)
         set_precision(dit, self.dtype)
         width = self.config.runtime_config.chunk_width
-        tokens = layout_of(self.config).chunk_tokens
+        tokens = self.work.pass_tokens
         caches = caches_for(
             model.num_layers,
             capacity=tokens,

@@ -161,7 +161,7 @@ class SkyReels:
     def text_facts(self, job: Job) -> dict[str, Any]:
         files = job.source.files
         return {
-            "prompts": _prompts(job.config),
+            "prompts": _prompts(job),
             "encoder": text.fingerprint(files.text_encoder, tokenizer=files.tokenizer),
             "text_len": files.config.text_len,
             "dtype": str(job.dtype),
@@ -178,7 +178,7 @@ class SkyReels:
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job.config))
+        made = encoder.encode(_prompts(job))
         modules = {"text encoder": encoder.model}
         return check_finite(made, "the embeddings of the prompts", modules=modules)
 
@@ -219,7 +219,7 @@ class SkyReels:
     def compile(self, job: Job, dit: DiT) -> None:
         work, num_own = job.work, len(job.ranks.local_branches(job.work.branches))
         # of two branches in one batch one may reuse alone
-        is_batched = num_own > 1 and works.batches_branches(job.config)
+        is_batched = num_own > 1 and work.loop.sampling.batch_branches
         dit.parts = compiled_parts()
         dit.compile_ahead(
             num_frames=work.pass_tokens // work.frame_tokens,
@@ -263,5 +263,5 @@ def _source(found: checkpoints.Checkpoint) -> Source:
     return Source(found.folder.name, found.folder, files=found, sizes=found.config)
 
 
-def _prompts(config: RunConfig) -> list[str]:
-    return [config.prompt, config.negative_prompt][: len(works.branches_of(config))]
+def _prompts(job: Job) -> list[str]:
+    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

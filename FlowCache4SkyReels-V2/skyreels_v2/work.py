@@ -16,7 +16,6 @@ from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, cached_attention, caches_for, peak_tokens
 from flowcache.policies import Rescale, ReusePolicy, identity, polynomial, stored_results
-from flowcache.predict import PREDICTORS
 from flowcache.runtime import memory, profile
 from flowcache.runtime.memory import (
     META,
@@ -32,7 +31,6 @@ from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.parallel import Layout, TokenSplit
 from flowcache.runtime.plan import (
     TOKEN_COPIES,
-    Limit,
     Pass,
     check_compression,
     cost_lines,
@@ -42,6 +40,7 @@ from flowcache.runtime.plan import (
 )
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.settings import check_pass, check_work
+from flowcache.schedule import Tick
 from flowcache.wan import text, vae
 from flowcache.wan.dit import (
     IMAGE_TOKENS,
@@ -99,7 +98,7 @@ def segments_of(config: RunConfig) -> list[Segment]:
     )
 
 
-def window_of(config: RunConfig, segment: Segment, *, num_segments: int, is_i2v: bool) -> Window:
+def window_of(config: RunConfig, segment: Segment, *, is_last: bool, is_i2v: bool) -> Window:
     """Cut one segment into chunks, given frames included."""
     num_prefix = latent_frames(segment.prefix_pixels) if segment.prefix_pixels else 0
     if segment.index == 0 and config.image is not None and not is_i2v:
@@ -108,7 +107,7 @@ def window_of(config: RunConfig, segment: Segment, *, num_segments: int, is_i2v:
         segment.num_frames,
         chunk_frames=config.causal_block_size,
         num_prefix=num_prefix,
-        has_end=config.end_image is not None and segment.index == num_segments - 1,
+        has_end=config.end_image is not None and is_last,
     )
 
 
@@ -232,22 +231,36 @@ def tokens_per_frame(config: RunConfig) -> int:
     return (config.height // multiple) * (config.width // multiple)
 
 
-def kv_capacity(config: RunConfig, window: Window) -> int:
-    """Return the tokens that each layer's KV cache of a branch holds at most; 0 without one."""
-    if config.attention == "full":
-        return 0
-    per_frame = tokens_per_frame(config)
-    compression = compression_of(config, frame_tokens=per_frame)
-    tokens = {c: len(window.chunks[c]) * per_frame for c in window.generated}
-    return peak_tokens(
-        sampling_of(config).ticks(window),
-        chunk_tokens=tokens,
-        given=sum(len(chunk) for chunk in window.chunks[: window.num_given]) * per_frame,
-        budget=None if compression is None else compression.budget,
-    )
-
-
 # What a run costs ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the denoising loop takes of the settings."""
+
+    sampling: Sampling
+    frame_tokens: int
+    compression: Compression | None
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Loop":
+        """Derive it from the settings.
+
+        Raises:
+            UserError: frames, chunks or resolution don't fit each other.
+        """
+        frame_tokens = tokens_per_frame(config)
+        return cls(
+            sampling_of(config),
+            frame_tokens,
+            compression_of(config, frame_tokens=frame_tokens),
+            tuple(segments_of(config)),
+        )
+
+    def limit(self, _: Tick | None = None) -> int | None:
+        """Return how many clean tokens stay, in every tick as many; None: all."""
+        return None if self.compression is None else self.compression.budget
 
 
 def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
@@ -256,135 +269,120 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     Args:
         sizes: of the transformer.
         dtype: of its weights.
-
-    Raises:
-        UserError: frames, chunks or resolution don't fit each other.
     """
-    per_frame, passes = tokens_per_frame(config), branches_of(config)
-    segments = segments_of(config)
+    loop, passes = Loop.of(config), branches_of(config)
+    per_frame, num_branches = loop.frame_tokens, len(passes)
     is_whole, width = config.attention == "full", dtype.itemsize
-    frames = max(segment.num_frames for segment in segments)
+    frames = max(segment.num_frames for segment in loop.segments)
     frames = frames if is_whole else min(frames, config.causal_block_size)
     check_pass(frames * per_frame, sizes="height, width, base_num_frames or causal_block_size")
-    own, flops_of_segments, first = list[SegmentWork](), 0, 0
-    for segment in segments:
-        made = _segment_work(config, sizes, segment, num_segments=len(segments), first=first)
-        own.append(made)
-        flops_of_segments += _flops(config, sizes, made)
+    segments, first = list[SegmentWork](), 0
+    for segment in loop.segments:
+        segments.append(_segment_work(config, sizes, loop, segment, first=first))
         first += segment.new_pixels
-    largest = max(own, key=lambda part: part.cut.num_frames)
-    most_frames, queries = largest.cut.num_frames, max(largest.tokens.values())
-    kv_tokens = max(part.kv_tokens for part in own)
-    if is_whole:
-        queries = most_frames * per_frame
-    heads, head_width = sizes.num_heads, sizes.head_width
+    largest = max(segments, key=lambda part: part.cut.num_frames)
+    window_tokens, queries = largest.cut.num_frames * per_frame, max(largest.tokens.values())
+    kv_tokens = max(part.kv_tokens for part in segments)
+    queries = window_tokens if is_whole else queries
+    heads = sizes.num_heads
     attention = AttentionShape(
-        queries, queries if is_whole else kv_tokens, heads, heads, head_width
+        queries, queries if is_whole else kv_tokens, heads, heads, sizes.head_width
     )
     pass_tokens = queries
     if not is_whole:
-        active = max(most_active(part.ticks, part.tokens) for part in own)
+        active = max(most_active(part.ticks, part.tokens) for part in segments)
         pass_tokens = max(queries, min(config.together_tokens, active))
     with META:
         weights = weight_bytes(DiT(sizes), config.quantize, dtype=dtype)
-    together = len(passes) if batches_branches(config) else 1
+    together = num_branches if loop.sampling.batch_branches else 1
+    scored = 0  # only scoring by importance needs queries
+    if config.kv.compress == "importance":
+        seen = {"token": LAST_QUERY_TOKENS, "frame": per_frame, "chunk": queries}
+        scored = min(seen[config.kv.queries], queries)
+    # results are stored whether a policy will ask for them or not
+    stored = stored_results(config.reuse) * num_branches * window_tokens
+    if loop.sampling.level == "tokens":
+        stored *= sizes.dim * width
+    else:
+        stored *= PATCH[1] * PATCH[2] * sizes.out_dim * 4
+    flops = context_flops(sizes) * num_branches
+    flops += sum(_flops(sizes, loop, part, num_branches=num_branches) for part in segments)
     return Work(
-        segments=tuple(own),
+        segments=tuple(segments),
         branches=passes,
         passes=passes,
         is_whole=is_whole,
-        num_caches=len(passes),
+        num_caches=num_branches,
         frame_tokens=per_frame,
         divided_tokens=per_frame,
         pass_tokens=pass_tokens,
         text_tokens=sizes.text_len,
         attention=attention,
-        flops=len(passes) * context_flops(sizes) + flops_of_segments,
+        flops=flops,
         weight_bytes=weights,
-        kv_bytes=2 * kv_tokens * sizes.dim * sizes.num_layers * len(passes) * width,
-        scoring_bytes=scored_bytes(
-            replace(attention, num_keys=kv_tokens), num_queries=_scoring_queries(config, queries)
-        ),
+        kv_bytes=2 * kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
+        scoring_bytes=scored_bytes(replace(attention, num_keys=kv_tokens), num_queries=scored),
         query_bytes=0,
-        stored_bytes=_stored_bytes(config, sizes, num_frames=most_frames, width=width),
+        stored_bytes=stored,
         activation_bytes=together
         * pass_tokens
         * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
+        loop=loop,
     )
 
 
 def _segment_work(
-    config: RunConfig, sizes: DiTConfig, segment: Segment, *, num_segments: int, first: int
+    config: RunConfig, sizes: DiTConfig, loop: Loop, segment: Segment, *, first: int
 ) -> SegmentWork:
     """Return the ticks and chunks of a segment, whose new frames begin at `first`."""
-    window = window_of(config, segment, num_segments=num_segments, is_i2v=sizes.model_type == "i2v")
-    per_frame = tokens_per_frame(config)
+    is_last = segment.index == len(loop.segments) - 1
+    window = window_of(config, segment, is_last=is_last, is_i2v=sizes.model_type == "i2v")
+    ticks, kv_tokens = loop.sampling.ticks(window), 0
+    tokens = {number: len(chunk) * loop.frame_tokens for number, chunk in enumerate(window.chunks)}
+    if config.attention == "causal":
+        kv_tokens = peak_tokens(
+            ticks,
+            chunk_tokens={chunk: tokens[chunk] for chunk in window.generated},
+            given=sum(tokens[chunk] for chunk in range(window.num_given)),
+            budget=loop.limit(),
+        )
 
     def place(latent: int) -> int:
         shown = (pixel_frames(latent) if latent else 0) - segment.prefix_pixels
         return first + min(max(shown, 0), segment.new_pixels)
 
     made = SegmentWork(
-        ticks=sampling_of(config).ticks(window),
-        tokens={number: len(chunk) * per_frame for number, chunk in enumerate(window.chunks)},
+        ticks=ticks,
+        tokens=tokens,
         given=range(window.num_given),
         frames=[[place(chunk.start), place(chunk.stop)] for chunk in window.chunks],
-        kv_tokens=kv_capacity(config, window),
+        kv_tokens=kv_tokens,
         cut=window,
     )
     strategy = strategy_of(config.kv)
     if strategy is not None:
-        layout = token_layout(config, frame_tokens=per_frame)
-        check_compression(strategy, made, layout=layout, limit=_limit(config))
+        layout = token_layout(config, frame_tokens=loop.frame_tokens)
+        check_compression(strategy, made, layout=layout, limit=loop.limit)
     return made
 
 
-def _limit(config: RunConfig) -> Limit:
-    """Return how many clean tokens stay: as many in every tick."""
-    compression = compression_of(config, frame_tokens=tokens_per_frame(config))
-    most = None if compression is None else compression.budget
-    return lambda _: most
-
-
-def _flops(config: RunConfig, sizes: DiTConfig, segment: SegmentWork) -> int:
+def _flops(sizes: DiTConfig, loop: Loop, segment: SegmentWork, *, num_branches: int) -> int:
     """Return the FLOPs of a segment: embeddings once, blocks and head in every branch."""
-    per_frame, num_branches = tokens_per_frame(config), len(branches_of(config))
-    if config.attention == "full":
-        tokens = segment.cut.num_frames * per_frame
+    if loop.sampling.attention == "full":
+        tokens = segment.cut.num_frames * loop.frame_tokens
         groups = [[Pass(WHOLE_WINDOW, tick.index, tokens, tokens)] for tick in segment.ticks]
     else:
-        groups = walk(
-            segment, limit=_limit(config), clean_pass=config.clean_pass, settles_at_once=True
-        )
+        clean_pass = loop.sampling.clean_pass
+        groups = walk(segment, limit=loop.limit, clean_pass=clean_pass, settles_at_once=True)
     total = 0
     for group in groups:
-        num_frames = sum(own.tokens for own in group) // per_frame
-        total += embed_flops(sizes, num_frames=num_frames, frame_tokens=per_frame)
+        num_frames = sum(own.tokens for own in group) // loop.frame_tokens
+        total += embed_flops(sizes, num_frames=num_frames, frame_tokens=loop.frame_tokens)
         for own in group:
             cost = blocks_flops(sizes, queries=own.tokens, keys=own.keys)
             cost += 0 if own.step is None else head_flops(sizes, queries=own.tokens)
             total += num_branches * cost
     return total
-
-
-def _scoring_queries(config: RunConfig, queries: int) -> int:
-    """Return how many queries score the keys at most; only scoring by importance needs any."""
-    if config.kv.compress != "importance":
-        return 0
-    seen = {"token": LAST_QUERY_TOKENS, "frame": tokens_per_frame(config), "chunk": queries}
-    return min(seen[config.kv.queries], queries)
-
-
-def _stored_bytes(config: RunConfig, sizes: DiTConfig, *, num_frames: int, width: int) -> int:
-    """Return the bytes of stored results, all chunks active.
-
-    They are stored whether a policy will ask for them or not.
-    """
-    tokens = num_frames * tokens_per_frame(config)
-    copies = stored_results(config.reuse) * len(branches_of(config))
-    if PREDICTORS[config.reuse.predict].level == "tokens":
-        return copies * tokens * sizes.dim * width
-    return copies * tokens * PATCH[1] * PATCH[2] * sizes.out_dim * 4
 
 
 def lines_of(config: RunConfig, work: Work) -> list[str]:
@@ -502,7 +500,7 @@ class RunMemory(Footprint):
         sizes = self.sizes
         tokens = sizes.text_len + (IMAGE_TOKENS if sizes.model_type == "i2v" else 0)
         one = 2 * tokens * sizes.dim * sizes.num_layers * self.dtype.itemsize
-        copies = 2 if batches_branches(self.config) and self.num_own > 1 else 1
+        copies = 2 if self.work.loop.sampling.batch_branches and self.num_own > 1 else 1
         return Part("prompts", copies * self.num_own * one, "use a smaller model")
 
     def _kv(self, residence: Residence) -> Part:
@@ -567,7 +565,7 @@ class RunMemory(Footprint):
     def _dit_scratch(self) -> int:
         """Return what one forward holds in addition to weights and caches: one layer is as all."""
         config, sizes, ranks = self.config, self.sizes, self.ranks
-        batch = self.num_own if batches_branches(config) else 1
+        batch = self.num_own if self.work.loop.sampling.batch_branches else 1
         frames = self.work.pass_tokens // self.work.frame_tokens
         with META:
             model = DiT(replace(sizes, num_layers=1)).to(self.dtype)

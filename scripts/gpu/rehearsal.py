@@ -236,6 +236,7 @@ def _skyreels(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             config,
             conditioning,
             stats=stats,
+            work=work,
             policies=policies,
             ranks=case.ranks,
         )
@@ -278,6 +279,7 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             config,
             magi1_pipeline.Conditioning(encoded.to(CUDA)),
             stats=stats,
+            work=work,
             policies=policies,
             ranks=case.ranks,
         )

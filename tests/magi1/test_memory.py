@@ -89,6 +89,7 @@ def planned_and_measured_at_released_size(
         codec,
         Conditioning(torch.empty(NULL_TOKENS, model.caption_channels, device=META)),
         draw=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META),
+        work=plan,
     )
     wanted = MODEL.residence(config)
     return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), peak
@@ -133,7 +134,7 @@ def planned_and_measured(
     models = load_networks(job, stats=RunStats(job.device))
     inputs = encode_inputs(job, stats=RunStats(job.device))
     assert isinstance(models.vae, vae.VAE)
-    return job.memory, measured(job.placed, models.dit, models.vae, inputs)
+    return job.memory, measured(job.placed, models.dit, models.vae, inputs, work=job.work)
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,11 @@ def measured(
     """Return the most bytes that the run held at once."""
     device = next(dit.parameters()).device
     stats = RunStats(torch.device("cpu"))
-    conditioning = Conditioning(text)
+    conditioning, work = Conditioning(text), work_of(config, dit.config, dtype=dit.dtype)
     if device == META:
         options["draw"] = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META)
     with LeanAttention(), LiveBytes() as live:
-        for _ in generate(dit, codec, config, conditioning, stats=stats, **options):
+        for _ in generate(dit, codec, config, conditioning, stats=stats, work=work, **options):
             pass
     return live.peak + weights(dit, codec.model)
 

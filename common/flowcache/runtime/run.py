@@ -421,6 +421,7 @@ def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[st
         job.placed,
         inputs,
         stats=stats,
+        work=job.work,
         policies=None if job.replay is None else partial(replay_policies, job.replay),
         ranks=job.ranks,
     )
