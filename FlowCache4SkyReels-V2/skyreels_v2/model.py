@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import config as settings
 from flowcache.runtime.checks import check_finite
@@ -18,15 +17,20 @@ from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.plan import cost_lines
+from flowcache.runtime.profile import Setting
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text, vae
 from flowcache.wan.dit import DiT, compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
+from skyreels_v2.calibration import rescale_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
+from skyreels_v2.memory import WindowMemory, networks_of
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.released import DEMO, PRESETS, REAL_MODEL, RELEASED, released_name
+from skyreels_v2.released import PRESETS, RELEASED, released_name
+from skyreels_v2.window import describe
 
 logger = logging.getLogger(__name__)
 KEYS: Mapping[str, str] = MappingProxyType(
@@ -56,7 +60,7 @@ class SkyReels:
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
             return Source(name, plans_by_sizes=True, sizes=checkpoints.released_sizes(name))
-        place = choose_model(name)
+        place = checkpoints.choose(name)
         if Path(place).expanduser().exists():
             return _source(checkpoints.find(place))
         known = released_name(str(place))
@@ -69,7 +73,7 @@ class SkyReels:
         check_mode(config, source.sizes)
         config = turn_to_fit(config)
         if config.reuse.kind.takes("rescale"):
-            works.rescale_for(config, source.sizes)
+            rescale_for(config, source.sizes)
         return config
 
     def check_device(
@@ -100,7 +104,13 @@ class SkyReels:
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
 
-    setting = staticmethod(works.setting_of)
+    def setting(self, config: RunConfig) -> Setting:
+        return Setting(
+            num_steps=config.num_steps,
+            shift=config.shift,
+            lag=config.ar_step,
+            guidance=[config.guidance] if len(works.branches_of(config)) > 1 else [],
+        )
 
     # Planning ---------------------------------------------------------------------------------
 
@@ -127,15 +137,34 @@ class SkyReels:
             f"reuse, {config.kv.compress} KV compression",
         ]
 
-    lines = staticmethod(works.lines_of)
+    def lines(self, config: RunConfig, work: Work) -> list[str]:
+        windows = ", ".join(describe(part.cut) for part in work.segments)
+        in_first = work.segments[0].cut.num_frames * work.frame_tokens
+        ticks = sum(
+            len(part.ticks) if work.is_whole else sum(len(tick.steps) for tick in part.ticks)
+            for part in work.segments
+        )
+        num_branches = len(work.branches)
+        kv_tokens = max(part.kv_tokens for part in work.segments)
+        return [
+            f"video        {config.num_frames} frames of {config.width}x{config.height} at "
+            f"{config.fps} fps, seed {config.seed}",
+            f"segments     {len(work.segments)}: {windows}",
+            f"ticks        {work.num_ticks} of {config.num_steps} steps per chunk, "
+            f"{config.attention} attention, lag {config.ar_step}, {num_branches} branches",
+            f"tokens       {work.frame_tokens} per latent frame, {in_first} in the first window",
+            f"forwards     {ticks * num_branches}, "
+            f"{work.flops / 1e15:.4g} PFLOPs if every step is computed",
+            *cost_lines(work, cache=f"{kv_tokens} tokens per layer and branch", stored="results"),
+        ]
 
-    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
+    def footprint(self, job: Job, *, overlaps: bool) -> WindowMemory:
         sizes = job.source.sizes
-        return works.RunMemory(
-            job.config,
+        return WindowMemory(
             sizes,
+            job.config,
             job.work,
-            networks=works.Networks.of(job.source.files, sizes, dtype=job.dtype),
+            networks=networks_of(job.source.files, sizes, dtype=job.dtype),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
@@ -234,29 +263,6 @@ class SkyReels:
 
 
 MODEL = SkyReels()
-
-
-def choose_model(name: str, *, has_cuda: bool | None = None) -> str | Path:
-    """Return the folder or hub id of a model.
-
-    Args:
-        name: either, or `demo`, or `auto`: the real model where there is CUDA, else the demo.
-        has_cuda: whether there is a CUDA device; None: look for one.
-    """
-    has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
-    if name == "demo" or (name == "auto" and not has_cuda):
-        if not DEMO.is_dir():
-            raise UserError(
-                f"{DEMO}: the demo checkpoint is missing: restore it from the repository"
-            )
-        return DEMO
-    if name in RELEASED and not Path(name).exists():
-        raise UserError(
-            f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
-            f"its hub id, as {REAL_MODEL}"
-        )
-    given_path(name, name="model")
-    return REAL_MODEL if name == "auto" else name
 
 
 def _source(found: checkpoints.Checkpoint) -> Source:

@@ -23,10 +23,11 @@ from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.dit import ContextKV, DiT, context_flops
+from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames
-from skyreels_v2.work import VAE_STRIDE, policy_maker, work_of
+from skyreels_v2.work import VAE_STRIDE, work_of
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4

@@ -31,7 +31,6 @@ from magi1.__main__ import main
 from magi1.model import MODEL
 from magi1.pipeline import Conditioning, generate
 from magi1.schedule import Clock
-from magi1.work import setting_of
 
 pytestmark = pytest.mark.numeric
 
@@ -72,7 +71,7 @@ def _write(loaded: Setup, tmp_path: Path) -> Write:
         profile = Profile(
             version=1,
             fingerprint=loaded.fingerprint,
-            setting=setting_of(loaded.job.config),
+            setting=MODEL.setting(loaded.job.config),
             reuse=Reuse([plan], predict="velocity", order=1, factor=0.5),
             predicted=Prediction(error=0.1, psnr=30.0, flops=0.5, pixel_scale=1.0),
             observed=Observed([0.9] * NUM_STEPS, [0.0] * NUM_STEPS, [1e9] * NUM_STEPS),
@@ -163,7 +162,7 @@ def test_a_profile_that_does_not_fit_is_refused_in_one_line_before_anything_is_l
 
 def test_a_profile_holds_all_scales_of_the_guidance(loaded: Setup):
     scales = [0.0, 0.3, 1.5, 1.0, 7.5, 0.0] if len(loaded.job.work.passes) == 3 else []
-    assert setting_of(loaded.job.config).guidance == scales
+    assert MODEL.setting(loaded.job.config).guidance == scales
 
 
 # Tuning -------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.__main__ import main
 from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.work import setting_of
 
 pytestmark = pytest.mark.numeric
 
@@ -64,7 +63,7 @@ def _write(loaded: Setup, tmp_path: Path) -> Write:
         profile = Profile(
             version=1,
             fingerprint=loaded.fingerprint,
-            setting=setting_of(loaded.job.config),
+            setting=MODEL.setting(loaded.job.config),
             reuse=Reuse(list(plans), predict="velocity", order=1, factor=0.5),
             predicted=Prediction(error=0.1, psnr=30.0, flops=0.5, pixel_scale=1.0),
             observed=Observed([0.9] * NUM_STEPS, [band[0]] * NUM_STEPS, [band[1]] * NUM_STEPS),
