@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime import config as settings
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
@@ -20,7 +19,7 @@ from flowcache.runtime.profile import Setting
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
-from magi1.config import ReleaseConfig, RunConfig
+from magi1.config import RunConfig, settings_lines
 from magi1.dit import DiT, compiled_parts
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import Media, num_latents, read_media
@@ -50,10 +49,7 @@ class Magi:
     schema = RunConfig
     keys: Mapping[str, str] = KEYS
 
-    def settings_lines(self) -> list[str]:
-        release = settings.describe(ReleaseConfig, commented=released.FIELDS)
-        every = settings.describe(RunConfig, commented=released.PRESETS / "base.yaml")
-        return [*release, *every[len(release) :]]
+    settings_lines = staticmethod(settings_lines)
 
     # Files and settings -----------------------------------------------------------------------
 

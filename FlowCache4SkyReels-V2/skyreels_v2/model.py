@@ -1,6 +1,5 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime import config as settings
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.hub import Missing
@@ -25,14 +23,13 @@ from flowcache.wan.dit import DiT, compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
 from skyreels_v2.calibration import rescale_for
-from skyreels_v2.config import RunConfig
+from skyreels_v2.config import RunConfig, settings_lines
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
 from skyreels_v2.memory import WindowMemory, networks_of
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.released import PRESETS, RELEASED, released_name
 from skyreels_v2.window import describe
 
-logger = logging.getLogger(__name__)
 KEYS: Mapping[str, str] = MappingProxyType(
     {
         key: key
@@ -52,8 +49,7 @@ class SkyReels:
     schema = RunConfig
     keys: Mapping[str, str] = KEYS
 
-    def settings_lines(self) -> list[str]:
-        return settings.describe(RunConfig, commented=PRESETS / "base.yaml")
+    settings_lines = staticmethod(settings_lines)
 
     # Files and settings -----------------------------------------------------------------------
 
