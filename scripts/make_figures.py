@@ -2,6 +2,7 @@
 """Make the README's figures from what lies in the repository.
 
     framework               drawn by code
+    architecture            from the repository's own files
     distances_MODEL         from assets/records/MODEL.record.json
     tradeoff_MODEL          from assets/bench/MODEL_demo.json, written by bench_demo.py
     reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse
@@ -39,6 +40,7 @@ from benchmark.family import Family, Source
 from benchmark.work import unseen_prompts
 
 from flowcache.errors import UserError
+from flowcache.report.architecture import draw_architecture
 from flowcache.report.figures import draw_distances, draw_growth, draw_strips, strip_of
 from flowcache.report.framework import draw_framework
 from flowcache.report.scatter import draw_reuse, draw_tradeoff
@@ -110,6 +112,7 @@ def drawn_figures(key: str, model: str) -> dict[str, Callable[[], str]]:
 
 FIGURES: Mapping[str, Callable[[], str | bytes]] = {
     "framework.svg": draw_framework,
+    "architecture.svg": draw_architecture,
     **drawn_figures("skyreels_v2", "SkyReels-V2"),
     "frames_skyreels_v2.png": skyreels_v2_frames,
     **drawn_figures("magi1", "MAGI-1"),

@@ -111,6 +111,43 @@ def test_a_package_imports_only_packages_on_a_lower_floor(package: str):
         assert not higher, f"{name} imports {sorted(higher)}"
 
 
+COMMANDS = {"launch"}
+"""Files next to the method that are no part of it: `python -m flowcache.launch` is a command."""
+FLOORS = {
+    "method": set[str](),
+    "runtime": {"method"},
+    "wan": {"method", "runtime"},
+    "tool": {"method", "runtime", "wan", "tool"},
+}
+"""Floor of the shared package -> the floors that it may import in addition to itself."""
+
+
+def floor_of(name: str) -> str:
+    """Return the floor of a module of `flowcache`: `flowcache.runtime.run` is `runtime`."""
+    parts = name.split(".")
+    if len(parts) < 3:
+        return "runtime" if parts[-1] in COMMANDS else "method"
+    return parts[1] if parts[1] in ("runtime", "wan") else "tool"
+
+
+def test_a_floor_of_the_shared_package_imports_only_lower_floors():
+    """The method can be read, and used, without anything of a run, of Wan, or of a tool."""
+    files = modules("flowcache")
+    for name, path in files.items():
+        own = floor_of(name)
+        found = {floor_of(other) for other in imported(path) & files.keys() if other != "flowcache"}
+        assert found <= FLOORS[own] | {own}, f"{name} is of the {own} and imports {sorted(found)}"
+
+
+def test_no_tool_of_the_shared_package_knows_a_model_by_name():
+    for name, path in modules("flowcache").items():
+        assert not imported(path) & {"magi1", "skyreels_v2"}, name
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if floor_of(name) in ("method", "wan"):
+            texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+            assert not texts & {"magi1", "skyreels_v2"}, name
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_around_a_corner(package: str):
     files = modules(package)

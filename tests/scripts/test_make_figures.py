@@ -270,7 +270,7 @@ def test_an_unknown_figure_is_refused_with_the_known_ones(
     assert script.main(["frame"]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
-    assert "framework, distances_skyreels_v2" in error
+    assert "framework, architecture, distances_skyreels_v2" in error
 
 
 def test_the_source_of_every_figure_is_in_the_repository(script: ModuleType):
