@@ -106,7 +106,7 @@ def make_clip(model: str, settings: Sequence[str]) -> tuple[Tensor, int]:
     job = prepare(MODEL, Request("vanilla", model, settings))
     stats = RunStats(job.device)
     loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
-    shown = MODEL.generate(loaded.dit, loaded.vae, job.placed, inputs, stats=stats)
+    shown = MODEL.generate(loaded.dit, loaded.vae, job.placed, inputs, stats=stats, work=job.work)
     clip = collect(shown, stats)
     return clip.frames, job.work.weight_bytes
 

@@ -7,7 +7,7 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import run_parser
+from flowcache.runtime.cli import main_of, run_parser
 from magi1.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--download", action="store_true", help="fetch the released --model from the hub"
     )
     options = parser.parse_intermixed_args(arguments)
-    from flowcache.runtime.run import main_of  # PyTorch, which --help does without
+    from magi1.config import RunConfig, settings_lines  # which --help does without
 
-    return main_of("magi1", options)
+    return main_of("magi1", options, schema=RunConfig, settings=settings_lines)
 
 
 if __name__ == "__main__":

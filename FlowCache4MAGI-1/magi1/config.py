@@ -30,7 +30,7 @@ from flowcache.bounds import (
 from flowcache.compress import KVRule, strategy_of
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse
-from flowcache.runtime.config import load_config
+from flowcache.runtime.config import describe, load_config
 from flowcache.runtime.settings import (
     MAX_PROCESSES,
     KernelName,
@@ -38,6 +38,7 @@ from flowcache.runtime.settings import (
     check_prompt,
     parse_limit,
 )
+from magi1.released import FIELDS, PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -392,3 +393,9 @@ class RunConfig(ReleaseConfig):
                 f"kv.total_chunks must be above runtime_config.window_size {window}, so that a "
                 f"clean chunk stays beside the active ones, not {self.kv.total_chunks}"
             )
+
+
+def settings_lines() -> list[str]:
+    """Return a line for every setting, with type, default and meaning."""
+    release = describe(ReleaseConfig, commented=FIELDS)
+    return [*release, *describe(RunConfig, commented=PRESETS / "base.yaml")[len(release) :]]

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime import config as settings
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.plan import cost_lines
+from flowcache.runtime.profile import Setting
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
-from magi1.config import ReleaseConfig, RunConfig
+from magi1.config import RunConfig, settings_lines
 from magi1.dit import DiT, compiled_parts
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import Media, num_latents, read_media
+from magi1.memory import ClipMemory, networks_for
 from magi1.pipeline import Conditioning, generate
+from magi1.schedule import SHIFT, Clock
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +51,7 @@ class Magi:
     keys: Mapping[str, str] = KEYS
     places: Collection[str] = (*checkpoints.PATH_FIELDS, "special_tokens")
 
-    def settings_lines(self) -> list[str]:
-        release = settings.describe(ReleaseConfig, commented=released.FIELDS)
-        every = settings.describe(RunConfig, commented=released.PRESETS / "base.yaml")
-        return [*release, *every[len(release) :]]
+    settings_lines = staticmethod(settings_lines)
 
     # Files and settings -----------------------------------------------------------------------
 
@@ -112,7 +112,14 @@ class Magi:
         }
         return found if tokens is None else {**found, "special_tokens": astuple(tokens)}
 
-    setting = staticmethod(works.setting_of)
+    def setting(self, config: RunConfig) -> Setting:
+        run, guidance = config.runtime_config, works.sampling_of(config).guidance
+        scales: list[float] = []
+        if guidance is not None:
+            scales = [*guidance.t_range, *guidance.prev_scales, *guidance.text_scales]
+        return Setting(
+            num_steps=run.num_steps, shift=SHIFT, lag=Clock.of(config).stage, guidance=scales
+        )
 
     # Planning ---------------------------------------------------------------------------------
 
@@ -153,13 +160,36 @@ class Magi:
             f"KV compression, extra passes: {made or 'none'}",
         ]
 
-    lines = staticmethod(works.lines_of)
+    def lines(self, config: RunConfig, work: Work) -> list[str]:
+        run, clip = config.runtime_config, work.segments[0].cut
+        asked, made = run.num_frames, clip.num_frames_out
+        rounded = "" if asked == made else f" ({asked} asked, {made} made: whole chunks)"
+        given = f", {clip.num_prefix} latents given" if clip.num_prefix else ""
+        reach = "all chunks" if not run.noise2clean_kvrange else f"{list(run.noise2clean_kvrange)}"
+        place = " (in the CPU's memory)" if config.engine_config.kv_offload else ""
+        kv_chunks = work.segments[0].kv_tokens // work.pass_tokens
+        return [
+            f"video        {made} frames of {run.video_size_w}x{run.video_size_h} at {run.fps} fps"
+            f"{rounded}, seed {run.seed}",
+            f"chunks       {len(clip.generated)} of {run.chunk_width} latents{given}; "
+            f"{run.window_size} at once, each sees {reach}",
+            f"ticks        {work.num_ticks} of {run.num_steps} steps per chunk, guidance passes "
+            f"{len(work.passes)}",
+            f"tokens       {work.frame_tokens} per latent frame, "
+            f"{work.frame_tokens * run.chunk_width} per chunk, text {work.text_tokens}",
+            f"compute      {work.flops / 1e15:.4g} PFLOPs if every step is computed",
+            *cost_lines(
+                work,
+                cache=f"{kv_chunks} chunks per layer and branch{place}",
+                stored="results and signals",
+            ),
+        ]
 
-    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
-        return works.RunMemory(
+    def footprint(self, job: Job, *, overlaps: bool) -> ClipMemory:
+        return ClipMemory(
             job.config,
             job.work,
-            networks=works.Networks.of(job.source.files, job.config, dtype=job.dtype),
+            networks=networks_for(job.source.files, job.config, dtype=job.dtype),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
+from flowcache.runtime.model import Work
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
@@ -23,7 +24,7 @@ from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
 from magi1.schedule import Clip
 from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
-from magi1.work import clip_of, latent_size, policy_of, sampling_of
+from magi1.work import latent_size, policy_of, work_of
 
 
 class LatentCodec(Protocol):
@@ -77,6 +78,7 @@ def generate(
     conditioning: Conditioning,
     *,
     stats: RunStats,
+    work: Work | None = None,
     draw: Draw | None = None,
     observe: Observe | None = None,
     policies: Policies | None = None,
@@ -87,6 +89,7 @@ def generate(
     Args:
         dit: the transformer, on the device of the run.
         vae: encodes and decodes; it may be elsewhere.
+        work: what the settings ask for; default: derived from them.
         draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
         observe: is given the velocities of computed steps.
         policies: decide what is computed, in segment 0 and branch `ALL_BRANCHES`; default: as the
@@ -98,7 +101,14 @@ def generate(
     policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
     codec = _Codec(vae, dit, takes_turns=config.offload, stats=stats, ranks=ranks)
     prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
-    clip = clip_of(config, num_prefix=0 if prefix is None else prefix.shape[1])
+    work = work or work_of(
+        config,
+        num_prefix=0 if prefix is None else prefix.shape[1],
+        prompt_tokens=len(conditioning.text),
+        has_special_tokens=conditioning.tokens is not None,
+        dtype=dit.dtype,
+    )
+    clip: Clip = work.segments[0].cut
     shape = (dit.config.latent_channels, clip.num_latents, *latent_size(config))
     draw = draw or seeded_noise(config.runtime_config.seed, device=device)
     tokens = conditioning.tokens
@@ -119,7 +129,10 @@ def generate(
     sampler = ClipSampler(
         dit,
         inputs,
-        sampling_of(config),
+        replace(
+            work.loop,
+            kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
+        ),
         reuse=Reuse(
             ranks.decided_by(policy, branch=0), store_of(config.reuse), guidance_of(config.reuse)
         ),

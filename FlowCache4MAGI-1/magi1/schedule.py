@@ -148,6 +148,16 @@ class Clip:
         own = self.latents(chunk)
         return own if self.is_image else own[self.num_fixed(chunk) :]
 
+    def shown_frames(self) -> list[list[int]]:
+        """Return for each chunk the frames `[first, stop)` of the video that show it."""
+        rows, stop = list[list[int]](), 0
+        for chunk in range(self.num_chunks):
+            first = stop
+            if chunk in self.generated:
+                stop += len(self.shown(chunk)) * self.temporal_stride
+            rows.append([first, stop])
+        return rows
+
 
 @dataclass(frozen=True)
 class Clock:

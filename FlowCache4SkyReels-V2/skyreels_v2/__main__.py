@@ -7,7 +7,7 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import run_parser
+from flowcache.runtime.cli import main_of, run_parser
 from skyreels_v2.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--end-image", dest="end_image", help="end image")
     options = parser.parse_intermixed_args(arguments)
-    from flowcache.runtime.run import main_of  # PyTorch, which --help does without
+    from skyreels_v2.config import RunConfig, settings_lines  # which --help does without
 
-    return main_of("skyreels_v2", options)
+    return main_of("skyreels_v2", options, schema=RunConfig, settings=settings_lines)
 
 
 if __name__ == "__main__":

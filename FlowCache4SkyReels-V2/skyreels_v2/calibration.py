@@ -5,11 +5,14 @@ They were fitted on Wan 2.1, whose T2V polynomials the diffusion forcing and T2V
 of SkyReels-V2 share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from flowcache.errors import UserError
+from flowcache.policies import Rescale, ReusePolicy, identity, polynomial
+from flowcache.runtime import profile
 from flowcache.wan.dit import DiTConfig
-from skyreels_v2.config import Signal
+from skyreels_v2.config import RunConfig, Signal
 
 COEFFICIENTS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
@@ -100,3 +103,37 @@ def coefficients_for(config: DiTConfig, *, signal: Signal, height: int, width: i
         return f"t2v-{size}{ending}"
     nearest = min(_RESOLUTIONS, key=lambda name: abs(_RESOLUTIONS[name] - height * width))
     return f"i2v-{nearest}{ending}"
+
+
+def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
+    """Return the name and the function that turn a distance into what is accumulated.
+
+    Raises:
+        UserError: no coefficients are known for this model, or the name is unknown.
+    """
+    name = config.reuse.rescale
+    if name == "none" or (name == "auto" and config.reuse.signal == "content"):
+        return "none", identity
+    if name == "auto":
+        found = coefficients_for(
+            dit, signal=config.reuse.signal, height=config.height, width=config.width
+        )
+        if found is None:
+            raise UserError(
+                f"reuse.policy={config.reuse.policy} has no calibrated coefficients for a model of "
+                f"width {dit.dim}: set reuse.rescale=none, or to one of {', '.join(COEFFICIENTS)}"
+            )
+        name = found
+    if name not in COEFFICIENTS:
+        raise UserError(
+            f"reuse.rescale={name} is unknown: use auto, none, or one of {', '.join(COEFFICIENTS)}"
+        )
+    return name, polynomial(COEFFICIENTS[name])
+
+
+def policy_maker(config: RunConfig, dit: DiTConfig) -> Callable[[], ReusePolicy]:
+    """Return what makes the reuse policy of one branch of one window."""
+    if not config.reuse.kind.takes("rescale"):
+        return profile.policy_maker(config.reuse)
+    _, rescale = rescale_for(config, dit)
+    return profile.policy_maker(config.reuse, rescale=rescale)

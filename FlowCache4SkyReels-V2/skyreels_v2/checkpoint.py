@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from flowcache.attention import SDPA, Kernel
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from flowcache.runtime.tokenizer import tokenizer_files
@@ -18,6 +19,7 @@ from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import checkpoint as wan
 from flowcache.wan import text, vae
 from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig
+from skyreels_v2.released import DEMO, REAL_MODEL, RELEASED
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,6 +40,29 @@ def released_sizes(name: str) -> DiTConfig:
     if name.startswith("i2v-"):
         return replace(sizes, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH)
     return replace(sizes, inject_sample_info=name == "df-1.3b-540p")
+
+
+def choose(name: str, *, has_cuda: bool | None = None) -> str | Path:
+    """Return the folder or hub id of a model.
+
+    Args:
+        name: either, or `demo`, or `auto`: the real model where there is CUDA, else the demo.
+        has_cuda: whether there is a CUDA device; None: look for one.
+    """
+    has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
+    if name == "demo" or (name == "auto" and not has_cuda):
+        if not DEMO.is_dir():
+            raise UserError(
+                f"{DEMO}: the demo checkpoint is missing: restore it from the repository"
+            )
+        return DEMO
+    if name in RELEASED and not Path(name).exists():
+        raise UserError(
+            f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
+            f"its hub id, as {REAL_MODEL}"
+        )
+    given_path(name, name="model")
+    return REAL_MODEL if name == "auto" else name
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
 from flowcache.predict import PREDICTORS, Quantity
+from flowcache.runtime.config import describe
 from flowcache.runtime.settings import (
     KernelName,
     ParallelRule,
@@ -26,6 +27,7 @@ from flowcache.runtime.settings import (
     check_prompt,
     parse_limit,
 )
+from skyreels_v2.released import PRESETS
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -136,3 +138,8 @@ class RunConfig:
             )
         if self.clean_pass and self.attention != "causal":
             raise UserError("clean_pass=true needs a KV cache: set attention=causal")
+
+
+def settings_lines() -> list[str]:
+    """Return a line for every setting, with type, default and meaning."""
+    return describe(RunConfig, commented=PRESETS / "base.yaml")

@@ -1,6 +1,5 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,25 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowcache.bounds import given_path
 from flowcache.errors import UserError
-from flowcache.runtime import config as settings
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.plan import cost_lines
+from flowcache.runtime.profile import Setting
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text, vae
 from flowcache.wan.dit import DiT, compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
-from skyreels_v2.config import RunConfig
+from skyreels_v2.calibration import rescale_for
+from skyreels_v2.config import RunConfig, settings_lines
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
+from skyreels_v2.memory import WindowMemory, networks_of
 from skyreels_v2.pipeline import Conditioning, generate
-from skyreels_v2.released import DEMO, PRESETS, REAL_MODEL, RELEASED, released_name
+from skyreels_v2.released import PRESETS, RELEASED, released_name
+from skyreels_v2.window import describe
 
-logger = logging.getLogger(__name__)
 KEYS: Mapping[str, str] = MappingProxyType(
     {
         key: key
@@ -49,15 +50,14 @@ class SkyReels:
     keys: Mapping[str, str] = KEYS
     places: Collection[str] = ()
 
-    def settings_lines(self) -> list[str]:
-        return settings.describe(RunConfig, commented=PRESETS / "base.yaml")
+    settings_lines = staticmethod(settings_lines)
 
     # Files and settings -----------------------------------------------------------------------
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
             return Source(name, plans_by_sizes=True, sizes=checkpoints.released_sizes(name))
-        place = choose_model(name)
+        place = checkpoints.choose(name)
         if Path(place).expanduser().exists():
             return _source(checkpoints.find(place))
         known = released_name(str(place))
@@ -70,7 +70,7 @@ class SkyReels:
         check_mode(config, source.sizes)
         config = turn_to_fit(config)
         if config.reuse.kind.takes("rescale"):
-            works.rescale_for(config, source.sizes)
+            rescale_for(config, source.sizes)
         return config
 
     def check_device(
@@ -109,7 +109,13 @@ class SkyReels:
         paths = {part: getattr(job.source.files, part) for part in parts}
         return {part: path for part, path in paths.items() if path is not None}
 
-    setting = staticmethod(works.setting_of)
+    def setting(self, config: RunConfig) -> Setting:
+        return Setting(
+            num_steps=config.num_steps,
+            shift=config.shift,
+            lag=config.ar_step,
+            guidance=[config.guidance] if len(works.branches_of(config)) > 1 else [],
+        )
 
     # Planning ---------------------------------------------------------------------------------
 
@@ -136,15 +142,34 @@ class SkyReels:
             f"reuse, {config.kv.compress} KV compression",
         ]
 
-    lines = staticmethod(works.lines_of)
+    def lines(self, config: RunConfig, work: Work) -> list[str]:
+        windows = ", ".join(describe(part.cut) for part in work.segments)
+        in_first = work.segments[0].cut.num_frames * work.frame_tokens
+        ticks = sum(
+            len(part.ticks) if work.is_whole else sum(len(tick.steps) for tick in part.ticks)
+            for part in work.segments
+        )
+        num_branches = len(work.branches)
+        kv_tokens = max(part.kv_tokens for part in work.segments)
+        return [
+            f"video        {config.num_frames} frames of {config.width}x{config.height} at "
+            f"{config.fps} fps, seed {config.seed}",
+            f"segments     {len(work.segments)}: {windows}",
+            f"ticks        {work.num_ticks} of {config.num_steps} steps per chunk, "
+            f"{config.attention} attention, lag {config.ar_step}, {num_branches} branches",
+            f"tokens       {work.frame_tokens} per latent frame, {in_first} in the first window",
+            f"forwards     {ticks * num_branches}, "
+            f"{work.flops / 1e15:.4g} PFLOPs if every step is computed",
+            *cost_lines(work, cache=f"{kv_tokens} tokens per layer and branch", stored="results"),
+        ]
 
-    def footprint(self, job: Job, *, overlaps: bool) -> works.RunMemory:
+    def footprint(self, job: Job, *, overlaps: bool) -> WindowMemory:
         sizes = job.source.sizes
-        return works.RunMemory(
-            job.config,
+        return WindowMemory(
             sizes,
+            job.config,
             job.work,
-            networks=works.Networks.of(job.source.files, sizes, dtype=job.dtype),
+            networks=networks_of(job.source.files, sizes, dtype=job.dtype),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
@@ -170,7 +195,7 @@ class SkyReels:
     def text_facts(self, job: Job) -> dict[str, Any]:
         files = job.source.files
         return {
-            "prompts": _prompts(job.config),
+            "prompts": _prompts(job),
             "encoder": text.fingerprint(files.text_encoder, tokenizer=files.tokenizer),
             "text_len": files.config.text_len,
             "dtype": str(job.dtype),
@@ -187,7 +212,7 @@ class SkyReels:
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job.config))
+        made = encoder.encode(_prompts(job))
         modules = {"text encoder": encoder.model}
         return check_finite(made, "the embeddings of the prompts", modules=modules)
 
@@ -228,7 +253,7 @@ class SkyReels:
     def compile(self, job: Job, dit: DiT) -> None:
         work, num_own = job.work, len(job.ranks.local_branches(job.work.branches))
         # of two branches in one batch one may reuse alone
-        is_batched = num_own > 1 and works.batches_branches(job.config)
+        is_batched = num_own > 1 and work.loop.sampling.batch_branches
         dit.parts = compiled_parts()
         dit.compile_ahead(
             num_frames=work.pass_tokens // work.frame_tokens,
@@ -245,32 +270,9 @@ class SkyReels:
 MODEL = SkyReels()
 
 
-def choose_model(name: str, *, has_cuda: bool | None = None) -> str | Path:
-    """Return the folder or hub id of a model.
-
-    Args:
-        name: either, or `demo`, or `auto`: the real model where there is CUDA, else the demo.
-        has_cuda: whether there is a CUDA device; None: look for one.
-    """
-    has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
-    if name == "demo" or (name == "auto" and not has_cuda):
-        if not DEMO.is_dir():
-            raise UserError(
-                f"{DEMO}: the demo checkpoint is missing: restore it from the repository"
-            )
-        return DEMO
-    if name in RELEASED and not Path(name).exists():
-        raise UserError(
-            f"{name} names sizes, for --dry-run: to make a video give the checkpoint's folder or "
-            f"its hub id, as {REAL_MODEL}"
-        )
-    given_path(name, name="model")
-    return REAL_MODEL if name == "auto" else name
-
-
 def _source(found: checkpoints.Checkpoint) -> Source:
     return Source(found.folder.name, found.folder, files=found, sizes=found.config)
 
 
-def _prompts(config: RunConfig) -> list[str]:
-    return [config.prompt, config.negative_prompt][: len(works.branches_of(config))]
+def _prompts(job: Job) -> list[str]:
+    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

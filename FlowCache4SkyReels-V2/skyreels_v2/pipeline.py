@@ -3,7 +3,7 @@
 Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor
 from flowcache.kv import KVCache, caches_for
 from flowcache.policies import Observe, Policies, ReusePolicy, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
+from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, done, should_overlap
@@ -22,19 +23,11 @@ from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.dit import ContextKV, DiT, context_flops
+from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames
-from skyreels_v2.work import (
-    VAE_STRIDE,
-    compression_of,
-    kv_capacity,
-    policy_maker,
-    sampling_of,
-    segments_of,
-    tokens_per_frame,
-    window_of,
-)
+from skyreels_v2.work import VAE_STRIDE, work_of
 
 LATENT_CHANNELS = 16
 MASK_CHANNELS = 4
@@ -101,6 +94,7 @@ def generate(
     conditioning: Conditioning,
     *,
     stats: RunStats,
+    work: Work | None = None,
     draw: Draw | None = None,
     observe: Observe | None = None,
     policies: Policies | None = None,
@@ -111,6 +105,7 @@ def generate(
     Args:
         dit: the transformer, on the device of the run.
         vae: encodes and decodes; it may be elsewhere.
+        work: what the settings ask for; default: derived from them.
         draw: makes all noise; default: from a generator seeded with `config.seed`.
         observe: is shown the velocities of computed steps.
         policies: decide what is computed; default: as the settings say.
@@ -119,10 +114,21 @@ def generate(
     device = dit.patch_embedding.weight.device
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     policies = policies or _settings_policies(config, dit)
-    run = _run(dit, config, stats=stats, draw=draw, observe=observe, ranks=ranks or Ranks())
+    work = work or work_of(config, dit.config, dtype=dit.dtype)
+    run = Run(
+        dit,
+        work.loop.sampling,
+        stats,
+        compression=work.loop.compression,
+        new_store=partial(store_of, config.reuse),
+        new_guidance=partial(guidance_of, config.reuse),
+        draw_noise=lambda like: draw(tuple(like.shape), like.dtype),
+        observe=observe,
+        ranks=ranks or Ranks(),
+    )
     dit_weights = HostWeights(dit, device) if config.offload else None
     contexts = _encode_contexts(run, conditioning)
-    segments = segments_of(config)
+    segments: Sequence[Segment] = work.loop.segments
     # before any that is blended into a prefix, which upstream takes from another source
     noises = [_draw_noise(draw, config, segment, dit=dit) for segment in segments]
     tail = None if conditioning.video is None else done(conditioning.video)
@@ -131,13 +137,8 @@ def generate(
     )
     with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
         codec = _Codec(vae, run, worker, dit_weights)
-        for segment, noise in zip(segments, noises, strict=True):
-            window = window_of(
-                config,
-                segment,
-                num_segments=len(segments),
-                is_i2v=dit.config.model_type == "i2v",
-            )
+        for segment, part, noise in zip(segments, work.segments, noises, strict=True):
+            window: Window = part.cut
             before = None if tail is None else tail.result()
             latents = _start_latents(
                 codec, conditioning, noise, window=window, segment=segment, before=before
@@ -148,7 +149,9 @@ def generate(
                 latents,
                 window=window,
                 segment=segment,
-                branches=_branches(run, config, contexts, policies, window=window, segment=segment),
+                branches=_branches(
+                    run, config, contexts, policies, part=part, number=segment.index
+                ),
                 condition=_image_condition(codec, conditioning, segment),
             )
             for tick, frames in made:
@@ -160,29 +163,6 @@ def generate(
 
 
 # Before the first segment -------------------------------------------------------------------------
-
-
-def _run(
-    dit: DiT,
-    config: RunConfig,
-    *,
-    stats: RunStats,
-    draw: Draw,
-    observe: Observe | None,
-    ranks: Ranks,
-) -> Run:
-    """Return what all segments share, as the settings say."""
-    return Run(
-        dit,
-        sampling_of(config),
-        stats,
-        compression=compression_of(config, frame_tokens=tokens_per_frame(config)),
-        new_store=partial(store_of, config.reuse),
-        new_guidance=partial(guidance_of, config.reuse),
-        draw_noise=lambda like: draw(tuple(like.shape), like.dtype),
-        observe=observe,
-        ranks=ranks,
-    )
 
 
 def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
@@ -314,28 +294,28 @@ def _branches(
     contexts: Mapping[str, list[ContextKV]],
     policies: Policies,
     *,
-    window: Window,
-    segment: Segment,
+    part: SegmentWork,
+    number: int,
 ) -> dict[str, Branch]:
     """Return the guidance branches of a window; those of other processes have no caches."""
     branches: dict[str, Branch] = {}
-    for number, (name, context) in enumerate(contexts.items()):
-        policy = policies(segment=segment.index, branch=name)
-        has_caches = config.attention == "causal" and run.ranks.computes(number)
+    for branch, (name, context) in enumerate(contexts.items()):
+        policy = policies(segment=number, branch=name)
+        has_caches = config.attention == "causal" and run.ranks.computes(branch)
         branches[name] = Branch(
             context,
-            run.ranks.decided_by(policy, branch=number),
+            run.ranks.decided_by(policy, branch=branch),
             run.new_store(),
-            _caches(run, config, window) if has_caches else [],
+            _caches(run, config, part.kv_tokens) if has_caches else [],
         )
     return branches
 
 
-def _caches(run: Run, config: RunConfig, window: Window) -> list[KVCache]:
+def _caches(run: Run, config: RunConfig, capacity: int) -> list[KVCache]:
     dit = run.dit
     return caches_for(
         dit.config.num_layers,
-        capacity=kv_capacity(config, window),
+        capacity=capacity,
         num_heads=dit.config.num_heads // run.ranks.layout.sequence,
         head_width=dit.config.head_width,
         dtype=dit.dtype,

@@ -23,7 +23,7 @@ from flowcache.wan.dit import DiTConfig
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance
-from skyreels_v2.model import MODEL, choose_model
+from skyreels_v2.model import MODEL
 from skyreels_v2.released import released_name
 from skyreels_v2.upstream_flags import SIZES, Script, parser_of
 from skyreels_v2.window import latent_frames
@@ -108,7 +108,7 @@ def request_of(script: Script, options: Namespace) -> Request:
     Raises:
         UserError: a flag is missing or not supported.
     """
-    model = choose_model(options.model_id)
+    model = checkpoints.choose(options.model_id)
     own = _own_keys(given_path(str(model), name="model"))
     seed = _seed_of(options)
     settings = [f"prompt={options.prompt}", f"seed={seed}", *_model_settings(options, own)]
@@ -233,7 +233,7 @@ def _flowcache_settings(options: Namespace, own: set[str]) -> Iterator[str]:
     yield from _reuse_settings(options, policy="flowcache" if is_on else "vanilla")
     yield "reuse.signal=timestep"
     if is_on and not options.use_ret_steps and "reuse.rescale" not in own:
-        model = _sizes_of(choose_model(options.model_id))
+        model = _sizes_of(checkpoints.choose(options.model_id))
         name = coefficients_for(model, signal="timestep_embedding", height=0, width=0)
         if name is not None:
             yield f"reuse.rescale={name}"

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowcache.errors import UserError
+from flowcache.runtime.settings import check_work
 from flowcache.wan.vae import TEMPORAL_STRIDE
+from skyreels_v2.config import RunConfig
 
 
 def latent_frames(pixel_frames: int) -> int:
@@ -129,6 +131,38 @@ def cut_segments(
         segments.append(Segment(len(segments), size, overlap))
         done += size - shared
     return segments
+
+
+def segments_of(config: RunConfig) -> list[Segment]:
+    """Cut the run into segments.
+
+    Raises:
+        UserError: frames, windows and overlap don't fit each other, or the video is too long.
+    """
+    window = latent_frames(min(config.num_frames, config.base_num_frames))
+    step = max(window - latent_frames(config.overlap_history or 1), 1)
+    num_segments = -(-latent_frames(config.num_frames) // step)
+    num_chunks = num_segments * -(-window // config.causal_block_size)
+    check_work(num_chunks=num_chunks, num_steps=config.num_steps)
+    return cut_segments(
+        config.num_frames,
+        base=config.base_num_frames,
+        overlap=config.overlap_history,
+        continues_video=config.video is not None,
+    )
+
+
+def window_of(config: RunConfig, segment: Segment, *, is_last: bool, is_i2v: bool) -> Window:
+    """Cut one segment into chunks, given frames included."""
+    num_prefix = latent_frames(segment.prefix_pixels) if segment.prefix_pixels else 0
+    if segment.index == 0 and config.image is not None and not is_i2v:
+        num_prefix = 1
+    return cut_window(
+        segment.num_frames,
+        chunk_frames=config.causal_block_size,
+        num_prefix=num_prefix,
+        has_end=config.end_image is not None and is_last,
+    )
 
 
 def _check_frames(name: str, value: int) -> None:

@@ -89,7 +89,10 @@ def render(job: Job, models: Loaded, prompt: str, seed: int) -> Clip:
     job = replace(job, config=replace(job.config, prompt=prompt, runtime_config=runtime))
     stats = RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
-    return collect(MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
+    return collect(
+        MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats, work=job.work),
+        stats,
+    )
 
 
 def check_compresses(name: str, job: Job) -> None:

@@ -54,7 +54,10 @@ def render(job: Job, models: Loaded, prompt: str, seed: int) -> Clip:
     job = replace(job, config=replace(job.config, prompt=prompt, seed=seed))
     stats = RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
-    return collect(MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats), stats)
+    return collect(
+        MODEL.generate(models.dit, models.vae, job.config, inputs, stats=stats, work=job.work),
+        stats,
+    )
 
 
 RIVALS = Rivals(COMPUTED, "flowcache_fast", WORDS, has_clean=True, has_guidance=True)

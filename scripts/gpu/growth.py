@@ -153,7 +153,9 @@ def _open(model: VideoModel, line: Line, num_frames: int) -> Make:
 
     def make(line: Line, num_frames: int) -> dict[str, Any]:
         job, stats = prepare(model, request(line, num_frames)), RunStats(first.device)
-        shown = model.generate(loaded.dit, NoVideo(), job.config, inputs, stats=stats)
+        shown = model.generate(
+            loaded.dit, NoVideo(), job.config, inputs, stats=stats, work=job.work
+        )
         row = make_video(num_frames, job.work.num_chunks, shown, stats)
         return row | {"kv_bytes": job.work.kv_bytes}
 

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from flowcache.attention import choose_kernel
 from flowcache.policies import Policies
-from flowcache.runtime.memory import MemoryPlan, make_memory_plan, weight_bytes
+from flowcache.runtime.memory import MemoryPlan, Networks, make_memory_plan, weight_bytes
 from flowcache.runtime.model import Progress
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.plan import per_process
@@ -32,11 +32,13 @@ from magi1 import vae as magi1_vae
 from magi1 import work as magi1_work
 from magi1.dit import DiT as MagiDiT
 from magi1.dit import set_precision
+from magi1.memory import ClipMemory
 from magi1.model import MODEL as MAGI
 from magi1.vae import ViTVAE
 from magi1.work import dtype_of
 from skyreels_v2 import pipeline
 from skyreels_v2 import work as skyreels_work
+from skyreels_v2.memory import WindowMemory, networks_of
 from skyreels_v2.model import MODEL as SKYREELS
 from skyreels_v2.work import branches_of
 
@@ -208,11 +210,11 @@ def _skyreels(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
     if case.num_layers is not None:
         sizes = replace(sizes, num_layers=case.num_layers)
     work = skyreels_work.work_of(config, sizes, dtype=DTYPE)
-    needs = skyreels_work.RunMemory(
-        config,
+    needs = WindowMemory(
         sizes,
+        config,
         per_process(work, case.ranks.layout),
-        networks=skyreels_work.Networks.of(None, sizes, dtype=DTYPE),
+        networks=networks_of(None, sizes, dtype=DTYPE),
         dtype=DTYPE,
         layout=case.ranks.layout,
     )
@@ -236,6 +238,7 @@ def _skyreels(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             config,
             conditioning,
             stats=stats,
+            work=work,
             policies=policies,
             ranks=case.ranks,
         )
@@ -255,10 +258,10 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
     )
     with torch.device("meta"):
         empty = magi1_vae.VAE(ViTVAE(vae_sizes).to(dtype), scale=scale)
-    needs = magi1_work.RunMemory(
+    needs = ClipMemory(
         config,
         per_process(work, case.ranks.layout),
-        networks=magi1_work.Networks(magi1_text.released(), empty),
+        networks=Networks(magi1_text.released(), torch.float32, empty),
         dtype=dtype,
         layout=case.ranks.layout,
     )
@@ -278,6 +281,7 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             config,
             magi1_pipeline.Conditioning(encoded.to(CUDA)),
             stats=stats,
+            work=work,
             policies=policies,
             ranks=case.ranks,
         )

@@ -21,7 +21,6 @@ from magi1.config import RunConfig
 from magi1.released import PRESETS
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.model import MODEL
-from skyreels_v2.work import setting_of
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODELS = ("magi1", "skyreels_v2")
@@ -232,7 +231,7 @@ def write_budgets(folder: Path, *, model: str = "skyreels_v2") -> str:
     profile = profiles.Profile(
         version=profiles.VERSION,
         fingerprint=checkpoints.fingerprint(job.source.files),
-        setting=setting_of(job.config),
+        setting=MODEL.setting(job.config),
         reuse=profiles.Reuse([[0, 1, 4, NUM_STEPS - 1]], "velocity", 1, 0.5),
         predicted=profiles.Prediction(1.0, 30.0, 0.5, 1.0),
         observed=profiles.Observed(ones, [0.0] * NUM_STEPS, ones),

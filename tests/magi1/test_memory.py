@@ -17,6 +17,7 @@ from flowcache.runtime.memory import (
     LeanAttention,
     LiveBytes,
     MemoryPlan,
+    Networks,
     make_memory_plan,
     scratch_bytes,
 )
@@ -26,11 +27,12 @@ from flowcache.runtime.stats import RunStats
 from magi1 import vae
 from magi1.config import RunConfig
 from magi1.dit import DiT, set_precision
+from magi1.memory import ClipMemory, TracedVAE
 from magi1.model import MODEL
 from magi1.pipeline import Conditioning, generate
 from magi1.text import NULL_TOKENS, empty
 from magi1.vae import ViTVAE
-from magi1.work import Networks, RunMemory, TracedVAE, work_of
+from magi1.work import work_of
 
 META = torch.device("meta")
 TOLERANCE = 0.15
@@ -77,10 +79,10 @@ def planned_and_measured_at_released_size(
     plan = work_of(
         config, num_prefix=0, prompt_tokens=50, has_special_tokens=False, dtype=torch.bfloat16
     )
-    needs = RunMemory(
+    needs = ClipMemory(
         config,
         plan,
-        networks=Networks(empty(text_encoder), codec),
+        networks=Networks(empty(text_encoder), torch.float32, codec),
         dtype=torch.bfloat16,
     )
     peak = measured(
@@ -89,6 +91,7 @@ def planned_and_measured_at_released_size(
         codec,
         Conditioning(torch.empty(NULL_TOKENS, model.caption_channels, device=META)),
         draw=lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META),
+        work=plan,
     )
     wanted = MODEL.residence(config)
     return make_memory_plan(needs.stages, wanted=wanted, limit_bytes=None, has_host=True), peak
@@ -133,7 +136,7 @@ def planned_and_measured(
     models = load_networks(job, stats=RunStats(job.device))
     inputs = encode_inputs(job, stats=RunStats(job.device))
     assert isinstance(models.vae, vae.VAE)
-    return job.memory, measured(job.placed, models.dit, models.vae, inputs)
+    return job.memory, measured(job.placed, models.dit, models.vae, inputs, work=job.work)
 
 
 @pytest.mark.parametrize(

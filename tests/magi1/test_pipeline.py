@@ -12,10 +12,10 @@ from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from magi1.memory import networks_for
 from magi1.model import MODEL
 from magi1.pipeline import Conditioning, Progress, generate
 from magi1.vae import Tiling
-from magi1.work import Networks
 
 COMPRESSED = ("kv.compress=importance", "kv.total_chunks=3", "runtime_config.num_frames=60")
 
@@ -66,7 +66,7 @@ def test_the_vae_of_a_run_works_in_tiles_of_its_rate(distilled: Path, tmp_path: 
     settings = ("runtime_config.fps=17", "runtime_config.chunk_width=2")
     job = job_of(distilled, tmp_path, *settings, "runtime_config.num_frames=8")
     models, _ = loaded(job)
-    planned = Networks.of(job.source.files, job.config, dtype=job.dtype)
+    planned = networks_for(job.source.files, job.config, dtype=job.dtype)
     assert models.vae.tiling == planned.vae.tiling == Tiling(frames=8)
 
 

@@ -8,8 +8,9 @@ import torch
 from flowcache.runtime.model import Work
 from magi1.config import RunConfig
 from magi1.dit import published_clip_flops
+from magi1.model import MODEL
 from magi1.schedule import Clock
-from magi1.work import clip_of, layout_of, lines_of, work_of
+from magi1.work import clip_of, layout_of, work_of
 
 Configure = Callable[..., RunConfig]
 
@@ -72,6 +73,6 @@ def test_weights_are_counted_as_they_are_stored(configure: Configure):
 
 def test_the_plan_says_what_is_rounded(configure: Configure):
     config = configure("vanilla", "runtime_config.num_frames=100")
-    said = "\n".join(lines_of(config, plan_of(config)))
+    said = "\n".join(MODEL.lines(config, plan_of(config)))
     assert "120 frames of 720x720 at 24 fps (100 asked, 120 made: whole chunks)" in said
-    assert "asked" not in "\n".join(lines_of(configure(), plan_of(configure())))
+    assert "asked" not in "\n".join(MODEL.lines(configure(), plan_of(configure())))

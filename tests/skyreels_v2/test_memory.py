@@ -18,6 +18,7 @@ from flowcache.runtime.memory import (
     LeanAttention,
     LiveBytes,
     MemoryPlan,
+    Networks,
     Residence,
     make_memory_plan,
 )
@@ -29,10 +30,11 @@ from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.text import empty_encoder
 from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
+from skyreels_v2.memory import WindowMemory, networks_of
 from skyreels_v2.model import MODEL
 from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.released import PRESETS
-from skyreels_v2.work import Networks, RunMemory, work_of
+from skyreels_v2.work import work_of
 
 META = torch.device("meta")
 SIZES = released_sizes("df-1.3b-540p")
@@ -50,7 +52,7 @@ def planned(
     config: RunConfig, sizes: DiTConfig, networks: Networks, *, dtype: torch.dtype
 ) -> MemoryPlan:
     plan = work_of(config, sizes, dtype=dtype)
-    needs = RunMemory(config, sizes, plan, networks=networks, dtype=dtype)
+    needs = WindowMemory(sizes, config, plan, networks=networks, dtype=dtype)
     return make_memory_plan(needs.stages, wanted=Residence(), limit_bytes=None, has_host=True)
 
 
@@ -69,11 +71,11 @@ def measured(
     """Return the most bytes that the run held at once."""
     device = next(dit.parameters()).device
     stats = RunStats(torch.device("cpu"))
-    conditioning = Conditioning(text)
+    conditioning, work = Conditioning(text), work_of(config, dit.config, dtype=dit.dtype)
     if device == META:
         options["draw"] = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META)
     with LeanAttention(), LiveBytes() as live:
-        for _ in generate(dit, codec, config, conditioning, stats=stats, **options):
+        for _ in generate(dit, codec, config, conditioning, stats=stats, work=work, **options):
             pass
     return live.peak + weights(dit, codec.model)
 
@@ -99,7 +101,7 @@ def at_released_size(config: RunConfig) -> int:
 )
 def test_the_plan_of_the_released_size_holds(preset: str, settings: tuple[str, ...]):
     config = config_of(preset, "num_frames=97", "reuse.warmup_steps=1", *settings)
-    networks = Networks.of(None, SIZES, dtype=torch.bfloat16)
+    networks = networks_of(None, SIZES, dtype=torch.bfloat16)
     plan = planned(config, SIZES, networks, dtype=torch.bfloat16)
     assert generation_peak(plan) == pytest.approx(at_released_size(config), rel=TOLERANCE)
 

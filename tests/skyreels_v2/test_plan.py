@@ -9,9 +9,11 @@ from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.model import Work
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
+from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
+from skyreels_v2.model import MODEL
 from skyreels_v2.released import PRESETS
-from skyreels_v2.work import compression_of, lines_of, policy_maker, tokens_per_frame, work_of
+from skyreels_v2.work import compression_of, tokens_per_frame, work_of
 
 DF_13B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, inject_sample_info=True)
 """The 1.3B diffusion forcing model."""
@@ -135,7 +137,7 @@ def test_a_chunks_own_last_step_is_computed_unless_asked_otherwise(is_forced: bo
 def test_the_plan_is_told_in_lines(preset: str):
     config = config_of(preset)
     plan = work_of(config, TWO_LAYERS, dtype=torch.bfloat16)
-    text = "\n".join(lines_of(config, plan))
+    text = "\n".join(MODEL.lines(config, plan))
     assert "177 frames of 960x544 at 24 fps, seed 1024" in text
     assert "2: 5 chunks (5 of 5 latent frames), 4 chunks (4 of 5 latent frames)" in text
     assert "2040 per latent frame, 51000 in the first window" in text

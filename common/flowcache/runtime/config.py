@@ -62,12 +62,17 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
     values: dict[str, Any] = {}
     for path in layers:
         _merge_(values, schema, read_layer(path), source=str(path))
-    for text in overrides:
-        _merge_(values, schema, parse_override(text, schema), source=COMMAND_LINE)
+    merge_overrides_(values, schema, overrides)
     missing = sorted(_missing(schema, values))
     if missing:
         raise UserError(f"{missing[0]} has no value: set it in a preset or as {missing[0]}=VALUE")
     return schema(**_arguments(schema, values))
+
+
+def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[str]) -> None:
+    """Put `a.b=value` overrides, converted to the types of the schema, into nested `values`."""
+    for text in overrides:
+        _merge_(values, schema, parse_override(text, schema), source=COMMAND_LINE)
 
 
 # Reading ------------------------------------------------------------------------------------------

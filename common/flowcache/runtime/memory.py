@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowcache.errors import UserError
-from flowcache.kv import PREFETCHED_LAYERS
+from flowcache.kv import PREFETCHED_LAYERS, KVCache, caches_for
 from flowcache.runtime.model import Work
 from flowcache.runtime.parallel import Group, Layout, Ranks, branches_per_process
 from flowcache.runtime.settings import parse_limit
@@ -260,25 +260,55 @@ class MemoryPlan:
         return rows
 
 
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run but the transformer: empty, on the meta device."""
+
+    text: Any
+    """A T5 encoder of transformers."""
+    text_dtype: torch.dtype
+    """In which it runs."""
+    vae: Any
+    """Its network is `model`."""
+    vision_bytes: int | None = None
+    """Weights of the image encoder; None: the model has none."""
+
+
 class Footprint(ABC):
     """Counts what a run keeps in the memory of its device; networks are traced once.
 
     A model says what its stages hold; what is alike in all models is here.
     """
 
+    text_remedy: str
+    """What takes the text encoder off the device."""
+    kv_remedy: str
+    num_layers: int
+    """Of the transformer."""
+
     def __init__(
-        self, config: Any, work: Work, *, dtype: torch.dtype, layout: Layout, overlaps: bool
+        self,
+        config: Any,
+        work: Work,
+        *,
+        networks: Networks,
+        dtype: torch.dtype,
+        layout: Layout | None = None,
+        overlaps: bool = False,
     ) -> None:
         """Count for one of the processes that divide a run.
 
         Args:
             work: of a process, see `plan.per_process`.
             dtype: of the weights inside the blocks.
+            layout: how the processes divide it; None: there is one.
             overlaps: whether chunks are decoded while others are denoised, if both networks are
                 there.
         """
-        self.config, self.work, self.dtype = config, work, dtype
+        layout = layout or Layout()
+        self.config, self.work, self.dtype, self.networks = config, work, dtype, networks
         self.ranks, self.overlaps = traced_ranks(layout), overlaps
+        self.vae_bytes = weight_bytes(networks.vae.model)
         self.num_own = branches_per_process(layout, num_branches=work.num_caches)
         """Branches of this process."""
 
@@ -286,25 +316,53 @@ class Footprint(ABC):
     def stages(self, residence: Residence) -> list[Stage]:
         """Return the stages of the run, given what is kept on the host."""
 
-    def kv_part(self, residence: Residence, *, num_layers: int, remedy: str) -> Part:
+    def text_stage(self, residence: Residence, *, scratch: int) -> Stage:
+        """Return what encoding the prompts and a start image holds.
+
+        Args:
+            scratch: bytes of the text encoder's activations.
+        """
+        is_here, networks = not residence.text_on_host, self.networks
+        numbers = sum(parameter.numel() for parameter in networks.text.parameters())
+        size = numbers * networks.text_dtype.itemsize
+        parts = [Part("the text encoder", size * is_here, self.text_remedy)]
+        if networks.vision_bytes is not None:
+            parts.append(Part("the image encoder", networks.vision_bytes, "use a smaller dtype"))
+        parts.append(Part("text activations", scratch * is_here, self.text_remedy))
+        return Stage("text", tuple(parts))
+
+    def kv_part(self, residence: Residence) -> Part:
         """Return the keys and values; of those on the host, two layers are read at a time."""
         if not residence.kv_on_host:
-            return Part("the KV cache", self.work.kv_bytes, remedy)
+            return Part("the KV cache", self.work.kv_bytes, self.kv_remedy)
         # the buffers stay from the first tick to the last
         name = f"{PREFETCHED_LAYERS} layers of the KV cache"
-        return Part(name, PREFETCHED_LAYERS * self.layer_bytes(num_layers), remedy)
+        return Part(name, PREFETCHED_LAYERS * self.layer_bytes, self.kv_remedy)
 
-    def layer_bytes(self, num_layers: int) -> int:
+    @property
+    def layer_bytes(self) -> int:
         """Return the keys and values of one layer and branch."""
-        return self.work.kv_bytes // (num_layers * self.num_own)
+        return self.work.kv_bytes // (self.num_layers * self.num_own)
 
-    def scoring_part(self, residence: Residence, *, num_layers: int) -> Part:
+    def scoring_part(self, residence: Residence) -> Part:
         """Return what compression adds: queries, scores, kept rows; those of the host are read."""
         size = 0
         if self.config.kv.compress != "none":
             halves = 2 if residence.kv_on_host else 1
-            size = self.work.scoring_bytes + halves * self.layer_bytes(num_layers) // 2
+            size = self.work.scoring_bytes + halves * self.layer_bytes // 2
         return Part("KV scoring", size, SCORING_REMEDY)
+
+    def empty_caches(self, num_layers: int, *, num_tokens: int) -> list[KVCache]:
+        """Return the caches of a pass whose keys are all its own, on the meta device."""
+        shape = self.work.attention
+        return caches_for(
+            num_layers,
+            capacity=num_tokens,
+            num_heads=shape.kv_heads // self.ranks.sequence.size,
+            head_width=shape.head_width,
+            dtype=self.dtype,
+            device=META,
+        )
 
 
 StagesOf = Callable[[Residence], Sequence[Stage]]

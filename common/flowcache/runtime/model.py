@@ -17,7 +17,7 @@ In between a model is called in this order:
     config, source = model.fetch(config, source)     # all files are on the disk
     work = model.work(config, source, media, dtype)  # ticks, FLOPs, bytes: derived once
     dit, vae = model.load_dit(job), model.load_vae(job)
-    for progress in model.generate(dit, vae, config, inputs, stats=stats):
+    for progress in model.generate(dit, vae, config, inputs, work=work, stats=stats):
         progress.later.result().frames                  # pixels of the chunks that became clean
 
 To add a model: write the package with its `model.MODEL`, and name it in `MODELS`.
@@ -160,6 +160,8 @@ class Work:
     """Stored results from which reused steps are made, and signals that are compared."""
     activation_bytes: int
     """Estimate of what one forward needs in addition to weights and caches."""
+    loop: Any
+    """What the model's own denoising loop takes of the settings."""
 
     @property
     def num_ticks(self) -> int:
@@ -424,6 +426,7 @@ class VideoModel(Protocol):
         /,
         *,
         stats: RunStats,
+        work: Work | None = None,
         draw: Draw | None = None,
         observe: Observe | None = None,
         policies: Policies | None = None,
@@ -432,6 +435,7 @@ class VideoModel(Protocol):
         """Make a video; yield after every tick, with the frames that are finished.
 
         Args:
+            work: what the settings ask for; default: derived from them.
             draw: makes all noise; default: from a generator seeded with the settings' seed.
             observe: is shown the velocities of computed steps.
             policies: decide what is computed; default: as the settings say.

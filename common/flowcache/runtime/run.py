@@ -23,7 +23,6 @@ from flowcache.runtime.cli import (
     choose_device,
     choose_output,
     overrides_of,
-    run_command,
 )
 from flowcache.runtime.compile import should_compile
 from flowcache.runtime.config import find_preset, load_config, to_dict
@@ -69,16 +68,14 @@ VIDEO_QUALITY = 8
 # The command line ---------------------------------------------------------------------------------
 
 
-def main_of(name: str, options: argparse.Namespace) -> int:
-    """Do what the command line of a model asks for; return the exit code.
+def run_of(name: str, options: argparse.Namespace) -> int:
+    """Make or plan the video that a command line asks for; return the exit code.
 
     Args:
         name: of the model's package.
         options: as `cli.run_parser` gives them.
     """
     model = load_model(name)
-    if options.list_settings:
-        return run_command(lambda: print("\n".join(model.settings_lines()), flush=True))
     request = request_of(options, model.keys)
     return run_in_ranks(lambda ranks: execute(model, request, ranks))
 
@@ -421,6 +418,7 @@ def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[st
         job.placed,
         inputs,
         stats=stats,
+        work=job.work,
         policies=None if job.replay is None else partial(replay_policies, job.replay),
         ranks=job.ranks,
     )
