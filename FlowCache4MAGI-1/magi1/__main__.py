@@ -7,7 +7,8 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.runtime.cli import main_of, run_parser
+from flowcache.runtime.cli import run_parser
+from flowcache.runtime.entry import main_of
 from magi1.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:

@@ -13,13 +13,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowcache.errors import UserError, no_memory
-from flowcache.runtime.config import merge_overrides_
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Stopped
 from flowcache.runtime.files import fresh_path
 
@@ -130,40 +128,6 @@ def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[s
     if options.no_compile:
         named.append("compile=false")
     return [*named, *options.settings]
-
-
-def main_of(
-    name: str, options: argparse.Namespace, *, schema: type, settings: Callable[[], Sequence[str]]
-) -> int:
-    """Do what the command line of a model asks for; return the exit code.
-
-    Settings are listed, and unknown ones refused, without PyTorch.
-
-    Args:
-        name: of the model's package.
-        options: as `run_parser` gives them.
-        schema: dataclass of all settings.
-        settings: returns the lines of --list-settings.
-    """
-    if options.list_settings:
-        return run_command(lambda: _show(settings()))
-    try:
-        if "RANK" not in os.environ:  # of several processes one reports, once they have met
-            merge_overrides_({}, schema, options.settings)
-    except UserError as error:
-        return run_command(partial(_refuse, error))
-    from flowcache.runtime.run import run_of
-
-    return run_of(name, options)
-
-
-def _show(lines: Sequence[str]) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
-
-
-def _refuse(error: UserError) -> None:
-    raise error
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""Where a model's command line enters a run: what needs no PyTorch is answered without it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from flowcache.errors import UserError
+from flowcache.runtime.cli import run_command
+from flowcache.runtime.config import merge_overrides_
+
+
+def main_of(
+    name: str, options: argparse.Namespace, *, schema: type, settings: Callable[[], Sequence[str]]
+) -> int:
+    """Do what the command line of a model asks for; return the exit code.
+
+    Settings are listed, and unknown ones refused, without PyTorch.
+
+    Args:
+        name: of the model's package.
+        options: as `run_parser` gives them.
+        schema: dataclass of all settings.
+        settings: returns the lines of --list-settings.
+    """
+    if options.list_settings:
+        return run_command(lambda: _show(settings()))
+    try:
+        if "RANK" not in os.environ:  # of several processes one reports, once they have met
+            merge_overrides_({}, schema, options.settings)
+    except UserError as error:
+        return run_command(partial(_refuse, error))
+    from flowcache.runtime.run import run_of
+
+    return run_of(name, options)
+
+
+def _show(lines: Sequence[str]) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def _refuse(error: UserError) -> None:
+    raise error
