@@ -4,9 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from flowcache.errors import UserError
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import merge_overrides_
 
@@ -26,11 +24,10 @@ def main_of(
     """
     if options.list_settings:
         return run_command(lambda: _show(settings()))
-    try:
-        if "RANK" not in os.environ:  # of several processes one reports, once they have met
-            merge_overrides_({}, schema, options.settings)
-    except UserError as error:
-        return run_command(partial(_refuse, error))
+    if "RANK" not in os.environ:  # of several processes one reports, once they have met
+        exit_code = run_command(lambda: merge_overrides_({}, schema, options.settings))
+        if exit_code:
+            return exit_code
     from flowcache.runtime.run import run_of
 
     return run_of(name, options)
@@ -39,7 +36,3 @@ def main_of(
 def _show(lines: Sequence[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-
-
-def _refuse(error: UserError) -> None:
-    raise error

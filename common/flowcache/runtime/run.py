@@ -277,7 +277,7 @@ def plan_without_files(
     missing = model.missing(config, source)
     if missing is None and not source.plans_by_sizes:
         return None
-    plan = plan_by_sizes(model, request, ranks)
+    plan = _plan_of(model, request, config, source, ranks)
     return plan if missing is None else f"{plan}\ndownload     {missing.describe()}"
 
 
@@ -291,7 +291,13 @@ def plan_by_sizes(model: VideoModel, request: Request, ranks: Ranks | None = Non
         UserError: the settings are wrong.
     """
     source = model.find(request.model, is_dry=True, download=request.download)
-    config, device = read_settings(model, request, source), torch.device("cuda")
+    return _plan_of(model, request, read_settings(model, request, source), source, ranks)
+
+
+def _plan_of(
+    model: VideoModel, request: Request, config: Any, source: Source, ranks: Ranks | None
+) -> str:
+    device = torch.device("cuda")
     job = _job_of(
         model,
         request,
