@@ -20,7 +20,7 @@ from flowcache.runtime.profile import Setting
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
-from magi1.config import RunConfig, settings_lines
+from magi1.config import RunConfig
 from magi1.dit import DiT, compiled_parts
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import Media, num_latents, read_media
@@ -50,8 +50,6 @@ class Magi:
     schema = RunConfig
     keys: Mapping[str, str] = KEYS
     places: Collection[str] = (*checkpoints.PATH_FIELDS, "special_tokens")
-
-    settings_lines = staticmethod(settings_lines)
 
     # Files and settings -----------------------------------------------------------------------
 

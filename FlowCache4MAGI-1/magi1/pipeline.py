@@ -1,7 +1,6 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.model import Work
+from flowcache.runtime.model import Progress, Work
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.schedule import Tick
 from magi1.config import RunConfig
 from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
@@ -54,20 +52,6 @@ class Conditioning:
     """Learned tokens that go before the prompt; None: none do."""
     prefix: Tensor | None = None
     """Given frames, `[3, T, H, W]` in -1..1 of the final size."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What just happened: a tick, and the frames that can be shown after it."""
-
-    tick: Tick
-    later: Future[Decoded] | None
-    """New pixel frames, about -1..1, which may be under way, or None."""
-
-    @property
-    def frames(self) -> Tensor | None:
-        """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.result().frames
 
 
 @torch.no_grad()

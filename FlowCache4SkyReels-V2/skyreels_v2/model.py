@@ -23,7 +23,7 @@ from flowcache.wan.dit import DiT, compiled_parts
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
 from skyreels_v2.calibration import rescale_for
-from skyreels_v2.config import RunConfig, settings_lines
+from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
 from skyreels_v2.memory import WindowMemory, networks_of
 from skyreels_v2.pipeline import Conditioning, generate
@@ -49,8 +49,6 @@ class SkyReels:
     schema = RunConfig
     keys: Mapping[str, str] = KEYS
     places: Collection[str] = ()
-
-    settings_lines = staticmethod(settings_lines)
 
     # Files and settings -----------------------------------------------------------------------
 

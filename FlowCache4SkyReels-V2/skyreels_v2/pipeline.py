@@ -15,7 +15,7 @@ from torch import Tensor
 from flowcache.kv import KVCache, caches_for
 from flowcache.policies import Observe, Policies, ReusePolicy, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.model import SegmentWork, Work
+from flowcache.runtime.model import Progress, SegmentWork, Work
 from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, done, should_overlap
@@ -71,19 +71,10 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What just happened: a tick, and the frames that can be shown after it."""
+class SegmentProgress(Progress):
+    """What just happened, and in which segment."""
 
     segment: Segment
-    num_segments: int
-    tick: Tick
-    later: Future[Decoded] | None
-    """New pixel frames in -1..1, which may be under way, or None."""
-
-    @property
-    def frames(self) -> Tensor | None:
-        """The new pixel frames, waited for if they are under way."""
-        return None if self.later is None else self.later.result().frames
 
 
 @torch.no_grad()
@@ -99,7 +90,7 @@ def generate(
     observe: Observe | None = None,
     policies: Policies | None = None,
     ranks: Ranks | None = None,
-) -> Iterator[Progress]:
+) -> Iterator[SegmentProgress]:
     """Make a video; yield after every tick, with the frames that are finished.
 
     Args:
@@ -155,7 +146,7 @@ def generate(
                 condition=_image_condition(codec, conditioning, segment),
             )
             for tick, frames in made:
-                yield Progress(segment, len(segments), tick, frames)
+                yield SegmentProgress(tick, frames, segment)
                 if frames is not None and config.overlap_history is not None:
                     last = partial(_last_frames, tail, frames, config.overlap_history)
                     tail = worker.submit(last, is_small=True)

@@ -18,7 +18,7 @@ In between a model is called in this order:
     work = model.work(config, source, media, dtype)  # ticks, FLOPs, bytes: derived once
     dit, vae = model.load_dit(job), model.load_vae(job)
     for progress in model.generate(dit, vae, config, inputs, work=work, stats=stats):
-        progress.later.result().frames                  # pixels of the chunks that became clean
+        progress.frames                                  # pixels of the chunks that became clean
 
 To add a model: write the package with its `model.MODEL`, and name it in `MODELS`.
 """
@@ -253,18 +253,18 @@ class Loaded:
         return {"transformer": self.dit, "VAE": self.vae.model}
 
 
-class Progress(Protocol):
-    """What a pipeline yields after each tick."""
+@dataclass(frozen=True)
+class Progress:
+    """What just happened: a tick, and the frames that can be shown after it."""
+
+    tick: Tick
+    later: Future[Decoded] | None
+    """New pixel frames, about -1..1, which may be under way, or None."""
 
     @property
-    def tick(self) -> Tick:
-        """The tick that was just made."""
-        ...
-
-    @property
-    def later(self) -> Future[Decoded] | None:
-        """New frames, which may be under way, or None."""
-        ...
+    def frames(self) -> Tensor | None:
+        """The new pixel frames, waited for if they are under way."""
+        return None if self.later is None else self.later.result().frames
 
 
 class VideoModel(Protocol):
@@ -289,10 +289,6 @@ class VideoModel(Protocol):
 
     places: Collection[str]
     """Names of settings, in any section, that say where files of the model are."""
-
-    def settings_lines(self) -> Sequence[str]:
-        """Return a line for every setting, with type, default and meaning."""
-        ...
 
     # Files and settings -----------------------------------------------------------------------
 
