@@ -1,11 +1,11 @@
 """The gate `.ci/run`: each of its three runs counts, however it ends."""
 
 import os
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from signals import heed_signals
 
 GATE = Path(__file__).parents[1] / ".ci" / "run"
 RUNS = ("all", "default", "avx2")
@@ -38,8 +38,7 @@ def gate(folder: Path, **ends: str) -> tuple[int, list[str]]:
         env=os.environ,
         capture_output=True,
         check=False,
-        # a shell can't be interrupted where its parent ignores SIGINT, as in the background
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )
     return done.returncode, notes.read_text().splitlines()
 

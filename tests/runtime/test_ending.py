@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from signals import heed_signals
 
 from flowcache.runtime.ending import (
     SIGNALS,
@@ -24,7 +25,6 @@ from pathlib import Path
 import flowcache.runtime.ending as ending
 from flowcache.runtime.ending import Ending, Starter, Stopped, check_stopped, undisturbed
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 ending.STUCK_SECONDS, ending.POLL_SECONDS = 0.5, 0.1
 
 def ready():
@@ -89,6 +89,7 @@ def start(code: str, folder: Path) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

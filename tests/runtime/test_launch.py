@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from signals import heed_signals
 
 from flowcache.launch import main
 from flowcache.runtime.cli import Parser
@@ -33,7 +34,7 @@ def start(tmp_path: Path, process: str) -> "subprocess.Popen[str]":
         text=True,
         cwd=tmp_path,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     )
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import pytest
 from sampling_cases import REPOSITORY, SCRIPTS, SHORT, videos
+from signals import ASKED, heed_signals
 
 from flowcache.runtime.video import probe
 
@@ -32,7 +33,6 @@ MARK = "FLOWCACHE_TEST_OF_KILLS"
 END_SECONDS = 60
 INTERPRETER_SECONDS = 0.15
 """Processor time of Python's own start: there Ctrl-C is a traceback before a line of ours runs."""
-ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PROMPT = ("--prompt", "a red circle moving right on a black background")
 MAGI = ("runtime_config.num_frames=120", "runtime_config.num_steps=8")
 MODELS = ("FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
@@ -73,12 +73,6 @@ KINDS = (
         is_set=True,
     ),
 )
-
-
-def heed_signals() -> None:
-    """Undo what a shell ignores in the background, and nohup."""
-    for number in ASKED:
-        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass
