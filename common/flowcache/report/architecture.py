@@ -63,6 +63,7 @@ WAYS = {
     "prompt": (
         "FlowCache4SkyReels-V2/skyreels_v2/__main__.py",
         "common/flowcache/runtime/cli.py",
+        "common/flowcache/runtime/entry.py",
         "common/flowcache/runtime/run.py",
         "common/flowcache/runtime/config.py",
         "FlowCache4SkyReels-V2/skyreels_v2/model.py",
