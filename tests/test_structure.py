@@ -111,8 +111,8 @@ def test_a_package_imports_only_packages_on_a_lower_floor(package: str):
         assert not higher, f"{name} imports {sorted(higher)}"
 
 
-COMMANDS = {"launch"}
-"""Files next to the method that are no part of it: `python -m flowcache.launch` is a command."""
+ENTRIES = {"launch", "video"}
+"""Files next to the method that are no part of it: a command, and names that scripts import."""
 FLOORS = {
     "method": set[str](),
     "runtime": {"method"},
@@ -126,7 +126,7 @@ def floor_of(name: str) -> str:
     """Return the floor of a module of `flowcache`: `flowcache.runtime.run` is `runtime`."""
     parts = name.split(".")
     if len(parts) < 3:
-        return "runtime" if parts[-1] in COMMANDS else "method"
+        return "runtime" if parts[-1] in ENTRIES else "method"
     return parts[1] if parts[1] in ("runtime", "wan") else "tool"
 
 

@@ -1,3 +1,4 @@
+import importlib
 import logging
 import os
 import signal
@@ -535,3 +536,10 @@ def test_a_stream_of_damaged_data_ends_with_the_frame_it_broke_at(tmp_path: Path
     _, frames = stream_video(path)
     with pytest.raises(UserError, match=r"clip\.mp4: broken after frame \d+$"):
         list(frames)
+
+
+def test_scripts_import_reading_and_writing_from_one_public_place():
+    public = importlib.import_module("flowcache.video")
+    assert public.read_video is read_video
+    assert public.probe is probe
+    assert public.VideoWriter is VideoWriter

@@ -142,3 +142,13 @@ def test_names_that_no_file_can_have_are_refused():
             tasks.check_names([make_task(name)])
     with pytest.raises(ValueError, match="two videos would be named a"):
         tasks.check_names([make_task("a"), make_task("a")])
+
+
+@pytest.mark.usefixtures("sample")  # it puts scripts/ on the path
+def test_scripts_import_the_plan_of_physics_iq_from_sampling(tmp_path: Path):
+    sources, tasks = (importlib.import_module(f"sampling.{name}") for name in ("sources", "tasks"))
+    plan = sources.from_physics_iq(
+        write_physics_iq(tmp_path), sources.Run(tasks.Task("", "magi1", "auto", "vanilla", "", 0))
+    )
+    assert all(isinstance(task, tasks.Task) for task in plan)
+    assert plan
