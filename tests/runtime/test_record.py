@@ -129,6 +129,8 @@ def test_what_is_written_is_read_back(tmp_path: Path):
         (("decisions", 0), [], r"decisions\[0\] must be an object"),
         (("kv", 0, "tokens"), {"a": 1}, r"kv\[0\].tokens must be"),
         (("ticks", 1, "seconds"), -1, r"ticks\[1\].seconds must be a time"),
+        (("stages", "dit"), {"seconds": "", "num_uses": 1, "within": None}, "dit.seconds must be"),
+        (("stages", "dit"), {"seconds": 1.0, "num_uses": 1}, "stages.dit.within is missing"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_file(

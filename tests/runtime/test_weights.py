@@ -1,4 +1,5 @@
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -311,6 +312,15 @@ def test_a_git_lfs_pointer_is_told_from_a_corrupt_file(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     _fails(lambda: check_files(_empty(), [path]), str(path), "git lfs pull")
+
+
+def test_a_pth_file_that_says_it_spans_several_disks_is_named(tmp_path: Path):
+    path = tmp_path / "model.pth"
+    torch.save(_tensors(), path)
+    content = path.read_bytes()
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)  # disks in all: 2
+    path.write_bytes(content[:-22] + locator + content[-22:])
+    _fails(lambda: check_files(_empty(), [path]), str(path), "cut short or corrupt")
 
 
 def test_a_pth_file_of_the_oldest_format_is_read_too(tmp_path: Path):

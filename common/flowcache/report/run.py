@@ -13,7 +13,6 @@ from flowcache.runtime.record import alarms, read_record
 from flowcache.runtime.stats import Period
 
 SUFFIX = ".record.json"
-STAGE_FIELDS = {"seconds", "num_uses", "within"}
 
 
 class Row(NamedTuple):
@@ -166,10 +165,6 @@ def find_record(path: Path) -> Path:
 def load_run(source: Path, letter: str) -> Run:
     """Read the record of a run, and its report if there is one."""
     record = read_record(source)
-    for name, stage in record["stages"].items():
-        if not isinstance(stage, dict) or set(stage) - {"overlapped_seconds"} != STAGE_FIELDS:
-            fields = ", ".join(sorted(STAGE_FIELDS))
-            raise UserError(f"{source}: stages.{name} must be an object of {fields}")
     rows = [_row(**decision) for decision in record["decisions"]]
     if not rows:
         raise UserError(f"{source}: holds no decision of the cache: nothing to explain")

@@ -196,6 +196,12 @@ ROW_FIELDS: Mapping[str, Mapping[str, _Kind]] = {
     },
     "kv": {**_PLACE, "branch": _TEXT, "tokens": _TOKENS},
 }
+STAGE_FIELDS: Mapping[str, _Kind] = {
+    "seconds": _SECONDS,
+    "num_uses": _whole(0, MAX_INDEX),
+    "within": _or_null(*_TEXT),
+    "overlapped_seconds": _SECONDS,  # only where a stage ran concurrently with denoising
+}
 
 
 def read_record(path: Path) -> Record:
@@ -214,6 +220,9 @@ def read_record(path: Path) -> Record:
     for name, fields in ROW_FIELDS.items():
         for place, row in enumerate(record[name]):
             _check_fields(path, f"{name}[{place}]", row, fields)
+    for name, stage in record["stages"].items():
+        whole = {"overlapped_seconds": 0.0, **stage} if isinstance(stage, dict) else stage
+        _check_fields(path, f"stages.{name}", whole, STAGE_FIELDS)
     return record
 
 

@@ -7,6 +7,7 @@ holds one tensor more than the module itself.
 import logging
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled
 _PICKLE_ERRORS = (
     *(RuntimeError, pickle.UnpicklingError, OSError, EOFError),
     *(ValueError, LookupError, TypeError, AttributeError),
+    *(zipfile.BadZipFile, struct.error),  # while asking whether the file is a zip archive
 )
 _LFS_POINTER = b"version https://git-lfs"
 _MISFIT = "the file does not fit the model config"
