@@ -14,7 +14,7 @@ What is measured is kept in OUT/work; a second start goes on where the first one
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 import tune
-from benchmark import magi1, skyreels_v2
-from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
-from benchmark.reuse import Rivals, rule_names, rule_settings
-from benchmark.search import Trials, find_threshold, suiting_factor
 
+from flowcache.bench.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
+from flowcache.bench.methods import Comparison, comparison_of
+from flowcache.bench.reuse import rule_names, rule_settings
+from flowcache.bench.search import Trials, find_threshold, suiting_factor
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
-from flowcache.runtime.model import load_model
+from flowcache.runtime.model import MODELS, load_model
 from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tune.gap import ErrorModel
 from flowcache.tune.gram import Calibration, merge
@@ -41,7 +41,6 @@ from flowcache.tune.prompts import choose_prompts
 from flowcache.tune.rows import Rows
 from flowcache.tune.runs import Runs
 
-RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 NUM_SEARCH_CLIPS = 2
 HALF_A_STEP = 0.55
 """How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
@@ -58,7 +57,7 @@ class Bench:
     """What all parts of the command need."""
 
     runs: Runs
-    rivals: Rivals
+    comparison: Comparison
     trials: Trials
     options: argparse.Namespace
 
@@ -73,7 +72,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
     )
-    parser.add_argument("--model", choices=sorted(RIVALS), required=True, help="whose rules")
+    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose rules")
     parser.add_argument("--checkpoint", default="demo", help="as tune.py takes it (default: demo)")
     parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="folder of profiles and budgets")
@@ -91,7 +90,7 @@ def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     check_writable(options.out)
     bench = open_bench(options)
-    words, preset = bench.rivals.words, bench.rivals.preset
+    words, preset = bench.comparison.words, bench.comparison.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
     print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
     profiles = {level: tuned(bench, min(times * fast, 1)) for level, times in LEVELS.items()}
@@ -118,11 +117,11 @@ def command(options: argparse.Namespace) -> None:
 
 def open_bench(options: argparse.Namespace) -> Bench:
     """Load the model and find what was measured before."""
-    rivals = RIVALS[options.model]
+    comparison = comparison_of(options.model)
     runs = Runs(
         load_model(options.model),
         options.checkpoint,
-        rivals.preset,
+        comparison.preset,
         options.settings,
         folder=options.out,
     )
@@ -134,7 +133,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     }
     rows = Rows(options.out / "search", identity=identity)
     runs.load()
-    return Bench(runs, rivals, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
+    return Bench(runs, comparison, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
 
 
 def tuned(bench: Bench, flops: float) -> Path:
@@ -148,7 +147,7 @@ def tuned(bench: Bench, flops: float) -> Path:
     if path.is_file():
         return path
     line = ["--model", options.model, "--checkpoint", options.checkpoint]
-    line += ["--preset", bench.rivals.preset, "--target", f"flops={flops:.4f}"]
+    line += ["--preset", bench.comparison.preset, "--target", f"flops={flops:.4f}"]
     line += ["--clips", str(options.clips), "--check-prompts", "0"]
     line += ["--work", str(bench.work), "--out", str(path), *options.settings]
     tune.command(tune.parse_options(line))
@@ -182,9 +181,9 @@ def make_adaptive(
     bench: Bench, rule: str, level: str, own: Level, *, fast: float, model: ErrorModel
 ) -> Adaptive:
     """Return an adaptive rule with the threshold that comes nearest to a budget."""
-    words, wanted = bench.rivals.words, fast * LEVELS[level]
+    words, wanted = bench.comparison.words, fast * LEVELS[level]
     preset, settings = rule_settings(
-        rule, words, preset=bench.rivals.preset, profile=bench.options.out / own.profile
+        rule, words, preset=bench.comparison.preset, profile=bench.options.out / own.profile
     )
     settings = [*settings, *published(words)]
     threshold: float | None = None

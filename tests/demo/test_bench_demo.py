@@ -81,7 +81,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_methods_have_own_names_and_stand_below_what_they_are_compared_with(
     script: ModuleType, model: str
 ):
-    methods = script.FAMILIES[model].methods
+    methods = script.comparison_of(model).methods
     names = [method.name for method in methods]
     assert names[0] == "vanilla"
     assert len(set(names)) == len(names)
@@ -103,7 +103,7 @@ def magi_settings(preset: str, overrides: tuple[str, ...] = ()) -> dict[str, Any
 
 
 def test_a_magi1_method_differs_from_its_base_in_reuse_alone(script: ModuleType):
-    family = script.FAMILIES["magi1"]
+    family = script.comparison_of("magi1")
     methods = {method.name: method for method in family.methods}
     pairs = [(m, methods[m.base]) for m in family.methods if m.base is not None]
     assert len(pairs) == 24
@@ -124,7 +124,7 @@ def test_a_magi1_method_differs_from_its_base_in_reuse_alone(script: ModuleType)
     ],
 )
 def test_compressed_magi1_methods_are_the_presets(script: ModuleType, name: str, preset: str):
-    (method,) = (m for m in script.FAMILIES["magi1"].methods if m.name == name)
+    (method,) = (m for m in script.comparison_of("magi1").methods if m.name == name)
     assert magi_settings(method.preset, method.overrides) == magi_settings(preset)
 
 
@@ -209,7 +209,9 @@ def test_a_wrong_option_is_one_line(
 
 @pytest.mark.usefixtures("script")
 def test_figures_and_averages_are_those_worked_by_hand():
-    figures, family = map(importlib.import_module, ("benchmark.figures", "benchmark.family"))
+    figures, family = map(
+        importlib.import_module, ("flowcache.bench.summary", "flowcache.bench.methods")
+    )
     methods = [family.Method("vanilla", "v"), family.Method("other", "o", (), "vanilla")]
     attributes = Attributes("red", "circle", "right", "black")
 
@@ -224,11 +226,11 @@ def test_figures_and_averages_are_those_worked_by_hand():
 
     reference = clip(100, is_computed=True)
     rows = [
-        {"method": "vanilla", **figures.measure(reference, attributes, reference=None, base=None)}
+        {"method": "vanilla", **family.measure(reference, attributes, reference=None, base=None)}
     ]
     for level in (100, 110):
         other = clip(level, is_computed=False)
-        measured = figures.measure(
+        measured = family.measure(
             other, attributes, reference=reference.frames, base=reference.frames
         )
         rows.append({"method": "other", **measured})

@@ -6,43 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
-from benchmark.family import REFERENCE, Method
-from flowcache.demo.clips import Attributes
-from flowcache.demo.judge import judge
-from flowcache.runtime.metrics import psnr, ssim
-from flowcache.runtime.run import Clip
+from flowcache.bench.methods import REFERENCE, Method
 from flowcache.runtime.text_files import escaped, table_row
-
-
-def measure(
-    clip: Clip, attributes: Attributes, *, reference: Tensor | None, base: Tensor | None
-) -> dict[str, Any]:
-    """Return the figures of one clip.
-
-    Args:
-        reference: frames of the method that all are compared with; None: this is it.
-        base: frames of the second method that this one is compared with, if there is one.
-    """
-    stats, agrees = clip.stats, judge(clip.frames.numpy()).agrees(attributes)
-    times = stats.stage_times()
-    compressing = times.get("kv_compression")
-    row: dict[str, Any] = {
-        "flops": stats.computed_flops,
-        "dit_seconds": times["dit"].seconds,
-        "vae_seconds": times["vae"].seconds,
-        "computed_share": stats.num_computed / (stats.num_computed + stats.num_reused),
-        "num_compressions": 0 if compressing is None else compressing.num_uses,
-        "judge": agrees,
-        "judge_all": all(agrees.values()),
-    }
-    for suffix, other in (("", reference), ("_base", base)):
-        if other is not None:
-            value = psnr(clip.frames, other)
-            row[f"psnr{suffix}"] = value if math.isfinite(value) else None
-            row[f"ssim{suffix}"] = ssim(clip.frames, other)
-    return row
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:

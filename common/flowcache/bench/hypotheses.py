@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmark.reuse import AS_TUNED, FAITHFUL, TUNED
+from flowcache.bench.reuse import AS_TUNED, FAITHFUL, TUNED
 
 MORE_DECIBEL = 6.0
 """At FlowCache-fast's FLOPs, a plan's PSNR is to be better by this."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.budgets import HIGH, LOW, MID, Budgets
-from benchmark.family import Group, Method
+from flowcache.bench.budgets import HIGH, LOW, MID, Budgets
+from flowcache.bench.methods import Comparison, Group, Method
 from flowcache.tune.methods import AS_TUNED, VELOCITY, published
 from flowcache.tune.runs import Words
 
@@ -20,45 +20,25 @@ FAITHFUL, TUNED = "FlowCache-fast", "planned"
 TREND = "velocity + trend"
 
 
-@dataclass(frozen=True)
-class Rivals:
-    """What the rows of a model have in common.
-
-    Attributes:
-        computed: rows that compute every step; the last one has the attention and the passes of
-            all rows that reuse.
-        preset: FlowCache-fast of that attention and these passes.
-        words: what the model calls what all models have.
-        has_clean: whether a held clean estimate is another thing than a held velocity.
-        has_guidance: whether a step has a pass without text, which can be left out.
-    """
-
-    computed: tuple[Method, ...]
-    preset: str
-    words: Words
-    has_clean: bool
-    has_guidance: bool
-
-
 def trend(factor: float, *, order: int = 1) -> tuple[str, ...]:
     """Return settings of an extrapolated velocity."""
     return ("reuse.predict=velocity", f"reuse.extrapolate={factor:.4g}", f"reuse.order={order}")
 
 
-def reuse_methods(rivals: Rivals, budgets: Budgets, folder: Path) -> tuple[Method, ...]:
+def reuse_methods(comparison: Comparison, budgets: Budgets, folder: Path) -> tuple[Method, ...]:
     """Return the rows of the table.
 
     Args:
         folder: where the budgets' profiles are.
     """
-    rows = _Rows(rivals, budgets, folder)
+    rows = _Rows(comparison, budgets, folder)
     return (
-        *rivals.computed,
+        *comparison.computed,
         *(rows.adaptive("flowcache", level, is_published=True) for level in (LOW, MID, HIGH)),
         rows.adaptive("flowcache", MID, is_published=False),
         *(
             rows.adaptive(rule, MID, is_published=is_published)
-            for rule in rule_names(rivals.words)
+            for rule in rule_names(comparison.words)
             if rule != "flowcache"
             for is_published in (True, False)
         ),
@@ -66,11 +46,11 @@ def reuse_methods(rivals: Rivals, budgets: Budgets, folder: Path) -> tuple[Metho
         *(rows.planned(level, AS_TUNED, ()) for level in (LOW, MID, HIGH)),
         rows.planned(MID, "velocity", VELOCITY),
         rows.planned(MID, "velocity + parabola", trend(rows.parabola_factor(MID), order=2)),
-        *([rows.planned(MID, "clean estimate", CLEAN)] if rivals.has_clean else []),
+        *([rows.planned(MID, "clean estimate", CLEAN)] if comparison.has_clean else []),
         *(
             rows.planned(level, "guidance held", HELD_GUIDANCE)
             for level in (MID, HIGH)
-            if rivals.has_guidance
+            if comparison.has_guidance
         ),
         rows.guarded(MID),
     )
@@ -105,14 +85,14 @@ def rule_settings(rule: str, words: Words, *, preset: str, profile: Path) -> tup
 class _Rows:
     """Makes rows of one table."""
 
-    rivals: Rivals
+    comparison: Comparison
     budgets: Budgets
     folder: Path
 
     def adaptive(self, rule: str, level: str, *, is_published: bool) -> Method:
-        words, found = self.rivals.words, self.budgets.rule(rule, level)
+        words, found = self.comparison.words, self.budgets.rule(rule, level)
         preset, settings = rule_settings(
-            rule, words, preset=self.rivals.preset, profile=self._profile(level)
+            rule, words, preset=self.comparison.preset, profile=self._profile(level)
         )
         if found.threshold is not None:
             settings.append(f"reuse.threshold={found.threshold:.6g}")
@@ -135,7 +115,7 @@ class _Rows:
 
     def guarded(self, level: str) -> Method:
         profile = f"reuse.profile={self._profile(level)}"
-        given = ("reuse.policy=guarded", profile, *self.rivals.words.content)
+        given = ("reuse.policy=guarded", profile, *self.comparison.words.content)
         return self._row(f"guarded ({level})", given, Group("guarded", AS_TUNED, level))
 
     def parabola_factor(self, level: str) -> float:
@@ -149,8 +129,8 @@ class _Rows:
     ) -> Method:
         return Method(
             f"{name}, {group.predictor}",
-            preset or self.rivals.preset,
+            preset or self.comparison.preset,
             tuple(settings),
-            self.rivals.computed[-1].name,
+            self.comparison.computed[-1].name,
             group,
         )
