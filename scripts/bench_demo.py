@@ -27,19 +27,19 @@ start_quietly(__name__)
 
 import torch
 
-from flowcache.bench.budgets import read_budgets
-from flowcache.bench.hypotheses import claims
 from flowcache.bench.methods import (
     Comparison,
     Source,
     comparison_of,
+    markdown,
     parse_part,
     read_rows,
     render_missing,
+    reuse_markdown,
+    summarize,
     unseen_prompts,
 )
-from flowcache.bench.reuse import reuse_methods
-from flowcache.bench.summary import markdown, reuse_markdown, summarize
+from flowcache.bench.reuse import claims, read_budgets, reuse_methods
 from flowcache.errors import UserError
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
@@ -87,11 +87,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Render what is missing, and write the table if nothing is missing any more.
-
-    Raises:
-        UserError: something given is wrong.
-    """
+    """Render what is missing, and write the table if nothing is missing any more."""
     comparison = chosen_comparison(options)
     names = [method.name for method in comparison.methods]
     if options.list_methods:
@@ -124,35 +120,28 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def chosen_comparison(options: argparse.Namespace) -> Comparison:
-    """Return the model with the rows of the table that is asked for.
-
-    Raises:
-        UserError: the budgets of the table of reuse rules are missing or of another model.
-    """
+    """Return the model's comparison with the rows of the table that is asked for."""
     comparison = comparison_of(options.model)
     if options.table == "methods":
         return comparison
     budgets = read_budgets(options.profiles, model=options.model, checkpoint=options.checkpoint)
-    methods = reuse_methods(comparison, budgets, options.profiles)
-    return replace(comparison, methods=methods)
+    return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
 
 
 def write_table(
     options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, base_label: str
 ) -> None:
     """Write the table as JSON and Markdown, and print it with what follows from it."""
-    is_reuse = options.table == "reuse"
-    text = reuse_markdown(table) if is_reuse else markdown(table, base_label=base_label)
-    verdicts = claims(table) if is_reuse else []
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
         "table": table,
     }
-    if is_reuse:
-        report["claims"] = verdicts
+    text = markdown(table, base_label=base_label)
+    if options.table == "reuse":
+        report["claims"] = claims(table)
+        text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in report["claims"])])
     write_json(options.out / "table.json", report)
-    text = "\n".join([text, *(f"- {line}" for line in verdicts)])
     write_text(options.out / "table.md", text.rstrip("\n") + "\n")
     print(text)
 

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flowcache.runtime.ending import start_quietly
 
@@ -25,10 +24,21 @@ start_quietly(__name__)
 
 import tune
 
-from flowcache.bench.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
 from flowcache.bench.methods import Comparison, comparison_of
-from flowcache.bench.reuse import rule_names, rule_settings
-from flowcache.bench.search import Trials, find_threshold, suiting_factor
+from flowcache.bench.reuse import (
+    LEVELS,
+    MID,
+    Adaptive,
+    Budgets,
+    Level,
+    Outcome,
+    Trials,
+    find_threshold,
+    rule_names,
+    rule_settings,
+    suiting_factor,
+    write_budgets,
+)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
@@ -56,14 +66,13 @@ EXAMPLES = """examples:
 class Bench:
     """What all parts of the command need."""
 
-    runs: Runs
     comparison: Comparison
     trials: Trials
     options: argparse.Namespace
 
     @property
     def work(self) -> Path:
-        """Return the folder of the calibration."""
+        """The folder of the calibration."""
         return self.options.out / "work"
 
 
@@ -128,20 +137,14 @@ def open_bench(options: argparse.Namespace) -> Bench:
     prompts, _ = choose_prompts(
         None, checkpoint=options.checkpoint, num_clips=options.clips, num_checks=0
     )
-    identity: dict[str, Any] = {
-        key: getattr(options, key) for key in ("model", "checkpoint", "settings")
-    }
+    identity = {key: getattr(options, key) for key in ("model", "checkpoint", "settings")}
     rows = Rows(options.out / "search", identity=identity)
     runs.load()
-    return Bench(runs, comparison, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
+    return Bench(comparison, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
 
 
 def tuned(bench: Bench, flops: float) -> Path:
-    """Return the profile of a budget; it is made if it isn't there.
-
-    Raises:
-        UserError: tune.py refuses.
-    """
+    """Return the profile of a budget; it is made if it isn't there."""
     options = bench.options
     path = options.out / f"flops_{flops:.2f}.yaml"
     if path.is_file():
@@ -185,26 +188,23 @@ def make_adaptive(
     preset, settings = rule_settings(
         rule, words, preset=bench.comparison.preset, profile=bench.options.out / own.profile
     )
-    settings = [*settings, *published(words)]
-    threshold: float | None = None
+    settings += published(words)
+
+    def outcome(threshold: float | None) -> Outcome:
+        given = [] if threshold is None else [f"reuse.threshold={threshold:.6g}"]
+        return bench.trials.outcome([*settings, *given], preset=preset)
+
+    threshold = None
     if (rule, level) != ("flowcache", MID):
         threshold = find_threshold(
-            lambda value: (
-                bench.trials.outcome(with_threshold(settings, value), preset=preset).flops
-            ),
+            lambda value: outcome(value).flops,
             wanted,
             start=STARTS[rule],
-            tolerance=HALF_A_STEP / bench.runs.size().num_steps,
+            tolerance=HALF_A_STEP / bench.trials.runs.size().num_steps,
         )
-    chosen = settings if threshold is None else with_threshold(settings, threshold)
-    found = bench.trials.outcome(chosen, preset=preset)
+    found = outcome(threshold)
     print(f"{rule:10} {level:5} threshold {threshold} spends {found.flops:.4f} of {wanted:.4f}")
     return Adaptive(rule, level, threshold, found.flops, suiting_factor(model, found.steps))
-
-
-def with_threshold(settings: Sequence[str], threshold: float) -> list[str]:
-    """Return settings with a threshold, in the digits that are kept."""
-    return [*settings, f"reuse.threshold={threshold:.6g}"]
 
 
 if __name__ == "__main__":

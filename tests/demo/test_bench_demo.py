@@ -210,7 +210,7 @@ def test_a_wrong_option_is_one_line(
 @pytest.mark.usefixtures("script")
 def test_figures_and_averages_are_those_worked_by_hand():
     figures, family = map(
-        importlib.import_module, ("flowcache.bench.summary", "flowcache.bench.methods")
+        importlib.import_module, ("flowcache.bench.methods", "flowcache.bench.methods")
     )
     methods = [family.Method("vanilla", "v"), family.Method("other", "o", (), "vanilla")]
     attributes = Attributes("red", "circle", "right", "black")

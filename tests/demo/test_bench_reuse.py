@@ -55,7 +55,7 @@ def _bench(
 
 def budgets_of(model: str, **changes: Any) -> Any:
     """Return budgets as the search would find them."""
-    budgets = importlib.import_module("flowcache.bench.budgets")
+    budgets = importlib.import_module("flowcache.bench.reuse")
     level = budgets.Level(0.5, "plan.yaml", [0, 2, 5, NUM_STEPS - 1], 0.4, 0.2)
     rules = [
         *(("flowcache", name) for name in budgets.LEVELS),
@@ -137,14 +137,14 @@ def falling(threshold: float) -> float:
 @pytest.mark.usefixtures("script")
 @pytest.mark.parametrize("start", [0.001, 0.1, 30.0])
 def test_a_threshold_is_found_from_either_side(start: float):
-    search = importlib.import_module("flowcache.bench.search")
+    search = importlib.import_module("flowcache.bench.reuse")
     found = search.find_threshold(falling, 0.4, start=start, tolerance=0.02)
     assert falling(found) == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.usefixtures("script")
 def test_no_threshold_is_made_up_where_none_comes_near():
-    search = importlib.import_module("flowcache.bench.search")
+    search = importlib.import_module("flowcache.bench.reuse")
     with pytest.raises(UserError, match="no threshold between"):
         search.find_threshold(lambda _: 0.9, 0.4, start=0.1, tolerance=0.02)
 
@@ -189,7 +189,7 @@ def table_row(method: str, policy: str | None, **changes: Any) -> dict[str, Any]
 def test_claims_are_decided_by_hand(
     decibel: float, accuracy: float, cheap: float, said: tuple[str, str]
 ):
-    module = importlib.import_module("flowcache.bench.hypotheses")
+    module = importlib.import_module("flowcache.bench.reuse")
     table = [
         table_row("vanilla", None),
         table_row("FlowCache-fast, residual", "FlowCache"),
@@ -207,7 +207,7 @@ def test_claims_are_decided_by_hand(
 
 @pytest.mark.usefixtures("script")
 def test_the_table_for_the_readme_has_the_error_of_the_mean():
-    figures = importlib.import_module("flowcache.bench.summary")
+    figures = importlib.import_module("flowcache.bench.methods")
     rows = [
         table_row("every step", None, num_equal_base=2, psnr_base=None, psnr_error_base=None),
         table_row("plan", "planned"),
@@ -223,7 +223,7 @@ def test_the_table_for_the_readme_has_the_error_of_the_mean():
 
 def write_budgets(folder: Path, *, model: str = "skyreels_v2") -> str:
     """Write budgets and a profile of the demo by hand, and return their folder."""
-    budgets = importlib.import_module("flowcache.bench.budgets")
+    budgets = importlib.import_module("flowcache.bench.reuse")
     folder.mkdir()
     budgets.write_budgets(budgets_of(model), folder)
     job = prepare(MODEL, Request("vanilla_causal", "demo", [*TINY, "prompt=-"], str(folder)))
@@ -296,7 +296,7 @@ def test_budgets_are_made_on_the_demo_and_found_again(
     line = ["--model", "skyreels_v2", "--clips", "1", "--out", str(tmp_path), *TINY[:-1]]
     line.append("reuse.warmup_steps=2")
     assert tune_budgets.main(line) == 0
-    budgets = importlib.import_module("flowcache.bench.budgets")
+    budgets = importlib.import_module("flowcache.bench.reuse")
     found = budgets.read_budgets(tmp_path, model="skyreels_v2", checkpoint="demo")
     assert found.rule("flowcache", "mid").threshold is None
     low, middle, high = (found.levels[name] for name in budgets.LEVELS)

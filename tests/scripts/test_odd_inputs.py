@@ -233,7 +233,7 @@ def documents() -> dict[str, tuple[str, Any, Callable[[Path], object]]]:
     profile = next((REPOSITORY / "FlowCache4MAGI-1/demo/profiles").glob("*.yaml"))
     protocol = REPOSITORY / "scripts" / "protocols" / "magi1_demo.yaml"
     verify, protocols, tasks = (
-        import_module(f"flowcache.bench.{name}") for name in ("verify", "protocol", "tasks")
+        import_module(f"flowcache.bench.{name}") for name in ("table", "protocol", "tasks")
     )
     task = tasks.Task("a", "magi1", "demo", "base", "x", 0)
     receipt = {"task": task.to_dict(), "sha256": "0"}
@@ -244,7 +244,7 @@ def documents() -> dict[str, tuple[str, Any, Callable[[Path], object]]]:
         "table": (
             "table.json",
             {"schema_version": 1},
-            lambda path: verify.read_table(path.parent),
+            lambda path: verify.read_report(path.parent),
         ),
         "receipt": ("a.json", receipt, lambda path: tasks.flaw(task, path.parent)),
         "magi config": ("a.json", magi, read_config),

@@ -1,11 +1,12 @@
-"""The methods of a comparison, and rendering the clips that are still missing."""
+"""Compare methods on clips: render those that are missing, measure them, average, write tables."""
 
 import importlib
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,11 @@ from flowcache.runtime.metrics import psnr, ssim
 from flowcache.runtime.model import Job, Loaded, Request, VideoModel
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.runtime.text_files import escaped, table_row
 from flowcache.tune.runs import Words
 
 REFERENCE = "vanilla"
-"""The method that every other one is compared with; each family has one of this name."""
+"""The method that every other one is compared with; each model has one of this name."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,6 @@ class Source:
     folder: Path
     """Where a run may write."""
 
-    def overrides(self, method: Method) -> list[str]:
-        """Return the changes of a preset for a method; the prompt is a placeholder."""
-        return [*self.settings, *method.overrides, "prompt=-"]
-
 
 def prepare_method(method: Method, source: Source, *, longer: str | None = None) -> Job:
     """Check a method's settings.
@@ -104,9 +102,8 @@ def prepare_method(method: Method, source: Source, *, longer: str | None = None)
     Args:
         longer: what to change where nothing would be compressed; None: that is allowed.
     """
-    request = Request(
-        method.preset, source.checkpoint, source.overrides(method), str(source.folder)
-    )
+    overrides = [*source.settings, *method.overrides, "prompt=-"]
+    request = Request(method.preset, source.checkpoint, overrides, str(source.folder))
     job = prepare(source.model, request)
     budget, num_chunks = job.config.kv, len(job.work.segments[0].tokens)
     if longer is not None and budget.compress != "none" and num_chunks <= budget.total_chunks:
@@ -132,7 +129,7 @@ def render(job: Job, networks: Loaded, prompt: str, seed: int) -> Clip:
     return collect(shown, stats)
 
 
-# The clips of one process ----------------------------------------------------------------------
+# The clips of one process -------------------------------------------------------------------------
 
 FIRST_SEED = 5000
 
@@ -147,11 +144,7 @@ def unseen_prompts(count: int) -> Prompts:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """Turn `2/4` into (2, 4).
-
-    Raises:
-        UserError: it isn't that, or not one of the parts.
-    """
+    """Turn `2/4` into (2, 4)."""
     part, _, num_parts = text.partition("/")
     if not (part.isdecimal() and num_parts.isdecimal() and 1 <= int(part) <= int(num_parts)):
         raise UserError(f"--part is {text!r}, but must be I/N with I in 1..N, as in 1/2")
@@ -159,11 +152,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of all processes that share a folder.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """Return the rows of all processes that share a folder."""
     rows: list[dict[str, Any]] = []
     for log in sorted(folder.glob("rows-*.jsonl")):
         for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
@@ -213,26 +202,20 @@ def render_missing(
     source: Source,
     log: Path,
 ) -> None:
-    """Render and measure what the folder does not hold yet; every clip is a line of the log.
-
-    Raises:
-        UserError: a method can't be run, or the folder holds rows of other settings.
-    """
+    """Render and measure what the folder does not hold yet; every clip is a line of the log."""
     jobs = {
         method.name: prepare_method(method, source, longer=comparison.longer) for method in methods
     }
-    settings = {name: to_dict(job.config) for name, job in jobs.items()}
-    done = {
-        (row["method"], row["index"]): row["settings"] == _plain(settings[row["method"]])
-        for row in read_rows(log.parent)
-        if row["method"] in settings
-    }
-    for (name, _), is_same in done.items():
-        if not is_same:
+    settings = {name: json.loads(json.dumps(to_dict(job.config))) for name, job in jobs.items()}
+    done: set[tuple[str, int]] = set()
+    for row in read_rows(log.parent):
+        name = row["method"]
+        if name in settings and row["settings"] != settings[name]:
             raise UserError(
                 f"{log.parent} holds rows of {name!r} with other settings: choose another --out"
             )
-    models = load(jobs[REFERENCE])
+        done.add((name, row["index"]))
+    networks = load(jobs[REFERENCE])
     with log.open("a", encoding="utf-8") as stream:
         for index, (attributes, seed) in prompts.items():
             missing = [m for m in methods if (m.name, index) not in done]
@@ -241,7 +224,7 @@ def render_missing(
             for method in methods:
                 if method not in missing and method.name not in needed:
                     continue
-                clip = render(jobs[method.name], models, attributes.caption, seed)
+                clip = render(jobs[method.name], networks, attributes.caption, seed)
                 if method in missing:
                     figures = measure(
                         clip,
@@ -257,5 +240,115 @@ def render_missing(
             sys.stderr.write(f"clip {index}: {attributes.caption}\n")
 
 
-def _plain(settings: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(settings))
+# Averages and tables ------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Average the figures of each method over the prompts."""
+    own = {m.name: [row for row in rows if row["method"] == m.name] for m in methods}
+    table = {method.name: _average(method, own[method.name]) for method in methods}
+    reference = statistics.fmean(row["dit_seconds"] for row in rows if row["method"] == REFERENCE)
+    for row in table.values():
+        row["speedup"] = reference / row["dit_seconds"]
+        # a row without a base in the table is compared with itself
+        base = table.get(row["base"] or row["method"], row)
+        row["flops_share"] = row["gflops"] / base["gflops"]
+        row["speedup_base"] = base["dit_seconds"] / row["dit_seconds"]
+    return list(table.values())
+
+
+def _average(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def known(key: str) -> list[float]:
+        return [row[key] for row in rows if row.get(key) is not None]
+
+    def mean(key: str) -> float | None:
+        return statistics.fmean(known(key)) if known(key) else None
+
+    def standard_error(key: str) -> float | None:
+        values = known(key)
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+    def num_equal(key: str) -> int:
+        return sum(key in row and row[key] is None for row in rows)
+
+    return {
+        "method": method.name,
+        "preset": method.preset,
+        "overrides": list(method.overrides),
+        "base": method.base,
+        "group": None if method.group is None else asdict(method.group),
+        "num_clips": len(rows),
+        "gflops": statistics.fmean(known("flops")) / 1e9,
+        "computed_share": mean("computed_share"),
+        "num_compressions": mean("num_compressions"),
+        "dit_seconds": statistics.fmean(known("dit_seconds")),
+        "speedup": None,
+        "judge_accuracy": mean("judge_all"),
+        "judge": {
+            key: statistics.fmean(row["judge"][key] for row in rows) for key in rows[0]["judge"]
+        },
+        **{f"{key}{of}": mean(f"{key}{of}") for of in ("", "_base") for key in ("psnr", "ssim")},
+        **{f"psnr_error{of}": standard_error(f"psnr{of}") for of in ("", "_base")},
+        # the PSNR of clips that are equal is in no mean
+        **{f"num_equal{of}": num_equal(f"psnr{of}") for of in ("", "_base")},
+    }
+
+
+def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
+    """Return the averages as a Markdown table."""
+    lines = [
+        "| method | GFLOPs | computed | DiT s | speed-up | judge | PSNR | SSIM "
+        f"| PSNR ({base_label}) | SSIM ({base_label}) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        cells: list[str] = [
+            escaped(row["method"]),
+            f"{row['gflops']:.0f}",
+            f"{100 * row['computed_share']:.0f} %",
+            f"{row['dit_seconds']:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{100 * row['judge_accuracy']:.0f} %",
+        ]
+        for of in ("", "_base"):
+            is_equal = row[f"num_equal{of}"] == row["num_clips"]
+            cells.append("equal" if is_equal else _shown(row[f"psnr{of}"], ".2f"))
+            cells.append(_shown(row[f"ssim{of}"], ".3f"))
+        lines.append(table_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def reuse_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return the averages of the table of reuse rules, for the README.
+
+    FLOPs share, speed-up, PSNR and SSIM are against the row of the same attention and passes that
+    computes every step; the last column is against vanilla.
+    """
+    attributes = list(table[0]["judge"])
+    head = ["method", "FLOPs", "GFLOPs", "DiT s", "speed-up", "judge", *attributes]
+    head += ["PSNR", "SSIM", "PSNR (vanilla)"]
+    lines = [table_row(head), "|" + "---|" * len(head)]
+    for row in table:
+        is_equal = row["num_equal_base"] == row["num_clips"]
+        error = "" if row["psnr_error_base"] is None else f" ± {row['psnr_error_base']:.2f}"
+        decibel = "-" if row["psnr_base"] is None else f"{row['psnr_base']:.2f}{error}"
+        cells = [
+            escaped(row["method"]),
+            f"{100 * row['flops_share']:.1f} %",
+            f"{row['gflops']:.1f}",
+            f"{row['dit_seconds']:.2f}",
+            f"{row['speedup_base']:.2f}x",
+            *(
+                f"{100 * share:.0f} %"
+                for share in (row["judge_accuracy"], *(row["judge"][key] for key in attributes))
+            ),
+            "equal" if is_equal else decibel,
+            _shown(row["ssim_base"], ".3f"),
+            _shown(row["psnr"], ".2f"),
+        ]
+        lines.append(table_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
