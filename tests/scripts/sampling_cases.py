@@ -39,7 +39,7 @@ def render(task, folder):
     path = folder / f"{{task.name}}.mp4"
     with path.open("wb", buffering=0) as stream:
         for part in range(10):
-            stream.write(f"{{task.name}} {{part}} ".encode() * {repeat})
+            stream.write(f"{{task.name}} {{part}} ".encode() * (1 + task.seed) * {repeat})
             time.sleep({pause})
     return {{"video": path.name, "maker": str(time.time_ns())}}
 
@@ -97,7 +97,7 @@ PROTOCOL: dict[str, Any] = {
 
 
 def drive(out: Path, *, first: int = 0, pause: float = 0.0, repeat: int = 20, limit: int = 0):
-    """Start a process that makes twelve files."""
+    """Start a process that makes twelve files, each larger than the one before."""
     code = DRIVER.format(pause=pause, repeat=repeat, limit=limit)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(out), str(first)],
