@@ -1,5 +1,6 @@
 """Many videos by many processes: shared by a folder, resumable, never half a result."""
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 from sampling_cases import drive, make_file, make_task, make_worker, receipts, videos
 
 from flowcache.bench.tasks import Task
-from flowcache.bench.worker import Lock, Locks
+from flowcache.bench.worker import DiskFullError, Lock, Locks
 
 # Several processes
 
@@ -179,6 +180,20 @@ def test_a_failing_video_is_recorded_and_the_others_go_on(tmp_path: Path):
     assert "Traceback" in record["traceback"][0]
     assert make_worker(tasks, tmp_path).run() == {}
     assert not (tmp_path / "b.error.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EACCES, PermissionError)]
+)
+def test_only_a_full_disk_is_reported_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+):
+    def refuse(_self: Locks, _label: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Locks, "take", refuse)
+    with pytest.raises(kind):
+        make_worker([make_task("a")], tmp_path).run()
 
 
 # Locks

@@ -32,7 +32,7 @@ from typing import Any
 from flowcache.bench.tasks import MISSING, Kind, Origin, Task, flaw, sha256_of
 from flowcache.errors import UserError
 from flowcache.runtime.ending import check_stopped, undisturbed
-from flowcache.runtime.files import write_json
+from flowcache.runtime.files import is_running, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Locks:
             return True
         try:
             owner = json.loads(text)
-            return owner["place"] == place() and not _is_running(owner["pid"])
+            return owner["place"] == place() and not is_running(owner["pid"])
         except (ValueError, KeyError, TypeError, RecursionError):  # half written, or not ours
             return False
 
@@ -185,16 +185,6 @@ def _newest(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     return max(generations, default=None)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # The work of one process --------------------------------------------------------------------------

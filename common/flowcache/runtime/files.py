@@ -69,13 +69,13 @@ def remove_stale_parts(folder: Path, *, before: str, after: str) -> None:
     with contextlib.suppress(OSError):  # another process may do the same
         for path in folder.iterdir():
             found = pattern.fullmatch(path.name)
-            if found is None or _is_running(int(found[1])):
+            if found is None or is_running(int(found[1])):
                 continue
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Tell whether a process runs on this machine; one that can't be asked counts as running."""
     try:
         os.kill(pid, 0)  # sends nothing
