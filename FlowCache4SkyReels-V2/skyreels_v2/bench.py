@@ -12,7 +12,7 @@ WORDS = Words(
 )
 CAUSAL = "vanilla-causal"
 BEST = ("reuse.predict=velocity", "reuse.extrapolate=0.5")
-"""The predictor that serves best on the demo, beside the published one (block residual)."""
+"""The predictor that serves best on the demo; the published one is the block residual."""
 
 
 def with_predictors(name: str, preset: str) -> list[Method]:

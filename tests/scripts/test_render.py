@@ -1,5 +1,6 @@
-"""Models loaded once, and what a video is made from."""
+"""Models loaded once, what a video is made from, and the GPUs."""
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,3 +105,38 @@ def test_a_preset_that_is_edited_meanwhile_is_refused(tmp_path: Path):
     preset.write_text(preset.read_text() + "guidance: 3.5\n")
     with pytest.raises(ValueError, match="has changed since the start"):
         maker.render(task, tmp_path)
+
+
+def test_a_sketch_depends_on_names_sizes_and_contents(tmp_path: Path):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    path = folder / "model.bin"
+    path.write_bytes(os.urandom(3 * 2**20))
+    (folder / "config.json").write_text("{}")
+    first = sketch_of(folder)
+    path.rename(folder / "other.bin")
+    assert sketch_of(folder) != first
+    (folder / "other.bin").rename(path)
+    assert sketch_of(folder) == first
+    content = bytearray(path.read_bytes())
+    content[2**20 + 5] ^= 1  # of so small a file every byte counts
+    path.write_bytes(content)
+    assert sketch_of(folder) != first
+    assert sketch_of(path) != sketch_of(folder / "config.json")
+
+
+def test_the_clocks_of_every_gpu_are_read_with_their_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert renderer.describe_gpus() == []
+    tool = tmp_path / "nvidia-smi"
+    line = "NVIDIA A800, 550.54, 81920 MiB, 1410 MHz, 1410 MHz, 1593 MHz, 61, 400.00 W"
+    tool.write_text(f'#!/bin/sh\n[ "$2" = --format=csv,noheader ] && echo "{line}\n{line}"\n')
+    tool.chmod(0o755)
+    found = renderer.describe_gpus()
+    assert len(found) == 2
+    assert list(found[0]) == list(renderer.GPU_FIELDS)
+    assert found[1]["clocks.sm"] == "1410 MHz"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert renderer.describe_gpus() == []

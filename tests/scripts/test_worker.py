@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import pytest
 from sampling_cases import drive, make_file, make_task, make_worker, receipts, videos
 
 from flowcache.bench.tasks import Task
-from flowcache.bench.worker import DiskFullError, Lock, Locks
+from flowcache.bench.worker import DiskFullError, Lock, Locks, warned_once
 
 # Several processes
 
@@ -194,6 +195,21 @@ def test_only_a_full_disk_is_reported_as_one(
     monkeypatch.setattr(Locks, "take", refuse)
     with pytest.raises(kind):
         make_worker([make_task("a")], tmp_path).run()
+
+
+def test_a_warning_is_shown_once_per_process_and_every_message(caplog: pytest.LogCaptureFixture):
+    logger = logging.getLogger("magi1.run")
+    caplog.set_level(logging.INFO)
+    with warned_once(["magi1.run"]):
+        for name in "ab":
+            logger.warning("no special tokens")
+            logger.warning("of %s", name)
+            logger.info("wrote a video")
+    logger.warning("no special tokens")
+    assert [record.getMessage() for record in caplog.records] == [
+        *("no special tokens", "of a", "wrote a video", "of b", "wrote a video"),
+        "no special tokens",
+    ]
 
 
 # Locks

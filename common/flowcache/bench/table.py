@@ -280,7 +280,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Return the table of a JSON report as Markdown, and what people should know beside it."""
+    """Return the table of a JSON report as Markdown, with notes for its readers."""
     heads = ["method"]
     for column in COLUMNS:
         heads += [column.head, "published"] if column.is_published else [column.head]

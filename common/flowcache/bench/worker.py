@@ -297,7 +297,7 @@ class Worker:
                 report = {**report, "made_from": dict(self.origins.get(task.kind, {}))}
                 publish(task, self.out, lock.work, report=report)
                 task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
-        except Exception as error:  # noqa: BLE001 - whatever fails, the other tasks go on
+        except Exception as error:  # noqa: BLE001 - the other tasks go on after any failure
             if not lock.is_valid():  # who took over has removed the folder, and goes on
                 logger.warning("%s: another process has taken over: dropped", task.label)
                 return
