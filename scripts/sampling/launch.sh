@@ -3,8 +3,9 @@
 #   sample_videos ARGUMENTS...              scripts/sample.py in $GPUS processes
 #   sample_vbench MODEL ARGUMENTS...        the same with VBench's prompts
 #   sample_physics_iq MODEL ARGUMENTS...    the same with Physics-IQ's clips
+#   make_table                              the videos of a protocol, then its table
 #
-# The last two take the variables of the launcher, and write into the folder of its model.
+# All take the variables of the launcher; samples go into the folder of its model.
 #
 # On several machines the same launcher is started on each, with one OUT that all of them see: the
 # work is shared by that folder alone.
@@ -38,4 +39,12 @@ sample_vbench() {
 sample_physics_iq() {
     sample_videos "$1" --preset "$PRESET" --model "$MODEL" --physics-iq "$DATA" \
         --out "${OUT:-$flowcache_model/result/physicsiq/$PRESET}" --seed "$SEED" "${@:2}"
+}
+
+make_table() {
+    local given=(--protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
+        ${NUM_PROMPTS:+--num-prompts "$NUM_PROMPTS"})
+    sample_videos "${given[@]}"
+    python "$flowcache_scripts/reproduce.py" "${given[@]}" \
+        --device "$DEVICE" ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}
 }
