@@ -101,7 +101,10 @@ def test_what_a_video_is_made_from_is_known_by_contents_not_by_names(tmp_path: P
 def test_a_preset_that_is_edited_meanwhile_is_refused(tmp_path: Path):
     preset = write_preset(tmp_path / "own.yaml", "vanilla")
     maker, task = Renderer("cpu"), make_task("a", settings=SHORT, preset=str(preset))
-    maker.check(task)
+    origin = maker.check(task)
+    for changes in ({}, {"prompt": "other"}, {"seed": 5}):
+        job = maker._prepare(replace(task, **changes), tmp_path)
+        assert renderer.hash_settings(job) == origin["resolved_settings"]
     preset.write_text(preset.read_text() + "guidance: 3.5\n")
     with pytest.raises(ValueError, match="has changed since the start"):
         maker.render(task, tmp_path)
