@@ -24,7 +24,7 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 from flowcache.errors import UserError
-from flowcache.report.scatter import draw_tuning
+from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import MODELS, load_model
