@@ -37,9 +37,7 @@ from flowcache.runtime.profile import (
     Source,
     write_profile,
 )
-from flowcache.tune.forecast import choose, parse_target
 from flowcache.tune.gram import distance_band, magnitude_ratios
-from flowcache.tune.measure import Prompt, measure, random_plans
 from flowcache.tune.methods import (
     Method,
     adaptive,
@@ -54,25 +52,25 @@ from flowcache.tune.methods import (
     strides,
     whole_window,
 )
-from flowcache.tune.plan import Constraints, Plan
-from flowcache.tune.prompts import choose_prompts
-from flowcache.tune.rows import Rows
-from flowcache.tune.runs import Runs
+from flowcache.tune.plan import Constraints, Plan, choose, parse_target
+from flowcache.tune.runs import Prompt, Runs, choose_prompts
 from flowcache.tune.study import (
     MEASURED_SHARES,
     NUM_MEASURED_CLIPS,
     NUM_PROBES,
     Found,
-    check_has_guidance,
-    check_leaves_steps,
-    check_reachable,
+    Rows,
+    check_possible,
     investigate,
     kv_effect,
+    markdown,
+    measure,
+    random_plans,
+    summarize,
 )
-from flowcache.tune.table import markdown, summarize
 
 TABLE_SHARES = (0.27, 0.5)
-"""Shares of the steps at which methods are compared, beside the target's."""
+"""Shares of the steps at which methods are compared, in addition to the target's."""
 PLOT = "pareto.svg"
 """The table as a drawing, in the folder of the measured rows."""
 NUM_CHECK_PLANS = 24
@@ -83,16 +81,15 @@ GIGA = 1e9
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse_options(argv)
-    return run_command(lambda: timed(options))
 
+    def timed() -> None:
+        start = time.monotonic()
+        command(options)
+        if not options.dry_run:
+            minutes, spent = (time.monotonic() - start) / 60, time.process_time() / 60
+            print(f"took         {minutes:.1f} minutes, {spent:.1f} of them processor time")
 
-def timed(options: argparse.Namespace) -> None:
-    """Do what the options ask for, and say how long it took."""
-    start = time.monotonic()
-    command(options)
-    if not options.dry_run:
-        minutes, spent = (time.monotonic() - start) / 60, time.process_time() / 60
-        print(f"took         {minutes:.1f} minutes, {spent:.1f} of them processor time")
+    return run_command(timed)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -167,11 +164,7 @@ def command(options: argparse.Namespace) -> None:
         folder=options.work,
         holds_guidance=options.hold_guidance,
     )
-    num_steps, num_passes = runs.size().num_steps, runs.size().num_passes
-    check_leaves_steps(num_steps, constraints)
-    least_cost = 1 / num_passes if options.hold_guidance else 1
-    check_reachable(target, num_steps, constraints, least_cost=least_cost)
-    check_has_guidance(runs.size())
+    check_possible(target, runs.size(), constraints)
     out = options.out or options.work / "profile.yaml"
     if options.dry_run:
         print("\n".join(describe(runs, options)))
@@ -310,7 +303,7 @@ def check(
         limit, skipping = closest_magcache(
             ratios, num_computed=cost, warmup_steps=size.warmup_steps
         )
-        print(f"threshold    {limit:.4g} makes MagCache compute {skipping}")
+        print(f"threshold    {limit:.4g} makes MagCache compute {skipping:g}")
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
         methods += [*adaptive(threshold, words), *magcache(limit, profile, words)]
         expected[planned(own).name] = found.forecast(own).psnr

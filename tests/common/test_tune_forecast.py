@@ -3,7 +3,7 @@ import math
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.tune.forecast import (
+from flowcache.tune.plan import (
     Forecast,
     Target,
     choose,

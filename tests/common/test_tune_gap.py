@@ -22,7 +22,7 @@ def random_model(seed: int = 0) -> tuple[ErrorModel, np.ndarray]:
 
 def test_the_gap_in_the_example_costs_what_the_example_says():
     model = ErrorModel(np.eye(3), np.array([1.0, 0.8, 0.5, 0.0]))
-    c_N = gap_coefficients([0], 2, sigmas=model.sigmas, predictor=Predictor())
+    c_N = gap_coefficients([(0, 0)], 2, sigmas=model.sigmas, predictor=Predictor())
     np.testing.assert_allclose(c_N, [0.3, -0.3, 0.0])
     assert model.gap([0], 2, Predictor()) == pytest.approx(0.18)
 

@@ -15,7 +15,6 @@ from flowcache.tune.gram import (
     Sketch,
     calibration_bytes,
     merge,
-    most_active,
 )
 
 pytestmark = pytest.mark.numeric
@@ -223,10 +222,3 @@ def test_a_collector_lets_go_of_a_finished_chunk():
     collector = GramCollector(NUM_STEPS, WEIGHTS)
     observe_chunk(collector, 0, velocities(0))
     assert not collector._active
-
-
-def test_the_chunks_that_are_active_at_once_follow_from_the_lag():
-    assert most_active(5, num_steps=50, lag=5) == 5
-    assert most_active(20, num_steps=50, lag=5) == 10
-    assert most_active(20, num_steps=64, lag=16) == 4
-    assert most_active(3, num_steps=10, lag=0) == 3

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.report import figures, scatter
+from flowcache.report import figures
 from flowcache.report.figures import draw_distances, widest_spread
 from flowcache.report.run import load_run
 from flowcache.runtime.run import Clip
@@ -155,25 +155,25 @@ def test_a_table_gives_a_point_for_every_method_that_reuses(tmp_path: Path):
             "stride (x), latent update": {"gflops": 60.0, "psnr_base": None},
         },
     )
-    assert scatter.read_methods(path) == [
-        scatter.Point("TeaCache", 25.0, 31.0, "neither pass", True),
-        scatter.Point("FlowCache", 10.0, 25.0, "fast", False, is_compressed=True),
+    assert figures.read_methods(path) == [
+        figures.Point("TeaCache", 25.0, 31.0, "neither pass", True),
+        figures.Point("FlowCache", 10.0, 25.0, "fast", False, is_compressed=True),
     ]
 
 
 def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path: Path):
-    figures = {"gflops": 50.0, "psnr_vanilla": 30.0, "psnr_vanilla-causal": 20.0}
+    of = {"gflops": 50.0, "psnr_vanilla": 30.0, "psnr_vanilla-causal": 20.0}
     names = ("TeaCache-slow, residual", "TeaCache, causal (x), residual", "FlowCache-slow, x")
-    path = write_table(tmp_path / "t.json", **dict.fromkeys(names, figures))
-    assert [point.decibel for point in scatter.read_methods(path)] == [30.0, 20.0, 20.0]
+    path = write_table(tmp_path / "t.json", **dict.fromkeys(names, of))
+    assert [point.decibel for point in figures.read_methods(path)] == [30.0, 20.0, 20.0]
 
 
 def test_the_drawing_knows_the_names_of_the_tables():
     reuse = importlib.import_module("benchmark.reuse")
     methods = importlib.import_module("flowcache.tune.methods")
-    assert set(scatter.RULES.looks) == {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
+    assert set(figures.RULES.looks) == {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
     moved = [name for name, settings in methods.TRENDS.items() if settings != methods.VELOCITY]
-    assert set(scatter.EXTRAPOLATED) == {methods.AS_TUNED, reuse.TREND, *moved}
+    assert set(figures.EXTRAPOLATED) == {methods.AS_TUNED, reuse.TREND, *moved}
 
 
 def reuse_row(policy: str, predictor: str, *, share: float, decibel: float) -> dict[str, Any]:
@@ -197,10 +197,10 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
     ]
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"table": rows}))
-    points = scatter.read_rules(path)
+    points = figures.read_rules(path)
     assert [point.share for point in points] == [20, 40, 40, 40, 40]
     assert [point.is_filled for point in points] == [False, False, True, False, False]
-    drawing = scatter.draw_reuse(path, model="A")
+    drawing = figures.draw_reuse(path, model="A")
     root = ElementTree.fromstring(drawing)
     tips = {
         mark.findtext(f"{SVG}title"): mark
@@ -255,7 +255,7 @@ def test_strips_show_first_and_last_frame_of_every_clip():
     ],
 )
 def test_a_broken_table_is_one_line(tmp_path: Path, figure: str, content: str | None, said: str):
-    read = {"tradeoff": scatter.read_methods, "reuse": scatter.read_rules}[figure]
+    read = {"tradeoff": figures.read_methods, "reuse": figures.read_rules}[figure]
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)

@@ -154,12 +154,23 @@ GROWTH_STYLES = {
 }
 GROWTH_KEY_STEP = 190.0
 GROWTH_COMMAND = "python scripts/bench_gpu.py --growth"
-GROWTH_PANELS: Sequence[tuple[str, str, str, float]] = (
-    ("planned", "KV cache, GB", "kv_bytes", 1e9),
-    ("planned", "TFLOPs per chunk", "flops_per_chunk", 1e12),
-    ("measured", "CPU s per chunk", "seconds_per_chunk", 1.0),
+
+
+class Panel(NamedTuple):
+    """One chart of each model."""
+
+    part: str
+    """`planned` or `measured`."""
+    name: str
+    column: str
+    unit: float
+
+
+GROWTH_PANELS = (
+    Panel("planned", "KV cache, GB", "kv_bytes", 1e9),
+    Panel("planned", "TFLOPs per chunk", "flops_per_chunk", 1e12),
+    Panel("measured", "CPU s per chunk", "seconds_per_chunk", 1.0),
 )
-"""Of each model: the part of its results, the name of the axis, the column, its unit."""
 
 
 def draw_growth(file: Path) -> str:
@@ -174,8 +185,8 @@ def draw_growth(file: Path) -> str:
             top = GROWTH_HEAD + index * row_height
             title = text(model["title"], x=MARGIN + 12, y=top + 18, class_="strong")
             titles.append(title)
-            for place, (part, *panel) in enumerate(GROWTH_PANELS):
-                chart = _growth_chart(model[part], part, *panel)
+            for place, panel in enumerate(GROWTH_PANELS):
+                chart = _growth_chart(model[panel.part], panel)
                 drawn.append(placed(chart, MARGIN + place * PANEL_WIDTH, top + GROWTH_TITLE))
         names = list(models[0]["planned"])
     except (KeyError, TypeError, AttributeError, IndexError):
@@ -200,22 +211,20 @@ def draw_growth(file: Path) -> str:
     )
 
 
-def _growth_chart(
-    lines: Mapping[str, Rows], part: str, name: str, column: str, unit: float
-) -> Element:
+def _growth_chart(lines: Mapping[str, Rows], panel: Panel) -> Element:
     points = {
-        each: [(row["frames"], row[column] / unit) for row in rows] for each, rows in lines.items()
+        name: [(row["frames"], row[panel.column] / panel.unit) for row in rows]
+        for name, rows in lines.items()
     }
-    last = max(frames for each in points.values() for frames, _ in each)
-    where = "released size, planned" if part == "planned" else "demo, measured"
+    last, highest = (max(at[i] for each in points.values() for at in each) for i in (0, 1))
+    where = "released size, planned" if panel.part == "planned" else "demo, measured"
     x = horizontal(f"frames ({where})", 0, last, width=PANEL_WIDTH)
-    highest = max(value for each in points.values() for _, value in each)
-    y = vertical(name, highest, height=GROWTH_HEIGHT)
+    y = vertical(panel.name, highest, height=GROWTH_HEIGHT)
     marks = [
-        path(curve(own, x, y), tip=each, class_="curve", style=GROWTH_STYLES[each])
-        for each, own in points.items()
+        path(curve(own, x, y), tip=name, class_="curve", style=GROWTH_STYLES[name])
+        for name, own in points.items()
     ]
-    return plot(x, y, marks=marks, label=f"{name} by frames")
+    return plot(x, y, marks=marks, label=f"{panel.name} by frames")
 
 
 # Frames -------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ fixed width. Every step must be computed while this is recorded.
 Axes: N own steps, M = branches x N, the steps of the first branch first.
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,24 +106,21 @@ class Calibration:
         self,
         weights: Mapping[str, float],
         *,
-        chunks: Collection[int] | None = None,
         conditional: str | None = None,
     ) -> ErrorModel:
-        """Return the errors of some chunk positions, on average; None: of all of them.
+        """Return the mean errors of all chunk positions.
 
         Args:
             conditional: branch that may be computed alone; None: none.
         """
-        guided = self.guided(weights)
-        chosen = list(guided if chunks is None else chunks)
-        gram_NN = np.mean([guided[chunk] for chunk in chosen], axis=0)
+        gram_NN = np.mean(list(self.guided(weights).values()), axis=0)
         if conditional is None:
             return ErrorModel(gram_NN, self.sigmas)
         both_KB = np.array(
             [[weights[name], float(name == conditional)] for name in self.branches]
         ).T
         joint_2N_M = np.kron(both_KB, np.eye(self.num_steps))
-        gram_MM = np.mean([self.gram[chunk] for chunk in chosen], axis=0)
+        gram_MM = np.mean(list(self.gram.values()), axis=0)
         return ErrorModel(gram_NN, self.sigmas, joint=joint_2N_M @ gram_MM @ joint_2N_M.T)
 
     def save(self, path: Path) -> None:
@@ -141,11 +137,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: the file is missing or is none.
-        """
+        """Read what `save` wrote."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 chunks: list[int] = stored["chunks"].tolist()
@@ -235,11 +227,7 @@ class GramCollector:
             del self._active[segment, chunk]
 
     def finish(self) -> Calibration:
-        """Return the means.
-
-        Raises:
-            ValueError: a chunk was not seen in all its steps and branches.
-        """
+        """Return the means; every chunk must have been observed in all its steps and branches."""
         if self._active or not self._sums:
             missing = sorted(self._active) or "no chunk"
             raise ValueError(f"every step of a chunk must be observed; incomplete: {missing}")
@@ -274,7 +262,7 @@ def merge(calibrations: Sequence[Calibration]) -> Calibration:
 def calibration_bytes(
     *, num_elements: int, num_steps: int, num_branches: int, num_active: int, width: int | None
 ) -> int:
-    """Return the most memory that collecting needs beside the run itself.
+    """Return the most memory that collecting needs in addition to the run itself.
 
     Args:
         num_elements: numbers in the latent of a chunk.
@@ -288,11 +276,6 @@ def calibration_bytes(
     return velocities + doubles + sketching + num_active * rows**2 * 8
 
 
-def most_active(num_chunks: int, *, num_steps: int, lag: int) -> int:
-    """Return how many chunks are active at once at most."""
-    return num_chunks if lag == 0 else min(num_chunks, math.ceil(num_steps / lag))
-
-
 def distance_band(
     distances: Iterable[tuple[int, float]], *, num_steps: int, margin: float = BAND_MARGIN
 ) -> tuple[list[float], list[float]]:
@@ -301,9 +284,6 @@ def distance_band(
     Args:
         distances: (own step, distance to the previous tick), in any order. The first step has
             none: its band is 0, 0 and never asked for.
-
-    Raises:
-        ValueError: a later step has none.
     """
     seen: dict[int, list[float]] = {}
     for step, distance in distances:

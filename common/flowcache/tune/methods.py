@@ -1,7 +1,7 @@
 """What is compared: each a policy with a predictor, as settings of a run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,42 +52,34 @@ def published(words: Words) -> tuple[str, ...]:
 
 
 def predictors(words: Words) -> dict[str, tuple[str, ...]]:
-    """Return what stands for a reused step: as published, and the velocity."""
+    """Return what replaces a reused step: as published, and the velocity."""
     return {words.published.replace("_", " "): published(words), **TRENDS}
 
 
 def planned(plan: Plan) -> Method:
-    """Return a plan with its own predictor."""
+    """Return a plan with its own predictor, and its guidance."""
+    predictor, steps = plan.predictor, guidance_steps(plan)
+    settings = [
+        f"reuse.predict={predictor.quantity}",
+        f"reuse.extrapolate={predictor.factor if predictor.order else 0.0:.6g}",
+        f"reuse.order={max(predictor.order, 1)}",
+    ]
+    if steps is not None:
+        settings.append(f"reuse.guidance_steps=[{','.join(map(str, steps))}]")
     return Method(
         f"planned {plan.num_computed}, {predictor_name(plan)}",
-        (*_steps(plan.steps), *predictor_settings(plan), *guidance_settings(plan)),
+        (*_steps(plan.steps), *settings),
         policy="planned",
         predictor=AS_TUNED,
     )
 
 
 def predictor_name(plan: Plan) -> str:
-    """Say what stands for a reused step, and how many steps run the conditional pass alone."""
+    """Say what replaces a reused step, and how many steps run the conditional pass alone."""
     predictor, name = plan.predictor, plan.predictor.quantity
     if predictor.order:
         name += f" + {predictor.factor:.2f}{' of order 2' if predictor.order == 2 else ''}"
     return f"{name}, {len(plan.conditional)} with one pass" if plan.conditional else name
-
-
-def predictor_settings(plan: Plan) -> tuple[str, ...]:
-    """Return what makes reused steps as a plan's predictor says."""
-    predictor = plan.predictor
-    return (
-        f"reuse.predict={predictor.quantity}",
-        f"reuse.extrapolate={predictor.factor if predictor.order else 0.0:.6g}",
-        f"reuse.order={max(predictor.order, 1)}",
-    )
-
-
-def guidance_settings(plan: Plan) -> tuple[str, ...]:
-    """Return what lets a plan's conditional steps run that pass alone."""
-    steps = guidance_steps(plan)
-    return () if steps is None else (f"reuse.guidance_steps=[{','.join(map(str, steps))}]",)
 
 
 def guidance_steps(plan: Plan) -> list[int] | None:
@@ -108,11 +100,7 @@ def held(plan: Plan) -> Method:
 
 
 def guarded(plan: Plan, profile: Path, words: Words) -> Method:
-    """Return a plan that computes more where a chunk changes as no calibration clip did.
-
-    Args:
-        profile: of the plan.
-    """
+    """Return a plan that computes more where a chunk changes as no calibration clip did."""
     return Method(
         f"guarded {plan.num_computed}, {predictor_name(plan)}",
         ("reuse.policy=guarded", f"reuse.profile={profile}", *words.content),
@@ -156,11 +144,7 @@ def adaptive(threshold: float, words: Words) -> list[Method]:
 
 
 def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
-    """Return MagCache with a threshold, as published and with a velocity along its trend.
-
-    Args:
-        profile: holds the magnitude ratios.
-    """
+    """Return MagCache with a threshold, as published and with a velocity along its trend."""
     settings = (
         "reuse.policy=magcache",
         f"reuse.profile={profile}",
@@ -210,43 +194,45 @@ def closest_threshold(
         the threshold, and the mean number of steps that it computes.
     """
     most = max(sum(abs(value) for value in chunk) for chunk in increments)
-    grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
-    counts = {
-        threshold: math.fsum(
+
+    def count(threshold: float) -> float:
+        counts = [
             _count(chunk, threshold, warmup_steps, compute_last_step=compute_last_step)
             for chunk in increments
-        )
-        / len(increments)
-        for threshold in grid
-    }
-    best = min(counts, key=lambda threshold: abs(counts[threshold] - num_computed))
-    return best, counts[best]
+        ]
+        return sum(counts) / len(counts)
+
+    return _closest(most, count, num_computed)
 
 
 def closest_magcache(
     ratios: Sequence[float], *, num_computed: float, warmup_steps: int
-) -> tuple[float, int]:
+) -> tuple[float, float]:
     """Return MagCache's threshold that computes nearest to so many own steps of a chunk.
 
     Args:
         ratios: of magnitudes, by own step; see `MagCache`.
-
-    Returns:
-        the threshold, and the steps that it computes.
     """
     most = sum(abs(1 - math.prod(ratios[1 : i + 1])) for i in range(1, len(ratios)))
+
+    def count(threshold: float) -> int:
+        policy = MagCache(ratios, threshold, warmup_steps, ReuseRule.most_reuses)
+        ticks = staggered([0], num_steps=len(ratios), lag=0)
+        return sum(
+            policy.plan(tick, {}, stored=[0] if tick.index else [])[0].is_computed for tick in ticks
+        )
+
+    return _closest(most, count, num_computed)
+
+
+def _closest(
+    most: float, count: Callable[[float], float], num_computed: float
+) -> tuple[float, float]:
+    """Return which of the thresholds up to `most` makes the count nearest, and the count."""
     grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
-    counts = {value: _magcache_count(ratios, value, warmup_steps) for value in grid}
-    best = min(counts, key=lambda value: abs(counts[value] - num_computed))
+    counts = {threshold: count(threshold) for threshold in grid}
+    best = min(counts, key=lambda threshold: abs(counts[threshold] - num_computed))
     return best, counts[best]
-
-
-def _magcache_count(ratios: Sequence[float], threshold: float, warmup_steps: int) -> int:
-    policy = MagCache(ratios, threshold, warmup_steps, ReuseRule.most_reuses)
-    ticks = staggered([0], num_steps=len(ratios), lag=0)
-    return sum(
-        policy.plan(tick, {}, stored=[0] if tick.index else [])[0].is_computed for tick in ticks
-    )
 
 
 def _count(

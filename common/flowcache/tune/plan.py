@@ -1,4 +1,4 @@
-"""The best plan for every cost, by a dynamic programme.
+"""The best plan for every cost, by a dynamic programme; its forecast; the one that meets a target.
 
 A plan is a list of own steps that are computed, some of them perhaps with the conditional pass
 alone. What a gap costs depends on the computed steps that its prediction looks back on: one with a
@@ -6,11 +6,17 @@ held velocity, two with linear extrapolation; and on the step whose guidance is 
 of the programme is the tuple of the last computed points, and it finds the exact minimum.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal, cast, get_args
+
+import numpy as np
 
 from flowcache.errors import UserError
+from flowcache.runtime.metrics import PIXEL_MAX
 from flowcache.tune.gap import ErrorModel, Parabola, Point, Predicted, Predictor
 
 FACTORS = {0: (0.0,), 1: (0.25, 0.5, 0.75, 1.0), 2: (0.5, 1.0)}
@@ -89,7 +95,7 @@ class Plan:
 
 
 class _Gaps:
-    """Errors of gaps as parabolas of the predictor's factor; each is worked out once."""
+    """Errors of gaps as parabolas of the predictor's factor; each is computed once."""
 
     def __init__(self, model: ErrorModel, *, order: int, quantity: Predicted) -> None:
         self.model = model
@@ -108,28 +114,28 @@ class _Gaps:
 
 
 def best_plans(
-    model: ErrorModel, predictor: Predictor, *, constraints: Constraints, num_passes: int = 1
+    model: ErrorModel,
+    predictor: Predictor,
+    *,
+    constraints: Constraints,
+    num_passes: int = 1,
+    known: _Gaps | None = None,
 ) -> dict[float, Plan]:
     """Return the plan with the least summed error for every possible cost.
+
+    Partial plans are extended step by step, cheapest first.
 
     Args:
         num_passes: guidance passes; with two or more, computed steps may run the conditional one
             alone, at its share of the cost, as long as the step whose difference they hold is not
             more than `constraints.most_reuses` steps back.
+        known: errors of gaps with other factors.
 
     Returns:
         cost in steps that run all passes -> plan; with one pass, by the number of computed steps.
     """
-    gaps = _Gaps(model, order=predictor.order, quantity=predictor.quantity)
-    return _search(gaps, predictor.factor, constraints=constraints, num_passes=num_passes)
-
-
-def _search(
-    gaps: _Gaps, factor: float, *, constraints: Constraints, num_passes: int
-) -> dict[float, Plan]:
-    """Extend partial plans step by step, cheapest first; see `best_plans`."""
-    num_steps = gaps.model.num_steps
-    predictor = Predictor(gaps.order, factor, gaps.quantity)
+    gaps = known or _Gaps(model, order=predictor.order, quantity=predictor.quantity)
+    num_steps = model.num_steps
     forced = set(constraints.forced(num_steps))
 
     def nexts(last: Point) -> Iterator[tuple[Point, int]]:
@@ -154,7 +160,7 @@ def _search(
             found[cost / num_passes] = Plan(steps, predictor, error, conditional, num_passes)
         for key, (error, points) in layer.items():
             for point, price in nexts(points[-1]):
-                candidate = (error + gaps.error(key, point[0], factor), (*points, point))
+                candidate = (error + gaps.error(key, point[0], predictor.factor), (*points, point))
                 own = candidate[1][-predictor.num_results :]
                 longer = layers.setdefault(cost + price, {})
                 longer[own] = min(longer.get(own, candidate), candidate)
@@ -177,7 +183,10 @@ def fitted_plans(
     gaps = _Gaps(model, order=order, quantity=quantity)
     best: dict[float, Plan] = {}
     for factor in FACTORS[order]:
-        plans = _search(gaps, factor, constraints=constraints, num_passes=num_passes)
+        predictor = Predictor(order, factor, quantity)
+        plans = best_plans(
+            model, predictor, constraints=constraints, num_passes=num_passes, known=gaps
+        )
         for cost, plan in plans.items():
             fitted = with_best_factor(model, plan) if order else plan
             if cost not in best or fitted.error < best[cost].error:
@@ -193,10 +202,8 @@ def least_error_plans(
     Orders 0 to 2, of the velocity and of the clean estimate (which are the same where they are
     held); plans that hold guidance only look back on two results, which bounds the search.
     """
-    families: list[tuple[int, Predicted]]
-    families = [(order, quantity) for order in (1, 2) for quantity in QUANTITIES]
     best = fitted_plans(model, order=0, constraints=constraints, num_passes=num_passes)
-    for order, quantity in families:
+    for order, quantity in itertools.product((1, 2), QUANTITIES):
         plans = fitted_plans(
             model,
             order=order,
@@ -219,3 +226,141 @@ def with_best_factor(model: ErrorModel, plan: Plan) -> Plan:
     predictor = Predictor(order, factor, quantity)
     error = model.plan(plan.steps, predictor, conditional=plan.conditional)
     return replace(plan, predictor=predictor, error=error)
+
+
+# What a plan costs, and which one meets a target ------------------------------------------------
+
+TargetName = Literal["speedup", "flops", "psnr", "seconds"]
+EXAMPLES = {"speedup": 3, "flops": 0.35, "psnr": 32, "seconds": 60}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a user asks for.
+
+    speedup: at least so many times faster than with every step computed; flops: at most this share
+    of the FLOPs with every step computed; psnr: at least so many dB against the same run with every
+    step computed; seconds: at most so many seconds in the transformer.
+    """
+
+    name: TargetName
+    value: float
+
+    def is_met(self, forecast: "Forecast") -> bool:
+        """Return whether a forecast is good enough."""
+        found = getattr(forecast, self.name)
+        return found >= self.value if self.name in ("speedup", "psnr") else found <= self.value
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is expected of a run that computes some of the own steps of every chunk."""
+
+    cost: float
+    """Computed steps; one that runs fewer passes counts by its share."""
+    speedup: float
+    flops: float
+    """Share of the FLOPs with every step computed."""
+    psnr: float
+    """dB against the same run with every step computed."""
+    seconds: float
+    """In the transformer."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs share and seconds of a run as straight lines over the number of computed steps.
+
+    Attributes:
+        num_steps: own steps of a chunk.
+        flops: intercept and slope of the share of FLOPs.
+        seconds: intercept and slope of the seconds in the transformer.
+    """
+
+    num_steps: int
+    flops: tuple[float, float]
+    seconds: tuple[float, float]
+
+    def forecast(self, cost: float, *, psnr: float) -> Forecast:
+        """Return what is expected of a plan."""
+
+        def at(line: tuple[float, float], count: float) -> float:
+            return line[0] + line[1] * count
+
+        seconds = at(self.seconds, cost)
+        return Forecast(
+            cost=cost,
+            speedup=at(self.seconds, self.num_steps) / seconds,
+            flops=at(self.flops, cost),
+            psnr=psnr,
+            seconds=seconds,
+        )
+
+
+def fit_costs(measured: Mapping[float, tuple[float, float]], *, num_steps: int) -> Costs:
+    """Fit the costs of runs: number of computed steps -> (share of FLOPs, seconds)."""
+    if len(measured) < 2:
+        raise ValueError(f"two runs with different costs are needed, not {len(measured)}")
+    counts = list(measured)
+    flops, seconds = (
+        tuple(np.polyfit(counts, values, 1)[::-1].tolist())
+        for values in zip(*measured.values(), strict=True)
+    )
+    return Costs(num_steps, flops, seconds)
+
+
+def fit_pixel_scale(measured: Sequence[tuple[float, float]]) -> float:
+    """Return squared pixel levels per predicted squared latent error: a geometric mean.
+
+    Args:
+        measured: (predicted error, mean squared error in pixel levels) of some clips, above 0.
+    """
+    return math.exp(np.mean([math.log(mse / error) for error, mse in measured]))
+
+
+def to_psnr(error: float, *, scale: float) -> float:
+    """Return the PSNR in dB of a predicted error; inf for no error."""
+    return math.inf if error <= 0 else 10 * math.log10(PIXEL_MAX**2 / (scale * error))
+
+
+def parse_target(text: str) -> Target:
+    """Read `flops=0.35`."""
+    name, _, raw = text.partition("=")
+    if name not in get_args(TargetName):
+        known = ", ".join(f"{key}={value}" for key, value in EXAMPLES.items())
+        raise UserError(f"the target is {text!r}, but must be one of the kinds {known}")
+    try:
+        value = float(raw)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(
+            f"the target is {text!r}: its value must be a number above 0, as in "
+            f"{name}={EXAMPLES[name]}"
+        )
+    if name == "flops" and value > 1:
+        raise UserError(f"flops={value:g} is a share and must be at most 1, as in flops=0.35")
+    if name == "speedup" and value < 1:
+        raise UserError(f"speedup={value:g} must be 1 or more, as in speedup=3")
+    return Target(cast(TargetName, name), value)
+
+
+def choose(target: Target, forecasts: Sequence[Forecast]) -> Forecast:
+    """Return the best forecast that meets a target.
+
+    With a PSNR as target that is the one with the fewest computed steps, else the one with the
+    highest PSNR.
+    """
+    good = [forecast for forecast in forecasts if target.is_met(forecast)]
+    if not good:
+        values = [float(getattr(forecast, target.name)) for forecast in forecasts]
+        is_least = target.name in ("speedup", "psnr")
+        reach = f"at most {max(values):.3g}" if is_least else f"at least {min(values):.3g}"
+        costs = [forecast.cost for forecast in forecasts]
+        raise UserError(
+            f"the target {target.name}={target.value:g} cannot be reached: {reach} can be had with "
+            f"{min(costs):g} to {max(costs):g} computed steps; ask for less"
+        )
+    if target.name == "psnr":
+        return min(good, key=lambda forecast: forecast.cost)
+    return max(good, key=lambda forecast: forecast.psnr)
