@@ -93,8 +93,8 @@ class ErrorModel:
         gram: mean inner products of the velocities, `[N, N]`.
         sigmas: noise level of each step and the last one, `[N + 1]`.
         gains: by how much a squared error made in each step grows until the end, `[N]`; None: 1.
-        joint: mean inner products of the velocities and, behind them, the conditional ones,
-            `[2N, 2N]`; None: no step can run the conditional pass alone.
+        joint: those of the velocities and, behind them, the conditional ones, `[2N, 2N]`; None:
+            no step can run the conditional pass alone.
     """
 
     gram: Array
@@ -123,7 +123,7 @@ class ErrorModel:
         *,
         conditional: Collection[int] = (),
     ) -> float:
-        """Return the error of `history[-1]` and of reusing all steps between it and `stop`.
+        """Return the error of reusing all steps between `history[-1]` and `stop`.
 
         Args:
             history: computed steps up to the gap, ascending, at least one.
@@ -191,7 +191,6 @@ class ErrorModel:
 
 
 def points_of(history: Sequence[int], conditional: Collection[int] = ()) -> list[Point]:
-    """Return computed steps as points."""
     points: list[Point] = []
     for step in history:
         points.append((step, points[-1][1] if step in conditional else step))

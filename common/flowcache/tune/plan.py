@@ -6,18 +6,17 @@ held velocity, two with linear extrapolation; and on the step whose guidance is 
 of the programme is the tuple of the last computed points, and it finds the exact minimum.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, product
 from typing import Literal, cast, get_args
 
 import numpy as np
 
 from flowcache.errors import UserError
 from flowcache.runtime.metrics import PIXEL_MAX
-from flowcache.tune.gap import ErrorModel, Parabola, Point, Predicted, Predictor
+from flowcache.tune.gap import Array, ErrorModel, Parabola, Point, Predicted, Predictor
 
 FACTORS = {0: (0.0,), 1: (0.25, 0.5, 0.75, 1.0), 2: (0.5, 1.0)}
 """Factors, by order, that plans are made with before each plan's own is fitted."""
@@ -59,16 +58,14 @@ class Constraints:
         Example: 30 steps, at most 8 reuses in a row: 0, 9, 18, 27 and 29 are 5.
         """
         forced = self.forced(num_steps)
-        return len(forced) + sum(
-            -(-(after - before) // (self.most_reuses + 1)) - 1 for before, after in pairwise(forced)
-        )
+        gaps = (after - before for before, after in pairwise(forced))
+        return len(forced) + sum(-(-gap // (self.most_reuses + 1)) - 1 for gap in gaps)
 
     def allow(self, steps: Sequence[int], *, num_steps: int) -> bool:
         """Return whether a plan keeps to them."""
-        gaps = [after - before - 1 for before, after in pairwise(steps)]
-        return set(self.forced(num_steps)) <= set(steps) and all(
-            gap <= self.most_reuses for gap in gaps
-        )
+        reuses = [after - before - 1 for before, after in pairwise(steps)]
+        has_forced = set(self.forced(num_steps)) <= set(steps)
+        return has_forced and max(reuses, default=0) <= self.most_reuses
 
 
 @dataclass(frozen=True)
@@ -94,14 +91,16 @@ class Plan:
         return len(self.steps) - len(self.conditional) * (1 - 1 / self.num_passes)
 
 
+@dataclass(frozen=True)
 class _Gaps:
     """Errors of gaps as parabolas of the predictor's factor; each is computed once."""
 
-    def __init__(self, model: ErrorModel, *, order: int, quantity: Predicted) -> None:
-        self.model = model
-        self.order = order
-        self.quantity: Predicted = quantity
-        self._known: dict[tuple[_Points, int], Parabola] = {}
+    model: ErrorModel
+    order: int
+    quantity: Predicted
+    _known: dict[tuple[_Points, int], Parabola] = field(
+        default_factory=dict[tuple[_Points, int], Parabola], init=False
+    )
 
     def error(self, points: _Points, stop: int, factor: float) -> float:
         key = points, stop
@@ -134,7 +133,7 @@ def best_plans(
     Returns:
         cost in steps that run all passes -> plan; with one pass, by the number of computed steps.
     """
-    gaps = known or _Gaps(model, order=predictor.order, quantity=predictor.quantity)
+    gaps = known or _Gaps(model, predictor.order, predictor.quantity)
     num_steps = model.num_steps
     forced = set(constraints.forced(num_steps))
 
@@ -180,7 +179,7 @@ def fitted_plans(
     Plans are made with each of `FACTORS`; then each plan gets the factor that suits it best, in
     closed form.
     """
-    gaps = _Gaps(model, order=order, quantity=quantity)
+    gaps = _Gaps(model, order, quantity)
     best: dict[float, Plan] = {}
     for factor in FACTORS[order]:
         predictor = Predictor(order, factor, quantity)
@@ -203,7 +202,7 @@ def least_error_plans(
     held); plans that hold guidance only look back on two results, which bounds the search.
     """
     best = fitted_plans(model, order=0, constraints=constraints, num_passes=num_passes)
-    for order, quantity in itertools.product((1, 2), QUANTITIES):
+    for order, quantity in product((1, 2), QUANTITIES):
         plans = fitted_plans(
             model,
             order=order,
@@ -219,12 +218,10 @@ def least_error_plans(
 
 def with_best_factor(model: ErrorModel, plan: Plan) -> Plan:
     """Return the same steps with the factor that suits them best."""
-    order, quantity = plan.predictor.order, plan.predictor.quantity
-    factor = model.best_factor(
-        plan.steps, order=order, quantity=quantity, conditional=plan.conditional
-    )
+    order, quantity, conditional = plan.predictor.order, plan.predictor.quantity, plan.conditional
+    factor = model.best_factor(plan.steps, order=order, quantity=quantity, conditional=conditional)
     predictor = Predictor(order, factor, quantity)
-    error = model.plan(plan.steps, predictor, conditional=plan.conditional)
+    error = model.plan(plan.steps, predictor, conditional=conditional)
     return replace(plan, predictor=predictor, error=error)
 
 
@@ -269,43 +266,27 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs share and seconds of a run as straight lines over the number of computed steps.
-
-    Attributes:
-        num_steps: own steps of a chunk.
-        flops: intercept and slope of the share of FLOPs.
-        seconds: intercept and slope of the seconds in the transformer.
-    """
+    """FLOPs share and seconds of a run as straight lines over the number of computed steps."""
 
     num_steps: int
-    flops: tuple[float, float]
-    seconds: tuple[float, float]
+    """Own steps of a chunk."""
+    flops: Array
+    """Slope and intercept of the share of FLOPs."""
+    seconds: Array
+    """Slope and intercept of the seconds in the transformer."""
 
     def forecast(self, cost: float, *, psnr: float) -> Forecast:
         """Return what is expected of a plan."""
-
-        def at(line: tuple[float, float], count: float) -> float:
-            return line[0] + line[1] * count
-
-        seconds = at(self.seconds, cost)
-        return Forecast(
-            cost=cost,
-            speedup=at(self.seconds, self.num_steps) / seconds,
-            flops=at(self.flops, cost),
-            psnr=psnr,
-            seconds=seconds,
-        )
+        whole, own = (float(np.polyval(self.seconds, c)) for c in (self.num_steps, cost))
+        return Forecast(cost, whole / own, float(np.polyval(self.flops, cost)), psnr, own)
 
 
 def fit_costs(measured: Mapping[float, tuple[float, float]], *, num_steps: int) -> Costs:
     """Fit the costs of runs: number of computed steps -> (share of FLOPs, seconds)."""
     if len(measured) < 2:
         raise ValueError(f"two runs with different costs are needed, not {len(measured)}")
-    counts = list(measured)
-    flops, seconds = (
-        tuple(np.polyfit(counts, values, 1)[::-1].tolist())
-        for values in zip(*measured.values(), strict=True)
-    )
+    columns = zip(*measured.values(), strict=True)
+    flops, seconds = (np.polyfit(list(measured), values, 1) for values in columns)
     return Costs(num_steps, flops, seconds)
 
 
@@ -333,11 +314,9 @@ def parse_target(text: str) -> Target:
         value = float(raw)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(
-            f"the target is {text!r}: its value must be a number above 0, as in "
-            f"{name}={EXAMPLES[name]}"
-        )
+    if not 0 < value < math.inf:
+        rule = f"its value must be a number above 0, as in {name}={EXAMPLES[name]}"
+        raise UserError(f"the target is {text!r}: {rule}")
     if name == "flops" and value > 1:
         raise UserError(f"flops={value:g} is a share and must be at most 1, as in flops=0.35")
     if name == "speedup" and value < 1:

@@ -258,8 +258,8 @@ def investigate(
 def with_gains(runs: Runs, rows: Rows, prompts: Sequence[Prompt], model: ErrorModel) -> ErrorModel:
     """Measure by how much errors grow that are made early or late; one short gap at a time."""
     probes = probe_plans(model)
-    methods = {name: Method(name, held(plan).settings) for name, (_, plan) in probes.items()}
-    measured = measure(runs, rows, prompts, list(methods.values()), kind="probe")
+    methods = [Method(name, held(plan).settings) for name, (_, plan) in probes.items()]
+    measured = measure(runs, rows, prompts, methods, kind="probe")
     gains: dict[float, float] = {}
     for name, (middle, plan) in probes.items():
         mse = geometric_mean(measured[name], "mse")
