@@ -16,7 +16,7 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
@@ -197,37 +197,33 @@ def command(options: argparse.Namespace) -> None:
         print(kv_effect(runs, rows, calibrating))
     chosen = choose(target, found.forecasts())
     plan = found.plans[chosen.cost]
-    print(gentlest(found))
+    gentlest = max(found.forecasts(), key=lambda forecast: forecast.cost)
+    num_steps = found.model.num_steps
+    print(
+        f"gentlest     {gentlest.cost:g} of {num_steps} steps: {gentlest.psnr:.1f} dB expected; "
+        "no plan is better"
+    )
     write_profile(make_profile(runs, options, calibrating, found, plan), out)
-    print(f"profile      {out}: {plan.num_computed} of {found.model.num_steps} steps are computed")
+    print(f"profile      {out}: {plan.num_computed} of {num_steps} steps are computed")
     print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
     check(runs, rows, unseen, found, plan, profile=out.resolve(), options=options)
 
 
-def gentlest(found: Found) -> str:
-    """Say what the plan that computes most costs in quality; in few steps it may be too much."""
-    forecast = max(found.forecasts(), key=lambda forecast: forecast.cost)
-    return (
-        f"gentlest     {forecast.cost:g} of {found.model.num_steps} steps: "
-        f"{forecast.psnr:.1f} dB expected; no plan is better"
-    )
-
-
 def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     """Say what tuning will cost, by arithmetic."""
-    work = runs.size()
-    width = work.sketch_width
+    size = runs.size()
+    width = size.sketch_width
     held_as = "as they are" if width is None else f"as sketches of {width} numbers"
-    clips = options.clips + NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
+    num_measured = NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
     return [
-        f"clips        {options.clips} to calibrate on, {clips - options.clips} to measure what an "
-        f"error means, {options.check_prompts} with every method to compare",
-        f"FLOPs        {work.flops / 1e15:.4g} PFLOPs per clip with every step computed",
-        f"velocities   {work.num_elements} numbers per chunk and step, {work.num_active} chunks at "
+        f"clips        {options.clips} to calibrate on, {num_measured} to measure what an error "
+        f"means, {options.check_prompts} with every method to compare",
+        f"FLOPs        {size.flops / 1e15:.4g} PFLOPs per clip with every step computed",
+        f"velocities   {size.num_elements} numbers per chunk and step, {size.num_active} chunks at "
         f"once, held {held_as}",
-        f"memory       {work.calibration_bytes / GIGA:.3g} GB more than the run itself",
+        f"memory       {size.calibration_bytes / GIGA:.3g} GB more than the run itself",
     ]
 
 
@@ -283,12 +279,12 @@ def check(
     """Compare the plan with everything else on unseen prompts; print and draw the table."""
     if not prompts:
         return
-    num_steps, words, work = found.model.num_steps, runs.words, options.work
-    size = runs.size()
+    num_steps, words, work, size = runs.size().num_steps, runs.words, options.work, runs.size()
     ratios = magnitude_ratios(found.model.gram)
     methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
     expected = dict[str, float]()
-    for cost in sorted({plan.cost, *table_costs(found.plans, num_steps=num_steps)}):
+    shared = {min(found.plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES}
+    for cost in sorted({plan.cost, *shared}):
         own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(
             found.increments,
@@ -318,11 +314,6 @@ def check(
     name = f"{options.model} {options.checkpoint}"
     write_text(work / PLOT, draw_tuning(table, front, model=name))
     print(f"wrote {work / PLOT}")
-
-
-def table_costs(plans: Mapping[float, Plan], *, num_steps: int) -> list[float]:
-    """Return the costs of plans at which methods are compared."""
-    return [min(plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES]
 
 
 def store_check(

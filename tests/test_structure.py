@@ -173,7 +173,7 @@ def test_a_large_library_is_imported_in_few_files_only(library: str):
 
 
 def declared(*, with_extras: bool) -> set[str]:
-    """Return the distributions that pyproject.toml names, as the installed metadata tell."""
+    """Return the distributions that pyproject.toml names, by the installed metadata."""
     lines = importlib.metadata.requires("flowcache") or []
     wanted = [line for line in lines if with_extras or "extra ==" not in line]
     return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in wanted}
