@@ -164,10 +164,11 @@ def test_calibrations_of_single_clips_add_up_to_one_of_all():
         for chunk, seen in chunks.items():
             for step in range(NUM_STEPS):
                 observe(together, chunk, step, seen)
-    merged, expected = merge(single), together.finish()
-    assert merged.num_clips == expected.num_clips == {0: 3, 1: 1}
-    for chunk in (0, 1):
-        np.testing.assert_allclose(merged.gram[chunk], expected.gram[chunk])
+    expected = together.finish()
+    for merged in (merge(single), merge([merge(single[:2]), single[2]])):
+        assert merged.num_clips == expected.num_clips == {0: 3, 1: 1}
+        for chunk in (0, 1):
+            np.testing.assert_allclose(merged.gram[chunk], expected.gram[chunk])
 
 
 def test_calibrations_of_different_schedules_are_not_merged():

@@ -295,12 +295,19 @@ def test_a_missing_video_is_named_and_the_rest_is_shown(explain: Explain, tmp_pa
     assert page.count("rect", class_="reused")
 
 
-def test_a_record_that_knows_no_frames_shows_those_of_the_whole_video(
-    explain: Explain, tmp_path: Path
+@pytest.mark.parametrize(
+    ("chunk_frames", "words"),
+    [
+        ({}, "does not say which frames"),
+        ({"0": [None, [5, 5], [0, 9]]}, "chunk 2: frames 0 to 8"),
+    ],
+)
+def test_a_chunk_without_frames_shows_none_and_without_any_the_whole_video_is_shown(
+    explain: Explain, tmp_path: Path, chunk_frames: Any, words: str
 ):
-    page = page_of(explain, write_run(tmp_path, changes={"chunk_frames": {}}))
+    page = page_of(explain, write_run(tmp_path, changes={"chunk_frames": chunk_frames}))
     assert page.count("img") == 3
-    assert page.says("does not say which frames")
+    assert page.says(words)
 
 
 @pytest.mark.parametrize("spelled", ["nan", "inf"])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowcache.policies import MagCache, ReuseRule
@@ -91,12 +91,8 @@ def guidance_steps(plan: Plan) -> list[int] | None:
 
 def held(plan: Plan) -> Method:
     """Return a plan whose reused steps hold the last velocity."""
-    return Method(
-        f"planned {plan.num_computed}, velocity",
-        (*_steps(plan.steps), *VELOCITY),
-        policy="planned",
-        predictor="velocity",
-    )
+    name = f"planned {plan.num_computed}, velocity"
+    return Method(name, (*_steps(plan.steps), *VELOCITY), policy="planned", predictor="velocity")
 
 
 def guarded(plan: Plan, profile: Path, words: Words) -> Method:
@@ -117,30 +113,15 @@ def even_steps(num_computed: int, *, num_steps: int) -> list[int]:
 
 def strides(num_computed: int, *, num_steps: int) -> list[Method]:
     """Return an even spacing of so many steps, with each velocity predictor."""
-    steps = even_steps(num_computed, num_steps=num_steps)
-    return [
-        Method(
-            f"even {num_computed}, {name}",
-            (*_steps(steps), *settings),
-            policy="stride",
-            predictor=name,
-        )
-        for name, settings in TRENDS.items()
-    ]
+    steps = _steps(even_steps(num_computed, num_steps=num_steps))
+    return _with_each(TRENDS, f"even {num_computed}", steps, policy="stride")
 
 
 def adaptive(threshold: float, words: Words) -> list[Method]:
     """Return FlowCache with a threshold, with each predictor."""
     settings = ("reuse.policy=flowcache", f"reuse.threshold={threshold:.4g}")
-    return [
-        Method(
-            f"FlowCache {threshold:.4g}, {name}",
-            (*settings, *predictor),
-            policy="FlowCache",
-            predictor=name,
-        )
-        for name, predictor in predictors(words).items()
-    ]
+    name = f"FlowCache {threshold:.4g}"
+    return _with_each(predictors(words), name, settings, policy="FlowCache")
 
 
 def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
@@ -150,29 +131,23 @@ def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
         f"reuse.profile={profile}",
         f"reuse.threshold={threshold:.4g}",
     )
-    return [
-        Method(
-            f"MagCache {threshold:.4g}, {name}",
-            (*settings, *predictor),
-            policy="MagCache",
-            predictor=name,
-        )
-        for name, predictor in predictors(words).items()
-        if predictor != VELOCITY
-    ]
+    own = {name: each for name, each in predictors(words).items() if each != VELOCITY}
+    return _with_each(own, f"MagCache {threshold:.4g}", settings, policy="MagCache")
 
 
 def whole_window(words: Words) -> list[Method]:
     """Return TeaCache at the threshold of its preset, with each predictor."""
+    methods = _with_each(predictors(words), "TeaCache", (), policy="TeaCache")
+    return [replace(method, preset=words.whole_window) for method in methods]
+
+
+def _with_each(
+    own: Mapping[str, tuple[str, ...]], name: str, settings: tuple[str, ...], *, policy: str
+) -> list[Method]:
+    """Return a policy with each of some predictors."""
     return [
-        Method(
-            f"TeaCache, {name}",
-            settings,
-            preset=words.whole_window,
-            policy="TeaCache",
-            predictor=name,
-        )
-        for name, settings in predictors(words).items()
+        Method(f"{name}, {predictor}", (*settings, *each), policy=policy, predictor=predictor)
+        for predictor, each in own.items()
     ]
 
 
