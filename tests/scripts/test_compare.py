@@ -157,6 +157,7 @@ def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(compare:
     write("a/small.npy", clip(width=40))
     write("b/small.npy", clip())
     write("a/lonely.npy", clip())
+    write("b/extra.npy", clip())
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
     rolled = np.concatenate([np.roll(noise, shift, axis=2) for shift in range(49)])
     for folder in "ab":
@@ -172,12 +173,13 @@ def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(compare:
         "a/short.npy has 4 frames and b/short.npy 5",
         "a/small.npy is 40x32 pixels and b/small.npy 48x32",
         "lonely: not in b",
+        "extra: not in a",
         "a/corrupt.mp4: broken after frame",
     ):
         assert words in ended.err
-    assert len(ended.err.splitlines()) == 4
+    assert len(ended.err.splitlines()) == 5
     result = json.loads(Path("out/compare.json").read_text())
-    assert set(result["failures"]) == {"short", "small", "lonely", "corrupt"}
+    assert set(result["failures"]) == {"short", "small", "lonely", "extra", "corrupt"}
     values = [result["clips"][name]["clip"]["psnr"] for name in ("one", "two", "three")]
     assert values == sorted(values, reverse=True)
     over = result["averages"]["psnr"]

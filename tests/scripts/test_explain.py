@@ -299,7 +299,7 @@ def test_a_missing_video_is_named_and_the_rest_is_shown(explain: Explain, tmp_pa
     ("chunk_frames", "words"),
     [
         ({}, "does not say which frames"),
-        ({"0": [None, [5, 5], [0, 9]]}, "chunk 2: frames 0 to 8"),
+        ({"0": [[0, 0], [5, 5], [0, 9]]}, "chunk 2: frames 0 to 8"),
     ],
 )
 def test_a_chunk_without_frames_shows_none_and_without_any_the_whole_video_is_shown(

@@ -105,10 +105,10 @@ def test_a_drawing_stands_alone_and_has_colours_for_light_and_dark_pages(path: P
 
 
 def test_the_widest_spread_is_that_of_the_tick_with_the_largest_ratio(tmp_path: Path):
-    distances = {(0, 0): None, (1, 0): 0.02, (2, 0): 0.06, (2, 1): 0.02, (3, 0): 0.4, (3, 1): 0.05}
+    distances = {(0, 0): None, (1, 0): 0.02, (2, 0): 0.06, (2, 1): 0.006, (3, 0): 0.4, (3, 1): 0.05}
     spread = widest_spread(load_run(write_record(tmp_path / "r.json", distances), "A"))
-    assert (spread.tick, spread.smallest, spread.largest) == (3, 0.05, 0.4)
-    assert spread.ratio == pytest.approx(8.0)
+    assert (spread.tick, spread.smallest, spread.largest) == (2, 0.006, 0.06)
+    assert spread.ratio == pytest.approx(10.0)
 
 
 def test_a_curve_per_chunk_goes_through_its_measured_distances(tmp_path: Path):

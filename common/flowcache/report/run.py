@@ -138,7 +138,7 @@ class Run:
             ChunkFrames(int(segment), chunk, *ends)
             for segment, chunks in self.record["chunk_frames"].items()
             for chunk, ends in enumerate(chunks)
-            if ends and ends[0] < ends[1]
+            if ends[0] < ends[1]
         ]
 
     def of(self, panel: Panel) -> list[Row]:
