@@ -47,9 +47,8 @@ from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tune.gap import ErrorModel
 from flowcache.tune.gram import Calibration, merge
 from flowcache.tune.methods import even_steps, published
-from flowcache.tune.prompts import choose_prompts
-from flowcache.tune.rows import Rows
-from flowcache.tune.runs import Runs
+from flowcache.tune.runs import Runs, choose_prompts
+from flowcache.tune.study import Rows
 
 NUM_SEARCH_CLIPS = 2
 HALF_A_STEP = 0.55

@@ -22,10 +22,9 @@ from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
 from flowcache.runtime.run import Clip
 from flowcache.tune.gap import ErrorModel
-from flowcache.tune.measure import Prompt
 from flowcache.tune.methods import AS_TUNED, VELOCITY, published
-from flowcache.tune.rows import Rows
-from flowcache.tune.runs import Runs, Words
+from flowcache.tune.runs import Prompt, Runs, Words
+from flowcache.tune.study import Rows
 
 BUDGETS_FILE = "budgets.yaml"
 LOW, MID, HIGH = "low", "mid", "high"
