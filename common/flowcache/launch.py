@@ -90,11 +90,7 @@ class Place:
 
 
 def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:
-    """Return the process that started this one as one of several; None: this one is alone.
-
-    Raises:
-        Stopped: it has ended already.
-    """
+    """Return the process that started this one as one of several; None: this one is alone."""
     if LAUNCHER in variables:
         pid, notes, _ = map(int, variables[LAUNCHER].split(","))
         starter = Starter(pid, says_why=True, notes=notes if place.rank == 0 else None)

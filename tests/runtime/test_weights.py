@@ -115,7 +115,6 @@ def test_check_counts_the_bytes_that_fill_the_module(tmp_path: Path):
 
 
 def test_check_reads_headers_not_data(tmp_path: Path):
-    """Mapped pages that were read count as resident memory: a 1 GiB file would show."""
     num_rows = 2**28
     header = json.dumps(
         {"weight": {"dtype": "F32", "shape": [num_rows, 1], "data_offsets": [0, 4 * num_rows]}}

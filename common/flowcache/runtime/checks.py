@@ -87,9 +87,6 @@ def check_finite(x: Tensor, place: str, *, modules: Modules | None = None) -> Te
     Args:
         place: names it, in plural.
         modules: what made it.
-
-    Raises:
-        NotFiniteError: a value is not finite.
     """
     if not bool(all_finite(x)):
         raise NotFiniteError(place, modules=modules)

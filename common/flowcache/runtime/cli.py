@@ -203,9 +203,6 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     Args:
         local_rank: which of several processes on this machine asks: each has a CUDA device of its
             own.
-
-    Raises:
-        UserError: the name is no device, or there is no such device here.
     """
     import torch
 
@@ -256,9 +253,6 @@ def choose_output(out: str | None, *, folder: Path, stem: str, overwrite: bool) 
     Args:
         out: a `.mp4` file, or a folder, or None for `folder`. In a folder the name is `stem` and a
             number, and never that of an existing file.
-
-    Raises:
-        UserError: the file exists and must not be overwritten, or is no `.mp4`, or has no name.
     """
     if out is not None and not out.strip():
         raise UserError("--out is empty: give an .mp4 file or a folder, or leave it out")

@@ -54,10 +54,6 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
         schema: a dataclass whose defaults are the lowest layer.
         layers: YAML files, the later one wins; a list value replaces the earlier list.
         overrides: `key=value` texts. The value is YAML, but for a text field it is taken as it is.
-
-    Raises:
-        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type, or
-            a key without a default was given no value. One line that names file, key and value.
     """
     values: dict[str, Any] = {}
     for path in layers:
@@ -162,9 +158,6 @@ def parse_yaml(text: str) -> Any:
 
     YAML that would exhaust the stack or the memory of what reads it is refused before anything is
     built, and so is odd YAML: settings need no anchors, aliases or tags, and little depth.
-
-    Raises:
-        yaml.YAMLError: it is no YAML, or not plain; or another one of `YAML_ERRORS`.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise yaml.YAMLError(f"it has over {MAX_YAML_CHARACTERS} characters")

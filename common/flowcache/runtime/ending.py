@@ -143,11 +143,7 @@ class Ending:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Restore the handlers, and name what is unfinished.
-
-        Raises:
-            Stopped: a signal came that was swallowed, or met by another error.
-        """
+        """Restore the handlers, and name what is unfinished."""
         if not self._old_handlers:
             return
         self.depth += 1  # from here on no signal is raised
@@ -184,11 +180,7 @@ class Ending:
             raise self._stopped()
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came.
-
-        Raises:
-            Stopped: one did.
-        """
+        """Raise `Stopped` if a signal came."""
         if self.number is not None:
             raise self._stopped()
 
@@ -318,11 +310,7 @@ def current() -> Ending | None:
 
 
 def check_stopped() -> None:
-    """Raise `Stopped` if a signal came that something has swallowed.
-
-    Raises:
-        Stopped: one did.
-    """
+    """Raise `Stopped` if a signal came that something has swallowed."""
     ending = current()
     if ending is not None:
         ending.check()
@@ -330,11 +318,7 @@ def check_stopped() -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Generator[None, None, None]:
-    """Keep signals from being raised inside; what came is raised at the end.
-
-    Raises:
-        Stopped: a signal came.
-    """
+    """Keep signals from being raised inside; what came is raised at the end."""
     ending = current()
     if ending is None:
         yield

@@ -97,12 +97,7 @@ def check_file(path: Path) -> None:
 
 
 def read_regular(path: Path) -> str:
-    """Read a UTF-8 text; a byte order mark is skipped. Never from a device or a pipe: without end.
-
-    Raises:
-        OSError: the file is missing, or no file, or can't be read.
-        ValueError: it is not UTF-8, or the name can't be one.
-    """
+    """Read a UTF-8 text without its byte order mark; never from a device or a pipe: endless."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_text(encoding="utf-8-sig")
@@ -152,12 +147,7 @@ def _json_depth(text: str) -> int:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in one step: a reader sees the old file or the whole new one.
-
-    Raises:
-        ValueError: a number is not finite.
-        UserError: the file can't be written.
-    """
+    """Write JSON in one step: a reader sees the old file or the whole new one."""
     write_text(path, _json(content, indent="") + "\n")
 
 

@@ -378,9 +378,6 @@ def make_memory_plan(
         wanted: what the settings ask to be on the host; it stays there in any case.
         limit_bytes: memory of the device that the run may use; None: nothing is moved.
         has_host: whether the device is another one than the host, so that moving helps.
-
-    Raises:
-        UserError: nothing fits; names the stage, its largest part, and what makes it smaller.
     """
     plans = [
         MemoryPlan(residence, tuple(stages_of(residence)), limit_bytes)

@@ -66,9 +66,6 @@ class Worker:
         Args:
             work: reads nothing that changes later.
             is_small: whether it is done in no time, and needs no room among what waits.
-
-        Raises:
-            BaseException: what an earlier piece of work raised.
         """
         self._raise()
         if self._executor is None:

@@ -332,12 +332,7 @@ class Ranks:
         return SharedPolicy(policy, self.world, leader)
 
     def together(self, check: Callable[[], T]) -> T:
-        """Make a check in every process; if one fails, all end and the first one reports why.
-
-        Raises:
-            UserError: a check failed (first process).
-            ReportedElsewhereError: a check failed (other processes).
-        """
+        """Make a check in every process; if one fails, all end and the first one reports why."""
         result: list[T] = []
         refusal: str | None = None
         try:
@@ -350,12 +345,7 @@ class Ranks:
         raise UserError(refusals[0]) if self.is_first else ReportedElsewhereError(refusals[0])
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes: plain values, or tensors on the CPU.
-
-        Raises:
-            UserError: it can't make it (first process).
-            ReportedElsewhereError: the same (other processes).
-        """
+        """Return what the first process makes: plain values, or tensors on the CPU."""
         if self.place.size == 1:
             return make()
         values: list[T | UserError | None] = [None]
@@ -371,11 +361,7 @@ class Ranks:
         return cast(T, values[0])
 
     def confirm(self) -> None:
-        """Check that all exchanges on the device came about: the next one after a failure raises.
-
-        Raises:
-            LostProcessError: one did not.
-        """
+        """Check that all exchanges on the device came about: one after a failure raises."""
         for group in (self.branches, self.sequence):
             if group.size > 1:
                 with contact():
@@ -511,9 +497,6 @@ def process_group(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ra
 
     Args:
         timeout: how long to wait for them, now and whenever something is exchanged.
-
-    Raises:
-        LostProcessError: one did not come in time.
     """
     if place.size == 1:
         yield Ranks()

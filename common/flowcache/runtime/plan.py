@@ -88,11 +88,7 @@ def _limited(clean: int, most: int | None) -> int:
 def check_compression(
     strategy: CompressionStrategy, segment: SegmentWork, *, layout: TokenLayout, limit: Limit
 ) -> None:
-    """Compress the number of clean tokens as a run does in which every step is computed.
-
-    Raises:
-        UserError: the strategy can't work with such a budget.
-    """
+    """Compress the number of clean tokens as a run does in which every step is computed."""
     kept: dict[tuple[int, int], int] = {}
     clean = sum(segment.tokens[chunk] for chunk in segment.given)
     for tick in segment.ticks:
@@ -149,11 +145,7 @@ def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
 
 
 def divide(rule: ParallelRule, work: Work, num_processes: int) -> Layout:
-    """Return how the processes divide a run.
-
-    Raises:
-        UserError: the branches, heads or tokens can't be divided so.
-    """
+    """Return how the processes divide a run."""
     return process_layout(
         rule,
         num_processes,

@@ -122,9 +122,6 @@ def read_settings(model: VideoModel, request: Request, source: Source | None = N
 
     Args:
         source: the model that the request names; None: it is found, by its sizes if need be.
-
-    Raises:
-        UserError: one is wrong, or the profile that they name can't be used.
     """
     if source is None:
         source = model.find(request.model, is_dry=True)
@@ -171,9 +168,6 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
 
     Args:
         ranks: the processes that make the video; None: this one.
-
-    Raises:
-        UserError: the first thing that is wrong.
     """
     ranks = Ranks() if ranks is None else ranks
     source = model.find(request.model, download=request.download)
@@ -245,9 +239,6 @@ def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> Memory
     Args:
         limit: bytes of the device that may be used; None: not known.
         has_host: whether the device is not the host itself.
-
-    Raises:
-        UserError: it can't be made to fit.
     """
     wanted = has_host if job.config.overlap is None else job.config.overlap
     footprint = job.model.footprint(job, overlaps=wanted and job.ranks.layout.size == 1)
@@ -266,9 +257,6 @@ def plan_without_files(
 
     Args:
         ranks: the processes that would make the video; None: this one.
-
-    Raises:
-        UserError: the settings are wrong, or the model is not to be had.
     """
     if not request.is_dry:
         return None
@@ -286,9 +274,6 @@ def plan_by_sizes(model: VideoModel, request: Request, ranks: Ranks | None = Non
 
     Args:
         ranks: the processes that would make the video; None: this one.
-
-    Raises:
-        UserError: the settings are wrong.
     """
     source = model.find(request.model, is_dry=True, download=request.download)
     return _plan_of(model, request, read_settings(model, request, source), source, ranks)
@@ -328,9 +313,6 @@ def claim_output(request: Request, *, stem: str) -> Path:
 
     Args:
         stem: name in a folder, if the request has none.
-
-    Raises:
-        UserError: the video or its JSON exists and is to be kept, or the folder is not writable.
     """
     for given in (request.out, request.stem or stem, str(request.folder)):
         check_path(given or "", name="out")
@@ -434,11 +416,7 @@ def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[st
 
 
 def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
-    """Carry out a pipeline in a process that writes nothing; return nothing.
-
-    Raises:
-        ReportedElsewhereError: a result is not finite, which the first process reports.
-    """
+    """Carry out a pipeline in a process that writes nothing; return nothing."""
     for progress in shown:
         check_stopped()
         try:
@@ -456,9 +434,6 @@ def write_run(
 
     Args:
         stats: with a trace, a record is written, too.
-
-    Raises:
-        NotFiniteError: a result is not finite; the finished frames stay as a partial video.
     """
     overlaps = should_overlap(job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1)
     assert job.path is not None, "a run has a place for its video"
@@ -567,11 +542,7 @@ def _record(job: Job, report: dict[str, Any], stats: RunStats, traced: Traced) -
 
 
 def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
-    """Exchange what the processes of a run traced; None: nothing was. All must ask for it.
-
-    Raises:
-        LostProcessError: one of them ended or hangs.
-    """
+    """Exchange what the processes of a run traced; None: nothing was. All must ask for it."""
     ranks.confirm()
     if stats.trace is None:
         return None
@@ -592,11 +563,7 @@ class Clip:
 
 
 def collect(shown: Iterable[Progress], stats: RunStats) -> Clip:
-    """Carry out a pipeline and keep its frames in memory.
-
-    Raises:
-        NotFiniteError: a result is not finite.
-    """
+    """Carry out a pipeline and keep its frames in memory."""
     parts: list[Tensor] = []
     for progress in shown:
         check_stopped()
@@ -624,9 +591,6 @@ def finished_frames(decoded: Decoded, *, chunks: Collection[int], tick: int) -> 
     Args:
         chunks: those that became clean.
         tick: the one in which they did.
-
-    Raises:
-        NotFiniteError: a latent or a pixel is not finite.
     """
     checks = torch.stack([decoded.is_latent_finite, all_finite(decoded.frames)])
     frames = to_uint8(decoded.frames).cpu()
