@@ -4,6 +4,7 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
 from flowcache.errors import UserError
+from flowcache.runtime.config import parse_limit
 from flowcache.runtime.memory import (
     LiveBytes,
     Part,
@@ -13,7 +14,6 @@ from flowcache.runtime.memory import (
     one_layer,
     scratch_bytes,
 )
-from flowcache.runtime.settings import parse_limit
 
 GB = 10**9
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from flowcache.runtime import offload
-from flowcache.runtime.offload import HostWeights, aside
+from flowcache.runtime import memory
+from flowcache.runtime.memory import HostWeights, aside
 
 ELSEWHERE = torch.device("meta")
 
@@ -16,7 +16,7 @@ def network() -> nn.Sequential:
 
 
 def test_a_network_off_its_device_has_the_weights_it_had(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(offload, "BLOCK_BYTES", 100)  # some weights share a block, one has its own
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 100)  # some weights share a block, one has its own
     made = network()
     before = {name: parameter.clone() for name, parameter in made.named_parameters()}
     weights = HostWeights(made, ELSEWHERE)

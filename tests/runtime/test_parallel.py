@@ -12,9 +12,9 @@ import torch
 
 from flowcache.bounds import check_values
 from flowcache.errors import UserError
-from flowcache.launch import Place, starter_of
 from flowcache.policies import Vanilla
-from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Starter, Stopped
+from flowcache.runtime.config import ParallelRule
+from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Place, Starter, Stopped, starter_of
 from flowcache.runtime.parallel import (
     Group,
     Layout,
@@ -25,7 +25,6 @@ from flowcache.runtime.parallel import (
     process_layout,
     run_in_ranks,
 )
-from flowcache.runtime.settings import ParallelRule
 
 
 def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:

@@ -13,7 +13,6 @@ from flowcache.runtime.profile import (
     Setting,
     Source,
     check_fits,
-    check_model,
     fingerprint,
     read_profile,
     write_profile,
@@ -122,12 +121,6 @@ def test_a_profile_for_another_run_is_refused_in_a_line_that_says_what_to_do(
         check_fits(PROFILE, setting, path=Path("p.yaml"))
     assert "scripts/tune.py" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_profile_of_another_model_is_refused():
-    check_model(PROFILE, "ab12", path=Path("p.yaml"))
-    with pytest.raises(UserError, match=r"p\.yaml was tuned for another model \(demo\): tune this"):
-        check_model(PROFILE, "cd34", path=Path("p.yaml"))
 
 
 def test_the_fingerprint_tells_models_apart_but_not_dtypes():

@@ -19,7 +19,7 @@ from flowcache.runtime.profile import (
     check_tuned_for,
     load_with_profile,
     policy_maker,
-    profile_lines,
+    profile_line,
     write_profile,
 )
 
@@ -77,9 +77,9 @@ def test_the_predictor_of_the_profile_is_used_with_its_plan(load: Load, tmp_path
     assert (rule.predict, rule.extrapolate) == ("velocity", 0.625)
     assert policy_maker(rule)() == Planned([[0, 1, 3], [0, 3]])
     assert threshold_of(rule) is None
-    assert profile_lines(rule) == [
+    assert profile_line(rule) == (
         f"profile      {rule.profile}: 2 or 3 of 4 steps planned, 41.5 dB expected"
-    ]
+    )
 
 
 def test_order_and_held_guidance_of_the_profile_are_used(load: Load):
@@ -121,7 +121,6 @@ def test_magcache_takes_the_magnitudes_and_no_factor_that_was_fitted_to_a_plan(l
 def test_other_policies_read_no_profile(load: Load):
     rule = load("reuse.profile=profiles/missing.yaml").reuse
     assert rule == Rule(profile="profiles/missing.yaml")
-    assert profile_lines(rule) == []
 
 
 def test_a_profile_is_found_beside_the_checkpoint_then_from_here(load: Load, tmp_path: Path):
@@ -153,11 +152,7 @@ def test_a_profile_that_cannot_be_used_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_model_is_asked_for_its_fingerprint_only_where_a_profile_is_followed(load: Load):
-    def refuse() -> str:
-        raise AssertionError
-
-    check_tuned_for(load().reuse, refuse)
+def test_a_profile_of_another_model_is_refused(load: Load):
     planned = load("reuse.policy=planned", "reuse.profile=profiles/p.yaml").reuse
     check_tuned_for(planned, lambda: "ab12")
     with pytest.raises(UserError, match="was tuned for another model"):

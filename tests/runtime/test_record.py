@@ -10,13 +10,13 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.policies import Decision
+from flowcache.runtime.files import write_json
 from flowcache.runtime.record import (
     alarms,
     build_record,
     check_replay,
     read_record,
     replay_policies,
-    write_record,
 )
 from flowcache.runtime.stats import KVTokens, PassFlops, PassId, RunStats, TickId, Traced, merged
 from flowcache.schedule import Tick, staggered
@@ -110,7 +110,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     record = recorded()
     for row, value in zip(record["decisions"], ("nan", "inf", "-inf"), strict=False):
         row["distance"] = value
-    write_record(tmp_path / "a.record.json", record)
+    write_json(tmp_path / "a.record.json", record)
     assert read_record(tmp_path / "a.record.json") == record
 
 

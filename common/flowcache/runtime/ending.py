@@ -1,4 +1,4 @@
-"""How a command ends early: by a signal, or because the process that started it is gone.
+"""How a command starts as one of several processes, and ends early: by a signal, or alone.
 
 The first SIGINT, SIGTERM or SIGHUP raises `Stopped` in the main thread, so that every `with` puts
 its files in order, and the exit code is 128 + the signal's number. Python alone would lose a signal
@@ -29,12 +29,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from flowcache.errors import UserError
 from flowcache.runtime.files import fresh_path
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,12 @@ process: its notes, see `Starter`, and the socket at which the processes meet.""
 TEMPORARY = "flowcache-unpacked-"
 INTERRUPTED = "interrupted"
 ORPHANED = "the process that started this one has ended"
+
+
+MEET_SECONDS = 60.0
+"""How long an answer of torchrun is waited for."""
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_UNSET = "unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process, else start it by torchrun"
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,71 @@ class Stopped(KeyboardInterrupt):
     def exit_code(self) -> int:
         """As of a program that the signal ended."""
         return 128 + self.number
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Which one on its machine."""
+
+    @property
+    def shared_rank(self) -> int | None:
+        """Its `local_rank` where several processes share the machines' devices, else None."""
+        return self.local_rank if self.size > 1 else None
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str]) -> "Place":
+        """Read the environment that torchrun gives its processes; without it there is one."""
+        read = {name: variables.get(name, "") for name in _VARIABLES}
+        for name, text in read.items():
+            if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
+                raise UserError(
+                    f"{name}={text[:40]} in the environment must be a whole number, 0 or more: "
+                    f"{_UNSET}"
+                )
+        if not read["RANK"] and int(read["WORLD_SIZE"] or 1) != 1:
+            raise UserError(
+                f"WORLD_SIZE={read['WORLD_SIZE']} is in the environment, but no RANK: {_UNSET}"
+            )
+        rank, size = int(read["RANK"] or 0), int(read["WORLD_SIZE"] or 1)
+        place = cls(rank, size, int(read["LOCAL_RANK"] or 0))
+        for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+            if value >= size:
+                raise UserError(
+                    f"{name}={value} in the environment must be below WORLD_SIZE={size}: {_UNSET}"
+                )
+        return place
+
+
+def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:
+    """Return the process that started this one as one of several; None: this one is alone."""
+    if LAUNCHER in variables:
+        pid, notes, _ = map(int, variables[LAUNCHER].split(","))
+        starter = Starter(pid, says_why=True, notes=notes if place.rank == 0 else None)
+    elif place.size > 1 or "TORCHELASTIC_RUN_ID" in variables:
+        starter = Starter(os.getppid())
+    else:
+        return None
+    is_torchrun = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if starter.pid != os.getppid() or (is_torchrun and not _is_torchrun_there(variables)):
+        raise Stopped(signal.SIGTERM, "" if place.rank else ORPHANED)
+    return starter
+
+
+def _is_torchrun_there(variables: Mapping[str, str]) -> bool:
+    """Tell whether torchrun still listens; it may have ended while Python started here."""
+    try:
+        address = (variables["MASTER_ADDR"], int(variables["MASTER_PORT"]))
+        socket.create_connection(address, timeout=MEET_SECONDS).close()
+    except ConnectionRefusedError:
+        return False
+    except (OSError, KeyError, ValueError):
+        return True  # not known
+    return True
 
 
 class Ending:

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from flowcache.errors import UserError, first_line
-from flowcache.launch import Place
 from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.ending import Place
 
 logger = logging.getLogger(__name__)
 

@@ -35,11 +35,10 @@ from torch import Tensor
 
 from flowcache.errors import UserError, first_line
 from flowcache.kv import Attend
-from flowcache.launch import Place
 from flowcache.policies import Decision, ReusePolicy
 from flowcache.runtime.cli import run_command
-from flowcache.runtime.ending import EXIT_LOST, LAUNCHER
-from flowcache.runtime.settings import ParallelRule
+from flowcache.runtime.config import ParallelRule
+from flowcache.runtime.ending import EXIT_LOST, LAUNCHER, Place
 from flowcache.schedule import Tick
 
 T = TypeVar("T")
@@ -85,6 +84,8 @@ def process_layout(
         num_heads: key/value heads.
         num_tokens: least number of tokens that is divided.
     """
+    if num_processes == 1 and (rule.branch or 1, rule.sequence or 1) == (1, 1):
+        return Layout()
     layout = _chosen(rule, num_processes, num_branches=num_branches)
     if layout.size != num_processes:
         raise UserError(
@@ -148,16 +149,6 @@ def bytes_per_process(num_bytes: int, layout: Layout, *, num_branches: int) -> i
     """Return how much of what all branches hold per head, `num_bytes`, a process has at most."""
     held = branches_per_process(layout, num_branches=num_branches)
     return num_bytes * held // (num_branches * layout.sequence)
-
-
-def layout_lines(layout: Layout) -> list[str]:
-    """Say how a run is divided, in a line of its description; [] if it is not."""
-    if layout.size == 1:
-        return []
-    return [
-        f"processes    {layout.size}: {layout.branch} branch groups x {layout.sequence} sequence "
-        "ranks; weights and KV cache below are those of each"
-    ]
 
 
 # Exchange -----------------------------------------------------------------------------------------
@@ -333,6 +324,8 @@ class Ranks:
 
     def together(self, check: Callable[[], T]) -> T:
         """Make a check in every process; if one fails, all end and the first one reports why."""
+        if self.place.size == 1:
+            return check()
         result: list[T] = []
         refusal: str | None = None
         try:

@@ -11,8 +11,7 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.parallel import Layout, bytes_per_process, process_layout
-from flowcache.runtime.settings import ParallelRule
+from flowcache.runtime.parallel import Layout, bytes_per_process
 from flowcache.schedule import Tick
 
 TOKEN_COPIES = 6
@@ -55,7 +54,8 @@ def walk(
 
     def fed(chunk: int, *, is_given: bool) -> list[Pass]:
         nonlocal clean
-        clean = _limited(clean, limit(None))
+        most = limit(None)
+        clean = clean if most is None else min(clean, most)
         made = Pass(chunk, None, tokens[chunk], clean + tokens[chunk], is_given=is_given)
         clean += tokens[chunk]
         return [made]
@@ -70,7 +70,8 @@ def walk(
                 clean += tokens[chunk]
         finished, active, group = list[int](), 0, list[Pass]()
         for place, (chunk, step) in enumerate(tick.steps.items()):
-            clean = _limited(clean, limit(tick))
+            most = limit(tick)
+            clean = clean if most is None else min(clean, most)
             own = tokens[chunk]
             group.append(Pass(chunk, step, own, clean + active + own, is_oldest=place == 0))
             if chunk in tick.finishing and settles_at_once and not clean_pass:
@@ -79,10 +80,6 @@ def walk(
             active += own
             finished += [chunk] if chunk in tick.finishing else []
         yield group
-
-
-def _limited(clean: int, most: int | None) -> int:
-    return clean if most is None else min(clean, most)
 
 
 def check_compression(
@@ -142,17 +139,6 @@ def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
 
 
 # Several processes --------------------------------------------------------------------------------
-
-
-def divide(rule: ParallelRule, work: Work, num_processes: int) -> Layout:
-    """Return how the processes divide a run."""
-    return process_layout(
-        rule,
-        num_processes,
-        num_branches=len(work.passes),
-        num_heads=work.attention.kv_heads,
-        num_tokens=work.divided_tokens,
-    )
 
 
 def per_process(work: Work, layout: Layout) -> Work:

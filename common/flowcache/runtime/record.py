@@ -2,7 +2,7 @@
 
     stats = RunStats(device, records=True)
     ...                                                       # the run
-    write_record(path, build_record(stats, stats.traced(), video="a.mp4", ...))
+    write_json(path, build_record(stats, stats.traced(), video="a.mp4", ...))
     record = read_record(path)
     for line in alarms(record): ...                           # what looks wrong
     check_replay(record, ticks={0: ticks}, branches=["cond"])  # that this run can make them, too
@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 
 from flowcache.errors import UserError
 from flowcache.policies import Replay, compute_together
-from flowcache.runtime.files import read_json, write_json
+from flowcache.runtime.files import read_json
 from flowcache.runtime.stats import Pass, PassId, RunStats, Traced
 from flowcache.schedule import Tick
 
@@ -102,11 +102,6 @@ def build_record(
         "stages": stats.to_dict()["stages"],
         "environment": dict(environment),
     }
-
-
-def write_record(path: Path, record: Record) -> None:
-    """Write a record in one step."""
-    write_json(path, record)
 
 
 # Reading ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -18,32 +19,19 @@ from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
 from flowcache.runtime.checks import Decoded, DegenerateCheck, Modules, NotFiniteError, all_finite
-from flowcache.runtime.cli import (
-    ProgressBar,
-    choose_device,
-    choose_output,
-    overrides_of,
-)
+from flowcache.runtime.cli import ProgressBar, choose_device
 from flowcache.runtime.compile import should_compile
-from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.config import find_preset, load_config, parse_limit, to_dict
 from flowcache.runtime.embeddings import cached_embedding, check_cache
 from flowcache.runtime.ending import check_stopped, undisturbed
-from flowcache.runtime.files import check_writable, write_json
-from flowcache.runtime.memory import MemoryPlan, limit_of, make_memory_plan
-from flowcache.runtime.model import (
-    Job,
-    Loaded,
-    Progress,
-    Request,
-    Source,
-    VideoModel,
-    load_model,
-)
+from flowcache.runtime.files import check_writable, fresh_path, write_json
+from flowcache.runtime.memory import MemoryPlan, make_memory_plan
+from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
 from flowcache.runtime.ops import release_cache, set_float32_precision
 from flowcache.runtime.overlap import Worker, should_overlap
-from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, layout_lines, run_in_ranks
-from flowcache.runtime.plan import divide, per_process
-from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
+from flowcache.runtime.plan import per_process
+from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_line
 from flowcache.runtime.record import (
     REPLAY,
     Record,
@@ -51,9 +39,7 @@ from flowcache.runtime.record import (
     check_replay,
     read_record,
     replay_policies,
-    write_record,
 )
-from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.stats import RunStats, Traced, environment, merged
 from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
 
@@ -68,29 +54,20 @@ VIDEO_QUALITY = 8
 # The command line ---------------------------------------------------------------------------------
 
 
-def run_of(name: str, options: argparse.Namespace) -> int:
-    """Make or plan the video that a command line asks for; return the exit code.
-
-    Args:
-        name: of the model's package.
-        options: as `cli.run_parser` gives them.
-    """
-    model = load_model(name)
-    request = request_of(options, model.keys)
-    return run_in_ranks(lambda ranks: execute(model, request, ranks))
-
-
 def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
     """Return what the arguments of a model's command line ask for.
 
     Args:
         keys: argument -> setting.
     """
-    own = {argument: key for argument, key in keys.items() if hasattr(options, argument)}
+    given = {key: getattr(options, argument, None) for argument, key in keys.items()}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if options.no_compile:
+        named.append("compile=false")
     return Request(
         preset=options.preset,
         model=options.model,
-        overrides=overrides_of(options, own),
+        overrides=[*named, *options.settings],
         out=options.out,
         overwrite=options.overwrite,
         record=options.record,
@@ -102,11 +79,12 @@ def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
 
 def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
     """Check, describe what will be done, and do it unless the run is dry."""
-    plan = ranks.together(lambda: plan_without_files(model, request, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
+    if request.is_dry:
+        plan = ranks.together(lambda: plan_without_files(model, request, ranks))
+        if plan is not None:
+            if ranks.is_first:
+                print(plan)
+            return
     job = ranks.together(lambda: prepare(model, request, ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
@@ -129,11 +107,11 @@ def read_settings(model: VideoModel, request: Request, source: Source | None = N
     base = model.presets / "base.yaml"
     layers = config_layers(base, path, checkpoint=source.folder, model=source.layers)
 
-    def load(overrides: Sequence[str]) -> Any:
-        return load_config(model.schema, layers, overrides=overrides)
-
     config = load_with_profile(
-        load, request.overrides, folder=source.folder, setting_of=model.setting
+        partial(load_config, model.schema, layers),
+        request.overrides,
+        folder=source.folder,
+        setting_of=model.setting,
     )
     return model.check(config, source)
 
@@ -177,7 +155,8 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     check_available(config.attention_kernel, device, dtype=dtype)
     if config.compile:
         should_compile(config.compile, device)
-    check_cache(config.embedding_cache)
+    if config.embedding_cache is not None:
+        check_cache(config.embedding_cache)
     media = model.media(config, source)
     config, found = model.fetch(config, source)
     if found.folder != source.folder:
@@ -186,9 +165,12 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     job = _job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
     model.check_files(config, found)
-    check_tuned_for(config.reuse, partial(model.fingerprint, found))
+    if config.reuse.needs_profile:
+        check_tuned_for(config.reuse, partial(model.fingerprint, found))
     check_ffmpeg()
-    limit = limit_of(config.memory_limit, device)
+    limit = parse_limit(config.memory_limit)
+    if config.memory_limit.lower() == "auto" and device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[0]  # what is free
     if config.memory_limit == "none" or not (limit or request.is_dry):
         return job
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
@@ -207,7 +189,13 @@ def _job_of(
 ) -> Job:
     """Derive what the run does, and how the processes divide it."""
     work = model.work(config, source, media, dtype)
-    layout = divide(config.parallel, work, ranks.place.size)
+    layout = process_layout(
+        config.parallel,
+        ranks.place.size,
+        num_branches=len(work.passes),
+        num_heads=work.attention.kv_heads,
+        num_tokens=work.divided_tokens,
+    )
     replay = None
     if request.replay is not None:
         replay = read_record(Path(request.replay))
@@ -227,7 +215,7 @@ def _job_of(
         before=model.before(media),
         device=device,
         dtype=dtype,
-        work=per_process(work, layout),
+        work=work if layout.size == 1 else per_process(work, layout),
         replay=replay,
         ranks=replace(ranks, layout=layout),
     )
@@ -299,46 +287,52 @@ def _plan_of(
 
 def describe(job: Job) -> str:
     """Describe what the run will do."""
-    lines = [*job.model.title(job), *profile_lines(job.config.reuse)]
+    lines, layout = [*job.model.title(job)], job.ranks.layout
+    if job.config.reuse.needs_profile:
+        lines.append(profile_line(job.config.reuse))
     if job.replay is not None:
         video, policy = job.replay["video"], job.replay["policy"]
         lines.append(f"replay       the decisions of {video} ({policy})")
-    lines += [*layout_lines(job.ranks.layout), *job.model.lines(job.config, job.work)]
+    if layout.size > 1:
+        lines.append(
+            f"processes    {layout.size}: {layout.branch} branch groups x {layout.sequence} "
+            "sequence ranks; weights and KV cache below are those of each"
+        )
+    lines += job.model.lines(job.config, job.work)
     lines += [] if job.memory is None else job.memory.lines()
     return "\n".join(lines if job.path is None else [*lines, f"output       {job.path}"])
 
 
 def claim_output(request: Request, *, stem: str) -> Path:
-    """Return where the video goes, after a look at what is there.
+    """Return where the video goes: never over a file that is to be kept, in a writable folder.
 
     Args:
-        stem: name in a folder, if the request has none.
+        stem: name in a folder, if the request has none; a number is added if it is taken.
     """
-    for given in (request.out, request.stem or stem, str(request.folder)):
-        check_path(given or "", name="out")
-    path = choose_output(
-        request.out,
-        folder=request.folder,
-        stem=request.stem or stem,
-        overwrite=request.overwrite,
-    )
-    for suffix in (".json", RECORD_SUFFIX) if request.record else (".json",):
-        other = path.with_suffix(suffix)
-        if other.exists() and not request.overwrite:
-            raise UserError(f"{other} exists and is kept: choose another name, or give --overwrite")
+    out, stem = request.out, request.stem or stem
+    for text in (out or "", stem, str(request.folder)):
+        # with room for the names of what is written next to the video
+        fault = path_fault(text)
+        if fault is None and len(os.path.abspath(text).encode()) > MAX_PATH_BYTES - SPARE_BYTES:
+            fault = f"is a path of over {MAX_PATH_BYTES - SPARE_BYTES} bytes from the root"
+        if fault is None and len(Path(text).name.encode()) > MAX_NAME_BYTES - SPARE_BYTES:
+            fault = f"has a file name of over {MAX_NAME_BYTES - SPARE_BYTES} bytes: shorten it"
+        if fault is not None:
+            raise UserError(f"out {fault}")
+    if out is not None and not out.strip():
+        raise UserError("--out is empty: give an .mp4 file or a folder, or leave it out")
+    path = request.folder if out is None else Path(out)
+    # a name as results/4.5B is a folder's: no file type starts with a digit
+    if out is None or not re.match(r"\.[A-Za-z]", path.suffix) or path.is_dir():
+        path = fresh_path(path, stem, ".mp4")
+    elif path.suffix.lower() != ".mp4":
+        raise UserError(f"{path}: the video is written as .mp4, not {path.suffix}: change the name")
+    for suffix in (path.suffix, ".json", *([RECORD_SUFFIX] if request.record else [])):
+        taken = path.with_suffix(suffix)
+        if taken.exists() and not request.overwrite:
+            raise UserError(f"{taken} exists and is kept: choose another name, or give --overwrite")
     check_writable(path.parent)
     return path
-
-
-def check_path(text: str, *, name: str) -> None:
-    """Check that a text can be the path of a video, with room for what is written next to it."""
-    fault = path_fault(text)
-    if fault is None and len(os.path.abspath(text).encode()) > MAX_PATH_BYTES - SPARE_BYTES:
-        fault = f"is a path of over {MAX_PATH_BYTES - SPARE_BYTES} bytes from the root"
-    if fault is None and len(Path(text).name.encode()) > MAX_NAME_BYTES - SPARE_BYTES:
-        fault = f"has a file name of over {MAX_NAME_BYTES - SPARE_BYTES} bytes: shorten it"
-    if fault is not None:
-        raise UserError(f"{name} {fault}")
 
 
 # From a job to a video ----------------------------------------------------------------------------
@@ -367,16 +361,15 @@ def encode_inputs(job: Job, *, stats: RunStats, encoder: Any = None) -> Any:
     """
 
     def encode() -> Tensor:
-        return job.model.encode_text(job, encoder or job.model.load_text(job))
+        return job.model.encode_text(job, encoder or job.model.load_text(job)).cpu()
 
-    def facts() -> dict[str, Any]:
-        return {**job.model.text_facts(job), "device": job.text_device.type}
+    def known_or_encoded() -> Tensor:
+        facts = {**job.model.text_facts(job), "device": job.text_device.type}
+        return cached_embedding(job.config.embedding_cache, facts, encode)
 
+    make = encode if job.config.embedding_cache is None else known_or_encoded
     with stats.stage("text"):
-        encoded = job.ranks.from_first(
-            lambda: cached_embedding(job.config.embedding_cache, facts, encode).cpu()
-        )
-        return job.model.inputs(job, encoded)
+        return job.model.inputs(job, job.ranks.from_first(make))
 
 
 def load_networks(job: Job, *, stats: RunStats) -> Loaded:
@@ -476,7 +469,7 @@ def write_run(
     with undisturbed():  # the video goes last: one that has its name has its JSON, too
         write_json(writer.path.with_suffix(".json"), report)
         if record is not None:
-            write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
+            write_json(writer.path.with_suffix(RECORD_SUFFIX), record)
         writer.publish()
     logger.info("%s", stats.summary())
     for alarm in check.alarms():
