@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from flowcache.errors import UserError
-from flowcache.runtime.images import BACKGROUND, image_size, read_image
+from flowcache.runtime.video import BACKGROUND, image_size, read_image
 
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
 """Grey values from 0 to 252."""

@@ -17,7 +17,6 @@ from PIL import Image
 
 from flowcache.errors import UserError
 from flowcache.runtime.ending import Ending, Stopped
-from flowcache.runtime.images import read_image
 from flowcache.runtime.video import (
     Pixels,
     Probe,
@@ -26,6 +25,7 @@ from flowcache.runtime.video import (
     at_rate,
     check_ffmpeg,
     probe,
+    read_image,
     read_video,
     stream_video,
     to_uint8,
