@@ -67,12 +67,7 @@ class NotFiniteError(UserError):
     """A result holds values that are not finite."""
 
     def __init__(self, place: str, *, modules: Modules | None = None) -> None:
-        """Say where they are, and why.
-
-        Args:
-            place: names the result, in plural.
-            modules: what made it; the first weight that is not finite is named.
-        """
+        """Say where they are, and why."""
         self.place = place
         super().__init__(f"{place} hold values that are not finite{_cause(modules)}")
 
@@ -82,12 +77,7 @@ class NotFiniteError(UserError):
 
 
 def check_finite(x: Tensor, place: str, *, modules: Modules | None = None) -> Tensor:
-    """Return a result that was read already.
-
-    Args:
-        place: names it, in plural.
-        modules: what made it.
-    """
+    """Return a result that was read already."""
     if not bool(all_finite(x)):
         raise NotFiniteError(place, modules=modules)
     return x

@@ -52,13 +52,7 @@ class Parser(argparse.ArgumentParser):
 def run_parser(
     prog: str, *, description: str, examples: str, presets: Path, model: str, dry_run: str
 ) -> Parser:
-    """Return the arguments that every model's command line takes.
-
-    Args:
-        presets: folder of the presets.
-        model: what --model may be.
-        dry_run: what --dry-run can do beside checking and printing.
-    """
+    """Return the arguments that every model's command line takes."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -177,11 +171,7 @@ def in_one_line(text: str) -> str:
 
 
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """Return the device of a run: `auto` is CUDA where there is one, else the CPU.
-
-    Args:
-        local_rank: of one of several processes, which each have a CUDA device of their own.
-    """
+    """Return the device of a run: `auto` is CUDA where there is one, else the CPU."""
     import torch
 
     from flowcache.runtime.ops import set_allocator

@@ -54,9 +54,7 @@ def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[
     Every error is one line that names file, key and value.
 
     Args:
-        schema: a dataclass whose defaults are the lowest layer.
         layers: files, the later one wins; a list value replaces the earlier list.
-        overrides: see `merge_overrides_`.
     """
     values: dict[str, Any] = {}
     for path in layers:
@@ -408,7 +406,6 @@ def describe(schema: type, *, commented: Path | None = None) -> list[str]:
     A key without a default has no `= default`.
 
     Args:
-        schema: the dataclass.
         commented: a YAML file whose trailing `# comments` explain the keys.
     """
     comments = {} if commented is None else yaml_comments(commented)

@@ -46,12 +46,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def cached_embedding(folder: str, facts: Mapping[str, Any], encode: Callable[[], Tensor]) -> Tensor:
-    """Return what `encode` gives, from the folder if it was kept there; on the CPU in that case.
-
-    Args:
-        facts: all that the result depends on, as plain values for JSON.
-        encode: makes the embedding; not called if it is known.
-    """
+    """Return what `encode` gives, from the folder if it was kept there; on the CPU in that case."""
     text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
     key, home = hashlib.sha256(text.encode()).hexdigest(), given_path(folder, name=SETTING)
     path = home / f"{key}.safetensors"
@@ -132,12 +127,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def load_tokenizer(
     folder: Path, *, vocab_size: int, needs_padding: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder.
-
-    Args:
-        vocab_size: words that the encoder knows.
-        needs_padding: whether prompts are padded.
-    """
+    """Load a tokenizer from a local folder."""
     from transformers import AutoTokenizer
 
     for path in tokenizer_files(folder):

@@ -172,12 +172,7 @@ class Ending:
     """The signal handlers of a command, as a context; nothing outside the main thread."""
 
     def __init__(self, starter: Starter | None = None, *, is_first: bool = True) -> None:
-        """Install nothing yet.
-
-        Args:
-            starter: process without which this one must not go on; None: there is none.
-            is_first: whether this is the process that speaks for all.
-        """
+        """Install nothing yet."""
         self.number: int | None = None
         """The signal that came."""
         self.reason = INTERRUPTED
@@ -298,7 +293,8 @@ class Ending:
     def _watch(self) -> None:
         """Notice what the main thread can't: see the table above."""
         while True:
-            is_ready = select.select([self._reader], [], [], self._patience())[0]
+            is_calm = self._starter is None and self._arrived is None
+            is_ready = select.select([self._reader], [], [], None if is_calm else POLL_SECONDS)[0]
             received = self._reader.recv(64) if is_ready else b""
             now = time.monotonic()
             for number in received:
@@ -307,10 +303,6 @@ class Ending:
             if OVER in received:
                 return
             self._look(now)
-
-    def _patience(self) -> float | None:
-        """Return how long to wait for a signal, in seconds; None: until one comes."""
-        return None if self._starter is None and self._arrived is None else POLL_SECONDS
 
     def _note(self, number: int, now: float) -> None:
         if self._arrived is None:

@@ -14,12 +14,6 @@ def main_of(
     """Do what the command line of a model asks for; return the exit code.
 
     Settings are listed, and unknown ones refused, without PyTorch.
-
-    Args:
-        name: of the model's package.
-        options: as `run_parser` gives them.
-        schema: dataclass of all settings.
-        settings: returns the lines of --list-settings.
     """
     if options.list_settings:
         return run_command(lambda: print(*settings(), sep="\n", flush=True))  # noqa: T201

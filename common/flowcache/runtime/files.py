@@ -104,11 +104,7 @@ def read_regular(path: Path) -> str:
 
 
 def read_json(path: Path, *, advice: str = "") -> Any:
-    """Read a JSON file; a byte order mark is skipped.
-
-    Args:
-        advice: what to do about a broken file; the end of the message.
-    """
+    """Read a JSON file; a byte order mark is skipped."""
     end = f"; {advice}" if advice else ""
     try:
         text = read_regular(path)
@@ -121,14 +117,11 @@ def read_json(path: Path, *, advice: str = "") -> Any:
 
 
 def parse_json(text: str, *, source: str, advice: str = "") -> Any:
-    """Parse JSON, but never one so deep that a parser, or what reads the result, runs out of stack.
-
-    Args:
-        source: the file, for messages.
-        advice: as of `read_json`.
-    """
+    """Parse JSON, but none so deep that what reads it runs out of stack; `source` is its file."""
     end = f"; {advice}" if advice else ""
-    if _json_depth(text) > MAX_JSON_DEPTH:
+    brackets = _NO_BRACKETS.sub("", _JSON_STRING.sub("", text))
+    depths = accumulate((1 if bracket in "[{" else -1 for bracket in brackets), initial=0)
+    if max(depths) > MAX_JSON_DEPTH:
         reason = f"more than {MAX_JSON_DEPTH} nested brackets"
         raise UserError(f"{source}: not a readable JSON file ({reason}){end}")
     try:
@@ -138,12 +131,6 @@ def parse_json(text: str, *, source: str, advice: str = "") -> Any:
         return content
     except ValueError as error:
         raise UserError(f"{source}: not a readable JSON file ({error}){end}") from None
-
-
-def _json_depth(text: str) -> int:
-    """Return how many brackets are open at once at most, those inside strings left out."""
-    brackets = _NO_BRACKETS.sub("", _JSON_STRING.sub("", text))
-    return max(accumulate((1 if bracket in "[{" else -1 for bracket in brackets), initial=0))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -88,7 +88,6 @@ def local_copy(
 
     Args:
         patterns: of the files that are wanted; None: all.
-        is_whole: whether a folder holds all parts.
     """
     try:
         options = {"allow_patterns": patterns, "local_files_only": True}
@@ -139,7 +138,6 @@ def fetch(
 
     Args:
         patterns: of the files that are wanted; None: all.
-        is_whole: whether a folder holds all parts.
     """
     found = local_copy(repository, patterns=patterns, is_whole=is_whole, hub=hub)
     if found is not None:

@@ -112,11 +112,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def text_scratch_bytes(encoder: Any, *, batch: int, num_tokens: int, dtype: torch.dtype) -> int:
-    """Return what encoding prompts holds in addition to the weights: one layer is as all.
-
-    Args:
-        encoder: an empty T5 of transformers.
-    """
+    """Return what encoding prompts holds in addition to the weights: one layer is as all."""
     ids = torch.empty(batch, num_tokens, dtype=torch.int64, device=META)
     model = one_layer(encoder).to(dtype)
     # without a mask: transformers would look at its values
@@ -124,11 +120,7 @@ def text_scratch_bytes(encoder: Any, *, batch: int, num_tokens: int, dtype: torc
 
 
 def one_layer(encoder: Any) -> Any:
-    """Return an empty text encoder with one layer, which needs as much scratch memory as with all.
-
-    Args:
-        encoder: a T5 of transformers.
-    """
+    """Return an empty text encoder of one layer, which needs as much scratch memory as all."""
     config = copy.deepcopy(encoder.config)
     config.num_layers = 1
     with torch.device("meta"):
@@ -307,10 +299,6 @@ class Footprint(ABC):
 
         Args:
             work: of a process, see `plan.per_process`.
-            dtype: of the weights inside the blocks.
-            layout: how the processes divide it; None: there is one.
-            overlaps: whether chunks are decoded while others are denoised, if both networks are
-                there.
         """
         layout = layout or Layout()
         self.config, self.work, self.dtype, self.networks = config, work, dtype, networks
@@ -324,11 +312,7 @@ class Footprint(ABC):
         """Return the stages of the run, given what is kept on the host."""
 
     def text_stage(self, residence: Residence, *, scratch: int) -> Stage:
-        """Return what encoding the prompts and a start image holds.
-
-        Args:
-            scratch: bytes of the text encoder's activations.
-        """
+        """Return what encoding the prompts and a start image holds."""
         is_here, networks = not residence.text_on_host, self.networks
         numbers = sum(parameter.numel() for parameter in networks.text.parameters())
         size = numbers * networks.text_dtype.itemsize

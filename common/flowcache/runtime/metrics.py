@@ -48,10 +48,6 @@ def psnr(clip_THW3: Tensor, reference_THW3: Tensor) -> float:
     ``10 log10(255^2 / mse)`` with one mean squared error over all frames, pixels and colours. It
     is not the mean of the frames' ratios: with frames of error 0 and 1 it is 51.1 dB, while that
     mean is infinite.
-
-    Args:
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
     """
     return decibel(mse_per_frame(clip_THW3, reference_THW3).mean()).item()
 
@@ -86,10 +82,6 @@ def ssim_per_frame(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
 
     Gaussian window of 11 x 11 pixels, data range 1, mean over colours and over the pixels whose
     window lies inside the frame.
-
-    Args:
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
 
     Source: Wang et al. 2004, Image Quality Assessment: From Error Visibility to Structural
     Similarity.
@@ -126,13 +118,7 @@ def _frame_ssim(frame_HW3: Tensor, reference_HW3: Tensor) -> Tensor:
 
 
 def lpips_per_frame(network: LPIPS, clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
-    """Return the mean distance of every frame, float64 [T], 0 for equal frames.
-
-    Args:
-        network: computes where its weights are.
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
-    """
+    """Return the mean distance of every frame, float64 [T], 0 for equal frames."""
     check_comparable(clip_THW3, reference_THW3)
     height, width = clip_THW3.shape[1:3]
     if min(height, width) < MIN_SIDE:
@@ -323,16 +309,7 @@ def compare_clips(
     network: LPIPS | None = None,
     device: torch.device,
 ) -> ClipFigures:
-    """Measure one clip against its reference.
-
-    Args:
-        path: the clip to judge, see `open_clip`.
-        reference: what it is compared with.
-        name: what the clip is called in the result.
-        metrics: some of `METRICS`.
-        network: what computes LPIPS; needed only for that.
-        device: where the other metrics are computed.
-    """
+    """Measure one clip against its reference."""
     per_frame: dict[str, list[Tensor]] = {metric: [] for metric in ("mse", *metrics)}
     ours, theirs = open_clip(path), open_clip(reference)
     checks = {path: DegenerateCheck(), reference: DegenerateCheck()}

@@ -31,7 +31,6 @@ class Worker:
         """Start the thread.
 
         Args:
-            device: where the work runs; None: on the host alone.
             is_concurrent: whether the work is done in a thread, while the caller goes on.
         """
         self.is_concurrent = is_concurrent
@@ -64,7 +63,6 @@ class Worker:
         """Have some work done, after all that was submitted before.
 
         Args:
-            work: reads nothing that changes later.
             is_small: whether it is done in no time, and needs no room among what waits.
         """
         self._raise()

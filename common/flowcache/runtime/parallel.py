@@ -77,13 +77,7 @@ class Layout:
 def process_layout(
     rule: ParallelRule, num_processes: int, *, num_branches: int, num_heads: int, num_tokens: int
 ) -> Layout:
-    """Divide the processes of a run: as many branch groups as possible, the rest by tokens.
-
-    Args:
-        num_branches: guidance passes.
-        num_heads: key/value heads.
-        num_tokens: least number of tokens that is divided.
-    """
+    """Divide the processes of a run: as many branch groups as possible, the rest by tokens."""
     if num_processes == 1 and (rule.branch or 1, rule.sequence or 1) == (1, 1):
         return Layout()
     layout = _chosen(rule, num_processes, num_branches=num_branches)
@@ -195,8 +189,6 @@ class Group:
 
         Args:
             x: `[sum(given), ...]`.
-            given: rows for each process.
-            received: rows from each process.
         """
         y = x.new_empty(sum(received), *x.shape[1:])
         with contact():
@@ -236,11 +228,7 @@ class Ranks:
         return self.place.rank == 0
 
     def divided(self, device: torch.device) -> "Ranks":
-        """Return the same with the groups of the layout; all processes must ask for it alike.
-
-        Args:
-            device: of the run, in this process.
-        """
+        """Return the same with the groups of the layout; all processes must ask for it alike."""
         layout = self.layout
         if layout.size == 1:
             return self
@@ -305,8 +293,6 @@ class Ranks:
 
         Args:
             local: the tensors of the branches that this process computes, those among `names`.
-            names: of all branches that have one.
-            like: a tensor of the same shape and dtype.
         """
         if self.branches.size == 1 or not names:
             return dict(local)
@@ -573,6 +559,9 @@ def run_in_ranks(command: Callable[[Ranks], None]) -> int:
 
 
 def _join_and_run(command: Callable[[Ranks], None], place: Place) -> int:
+    if place.size == 1:
+        command(Ranks())
+        return 0
     if place.rank:
         logging.disable(logging.WARNING)
     try:

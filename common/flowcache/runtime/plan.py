@@ -108,7 +108,6 @@ def scored_bytes(shape: AttentionShape, *, num_queries: int) -> int:
     """Return the scratch memory of one compression, at most.
 
     Args:
-        shape: with all keys that the cache holds.
         num_queries: that score the keys; 0: no scores are computed.
     """
     if not num_queries:
@@ -123,12 +122,7 @@ def scored_bytes(shape: AttentionShape, *, num_queries: int) -> int:
 
 
 def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
-    """Describe what a run holds.
-
-    Args:
-        cache: how much a KV cache holds, in words.
-        stored: what is stored for reused steps.
-    """
+    """Describe what a run holds."""
     return [
         f"weights      {gigabytes(work.weight_bytes)} (transformer)",
         f"KV cache     {gigabytes(work.kv_bytes)}, {cache}",

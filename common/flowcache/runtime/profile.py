@@ -182,7 +182,6 @@ def fingerprint(config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
     The weights are rounded to bfloat16, so that a model stored in bfloat16 or float32 is the same.
 
     Args:
-        config: sizes, as plain values for JSON.
         tensors: name and weight, in any order; mapped from files, little of them is read.
     """
     starts = {name: _start(tensor) for name, tensor in tensors}
@@ -222,9 +221,7 @@ def load_with_profile(
 
     Args:
         load: makes settings from `overrides=`, `key=value` texts above all presets.
-        overrides: those of the command line.
         folder: the checkpoint's; a relative path is looked for there, then from here.
-        setting_of: what the profile must fit, of the run.
     """
     try:
         config = load(overrides=overrides)

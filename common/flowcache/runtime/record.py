@@ -59,9 +59,7 @@ def build_record(
     """Return the record of a finished run.
 
     Args:
-        stats: of the run; its stages are those of this process.
         traced: by all processes of the run, see `flowcache.runtime.stats.merged`.
-        video: name of the video file next to the record.
         threshold: of an adaptive policy; None: the policy has none.
         chunk_frames: segment -> for each chunk the pixel frames `[first, stop)` of the video that
             show it.
@@ -272,8 +270,6 @@ def check_replay(
     """Check that a run can make the decisions of a record.
 
     Args:
-        ticks: segment -> what the run will do.
-        branches: guidance branches of the run that decide.
         is_whole_window: whether the run computes all chunks of a tick, or none.
     """
     rows = record["decisions"]

@@ -55,11 +55,7 @@ VIDEO_QUALITY = 8
 
 
 def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
-    """Return what the arguments of a model's command line ask for.
-
-    Args:
-        keys: argument -> setting.
-    """
+    """Return what the arguments of a model's command line ask for."""
     given = {key: getattr(options, argument, None) for argument, key in keys.items()}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]
     if options.no_compile:
@@ -96,11 +92,7 @@ def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
 
 
 def read_settings(model: VideoModel, request: Request, source: Source | None = None) -> Any:
-    """Return all settings of a run, checked against the model.
-
-    Args:
-        source: the model that the request names; None: it is found, by its sizes if need be.
-    """
+    """Return all settings of a run, checked against the model."""
     if source is None:
         source = model.find(request.model, is_dry=True)
     path = find_preset(model.presets, request.preset)
@@ -122,11 +114,6 @@ def config_layers(
     """Return the YAML files of a run, lowest first.
 
     A checkpoint may bring its own values, in `presets/base.yaml` and `presets/PRESET.yaml`.
-
-    Args:
-        base: the settings under all presets; may be the preset itself.
-        checkpoint: its folder; None: it isn't there yet.
-        model: files of the model itself, right above `base`.
     """
     layers = [base, *model]
     for layer in dict.fromkeys([base, preset]):
@@ -142,11 +129,7 @@ def config_layers(
 
 
 def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> Job:
-    """Check everything that can be checked before anything large is loaded.
-
-    Args:
-        ranks: the processes that make the video; None: this one.
-    """
+    """Check everything that can be checked before anything large is loaded."""
     ranks = Ranks() if ranks is None else ranks
     source = model.find(request.model, download=request.download)
     config = read_settings(model, request, source)  # a mistake is reported before a download
@@ -241,11 +224,7 @@ def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> Memory
 def plan_without_files(
     model: VideoModel, request: Request, ranks: Ranks | None = None
 ) -> str | None:
-    """Return the plan of a dry run that has no files to look at; None: it has.
-
-    Args:
-        ranks: the processes that would make the video; None: this one.
-    """
+    """Return the plan of a dry run that has no files to look at; None: it has."""
     if not request.is_dry:
         return None
     source = model.find(request.model, is_dry=True, download=request.download)
@@ -258,11 +237,7 @@ def plan_without_files(
 
 
 def plan_by_sizes(model: VideoModel, request: Request, ranks: Ranks | None = None) -> str:
-    """Describe what a run of a released model would do on a CUDA device, by its sizes alone.
-
-    Args:
-        ranks: the processes that would make the video; None: this one.
-    """
+    """Describe what a run of a released model would do on a CUDA device, by its sizes alone."""
     source = model.find(request.model, is_dry=True, download=request.download)
     return _plan_of(model, request, read_settings(model, request, source), source, ranks)
 
@@ -343,22 +318,20 @@ def run(job: Job) -> dict[str, Any]:
 
     With several processes the first one writes; the others return nothing.
     """
-    job = replace(job, ranks=job.ranks.divided(job.device))
+    if job.ranks.place.size > 1:
+        job = replace(job, ranks=job.ranks.divided(job.device))
     stats = RunStats(job.device, records=job.request.record)
     inputs = encode_inputs(job, stats=stats)
     release_cache(job.device)
     loaded = load_networks(job, stats=stats)
     release_cache(job.device)
-    job.ranks.wait()
+    if job.ranks.place.size > 1:
+        job.ranks.wait()
     return render(job, loaded, inputs, stats=stats)
 
 
 def encode_inputs(job: Job, *, stats: RunStats, encoder: Any = None) -> Any:
-    """Encode the prompts and given pictures; what is loaded for it is gone when this returns.
-
-    Args:
-        encoder: of texts, where it is loaded already.
-    """
+    """Encode the prompts and given pictures; what is loaded for it is gone when this returns."""
 
     def encode() -> Tensor:
         return job.model.encode_text(job, encoder or job.model.load_text(job)).cpu()
@@ -423,11 +396,7 @@ def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[
 def write_run(
     job: Job, loaded: Loaded, shown: Iterable[Progress], *, stats: RunStats
 ) -> dict[str, Any]:
-    """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds.
-
-    Args:
-        stats: with a trace, a record is written, too.
-    """
+    """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds."""
     overlaps = should_overlap(job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1)
     assert job.path is not None, "a run has a place for its video"
     bar = ProgressBar(num_ticks=job.work.num_ticks, num_chunks=job.work.num_chunks)
@@ -579,12 +548,7 @@ def _finished(progress: Progress, *, modules: Modules | None = None) -> Tensor:
 
 
 def finished_frames(decoded: Decoded, *, chunks: Collection[int], tick: int) -> Tensor:
-    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers.
-
-    Args:
-        chunks: those that became clean.
-        tick: the one in which they did.
-    """
+    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers."""
     checks = torch.stack([decoded.is_latent_finite, all_finite(decoded.frames)])
     frames = to_uint8(decoded.frames).cpu()
     is_latent_finite, is_pixel_finite = checks.tolist()  # the device is done: nothing waits

@@ -371,16 +371,7 @@ class RunStats:
     def record(
         self, *, segment: int, tick: int, chunk: int, step: int, branch: str, decision: Decision
     ) -> None:
-        """Add what a policy decided for one chunk in one guidance branch.
-
-        Args:
-            segment: the window of a long video, from 0.
-            tick: the pass over the active chunks, from 0.
-            chunk: the chunk, from 0.
-            step: the chunk's own denoising step, from 0.
-            branch: the guidance pass.
-            decision: computed or reused, and the distances that led to it.
-        """
+        """Add what a policy decided for one chunk in one guidance branch."""
         self.num_computed += decision.is_computed
         self.num_reused += not decision.is_computed
         distances = decision.distance, decision.accumulated

@@ -52,11 +52,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_table(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
-    """Return the rows of a CSV table with a head; empty lines are left out.
-
-    Args:
-        columns: those that must be there, with something in every row.
-    """
+    """Return the rows of a CSV table with a head; empty lines are left out."""
     head: list[str] = []
     rows: list[TableRow] = []
     for number, cells in _records(path, _read_text(path), head):

@@ -98,12 +98,9 @@ class VideoWriter:
         """Check what can be checked before the first frame exists.
 
         Args:
-            path: the `.mp4` to write.
-            fps: frames per second, above 0.
             size: (height, width) in pixels, both even unless lossless.
             quality: 1 (small) to 10 (constant rate factor 0); 8 is factor 10.
             is_lossless: store the exact RGB values (H.264 4:4:4; few players show it).
-            overwrite: replace an existing file.
             publishes: give the file its name at the end of the context; else `publish` does.
             keeps_partial: keep the frames of an unfinished video.
         """
@@ -307,8 +304,6 @@ def read_video(
 
     Args:
         path: a video file; of several video streams the one that is shown, see `shown_stream`.
-        max_frames: stop after so many.
-        last: keep the last so many only.
         fps: bring the video to this rate by its time stamps, see `at_rate`; None: frames as stored.
         size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
     """
