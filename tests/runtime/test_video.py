@@ -84,19 +84,36 @@ def test_a_lossless_video_gives_back_every_pixel(tmp_path: Path):
     assert np.array_equal(read, frames)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+    ("error", "num_frames", "keeps_partial"),
+    [
+        (KeyboardInterrupt(), 9, True),
+        (RuntimeError("out of memory"), 9, True),
+        (Stopped(signal.SIGTERM, "interrupted"), 2, True),
+        (KeyboardInterrupt(), 0, True),  # before the first frame
+        (KeyboardInterrupt(), 2, False),  # a video that is made again
+    ],
+)
 def test_an_interrupted_video_keeps_its_frames_under_another_name(
-    tmp_path: Path, error: BaseException, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    error: BaseException,
+    num_frames: int,
+    keeps_partial: bool,
+    caplog: pytest.LogCaptureFixture,
 ):
-    frames = smooth_clip(9)
-    writer = VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH))
+    path = tmp_path / "clip.mp4"
+    writer = VideoWriter(path, fps=24, size=(HEIGHT, WIDTH), keeps_partial=keeps_partial)
     with pytest.raises(type(error)), caplog.at_level(logging.WARNING), writer:
-        writer.append(frames)
+        writer.append(smooth_clip(num_frames) if num_frames else smooth_clip(1)[:0])
         raise error
-    assert files(tmp_path) == ["clip.partial.mp4"]
-    assert writer.partial_path == tmp_path / "clip.partial.mp4"
-    assert "kept the first 9 frames" in caplog.text
-    assert probe(writer.partial_path).num_frames == 9
+    partial = tmp_path / "clip.partial.mp4"
+    is_kept = num_frames > 0 and keeps_partial
+    assert writer.partial_path == (partial if is_kept else None)
+    assert files(tmp_path) == (["clip.partial.mp4"] if is_kept else [])
+    if is_kept:
+        said = str(error) if isinstance(error, Stopped) else caplog.text
+        assert f"kept the first {num_frames} frames in {partial}" in said
+        assert probe(partial).num_frames == num_frames
 
 
 def test_what_killed_processes_left_of_that_name_goes_after_a_day(tmp_path: Path):
@@ -127,37 +144,6 @@ def test_a_second_interruption_does_not_replace_the_first_partial_video(tmp_path
             raise KeyboardInterrupt
     assert probe(tmp_path / "clip.partial.mp4").num_frames == 4
     assert probe(tmp_path / "clip.partial-001.mp4").num_frames == 6
-
-
-def test_an_interruption_before_the_first_frame_leaves_nothing(tmp_path: Path):
-    with (
-        pytest.raises(KeyboardInterrupt),
-        VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)),
-    ):
-        raise KeyboardInterrupt
-    assert files(tmp_path) == []
-
-
-def test_what_ends_a_run_names_the_frames_that_were_kept(tmp_path: Path):
-    with (
-        pytest.raises(Stopped, match=r"interrupted: kept the first 2 frames in .*partial\.mp4"),
-        VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer,
-    ):
-        writer.append(smooth_clip(2))
-        raise Stopped(signal.SIGTERM, "interrupted")
-    assert files(tmp_path) == ["clip.partial.mp4"]
-
-
-def test_nothing_is_kept_of_a_video_that_is_made_again(tmp_path: Path):
-    with (
-        pytest.raises(KeyboardInterrupt),
-        VideoWriter(
-            tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH), keeps_partial=False
-        ) as writer,
-    ):
-        writer.append(smooth_clip(2))
-        raise KeyboardInterrupt
-    assert files(tmp_path) == []
 
 
 def test_a_signal_while_frames_are_encoded_loses_none_of_them(tmp_path: Path):
@@ -208,13 +194,6 @@ def test_a_video_that_is_never_published_is_kept_as_a_partial_one(tmp_path: Path
     assert files(tmp_path) == ["clip.partial.mp4"]
 
 
-def test_the_name_of_the_result_appears_only_at_the_end(tmp_path: Path):
-    with VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer:
-        writer.append(smooth_clip(3))
-        assert not (tmp_path / "clip.mp4").exists()
-    assert files(tmp_path) == ["clip.mp4"]
-
-
 def test_an_existing_file_is_kept_unless_overwriting_is_allowed(tmp_path: Path):
     path = write(tmp_path / "clip.mp4", smooth_clip(3))
     with pytest.raises(UserError, match=r"clip\.mp4 exists"):
@@ -227,6 +206,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_allowed(tmp_path: Path):
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path):
     with VideoWriter(tmp_path / "clip.mp4", fps=24, size=(HEIGHT, WIDTH)) as writer:
         writer.append(smooth_clip(3))
+        assert not (tmp_path / "clip.mp4").exists()
         (tmp_path / "clip.mp4").write_text("from another run")
     assert writer.path == tmp_path / "clip-001.mp4"
     assert (tmp_path / "clip.mp4").read_text() == "from another run"

@@ -1,10 +1,5 @@
 """What a run makes is looked at: values that are not finite, and videos that show nothing.
 
-    check = DegenerateCheck()
-    for frames in chunks:
-        check.see(frames)
-    for line in check.alarms(): ...
-
 Whether values are finite is computed on the device along with the result and read with it, so that
 nothing waits for it. Which weight is to blame is looked up only after a check has failed.
 """
@@ -110,10 +105,7 @@ def _cause(modules: Modules | None) -> str:
 
 
 class DegenerateCheck:
-    """Tells whether a video is of one colour all over, or frozen: then a run failed silently.
-
-    It looks at frames as they come; of an ordinary video at two.
-    """
+    """Tells whether a video is of one colour all over, or frozen: then a run failed silently."""
 
     def __init__(self) -> None:
         self.num_frames = 0

@@ -158,10 +158,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 
 def in_one_line(text: str) -> str:
-    """Return a message with its line breaks and control characters written out, and not too long.
-
-    They come from what a user or a file gave, and could hide the message or change the terminal.
-    """
+    """Return a message with control characters, which could hide it, written out, and cut."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

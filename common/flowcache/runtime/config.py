@@ -51,8 +51,6 @@ MISSING = "???"
 def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str] = ()) -> T:
     """Merge YAML or JSON layers, then `a.b=value` overrides, into an instance of the schema.
 
-    Every error is one line that names file, key and value.
-
     Args:
         layers: files, the later one wins; a list value replaces the earlier list.
     """
@@ -402,8 +400,6 @@ def _shown(value: object) -> str:
 
 def describe(schema: type, *, commented: Path | None = None) -> list[str]:
     """Return one line per key: `key: type = default`, and the comment behind it in a YAML file.
-
-    A key without a default has no `= default`.
 
     Args:
         commented: a YAML file whose trailing `# comments` explain the keys.

@@ -61,10 +61,7 @@ def cached_embedding(folder: str, facts: Mapping[str, Any], encode: Callable[[],
 
 
 def check_cache(folder: str) -> None:
-    """Check that embeddings can be kept in a folder, which is made.
-
-    One that is there may be read-only: the prompts may all be known.
-    """
+    """Check that embeddings can be kept in a folder, which is made."""
     home = given_path(folder, name=SETTING)
     if not home.is_dir():
         check_writable(home)

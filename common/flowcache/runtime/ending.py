@@ -12,8 +12,6 @@ in three ways, which a thread makes good:
 
 Code that catches everything is met by `check_stopped` in the loops over ticks and videos. A second
 signal ends the process at once. No signal arrives inside `undisturbed`.
-
-The state lives in the installed signal handler, of which a process has one.
 """
 
 import contextlib

@@ -11,10 +11,7 @@ from flowcache.runtime.config import merge_overrides_
 def main_of(
     name: str, options: argparse.Namespace, *, schema: type, settings: Callable[[], Sequence[str]]
 ) -> int:
-    """Do what the command line of a model asks for; return the exit code.
-
-    Settings are listed, and unknown ones refused, without PyTorch.
-    """
+    """Do what the command line of a model asks for; return the exit code."""
     if options.list_settings:
         return run_command(lambda: print(*settings(), sep="\n", flush=True))  # noqa: T201
     if "RANK" not in os.environ:  # of several processes one reports, once they have met

@@ -134,8 +134,6 @@ def fetch(
 ) -> Path:
     """Return the folder of a repository: the local copy, or else a download.
 
-    What is downloaded is said first. After an interrupted download what is whole is kept.
-
     Args:
         patterns: of the files that are wanted; None: all.
     """

@@ -274,10 +274,7 @@ class Networks:
 
 
 class Footprint(ABC):
-    """Counts what a run keeps in the memory of its device; networks are traced once.
-
-    A model says what its stages hold; what is alike in all models is here.
-    """
+    """Counts what a run keeps in the memory of its device; networks are traced once."""
 
     text_remedy: str
     """What takes the text encoder off the device."""

@@ -21,8 +21,6 @@ class Worker:
     The thread has a stream of its own on CUDA, which first waits for what the caller has queued.
     Results are the same either way. What fails is raised where the result is asked for, and at the
     latest when the context ends.
-
-    Example: with two pieces waiting in a thread, a third `submit` returns when the first is done.
     """
 
     def __init__(

@@ -116,10 +116,7 @@ def _chosen(rule: ParallelRule, num_processes: int, *, num_branches: int) -> Lay
 
 
 def _remedy(rule: ParallelRule, layout: Layout, *, num_branches: int, num_heads: int) -> str:
-    """Say what to do where a layout does not divide the heads.
-
-    Example: one branch, 8 heads, 6 processes: "start 1, 2 or 4 processes instead of 6 ...".
-    """
+    """Say what to do where a layout does not divide the heads."""
 
     def either(numbers: Sequence[int]) -> str:
         *others, last = map(str, numbers)
@@ -432,10 +429,7 @@ class TokenSplit:
         return self._gather(x)
 
     def over_heads(self, attend: Attend) -> Attend:
-        """Return an attention of this process's tokens that calls `attend` with all tokens.
-
-        `attend` sees this process's share of the heads, query heads with their key/value heads.
-        """
+        """Return an attention of this process's tokens that calls `attend` with all tokens."""
         if self.group.size == 1:
             return attend
 

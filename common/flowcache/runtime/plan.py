@@ -1,8 +1,4 @@
-"""What a run costs, by arithmetic: one walk through its ticks, with every step computed.
-
-The models bring formulas for a pass through their blocks; which passes are made, over which clean
-tokens, and how the cost is described is the same for all.
-"""
+"""What a run costs, by arithmetic: one walk through its ticks, with every step computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

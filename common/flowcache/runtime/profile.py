@@ -2,11 +2,6 @@
 
 A profile is a small YAML file that says what it was made for. It ranks above the presets and below
 the command line: what a user sets there wins.
-
-    write_profile(profile, Path("profile.yaml"))
-    config = load_with_profile(load, overrides, folder=checkpoint, setting_of=setting_of)
-    check_tuned_for(config.reuse, partial(fingerprint, sizes, weights))
-    make_policy = policy_maker(config.reuse)
 """
 
 from __future__ import annotations

@@ -1,13 +1,5 @@
 """The record of a run: every decision, what it cost, what the KV caches held.
 
-    stats = RunStats(device, records=True)
-    ...                                                       # the run
-    write_json(path, build_record(stats, stats.traced(), video="a.mp4", ...))
-    record = read_record(path)
-    for line in alarms(record): ...                           # what looks wrong
-    check_replay(record, ticks={0: ticks}, branches=["cond"])  # that this run can make them, too
-    policy = replay_policies(record, segment=0, branch="cond")
-
 `flops` and `seconds` of a decision are those of the chunk's own passes; embeddings and clean passes
 are in the totals of the run only. Distances that are not finite are written as "nan" and "inf".
 """
@@ -295,10 +287,7 @@ def check_replay(
 
 
 def alarms(record: Record) -> list[str]:
-    """Return a line for each sign that a cache did not do what it is for.
-
-    None without caching, and none of a replay, which decides nothing itself.
-    """
+    """Return a line for each sign that a cache did not do what it is for."""
     rows = cast("list[Record]", record["decisions"])
     if record["policy"] in ("vanilla", REPLAY) or not rows:
         return []

@@ -1,19 +1,8 @@
 """What one run did: reuse decisions, FLOPs, seconds per stage, peak memory.
 
-    stats = RunStats(device)
-    with stats.stage("dit"):
-        ...
-        with stats.stage("kv_compression"):      # inside: part of the seconds of "dit"
-            ...
-    stats.record(segment=0, tick=0, chunk=1, step=0, branch="cond", decision=decision)
-    stats.add_flops(computed=2 * 10**12, without_reuse=6 * 10**12)
-    print(stats.summary())
-
 Recording appends plain numbers, and nothing waits for the device: on CUDA a stage is two events,
 read when the run is over. With `records=True` FLOPs and seconds are kept for every pass, too, and
 the tokens left in the KV caches, which stay tensors until they are read.
-
-Axes: N chunks.
 """
 
 import importlib.metadata
@@ -132,8 +121,6 @@ def merged_periods(periods: Sequence[Period]) -> list[Period]:
         dit   2    to 4              ->      vae   3 to 6, concurrent
         vae   3    to 6, concurrent          dit   5 to 6
         dit   5    to 6
-
-    The ticks of `dit` from 1 to 4 are merged, and 5 to 6 is not: something was waited for.
     """
     if not periods:
         return []

@@ -185,10 +185,7 @@ def _faulty_cell(text: str) -> int:
 
 
 def escaped(text: str) -> str:
-    r"""Return a name so that Markdown shows it as it is, on one line.
-
-    Example: "a|b" becomes "a\|b", "<i>" becomes "&lt;i&gt;", a line break a space.
-    """
+    r"""Return a name so that Markdown shows it as it is, on one line."""
     plain = " ".join(text.split())
     marked = SPECIAL.sub(lambda found: "\\" + found[0], plain)
     return "".join(HTML.get(character, character) for character in marked)

@@ -71,10 +71,6 @@ VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
 class VideoWriter:
     """Write an H.264 mp4 frame by frame; the file gets its name only when it is complete.
 
-    with VideoWriter(path, fps=24, size=(544, 960)) as writer:
-        for frames in chunks:
-            writer.append(frames)
-
     Until the end the frames are in `.NAME.PID.part.mp4` in the same folder. If the body raises (or
     is interrupted), the frames so far become `STEM.partial.mp4`; see `partial_path`. What a killed
     process left is removed by a later writer of that name; see `remove_stale_parts`.
@@ -300,8 +296,6 @@ def read_video(
 ) -> tuple[Pixels, float]:
     """Read frames, uint8 `[T, H, W, 3]`, and the rate in frames per second.
 
-    No more frames than those returned are ever in memory.
-
     Args:
         path: a video file; of several video streams the one that is shown, see `shown_stream`.
         fps: bring the video to this rate by its time stamps, see `at_rate`; None: frames as stored.
@@ -492,10 +486,7 @@ def open_video(path: Path, *, is_strict: bool = False) -> Generator[Video, None,
 
 
 def shown_stream(path: Path, container: InputContainer) -> VideoStream:
-    """Return the video stream that ffmpeg takes: marked as default, then the most pixels.
-
-    Cover pictures are no video.
-    """
+    """Return the video stream that ffmpeg takes: marked as default, then the most pixels."""
     from av.stream import Disposition
 
     streams = [

@@ -46,10 +46,7 @@ _MISFIT = "the file does not fit the model config"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values.
-
-    What a wrapper put before all keys of a file is no part of the key, see `wrapping_of`.
-    """
+    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values."""
 
     path: Path
     key: str
