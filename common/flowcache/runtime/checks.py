@@ -63,8 +63,16 @@ class NotFiniteError(UserError):
 
     def __init__(self, place: str, *, modules: Modules | None = None) -> None:
         """Say where they are, and why."""
-        self.place = place
-        super().__init__(f"{place} hold values that are not finite{_cause(modules)}")
+        self.place, cause = place, ""
+        if modules is not None:
+            weight, names = broken_weight(modules), " and ".join(modules)
+            cause = (
+                f"; so does its weight {weight}: the file is damaged, download it again"
+                if weight is not None
+                else f", though all weights of {names} are finite: a number grew too large; try "
+                "dtype=float32 or bfloat16, or other settings"
+            )
+        super().__init__(f"{place} hold values that are not finite{cause}")
 
     def caused_by(self, modules: Modules) -> "NotFiniteError":
         """Return the same error with its cause."""
@@ -87,18 +95,6 @@ def broken_weight(modules: Modules) -> str | None:
             if not bool(all_finite(values)):
                 return f"{name} of the {owner}"
     return None
-
-
-def _cause(modules: Modules | None) -> str:
-    if modules is None:
-        return ""
-    weight = broken_weight(modules)
-    if weight is not None:
-        return f"; so does its weight {weight}: the file is damaged, download it again"
-    return (
-        f", though all weights of {' and '.join(modules)} are finite: a number grew too large; try "
-        "dtype=float32 or bfloat16, or other settings"
-    )
 
 
 # Degenerate videos --------------------------------------------------------------------------------
@@ -134,7 +130,8 @@ class DegenerateCheck:
             return []
         if self._is_flat:
             colour = self._colour / self.num_frames
-            name = "black" if colour.max() <= MAX_BLACK else _hexadecimal(colour)
+            hexadecimal = "#" + "".join(f"{round(value):02x}" for value in colour)
+            name = "black" if colour.max() <= MAX_BLACK else hexadecimal
             moves = "" if self._is_frozen else ", which changes"
             return [f"constant: all {self.num_frames} frames are of one colour ({name}{moves})"]
         if self._is_frozen and self.num_frames > 1:
@@ -150,7 +147,3 @@ def _square_means(frame_HW3: Pixels) -> npt.NDArray[np.floating]:
     rows = np.minimum(SQUARE, height - np.arange(0, height, SQUARE))
     columns = np.minimum(SQUARE, width - np.arange(0, width, SQUARE))
     return sums / (rows[:, None, None] * columns[None, :, None])
-
-
-def _hexadecimal(colour: npt.NDArray[np.float64]) -> str:
-    return "#" + "".join(f"{round(value):02x}" for value in colour)

@@ -274,9 +274,9 @@ class Ending:
 
     def _stopped(self) -> Stopped:
         assert self.number is not None
-        return Stopped(self.number, self._said())
+        return Stopped(self.number, self._reason())
 
-    def _said(self) -> str:
+    def _reason(self) -> str:
         """Return the reason, or nothing where another process says it."""
         is_said = self._starter is not None and self._starter.says_why
         return "" if not self._is_first or (is_said and self.reason != ORPHANED) else self.reason
@@ -329,7 +329,7 @@ class Ending:
 
     def _abandon(self, number: int) -> None:
         """End the process at once; encoders finish their files by themselves."""
-        text = message(self._said(), self._rescue())
+        text = message(self._reason(), self._rescue())
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode() if text else b"")
         os._exit(128 + number)

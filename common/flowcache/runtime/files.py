@@ -159,15 +159,14 @@ def _json(value: Any, *, indent: str) -> str:
     inner = indent + "  "
     if isinstance(value, Mapping) and value:
         items = cast("Mapping[str, Any]", value).items()
-        lines = [f"{inner}{_dump(str(key))}: {_json(item, indent=inner)}" for key, item in items]
+        lines = [
+            f"{inner}{json.dumps(str(key), ensure_ascii=False)}: {_json(item, indent=inner)}"
+            for key, item in items
+        ]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     if isinstance(value, (list, tuple)):
         elements = cast("list[Any]", value)
         if any(isinstance(item, (list, tuple, Mapping)) for item in elements):
             lines = [f"{inner}{_json(item, indent=inner)}" for item in elements]
             return "[\n" + ",\n".join(lines) + f"\n{indent}]"
-    return _dump(value)
-
-
-def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

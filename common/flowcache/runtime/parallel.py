@@ -366,23 +366,19 @@ class SharedPolicy(ReusePolicy):
         table = torch.zeros(len(tick.steps), 3, dtype=torch.float64)
         if self.world.rank == self.leader:
             plan = self.policy.plan(tick, signals, stored=stored)
-            rows = [_to_row(plan[chunk]) for chunk in tick.steps]
-            table = torch.tensor(rows, dtype=torch.float64)
+            made = [plan[chunk] for chunk in tick.steps]
+            rows = [(each.is_computed, each.distance, each.accumulated) for each in made]
+            absent = [[math.nan if value is None else value for value in row] for row in rows]
+            table = torch.tensor(absent, dtype=torch.float64)
+        decisions: dict[int, Decision] = {}
         rows = self.world.broadcast(table, source=self.leader).tolist()
-        return {chunk: _from_row(row) for chunk, row in zip(tick.steps, rows, strict=True)}
+        for chunk, (computed, *values) in zip(tick.steps, rows, strict=True):
+            known = [None if math.isnan(value) else value for value in values]
+            decisions[chunk] = Decision(bool(computed), *known)
+        return decisions
 
     def computed_anyway(self, chunks: Collection[int]) -> None:
         self.policy.computed_anyway(chunks)
-
-
-def _to_row(decision: Decision) -> list[float]:
-    values = (decision.distance, decision.accumulated)
-    return [float(decision.is_computed), *(math.nan if v is None else v for v in values)]
-
-
-def _from_row(row: Sequence[float]) -> Decision:
-    computed, *values = row
-    return Decision(bool(computed), *(None if math.isnan(value) else value for value in values))
 
 
 @dataclass(frozen=True)

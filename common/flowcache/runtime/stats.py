@@ -243,12 +243,12 @@ class Trace:
 
     def add_flops(self, passes: Sequence[PassId], *, computed: int, without_reuse: int) -> None:
         """Add FLOPs to some passes, in equal parts; the first ones get what does not divide."""
-        saved = without_reuse - computed
-        for place, each in enumerate(passes):
+        count, saved = len(passes), without_reuse - computed
+        for place, each in enumerate(passes):  # 7 in three parts is 3, 2, 2
             old = self.flops.get(each, PassFlops(0, 0))
             self.flops[each] = PassFlops(
-                old.spent + _part(computed, place, len(passes)),
-                old.saved + _part(saved, place, len(passes)),
+                old.spent + computed // count + (place < computed % count),
+                old.saved + saved // count + (place < saved % count),
             )
 
     @contextmanager
@@ -271,34 +271,17 @@ class Trace:
 
     def read(self) -> Traced:
         """Return all that was traced. Waits for the device."""
-        return Traced(self.flops, self.pass_seconds(), self.tick_seconds(), self.kv_tokens())
-
-    def pass_seconds(self) -> dict[PassId, float]:
-        """Return the time of each pass that was computed. Waits for the device."""
         _wait(self.device)
-        seconds: dict[PassId, float] = defaultdict(float)
+        pass_seconds: dict[PassId, float] = defaultdict(float)
         for passes, start, end in self._passes:
             for each in passes:
-                seconds[each] += elapsed_seconds(start, end) / len(passes)
-        return dict(seconds)
-
-    def tick_seconds(self) -> dict[TickId, float]:
-        """Return the time of each tick. Waits for the device."""
-        _wait(self.device)
-        return {tick: elapsed_seconds(start, end) for tick, start, end in self._ticks}
-
-    def kv_tokens(self) -> list[KVTokens]:
-        """Return the clean tokens after each tick, by branch."""
-        rows = ((tick, branch, tokens_N.tolist()) for tick, branch, tokens_N in self._kv)
-        return [
-            KVTokens(*tick, branch, {chunk: count for chunk, count in enumerate(counts) if count})
-            for tick, branch, counts in rows
+                pass_seconds[each] += elapsed_seconds(start, end) / len(passes)
+        tick_seconds = {tick: elapsed_seconds(start, end) for tick, start, end in self._ticks}
+        kv_tokens = [
+            KVTokens(*tick, branch, {chunk: n for chunk, n in enumerate(tokens_N.tolist()) if n})
+            for tick, branch, tokens_N in self._kv
         ]
-
-
-def _part(total: int, place: int, count: int) -> int:
-    """Return one of `count` parts of an integer: 7 in three parts is 3, 2, 2."""
-    return total // count + (place < total % count)
+        return Traced(self.flops, dict(pass_seconds), tick_seconds, kv_tokens)
 
 
 # The run ------------------------------------------------------------------------------------------
