@@ -361,7 +361,7 @@ def _expected(hint: Any) -> str:
     if len(options) > 1:
         text = f"one of {', '.join(names)}" if names else "text"
         return " or ".join(text if option is str else _expected(option) for option in options)
-    option = options[0]
+    option = next(iter(options))
     arguments, origin = typing.get_args(option), typing.get_origin(option) or option
     if names or origin is Literal:
         return f"one of {', '.join(str(choice) for choice in names or arguments)}"

@@ -60,8 +60,6 @@ process: its notes, see `Starter`, and the socket at which the processes meet.""
 TEMPORARY = "flowcache-unpacked-"
 INTERRUPTED = "interrupted"
 ORPHANED = "the process that started this one has ended"
-
-
 MEET_SECONDS = 60.0
 """How long an answer of torchrun is waited for."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

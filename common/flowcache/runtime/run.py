@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 RECORD_SUFFIX = ".record.json"
 SPARE_BYTES = 32
 """Of a name, for what unfinished and further files add: `.NAME.record.json.1234567.part`."""
-VIDEO_QUALITY = 8
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -405,7 +404,6 @@ def write_run(
         job.path,
         fps=job.value("fps"),
         size=(job.value("height"), job.value("width")),
-        quality=VIDEO_QUALITY,
         overwrite=job.request.overwrite,
         publishes=False,
         keeps_partial=job.keeps_partial,

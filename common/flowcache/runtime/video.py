@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
+VIDEO_QUALITY = 8  # 1 (small) to 10 (constant rate factor 0); 8 is factor 10
 MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
 # HD players read an untagged file as BT.709, ffmpeg writes BT.601 by default: the colours shift.
 COLOUR = [
@@ -85,8 +86,6 @@ class VideoWriter:
         *,
         fps: float,
         size: tuple[int, int],
-        quality: int = 8,
-        is_lossless: bool = False,
         overwrite: bool = False,
         publishes: bool = True,
         keeps_partial: bool = True,
@@ -94,9 +93,7 @@ class VideoWriter:
         """Check what can be checked before the first frame exists.
 
         Args:
-            size: (height, width) in pixels, both even unless lossless.
-            quality: 1 (small) to 10 (constant rate factor 0); 8 is factor 10.
-            is_lossless: store the exact RGB values (H.264 4:4:4; few players show it).
+            size: (height, width) in pixels, both even.
             publishes: give the file its name at the end of the context; else `publish` does.
             keeps_partial: keep the frames of an unfinished video.
         """
@@ -106,11 +103,8 @@ class VideoWriter:
             raise UserError(f"{path}: a file name has at most {MAX_NAME_BYTES} bytes")
         if not (math.isfinite(fps) and fps > 0):
             raise UserError(f"fps must be above 0, got {fps}")
-        if not 1 <= quality <= 10:
-            raise UserError(f"video quality must be between 1 and 10, got {quality}")
-        divisor = 1 if is_lossless else 2
-        if any(length < 1 or length % divisor for length in size):
-            rule = "at least 1" if is_lossless else "even (the mp4 halves the colour planes)"
+        if any(length < 1 or length % 2 for length in size):
+            rule = "even (the mp4 halves the colour planes)"
             raise UserError(f"video height and width must be {rule}, got {size[0]} x {size[1]}")
         check_writable(path.parent)
         if path.is_dir() or (path.exists() and not overwrite):
@@ -126,9 +120,7 @@ class VideoWriter:
         before, after = f".{path.stem[:40]}.", ".part.mp4"
         remove_stale_parts(path.parent, before=before, after=after)
         self._part = path.with_name(f"{before}{os.getpid()}{after}")
-        self._encoder = _encoder(
-            self._part, fps=fps, size=size, quality=None if is_lossless else quality
-        )
+        self._encoder = _encoder(self._part, fps=fps, size=size)
 
     def __enter__(self) -> VideoWriter:
         """Return the writer; the encoder starts with the first frame."""
@@ -221,23 +213,20 @@ class VideoWriter:
         return f"{self.path}: writing failed {done} ({reason}); is the disk full?"
 
 
-def _encoder(
-    path: Path, *, fps: float, size: tuple[int, int], quality: int | None
-) -> Generator[None, Any, None]:
-    """Return ffmpeg as a generator that is sent None, then frames; None as quality: lossless."""
+def _encoder(path: Path, *, fps: float, size: tuple[int, int]) -> Generator[None, Any, None]:
+    """Return ffmpeg as a generator that is sent None, then frames."""
     import imageio_ffmpeg
 
-    is_lossless = quality is None
     return imageio_ffmpeg.write_frames(
         str(path.resolve()),
         (size[1], size[0]),
         fps=cast(int, fps),  # any positive number; the library's signature names its default
-        codec="libx264rgb" if is_lossless else "libx264",
-        pix_fmt_out="rgb24" if is_lossless else "yuv420p",
-        quality=cast(int, quality),
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        quality=VIDEO_QUALITY,
         macro_block_size=1,
         ffmpeg_log_level="error",
-        output_params=(["-crf", "0"] if is_lossless else COLOUR) + FRAGMENTS,
+        output_params=COLOUR + FRAGMENTS,
     )
 
 
@@ -247,7 +236,7 @@ def check_ffmpeg() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trial.mp4"
-            encoder = _encoder(path, fps=24, size=(16, 16), quality=8)
+            encoder = _encoder(path, fps=24, size=(16, 16))
             encoder.send(None)
             encoder.send(np.zeros((16, 16, 3), np.uint8))
             encoder.close()
