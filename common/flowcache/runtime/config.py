@@ -358,10 +358,10 @@ def _section(hint: Any) -> type | None:
 def _expected(hint: Any) -> str:
     """Return in words what values a type allows: `int or null`, `one of full, causal`."""
     names, options = names_of(hint), _options(hint)
-    if len(options) > 1:
+    option, *others = options
+    if others:
         text = f"one of {', '.join(names)}" if names else "text"
-        return " or ".join(text if option is str else _expected(option) for option in options)
-    option = next(iter(options))
+        return " or ".join(text if each is str else _expected(each) for each in options)
     arguments, origin = typing.get_args(option), typing.get_origin(option) or option
     if names or origin is Literal:
         return f"one of {', '.join(str(choice) for choice in names or arguments)}"

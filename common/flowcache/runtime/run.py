@@ -97,7 +97,6 @@ def read_settings(model: VideoModel, request: Request, source: Source | None = N
     path = find_preset(model.presets, request.preset)
     base = model.presets / "base.yaml"
     layers = config_layers(base, path, checkpoint=source.folder, model=source.layers)
-
     config = load_with_profile(
         partial(load_config, model.schema, layers),
         request.overrides,
