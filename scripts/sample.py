@@ -39,8 +39,8 @@ from flowcache.bench.tasks import (
 from flowcache.bench.worker import STALE_SECONDS, Worker, warned_once
 from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
-from flowcache.launch import Place
 from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.ending import Place
 from flowcache.runtime.files import check_writable
 from flowcache.runtime.model import MODELS
 

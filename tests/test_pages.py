@@ -39,7 +39,7 @@ SHORT = (
 )
 """What makes a video -> settings behind it that make it short."""
 ELSEWHERE = {
-    "scripts/setup.sh": ("tests/common/test_setup.py", "setup.sh"),
+    "scripts/setup.sh": ("tests/runtime/test_setup.py", "setup.sh"),
     "scripts/gpu_check.sh": ("tests/scripts/test_gpu_check.py", "gpu_check.sh"),
     "scripts/bench_gpu.py": ("tests/scripts/test_bench_gpu.py", "bench_gpu"),
     "scripts/rehearse_gpu.py": ("tests/scripts/test_rehearsal.py", "rehearse_gpu"),
@@ -54,7 +54,7 @@ ELSEWHERE = {
     "scripts/tune.py": ("tests/scripts/test_tune.py", "tune"),
     "reuse.profile=profile.yaml": ("tests/models/test_tuned.py", "reuse.profile="),
     "MODEL=/data": ("tests/skyreels_v2/test_launchers.py", "MODEL="),
-    "MODEL=Skywork": ("tests/common/test_hub.py", "snapshot"),
+    "MODEL=Skywork": ("tests/runtime/test_hub.py", "snapshot"),
     "--download": ("tests/magi1/test_checkpoint.py", "download"),
     "python -c": ("tests/magi1/test_launchers.py", "the_shipped_picture"),
 }

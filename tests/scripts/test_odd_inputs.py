@@ -32,13 +32,13 @@ from flowcache.report.run import load_run
 from flowcache.runtime import weights
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import describe, read_yaml
-from flowcache.runtime.images import read_image
+from flowcache.runtime.metrics import open_clip
 from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.record import read_record
 from flowcache.runtime.run import describe as describe_run
 from flowcache.runtime.run import prepare
-from flowcache.runtime.video import VideoWriter, open_clip, probe, read_video
+from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
 from magi1.config import read_config
 from magi1.text import load_special_tokens
 

@@ -15,7 +15,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
 from flowcache.runtime.model import MODELS
-from flowcache.runtime.run import VIDEO_QUALITY
+from flowcache.runtime.video import VIDEO_QUALITY
 
 VIDEOS, METRICS_FOLDER, COPY = "videos", "metrics", "protocol.yaml"
 """In a result folder: the videos, what comparing each of them gave, the protocol."""
