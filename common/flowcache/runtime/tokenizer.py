@@ -6,6 +6,7 @@ builds the same tokenizer.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from flowcache.runtime.files import read_json
 # Seconds to import: where nothing is encoded, as for --help, it is never loaded.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 VOCABULARIES = ("tokenizer.json", "spiece.model")
 """Files of which a tokenizer needs one: else transformers makes up one that knows no words."""
@@ -58,3 +61,14 @@ def load_tokenizer(
         rule = f"the text encoder knows {vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, {rule}")
     return tokenizer
+
+
+def warn_if_cut(prompt: str, num_tokens: int, *, most: int) -> None:
+    """Warn that the end of a prompt of more than `most` tokens is cut off, and by how much."""
+    if num_tokens > most:
+        logger.warning(
+            "the prompt is %d tokens too long, its end is cut off (at most %d): %.40s...",
+            num_tokens - most,
+            most,
+            prompt,
+        )
