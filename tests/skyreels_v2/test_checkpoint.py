@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tiny_skyreels_v2 import diffusers_json
 from tokenizers import Tokenizer, models
 from transformers import (
     CLIPVisionConfig,
@@ -22,26 +23,11 @@ from flowcache.errors import UserError
 from flowcache.wan.checkpoint import diffusers_key, read_diffusers, read_original
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.text import umt5_key
-from skyreels_v2.checkpoint import check, find, load_dit
+from skyreels_v2.checkpoint import check, find, load_dit, released_sizes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
 
-SMALL: dict[str, Any] = {"dim": 1536, "num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-LARGE: dict[str, Any] = {"dim": 5120, "num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-RELEASED = [
-    pytest.param(sizes, is_i2v, has_fps, num_keys, num_values, id=name)
-    for name, sizes, is_i2v, has_fps, num_keys, num_values in (
-        ("DF-1.3B-540P", SMALL, False, True, 830, 1_435_525_696),
-        ("DF-14B-540P", LARGE, False, False, 1095, 14_288_491_584),
-        ("DF-14B-720P", LARGE, False, False, 1095, 14_288_491_584),
-        ("T2V-14B-540P", LARGE, False, False, 1095, 14_288_491_584),
-        ("T2V-14B-720P", LARGE, False, False, 1095, 14_288_491_584),
-        ("I2V-1.3B-540P", SMALL, True, False, 983, 1_564_428_608),
-        ("I2V-14B-540P", LARGE, True, False, 1303, 16_394_878_784),
-        ("I2V-14B-720P", LARGE, True, False, 1303, 16_394_878_784),
-    )
-]
 TINY = DiTConfig(dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_dim=32)
 
 
@@ -50,31 +36,6 @@ def _original_json(config: DiTConfig) -> dict[str, Any]:
     names = ("model_type", "in_dim", "out_dim", "dim", "ffn_dim", "freq_dim", "text_len", "eps")
     names = (*names, "num_heads", "num_layers", "inject_sample_info")
     return {"_class_name": "WanModel"} | {name: getattr(config, name) for name in names}
-
-
-def _diffusers_json(config: DiTConfig) -> dict[str, Any]:
-    """What `transformer/config.json` holds for a model."""
-    return {
-        "_class_name": "SkyReelsV2Transformer3DModel",
-        "added_kv_proj_dim": config.dim if config.image_dim else None,
-        "attention_head_dim": config.dim // config.num_heads,
-        "cross_attn_norm": True,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "image_dim": config.image_dim,
-        "in_channels": config.in_dim,
-        "inject_sample_info": config.inject_sample_info,
-        "num_attention_heads": config.num_heads,
-        "num_frame_per_block": 1,
-        "num_layers": config.num_layers,
-        "out_channels": config.out_dim,
-        "patch_size": [1, 2, 2],
-        "pos_embed_seq_len": None,
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024,
-        "text_dim": config.text_dim,
-    }
 
 
 def _clip_weights() -> dict[str, torch.Tensor]:
@@ -151,7 +112,7 @@ def _write(folder: Path, config: DiTConfig, layout: str) -> DiT:
         (folder / "transformer").mkdir()
         path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
         save_file({diffusers_key(name): value for name, value in state.items()}, path)
-        (folder / "transformer" / "config.json").write_text(json.dumps(_diffusers_json(config)))
+        (folder / "transformer" / "config.json").write_text(json.dumps(diffusers_json(config)))
     _parts(folder, config, layout)
     return dit
 
@@ -163,57 +124,40 @@ def _tiny(layout: str, *, is_i2v: bool = False) -> DiTConfig:
     return replace(config, model_type="i2v", in_dim=36, image_dim=1280) if is_i2v else config
 
 
-@pytest.mark.parametrize(("sizes", "is_i2v", "has_fps", "num_keys", "num_values"), RELEASED)
+@pytest.mark.parametrize(
+    ("name", "num_keys", "num_values"),
+    [
+        ("df-1.3b-540p", 830, 1_435_525_696),
+        ("df-14b-540p", 1095, 14_288_491_584),
+        ("t2v-14b-720p", 1095, 14_288_491_584),
+        ("i2v-1.3b-540p", 983, 1_564_428_608),
+        ("i2v-14b-720p", 1303, 16_394_878_784),
+    ],
+)
 def test_every_released_model_is_built_from_either_config(
-    tmp_path: Path,
-    sizes: dict[str, Any],
-    is_i2v: bool,
-    has_fps: bool,
-    num_keys: int,
-    num_values: int,
+    tmp_path: Path, name: str, num_keys: int, num_values: int
 ):
-    released = DiTConfig(
-        **sizes,
-        model_type="i2v" if is_i2v else "t2v",
-        in_dim=36 if is_i2v else 16,
-        inject_sample_info=has_fps,
-        image_dim=1280 if is_i2v else None,
-    )
+    released = released_sizes(name)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(_original_json(released)))
     assert read_original(path) == released
-    path.write_text(json.dumps(_diffusers_json(released)))
+    path.write_text(json.dumps(diffusers_json(released)))
     assert read_diffusers(path, text_len=512) == released
     with torch.device("meta"):
-        dit = DiT(released)
-        theirs = SkyReelsV2Transformer3DModel.from_config(_diffusers_json(released))
-    state = dit.state_dict()
+        state = DiT(released).state_dict()
+        theirs = SkyReelsV2Transformer3DModel.from_config(diffusers_json(released))
     assert len(state) == num_keys
     assert sum(value.numel() for value in state.values()) == num_values
     renamed = {diffusers_key(name): value.shape for name, value in state.items()}
-    expected = {name: value.shape for name, value in theirs.state_dict().items()}
-    assert len(renamed) == num_keys
-    assert renamed == expected
+    assert renamed == {name: value.shape for name, value in theirs.state_dict().items()}
 
 
 def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_text("{}")
-    defaults = DiTConfig(
-        model_type="t2v",
-        in_dim=16,
-        out_dim=16,
-        dim=2048,
-        ffn_dim=8192,
-        freq_dim=256,
-        num_heads=16,
-        num_layers=32,
-        text_dim=4096,
-        text_len=512,
-        image_dim=None,
-        inject_sample_info=False,
-        eps=1e-6,
-    )
+    sizes: dict[str, Any] = {"in_dim": 16, "out_dim": 16, "dim": 2048, "ffn_dim": 8192}
+    sizes |= {"freq_dim": 256, "num_heads": 16, "num_layers": 32, "text_dim": 4096, "text_len": 512}
+    defaults = DiTConfig("t2v", **sizes, image_dim=None, inject_sample_info=False, eps=1e-6)
     assert read_original(path) == defaults
     assert read_diffusers(path, text_len=512) == defaults
 
@@ -222,33 +166,32 @@ def test_missing_settings_have_the_defaults_of_the_model_classes(tmp_path: Path)
 @pytest.mark.parametrize("has_fps", [False, True])
 def test_both_layouts_load_the_same_transformer(tmp_path: Path, layout: str, has_fps: bool):
     config = replace(_tiny(layout), inject_sample_info=has_fps)
-    dit = _write(tmp_path / "model", config, layout)
-    found = find(tmp_path / "model")
+    # the name of the folder says nothing
+    folder = tmp_path / "SkyReels-V2-I2V-14B-720P-Diffusers"
+    dit = _write(folder, config, layout)
+    found = find(folder)
     assert (found.layout, found.config, found.is_i2v) == (layout, config, False)
     loaded = load_dit(found, dtype=None, device="cpu").state_dict()
     assert loaded.keys() == dit.state_dict().keys()
     assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
+    check(found)
 
 
 @pytest.mark.parametrize(
     ("layout", "image_encoder"), [("original", CLIP_FILE), ("diffusers", "image_encoder")]
 )
-def test_a_whole_checkpoint_passes_the_check(tmp_path: Path, layout: str, image_encoder: str):
-    _write(tmp_path / "t2v", _tiny(layout), layout)
-    check(find(tmp_path / "t2v"))
-    _write(tmp_path / "i2v", _tiny(layout, is_i2v=True), layout)
-    found = find(tmp_path / "i2v")
+def test_an_i2v_checkpoint_is_checked_with_its_image_encoder(
+    tmp_path: Path, layout: str, image_encoder: str
+):
+    folder = tmp_path / "i2v"
+    _write(folder, _tiny(layout, is_i2v=True), layout)
+    found = find(folder)
     assert found.is_i2v
-    assert found.image_encoder == tmp_path / "i2v" / image_encoder
+    assert found.image_encoder == folder / image_encoder
     check(found)
     assert load_dit(found, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
-
-
-def test_the_name_of_the_folder_says_nothing(tmp_path: Path):
-    folder = tmp_path / "SkyReels-V2-I2V-14B-720P-Diffusers"
-    _write(folder, _tiny("original"), "original")
-    found = find(folder)
-    assert (found.layout, found.is_i2v, found.config.dim) == ("original", False, 32)
+    (folder / image_encoder).rename(tmp_path / "elsewhere")
+    _refuses(lambda: find(folder), str(folder / image_encoder))
 
 
 @pytest.mark.parametrize(("limit", "text_len"), [(77, 77), (512, 512), (10**30, 512), (1e30, 512)])
@@ -300,15 +243,6 @@ def test_a_missing_part_is_named(tmp_path: Path, layout: str, part: str):
     _write(folder, _tiny(layout), layout)
     (folder / part).rename(tmp_path / "elsewhere")
     _refuses(lambda: find(folder), str(folder / part))
-
-
-def test_an_i2v_model_needs_an_image_encoder(tmp_path: Path):
-    _write(tmp_path / "a", _tiny("diffusers", is_i2v=True), "diffusers")
-    (tmp_path / "a" / "image_encoder").rename(tmp_path / "elsewhere")
-    _refuses(lambda: find(tmp_path / "a"), str(tmp_path / "a" / "image_encoder"))
-    _write(tmp_path / "b", _tiny("original", is_i2v=True), "original")
-    (tmp_path / "b" / CLIP_FILE).unlink()
-    _refuses(lambda: find(tmp_path / "b"), CLIP_FILE)
 
 
 @pytest.mark.parametrize(

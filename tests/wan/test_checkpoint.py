@@ -9,6 +9,7 @@ import torch
 from closeness import assert_close
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
+from tiny_skyreels_v2 import diffusers_json
 from torch import Tensor
 
 from flowcache.wan.checkpoint import (
@@ -42,25 +43,6 @@ WAN_1_3B = {
 """`config.json` of the released Wan2.1-T2V-1.3B."""
 
 
-def theirs(config: DiTConfig) -> dict[str, Any]:
-    """Return the settings of diffusers' transformer of the same sizes."""
-    return {
-        "added_kv_proj_dim": config.dim if config.image_dim else None,
-        "attention_head_dim": config.head_width,
-        "cross_attn_norm": True,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "image_dim": config.image_dim,
-        "in_channels": config.in_dim,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_channels": config.out_dim,
-        "patch_size": [1, 2, 2],
-        "qk_norm": "rms_norm_across_heads",
-        "text_dim": config.text_dim,
-    }
-
-
 def write(folder: Path, *, layout: str) -> tuple[DiT, tuple[Path, ...]]:
     """Write the weights of a tiny transformer, named as in a layout."""
     torch.manual_seed(0)
@@ -75,10 +57,10 @@ def test_the_released_wan_1_3b_is_read_from_its_config(tmp_path: Path):
     path.write_text(json.dumps(WAN_1_3B))
     sizes = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
     assert read_original(path) == sizes
-    path.write_text(json.dumps(theirs(sizes)))
+    path.write_text(json.dumps(diffusers_json(sizes)))
     assert read_diffusers(path, text_len=512) == sizes
     with torch.device("meta"):
-        ours, wan = DiT(sizes), WanTransformer3DModel.from_config(theirs(sizes))
+        ours, wan = DiT(sizes), WanTransformer3DModel.from_config(diffusers_json(sizes))
     renamed = {diffusers_key(name): value.shape for name, value in ours.state_dict().items()}
     assert renamed == {name: value.shape for name, value in wan.state_dict().items()}
 
@@ -86,7 +68,7 @@ def test_the_released_wan_1_3b_is_read_from_its_config(tmp_path: Path):
 def test_a_forward_equals_that_of_diffusers(tmp_path: Path):
     """With one timestep for all frames, which is all that Wan 2.1 itself knows."""
     dit, _ = write(tmp_path, layout="diffusers")
-    wan: Any = WanTransformer3DModel.from_config(theirs(TINY))
+    wan: Any = WanTransformer3DModel.from_config(diffusers_json(TINY))
     wan.load_state_dict({diffusers_key(name): value for name, value in dit.state_dict().items()})
     draw = torch.Generator().manual_seed(1)
     x_BCFhw = torch.randn(2, 16, 3, 4, 6, generator=draw)
