@@ -483,36 +483,27 @@ class WindowSampler:
     ) -> dict[str, Tensor]:
         """Run the blocks for the tokens of all chunks in some branches: `[1, S, D]` each."""
         if self.batched_context and len(names) == len(self.own):
-            size = len(names)
-            every = Embedded(
-                embedded.tokens.expand(size, -1, -1),
-                embedded.time,
-                embedded.modulation.expand(size, -1, -1, -1),
-            )
-            branches = list(self.own.values())
-            hidden = self._run_batch(branches, self.batched_context, chunks, every)
-            return dict(zip(names, hidden.split(1), strict=True))
-        return {
-            name: self._run_batch([branch], branch.context, chunks, embedded)
-            for name, branch in self.own.items()
-            if name in names
-        }
+            return self._run_batch(names, self.batched_context, chunks, embedded)
+        hidden: dict[str, Tensor] = {}
+        for name in names:
+            hidden |= self._run_batch([name], self.own[name].context, chunks, embedded)
+        return hidden
 
     def _run_batch(
         self,
-        branches: list[Branch],
+        names: Sequence[str],
         context: list[ContextKV],
         chunks: Sequence[NoisyChunk],
         embedded: Embedded,
-    ) -> Tensor:
-        """Run the blocks on one batch entry per branch, each with its own cache: `[B, S, D]`."""
+    ) -> dict[str, Tensor]:
+        """Run the blocks on one batch entry per branch, each with its own cache."""
         run = self.run
         split = TokenSplit(run.ranks.sequence, embedded.time.shape[1], self.frame_tokens)
         if chunks[0].id == WHOLE_WINDOW:
             attend, rope = whole_window(run.dit.kernel), self.rope
         else:
             attend = cached_attention(
-                [branch.caches for branch in branches],
+                [self.own[name].caches for name in names],
                 active=[range(c.offset, c.offset + c.num_tokens) for c in chunks],
                 kernel=run.dit.kernel,
                 compression=run.compression,
@@ -521,11 +512,15 @@ class WindowSampler:
             )
             by_frame = self.rope.unflatten(0, (-1, self.frame_tokens))
             rope = torch.cat([by_frame[self._frames(c.id)] for c in chunks]).flatten(0, 1)
-        own = Embedded(split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation)
-        hidden = run.dit.run_blocks(
-            own, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
+        every = Embedded(
+            split.scatter(embedded.tokens, axis=1).expand(len(names), -1, -1),
+            embedded.time,
+            embedded.modulation.expand(len(names), -1, -1, -1),
         )
-        return split.gather(hidden)
+        hidden = run.dit.run_blocks(
+            every, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
+        )
+        return dict(zip(names, split.gather(hidden).split(1), strict=True))
 
     def _read_velocity(self, hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
         """Read the velocity `[C, F, h, w]` out of what the blocks made of one branch."""

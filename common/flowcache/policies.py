@@ -5,8 +5,7 @@ must be computed. `flowcache.predict` says *what* the others get; any policy goe
 predictor. Each guidance branch has a policy of its own.
 
 To add a policy: write its class, whose fields name the settings that it takes, and list it in
-`POLICIES`. A setting that no other policy has is one more field of `ReuseRule`. What a run checks
-and what `--list-settings` shows follows from these two.
+`POLICIES`. A setting that no other policy has is one more field of `ReuseRule`.
 
 Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108).
 """
@@ -96,8 +95,7 @@ class Calibration:
 class ReusePolicy(ABC):
     """Decides for one guidance branch which active chunks are computed at each tick.
 
-    Of those that `reuse.policy` can name, a dataclass field has the value of the setting, or of the
-    calibrated value, of its name or of the name that its metadata gives; see `made_of`.
+    The fields of those in `POLICIES` take settings and calibrated values, see `made_of`.
     """
 
     needs_signals = True
