@@ -1,6 +1,5 @@
 import json
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
+from refusals import refuses
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flowcache.errors import UserError
 from flowcache.wan import text
 from flowcache.wan.text import TextEncoder, VisionEncoder, clean_prompt, clip_origin, umt5_key
 
@@ -247,16 +246,6 @@ def test_released_sizes_map_onto_the_keys_of_the_released_files():
     assert shapes.keys() <= keys
 
 
-def _refuses(act: Callable[[], object], *parts: str) -> None:
-    """Require one line of error that holds all the parts."""
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-
-
 T5_KEY, CLIP_KEY = "blocks.1.ffn.fc2.weight", "visual.transformer.1.attn.to_qkv.bias"
 
 
@@ -280,7 +269,7 @@ def test_a_misfit_of_an_original_text_encoder_names_file_and_key(
     path = _write_changed(tmp_path / "t5.pth", _weights(umt5), change)
     width = 32 if change else 64
     check = partial(text.check_encoder, path, tokenizer=tokenizer, width=width)
-    _refuses(check, str(path), words)
+    refuses(check, str(path), words)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +293,7 @@ def test_a_misfit_of_an_original_image_encoder_names_file_and_key(
 ):
     path = _write_changed(tmp_path / "clip.pth", _weights(clip), change)
     check = partial(text.check_vision, path, **{"width": 32, "num_heads": NUM_HEADS} | options)
-    _refuses(check, str(path), words)
+    refuses(check, str(path), words)
 
 
 def _write_changed(path: Path, weights: dict[str, Tensor], change: dict[str, Any] | None) -> Path:
@@ -325,8 +314,8 @@ def test_a_folder_that_is_no_encoder_is_refused(
         text.check_encoder(tmp_path, tokenizer=tokenizer, width=32)
 
     config = tmp_path / "config.json"
-    _refuses(check, f"{config}: no such file")
-    _refuses(lambda: text.check_vision(tmp_path, width=32), f"{config}: no such file")
+    refuses(check, f"{config}: no such file")
+    refuses(lambda: text.check_vision(tmp_path, width=32), f"{config}: no such file")
     encoder.model.save_pretrained(tmp_path)
     good = json.loads(config.read_text())
     for content, reason in (
@@ -335,11 +324,11 @@ def test_a_folder_that_is_no_encoder_is_refused(
         (json.dumps(good | {"d_model": "wide"}), "not a readable config"),
     ):
         config.write_text(content)
-        _refuses(check, f"{config}: {reason}")
+        refuses(check, f"{config}: {reason}")
     config.write_text(json.dumps(good | {"num_layers": 4}))
-    _refuses(check, str(tmp_path / "model.safetensors"), "key encoder.block.3.", "is missing")
+    refuses(check, str(tmp_path / "model.safetensors"), "key encoder.block.3.", "is missing")
     config.write_text(json.dumps(good | {"d_ff": -1}))
-    _refuses(check, str(tmp_path))
+    refuses(check, str(tmp_path))
 
 
 def test_a_folder_that_is_no_fitting_tokenizer_is_refused(
@@ -350,15 +339,15 @@ def test_a_folder_that_is_no_fitting_tokenizer_is_refused(
 
     check(tokenizer)
     for folder in (tmp_path, tmp_path / "none"):
-        _refuses(lambda folder=folder: check(folder), f"{folder}: holds no tokenizer")
+        refuses(lambda folder=folder: check(folder), f"{folder}: holds no tokenizer")
     made = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     made.add_tokens([f"word{i}" for i in range(91)])
     made.save_pretrained(tmp_path / "large")
-    _refuses(
+    refuses(
         lambda: check(tmp_path / "large"),
         f"{tmp_path / 'large'}: the tokenizer has 101 tokens, the text encoder knows 100",
     )
     PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer).save_pretrained(
         tmp_path / "bare"
     )
-    _refuses(lambda: check(tmp_path / "bare"), "the tokenizer has no padding token")
+    refuses(lambda: check(tmp_path / "bare"), "the tokenizer has no padding token")
