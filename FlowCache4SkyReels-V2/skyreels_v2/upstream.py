@@ -435,7 +435,7 @@ def _request(script: Script, options: Namespace, ranks: Ranks) -> Request:
 
 
 def _prepare(script: Script, request: Request, ranks: Ranks) -> Job:
-    """Prepare the run; the model must be of the script's kind, as far as its files tell."""
+    """Prepare the run; the model must be of the script's kind, as far as its files show."""
     job = prepare(MODEL, request, ranks)
     is_i2v = job.source.files.is_i2v
     if script == "generate_video_df.py" and is_i2v:

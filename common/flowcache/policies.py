@@ -124,7 +124,7 @@ class ReusePolicy(ABC):
 
 
 class FixedSteps(ReusePolicy):
-    """Computes own steps that are known before the run, and the last one, whatever changes."""
+    """Computes own steps that are known before the run, and the last one."""
 
     needs_signals = False
 
