@@ -204,7 +204,7 @@ def choose_kernel(
 
     Args:
         shape: None: no probe, the first of flash-attn 3, flash-attn 2 and PyTorch's own choice.
-        wanted: `attention_kernel` of the settings: a name of `available_kernels`, or auto.
+        wanted: a name of `available_kernels`, or auto.
     """
     kernels = available_kernels(device, dtype=dtype)
     if wanted != "auto":

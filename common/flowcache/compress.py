@@ -395,7 +395,7 @@ def _mean_cosine(k_LGD: Tensor) -> Tensor:
 def position_weights(
     num_tokens: int, weighting: str, *, power: float = 3.0, device: torch.device | None = None
 ) -> Tensor:
-    """Return the factor of every clean token by its age, float32 [L], oldest token first.
+    """Return the factor of each of two or more clean tokens by age, float32 [L], oldest first.
 
     With ``p`` from 0 (oldest) to 1 (newest) and ``g(p) = exp(-8 (p (L - 1) / L)^2)``:
 

@@ -340,13 +340,11 @@ def peak_tokens(
 ) -> int:
     """Return how many tokens a cache must hold at most: clean (or kept) and active ones.
 
-    Compression counts only where it surely happens, in a tick in which a chunk enters (and is
-    computed).
+    Compression counts only where it surely happens, in a tick in which a chunk enters.
 
     Args:
-        chunk_tokens: tokens of each chunk to denoise.
         given: tokens of the given clean chunks (prefix, end image).
-        budget: clean tokens kept, or None without compression.
+        budget: clean tokens kept; None: all.
     """
     clean = peak = given
     for tick in ticks:

@@ -258,7 +258,8 @@ def test_every_second_computed_step_runs_one_branch_and_costs_half(
     make_dit: MakeDiT, quantity: Any
 ):
     """Both branches cost the same; 6 steps, all computed: 0, 2, 4 and the last one with both."""
-    held, sampling = HeldGuidance(every=2), replace(HELD, quantity=quantity)
+    # with lag 1 the chunks of a tick run different branches
+    held, sampling = HeldGuidance(every=2), replace(HELD, quantity=quantity, lag=1)
     run = denoise(make_dit(), sampling=sampling, guidance=held, records=True)
     for chunk in range(3):
         assert computed(run, "cond", chunk=chunk) == list(range(6))

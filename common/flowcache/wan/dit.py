@@ -389,11 +389,7 @@ class ImageMLP(nn.Module):
 
 
 class DiT(nn.Module):
-    """The transformer, in the three parts that caching needs.
-
-    `embed`, `run_blocks` and `velocity` are separate because a reused chunk skips the second, and
-    because the caller puts its own self-attention (KV cache, whole window) into it.
-    """
+    """The transformer: a reused chunk skips `run_blocks`, which the caller gives self-attention."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -481,7 +477,7 @@ class DiT(nn.Module):
         return contexts
 
     def rope(self, frames: Tensor, *, latent_height: int, latent_width: int) -> Tensor:
-        """Rotary angles of latent frames at the given positions inside the window."""
+        """Return the rotary angles of latent frames at some positions in the window."""
         return rope_table(
             frames,
             height=latent_height // PATCH[1],
@@ -521,8 +517,7 @@ class DiT(nn.Module):
 
         Args:
             num_frames: of a large forward; kernels are chosen by the first length that they see.
-            frame_tokens: tokens of a latent frame in this process.
-            batches: the batch sizes that will be used.
+            frame_tokens: of this process.
         """
         block, device = self.blocks[0], self.head.modulation.device
         assert isinstance(block, Block)

@@ -197,11 +197,7 @@ class Strip:
 
 
 def decode_latent(model: Any, z_BC1hw: Tensor, seen: Seen, *, strip: Strip) -> Tensor:
-    """Decode the next latent of the whole picture to the pixels of a strip, `[B, 3, T, H, W]`.
-
-    Args:
-        seen: by the earlier latents of this video, for this strip; it is updated.
-    """
+    """Decode the next latent of the whole picture to the pixels of a strip, `[B, 3, T, H, W]`."""
     decoder = model.decoder
     place = [0]  # counts the decoder's convolutions
     hidden = _convolve(decoder.conv_in, model.post_quant_conv(z_BC1hw), seen, place)
@@ -214,8 +210,8 @@ def decode_hidden(
 ) -> Tensor:
     """Turn what the attention returned for the whole picture into the pixels of a strip.
 
-    At every level, no more of the picture is kept than the remaining layers look at. The
-    zeros that convolutions put beyond the edge of that reach only what is cut off later.
+    No level keeps more of the picture than the remaining layers look at. The zeros that
+    convolutions put beyond that reach only what is cut off later.
     """
     x, held, scale = hidden_BCThw, range(strip.size), 1
     *margins, last = margins_of(decoder, axis=strip.axis)
@@ -285,9 +281,8 @@ def _convolve(conv: Any, x_BCThw: Tensor, seen: Seen, place: list[int]) -> Tenso
 def original_key(name: str, *, num_res_blocks: int) -> str:
     """Translate a diffusers name of the VAE to the key in `Wan2.1_VAE.pth`.
 
-    The original decoder counts its residual blocks and upsamplers through, num_res_blocks + 2 to a
-    level. Example: with 2, `decoder.up_blocks.1.upsamplers.0.resample.1.bias` is
-    `decoder.upsamples.7.resample.1.bias`.
+    The original decoder counts residual blocks and upsamplers through, num_res_blocks + 2 a level:
+    with 2, `decoder.up_blocks.1.upsamplers.0.` is `decoder.upsamples.7.`.
     """
 
     def flat(found: re.Match[str]) -> str:
