@@ -30,7 +30,7 @@ from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
-from magi1.config import ModelConfig, Quantity, ReleaseConfig
+from magi1.config import Quantity, ReleaseConfig
 from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops
 from magi1.schedule import Clip, Clock
 
@@ -155,25 +155,6 @@ def cache_chunks(clip: Clip, *, total_chunks: int | None) -> int:
     return max(clip.num_given, min(clip.num_chunks, total_chunks))
 
 
-def cache_bytes(
-    config: ModelConfig,
-    *,
-    clip: Clip,
-    chunk_tokens: int,
-    total_chunks: int | None,
-    num_branches: int = 1,
-) -> int:
-    """Return the size of the keys and values of a run, in bytes.
-
-    Args:
-        total_chunks: see `cache_chunks`.
-        num_branches: guidance passes with a cache: 1 for distilled models, 2 for base models.
-    """
-    tokens = cache_chunks(clip, total_chunks=total_chunks) * chunk_tokens
-    values = 2 * tokens * config.num_query_groups * config.kv_channels
-    return num_branches * config.num_layers * values * config.dtype.itemsize
-
-
 # What one clip has --------------------------------------------------------------------------------
 
 
@@ -225,7 +206,7 @@ class Reuse:
 
 
 @dataclass
-class Branch:
+class CachedPass:
     """One guidance pass through the KV cache.
 
     Attributes:
@@ -246,9 +227,6 @@ class ClipSampler:
         inputs: of the clip; the latents are changed in place.
         observe: is given the velocities of computed steps.
         ranks: the processes that divide the work; all hold the same latents.
-
-    Raises:
-        UserError: the budget does not hold the window and a clean chunk.
     """
 
     def __init__(
@@ -283,7 +261,7 @@ class ClipSampler:
         self.contexts: dict[int, list[ContextKV]] = {}
         owned = self.ranks.local_branches(sampling.passes)
         self.branches = {
-            name: Branch(name == "prev", caches=self._caches() if name in owned else [])
+            name: CachedPass(name == "prev", caches=self._caches() if name in owned else [])
             for name in sampling.passes
             if name != "alone"
         }
@@ -467,7 +445,7 @@ class ClipSampler:
         self.waiting = ()
 
     def _feed(
-        self, chunk: int, branch: Branch, *, tick: Tick, is_null: bool, reach: int | None
+        self, chunk: int, branch: CachedPass, *, tick: Tick, is_null: bool, reach: int | None
     ) -> None:
         """Send a clean chunk through all layers, without its text, for the sake of its keys.
 
@@ -537,7 +515,7 @@ class ClipSampler:
         self.num_clean = kept
 
     @property
-    def _last(self) -> tuple[str, Branch]:
+    def _last(self) -> tuple[str, CachedPass]:
         return list(self.branches.items())[-1]
 
     # One chunk through the transformer ------------------------------------------------------------
@@ -606,7 +584,7 @@ class ClipSampler:
         )
 
     def _attend(
-        self, branch: Branch, *, offset: int, reach: int | None, keeps_queries: bool
+        self, branch: CachedPass, *, offset: int, reach: int | None, keeps_queries: bool
     ) -> Attend:
         """Return the attention of one chunk: store its keys, attend to the last `reach` chunks.
 
@@ -730,7 +708,7 @@ class ClipSampler:
             tokens = partial(self._tokens_per_chunk, branch)
             self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
 
-    def _tokens_per_chunk(self, branch: Branch) -> Tensor:
+    def _tokens_per_chunk(self, branch: CachedPass) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.ranks.sequence
         return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size

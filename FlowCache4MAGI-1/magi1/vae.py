@@ -561,7 +561,7 @@ def empty(folder: str | Path | None, *, scale: float, tiling: Tiling, dtype: tor
     return VAE(_network(folder).to(dtype), scale=scale, tiling=tiling)
 
 
-def check(folder: str | Path) -> None:
+def check_weights(folder: str | Path) -> None:
     """Check that the weights are there, whole, and fit; reads headers only."""
     check_files(_network(folder), find_shards(folder))
 

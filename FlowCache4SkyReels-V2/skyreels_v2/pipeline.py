@@ -29,7 +29,6 @@ from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames
 from skyreels_v2.work import VAE_STRIDE, work_of
 
-LATENT_CHANNELS = 16
 MASK_CHANNELS = 4
 """Channels that show an I2V model which latent frames are given."""
 
@@ -197,7 +196,7 @@ def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) ->
     )
     size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
     dtype = torch.float32 if is_float32 else dit.dtype
-    return draw((LATENT_CHANNELS, segment.num_frames, *size), dtype)
+    return draw((dit.config.out_dim, segment.num_frames, *size), dtype)
 
 
 # One segment --------------------------------------------------------------------------------------

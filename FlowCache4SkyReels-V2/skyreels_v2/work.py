@@ -1,6 +1,6 @@
 """What a SkyReels-V2 run does, derived once from its settings: segments, ticks, FLOPs, bytes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,11 +13,10 @@ from flowcache.policies import stored_results
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import (
-    TOKEN_COPIES,
     Pass,
     check_compression,
+    held_bytes,
     most_active,
-    scored_bytes,
     walk,
 )
 from flowcache.runtime.settings import check_pass
@@ -218,14 +217,19 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         attention=attention,
         flops=flops,
         weight_bytes=weights,
-        kv_bytes=2 * kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
-        scoring_bytes=scored_bytes(replace(attention, num_keys=kv_tokens), num_queries=scored),
-        query_bytes=0,
         stored_bytes=stored,
-        activation_bytes=together
-        * pass_tokens
-        * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
         loop=loop,
+        **held_bytes(
+            segments,
+            attention,
+            num_layers=sizes.num_layers,
+            num_caches=num_branches,
+            ffn_width=sizes.ffn_dim,
+            pass_tokens=together * pass_tokens,
+            num_queries=scored,
+            keeps_queries=False,
+            itemsize=width,
+        ),
     )
 
 

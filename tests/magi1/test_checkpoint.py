@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.errors import UserError
-from magi1.checkpoint import check_dit, find, find_dit_files, load_dit, read_shards
+from flowcache.runtime.weights import find_shards
+from magi1.checkpoint import PACKED, Checkpoint, check_dit, read_shards
 from magi1.config import ModelConfig, ReleaseConfig
 from magi1.dit import DiT, is_float32
 
@@ -85,31 +86,33 @@ def assert_loaded(dit: DiT, state: dict[str, Tensor]) -> None:
 def test_shards_are_loaded_in_the_released_types(config: ReleaseConfig):
     state = released_state(config)
     write_checkpoint(config, state)
-    assert_loaded(load_dit(find(config), device="cpu"), state)
+    assert_loaded(Checkpoint.find(config).load_dit(device="cpu"), state)
 
 
 def test_another_type_inside_the_blocks_can_be_asked_for(config: ReleaseConfig):
     write_checkpoint(config, released_state(config))
-    dit = load_dit(find(config), device="cpu", dtype=torch.float32)
+    dit = Checkpoint.find(config).load_dit(device="cpu", dtype=torch.float32)
     assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
 
 
 def test_packed_shards_are_loaded_as_plain_ones(config: ReleaseConfig):
     state = released_state(config)
     folder = write_checkpoint(config, state)
-    plain_bytes = check_dit(config, find_dit_files(folder))
+    plain_bytes = check_dit(config, find_shards(folder, packing=PACKED))
     pack(folder / "model-00002-of-00002.safetensors")
-    checkpoint = find(config)
+    checkpoint = Checkpoint.find(config)
     assert [path.suffix for path in checkpoint.dit_files] == [".safetensors", ".zst"]
     assert check_dit(config, checkpoint.dit_files) == plain_bytes
-    assert_loaded(load_dit(checkpoint, device="cpu"), state)
+    assert_loaded(checkpoint.load_dit(device="cpu"), state)
 
 
 def test_a_packed_file_without_index_is_loaded(config: ReleaseConfig, tmp_path: Path):
     state = released_state(config)
     save_file(state, tmp_path / "model.safetensors")
     pack(tmp_path / "model.safetensors")
-    stored = {each.key: each.tensor.clone() for each in read_shards(find_dit_files(tmp_path))}
+    stored = {
+        each.key: each.tensor.clone() for each in read_shards(find_shards(tmp_path, packing=PACKED))
+    }
     assert stored.keys() == state.keys()
     assert all(torch.equal(stored[key].float(), state[key].float()) for key in state)
 
@@ -121,10 +124,10 @@ def test_a_damaged_packed_shard_is_named(config: ReleaseConfig):
     content = packed.read_bytes()
     packed.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors\.zst: "):
-        load_dit(find(config), device="cpu")
+        Checkpoint.find(config).load_dit(device="cpu")
     packed.write_bytes(b"nothing like it")
     with pytest.raises(UserError, match=r"\.zst: cut short or corrupt"):
-        check_dit(config, find(config).dit_files)
+        check_dit(config, Checkpoint.find(config).dit_files)
 
 
 def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
@@ -135,8 +138,8 @@ def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    load_dit(find(config), device="cpu")
-    shards = read_shards(find(config).dit_files)
+    Checkpoint.find(config).load_dit(device="cpu")
+    shards = read_shards(Checkpoint.find(config).dit_files)
     next(shards)
     assert len(list(temporary.iterdir())) == 1  # unpacked while it is read
     shards.close()  # as an exception does
@@ -144,7 +147,7 @@ def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
     header = zstandard.ZstdCompressor().compressobj(size=10**18).compress(b"a" * 2**20)
     (folder / "model-00001-of-00002.safetensors.zst").write_bytes(header)
     with pytest.raises(UserError, match=r"unpacks to 1e\+09 GB, but .* free: set TMPDIR"):
-        list(read_shards(find(config).dit_files))
+        list(read_shards(Checkpoint.find(config).dit_files))
     assert list(temporary.iterdir()) == []
 
 
@@ -157,7 +160,7 @@ def test_quantised_checkpoints_are_loaded_as_stored(config: ReleaseConfig):
     state = released_state(quantised)
     folder = write_checkpoint(quantised, state, suffix=".fp8.distill")
     assert folder.name == "inference_weight.fp8.distill"
-    assert_loaded(load_dit(find(quantised), device="cpu"), state)
+    assert_loaded(Checkpoint.find(quantised).load_dit(device="cpu"), state)
 
 
 def test_weights_that_are_not_quantised_as_announced_are_refused(config: ReleaseConfig):
@@ -168,7 +171,7 @@ def test_weights_that_are_not_quantised_as_announced_are_refused(config: Release
     state[key] = state[key].bfloat16()
     folder = write_shards(Path(config.runtime_config.load) / "x", state)
     with pytest.raises(UserError, match=rf"key {key} is stored as torch\.bfloat16, expected 8"):
-        check_dit(quantised, find_dit_files(folder))
+        check_dit(quantised, find_shards(folder, packing=PACKED))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_weights_that_do_not_fit_are_named(change: str, message: str, config: Re
         state["rope.bands"] = torch.ones(2)
     folder = write_shards(Path(config.runtime_config.load) / "x", state)
     with pytest.raises(UserError, match=message):
-        check_dit(config, find_dit_files(folder))
+        check_dit(config, find_shards(folder, packing=PACKED))
 
 
 @pytest.mark.parametrize("part", ["load", "t5_pretrained", "vae_pretrained"])
@@ -200,11 +203,11 @@ def test_a_missing_folder_is_named_with_its_field(part: str, config: ReleaseConf
         f"set runtime_config.{part}",
     )
     with pytest.raises(UserError, match=f"{what}: {advice}, or use --download"):
-        find(config)
+        Checkpoint.find(config)
 
 
 def test_a_missing_shard_is_named(config: ReleaseConfig):
     folder = write_checkpoint(config, released_state(config))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
-        find(config)
+        Checkpoint.find(config)

@@ -14,7 +14,7 @@ from PIL import Image
 from flowcache.demo.clips import Attributes, Motion, render
 from flowcache.runtime.video import probe
 from magi1.__main__ import main
-from magi1.released import DEMO, FOLDER
+from magi1.released import DEMOS, PRESETS
 
 METHODS = ("vanilla", "teacache", "flowcache")
 MODES = ("t2v", "i2v", "v2v")
@@ -39,7 +39,7 @@ PROMPTS = {
 }
 
 needs_demo = pytest.mark.skipif(
-    not (DEMO / "distill_config.json").is_file(), reason="needs the trained demo checkpoint"
+    not DEMOS["demo"].is_file(), reason="needs the trained demo checkpoint"
 )
 
 Launch = Callable[..., list[str]]
@@ -49,7 +49,7 @@ Launch = Callable[..., list[str]]
 def launchers(copy_launchers: Callable[..., Any]) -> Any:
     """A copy of the launchers, see `Launchers`."""
     return copy_launchers(
-        FOLDER,
+        PRESETS.parent,
         ("scripts", "assets"),
         pattern="scripts/single_run/{}.sh",
         package="magi1",
@@ -107,7 +107,7 @@ def preset_of(name: str, speed: str = "fast") -> str:
 
 
 def test_there_is_a_launcher_per_method_and_mode():
-    found = {path.stem for path in (FOLDER / "scripts" / "single_run").glob("*.sh")}
+    found = {path.stem for path in (PRESETS.parent / "scripts" / "single_run").glob("*.sh")}
     assert found == {*NAMES, TUNED, "common"}
 
 
@@ -216,7 +216,7 @@ def test_the_shipped_picture_is_a_frame_of_the_demos_clips():
     attributes = Attributes("blue", "circle", "right", "black")
     motion = Motion(x=24, y=32, radius=12.5, speed=0.5)
     drawn = render(attributes, motion, num_frames=1)[0]
-    with Image.open(FOLDER / "assets" / "blue_circle.png") as image:
+    with Image.open(PRESETS.parent / "assets" / "blue_circle.png") as image:
         assert np.array_equal(np.array(image), drawn)
 
 

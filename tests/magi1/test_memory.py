@@ -29,10 +29,10 @@ from magi1.config import RunConfig
 from magi1.dit import DiT, set_precision
 from magi1.memory import ClipMemory, TracedVAE
 from magi1.model import MODEL
-from magi1.pipeline import Conditioning, generate
+from magi1.pipeline import Conditioning, generate_clip
 from magi1.text import NULL_TOKENS, empty
 from magi1.vae import ViTVAE
-from magi1.work import work_of
+from magi1.work import clip_work
 
 META = torch.device("meta")
 TOLERANCE = 0.15
@@ -59,7 +59,7 @@ def measured(
     """Return the most bytes that the run held at once."""
     stats = RunStats(torch.device("cpu"))
     with LeanAttention(), LiveBytes() as live:
-        for _ in generate(dit, codec, config, inputs, stats=stats, **options):
+        for _ in generate_clip(dit, codec, config, inputs, stats=stats, **options):
             pass
     weights = (*dit.parameters(), *codec.model.parameters())
     return live.peak + sum(parameter.nbytes for parameter in weights)
@@ -76,7 +76,7 @@ def planned_and_measured_at_released_size(
         networks = vae.ViTVAE(replace(vae.RELEASED, depth=1)).to(torch.bfloat16)
     set_precision(dit, torch.bfloat16)
     codec = vae.VAE(networks, scale=config.runtime_config.scale_factor)
-    plan = work_of(
+    plan = clip_work(
         config, num_prefix=0, prompt_tokens=50, has_special_tokens=False, dtype=torch.bfloat16
     )
     needs = ClipMemory(

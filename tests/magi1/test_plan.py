@@ -10,7 +10,7 @@ from magi1.config import RunConfig
 from magi1.dit import published_clip_flops
 from magi1.model import MODEL
 from magi1.schedule import Clock
-from magi1.work import clip_of, layout_of, work_of
+from magi1.work import clip_of, clip_work, layout_of
 
 Configure = Callable[..., RunConfig]
 
@@ -19,7 +19,7 @@ CHUNK_KV_BYTES = 12150 * 2 * 8 * 128 * 34 * 2
 
 
 def plan_of(config: RunConfig) -> Work:
-    return work_of(
+    return clip_work(
         config,
         num_prefix=0,
         prompt_tokens=100,

@@ -17,9 +17,9 @@ from flowcache.errors import UserError
 from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.runtime.record import build_record, replay_policies
 from flowcache.runtime.stats import RunStats
-from magi1.config import ModelConfig, TokenChoice
+from magi1.config import TokenChoice
 from magi1.dit import DiT
-from magi1.sampler import ClipInputs, ClipSampler, Guidance, KVBudget, Reuse, Sampling, cache_bytes
+from magi1.sampler import ClipInputs, ClipSampler, Guidance, KVBudget, Reuse, Sampling, cache_chunks
 from magi1.schedule import Clip, Clock
 from magi1.text import SpecialTokens, chunk_captions, null_caption
 
@@ -276,25 +276,12 @@ def test_the_closed_form_flops_are_those_torch_counts(dit: DiT, sampling: Sampli
     assert sampler.stats.num_reused > 0
 
 
-def test_the_cache_of_the_real_size_does_not_grow_with_the_video(model_4_5b: ModelConfig):
-    short, long = (
-        cache_bytes(model_4_5b, clip=Clip(frames), chunk_tokens=12150, total_chunks=5)
-        for frames in (240, 1000)
-    )
-    # 5 chunks, keys and values of 8 heads of 128 in 34 layers, two bytes each
-    assert short == long == 5 * 12150 * 2 * 8 * 128 * 34 * 2
-    whole = cache_bytes(model_4_5b, clip=Clip(240), chunk_tokens=12150, total_chunks=None)
-    assert whole == 2 * short
-
-
 def test_the_planned_cache_is_the_one_allocated(dit: DiT):
     for budget, total in ((None, None), (keep(5), 5)):
         sampler = make(dit, sampling=SAMPLINGS["base"], budget=budget)
-        planned = cache_bytes(
-            dit.config, clip=sampler.clip, chunk_tokens=8, total_chunks=total, num_branches=2
-        )
-        caches = [cache for branch in sampler.branches.values() for cache in branch.caches]
-        assert planned == sum(cache.kv.nbytes for cache in caches)
+        tokens = cache_chunks(sampler.clip, total_chunks=total) * LAYOUT.chunk_tokens
+        for branch in sampler.branches.values():
+            assert {cache.kv.shape[1] for cache in branch.caches} == {tokens}
 
 
 def test_guidance_scales_change_at_the_lower_ends_of_their_ranges():

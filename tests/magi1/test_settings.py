@@ -13,7 +13,7 @@ from magi1.checkpoint import find_model, find_path
 from magi1.config import RunConfig, read_config
 from magi1.dit import DiT
 from magi1.released import CONFIGS, DEMOS, PRESETS, RELEASED
-from magi1.work import budget_of, clip_of, dtype_of, layout_of, policy_of, sampling_of
+from magi1.work import budget_of, clip_of, dtype_of, layout_of, loop_of, policy_of
 
 Configure = Callable[..., RunConfig]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -87,7 +87,7 @@ def test_every_preset_is_in_order_for_every_released_model(configure: Configure,
         config = configure(preset, model=model)
         if not config.reuse.needs_profile:  # a profile comes with its checkpoint
             assert isinstance(policy_of(config), POLICIES[config.reuse.policy])
-        assert sampling_of(config).guidance is None or "base" in model
+        assert loop_of(config).guidance is None or "base" in model
 
 
 def test_the_published_values_are_set(configure: Configure):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from flowcache.errors import UserError
-from magi1.text import check, load
+from magi1.text import check_encoder, load
 
 pytestmark = pytest.mark.numeric
 
@@ -59,7 +59,7 @@ def as_released(folder: Path) -> Path:
 
 
 def test_a_prompt_is_encoded_to_its_own_tokens(folder: Path):
-    check(folder, width=12)
+    check_encoder(folder, width=12)
     encoder = load(folder, max_length=800, device="cpu")
     text = encoder.encode("  A CAT   sits on grass ")
     ids = torch.tensor([[3, 4, 5, 6, 7, 1]])
@@ -86,7 +86,7 @@ def test_a_long_prompt_is_cut_with_a_warning(folder: Path, caplog: pytest.LogCap
 def test_the_released_shards_are_loaded(folder: Path):
     want = load(folder, max_length=8, device="cpu").encode("a cat")
     as_released(folder)
-    check(folder, width=12)
+    check_encoder(folder, width=12)
     assert torch.equal(load(folder, max_length=8, device="cpu").encode("a cat"), want)
 
 
@@ -94,15 +94,15 @@ def test_a_missing_shard_is_named(folder: Path):
     as_released(folder)
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match=r"pytorch_model-00002-of-00002\.bin: no such file"):
-        check(folder, width=12)
+        check_encoder(folder, width=12)
 
 
 def test_an_encoder_of_another_width_is_refused(folder: Path):
     with pytest.raises(UserError, match="width is 12, the transformer takes 4096"):
-        check(folder, width=4096)
+        check_encoder(folder, width=4096)
 
 
 def test_a_folder_without_tokenizer_is_refused(folder: Path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="holds no tokenizer"):
-        check(folder, width=12)
+        check_encoder(folder, width=12)

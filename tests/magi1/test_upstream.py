@@ -14,8 +14,8 @@ from flowcache.runtime.model import Request
 from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import probe
 from magi1.config import RunConfig
-from magi1.released import FOLDER, PRESETS
-from magi1.upstream import environment_lines, main, parser_of, request_of
+from magi1.released import PRESETS
+from magi1.upstream import environment_lines, main, new_parser, to_request
 
 Refused = Callable[..., str]
 ENTRY = "inference/pipeline/entry.py"
@@ -29,7 +29,7 @@ def config_file(distilled: Path) -> Path:
 
 
 def request(*arguments: str) -> Request:
-    return request_of(parser_of().parse_intermixed_args(arguments))
+    return to_request(new_parser().parse_intermixed_args(arguments))
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def run_entry(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
     """Run the script as upstream's users do, from the model's folder."""
     return subprocess.run(
         [sys.executable, ENTRY, *arguments],
-        cwd=FOLDER,
+        cwd=PRESETS.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
@@ -324,7 +324,7 @@ def test_upstreams_line_makes_a_video_whatever_the_environment_says(
 
 def test_a_picture_and_a_video_are_continued(config_file: Path, clip: Path, tmp_path: Path):
     given = ("--config_file", str(config_file), *PROMPT)
-    picture = str(FOLDER / "assets" / "blue_circle.png")
+    picture = str(PRESETS.parent / "assets" / "blue_circle.png")
     out = tmp_path / "image.mp4"
     assert main([*given, "--mode", "i2v", "--image_path", picture, "--output_path", str(out)]) == 0
     # 6 latents and that of the picture are 3 chunks of 3 latents of 4 frames

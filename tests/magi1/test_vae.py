@@ -17,9 +17,9 @@ from magi1.vae import (
     Span,
     Tiling,
     ViTVAE,
-    check,
     check_decoding,
     check_encoding,
+    check_weights,
     in_tiles,
     load,
     parse_config,
@@ -332,7 +332,7 @@ def save(folder: Path, *, settings: dict[str, Any] | None = None, **changes: Any
 
 def test_a_saved_vae_is_loaded_as_it_was(tmp_path: Path):
     folder = save(tmp_path)
-    check(folder)
+    check_weights(folder)
     vae = load(folder, scale=0.5, dtype=torch.float32, device="cpu")
     latents = torch.randn(1, 4, 2, 4, 4)
     with torch.no_grad():
@@ -356,12 +356,12 @@ def test_a_saved_vae_is_loaded_as_it_was(tmp_path: Path):
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str, tmp_path: Path):
     folder = save(tmp_path, settings=settings)
     with pytest.raises(UserError, match=message):
-        check(folder)
+        check_weights(folder)
 
 
 def test_another_model_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="_class_name is 'AutoencoderKL', only ViTVAE"):
-        check(save(tmp_path, _class_name="AutoencoderKL"))
+        check_weights(save(tmp_path, _class_name="AutoencoderKL"))
 
 
 def test_dropout_rates_are_read_by_training_only():

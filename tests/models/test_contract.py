@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def test_every_key_is_a_setting(model: VideoModel):
     settings = {line.partition(":")[0] for line in describe(model.schema)}
     assert {*model.keys.values(), *SHARED} <= settings
     assert {"prompt", "seed", "num_steps", "num_frames", "height", "width", "fps"} <= {*model.keys}
-    lines = import_module(f"{model.name}.config").settings_lines()
+    lines = model.schema.lines()
     assert len(lines) == len(settings)
 
 

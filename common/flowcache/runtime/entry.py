@@ -3,15 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import merge_overrides_
 
 
-def main_of(
-    name: str, options: argparse.Namespace, *, schema: type, settings: Callable[[], Sequence[str]]
-) -> int:
+def main_of(name: str, options: argparse.Namespace, *, schema: Any) -> int:
     """Do what the command line of a model asks for; return the exit code.
 
     Settings are listed, and unknown ones refused, without PyTorch.
@@ -19,11 +18,10 @@ def main_of(
     Args:
         name: of the model's package.
         options: as `run_parser` gives them.
-        schema: dataclass of all settings.
-        settings: returns the lines of --list-settings.
+        schema: dataclass of all settings; its `lines` are those of --list-settings.
     """
     if options.list_settings:
-        return run_command(lambda: _show(settings()))
+        return run_command(lambda: _show(schema.lines()))
     if "RANK" not in os.environ:  # of several processes one reports, once they have met
         exit_code = run_command(lambda: merge_overrides_({}, schema, options.settings))
         if exit_code:
