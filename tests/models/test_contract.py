@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowcache.runtime.config import describe
-from flowcache.runtime.model import MODELS, Job, Request, VideoModel, load_model
+from flowcache.runtime.model import MODELS, Job, Request, Residence, VideoModel, load_model
 from flowcache.runtime.run import plan_by_sizes, prepare
 
 RELEASED = {"skyreels_v2": "df-1.3b-540p", "magi1": "4.5B_distill"}
@@ -56,9 +56,9 @@ def test_the_work_of_a_run_fits_together(model: VideoModel, tmp_path: Path):
 
 def test_what_is_placed_is_what_a_plan_wants(model: VideoModel, tmp_path: Path):
     job = job_of(model, tmp_path, "offload=true")
-    wanted = model.residence(job.config)
-    assert wanted.dit_aside
-    assert model.residence(model.placed(job.config, wanted)) == wanted
+    assert model.residence(job.config).dit_aside
+    for moved in (model.residence(job.config), Residence(True, True, True)):
+        assert model.residence(model.placed(job.config, moved)) == moved
 
 
 def test_a_released_model_is_planned_by_its_sizes_alone(model: VideoModel):
