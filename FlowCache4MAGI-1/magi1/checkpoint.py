@@ -263,7 +263,7 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
     if model in RELEASED:
         path = CONFIGS / f"{model}.json"
         may_download = "missing" if is_auto else "never"
-        return _source(
+        return _source_of(
             model,
             path,
             plans_by_sizes=not is_auto,
@@ -273,7 +273,7 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
         path = DEMOS[model]
         if not path.is_file():
             raise UserError(f"{path}: the demo checkpoint is missing: restore it with git")
-        return _source(model, path, download="always" if wants_download else "never")
+        return _source_of(model, path, download="always" if wants_download else "never")
     path = given_path(model, name="model")
     if path.is_dir():
         path = _only_config(path)
@@ -283,10 +283,10 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
             f"or one of {', '.join((*DEMOS, *RELEASED))}"
         )
     name = path.parent.resolve().name
-    return _source(name, path, download="always" if wants_download else "never")
+    return _source_of(name, path, download="always" if wants_download else "never")
 
 
-def _source(name: str, path: Path, **facts: Any) -> Source:
+def _source_of(name: str, path: Path, **facts: Any) -> Source:
     return Source(name, path.parent, layers=(path,), **facts)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
-from flowcache.errors import UserError
 from flowcache.kv import (
     Attend,
     KVCache,
@@ -240,12 +239,6 @@ class ClipSampler:
         observe: Observe | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        budget, window = sampling.budget, sampling.clock.window
-        if budget is not None and budget.total_chunks <= window:
-            raise UserError(
-                f"the KV budget is {budget.total_chunks} chunks, but must be above the window of "
-                f"{window}; raise total_chunks"
-            )
         self.dit, self.inputs, self.sampling, self.reuse = dit, inputs, sampling, reuse
         self.clip, self.latents, self.clock = inputs.clip, inputs.latents, sampling.clock
         self.stats, self.observe = stats, observe

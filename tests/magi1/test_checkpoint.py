@@ -83,15 +83,12 @@ def assert_loaded(dit: DiT, state: dict[str, Tensor]) -> None:
         assert torch.equal(loaded[key].float(), value.float()), key
 
 
-def test_shards_are_loaded_in_the_released_types(config: ReleaseConfig):
+def test_shards_are_loaded_in_the_released_types_or_as_asked(config: ReleaseConfig):
     state = released_state(config)
     write_checkpoint(config, state)
-    assert_loaded(Checkpoint.find(config).load_dit(device="cpu"), state)
-
-
-def test_another_type_inside_the_blocks_can_be_asked_for(config: ReleaseConfig):
-    write_checkpoint(config, released_state(config))
-    dit = Checkpoint.find(config).load_dit(device="cpu", dtype=torch.float32)
+    found = Checkpoint.find(config)
+    assert_loaded(found.load_dit(device="cpu"), state)
+    dit = found.load_dit(device="cpu", dtype=torch.float32)
     assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
 
 
@@ -163,51 +160,41 @@ def test_quantised_checkpoints_are_loaded_as_stored(config: ReleaseConfig):
     assert_loaded(Checkpoint.find(quantised).load_dit(device="cpu"), state)
 
 
-def test_weights_that_are_not_quantised_as_announced_are_refused(config: ReleaseConfig):
-    engine = replace(config.engine_config, fp8_quant=True)
-    quantised = replace(config, engine_config=engine)
-    state = released_state(quantised)
-    key = "videodit_blocks.layers.1.mlp.linear_fc1.weight"
-    state[key] = state[key].bfloat16()
-    folder = write_shards(Path(config.runtime_config.load) / "x", state)
-    with pytest.raises(UserError, match=rf"key {key} is stored as torch\.bfloat16, expected 8"):
-        check_dit(quantised, find_shards(folder, packing=PACKED))
+BANDS, FC1 = "rope.bands", "videodit_blocks.layers.1.mlp.linear_fc1.weight"
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    ({BANDS: None}, r"key rope\.bands is missing"),
+    ({"rope.extra": torch.ones(1)}, "key rope.extra is unexpected"),
+    ({BANDS: torch.ones(2)}, r"key rope\.bands has shape \[2\], expected \[1\]"),
+    (
+        {FC1: torch.zeros(1, 48, 32, dtype=torch.bfloat16)},
+        rf"key {FC1} is stored as torch\.bfloat16, expected 8",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("missing", r"key rope\.bands is missing"),
-        ("unexpected", "key rope.extra is unexpected"),
-        ("shape", r"key rope\.bands has shape \[2\], expected \[1\]"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(change: str, message: str, config: ReleaseConfig):
-    state = released_state(config)
-    bands = state.pop("rope.bands")
-    if change == "unexpected":
-        state |= {"rope.bands": bands, "rope.extra": bands.clone()}
-    elif change == "shape":
-        state["rope.bands"] = torch.ones(2)
-    folder = write_shards(Path(config.runtime_config.load) / "x", state)
+@pytest.mark.parametrize(("changes", "message"), MISFITS)
+def test_weights_that_do_not_fit_are_named(
+    changes: dict[str, Any], message: str, config: ReleaseConfig, tmp_path: Path
+):
+    config = replace(config, engine_config=replace(config.engine_config, fp8_quant=True))
+    state = {
+        key: value for key, value in (released_state(config) | changes).items() if value is not None
+    }
+    folder = write_shards(tmp_path / "x", state)
     with pytest.raises(UserError, match=message):
-        check_dit(config, find_shards(folder, packing=PACKED))
+        check_dit(config, find_shards(folder))
 
 
 @pytest.mark.parametrize("part", ["load", "t5_pretrained", "vae_pretrained"])
-def test_a_missing_folder_is_named_with_its_field(part: str, config: ReleaseConfig):
-    write_checkpoint(config, released_state(config))
+def test_a_missing_shard_or_folder_is_named(part: str, config: ReleaseConfig):
+    weights = write_checkpoint(config, released_state(config))
+    (weights / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
+        Checkpoint.find(config)
     shutil.rmtree(getattr(config.runtime_config, part))
     what, advice = (
         f"no such folder, but the config's {part} asks for it",
         f"set runtime_config.{part}",
     )
     with pytest.raises(UserError, match=f"{what}: {advice}, or use --download"):
-        Checkpoint.find(config)
-
-
-def test_a_missing_shard_is_named(config: ReleaseConfig):
-    folder = write_checkpoint(config, released_state(config))
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
         Checkpoint.find(config)

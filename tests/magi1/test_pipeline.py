@@ -32,15 +32,11 @@ def loaded(job: Job) -> tuple[Loaded, Conditioning]:
     return load_networks(job, stats=stats), encode_inputs(job, stats=stats)
 
 
-def rendered(job: Job, models: Loaded, conditioning: Conditioning) -> Tensor:
+def rendered(job: Job, models: Loaded, conditioning: Conditioning, **options: Any) -> Tensor:
     """Return all frames of a clip."""
-    stats = RunStats(job.device)
-    parts = [
-        progress.frames
-        for progress in generate_clip(models.dit, models.vae, job.config, conditioning, stats=stats)
-        if progress.frames is not None
-    ]
-    return torch.cat(parts, dim=1)
+    stats, run = RunStats(job.device), (models.dit, models.vae, job.config, conditioning)
+    shown = generate_clip(*run, stats=stats, **options)
+    return torch.cat([each.frames for each in shown if each.frames is not None], dim=1)
 
 
 @pytest.mark.parametrize("kind", ["distilled", "base"])
@@ -155,15 +151,7 @@ def test_the_noise_is_drawn_once_for_all_chunks(distilled: Path, tmp_path: Path)
         drawn.append((shape, dtype))
         return torch.zeros(shape, dtype=dtype)
 
-    for _ in generate_clip(
-        models.dit,
-        models.vae,
-        job.config,
-        conditioning,
-        stats=RunStats(job.device),
-        draw=draw,
-    ):
-        pass
+    rendered(job, models, conditioning, draw=draw)
     assert drawn == [((4, 6, 4, 6), torch.float32)]
 
 
