@@ -268,18 +268,7 @@ def _check(source: str, section: object, rules: Iterable[tuple[str, bool, str]])
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Which special tokens go before the prompt.
-
-    Attributes:
-        static: the video starts with a still picture.
-        dynamic: the video starts with motion.
-        borderness: the picture has borders.
-        quality: the video is of high quality.
-        three_d_model: a look of computer graphics.
-        two_d_anime: a look of drawn animation.
-        duration: how many chunks come after this one.
-        negative: tokens of captions, logos, transitions and borders before the null caption.
-    """
+    """Which special tokens go before the prompt; `base.yaml` says what each asks for."""
 
     static: bool = False
     dynamic: bool = False

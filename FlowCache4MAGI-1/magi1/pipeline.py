@@ -51,17 +51,9 @@ def generate_clip(
     policies: Policies | None = None,
     ranks: Ranks | None = None,
 ) -> Iterator[Progress]:
-    """Make a video; yield after every tick, with the frames that are finished.
+    """Make a video with a transformer on the device of the run; see `VideoModel.generate`.
 
-    Args:
-        dit: the transformer, on the device of the run.
-        vae: encodes and decodes; it may be elsewhere.
-        work: what the settings ask for; default: derived from them.
-        draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
-        observe: is given the velocities of computed steps.
-        policies: decide what is computed, in segment 0 and branch `ALL_BRANCHES`; default: as the
-            settings say.
-        ranks: the processes that divide the work; each yields the whole video. Default: one.
+    Policies are asked for segment 0 and branch `ALL_BRANCHES`.
     """
     device = dit.x_embedder.weight.device
     ranks = Ranks() if ranks is None else ranks

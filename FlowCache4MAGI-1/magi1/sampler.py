@@ -50,14 +50,10 @@ class Guidance:
 
     `(1 - prev) * alone + (prev - text) * no_text + text * with_text`: the chunk alone and without
     text, with the chunks before it, and with its text as well.
-
-    Attributes:
-        t_range: lower ends of the ranges of timesteps.
-        prev_scales: `prev` in each range.
-        text_scales: `text` in each range.
     """
 
     t_range: tuple[float, ...]
+    """Lower ends of the ranges of timesteps in which the scales are these."""
     prev_scales: tuple[float, ...]
     text_scales: tuple[float, ...]
 
@@ -69,15 +65,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class KVBudget:
-    """A bound on the KV cache and the rule that picks which clean tokens stay.
-
-    Attributes:
-        total_chunks: chunks that the cache holds, active ones included.
-        strategy: picks the tokens.
-        layout: tokens of a frame and a chunk.
-    """
+    """A bound on the KV cache and the rule that picks which clean tokens stay."""
 
     total_chunks: int
+    """Chunks that the cache holds, active ones included."""
     strategy: CompressionStrategy
     layout: TokenLayout
 
@@ -159,20 +150,16 @@ def cache_chunks(clip: Clip, *, total_chunks: int | None) -> int:
 
 @dataclass(frozen=True)
 class ClipInputs:
-    """What a clip is made from.
-
-    Attributes:
-        latents: `[C, F, h, w]` float32 noise for all chunks, given ones included.
-        captions: text of each chunk to denoise, `[L, C']`.
-        null_caption: the learned text without content, `[L, C']`.
-        prefix: given latents, `[C, clip.num_prefix, h, w]`.
-    """
+    """What a clip is made from."""
 
     clip: Clip
     latents: Tensor
+    """`[C, F, h, w]` float32 noise for all chunks, given ones included."""
     captions: Mapping[int, Tensor]
+    """Text of each chunk to denoise, `[L, C']`."""
     null_caption: Tensor
     prefix: Tensor | None = None
+    """Given latents, `[C, clip.num_prefix, h, w]`."""
 
     def frames(self, chunk: int) -> Tensor:
         """Return a view of a chunk's latents."""
@@ -191,32 +178,23 @@ class ClipInputs:
 
 @dataclass(frozen=True)
 class Reuse:
-    """When chunks are computed, and what they get when they are not.
-
-    Attributes:
-        policy: one decision serves all guidance passes: their signal is the same.
-        results: what computed steps gave.
-        held_guidance: says where only the pass with text is computed; default: nowhere.
-    """
+    """When chunks are computed, and what they get when they are not."""
 
     policy: ReusePolicy
+    """One decision serves all guidance passes: their signal is the same."""
     results: ResultStore = field(default_factory=ResultStore)
     held_guidance: HeldGuidance = field(default_factory=HeldGuidance)
 
 
 @dataclass
 class CachedPass:
-    """One guidance pass through the KV cache.
-
-    Attributes:
-        is_null: whether the caption counts as dropped.
-        caches: keys and values, by layer; empty where other processes compute the pass.
-        queries: of the chunk computed last, by layer; empty without a KV budget.
-    """
+    """One guidance pass through the KV cache."""
 
     is_null: bool
     caches: list[KVCache]
+    """By layer; empty where other processes compute the pass."""
     queries: dict[int, Tensor] = field(default_factory=dict)
+    """Of the chunk computed last, by layer; empty without a KV budget."""
 
 
 class ClipSampler:
@@ -416,7 +394,7 @@ class ClipSampler:
 
         A process without the pass without text makes its keys in a cache of its own.
         """
-        _, last = self._last
+        _, last = list(self.branches.items())[-1]
         *others, fed = self.own.values() or [last]
         tokens = self.chunk_tokens
         for chunk in range(self.clip.num_given):
@@ -477,7 +455,7 @@ class ClipSampler:
         self.num_unshared = 0
         if not tokens or len(self.branches) == 1:
             return
-        name, last = self._last
+        name, last = list(self.branches.items())[-1]
         source = self.ranks.rank_of(self.sampling.passes, name)
         shape = (2, tokens, self.num_kv_heads, self.dit.config.kv_channels)
         for layer in range(self.dit.config.num_layers):
@@ -506,10 +484,6 @@ class ClipSampler:
                     cache.compress(branch.queries[layer], keep)
                     assert cache.clean == kept, f"{cache.clean} tokens kept instead of {kept}"
         self.num_clean = kept
-
-    @property
-    def _last(self) -> tuple[str, CachedPass]:
-        return list(self.branches.items())[-1]
 
     # One chunk through the transformer ------------------------------------------------------------
 

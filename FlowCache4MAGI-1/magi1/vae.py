@@ -251,14 +251,8 @@ class ViTVAE(nn.Module):
 class Tiling:
     """The tiles in which long or large videos are encoded and decoded.
 
-    Neighbouring tiles overlap in space, not in time. Source: the released pipeline, where a tile
-    lasts half a second.
-
-    Attributes:
-        frames: length of a tile.
-        height: rows of pixels of a tile.
-        width: columns of pixels of a tile.
-        overlap: share of a tile's height and width that its neighbour also covers.
+    Neighbouring tiles overlap in space, not in time, by that share of their height and width.
+    Source: the released pipeline, where a tile lasts half a second.
     """
 
     frames: int = 12

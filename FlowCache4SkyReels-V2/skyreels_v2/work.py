@@ -73,11 +73,7 @@ def branches_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
-    """Return the KV budget in tokens and the rule that picks what stays, or None.
-
-    Raises:
-        UserError: the budget is below what the rule needs.
-    """
+    """Return the KV budget in tokens and the rule that picks what stays, or None."""
     strategy = strategy_of(config.kv)
     if strategy is None:
         return None
@@ -94,11 +90,7 @@ def token_layout(config: RunConfig, *, frame_tokens: int) -> TokenLayout:
 
 
 def tokens_per_frame(config: RunConfig) -> int:
-    """Return the DiT tokens of one latent frame.
-
-    Raises:
-        UserError: the resolution is not a multiple of what VAE and patches need.
-    """
+    """Return the DiT tokens of one latent frame."""
     multiple = VAE_STRIDE * PATCH[1]
     for name, value in (("height", config.height), ("width", config.width)):
         if value < multiple or value % multiple:
@@ -124,11 +116,7 @@ class Loop:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Loop":
-        """Derive it from the settings.
-
-        Raises:
-            UserError: frames, chunks or resolution don't fit each other.
-        """
+        """Derive it from the settings."""
         frame_tokens = tokens_per_frame(config)
         return cls(
             sampling_of(config),
