@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close
@@ -14,11 +16,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import ImportanceRedundancy, Recent, TokenLayout
 from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
-from flowcache.runtime.record import build_record, replay_policies
+from flowcache.predict import HeldGuidance, ResultStore
+from flowcache.runtime.ending import EXIT_USER_ERROR
+from flowcache.runtime.record import build_record, read_record, replay_policies
 from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import read_video
+from magi1.__main__ import main
 from magi1.config import TokenChoice
 from magi1.dit import DiT
-from magi1.sampler import ClipInputs, ClipSampler, Guidance, KVBudget, Reuse, Sampling, cache_chunks
+from magi1.sampler import (
+    ClipInputs,
+    ClipSampler,
+    Guidance,
+    KVBudget,
+    Reuse,
+    Sampling,
+    cache_chunks,
+    euler_step_,
+)
 from magi1.schedule import Clip, Clock
 from magi1.text import SpecialTokens, chunk_captions, null_caption
 
@@ -90,6 +105,7 @@ def make(
     num_prefix: int = 0,
     policy: ReusePolicy | None = None,
     sampling: Sampling = DISTILLED,
+    held: HeldGuidance | None = None,
     records: bool = False,
     observe: Any = None,
     **changes: Any,
@@ -114,7 +130,7 @@ def make(
         dit,
         inputs,
         replace(sampling, **changes),
-        reuse=Reuse(policy or Vanilla()),
+        reuse=Reuse(policy or Vanilla(), held_guidance=held or HeldGuidance()),
         stats=RunStats(torch.device("cpu"), records=records),
         observe=observe,
     )
@@ -372,3 +388,160 @@ def test_nothing_but_a_decision_waits_for_the_device(dit: DiT, name: str, quanti
     assert len(list(made.run())) == made.clock.ticks(clip)[-1].index + 1
     with pytest.raises(NotImplementedError, match="meta"):  # the decision is what reads
         list(sampler(FlowCache(threshold=0.3, warmup_steps=1)).run())
+
+
+# Steps in which only the pass with text is computed -----------------------------------------
+
+HELD = Sampling(Clock(num_steps=8, window=2), BASE, is_distilled=False, quantity="velocity")
+
+
+def states(sampler: ClipSampler) -> list[Tensor]:
+    return [sampler.latents.clone(), *(sampler.latents.clone() for _ in sampler.run())]
+
+
+def computed(sampler: ClipSampler, branch: str) -> list[int]:
+    rows = [row for row in sampler.stats.passes if (row.branch, row.chunk) == (branch, 0)]
+    return [row.step for row in rows if row.is_computed]
+
+
+def test_what_guidance_adds_is_held_as_worked_by_hand(dit: DiT):
+    """Steps 0, 1, 2, 4, 6 and the last are computed, 0 and 4 and the last one with all passes."""
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    def observe(*, step: int, branch: str, velocity: Tensor, **_: Any) -> None:
+        seen[branch, step] = velocity.clone()
+
+    sampler = make(
+        dit,
+        num_chunks=1,
+        sampling=HELD,
+        policy=Stride(steps=[1, 2, 4, 6]),
+        held=HeldGuidance([4]),
+        observe=observe,
+    )
+    rows, t = states(sampler), sampler.timesteps
+    full = [step for step in range(8) if ("guided", step) in seen]
+    assert computed(sampler, "all") == [0, 1, 2, 4, 6, 7]
+    assert computed(sampler, "guidance") == full
+    # the scales change at t = 0.3: the next computed step is made with all passes, asked or not
+    assert t[4] < 0.3 < t[6]
+    assert full == [0, 4, 6, 7]
+    velocity = added = torch.empty(0)
+    for step in range(8):
+        if ("cond", step) in seen:
+            cond = seen["cond", step]
+            added = seen["guided", step] - cond if step in full else added
+            velocity = cond + added
+        expected = rows[step] + (t[step + 1] - t[step]) * velocity
+        assert_close(rows[step + 1], expected, ulps=64)
+
+
+def test_with_all_steps_listed_it_is_vanilla(dit: DiT):
+    want, found = (
+        states(make(dit, num_chunks=2, sampling=HELD, held=held))
+        for held in (None, HeldGuidance(range(8)))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_flops_and_record_tell_the_passes_apart(dit: DiT):
+    plain, held = (
+        make(dit, num_chunks=2, sampling=HELD, held=each, records=True)
+        for each in (None, HeldGuidance(every=2))
+    )
+    finished(plain)
+    finished(held)
+    assert held.stats.flops_without_reuse == plain.stats.computed_flops
+    assert {row.branch for row in plain.stats.passes} == {"all"}
+    full = set(computed(held, "guidance"))
+    assert {0, 7} <= full < set(range(8))
+    assert held.stats.trace is not None
+    flops = held.stats.trace.flops
+    assert all(row.saved == 0 or each.branch == "guidance" for each, row in flops.items())
+    saved = sum(row.saved for row in flops.values())
+    assert held.stats.flops_without_reuse - held.stats.computed_flops == saved > 0
+
+
+def test_a_run_with_held_guidance_is_replayed(base: Path, tmp_path: Path):
+    given = ("--model", str(base), "--preset", "vanilla", "--prompt", "a cat", "--record")
+    settings = ("reuse.guidance_every=2", "reuse.policy=stride", "reuse.predict=velocity")
+    first, again = tmp_path / "first.mp4", tmp_path / "again.mp4"
+    assert main([*given, "--out", str(first), *settings]) == 0
+    record = first.with_suffix(".record.json")
+    replay = [*given, "--out", str(again), "--replay", str(record)]
+    assert main([*replay, *settings]) == 0
+    assert np.array_equal(read_video(first)[0], read_video(again)[0])
+    rows = read_record(record)["decisions"]
+    spent = {
+        branch: sum(row["computed"] for row in rows if row["branch"] == branch)
+        for branch in ("all", "guidance")
+    }
+    assert 0 < spent["guidance"] < spent["all"]
+    # without the setting the record says more than the run decides
+    assert main(replay) == EXIT_USER_ERROR
+
+
+# One Euler step, computed or predicted, against sums worked by hand ---------------------------
+
+TIMES = (0.0, 0.1, 0.25, 0.45, 0.7, 1.0)
+COMPUTED = (0, 1, 2, 4)
+
+
+@pytest.mark.parametrize(("order", "factor"), [(1, 0.0), (1, 0.5), (2, 0.8)])
+@pytest.mark.parametrize("quantity", ["latent_update", "velocity", "clean"])
+def test_a_reused_step_follows_the_polynomial_through_the_stored_results(
+    order: int, factor: float, quantity: Any
+):
+    """Steps 0, 1, 2 and 4 of 5 are computed; the polynomial for step 3 is numpy's."""
+    draw = torch.Generator().manual_seed(0)
+    velocities = torch.randn(len(COMPUTED) + 1, 2, 3, 4, generator=draw)
+    latents = torch.randn(2, 3, 4, generator=draw)
+    x = latents.double().numpy().copy()
+    store, seen = ResultStore(factor, order=order), dict[float, Any]()
+    for step, t in enumerate(TIMES[:-1]):
+        size, is_computed = TIMES[step + 1] - t, step in COMPUTED
+        v = velocities[step].double().numpy()
+        if is_computed:
+            estimates = {"latent_update": v * size, "velocity": v, "clean": x + (1 - t) * v}
+            seen[1 - t] = estimates[quantity]
+        else:
+            last = list(seen)[-order - 1 :]
+            values = np.stack([seen[at].ravel() for at in last])
+            coefficients = np.polyfit(last, values, order)
+            polynomial = sum(c * (1 - t) ** p for p, c in enumerate(coefficients[::-1]))
+            result = (values[-1] + factor * (polynomial - values[-1])).reshape(x.shape)
+            stand_ins = {
+                "latent_update": result / size,
+                "velocity": result,
+                "clean": (result - x) / (1 - t),
+            }
+            v = stand_ins[quantity]
+        x = x + size * v
+        euler_step_(
+            latents,
+            velocities[step] if is_computed else None,
+            chunk=0,
+            t=t,
+            step_size=size,
+            results=store,
+            quantity=quantity,
+        )
+        assert_close(latents, x, ulps=64)
+
+
+def test_a_held_clean_estimate_is_a_held_velocity_after_euler_steps():
+    draw = torch.Generator().manual_seed(1)
+    start, velocity = torch.randn(2, 2, 3, 4, generator=draw)
+    for quantity in ("velocity", "clean"):
+        latents, store = start.clone(), ResultStore()
+        for step, t in enumerate(TIMES[:-1]):
+            euler_step_(
+                latents,
+                velocity if step == 0 else None,
+                chunk=0,
+                t=t,
+                step_size=TIMES[step + 1] - t,
+                results=store,
+                quantity=quantity,
+            )
+        assert_close(latents, start + velocity, ulps=64)
