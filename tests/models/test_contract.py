@@ -57,6 +57,7 @@ def test_the_work_of_a_run_fits_together(model: VideoModel, tmp_path: Path):
 def test_what_is_placed_is_what_a_plan_wants(model: VideoModel, tmp_path: Path):
     job = job_of(model, tmp_path, "offload=true")
     assert model.residence(job.config).dit_aside
+    assert len({key for key, _ in model.on_host.values()}) == 3
     for moved in (model.residence(job.config), Residence(True, True, True)):
         assert model.residence(model.placed(job.config, moved)) == moved
 
