@@ -133,7 +133,7 @@ def released() -> T5EncoderModel:
         return T5EncoderModel(config)
 
 
-def fingerprint(folder: str | Path) -> str:
+def hash_encoder(folder: str | Path) -> str:
     """Return a hash of the encoder and its tokenizer; little of the weights is read."""
     folder = Path(folder)
     weights = match(empty(folder), read(find_shards(folder)), ignored=_is_decoder)
@@ -145,7 +145,7 @@ def _is_decoder(key: str) -> bool:
     return key.startswith(_DECODER)
 
 
-def check(folder: str | Path, *, width: int) -> None:
+def check_encoder(folder: str | Path, *, width: int) -> None:
     """Check that the encoder's files are there, whole, and fit, and that its tokenizer loads.
 
     Args:

@@ -23,7 +23,6 @@ from flowcache.runtime.weights import (
     Origin,
     check_files,
     find_shards,
-    ignore_none,
     load_files,
     match,
     read,
@@ -288,7 +287,7 @@ def _build_encoder(path: Path) -> tuple[UMT5EncoderModel, dict[str, Any]]:
     else:
         config = _umt5_config(path)
         source = {"paths": (path,), "origin": lambda name: Origin(umt5_key(name))}
-    return _empty(path, UMT5EncoderModel, config), source | {"ignored": ignore_none}
+    return _empty(path, UMT5EncoderModel, config), source
 
 
 def _build_vision(
