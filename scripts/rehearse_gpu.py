@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Count what the CUDA paths do at the released sizes, without a GPU: a table of each model.
 
-Tensors are fake: they have a device, a shape and a dtype, no values (see gpu/fake_cuda.py). Nothing
+Tensors are fake: they have a device, a shape and a dtype, no values (see `flowcache.gpu`). Nothing
 is timed. A method runs with a fraction of the steps, as the benchmark's shortened rows do, with two
 layers and with three; layers are alike, so that the difference gives the counts of all.
 """
@@ -10,20 +10,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
-
-from gpu.rehearsal import (
-    SUBJECTS,
-    Case,
-    ModelName,
-    Rehearsed,
-    num_layers_of,
-    rehearse,
-    vae_bytes_left_out,
-)
 
 from flowcache.errors import UserError
+from flowcache.gpu.benchmark import load_benchmark
+from flowcache.gpu.rehearsal import Case, Rehearsed, num_layers_of, rehearse, vae_bytes_left_out
 from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.model import MODELS
 
 EXAMPLES = """examples:
   python scripts/rehearse_gpu.py
@@ -107,23 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=get_args(ModelName), help="one model (default: both)")
+    parser.add_argument("--model", choices=list(MODELS), help="one model (default: both)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows (default: all)")
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        models = [options.model] if options.model else list(get_args(ModelName))
-        known = {method.name for model in models for method in SUBJECTS[model].methods}
+        models = [options.model] if options.model else list(MODELS)
+        known = {method.name for model in models for method in load_benchmark(model).methods}
         wanted = known if options.methods is None else set(options.methods)
         if unknown := wanted - known:
             raise UserError(
                 f"--methods {sorted(unknown)[0]!r} is unknown: use {', '.join(sorted(known))}"
             )
         for model in models:
-            subject = SUBJECTS[model]
-            thin = subject.thin["paper"][-1]
-            print(f"\n{subject.title}; 1 of {thin} steps\n\n{HEAD}\n|---|{'---:|' * 9}", flush=True)
-            for method in subject.methods:
+            benchmark = load_benchmark(model)
+            thin = benchmark.thin["paper"][-1]
+            print(
+                f"\n{benchmark.title}; 1 of {thin} steps\n\n{HEAD}\n|---|{'---:|' * 9}", flush=True
+            )
+            for method in benchmark.methods:
                 if method.name in wanted:
                     print(line(method.name, row_of(Case(model, method, thin))), flush=True)
 

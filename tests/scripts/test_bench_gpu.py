@@ -7,6 +7,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.gpu.benchmark import Growth, Line, fill, load_benchmark, load_benchmarks
 from flowcache.report.figures import draw_growth
 from flowcache.runtime.checks import Decoded
 from flowcache.runtime.parallel import Ranks
@@ -32,17 +35,17 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def script() -> ModuleType:
-    return importlib.import_module("bench_gpu")
+    return importlib.import_module("flowcache.gpu.bench")
 
 
 @pytest.fixture
 def traces() -> ModuleType:
-    return importlib.import_module("gpu.traces")
+    return importlib.import_module("flowcache.gpu.traces")
 
 
 @pytest.fixture
 def report() -> ModuleType:
-    return importlib.import_module("gpu.report")
+    return importlib.import_module("flowcache.gpu.report")
 
 
 def row(seconds: float, **changes: Any) -> dict[str, Any]:
@@ -80,23 +83,21 @@ def test_a_curve_is_straight_in_the_logarithm_between_and_beyond_its_points(trac
     assert curve.at(30) == pytest.approx(0.16)
 
 
-def test_a_longer_step_changes_by_as_much_as_those_it_stands_for(traces: ModuleType):
-    short, long = (traces.MAGI1_CURVE.distances(num_steps) for num_steps in (64, 16))
+def test_a_longer_step_changes_by_as_much_as_those_it_stands_for():
+    short, long = (load_benchmark("magi1").curve.distances(num_steps) for num_steps in (64, 16))
     assert len(short) == 63
     assert len(long) == 15
     assert long[0] == pytest.approx(sum(short[:4]))
     assert sum(long) == pytest.approx(sum(short[:60]))
     with pytest.raises(ValueError, match="must divide the published 64, not 10"):
-        traces.MAGI1_CURVE.distances(10)
+        load_benchmark("magi1").curve.distances(10)
 
 
-def test_the_published_curve_and_thresholds_give_about_the_published_flops(
-    script: ModuleType, traces: ModuleType
-):
-    subject = script.SUBJECTS["magi1"]
+def test_the_published_curve_and_thresholds_give_about_the_published_flops(traces: ModuleType):
+    subject = load_benchmark("magi1")
     costs = subject.plan(subject.methods[0], "paper", 1, ()).costs
     for speed, threshold in (("slow", 0.01), ("fast", 0.015)):
-        pattern = traces.pattern_at(traces.MAGI1_CURVE.distances(64), threshold, 5)
+        pattern = traces.pattern_at(load_benchmark("magi1").curve.distances(64), threshold, 5)
         # the curve was read off a figure
         assert pattern.share(costs) == pytest.approx(subject.shares[speed], abs=0.06)
         assert all(pattern.is_computed[:5])
@@ -104,7 +105,7 @@ def test_the_published_curve_and_thresholds_give_about_the_published_flops(
 
 
 def test_a_threshold_is_found_for_any_share(traces: ModuleType):
-    costs, curve = [1.0] * 50, traces.SKYREELS_CURVE.distances(50)
+    costs, curve = [1.0] * 50, load_benchmark("skyreels_v2").curve.distances(50)
     for share in (0.3, 0.5, 0.8, 1.0):
         pattern = traces.fit_pattern(curve, warmup_steps=5, costs=costs, share=share)
         assert pattern.share(costs) == pytest.approx(share, abs=0.02)
@@ -143,8 +144,8 @@ def test_decisions_are_those_of_the_trace_whatever_the_signals_say(traces: Modul
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_decisions_at_the_papers_sizes_cost_what_was_published(script: ModuleType, model: str):
-    subject = script.SUBJECTS[model]
+def test_decisions_at_the_papers_sizes_cost_what_was_published(model: str):
+    subject = load_benchmark(model)
     for method in subject.methods:
         if method.speed is not None:
             plan = subject.plan(method, "paper", 1, ())
@@ -152,17 +153,17 @@ def test_decisions_at_the_papers_sizes_cost_what_was_published(script: ModuleTyp
             assert share == pytest.approx(subject.shares[method.speed], abs=0.01)
 
 
-def test_the_papers_run_is_planned_with_the_flops_that_the_issue_is_about(script: ModuleType):
-    magi1, skyreels = script.SUBJECTS["magi1"], script.SUBJECTS["skyreels_v2"]
+def test_the_papers_run_is_planned_with_the_flops_that_the_issue_is_about():
+    magi1, skyreels = load_benchmark("magi1"), load_benchmark("skyreels_v2")
     full = skyreels.plan(skyreels.methods[0], "paper", 1, ())
-    assert full.flops == pytest.approx(165e15, rel=0.01)
+    assert full.work.flops == pytest.approx(165e15, rel=0.01)
     # 306 as published; clean passes, cross-attention and embeddings come on top
     full = magi1.plan(magi1.methods[0], "paper", 1, ())
-    assert full.flops == pytest.approx(306e15, rel=0.02)
+    assert full.work.flops == pytest.approx(306e15, rel=0.02)
     short = magi1.plan(magi1.methods[2], "paper", 4, ())
     whole = magi1.plan(magi1.methods[2], "paper", 1, ())
-    assert whole.flops / short.flops == pytest.approx(4, rel=0.01)
-    assert whole.num_ticks == 4 * short.num_ticks
+    assert whole.work.flops / short.work.flops == pytest.approx(4, rel=0.01)
+    assert whole.work.num_ticks == 4 * short.work.num_ticks
 
 
 # Kinds of kernels, targets and tables -------------------------------------------------------------
@@ -183,13 +184,11 @@ def test_the_papers_run_is_planned_with_the_flops_that_the_issue_is_about(script
     ],
 )
 def test_a_kernel_is_of_the_kind_that_its_name_says(kernel: str, kind: str):
-    assert importlib.import_module("gpu.measure").kind_of(kernel) == kind
+    assert importlib.import_module("flowcache.gpu.measure").kind_of(kernel) == kind
 
 
-def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(
-    script: ModuleType, report: ModuleType
-):
-    subject = script.SUBJECTS["skyreels_v2"]
+def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(report: ModuleType):
+    subject = load_benchmark("skyreels_v2")
     rows = {
         "vanilla": row(100.0, rate_share=0.5),
         "FlowCache-fast": row(20.0, caching_share=0.004),
@@ -209,15 +208,15 @@ def test_targets_are_judged_by_the_worst_method_or_the_one_they_name(
     assert report.said(verdicts["peak_bytes"], is_judged=False).startswith("not judged: ")
 
 
-def test_a_target_without_a_figure_is_not_measured(script: ModuleType, report: ModuleType):
-    subject = script.SUBJECTS["magi1"]
+def test_a_target_without_a_figure_is_not_measured(report: ModuleType):
+    subject = load_benchmark("magi1")
     verdicts = report.judged(subject, {"FlowCache-fast + KV compression": row(9.0)})
     speedup = next(one for one in verdicts if one["figure"] == "speedup")
     assert speedup["value"] is None
     assert report.said(speedup, is_judged=True).startswith("not measured: ")
 
 
-def test_a_profiler_that_sees_nothing_leaves_a_dash(script: ModuleType, report: ModuleType):
+def test_a_profiler_that_sees_nothing_leaves_a_dash(report: ModuleType):
     rows = {"vanilla": row(9.0, kinds=None)}
     document = {
         "name": "x",
@@ -227,7 +226,7 @@ def test_a_profiler_that_sees_nothing_leaves_a_dash(script: ModuleType, report: 
         "environment": defaultdict(str, packages={"torch": "2"}),
         "models": {"magi1": rows},
     }
-    page = report.markdown(document, script.SUBJECTS)
+    page = report.markdown(document)
     assert "| 60 % | - | - | 0 % |" in page
 
 
@@ -235,10 +234,8 @@ def test_a_profiler_that_sees_nothing_leaves_a_dash(script: ModuleType, report: 
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_profiled_tick_has_a_full_window_and_no_decoding_beside_it(
-    script: ModuleType, model: str
-):
-    measure, subject = importlib.import_module("gpu.measure"), script.SUBJECTS[model]
+def test_the_profiled_tick_has_a_full_window_and_no_decoding_beside_it(model: str):
+    measure, subject = importlib.import_module("flowcache.gpu.measure"), load_benchmark(model)
     ticks = subject.plan(subject.methods[0], "paper", subject.thin["paper"][-1], ()).ticks[0]
     looked_at = measure.looked_at(ticks)
     assert len(ticks[looked_at].steps) == max(len(tick.steps) for tick in ticks)
@@ -246,7 +243,7 @@ def test_the_profiled_tick_has_a_full_window_and_no_decoding_beside_it(
 
 
 def test_the_next_tick_goes_on_while_frames_are_decoded():
-    measure = importlib.import_module("gpu.measure")
+    measure = importlib.import_module("flowcache.gpu.measure")
     goes_on = threading.Event()
 
     def decode() -> Decoded:
@@ -263,10 +260,10 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
 
 
 def test_grey_frames_are_as_many_and_as_large_as_decoded_ones(monkeypatch: pytest.MonkeyPatch):
-    subject, cpu = importlib.import_module("gpu.skyreels_v2"), torch.device("cpu")
-    real = subject.build_vae("tiny", cpu)
+    subject, cpu = importlib.import_module("skyreels_v2.gpu"), torch.device("cpu")
+    real = subject.make_vae("tiny", partial(fill, device=cpu))
     monkeypatch.setattr(subject, "is_installed", lambda _: False)
-    grey = subject.build_vae("tiny", cpu)
+    grey = subject.make_vae("tiny", partial(fill, device=cpu))
     streams = [vae.stream(Ranks()) for vae in (real, grey)]
     for num_latents in (2, 1, 3):
         latents = torch.zeros(1, 16, num_latents, 2, 3)
@@ -297,10 +294,8 @@ def check_row(found: Mapping[str, Any]) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(("setting", "is_compiled"), [("true", True), ("null", False)])
 @pytest.mark.parametrize("model", MODELS)
-def test_blocks_are_compiled_as_in_a_run(
-    script: ModuleType, model: str, setting: str, is_compiled: bool
-):
-    subject = script.SUBJECTS[model]
+def test_blocks_are_compiled_as_in_a_run(model: str, setting: str, is_compiled: bool):
+    subject = load_benchmark(model)
     plan = subject.plan(subject.methods[0], "tiny", 1, (f"compile={setting}",))
     dit = subject.build(plan, "tiny", torch.device("cpu")).dit
     assert (dit.parts != type(dit.parts)()) == is_compiled
@@ -435,11 +430,13 @@ def test_without_a_gpu_one_line_says_what_to_do(
 
 
 def test_planned_memory_is_flat_with_compression_and_grows_without():
-    growth = importlib.import_module("gpu.growth")
-    for model in growth.MODELS.values():
+    growth = importlib.import_module("flowcache.gpu.growth")
+    for model in load_benchmarks().values():
         planned = {
-            line.name: [model.plan(line, num_frames) for num_frames in model.planned[-2:]]
-            for line in model.lines
+            line.name: [
+                growth.plan_video(model, line, number) for number in model.growth.planned[-2:]
+            ]
+            for line in model.growth.lines
         }
         for name, (before, last) in planned.items():
             grows = name == "all keys and values"
@@ -447,14 +444,14 @@ def test_planned_memory_is_flat_with_compression_and_grows_without():
             assert (last["flops_per_chunk"] > 1.05 * before["flops_per_chunk"]) == grows, name
 
 
-def test_growth_is_written_once_and_drawn(tmp_path: Path):
-    growth = importlib.import_module("gpu.growth")
-    line = growth.Line("KV compression", "flowcache_fast", lambda _: ())
+def test_growth_is_written_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    growth = importlib.import_module("flowcache.gpu.growth")
+    line = Line("KV compression", "flowcache_fast", lambda _: ())
 
-    def plan(_line: Any, num_frames: int) -> dict[str, Any]:
+    def plan(_model: Any, _line: Any, num_frames: int) -> dict[str, Any]:
         return {"frames": num_frames, "chunks": 2, "flops_per_chunk": 1e12, "kv_bytes": 10**9}
 
-    def open_demo() -> Any:
+    def open_demo(_model: Any) -> Any:
         return lambda _, num_frames: {
             "frames": num_frames,
             "chunks": 2,
@@ -462,16 +459,15 @@ def test_growth_is_written_once_and_drawn(tmp_path: Path):
             "seconds_per_chunk": 0.5,
         }
 
-    models = {
-        "a": growth.Model(
-            "Model A", (line,), ("num_steps=2",), (97, 177), (97, 177), plan, open_demo
-        )
-    }
-    growth.grow(tmp_path, overwrite=False, models=models)
+    monkeypatch.setattr(growth, "plan_video", plan)
+    monkeypatch.setattr(growth, "open_demo", open_demo)
+    made = Growth("Model A", (line,), ("num_steps=2",), (97, 177), (97, 177))
+    models = {"a": replace(load_benchmark("magi1"), growth=made)}
+    growth.grow(tmp_path, overwrite=False, benchmarks=models)
     drawn = draw_growth(tmp_path / growth.NAME)
     assert drawn.count('class="curve"') == 3 + 1
     with pytest.raises(ValueError, match="exists and is kept"):
-        growth.grow(tmp_path, overwrite=False, models=models)
+        growth.grow(tmp_path, overwrite=False, benchmarks=models)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match="no result of python scripts"):
         draw_growth(tmp_path / "broken.json")
@@ -481,14 +477,14 @@ def test_growth_is_written_once_and_drawn(tmp_path: Path):
 
 
 def test_a_part_of_a_profile_has_the_time_of_its_functions_and_what_they_call():
-    overhead = importlib.import_module("gpu.overhead")
+    overhead = importlib.import_module("flowcache.gpu.overhead")
     profile = SimpleNamespace(
         stats={
             ("gpu/growth.py", 1, "make_video"): (1, 1, 0.5, 10.0, {}),
             ("gpu/growth.py", 2, "make"): (1, 1, 0.5, 30.0, {}),
             ("a/dit.py", 1, "run_blocks"): (4, 4, 1.0, 6.0, {}),
             ("a/layers.py", 1, "forward"): (4, 4, 5.0, 5.0, {}),
-            ("b/reuse.py", 1, "plan"): (2, 2, 0.2, 0.5, {}),
+            ("b/policies.py", 1, "plan"): (2, 2, 0.2, 0.5, {}),
         }
     )
     shares = overhead.shares(profile)
@@ -501,7 +497,7 @@ def test_a_part_of_a_profile_has_the_time_of_its_functions_and_what_they_call():
 def test_time_saved_is_compared_with_flops_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    overhead = importlib.import_module("gpu.overhead")
+    overhead = importlib.import_module("flowcache.gpu.overhead")
     flops = {"vanilla": 400, "FlowCache-slow": 200, "FlowCache-fast": 100}
     seconds = {"vanilla": 4.0, "FlowCache-slow": 2.5, "FlowCache-fast": 1.25}
 
@@ -513,13 +509,14 @@ def test_time_saved_is_compared_with_flops_saved(
             "seconds_per_chunk": seconds[line.name],
         }
 
-    monkeypatch.setattr(overhead, "open_magi1", lambda: make)
+    monkeypatch.setattr(overhead, "open_demo", lambda _: make)
+    benchmarks = {"magi1": load_benchmark("magi1")}
     monkeypatch.setattr(overhead, "WHOLE", ((Path(__file__).name, "make"),))
-    overhead.weigh(tmp_path, overwrite=False, names=["magi1"])
+    overhead.weigh(tmp_path, overwrite=False, benchmarks=benchmarks)
     found = json.loads((tmp_path / overhead.NAME).read_text())["models"]["magi1"]["64x64"]
     fast = found["rows"]["FlowCache-fast"]
     assert fast["fewer_flops"] == pytest.approx(4.0)
     assert fast["speedup"] == pytest.approx(3.2)
     assert "| FlowCache-fast | 4.00x | 3.20x | 0.80 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="exists and is kept"):
-        overhead.weigh(tmp_path, overwrite=False, names=["magi1"])
+        overhead.weigh(tmp_path, overwrite=False, benchmarks=benchmarks)

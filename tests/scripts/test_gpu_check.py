@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache.gpu.benchmark import load_benchmark, load_benchmarks
 from flowcache.predict import ResultStore
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +40,12 @@ sys.meta_path = [Hide if finder is PathFinder else finder for finder in sys.meta
 def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    return importlib.import_module("gpu.check")
+    return importlib.import_module("flowcache.gpu.check")
 
 
 @pytest.fixture
 def paths() -> ModuleType:
-    return importlib.import_module("gpu.paths")
+    return importlib.import_module("flowcache.gpu.paths")
 
 
 def document_of(out: Path) -> dict[str, Any]:
@@ -88,17 +89,17 @@ def test_a_kernel_that_can_do_no_shape_is_absent_and_one_that_can_do_some_says_w
 def test_a_demo_whose_noise_or_reuse_went_wrong_is_found(
     paths: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):
-    demo, cpu = paths.demos.DEMOS["magi1"](), torch.device("cpu")
-    references = paths.References(demo, 4)
-    half = paths.Way(demo.fast, dtype=torch.bfloat16)
-    found = paths.compare(half, cpu, references, paths.BFLOAT16["magi1"])
+    benchmark, cpu = load_benchmark("magi1"), torch.device("cpu")
+    references = paths.References(benchmark, 4)
+    half = paths.Way(benchmark.demo.fast, dtype=torch.bfloat16)
+    found = paths.compare(half, cpu, references)
     assert found.is_right
     assert found.error > 1e-4  # another precision was really used
     predict = ResultStore.predict
     monkeypatch.setattr(
         ResultStore, "predict", lambda self, unit, **given: 0 * predict(self, unit, **given)
     )
-    assert not paths.compare(half, cpu, references, paths.BFLOAT16["magi1"]).is_right
+    assert not paths.compare(half, cpu, references).is_right
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -252,16 +253,15 @@ def test_the_rehearsal_runs_with_nothing_but_what_a_lent_machine_has(tmp_path: P
     assert {"SkyReels-V2: decoded, float32"} < absent
     assert set(states.values()) == {"right", "absent"}
     assert len(states) - len(absent) >= 15
-    check = importlib.import_module("gpu.check")
-    for model, methods in check.ROWS.items():
-        assert list(document["speed"]["models"][model]) == list(methods)
+    for model, benchmark in load_benchmarks().items():
+        assert list(document["speed"]["models"][model]) == list(benchmark.checked)
         assert document["before"][model]["kinds"] is not None
     assert document["speed"]["models"]["skyreels_v2"]["vanilla"]["vae_seconds"] is None
     assert document["speed"]["models"]["magi1"]["vanilla"]["vae_seconds"] > 0
     assert "skyreels_v2: the VAE is left out: diffusers is not installed" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["skyreels_v2", "magi1", "gpu.check", "bench_gpu"])
+@pytest.mark.parametrize("command", ["skyreels_v2", "magi1", "flowcache.gpu.check", "bench_gpu"])
 def test_help_loads_neither_transformers_nor_diffusers(command: str):
     script = (
         "import runpy, sys\n"

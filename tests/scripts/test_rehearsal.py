@@ -18,12 +18,14 @@ from flowcache.runtime.parallel import Group, Layout, Ranks
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import rehearse_gpu
-from gpu.fake_cuda import CUDA, Ledger, pretended_cuda
-from gpu.rehearsal import FRAMES, SUBJECTS, Case, ModelName, Rehearsed, rehearse
+
+from flowcache.gpu.benchmark import load_benchmark
+from flowcache.gpu.fake_cuda import CUDA, Ledger, pretended_cuda
+from flowcache.gpu.rehearsal import FRAMES, Case, Rehearsed, rehearse
 
 TOLERANCE = 0.15
 """Of the memory plan."""
-SHORT: dict[ModelName, tuple[str, ...]] = {
+SHORT: dict[str, tuple[str, ...]] = {
     "skyreels_v2": ("num_frames=57", "base_num_frames=57", "num_steps=5", "ar_step=1"),
     "magi1": ("runtime_config.num_frames=96", "runtime_config.num_steps=4"),
 }
@@ -43,9 +45,9 @@ OTHER_UPCASTS = {"skyreels_v2": {"forward", "modulate"}, "magi1": {"forward"}}
 
 
 def case(
-    model: ModelName, method: str, *settings: str, num_layers: int = 2, layout: Layout | None = None
+    model: str, method: str, *settings: str, num_layers: int = 2, layout: Layout | None = None
 ) -> Case:
-    found = next(each for each in SUBJECTS[model].methods if each.name == method)
+    found = next(each for each in load_benchmark(model).methods if each.name == method)
     made = Case(model, found, num_layers=num_layers, vae_layers=1, settings=SHORT[model] + settings)
     return made if layout is None else replace(made, ranks=Ranks(layout=layout))
 
@@ -97,7 +99,7 @@ def num_deciding(made: Case) -> int:
     """Return how many policies compare signals, of those that this process asks."""
     if made.method.speed is None:
         return 0
-    return len(made.plan.branches) // made.ranks.layout.branch
+    return len(made.plan.work.branches) // made.ranks.layout.branch
 
 
 @every

@@ -18,6 +18,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from flowcache.gpu.benchmark import Benchmark, Models, Plan, Speed, compilation_of
+from flowcache.gpu.traces import CACHING, make_trace, policies_of
 from flowcache.policies import Policies, ReusePolicy, Vanilla
 from flowcache.predict import ResultStore
 from flowcache.runtime.checks import Decoded
@@ -27,8 +29,6 @@ from flowcache.runtime.record import Record
 from flowcache.runtime.stats import PassId, RunStats, TickId, Trace, elapsed_seconds, now
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
-from gpu.subject import Models, Plan, Speed, Subject
-from gpu.traces import CACHING, make_trace, policies_of
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 512}
 WARM_UP_TICKS = 2
@@ -84,7 +84,7 @@ class Job:
     speed: Speed | None
     trace: Record | None = None
 
-    def policies(self, subject: Subject[Models], stats: RunStats) -> Policies:
+    def policies(self, benchmark: Benchmark, stats: RunStats) -> Policies:
         """Return what makes the policies.
 
         Raises:
@@ -92,8 +92,8 @@ class Job:
         """
         if self.speed is None:
             return all_computed
-        ticks, branches = self.plan.ticks, self.plan.branches
-        pattern = subject.pattern(self.plan, self.speed)
+        ticks, branches = self.plan.ticks, self.plan.work.branches
+        pattern = benchmark.pattern(self.plan, self.speed)
         trace = self.trace or make_trace(pattern, ticks=ticks, branches=branches)
         return policies_of(trace, pattern=pattern, ticks=ticks, branches=branches, stats=stats)
 
@@ -131,7 +131,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def shares_of_kinds(
-    subject: Subject[Models], models: Models, plan: Plan, device: torch.device
+    benchmark: Benchmark, models: Models, plan: Plan, device: torch.device
 ) -> dict[str, float] | None:
     """Return how the time of a tick with a full window is divided among kinds of operations.
 
@@ -140,7 +140,7 @@ def shares_of_kinds(
     """
     is_cuda = device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-    shown = subject.play(models, plan, RunStats(device), all_computed)
+    shown = benchmark.play(models, plan, RunStats(device), all_computed)
     for _ in range(looked_at(plan.ticks[0])):
         next(shown)
     wait(device)
@@ -159,15 +159,15 @@ def shares_of_kinds(
 
 
 def looked_at(ticks: Sequence[Tick]) -> int:
-    """Return which tick is profiled: one with a full window and no chunk decoded beside it.
+    """Return which tick is profiled: one with a full window and no chunk decoded concurrently.
 
     The second of those before a chunk becomes clean, or the only one.
     """
     most = max(len(tick.steps) for tick in ticks)
     first_clean = next((i for i, tick in enumerate(ticks) if tick.finishing), len(ticks))
     full = [i for i, tick in enumerate(ticks) if len(tick.steps) == most]
-    quiet = [i for i in full if i < first_clean] or full
-    return quiet[min(1, len(quiet) - 1)]
+    alone = [i for i in full if i < first_clean] or full
+    return alone[min(1, len(alone) - 1)]
 
 
 def kind_of(kernel: str) -> str:
@@ -175,17 +175,18 @@ def kind_of(kernel: str) -> str:
     return next((name for name, pattern in KINDS if pattern.search(kernel)), "other")
 
 
-def store_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
+def store_seconds(benchmark: Benchmark, plan: Plan, device: torch.device) -> tuple[float, float]:
     """Return the time of storing a result of one chunk and branch, and of using it again."""
-    store, sigma = ResultStore(), torch.ones(plan.stored_shape[0], device=device)
-    before, after = torch.randn((2, *plan.stored_shape), device=device).to(plan.stored_dtype)
+    shape, dtype = benchmark.parts.stored(plan.config, plan.work, plan.source)
+    store, sigma = ResultStore(), torch.ones(shape[0], device=device)
+    before, after = torch.randn((2, *shape), device=device).to(dtype)
     put = seconds_of(lambda: store.put(0, after - before, sigma=sigma), device)
     return put, seconds_of(lambda: before + store.predict(0, sigma=sigma), device)
 
 
 @torch.no_grad()
 def measure(
-    subject: Subject[Models],
+    benchmark: Benchmark,
     models: Models,
     job: Job,
     device: torch.device,
@@ -201,13 +202,13 @@ def measure(
         torch.OutOfMemoryError: it does not fit.
         UserError: the trace does not fit the run.
     """
-    rate, (kernel, cross_kernel) = matrix_rate(device), subject.choose(models, job.plan)
+    rate, (kernel, cross_kernel) = matrix_rate(device), benchmark.choose(models, job.plan, device)
     start = time.perf_counter()
     kinds = None
     if is_profiled:
-        kinds = shares_of_kinds(subject, models, job.glance, device)
+        kinds = shares_of_kinds(benchmark, models, job.glance, device)
     else:
-        shown = subject.play(models, job.glance, RunStats(device), all_computed)
+        shown = benchmark.play(models, job.glance, RunStats(device), all_computed)
         for _ in range(WARM_UP_TICKS):
             next(shown)
     warm_up = time.perf_counter() - start
@@ -216,21 +217,21 @@ def measure(
         torch.cuda.empty_cache()
     wait(device)
     stats = TimedStats(device)
-    policies = job.policies(subject, stats)
+    policies = job.policies(benchmark, stats)
     is_concurrent = should_overlap(
         job.plan.config.overlap, device, takes_turns=job.plan.config.offload
     )
     start = time.perf_counter()
-    shown = subject.play(models, job.plan, stats, policies)
+    shown = benchmark.play(models, job.plan, stats, policies)
     num_frames = take_frames(shown, device=device, is_concurrent=is_concurrent)
     wait(device)
     total = time.perf_counter() - start
-    compilation = subject.compilation(models)
+    compilation = compilation_of(models)
     return {
-        **_figures(subject, job, stats, total=total),
+        **_figures(benchmark, job, stats, total=total),
         "matrix_rate": rate,
         "rate_share": stats.computed_flops / stats.stage_times()["dit"].seconds / rate,
-        "caching_share": _caching_share(job, stats, device),
+        "caching_share": _caching_share(benchmark, job, stats, device),
         "kinds": kinds,
         "num_frames": num_frames,
         "attention_kernel": kernel.name,
@@ -262,26 +263,26 @@ def take_frames(shown: Iterable[Progress], *, device: torch.device, is_concurren
         return sum(count.result() for count in taken)
 
 
-def _figures(
-    subject: Subject[Models], job: Job, stats: TimedStats, *, total: float
-) -> dict[str, Any]:
+def _figures(benchmark: Benchmark, job: Job, stats: TimedStats, *, total: float) -> dict[str, Any]:
     """Return seconds, FLOPs and bytes; a shortened run is scaled up to all steps."""
     times = stats.stage_times()
     dit, ticks = times["dit"].seconds, list(stats.times.tick_seconds().values())
     forwards = list(stats.times.pass_seconds().values())
     compression = times[COMPRESSION].seconds if COMPRESSION in times else 0.0
-    scale = _scale(subject, job)
+    scale = _scale(benchmark, job)
     whole, flops = dit, float(stats.computed_flops)
     if job.thin > 1:
         # compression is work per chunk, not per step
         rest = dit - compression
         inside = rest if job.speed is None else min(sum(forwards), rest)
-        whole = inside * scale + (rest - inside) * job.whole.num_ticks / len(ticks) + compression
+        whole = (
+            inside * scale + (rest - inside) * job.whole.work.num_ticks / len(ticks) + compression
+        )
         flops *= scale
     return {
         "factor": job.thin,
         "measured_ticks": len(ticks),
-        "num_ticks": job.whole.num_ticks,
+        "num_ticks": job.whole.work.num_ticks,
         "num_forwards": len(forwards),
         "seconds_per_tick": statistics.fmean(ticks),
         "seconds_per_tick_median": statistics.median(ticks),
@@ -289,7 +290,7 @@ def _figures(
         "flops": flops,
         "rate": stats.computed_flops / dit,
         "dit_seconds": whole,
-        "vae_seconds": times["vae"].seconds if "vae" in times and subject.has_vae else None,
+        "vae_seconds": times["vae"].seconds if "vae" in times and benchmark.has_vae else None,
         "total_seconds": total - dit + whole,
         # decoded apart, a shortened run says nothing of how much of the decoding a whole one hides
         "exposed_share": (total - dit) / (total - dit + whole) if job.thin == 1 else None,
@@ -300,18 +301,20 @@ def _figures(
     }
 
 
-def _scale(subject: Subject[Models], job: Job) -> float:
+def _scale(benchmark: Benchmark, job: Job) -> float:
     """Return how many times more the passes of all steps cost than the measured ones."""
-    scale = job.whole.flops / job.plan.flops
+    scale = job.whole.work.flops / job.plan.work.flops
     if job.speed is None:
         return scale
     whole, short = (
-        subject.pattern(plan, job.speed).share(plan.costs) for plan in (job.whole, job.plan)
+        benchmark.pattern(plan, job.speed).share(plan.costs) for plan in (job.whole, job.plan)
     )
     return scale * whole / short
 
 
-def _caching_share(job: Job, stats: RunStats, device: torch.device) -> float | None:
+def _caching_share(
+    benchmark: Benchmark, job: Job, stats: RunStats, device: torch.device
+) -> float | None:
     """Return the share of the DiT's time that decisions and stored results take.
 
     Decisions are timed in the run, waiting for the device included; storing a result and using it
@@ -320,6 +323,6 @@ def _caching_share(job: Job, stats: RunStats, device: torch.device) -> float | N
     if job.speed is None:
         return None
     times = stats.stage_times()
-    put, use = store_seconds(job.plan, device)
+    put, use = store_seconds(benchmark, job.plan, device)
     seconds = times[CACHING].seconds + stats.num_computed * put + stats.num_reused * use
     return seconds / times["dit"].seconds

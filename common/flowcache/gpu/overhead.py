@@ -7,24 +7,23 @@ So the comparison is made at the demo's own size and at a larger picture, where 
 import cProfile
 import pstats
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowcache.errors import UserError
-from flowcache.runtime.files import check_writable, write_json
+from flowcache.gpu.benchmark import Benchmark, Line, Picture
+from flowcache.gpu.growth import Make, open_demo, result_path
+from flowcache.runtime.files import write_json
 from flowcache.runtime.stats import environment
 from flowcache.runtime.text_files import escaped
-from gpu.growth import Line, Make, open_magi1, open_skyreels, shortened
 
 NAME = "overhead.json"
 PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "transformer blocks": (("dit.py", "run_blocks"),),
     "embedding and head": (("dit.py", "embed"), ("dit.py", "velocity")),
-    "decisions": (("reuse.py", "plan"),),
-    "stored results": (("reuse.py", "put"), ("reuse.py", "predict")),
+    "decisions": (("policies.py", "plan"),),
+    "stored results": (("predict.py", "put"), ("predict.py", "predict")),
     "solver": (("unipc.py", "advance_"), ("unipc.py", "skip")),
 }
 """Functions of which each part's time is, inner calls included; none calls another."""
@@ -32,94 +31,14 @@ TIME = "seconds_per_chunk"
 WHOLE = (("growth.py", "make_video"),)
 
 
-@dataclass(frozen=True)
-class Size:
-    """A picture size at which all methods are run, and the settings for it."""
-
-    name: str
-    num_frames: int
-    settings: tuple[str, ...]
-    rounds: int
-    """How often all methods are run, in turn; the least time of each counts."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's part; all lines are compared with the first."""
-
-    lines: tuple[Line, ...]
-    sizes: tuple[Size, ...]
-
-
-def _one_window(num_frames: int) -> tuple[str, ...]:
-    return (
-        *("prompt=-", f"num_frames={num_frames}", f"base_num_frames={num_frames}"),
-        "overlap_history=null",
-    )
-
-
-def _clip(num_frames: int) -> tuple[str, ...]:
-    return ("prompt=-", f"runtime_config.num_frames={num_frames}")
-
-
-MODELS: Mapping[str, Model] = {
-    "skyreels_v2": Model(
-        (
-            Line("vanilla", "vanilla", _one_window),
-            Line("vanilla causal", "vanilla_causal", _one_window),
-            Line("FlowCache-slow", "flowcache_slow", _one_window),
-            Line("FlowCache-fast", "flowcache_fast", _one_window),
-            Line("FlowCache-slow + KV compression", "flowcache_kvcompress", _one_window),
-        ),
-        (
-            Size("64x64", 77, (), rounds=5),
-            Size("128x128", 77, ("height=128", "width=128"), rounds=3),
-            Size("256x256", 77, ("height=256", "width=256"), rounds=1),
-        ),
-    ),
-    "magi1": Model(
-        (
-            Line("vanilla", "vanilla", _clip),
-            Line("FlowCache-slow", "flowcache_slow_nocompress", _clip),
-            Line("FlowCache-fast", "flowcache_fast_nocompress", _clip),
-        ),
-        (
-            Size("64x64", 144, (), rounds=3),
-            Size(
-                "128x128",
-                144,
-                ("runtime_config.video_size_h=128", "runtime_config.video_size_w=128"),
-                rounds=1,
-            ),
-            Size(
-                "256x256",
-                72,
-                ("runtime_config.video_size_h=256", "runtime_config.video_size_w=256"),
-                rounds=1,
-            ),
-        ),
-    ),
-}
-
-
-def weigh(out: Path, *, overwrite: bool, names: Sequence[str]) -> None:
-    """Measure the demos, write `overhead.json`, print the table.
-
-    Args:
-        names: of the models.
-
-    Raises:
-        UserError: the file is there already, or can't be written.
-    """
-    path = out / NAME
-    check_writable(out)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists and is kept: give another --out, or --overwrite")
-    openers = {"skyreels_v2": open_skyreels, "magi1": open_magi1}
+def weigh(out: Path, *, overwrite: bool, benchmarks: Mapping[str, Benchmark]) -> None:
+    """Measure the demos, write `overhead.json`, print the table."""
+    path = result_path(out, NAME, overwrite=overwrite)
     found: dict[str, Any] = {}
-    for name in names:
-        make = openers[name]()
-        found[name] = {size.name: _compare(MODELS[name], size, make) for size in MODELS[name].sizes}
+    for name, benchmark in benchmarks.items():
+        make = open_demo(benchmark)
+        lines, pictures = benchmark.overhead
+        found[name] = {picture.name: _compare(lines, picture, make) for picture in pictures}
     document = {
         "note": "least seconds of processor time of the demos' transformer, without VAE and text",
         "command": "python scripts/bench_gpu.py --overhead",
@@ -131,11 +50,11 @@ def weigh(out: Path, *, overwrite: bool, names: Sequence[str]) -> None:
     print(f"wrote {path}")
 
 
-def _compare(model: Model, size: Size, make: Make) -> dict[str, Any]:
-    lines = [shortened(line, size.settings) for line in model.lines]
-    num_frames = size.num_frames
+def _compare(given: Sequence[Line], picture: Picture, make: Make) -> dict[str, Any]:
+    lines = [line.plus(picture.settings) for line in given]
+    num_frames = picture.num_frames
     make(lines[-1], num_frames)
-    rounds = [{line.name: make(line, num_frames) for line in lines} for _ in range(size.rounds)]
+    rounds = [{line.name: make(line, num_frames) for line in lines} for _ in range(picture.rounds)]
     rows = {
         line.name: min((rows[line.name] for rows in rounds), key=lambda row: row[TIME])
         for line in lines

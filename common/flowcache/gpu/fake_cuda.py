@@ -43,7 +43,8 @@ FLASH_WIDTH = 256
 """Widest attention head of the flash kernel, which also wants 16-bit numbers."""
 CUDA_SLOT, META_SLOT, NUM_SLOTS = 1, 14, 22
 """Numbers of device types in PyTorch, and how many there are. Source: c10/core/DeviceType.h."""
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+HERE = str(Path(__file__).resolve().parent)
 OWN_FOLDERS = tuple(
     str(ROOT / name) for name in ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
 )
@@ -146,7 +147,7 @@ class Ledger:
         frame, place = sys._getframe(1), "elsewhere"
         while frame is not None:
             name = frame.f_code.co_filename
-            if name.startswith(OWN_FOLDERS):
+            if name.startswith(OWN_FOLDERS) and not name.startswith(HERE):
                 place = f"{Path(name).parent.name}/{Path(name).name}:{frame.f_code.co_name}"
                 break
             frame = frame.f_back

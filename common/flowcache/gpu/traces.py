@@ -67,18 +67,6 @@ class Curve:
         ]
 
 
-MAGI1_CURVE = Curve(
-    64,
-    (
-        *((1, 0.002), (8, 0.005), (16, 0.0094), (24, 0.016)),
-        *((32, 0.025), (44, 0.055), (52, 0.10), (60, 0.22)),
-    ),
-)
-"""Source: FlowCache (arXiv 2602.10825), figure 2, read off to 10 %."""
-SKYREELS_CURVE = Curve(50, ((1, 0.003), (49, 0.17)))
-"""Source: the range that FlowCache gives for SkyReels-V2; its shape in between is assumed."""
-
-
 @dataclass(frozen=True)
 class Pattern:
     """Which own steps of a chunk are computed.
