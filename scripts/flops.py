@@ -17,16 +17,25 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.model import Request
-from flowcache.runtime.ops import attention_flops, linear_flops
+from flowcache.runtime.ops import attention_flops
 from flowcache.runtime.run import plan_by_sizes
 from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered
 from flowcache.wan.dit import blocks_flops
 from magi1.config import ModelConfig, read_config
-from magi1.dit import published_block_flops, published_clip_flops
+from magi1.dit import published_block_flops
+from magi1.gpu import CHUNK_TOKENS as MAGI1_CHUNK_TOKENS
+from magi1.gpu import WINDOWS as MAGI1_WINDOWS
+from magi1.gpu import clip_flops as magi1_clip
 from magi1.released import CONFIGS
-from magi1.schedule import Clip, Clock
-from skyreels_v2.checkpoint import released_sizes
+from skyreels_v2.gpu import CHUNK_TOKENS as SKYREELS_CHUNK_TOKENS
+from skyreels_v2.gpu import LAG as SKYREELS_LAG
+from skyreels_v2.gpu import NUM_BRANCHES as SKYREELS_BRANCHES
+from skyreels_v2.gpu import NUM_STEPS as SKYREELS_STEPS
+from skyreels_v2.gpu import RELEASED as SKYREELS_1_3B
+from skyreels_v2.gpu import SEGMENTS as SKYREELS_SEGMENTS
+from skyreels_v2.gpu import active_only_flops as skyreels_active_only
+from skyreels_v2.gpu import causal_flops as skyreels_causal
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import RELEASED
 
@@ -39,36 +48,11 @@ Models of SkyReels-V2: {", ".join(RELEASED)}. A run of MAGI-1 is
 planned without files by the --dry-run of its own command.
 """
 
-MAGI1_CHUNK_TOKENS = 6 * 45 * 45
-"""Of 6 latent frames of 720 x 720 pixels."""
-MAGI1_WINDOWS = (5, 4, 3, 2)
-"""The released KV window: chunks seen in each quarter of a chunk's steps."""
-SKYREELS_1_3B = released_sizes("df-1.3b-540p")
-SKYREELS_FRAME_TOKENS = 34 * 60
-"""Of a latent frame of 544 x 960 pixels."""
-SKYREELS_CHUNK_TOKENS = 5 * SKYREELS_FRAME_TOKENS
-SKYREELS_SEGMENTS = (range(5), range(1, 5))
-"""Chunks that are denoised in each window of 177 frames; the second one's first chunk is given."""
-SKYREELS_STEPS, SKYREELS_LAG, SKYREELS_BRANCHES = 50, 5, 2
-
 
 @cache
 def magi1_sizes() -> ModelConfig:
     """Return the sizes of the released distilled 4.5B model."""
     return read_config(CONFIGS / "4.5B_distill.json").model_config
-
-
-def magi1_clip(
-    *, num_frames: int = 240, reaches: Sequence[int] = (), nearly_clean_pass: bool
-) -> int:
-    """Count one clip of the distilled 4.5B model, 720 x 720, 64 steps, window of 4 chunks."""
-    return published_clip_flops(
-        magi1_sizes(),
-        clip=Clip(num_frames),
-        clock=Clock(num_steps=64, window=4, reaches=tuple(reaches)),
-        chunk_tokens=MAGI1_CHUNK_TOKENS,
-        nearly_clean_pass=nearly_clean_pass,
-    )
 
 
 def skyreels_ticks() -> int:
@@ -79,19 +63,6 @@ def skyreels_ticks() -> int:
     )
 
 
-def skyreels_causal(num_chunks: int) -> int:
-    """Count one forward of so many chunks, each seeing itself and those before it.
-
-    As published, every chunk projects the prompt's keys and values anew; norms are not counted.
-
-    Source: the published spreadsheet, sheet SkyreelsV2-Chunkwise.
-    """
-    sizes, chunk = SKYREELS_1_3B, SKYREELS_CHUNK_TOKENS
-    text = sizes.num_layers * linear_flops(sizes.text_len, d_in=sizes.dim, d_out=2 * sizes.dim)
-    seen = range(chunk, (num_chunks + 1) * chunk, chunk)
-    return sum(blocks_flops(sizes, queries=chunk, keys=keys) + text for keys in seen)
-
-
 def skyreels_full() -> int:
     """Count one forward of a window of 5 chunks with full attention.
 
@@ -100,16 +71,6 @@ def skyreels_full() -> int:
     chunk, window = SKYREELS_CHUNK_TOKENS, 5 * SKYREELS_CHUNK_TOKENS
     text = skyreels_causal(1) - blocks_flops(SKYREELS_1_3B, queries=chunk, keys=chunk)
     return blocks_flops(SKYREELS_1_3B, queries=window, keys=window) + 5 * text
-
-
-def skyreels_active_only() -> int:
-    """Count a run that forwards active chunks only, and the given one once per branch."""
-    steps = sum(
-        skyreels_causal(chunk + 1) - skyreels_causal(chunk)
-        for chunks in SKYREELS_SEGMENTS
-        for chunk in chunks
-    )
-    return SKYREELS_BRANCHES * (SKYREELS_STEPS * steps + skyreels_causal(1))
 
 
 def magi1_rows() -> list[tuple[str, str, str]]:

@@ -6,36 +6,30 @@ error is `|found - wanted| / |wanted|`, by Euclidean norms (dimensionless).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels, choose_kernels
+from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels
 from flowcache.errors import UserError
+from flowcache.gpu.benchmark import Benchmark, NoVAE, choose, load_benchmarks
 from flowcache.runtime.compile import should_compile
-from flowcache.runtime.model import Progress
+from flowcache.runtime.model import Job, Progress, Request
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.run import job_of, read_settings
 from flowcache.runtime.stats import RunStats
-from gpu import demos
-from gpu.demos import Demo
 
 CPU = torch.device("cpu")
 FLOAT32 = 2e-4
 """Tolerance of a run in float32: sums in another order err by 1e-6 per operation, some hundred of
 which follow each other; products in TF32 alone would err by 5e-4 each."""
-BFLOAT16 = {"skyreels_v2": 0.06, "magi1": 0.03}
-"""Twice the error that bfloat16 makes on a CPU in the same runs."""
 KERNEL = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-16}
 """Of an attention kernel: 2 units of rounding in 16 bits; 128 in float32, over 1440 keys."""
-FP8_PRODUCT = 2**-7
-"""Of an 8-bit product: both sides round to bfloat16 once; 8-bit inputs are the same."""
-QUANTIZED = {"int8_weight": 0.05, "int8_dynamic": 0.05, "fp8_weight": 0.1, "fp8_dynamic": 0.1}
-"""Of a velocity against unquantised float32: about three times what docs/speed.md measured."""
+CERTAIN = ("reuse.warmup_steps=1", "reuse.threshold=100")
+"""Every step between the forced ones is reused, whichever way signals are rounded."""
 NUM_STEPS = {"cuda": 8, "cpu": 4}
 """Of a demo's chunk. On a CPU the same code is tried, no device."""
 SHAPES: Mapping[str, AttentionShape] = {
@@ -81,14 +75,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def all_checks(device: torch.device) -> list[Check]:
     """Return all paths, the quick ones first."""
+    benchmarks = load_benchmarks()
     checks = attention_checks(device)
-    checks.append(Check("8-bit product (MAGI-1)", partial(fp8_product, device)))
-    checks += [
-        Check(f"{mode} linears (SkyReels-V2)", partial(quantized, mode, device))
-        for mode in QUANTIZED
-    ]
-    for model in demos.DEMOS:
-        checks += demo_checks(model, device)
+    for name in sorted(benchmarks):
+        checks += benchmarks[name].checks(device)
+    for benchmark in benchmarks.values():
+        checks += demo_checks(benchmark, device)
     return checks
 
 
@@ -130,79 +122,7 @@ def attention(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Outco
     return Outcome(max(errors.values()), KERNEL[dtype], note)
 
 
-# 8 bits -------------------------------------------------------------------------------------------
-
-
-def fp8_product(device: torch.device) -> Outcome:
-    """Compare MAGI-1's product of 8-bit matrices with the one that is emulated in float32."""
-    from magi1.fp8 import FP8, emulated_product, has_fp8_gemm, product
-
-    torch.manual_seed(0)
-    x, weight = torch.randn(96, 256).to(FP8), torch.randn(128, 256).to(FP8)
-    scales = {"x_scale": torch.tensor(0.02), "w_scale": torch.tensor(0.5)}
-    wanted = emulated_product(x, weight, **scales)
-    found = product(
-        x.to(device), weight.to(device), **{name: s.to(device) for name, s in scales.items()}
-    )
-    return Outcome(
-        relative_error(found, wanted),
-        FP8_PRODUCT,
-        "" if has_fp8_gemm(device) else "emulated: this device has no 8-bit products",
-    )
-
-
-def quantized(mode: Any, device: torch.device) -> Outcome:
-    """Compare the velocity of a small SkyReels-V2 with 8-bit linears with that in float32.
-
-    Raises:
-        AbsentError: torchao is missing, or the device has no such products.
-    """
-    from flowcache.wan import quantize
-    from flowcache.wan.dit import DiT
-    from gpu.skyreels_v2 import DIT
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        quantize.check(mode, DIT["tiny"], device=device, dtype=dtype)
-    except UserError as error:
-        raise AbsentError(str(error)) from None
-    set_float32_precision(dtype)
-    torch.manual_seed(0)
-    dit = DiT(DIT["tiny"]).eval().requires_grad_(False)
-    inputs = (torch.randn(1, 16, 5, 8, 8), torch.full((1, 5), 500.0), torch.randn(1, 16, 24))
-    with torch.no_grad():
-        wanted = dit(*inputs)
-        dit = dit.to(dtype)
-        quantize.quantize(dit, mode, device=device)
-        found = dit(*(x.to(device) for x in inputs))
-    return Outcome(relative_error(found, wanted), QUANTIZED[mode])
-
-
 # The demos ----------------------------------------------------------------------------------------
-
-
-class Latents:
-    """Stands in for a VAE and gives latents back as they are, in place of pixels."""
-
-    def __init__(self) -> None:
-        """Have a network without weights, which may be moved."""
-        self.model = nn.Identity()
-
-    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
-        """Refuse: nothing is given."""
-        raise AssertionError(f"nothing is given, but {tuple(pixels_B3THW.shape)} is encoded")
-
-    def decode(self, latents_BCFhw: Tensor, ranks: Ranks | None = None, /) -> Tensor:
-        """Return a copy."""
-        return latents_BCFhw.clone()
-
-    def stream(self, ranks: Ranks, /) -> "Latents":
-        """Begin a segment."""
-        return self
-
-    def to(self, device: torch.device | str, /) -> "Latents":
-        """Stay."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -228,29 +148,28 @@ class Way:
 class References:
     """Runs on the CPU in float32, each made once."""
 
-    demo: Demo
+    benchmark: Benchmark
     num_steps: int
-    made: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    made: dict[tuple[str, bool], Tensor] = field(default_factory=dict[tuple[str, bool], Tensor])
 
     def get(self, way: Way) -> Tensor:
         """Return the run that a way is compared with."""
         key = (way.preset, way.is_decoded)
         if key not in self.made:
             plain = Way(way.preset, is_decoded=way.is_decoded)
-            self.made[key] = make(self.demo, plain, CPU, num_steps=self.num_steps)
+            self.made[key] = make(self.benchmark, plain, CPU, num_steps=self.num_steps)
         return self.made[key]
 
 
-def demo_checks(model: str, device: torch.device) -> list[Check]:
+def demo_checks(benchmark: Benchmark, device: torch.device) -> list[Check]:
     """Return the checks that run a demo."""
-    demo = demos.DEMOS[model]()
-    references = References(demo, NUM_STEPS[device.type])
+    demo, references = benchmark.demo, References(benchmark, NUM_STEPS[device.type])
     half, is_cuda = torch.bfloat16, device.type == "cuda"
     compiled = Way(demo.fast, dtype=half if is_cuda else torch.float32, is_compiled=True)
     ways = {
         "demo, float32": Way(demo.fast),
         "demo, bfloat16": Way(demo.fast, dtype=half),
-        "demo, every step": Way(demo.vanilla),
+        "demo, every step": Way("vanilla"),
         "KV compression": Way(demo.compressed),
         "keys on the host, prefetched": Way(demo.fast, demo.keys_on_host),
         "transformer and VAE take turns": Way(demo.fast, ("offload=true",)),
@@ -259,65 +178,75 @@ def demo_checks(model: str, device: torch.device) -> list[Check]:
         f"compiled blocks, {'bfloat16' if is_cuda else 'float32'}": compiled,
     }
     return [
-        Check(f"{demo.title}: {name}", partial(compare, way, device, references, BFLOAT16[model]))
+        Check(f"{demo.title}: {name}", partial(compare, way, device, references))
         for name, way in ways.items()
     ]
 
 
-def compare(
-    way: Way, device: torch.device, references: References, half_tolerance: float
-) -> Outcome:
-    """Run a demo and compare it.
-
-    Args:
-        half_tolerance: of a run in 16 bits.
-
-    Raises:
-        AbsentError: a package is missing, or blocks can't be compiled.
-    """
-    wanted = references.get(way)
-    found = make(references.demo, way, device, num_steps=references.num_steps)
-    tolerance = FLOAT32 if way.dtype == torch.float32 else half_tolerance
+def compare(way: Way, device: torch.device, references: References) -> Outcome:
+    """Run a demo and compare it."""
+    wanted, benchmark = references.get(way), references.benchmark
+    found = make(benchmark, way, device, num_steps=references.num_steps)
+    tolerance = FLOAT32 if way.dtype == torch.float32 else benchmark.demo.half_tolerance
     return Outcome(relative_error(found, wanted), tolerance)
 
 
-@torch.no_grad()
-def make(demo: Demo, way: Way, device: torch.device, *, num_steps: int) -> Tensor:
-    """Run a demo on a device; return its latents or pixels.
+def open_demo(benchmark: Benchmark, way: Way, device: torch.device, *, num_steps: int) -> Job:
+    """Find the demo without what only prompts and files of other parts need."""
+    model, demo = benchmark.model, benchmark.demo
+    dtype = f"dtype={str(way.dtype).removeprefix('torch.')}"
+    steps = f"{model.keys['num_steps']}={num_steps}"
+    overrides = ("prompt=-", *demo.short, *CERTAIN, dtype, steps, *way.settings)
+    request, found = Request(way.preset, "demo", overrides), model.find("demo")
+    config, source = model.fetch(read_settings(model, request, found), found)
+    job = job_of(
+        model,
+        request,
+        config,
+        # without files a prompt of the assumed length is planned, and no tokenizer needed
+        replace(source, files=None),
+        model.media(config, source),
+        device=device,
+        dtype=way.dtype,
+        ranks=Ranks(),
+    )
+    return replace(job, source=source)
 
-    Raises:
-        AbsentError: a package is missing, or blocks can't be compiled.
-    """
-    if way.is_decoded and not demo.has_vae:
-        raise AbsentError(f"the VAE needs {demo.vae_package}, which is not installed")
-    config = demo.read(way.preset, (f"{demo.steps_key}={num_steps}", *way.settings), way.dtype)
+
+@torch.no_grad()
+def make(benchmark: Benchmark, way: Way, device: torch.device, *, num_steps: int) -> Tensor:
+    """Run a demo on a device; return its latents or pixels."""
+    model = benchmark.model
+    if way.is_decoded and not benchmark.has_vae:
+        raise AbsentError(f"the VAE needs {benchmark.vae_package}, which is not installed")
+    job = open_demo(benchmark, way, device, num_steps=num_steps)
     set_float32_precision(way.dtype)
-    dit = demo.load(config, way.dtype, device)
+    dit = model.load_dit(job)
     if device.type == "cuda":
-        kernels = choose_kernels(
-            device, dtype=way.dtype, shape=demo.attention(dit), num_text=demo.num_text(dit)
-        )
-        dit.kernel, dit.cross_kernel = kernels
+        choose(dit, job)
     if way.is_compiled:
-        _compile(dit, demo, device)
-    codec = demo.load_vae(config, device) if way.is_decoded else Latents()
-    shown = demo.play(dit, codec, config, RunStats(device), same_noise(device))
+        try:
+            should_compile(True, device)
+        except UserError as error:
+            raise AbsentError(str(error)) from None
+        model.compile(job, dit)
+    shown = model.generate(
+        dit,
+        model.load_vae(job) if way.is_decoded else NoVAE(),
+        job.config,
+        benchmark.make_inputs(job, torch.Generator().manual_seed(1)),
+        stats=RunStats(device),
+        work=job.work,
+        draw=same_noise(device),
+    )
     result = torch.cat([frames.cpu() for frames in _frames(shown)], dim=1)
     if way.is_compiled and dit.parts.compilation.failure is not None:
         raise RuntimeError(f"not compiled: {dit.parts.compilation.failure}")
     return result
 
 
-def _compile(dit: Any, demo: Demo, device: torch.device) -> None:
-    try:
-        should_compile(True, device)
-    except UserError as error:
-        raise AbsentError(str(error)) from None
-    dit.parts = demo.compiled_parts()
-
-
 def _frames(shown: Iterator[Progress]) -> Iterator[Tensor]:
-    """Yield what a run shows; only at its end, so that decoding may go on beside the ticks."""
+    """Yield what a run shows; only at its end, so that decoding may go on concurrently."""
     laters = [progress.later for progress in shown if progress.later is not None]
     yield from (later.result().frames for later in laters)
 
@@ -331,10 +260,3 @@ def same_noise(device: torch.device) -> Callable[[Sequence[int], torch.dtype], T
         return noise.to(device=device, dtype=dtype)
 
     return draw
-
-
-def describe_error(error: BaseException) -> str:
-    """Return the first line of what went wrong."""
-    with suppress(IndexError):
-        return str(error).strip().splitlines()[0]
-    return type(error).__name__
