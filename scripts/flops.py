@@ -7,7 +7,6 @@ A multiply-add counts 2. No weights are read and nothing is rendered.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import cache
 
 from flowcache.runtime.ending import start_quietly
 
@@ -21,21 +20,11 @@ from flowcache.runtime.ops import attention_flops
 from flowcache.runtime.run import plan_by_sizes
 from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered
-from flowcache.wan.dit import blocks_flops
-from magi1.config import ModelConfig, read_config
+from magi1 import gpu as magi1
+from magi1.config import read_config
 from magi1.dit import published_block_flops
-from magi1.gpu import CHUNK_TOKENS as MAGI1_CHUNK_TOKENS
-from magi1.gpu import WINDOWS as MAGI1_WINDOWS
-from magi1.gpu import clip_flops as magi1_clip
 from magi1.released import CONFIGS
-from skyreels_v2.gpu import CHUNK_TOKENS as SKYREELS_CHUNK_TOKENS
-from skyreels_v2.gpu import LAG as SKYREELS_LAG
-from skyreels_v2.gpu import NUM_BRANCHES as SKYREELS_BRANCHES
-from skyreels_v2.gpu import NUM_STEPS as SKYREELS_STEPS
-from skyreels_v2.gpu import RELEASED as SKYREELS_1_3B
-from skyreels_v2.gpu import SEGMENTS as SKYREELS_SEGMENTS
-from skyreels_v2.gpu import active_only_flops as skyreels_active_only
-from skyreels_v2.gpu import causal_flops as skyreels_causal
+from skyreels_v2 import gpu as skyreels
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import RELEASED
 
@@ -49,41 +38,26 @@ planned without files by the --dry-run of its own command.
 """
 
 
-@cache
-def magi1_sizes() -> ModelConfig:
-    """Return the sizes of the released distilled 4.5B model."""
-    return read_config(CONFIGS / "4.5B_distill.json").model_config
-
-
 def skyreels_ticks() -> int:
     """Count the ticks of both windows: 70 and 65."""
     return sum(
-        len(staggered(chunks, num_steps=SKYREELS_STEPS, lag=SKYREELS_LAG))
-        for chunks in SKYREELS_SEGMENTS
+        len(staggered(chunks, num_steps=skyreels.NUM_STEPS, lag=skyreels.LAG))
+        for chunks in skyreels.SEGMENTS
     )
-
-
-def skyreels_full() -> int:
-    """Count one forward of a window of 5 chunks with full attention.
-
-    As published, every chunk projects the prompt's keys and values anew.
-    """
-    chunk, window = SKYREELS_CHUNK_TOKENS, 5 * SKYREELS_CHUNK_TOKENS
-    text = skyreels_causal(1) - blocks_flops(SKYREELS_1_3B, queries=chunk, keys=chunk)
-    return blocks_flops(SKYREELS_1_3B, queries=window, keys=window) + 5 * text
 
 
 def magi1_rows() -> list[tuple[str, str, str]]:
     """Return quantities, what is counted, and what was published, rounded as printed there."""
-    sizes, tokens, windows = magi1_sizes(), MAGI1_CHUNK_TOKENS, MAGI1_WINDOWS
+    sizes = read_config(CONFIGS / f"{magi1.RELEASED_NAME}.json").model_config
+    tokens, windows = magi1.CHUNK_TOKENS, magi1.WINDOWS
     alone = published_block_flops(sizes, queries=tokens, keys=0)
     seen = sizes.num_layers * attention_flops(tokens, keys=tokens, width=sizes.hidden_size)
     window = f"KV window {list(windows)}, nearly-clean pass"
-    whole, reduced = (magi1_clip(nearly_clean_pass=passes) for passes in (True, False))
+    whole, reduced = (magi1.clip_flops(nearly_clean_pass=passes) for passes in (True, False))
     windowed, before_reuse = (
-        magi1_clip(reaches=windows, nearly_clean_pass=passes) for passes in (True, False)
+        magi1.clip_flops(reaches=windows, nearly_clean_pass=passes) for passes in (True, False)
     )
-    shorter = magi1_clip(num_frames=168, reaches=windows, nearly_clean_pass=True)
+    shorter = magi1.clip_flops(num_frames=168, reaches=windows, nearly_clean_pass=True)
     return [
         ("a chunk's forward, without its attention", tera(alone), ""),
         ("its attention, per chunk that it sees", tera(seen), ""),
@@ -97,15 +71,15 @@ def magi1_rows() -> list[tuple[str, str, str]]:
 
 def skyreels_rows() -> list[tuple[str, str, str]]:
     """Return quantities, what is counted, and what was published, rounded as printed there."""
-    forward, full = skyreels_causal(5), skyreels_full()
-    num_forwards = SKYREELS_BRANCHES * skyreels_ticks()
+    forward, full = skyreels.causal_flops(5), skyreels.full_flops()
+    num_forwards = skyreels.NUM_BRANCHES * skyreels_ticks()
     vanilla = f"177 frames, {num_forwards} causal forwards (Vanilla)"
     return [
         ("a window's forward, counted causally", tera(forward), ""),
         ("a window's forward, full attention as it runs", tera(full), ""),
         (vanilla, peta(forward * num_forwards), "113 PF"),
         ("... with full attention as it runs", peta(full * num_forwards), ""),
-        ("active chunks only, causal, before any reuse", peta(skyreels_active_only()), ""),
+        ("active chunks only, causal, before any reuse", peta(skyreels.active_only_flops()), ""),
     ]
 
 

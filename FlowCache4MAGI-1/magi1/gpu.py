@@ -76,7 +76,7 @@ def stored(job: Job) -> tuple[tuple[int, ...], torch.dtype]:
     return (width, channels, *latent_size(job.config)), torch.float32
 
 
-def make_dit(job: Job, fill: Fill) -> DiT:
+def magi1_dit(job: Job, fill: Fill) -> DiT:
     """Make the transformer."""
     with torch.device("meta"):
         dit = DiT(job.config.model_config, is_fp8=job.config.engine_config.fp8_quant)
@@ -85,7 +85,7 @@ def make_dit(job: Job, fill: Fill) -> DiT:
     return dit
 
 
-def make_vae(job: Job, size: Size, fill: Fill) -> VAE:
+def magi1_vae(job: Job, size: Size, fill: Fill) -> VAE:
     """Make the VAE; with `offload` it waits on the CPU, as where it is loaded."""
     with torch.device("meta"):
         network = ViTVAE(RELEASED if size == "paper" else TINY_VAE).to(job.dtype)
@@ -98,13 +98,13 @@ def make_vae(job: Job, size: Size, fill: Fill) -> VAE:
     )
 
 
-def make_inputs(job: Job, draw: torch.Generator) -> Conditioning:
+def magi1_inputs(job: Job, draw: torch.Generator) -> Conditioning:
     """Make a random prompt."""
     shape = (job.work.text_tokens, job.config.model_config.caption_channels)
     return Conditioning(torch.randn(shape, generator=draw).to(job.device))
 
 
-def checks(device: torch.device) -> list[Check]:
+def magi1_checks(device: torch.device) -> list[Check]:
     """Return the paths that this model alone has."""
     return [Check("8-bit product (MAGI-1)", partial(fp8_product, device))]
 
@@ -211,9 +211,9 @@ BENCHMARK = Benchmark(
     ),
     costs=costs,
     stored=stored,
-    make_dit=make_dit,
-    make_vae=make_vae,
-    make_inputs=make_inputs,
+    make_dit=magi1_dit,
+    make_vae=magi1_vae,
+    make_inputs=magi1_inputs,
     growth=Growth(
         title="MAGI-1 4.5B, 720x720",
         lines=(
@@ -245,5 +245,5 @@ BENCHMARK = Benchmark(
         keys_on_host=("engine_config.kv_offload=true",),
         half_tolerance=0.03,
     ),
-    checks=checks,
+    checks=magi1_checks,
 )

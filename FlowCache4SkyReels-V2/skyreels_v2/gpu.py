@@ -46,7 +46,7 @@ VAE_PACKAGE = "diffusers"
 QUANTIZED = {"int8_weight": 0.05, "int8_dynamic": 0.05, "fp8_weight": 0.1, "fp8_dynamic": 0.1}
 """Tolerance of a velocity against unquantised float32: about three times what docs/speed.md
 measured."""
-CHUNK_TOKENS = 5 * 34 * 60
+_CHUNK_TOKENS = 5 * 34 * 60
 """Of five latent frames of 544 x 960 pixels."""
 SEGMENTS = (range(5), range(1, 5))
 """Chunks that are denoised in each window of 177 frames; the second one's first chunk is given."""
@@ -81,7 +81,7 @@ class GreyVAE:
         return latents_BCFhw.new_zeros(shape)
 
 
-def make_dit(job: Job, fill: Fill) -> DiT:
+def wan_dit(job: Job, fill: Fill) -> DiT:
     """Make the transformer, with 8-bit linears where the settings say so."""
     with torch.device("meta"):
         dit = DiT(job.source.sizes).to(job.dtype)
@@ -91,7 +91,7 @@ def make_dit(job: Job, fill: Fill) -> DiT:
     return dit
 
 
-def make_vae(_job: Job, size: Size, fill: Fill) -> VAE | GreyVAE:
+def wan_vae(_job: Job, size: Size, fill: Fill) -> VAE | GreyVAE:
     """Make the VAE in float32, as loaded; a grey one where diffusers is missing."""
     if not is_installed(VAE_PACKAGE):
         return GreyVAE()
@@ -103,14 +103,14 @@ def make_vae(_job: Job, size: Size, fill: Fill) -> VAE | GreyVAE:
     return VAE(network)
 
 
-def make_inputs(job: Job, draw: torch.Generator) -> Conditioning:
+def wan_inputs(job: Job, draw: torch.Generator) -> Conditioning:
     """Make a random prompt for each guidance pass."""
     shape = (1, job.source.sizes.text_len, job.source.sizes.text_dim)
     prompts = {name: torch.randn(shape, generator=draw) for name in job.work.branches}
     return Conditioning({name: prompt.to(job.device) for name, prompt in prompts.items()})
 
 
-def checks(device: torch.device) -> list[Check]:
+def wan_checks(device: torch.device) -> list[Check]:
     """Return the paths that this model alone has."""
     return [
         Check(f"{mode} linears (SkyReels-V2)", partial(quantized, mode, device))
@@ -145,10 +145,17 @@ def causal_flops(num_chunks: int) -> int:
 
     Source: the published spreadsheet, sheet SkyreelsV2-Chunkwise.
     """
-    sizes, chunk = RELEASED, CHUNK_TOKENS
+    sizes, chunk = RELEASED, _CHUNK_TOKENS
     text = sizes.num_layers * linear_flops(sizes.text_len, d_in=sizes.dim, d_out=2 * sizes.dim)
     seen = range(chunk, (num_chunks + 1) * chunk, chunk)
     return sum(blocks_flops(sizes, queries=chunk, keys=keys) + text for keys in seen)
+
+
+def full_flops() -> int:
+    """Count one forward of a window of 5 chunks with full attention, prompts as `causal_flops`."""
+    chunk, window = _CHUNK_TOKENS, 5 * _CHUNK_TOKENS
+    text = causal_flops(1) - blocks_flops(RELEASED, queries=chunk, keys=chunk)
+    return blocks_flops(RELEASED, queries=window, keys=window) + 5 * text
 
 
 def active_only_flops() -> int:
@@ -215,9 +222,9 @@ BENCHMARK = Benchmark(
         (job.config.causal_block_size, job.work.frame_tokens, job.source.sizes.dim),
         job.dtype,
     ),
-    make_dit=make_dit,
-    make_vae=make_vae,
-    make_inputs=make_inputs,
+    make_dit=wan_dit,
+    make_vae=wan_vae,
+    make_inputs=wan_inputs,
     growth=Growth(
         title="SkyReels-V2 1.3B, 544x960",
         lines=(
@@ -255,5 +262,5 @@ BENCHMARK = Benchmark(
         keys_on_host=("kv_on_host=true",),
         half_tolerance=0.06,
     ),
-    checks=checks,
+    checks=wan_checks,
 )

@@ -243,9 +243,9 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
 
 def test_grey_frames_are_as_many_and_as_large_as_decoded_ones(monkeypatch: pytest.MonkeyPatch):
     gpu, job = importlib.import_module("skyreels_v2.gpu"), SimpleNamespace()
-    real = gpu.make_vae(job, "tiny", random_weights(CPU))
+    real = gpu.wan_vae(job, "tiny", random_weights(CPU))
     monkeypatch.setattr(gpu, "is_installed", lambda _: False)
-    grey = gpu.make_vae(job, "tiny", random_weights(CPU))
+    grey = gpu.wan_vae(job, "tiny", random_weights(CPU))
     streams = [vae.stream(Ranks()) for vae in (real, grey)]
     for num_latents in (2, 1, 3):
         latents = torch.zeros(1, 16, num_latents, 2, 3)

@@ -47,7 +47,6 @@ GRACE_SECONDS = 60
 """After the end of the time a row that is still running is given up, with the process."""
 ROW_SECONDS = 20
 """What a row of the second part takes apart from its passes: probe, warm-up, decoding."""
-WORDS = {"right": "right  ", "wrong": "WRONG  ", "error": "ERROR  "}
 REHEARSAL = "REHEARSAL ON A CPU: it shows that the command works, and nothing about a GPU."
 EXAMPLES = """examples:
   bash scripts/gpu_check.sh
@@ -120,11 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Run both parts; return the exit code.
-
-    Raises:
-        UserError: the device or the folder can't be used.
-    """
+    """Run both parts; return the exit code."""
     device = choose_device(options.device)
     is_rehearsal = device.type != "cuda"
     if is_rehearsal:
@@ -215,8 +210,8 @@ def path_line(row: dict[str, Any]) -> str:
     figures = ""
     if "error" in row:
         figures = f"error {float(row['error']):.1e}, at most {row['tolerance']:.1e}"
-    word = WORDS.get(row["state"], f"{row['state']:7}")
-    text = f"{word} {row['path']:44} {figures:32} {row['seconds']:5.1f} s"
+    state = row["state"].upper() if row["state"] in ("wrong", "error") else row["state"]
+    text = f"{state:7} {row['path']:44} {figures:32} {row['seconds']:5.1f} s"
     return text + (f"  ({row['note']})" if row["note"] else "")
 
 

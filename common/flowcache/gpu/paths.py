@@ -100,11 +100,7 @@ def attention_checks(device: torch.device) -> list[Check]:
 
 
 def attention(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Compare a kernel with PyTorch's on the CPU; keys are the start of a longer cache.
-
-    Raises:
-        AbsentError: it can't do any of the shapes.
-    """
+    """Compare a kernel with PyTorch's on the CPU; keys are the start of a longer cache."""
     set_float32_precision(dtype)
     errors: dict[str, float] = {}
     for name, shape in SHAPES.items():

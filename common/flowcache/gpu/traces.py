@@ -53,9 +53,6 @@ class Curve:
         """Return the distances of own steps 1, 2, ... of a run with fewer, longer steps.
 
         A longer step changes by as much as the steps together that it stands for.
-
-        Raises:
-            UserError: the published steps are no multiple.
         """
         if num_steps < 1 or self.num_steps % num_steps:
             raise UserError(
