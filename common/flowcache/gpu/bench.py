@@ -51,6 +51,7 @@ DECODED_APART = "overlap=false"
 """Setting of shortened runs, see `Trial`."""
 ASSUMED_SHARE = 0.4
 """Of the matrix product's rate, to guess how long a method will take."""
+ANEW = "measure anew with --overwrite"
 SAME = ("device", "torch", "commit", "size", "is_quick", "settings", "without")
 """What all rows of one file have in common."""
 EXAMPLES = """examples:
@@ -270,19 +271,13 @@ def measure_model(
         gc.collect()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that this command wrote."""
-    content = files.read_json(path, advice="measure anew with --overwrite")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: no JSON object: measure anew with --overwrite")
-    return content
-
-
 def open_document(path: Path, fresh: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
     """Return what is in the file already, to go on with, or a document without rows."""
     if overwrite or not path.exists():
         return fresh
-    old = read_json(path)
+    old = files.read_json(path, advice=ANEW)
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: no JSON object: {ANEW}")
     wrong = [key for key in SAME if old.get("same", {}).get(key) != fresh["same"][key]]
     if wrong:
         raise UserError(

@@ -6,15 +6,15 @@ error is `|found - wanted| / |wanted|`, by Euclidean norms (dimensionless).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels
 from flowcache.errors import UserError
-from flowcache.gpu.benchmark import Benchmark, NoVAE, choose, load_benchmarks
+from flowcache.gpu.benchmark import Benchmark, NoVAE, choose, load_benchmark, load_benchmarks
 from flowcache.runtime.compile import should_compile
 from flowcache.runtime.model import Job, Progress, Request
 from flowcache.runtime.ops import set_float32_precision
@@ -140,26 +140,9 @@ class Way:
     is_compiled: bool = False
 
 
-@dataclass
-class References:
-    """Runs on the CPU in float32, each made once."""
-
-    benchmark: Benchmark
-    num_steps: int
-    made: dict[tuple[str, bool], Tensor] = field(default_factory=dict[tuple[str, bool], Tensor])
-
-    def get(self, way: Way) -> Tensor:
-        """Return the run that a way is compared with."""
-        key = (way.preset, way.is_decoded)
-        if key not in self.made:
-            plain = Way(way.preset, is_decoded=way.is_decoded)
-            self.made[key] = make(self.benchmark, plain, CPU, num_steps=self.num_steps)
-        return self.made[key]
-
-
 def demo_checks(benchmark: Benchmark, device: torch.device) -> list[Check]:
     """Return the checks that run a demo."""
-    demo, references = benchmark.demo, References(benchmark, NUM_STEPS[device.type])
+    demo = benchmark.demo
     half, is_cuda = torch.bfloat16, device.type == "cuda"
     compiled = Way(demo.fast, dtype=half if is_cuda else torch.float32, is_compiled=True)
     ways = {
@@ -174,15 +157,22 @@ def demo_checks(benchmark: Benchmark, device: torch.device) -> list[Check]:
         f"compiled blocks, {'bfloat16' if is_cuda else 'float32'}": compiled,
     }
     return [
-        Check(f"{demo.title}: {name}", partial(compare, way, device, references))
+        Check(f"{demo.title}: {name}", partial(compare, way, device, benchmark))
         for name, way in ways.items()
     ]
 
 
-def compare(way: Way, device: torch.device, references: References) -> Outcome:
-    """Run a demo and compare it."""
-    wanted, benchmark = references.get(way), references.benchmark
-    found = make(benchmark, way, device, num_steps=references.num_steps)
+@cache
+def _reference(model: str, preset: str, *, is_decoded: bool, num_steps: int) -> Tensor:
+    way = Way(preset, is_decoded=is_decoded)
+    return make(load_benchmark(model), way, CPU, num_steps=num_steps)
+
+
+def compare(way: Way, device: torch.device, benchmark: Benchmark) -> Outcome:
+    """Run a demo and compare it with the same run on the CPU in float32, which is made once."""
+    name, num_steps = benchmark.model.name, NUM_STEPS[device.type]
+    wanted = _reference(name, way.preset, is_decoded=way.is_decoded, num_steps=num_steps)
+    found = make(benchmark, way, device, num_steps=num_steps)
     tolerance = FLOAT32 if way.dtype == torch.float32 else benchmark.demo.half_tolerance
     return Outcome(relative_error(found, wanted), tolerance)
 
