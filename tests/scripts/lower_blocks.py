@@ -56,7 +56,7 @@ H100 = SimpleNamespace(
 HALF = torch.bfloat16
 
 Parts = dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
-"""Name -> a part of a block, and what it gets beside the block."""
+"""Name -> a part of a block, and what it gets after the block."""
 
 
 class Part(nn.Module):

@@ -73,11 +73,11 @@ def said(verdict: Mapping[str, Any], *, is_judged: bool) -> str:
         is_judged: whether the machine and the size are those that the targets are about.
     """
     side, sign = ("most", "<=") if verdict["least"] is None else ("least", ">=")
-    claim = f"{verdict['says']} {sign} {_value(verdict, side)}"
+    bound = f"{verdict['says']} {sign} {_value(verdict, side)}"
     if verdict["value"] is None:
-        return f"not measured: {claim}"
+        return f"not measured: {bound}"
     word = "not judged" if not is_judged else "met" if verdict["is_met"] else "NOT met"
-    return f"{word}: {claim}: {_value(verdict, 'value')} ({verdict['method']})"
+    return f"{word}: {bound}: {_value(verdict, 'value')} ({verdict['method']})"
 
 
 def _value(verdict: Mapping[str, Any], key: str) -> str:

@@ -52,7 +52,7 @@ class Curve:
     def distances(self, num_steps: int) -> list[float]:
         """Return the distances of own steps 1, 2, ... of a run with fewer, longer steps.
 
-        A longer step changes by as much as the steps together that it stands for.
+        A longer step changes by as much as the steps that it replaces, together.
         """
         if num_steps < 1 or self.num_steps % num_steps:
             raise UserError(
