@@ -31,7 +31,7 @@ from flowcache.wan.dit import DiT, DiTConfig, blocks_flops
 from flowcache.wan.vae import TEMPORAL_STRIDE, VAE, released
 from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.model import MODEL
-from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning
+from skyreels_v2.pipeline import Conditioning
 from skyreels_v2.work import VAE_STRIDE
 
 RELEASED = released_sizes("df-1.3b-540p")
@@ -63,7 +63,7 @@ class GreyVAE:
         """Return latents of zeros."""
         batch, _, num_frames, height, width = pixels_B3THW.shape
         num_latents = (num_frames - 1) // TEMPORAL_STRIDE + 1
-        shape = (batch, LATENT_CHANNELS, num_latents, height // VAE_STRIDE, width // VAE_STRIDE)
+        shape = (batch, RELEASED.out_dim, num_latents, height // VAE_STRIDE, width // VAE_STRIDE)
         return pixels_B3THW.new_zeros(shape)
 
     def stream(self, _ranks: Ranks, /) -> "GreyVAE":

@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from torch import nn
 
@@ -14,12 +15,11 @@ from flowcache.runtime.memory import MemoryPlan
 from flowcache.runtime.model import Job
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import plan_memory
-from flowcache.runtime.settings import KernelName
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
 
-KERNEL: KernelName = "flash"
+KERNEL: Final = "flash"
 """Fake tensors know its operation on every machine; another kernel would change no count."""
 FRAMES = "frames"
 """Stage in which finished frames go to the host."""
