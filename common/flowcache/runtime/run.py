@@ -143,7 +143,7 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     if found.folder != source.folder:
         config = read_settings(model, request, found)  # it may bring presets of its own
     model.check_device(config, found, device, dtype)
-    job = _job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
+    job = job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
     model.check_files(config, found)
     if config.reuse.needs_profile:
@@ -157,7 +157,7 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
 
 
-def _job_of(
+def job_of(
     model: VideoModel,
     request: Request,
     config: Any,
@@ -244,7 +244,7 @@ def _plan_of(
     model: VideoModel, request: Request, config: Any, source: Source, ranks: Ranks | None
 ) -> str:
     device = torch.device("cuda")
-    job = _job_of(
+    job = job_of(
         model,
         request,
         config,
