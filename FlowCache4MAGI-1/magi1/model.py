@@ -53,6 +53,12 @@ class Magi:
 
     # Files and settings -----------------------------------------------------------------------
 
+    def knows(self, name: str) -> bool:
+        return name == "auto" or checkpoints.is_checkpoint(name)
+
+    def required(self, source: Source) -> Collection[str]:
+        return ()
+
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         return checkpoints.find_model(name, wants_download=download)
 

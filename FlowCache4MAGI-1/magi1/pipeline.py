@@ -1,6 +1,6 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,7 +67,7 @@ def generate(
     observe: Observe | None = None,
     policies: Policies | None = None,
     ranks: Ranks | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Make a video; yield after every tick, with the frames that are finished.
 
     Args:

@@ -52,6 +52,13 @@ class SkyReels:
 
     # Files and settings -----------------------------------------------------------------------
 
+    def knows(self, name: str) -> bool:
+        return name in ("demo", "auto", *RELEASED) or checkpoints.is_checkpoint(name)
+
+    def required(self, source: Source) -> Collection[str]:
+        is_i2v = source.sizes is not None and source.sizes.model_type == "i2v"
+        return {"image"} if is_i2v else set()
+
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
             return Source(name, plans_by_sizes=True, sizes=checkpoints.released_sizes(name))

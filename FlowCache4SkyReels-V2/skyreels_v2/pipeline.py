@@ -3,7 +3,7 @@
 Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +90,7 @@ def generate(
     observe: Observe | None = None,
     policies: Policies | None = None,
     ranks: Ranks | None = None,
-) -> Iterator[SegmentProgress]:
+) -> Generator[SegmentProgress, None, None]:
     """Make a video; yield after every tick, with the frames that are finished.
 
     Args:
