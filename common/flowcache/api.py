@@ -91,6 +91,13 @@ class Plan:
 
     text: str
     """As `--dry-run` prints it."""
+    num_frames: int
+    """New ones."""
+    fps: int
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
     num_chunks: int
     num_ticks: int
     flops: int
@@ -112,7 +119,7 @@ class Video:
 
     frames: Frames
     """uint8 `[T, H, W, 3]`."""
-    fps: float
+    fps: int
     report: Mapping[str, Any]
     """What the JSON of a video holds: settings, versions, decisions, seconds per stage."""
     record: Record | None = field(default=None, repr=False)
@@ -234,29 +241,38 @@ class Pipeline:
         self,
         prompt: str | None = None,
         *,
+        preset: str | None = None,
         record: bool = False,
         on_tick: Callable[[Tick], None] | None = None,
+        on_part: Callable[[Part], None] | None = None,
         **settings: Any,
     ) -> Video:
         """Make a video.
 
         Args:
             prompt: what it shows; None: as the preset says.
+            preset: its name, or a YAML file; None: that of the pipeline.
             record: whether the result has a `record`.
             on_tick: called after every pass over the active chunks; raising ends the run.
+            on_part: called with frames as they become clean.
             settings: `num_frames`, `seed`, `image`, ...; pictures as files or as pixels.
 
         Raises:
             UserError: a setting is wrong; nothing large was loaded or computed.
         """
-        run = _Run(self, self._job(prompt, settings, record=record), on_tick)
-        frames = np.concatenate([part.frames for part in run.parts()])
-        return run.video(frames)
+        run = _Run(self, self._job(prompt, settings, preset=preset, record=record), on_tick)
+        parts: list[Frames] = []
+        for part in run.parts():
+            parts.append(part.frames)
+            if on_part is not None:
+                on_part(part)
+        return run.video(np.concatenate(parts))
 
     def stream(
         self,
         prompt: str | None = None,
         *,
+        preset: str | None = None,
         on_tick: Callable[[Tick], None] | None = None,
         **settings: Any,
     ) -> Generator[Part]:
@@ -264,15 +280,21 @@ class Pipeline:
 
         See `__call__` for the arguments, which are checked at once.
         """
-        run = _Run(self, self._job(prompt, settings, record=False), on_tick)
-        return run.parts()
+        return _Run(self, self._job(prompt, settings, preset=preset), on_tick).parts()
 
-    def plan(self, prompt: str | None = None, **settings: Any) -> Plan:
+    def plan(
+        self, prompt: str | None = None, *, preset: str | None = None, **settings: Any
+    ) -> Plan:
         """Return what a video would cost, and make nothing."""
-        job = self._job(prompt or "any", {**self._placeholders(), **settings}, record=False)
+        given = {**self._placeholders(), **settings}
+        job = self._job("any" if prompt is None else prompt, given, preset=preset)
         work = job.work
         return Plan(
             text=describe(job),
+            num_frames=job.value("num_frames"),
+            fps=job.value("fps"),
+            height=job.value("height"),
+            width=job.value("width"),
             num_chunks=work.num_chunks,
             num_ticks=work.num_ticks,
             flops=work.flops,
@@ -284,7 +306,7 @@ class Pipeline:
     def load(self) -> None:
         """Load the networks now; a call does it if need be."""
         with self._held():
-            self._networks(self._job("any", self._placeholders(), record=False))
+            self._networks(self._job("any", self._placeholders()))
 
     def _placeholders(self) -> dict[str, Image.Image]:
         """Return grey pictures in place of those that a call must give."""
@@ -293,19 +315,25 @@ class Pipeline:
 
     # What a run needs --------------------------------------------------------------------------
 
-    def _job(self, prompt: str | None, settings: Mapping[str, Any], *, record: bool) -> Job:
+    def _job(
+        self,
+        prompt: str | None,
+        settings: Mapping[str, Any],
+        *,
+        preset: str | None = None,
+        record: bool = False,
+    ) -> Job:
         given = {**self.settings, **settings}
         if prompt is not None:
             given["prompt"] = prompt
-        with self._as_files(given) as named:
-            return prepare(self.model, self._request(named, record=record), writes=False)
-
-    def _request(self, settings: Mapping[str, Any], *, record: bool = False) -> Request:
-        overrides = list(_overrides(settings, self.model.keys))
-        return replace(self.request, overrides=overrides, record=record)
+        request = self.request if preset is None else replace(self.request, preset=preset)
+        with self._as_files(given, request) as named:
+            overrides = list(_overrides(named, self.model.keys))
+            request = replace(request, overrides=overrides, record=record)
+            return prepare(self.model, request, writes=False)
 
     @contextmanager
-    def _as_files(self, settings: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+    def _as_files(self, settings: Mapping[str, Any], request: Request) -> Generator[dict[str, Any]]:
         """Write pixels among the settings to lossless files, which exist inside the context."""
         named = {
             name: value
@@ -319,7 +347,7 @@ class Pipeline:
                 pixels = _pixels(name, given, num_axes=4 if name == "video" else 3)
                 if name == "video":
                     path = Path(folder) / "video.mp4"
-                    fps = given.fps if isinstance(given, Video) else self._fps(named)
+                    fps = given.fps if isinstance(given, Video) else self._fps(named, request)
                     size = pixels.shape[1], pixels.shape[2]
                     with VideoWriter(path, fps=fps, size=size, is_lossless=True) as writer:
                         writer.append(pixels)
@@ -329,9 +357,10 @@ class Pipeline:
                 named[name] = path
             yield named
 
-    def _fps(self, settings: Mapping[str, Any]) -> float:
+    def _fps(self, settings: Mapping[str, Any], request: Request) -> float:
         """Return the frame rate of the run, which frames without one are taken to have."""
-        config = read_settings(self.model, self._request(settings))
+        overrides = list(_overrides(settings, self.model.keys))
+        config = read_settings(self.model, replace(request, overrides=overrides))
         return operator.attrgetter(self.model.keys["fps"])(config)
 
     def _networks(self, job: Job) -> _Loaded:

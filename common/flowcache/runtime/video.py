@@ -237,6 +237,56 @@ class VideoWriter:
         return f"{self.path}: writing failed {done} ({reason}); is the disk full?"
 
 
+class LiveWriter:
+    """Write an H.264 mp4 that can be watched while it grows: every frame is on the disk at once.
+
+    Larger than what `VideoWriter` makes of the same frames, as the encoder may not look ahead.
+    """
+
+    def __init__(self, path: Path, *, fps: int) -> None:
+        """Open the file; `fps` are whole frames per second."""
+        import av
+
+        self.num_frames = 0
+        self._fps = fps
+        self._container = av.open(
+            str(path),
+            "w",
+            format="mp4",
+            options={
+                "movflags": "frag_every_frame+empty_moov+default_base_moof",
+                "flush_packets": "1",
+            },
+        )
+        self._stream: VideoStream | None = None
+
+    def __enter__(self) -> LiveWriter:
+        """Return the writer."""
+        return self
+
+    def append(self, frames_THW3: Pixels) -> None:
+        """Add frames, uint8 `[T, H, W, 3]`, H and W even."""
+        import av
+
+        if self._stream is None:
+            options = {"tune": "zerolatency", "crf": "16", "preset": "veryfast"}
+            stream = cast("VideoStream", self._container.add_stream("libx264", self._fps, options))
+            stream.height, stream.width = frames_THW3.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            self._stream = stream
+        for pixels in frames_THW3:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts = self.num_frames
+            self._container.mux(self._stream.encode(frame))
+            self.num_frames += 1
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the file, after an error, too."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+
 def check_ffmpeg() -> None:
     """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work."""
     advice = "unset IMAGEIO_FFMPEG_EXE, or run: pip install --force-reinstall imageio-ffmpeg"
