@@ -1,6 +1,7 @@
 """The Python interface, on the demos of all models."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import threading
@@ -227,3 +228,21 @@ def test_an_unknown_model_and_an_unknown_architecture_are_refused(tmp_path: Path
 def test_importing_the_package_imports_no_torch():
     code = "import sys, flowcache; assert 'torch' not in sys.modules; flowcache.load"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_the_page_run(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+
+
+def test_the_page_names_everything_public():
+    text = PAGE.read_text(encoding="utf-8")
+    for name in flowcache.__all__:
+        assert f"`{name}`" in text or f"flowcache.{name}(" in text, name

@@ -270,7 +270,7 @@ class LiveWriter:
 
         if self._stream is None:
             options = {"tune": "zerolatency", "crf": "16", "preset": "veryfast"}
-            stream = cast("VideoStream", self._container.add_stream("libx264", self._fps, options))
+            stream = self._container.add_stream("libx264", self._fps, options)
             stream.height, stream.width = frames_THW3.shape[1:3]
             stream.pix_fmt = "yuv420p"
             self._stream = stream

@@ -7,7 +7,7 @@ import asyncio
 import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
@@ -238,12 +238,12 @@ async def _read_request(request: Request) -> tuple[dict[str, Any], dict[str, byt
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
-            fields = await request.json()
+            given: Any = await request.json()
         except (ValueError, RecursionError):
             raise RequestError("the request is not valid JSON") from None
-        if not isinstance(fields, dict):
+        if not isinstance(given, dict):
             raise RequestError("the request must be a JSON object")
-        return fields, {}
+        return cast("dict[str, Any]", given), {}
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise RequestError("send JSON or a form", status=415)
     fields: dict[str, Any] = {}
