@@ -7,10 +7,11 @@ unknown is an error that names it. Source: SandAI-org/MAGI-1, example/*/*_config
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from flowcache.bounds import (
     IS_PATH,
@@ -314,6 +315,14 @@ class KVConfig(KVRule):
 @dataclass(frozen=True)
 class RunConfig(ReleaseConfig):
     """One video: a JSON config of the release, under its own names, and more."""
+
+    FLAT_NAMES: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **{key: f"runtime_config.{key}" for key in ("seed", "num_steps", "num_frames", "fps")},
+            "height": "runtime_config.video_size_h",
+            "width": "runtime_config.video_size_w",
+        }
+    )
 
     prompt: str = ""
     image: Place = None

@@ -43,9 +43,7 @@ class Magi(VideoModel):
     keys: Mapping[str, str] = MappingProxyType(
         {
             **{key: key for key in ("prompt", "image", "video", "memory_limit", "embedding_cache")},
-            **{key: f"runtime_config.{key}" for key in ("seed", "num_steps", "num_frames", "fps")},
-            "height": "runtime_config.video_size_h",
-            "width": "runtime_config.video_size_w",
+            **RunConfig.FLAT_NAMES,
         }
     )
     on_host: Mapping[str, tuple[str, Any]] = MappingProxyType(

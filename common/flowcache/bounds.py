@@ -124,7 +124,8 @@ def names_of(hint: Any) -> tuple[str, ...] | None:
 @cache
 def annotated_hints(schema: type) -> dict[str, Any]:
     """Return the types of a dataclass's fields, their annotations included."""
-    return typing.get_type_hints(schema, include_extras=True)
+    hints = typing.get_type_hints(schema, include_extras=True)
+    return {entry.name: hints[entry.name] for entry in fields(schema)}
 
 
 def check_values(section: Any, *, prefix: str = "", source: str = "") -> None:

@@ -1,6 +1,7 @@
 """The command line: what it takes, and one clear line for everything it can't take."""
 
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowcache.runtime.config import load_config
 from flowcache.runtime.video import VideoWriter, probe
 
 Refused = Callable[..., str]
@@ -496,3 +498,30 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tiny: Any):
     assert len(done.stdout.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["seed", "num_steps", "num_frames", "fps", "height", "width"])
+def test_a_setting_of_all_models_has_one_name_in_presets_and_on_the_command_line(
+    tiny: Any, name: str, tmp_path: Path
+):
+    model, preset = tiny.model, tmp_path / "a.yaml"
+    preset.write_text(f"{name}: 48")
+    layers = [model.presets / "base.yaml", *model.find(str(tiny.folder)).layers]
+    fixed = ["prompt=x"]
+    for given in (
+        load_config(model.schema, [*layers, preset], overrides=fixed),
+        load_config(model.schema, layers, overrides=[*fixed, f"{name}=48"]),
+    ):
+        assert operator.attrgetter(model.keys[name])(given) == 48
+
+
+@pytest.mark.parametrize(
+    ("flag", "form"), [("--num_frames", "num_frames=VALUE"), ("--num_frames=97", "num_frames=97")]
+)
+def test_a_setting_written_as_a_flag_is_answered_with_the_right_form(
+    tiny: Any, flag: str, form: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        tiny.main(flag)
+    assert ended.value.code == 2
+    assert f"settings are given as {form}" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -43,6 +44,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and end; of several processes one says it."""
+        flag = re.fullmatch(r"unrecognized arguments: --(\w+)(?:[ =](\S+).*)?", message)
+        if flag is not None:
+            key, value = flag[1], flag[2] or "VALUE"
+            message = f"--{key} is no flag: settings are given as {key}={value}"
         rank = os.environ.get("RANK", "")
         if rank.isdecimal() and rank.strip("0"):
             self.exit()

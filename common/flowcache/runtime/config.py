@@ -77,6 +77,7 @@ def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[s
     hints = dict(_leaves(schema)) if overrides else {}
     for text in overrides:
         key, equals, raw = text.partition("=")
+        key = flat_names(schema).get(key, key)
         if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
             raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
         hint, value = hints.get(key), cast(Any, raw)
@@ -192,6 +193,15 @@ def find_preset(folder: Path, name: str) -> Path:
     )
 
 
+def flat_names(schema: type) -> Mapping[str, str]:
+    """Return the names that a setting of a section has everywhere, as `num_frames`.
+
+    Both models take them; where a release has a name of its own, as
+    `runtime_config.video_size_h`, that is taken, too.
+    """
+    return vars(schema).get("FLAT_NAMES", {})
+
+
 # Merging ------------------------------------------------------------------------------------------
 
 
@@ -199,8 +209,12 @@ def _merge_(
     values: dict[str, Any], schema: type, layer: Mapping[str, Any], *, source: str, prefix: str = ""
 ) -> None:
     """Put a layer's values, converted to the types of the schema, into nested `values`."""
-    hints = annotated_hints(schema)
+    hints, flat = annotated_hints(schema), flat_names(schema)
     for name, value in layer.items():
+        if name in flat and name not in hints:
+            section, _, inner = flat[name].rpartition(".")
+            _merge_(values, schema, {section: {inner: value}}, source=source)
+            continue
         key = f"{prefix}{name}"
         if name not in hints:
             raise UserError(_unknown_key(key, schema, prefix=prefix, source=source))
