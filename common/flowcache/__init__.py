@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowcache.api import Part, Pipeline, Plan, Tick, Video, load
+    from flowcache.api import Comparison, Part, Pipeline, Plan, Tick, Video, compare, load
 
-__all__ = ["Part", "Pipeline", "Plan", "Tick", "Video", "load"]
+__all__ = ["Comparison", "Part", "Pipeline", "Plan", "Tick", "Video", "compare", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import ProgressBar
+from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import MODELS, Job, Loaded, Progress, Request, VideoModel, load_model
 from flowcache.runtime.record import Record
 from flowcache.runtime.run import (
@@ -164,6 +166,42 @@ class Video:
         with tempfile.TemporaryDirectory() as folder:
             mp4 = base64.b64encode(self.save(Path(folder) / "video.mp4").read_bytes()).decode()
         return f'<video controls autoplay loop muted src="data:video/mp4;base64,{mp4}"></video>'
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much a video differs from a reference, and what each of them cost."""
+
+    psnr: float
+    """dB, one mean squared error over the whole clip; `inf` for equal clips."""
+    ssim: float
+    """Mean over the frames, 1 for equal clips."""
+    time_ratio: float | None
+    """Seconds of the reference / seconds of the video; None where one is a file."""
+    flops_ratio: float | None
+    """FLOPs of the reference / FLOPs of the video; None where one is a file."""
+
+
+def compare(
+    video: Video | Frames | str | Path, reference: Video | Frames | str | Path
+) -> Comparison:
+    """Compare a video with a reference of the same prompt, seed and size.
+
+    Raises:
+        UserError: the clips differ in length or size, or a file cannot be read.
+    """
+    clip, other = _clip(video), _clip(reference)
+    times = flops = None
+    if isinstance(video, Video) and isinstance(reference, Video):
+        times = reference.stats["total_seconds"] / video.stats["total_seconds"]
+        flops = reference.stats["flops"]["computed"] / video.stats["flops"]["computed"]
+    return Comparison(psnr(clip, other), ssim(clip, other), times, flops)
+
+
+def _clip(given: Video | Frames | str | Path) -> Tensor:
+    if isinstance(given, (str, Path)):
+        return torch.from_numpy(np.stack(list(open_clip(Path(given)).frames)))
+    return torch.from_numpy(given.frames if isinstance(given, Video) else given)
 
 
 def load(

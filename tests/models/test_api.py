@@ -191,6 +191,24 @@ def test_a_section_is_a_mapping(pipe: Pipeline):
     assert full.stats["passes"]["reused"] == 0
 
 
+def test_a_video_is_compared_with_a_reference_or_a_file(
+    pipe: Pipeline, video: flowcache.Video, tmp_path: Path
+):
+    full = pipe(PROMPT, seed=7, preset="vanilla")
+    found = flowcache.compare(video, full)
+    assert 10 < found.psnr < 60
+    assert 0 < found.ssim < 1
+    assert found.flops_ratio == pytest.approx(
+        full.stats["flops"]["computed"] / video.stats["flops"]["computed"]
+    )
+    assert flowcache.compare(video, video.frames).psnr == float("inf")
+    of_file = flowcache.compare(video, video.save(tmp_path / "a.mp4"))
+    assert 25 < of_file.psnr < 80  # the codec's noise
+    assert of_file.time_ratio is None
+    with pytest.raises(UserError, match="clips of one shape are needed"):
+        flowcache.compare(video, video.frames[:-1])
+
+
 def test_a_notebook_plays_a_video(video: flowcache.Video):
     html = video._repr_html_()
     assert html.startswith("<video controls")
