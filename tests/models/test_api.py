@@ -249,7 +249,12 @@ def test_importing_the_package_imports_no_torch():
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+README = PAGE.parents[1] / "README.md"
+EXAMPLES = [
+    example
+    for page in (PAGE, README)
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
