@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from flowcache.attention import SDPA
+from flowcache.attention import SDPA, Kernel
 from flowcache.kv import cached_attention, caches_for
 from flowcache.runtime.stats import RunStats
 from flowcache.wan import vae
@@ -62,7 +62,14 @@ def build_dit(case: Case, dtype: torch.dtype = torch.float32) -> DiT:
         kind = DiT if dtype is torch.float32 else RoundedDiT
         dit = kind(DiTConfig(**case.settings["config"]))
     dit.load_state_dict(case.weights(), assign=True)
+    if dtype is not torch.float32:
+        dit.kernel = dit.cross_kernel = Kernel("float32", _attend_in_float32)
     return dit.to(dtype).eval()
+
+
+def _attend_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend as the reference did when the cases were made."""
+    return SDPA(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def padded(context: Tensor, config: DiTConfig) -> Tensor:

@@ -83,7 +83,7 @@ def _modulators(block: Block, e0_BF6D: Tensor) -> tuple[Tensor, ...]:
 
 
 def _modulated(x_BSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, *, eps: float) -> Tensor:
-    normed = functional.layer_norm(x_BSD.float(), x_BSD.shape[-1:], eps=eps).to(x_BSD.dtype)
+    normed = functional.layer_norm(x_BSD, x_BSD.shape[-1:], eps=eps)  # float32 in the kernel
     frames = normed.unflatten(1, (shift_BF1D.shape[1], -1))
     return (frames * (1 + scale_BF1D) + shift_BF1D).flatten(1, 2)
 
