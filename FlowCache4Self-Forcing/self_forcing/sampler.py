@@ -29,6 +29,7 @@ from flowcache.schedule import Tick, staggered
 from flowcache.wan.dit import (
     ContextKV,
     DiT,
+    DiTConfig,
     Embedded,
     blocks_flops,
     embed_flops,
@@ -71,11 +72,46 @@ class Sampling:
         steps = [(c, step, n) for c, n in zip(chunks, counts, strict=True) for step in range(n)]
         return [Tick(i, sum(counts), n, {c: step}) for i, (c, step, n) in enumerate(steps)]
 
+    def room(self, num_frames: int, clean: int) -> int:
+        """Return how many clean frames may stay next to some that are denoised."""
+        if self.window is None:
+            return clean
+        # a clean pass of the rolling loop sees all of the window, and the first chunk is kept, too
+        return min(clean, self.window if self.is_rolling else self.window - num_frames)
+
+    def reach(self, num_frames: int, clean: int, *, sink: int, is_clean: bool) -> tuple[int, int]:
+        """Return how many of the first and of the last clean frames a pass sees.
+
+        In the rolling loop the first chunk is always seen, but by clean passes of a full window.
+
+        Args:
+            num_frames: that are denoised, or one clean chunk that is fed.
+            sink: frames of the first chunk.
+        """
+        if not self.is_rolling or not clean:
+            return 0, clean
+        assert self.window is not None, "the rolling loop has a window"
+        last = min(clean - sink, self.window - num_frames - (0 if is_clean else sink))
+        return (0 if is_clean and clean + num_frames > self.window else sink), last
+
     def timesteps(self, is_first: bool) -> Sequence[float]:
         """Return the timesteps of a chunk."""
         if not self.steps:
             return timestep_grid(self.num_steps, shift=self.shift)[0]
         return self.first_steps if is_first and self.first_steps else self.steps
+
+
+def pass_flops(
+    sizes: DiTConfig, num_frames: int, *, seen: int, frame_tokens: int, is_clean: bool
+) -> int:
+    """Return the FLOPs of one branch's blocks and, but for a clean pass, head.
+
+    Args:
+        seen: clean frames that these attend to in addition to themselves.
+    """
+    queries = num_frames * frame_tokens
+    cost = blocks_flops(sizes, queries=queries, keys=queries + seen * frame_tokens)
+    return cost if is_clean else cost + head_flops(sizes, queries=queries)
 
 
 @dataclass
@@ -214,7 +250,7 @@ class Sampler:
         self._make_room(size)
         embedded = self._embed({chunk: timestep})
         for branch in self.own.values():
-            self._count(branch, size, reach=self._reach(branch, [chunk], is_clean=True), head=False)
+            self._count(branch, size, is_clean=True)
             self._through_blocks(branch, embedded, [chunk], is_clean=True)
             for cache in branch.caches:
                 cache.settle(size * self.frame_tokens, chunk=chunk)
@@ -245,7 +281,7 @@ class Sampler:
             if name not in self.own:
                 continue
             branch = self.own[name]
-            self._count(branch, num_frames, reach=self._reach(branch, active), passes=passes)
+            self._count(branch, num_frames, passes=passes)
             with self.stats.timed_pass(passes):
                 hidden = self._through_blocks(branch, embedded, active)
                 height, width = self.latents.shape[-2:]
@@ -303,42 +339,33 @@ class Sampler:
         the clean frames 0..5 the frames 0, 4, 5 stay for the chunk 6..8.
         """
         sampling, per_frame = self.sampling, self.frame_tokens
-        if sampling.window is None:
-            return
-        sink, room = sampling.sink, sampling.window - num_frames
-        if sampling.is_rolling:  # what the clean pass sees, and the first chunk
-            sink, room = len(self.chunks[0]), sampling.window
+        sink = len(self.chunks[0]) if sampling.is_rolling else sampling.sink
         for cache in chain.from_iterable(branch.caches for branch in self.own.values()):
-            if cache.clean <= room * per_frame:
-                continue
-            recent = torch.arange(cache.clean - (room - sink) * per_frame, cache.clean)
-            indices = torch.cat([torch.arange(sink * per_frame), recent]).to(self.latents.device)
-            cache.keep(indices.unsqueeze(1).expand(-1, cache.kv.shape[2]))
+            room = sampling.room(num_frames, cache.clean // per_frame)
+            if cache.clean > room * per_frame:
+                recent = torch.arange(cache.clean - (room - sink) * per_frame, cache.clean)
+                indices = torch.cat([torch.arange(sink * per_frame), recent])
+                on_device = indices.to(self.latents.device, non_blocking=True)
+                cache.keep(on_device.unsqueeze(1).expand(-1, cache.kv.shape[2]))
 
     def _seen(self, branch: Branch, active: list[int], *, is_clean: bool) -> Seen:
         """Return what a pass sees whose keys are rotated when they are read.
 
         Relative positions are those of the rows. In the rolling loop the first chunk stands right
-        before the newest frames that fit; in a clean pass it has its own place, and leaves first.
+        before the other frames; in a clean pass it has its own place.
         """
-        device, per_frame = self.latents.device, self.frame_tokens
-        clean = branch.caches[0].clean // per_frame
-        own = self._frames(active)
-        num_own, sink = own.stop - own.start, len(self.chunks[0])
-        total = clean + num_own
-        if not self.sampling.is_rolling or not clean:
-            first = own.start if self.sampling.is_rolling else 0
-            positions = torch.arange(first, first + total, device=device)
-            return Seen((slice(0, total * per_frame),), positions)
-        window = self.sampling.window or total
-        history = min(clean - sink, window - num_own - (0 if is_clean else sink))
-        recent = slice((clean - history) * per_frame, total * per_frame)
-        places = torch.arange(own.start - history, own.stop, device=device)
-        if is_clean and total > window:
-            return Seen((recent,), places)
-        before = torch.arange(sink, device=device)
-        before = before if is_clean else before + own.start - history - sink
-        return Seen((slice(0, sink * per_frame), recent), torch.cat([before, places]))
+        own, per_frame, sink = self._frames(active), self.frame_tokens, len(self.chunks[0])
+        num_own, clean = own.stop - own.start, branch.caches[0].clean // per_frame
+        first, last = self.sampling.reach(num_own, clean, sink=sink, is_clean=is_clean)
+        start = own.start - last if self.sampling.is_rolling else 0
+        places = torch.arange(start - first, start + last + num_own)
+        if is_clean:
+            places[:first] = torch.arange(first)
+        rows = (slice(0, first), slice(clean - last, clean + num_own))
+        return Seen(
+            tuple(slice(row.start * per_frame, row.stop * per_frame) for row in rows),
+            places.to(self.latents.device, non_blocking=True),
+        )
 
     def _rotate_when_read(self, branch: Branch, seen: Seen, *, num_own: int) -> Attend:
         """Return the attention of a pass to rows of a cache that holds keys before rotation."""
@@ -360,27 +387,27 @@ class Sampler:
         height, width = self.latents.shape[-2:]
         return self.run.dit.rope(frames, latent_height=height, latent_width=width)
 
-    def _reach(self, branch: Branch, active: list[int], *, is_clean: bool = False) -> int:
-        """Return how many tokens a pass sees, its own included."""
-        if self.sampling.is_rolling:
-            positions = self._seen(branch, active, is_clean=is_clean).positions
-            return len(positions) * self.frame_tokens
-        own = self._frames(active)
-        return branch.caches[0].clean + (own.stop - own.start) * self.frame_tokens
-
     def _count(
         self,
         branch: Branch,
         num_frames: int,
         *,
-        reach: int,
-        head: bool = True,
+        is_clean: bool = False,
         passes: Sequence[PassId] = (),
     ) -> None:
         """Add the FLOPs of one branch's blocks and head."""
-        sizes, queries = self.run.dit.config, num_frames * self.frame_tokens
-        cost = blocks_flops(sizes, queries=queries, keys=reach)
-        cost += head_flops(sizes, queries=queries) if head else 0
+        clean = branch.caches[0].clean // self.frame_tokens
+        cost = pass_flops(
+            self.run.dit.config,
+            num_frames,
+            seen=sum(
+                self.sampling.reach(
+                    num_frames, clean, sink=len(self.chunks[0]), is_clean=is_clean
+                )
+            ),
+            frame_tokens=self.frame_tokens,
+            is_clean=is_clean,
+        )
         self.stats.add_flops(computed=cost, without_reuse=cost, passes=passes)
 
     # Latents ----------------------------------------------------------------------------------
