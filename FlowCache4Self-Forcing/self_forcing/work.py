@@ -1,11 +1,207 @@
 """What a run does, derived once from its settings: chunks, ticks, FLOPs, bytes."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from flowcache.attention import AttentionShape
+from flowcache.errors import UserError
+from flowcache.runtime.memory import META, weight_bytes
+from flowcache.runtime.model import SegmentWork, Work
+from flowcache.runtime.plan import TOKEN_COPIES, most_active
+from flowcache.runtime.settings import check_pass, check_work
+from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
+from flowcache.wan.flow_match import levels_of
+from flowcache.wan.vae import TEMPORAL_STRIDE
+from self_forcing.config import MAX_POSITIONS, RunConfig
+from self_forcing.sampler import Sampling, pass_flops
+
+VAE_STRIDE = 8
+"""Pixels per latent, in both directions."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the denoising loop takes of the settings."""
+
+    sampling: Sampling
+    num_given: int
+    """Latent frames that are clean from the start."""
+
+
+def sampling_of(config: RunConfig) -> Sampling:
+    """Return how a video is denoised."""
+
+    def timesteps(entries: list[int] | None) -> tuple[float, ...]:
+        if config.warp_steps:
+            return levels_of(config.shift).warped(entries or ())
+        return tuple(map(float, entries or ()))
+
+    return Sampling(
+        steps=timesteps(config.step_list),
+        first_steps=timesteps(config.first_chunk_step_list),
+        num_steps=config.num_steps or 50,
+        shift=config.shift,
+        guidance=config.guidance,
+        context_noise=config.context_noise,
+        window=config.window,
+        sink=config.sink,
+        is_relative=config.positions == "relative",
+        is_rolling=config.rolling,
+    )
+
 
 def chunks_of(num_frames: int, *, size: int, is_first_alone: bool = False) -> list[range]:
-    """Cut latent frames into chunks.
+    """Cut latent frames into chunks; the last one may be short.
 
     Example: 7 frames in chunks of 3 with the first frame alone are 0..0, 1..3, 4..6.
     """
-    starts = [*range(1, num_frames, size)] if is_first_alone else [*range(0, num_frames, size)]
-    starts = [0, *starts] if is_first_alone else starts
+    starts = [0, *range(1, num_frames, size)] if is_first_alone else [*range(0, num_frames, size)]
     return [range(a, b) for a, b in zip(starts, [*starts[1:], num_frames], strict=True)]
+
+
+def latent_frames(config: RunConfig, name: str, value: int) -> int:
+    """Return the latent frames of some pixel frames, which must fill chunks."""
+    first = config.chunk_frames if not config.first_frame_alone else 1
+    latents, rest = divmod(value - 1, TEMPORAL_STRIDE)
+    latents += 1
+    if rest or latents < first or (latents - first) % config.chunk_frames:
+        step = TEMPORAL_STRIDE * config.chunk_frames
+        low = TEMPORAL_STRIDE * (first - 1) + 1
+        near = low + max(round((value - low) / step), 0) * step
+        raise UserError(
+            f"{name} is {value}, which does not fill chunks of {config.chunk_frames} latent frames"
+            f"{' after a single one' if config.first_frame_alone else ''}: use {near}"
+        )
+    return latents
+
+
+def given_frames(config: RunConfig) -> int:
+    """Return the latent frames of the given picture or video."""
+    if config.video is not None:
+        if config.overlap_history is None or config.image is not None:
+            raise UserError("video needs overlap_history, and goes without image")
+        return latent_frames(config, "overlap_history", config.overlap_history)
+    if config.image is None:
+        return 0
+    if config.chunk_frames > 1 and not config.first_frame_alone:
+        raise UserError(
+            f"image is one latent frame, but chunks have {config.chunk_frames}: use a frame-wise "
+            "model (chunk_frames=1), or one trained with first_frame_alone=true"
+        )
+    return 1
+
+
+def tokens_per_frame(config: RunConfig) -> int:
+    """Return the DiT tokens of one latent frame."""
+    multiple = VAE_STRIDE * PATCH[1]
+    for name, value in (("height", config.height), ("width", config.width)):
+        if value % multiple:
+            raise UserError(f"{name} must be a multiple of {multiple} pixels, not {value}")
+    return (config.height // multiple) * (config.width // multiple)
+
+
+def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
+    """Work out what a run does.
+
+    Args:
+        sizes: of the transformer.
+        dtype: of its weights.
+    """
+    sampling, frame_tokens = sampling_of(config), tokens_per_frame(config)
+    part, num_given = _segment(config, sampling, frame_tokens)
+    branches = ("cond", "uncond") if not sampling.steps and sampling.guidance > 1 else ("cond",)
+    num_branches, width = len(branches), dtype.itemsize
+    queries = max(max(part.tokens.values()), most_active(part.ticks, part.tokens))
+    check_pass(queries, sizes="height, width or chunk_frames")
+    heads = sizes.num_heads
+    with META:
+        weights = weight_bytes(DiT(sizes).to(dtype))
+    flops = num_branches * context_flops(sizes)
+    for num_frames, seen, is_clean in calls_of(sampling, part):
+        flops += embed_flops(sizes, num_frames=num_frames, frame_tokens=frame_tokens)
+        flops += num_branches * pass_flops(
+            sizes, num_frames, seen=seen, frame_tokens=frame_tokens, is_clean=is_clean
+        )
+    return Work(
+        segments=(part,),
+        branches=branches,
+        passes=branches,
+        is_whole=False,
+        num_caches=num_branches,
+        frame_tokens=frame_tokens,
+        divided_tokens=frame_tokens,
+        pass_tokens=queries,
+        text_tokens=sizes.text_len,
+        attention=AttentionShape(queries, part.kv_tokens, heads, heads, sizes.head_width),
+        flops=flops,
+        weight_bytes=weights,
+        kv_bytes=2 * part.kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
+        scoring_bytes=0,
+        query_bytes=0,
+        stored_bytes=0,
+        activation_bytes=queries * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
+        loop=Loop(sampling, num_given),
+    )
+
+
+def calls_of(sampling: Sampling, part: SegmentWork) -> Iterator[tuple[int, int, bool]]:
+    """Yield for each call: frames, clean frames that these attend to, whether they are clean."""
+    chunks, clean, sink = part.cut, 0, len(part.cut[0])
+
+    def call(active: list[int], *, is_clean: bool) -> tuple[int, int, bool]:
+        nonlocal clean
+        size = sum(len(chunks[chunk]) for chunk in active)
+        clean = sampling.room(size, clean)
+        seen = sum(sampling.reach(size, clean, sink=sink, is_clean=is_clean))
+        clean += size if is_clean else 0
+        return size, seen, is_clean
+
+    for chunk in part.given:
+        yield call([chunk], is_clean=True)
+    for tick in part.ticks:
+        yield call(list(tick.steps), is_clean=False)
+        for chunk in () if tick.is_last else tick.finishing:
+            yield call([chunk], is_clean=True)
+
+
+def _segment(
+    config: RunConfig, sampling: Sampling, frame_tokens: int
+) -> tuple[SegmentWork, int]:
+    """Return the ticks and chunks of a video, and its given latent frames."""
+    num_frames = latent_frames(config, "num_frames", config.num_frames)
+    given = given_frames(config)
+    limit = min(num_frames, sampling.window or num_frames) if sampling.is_relative else num_frames
+    if limit > MAX_POSITIONS:
+        remedy = "set window" if sampling.is_relative else "set positions=relative and window"
+        raise UserError(
+            f"num_frames {config.num_frames} makes {num_frames} latent frames, but the model has "
+            f"positions for {MAX_POSITIONS}: {remedy}"
+        )
+    if given >= num_frames:
+        raise UserError(f"num_frames {config.num_frames} leaves no frames to make: raise it")
+    size, alone = config.chunk_frames, config.first_frame_alone
+    chunks = chunks_of(num_frames, size=size, is_first_alone=alone)
+    check_work(num_chunks=len(chunks), num_steps=config.num_steps or 50)
+    num_given = sum(chunk.stop <= given for chunk in chunks)
+    ticks = sampling.ticks(range(num_given, len(chunks)))
+    held = num_frames
+    if sampling.window is not None:  # rolling: the window's own frames come on top
+        own = len(sampling.steps) * size if sampling.is_rolling else 0
+        held = min(num_frames, sampling.window + own)
+    hidden = config.overlap_history or 0 if config.video else 0
+
+    def shown(latent: int) -> int:
+        pixels = TEMPORAL_STRIDE * (latent - 1) + 1 if latent else 0
+        return max(pixels - hidden, 0)
+
+    part = SegmentWork(
+        ticks=ticks,
+        tokens={number: len(chunk) * frame_tokens for number, chunk in enumerate(chunks)},
+        given=range(num_given),
+        frames=[[shown(chunk.start), shown(chunk.stop)] for chunk in chunks],
+        kv_tokens=held * frame_tokens,
+        cut=chunks,
+    )
+    return part, given

@@ -49,7 +49,11 @@ if TYPE_CHECKING:
     from flowcache.runtime.stats import RunStats
     from flowcache.schedule import Tick
 
-MODELS = {"skyreels_v2": "skyreels_v2.model", "magi1": "magi1.model"}
+MODELS = {
+    "skyreels_v2": "skyreels_v2.model",
+    "magi1": "magi1.model",
+    "self_forcing": "self_forcing.model",
+}
 """Package -> module with its `MODEL`."""
 
 

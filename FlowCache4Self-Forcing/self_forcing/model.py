@@ -1,0 +1,218 @@
+"""Self-Forcing as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowcache.runtime.checks import check_finite
+from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.hub import Missing
+from flowcache.runtime.memory import Residence
+from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.plan import cost_lines
+from flowcache.runtime.profile import Setting
+from flowcache.wan import text, vae
+from flowcache.wan.dit import DiT, compiled_parts
+from self_forcing import checkpoint as checkpoints
+from self_forcing.config import RunConfig
+from self_forcing.memory import VideoMemory, networks_of
+from self_forcing.pipeline import Conditioning, Media, generate, read_media
+from self_forcing.released import PRESETS, REAL_MODEL, RELEASED
+from self_forcing.work import work_of
+
+KEYS = {
+    key: key
+    for key in (
+        *("prompt", "image", "video", "seed", "memory_limit", "embedding_cache"),
+        *("num_steps", "num_frames", "height", "width", "fps"),
+    )
+}
+
+
+class SelfForcing:
+    """Self-Forcing and Causal-Forcing; see `VideoModel` for what each method is for."""
+
+    name = "self_forcing"
+    presets = PRESETS
+    schema = RunConfig
+    keys: Mapping[str, str] = KEYS
+    places: Collection[str] = ("checkpoint",)
+
+    # Files and settings -----------------------------------------------------------------------
+
+    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
+        if is_dry and name in RELEASED:
+            return Source(name, plans_by_sizes=True, sizes=checkpoints.SIZES)
+        place = checkpoints.choose(name)
+        if Path(place).exists():
+            return _source(checkpoints.find_base(place))
+        return Source(place, sizes=checkpoints.SIZES if place == REAL_MODEL else None)
+
+    def check(self, config: RunConfig, source: Source) -> RunConfig:
+        num_steps = len(config.step_list or ()) or config.num_steps or 50
+        return replace(config, num_steps=num_steps)
+
+    def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
+        return choose_dtype(config.dtype, device)
+
+    def check_device(
+        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        pass
+
+    def missing(self, config: RunConfig, source: Source) -> Missing | None:
+        if source.plans_by_sizes:
+            return None
+        return checkpoints.find_download(config, source.name, source.files)
+
+    def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
+        base = source.files or checkpoints.find_base(source.name)
+        return config, _source(checkpoints.find_weights(config, base))
+
+    def check_files(self, config: RunConfig, source: Source) -> None:
+        checkpoints.check(source.files)
+
+    def fingerprint(self, source: Source) -> str:
+        return checkpoints.fingerprint(source.files)
+
+    def identity(self, job: Job) -> str:
+        return f"{job.source.files} {job.config.precision}"
+
+    def ingredients(self, job: Job) -> dict[str, Path]:
+        base = job.source.files.base
+        return {part: getattr(base, part) for part in ("vae", "text_encoder", "tokenizer")}
+
+    def setting(self, config: RunConfig) -> Setting:
+        num_steps = config.num_steps or 50
+        return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=[])
+
+    # Planning ---------------------------------------------------------------------------------
+
+    def media(self, config: RunConfig, source: Source) -> Media:
+        return read_media(config)
+
+    def before(self, media: Media) -> Tensor | None:
+        return media.video
+
+    def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
+        return work_of(config, source.sizes, dtype=dtype)
+
+    def title(self, job: Job) -> list[str]:
+        config, files = job.config, job.source.files
+        dtype = str(job.dtype).removeprefix("torch.")
+        model = f"sizes of {job.source.name}, {dtype}; no files"
+        if files is not None:
+            model = f"{job.source.name}, {files.weights.name}, {dtype} on {job.device}"
+        loop = "rolling" if config.rolling else "few steps" if config.step_list else "many steps"
+        return [
+            f"model        {model}",
+            f"preset       {job.preset}: {loop}, chunks of {config.chunk_frames} latent frames, "
+            f"{config.precision} precision",
+        ]
+
+    def lines(self, config: RunConfig, work: Work) -> list[str]:
+        (part,) = work.segments
+        seen = "all" if config.window is None else f"{config.window}, the first {config.sink} stay"
+        calls = work.num_ticks + len(part.tokens) - 1
+        return [
+            f"video        {config.num_frames} frames of {config.width}x{config.height} at "
+            f"{config.fps} fps, seed {config.seed}",
+            f"chunks       {len(part.tokens)}, of which {len(part.given)} given; latent frames "
+            f"seen: {seen}",
+            f"ticks        {work.num_ticks}, {len(work.branches)} branches",
+            f"tokens       {work.frame_tokens} per latent frame",
+            f"forwards     {calls * len(work.branches)}, clean passes included, "
+            f"{work.flops / 1e15:.4g} PFLOPs",
+            *cost_lines(
+                work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="results"
+            ),
+        ]
+
+    def footprint(self, job: Job, *, overlaps: bool) -> VideoMemory:
+        return VideoMemory(
+            job.source.sizes,
+            job.config,
+            job.work,
+            networks=networks_of(job.source.files, dtype=job.dtype),
+            dtype=job.dtype,
+            layout=job.ranks.layout,
+            overlaps=overlaps,
+        )
+
+    def residence(self, config: RunConfig) -> Residence:
+        return Residence(config.text_on_host, config.offload, config.kv_on_host)
+
+    def placed(self, config: RunConfig, residence: Residence) -> RunConfig:
+        return replace(
+            config,
+            text_on_host=residence.text_on_host,
+            offload=residence.dit_aside,
+            kv_on_host=residence.kv_on_host,
+        )
+
+    # Running ----------------------------------------------------------------------------------
+
+    def text_facts(self, job: Job) -> dict[str, Any]:
+        base = job.source.files.base
+        return {
+            "prompts": _prompts(job),
+            "encoder": text.fingerprint(base.text_encoder, tokenizer=base.tokenizer),
+            "text_len": base.config.text_len,
+            "dtype": str(job.dtype),
+        }
+
+    def load_text(self, job: Job) -> text.TextEncoder:
+        base = job.source.files.base
+        return text.load_encoder(
+            base.text_encoder,
+            tokenizer=base.tokenizer,
+            text_len=base.config.text_len,
+            dtype=job.dtype,
+            device=job.text_device,
+        )
+
+    def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
+        made = encoder.encode(_prompts(job))
+        modules = {"text encoder": encoder.model}
+        return check_finite(made, "the embeddings of the prompts", modules=modules)
+
+    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
+        texts = zip(job.work.branches, encoded.split(1), strict=False)
+        return Conditioning(dict(texts), job.media.given)
+
+    def load_dit(self, job: Job) -> DiT:
+        is_rounded = job.config.precision == "reference"
+        return checkpoints.load_dit(
+            job.source.files, is_rounded=is_rounded, dtype=job.dtype, device=job.device
+        )
+
+    def compile(self, job: Job, dit: DiT) -> None:
+        if job.config.precision == "reference":  # its parts are others
+            return
+        dit.parts, work = compiled_parts(), job.work
+        dit.compile_ahead(
+            num_frames=work.pass_tokens // work.frame_tokens,
+            frame_tokens=work.frame_tokens // job.ranks.layout.sequence,
+            batches=[1],
+        )
+
+    def load_vae(self, job: Job) -> vae.VAE:
+        return vae.load(job.source.files.base.vae, device=job.device)
+
+    generate = staticmethod(generate)
+
+
+MODEL = SelfForcing()
+
+
+def _source(found: checkpoints.Checkpoint) -> Source:
+    base = found.base
+    return Source(base.folder.name, base.folder, files=found, sizes=base.config)
+
+
+def _prompts(job: Job) -> list[str]:
+    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

@@ -1,0 +1,176 @@
+"""From encoded prompts to pixel frames: noise, given frames, decoding as chunks become clean.
+
+Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.kv import caches_for
+from flowcache.policies import Observe, Policies
+from flowcache.runtime.checks import Decoded, all_finite
+from flowcache.runtime.images import read_image
+from flowcache.runtime.model import Progress, Work
+from flowcache.runtime.offload import HostWeights, aside
+from flowcache.runtime.ops import Draw, seeded_noise
+from flowcache.runtime.overlap import Worker, should_overlap
+from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.video import read_video, to_pixels
+from flowcache.wan.dit import DiT, context_flops
+from flowcache.wan.vae import VAE
+from self_forcing.config import RunConfig
+from self_forcing.sampler import Branch, Run, Sampler
+from self_forcing.work import VAE_STRIDE, work_of
+
+
+@dataclass(frozen=True)
+class Media:
+    """The given pictures, in the final size."""
+
+    given: Tensor | None = None
+    """What the first chunks show, `[3, T, H, W]` in -1..1: an image, or the end of a video."""
+    video: Tensor | None = None
+    """The whole video to extend, uint8 `[T, H, W, 3]`."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the video is made from."""
+
+    text: Mapping[str, Tensor]
+    """Branch name -> text encoder output `[1, L, D]`."""
+    given: Tensor | None = None
+    """See `Media`."""
+
+
+def read_media(config: RunConfig) -> Media:
+    """Read the pictures that the settings name.
+
+    As upstream, an image is scaled to the final size without regard to its shape.
+    """
+    size = (config.height, config.width)
+    if config.image is not None:
+        image = read_image(Path(config.image)).resize(size[::-1], resample=2)  # bilinear
+        return Media(to_pixels(torch.from_numpy(np.array(image)).unsqueeze(0)))
+    if config.video is None:
+        return Media()
+    frames, _ = read_video(Path(config.video), fps=config.fps, size=size)
+    history = config.overlap_history or 0
+    if len(frames) < history:
+        raise UserError(f"{config.video} has {len(frames)} frames, overlap_history is {history}")
+    video = torch.from_numpy(frames)
+    return Media(to_pixels(video[-history:]), video)
+
+
+@torch.no_grad()
+def generate(
+    dit: DiT,
+    vae: VAE,
+    config: RunConfig,
+    conditioning: Conditioning,
+    *,
+    stats: RunStats,
+    work: Work | None = None,
+    draw: Draw | None = None,
+    observe: Observe | None = None,
+    policies: Policies | None = None,  # noqa: ARG001
+    ranks: Ranks | None = None,
+) -> Iterator[Progress]:
+    """Make a video; see `VideoModel.generate`. Every step is computed, whatever policies say."""
+    device, ranks = dit.patch_embedding.weight.device, ranks or Ranks()
+    draw = seeded_noise(config.seed, device=device) if draw is None else draw
+    work = work or work_of(config, dit.config, dtype=dit.dtype)
+    (part,), num_given = work.segments, work.loop.num_given
+    chunks = part.cut
+    run = Run(dit, work.loop.sampling, stats, draw, observe=observe, ranks=ranks)
+    dit_weights = HostWeights(dit, device) if config.offload else None
+    size = (dit.config.in_dim, config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+    # frames before channels, in the transformer's type: the same seed gives upstream's noise
+    noise = draw((chunks[-1].stop - num_given, *size), dit.dtype)
+    latents = noise.movedim(1, 0)
+    latents = latents.contiguous() if config.precision == "reference" else latents.float()
+    if conditioning.given is not None:
+        with stats.stage("vae"), aside(dit_weights):
+            given = vae.encode(conditioning.given.unsqueeze(0).to(device))[0].to(latents)
+        latents = torch.cat([given, latents], dim=1)
+    sampler = Sampler(
+        run,
+        latents,
+        chunks=chunks,
+        num_given=len(part.given),
+        branches=_branches(run, config, conditioning, kv_tokens=part.kv_tokens),
+    )
+    takes_turns = config.offload or ranks.place.size > 1
+    is_concurrent = should_overlap(config.overlap, device, takes_turns=takes_turns)
+    decoder = vae.stream(ranks)
+    # the frames of a video that goes on were shown before; its decoder needs them all the same
+    hidden = 0 if config.video is None else config.overlap_history or 0
+    with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
+
+        def decode(start: int, stop: int) -> Future[Decoded]:
+            own = latents[:, start:stop].unsqueeze(0).clone()
+            skipped = hidden if start == 0 else 0
+
+            def decoded() -> Decoded:
+                with stats.stage("vae", is_concurrent=is_concurrent), aside(dit_weights):
+                    frames = decoder.decode(own)[0].float()[:, skipped:]
+                    return Decoded(frames, all_finite(own))
+
+            return worker.submit(decoded)
+
+        start = 0
+        for tick, finished in sampler.denoise():
+            if not finished:
+                yield Progress(tick, None)
+                continue
+            stop = chunks[finished[-1]].stop
+            parts = [decode(start, num_given)] if start < num_given else []
+            parts.append(decode(max(start, num_given), stop))
+            start = stop
+            joined = worker.submit(
+                lambda parts=parts: Decoded.concatenated([each.result() for each in parts]),
+                is_small=True,
+            )
+            yield Progress(tick, joined)
+    _add_flops_of_others(stats, ranks)
+
+
+def _branches(
+    run: Run, config: RunConfig, conditioning: Conditioning, *, kv_tokens: int
+) -> dict[str, Branch]:
+    """Return the guidance branches; those of other processes have neither prompt nor caches."""
+    dit, branches = run.dit, dict[str, Branch]()
+    with run.stats.stage("dit"):
+        for number, (name, text) in enumerate(conditioning.text.items()):
+            branches[name] = Branch([], [])
+            if not run.ranks.computes(number):
+                continue
+            cost = context_flops(dit.config)
+            run.stats.add_flops(computed=cost, without_reuse=cost)
+            device = dit.patch_embedding.weight.device
+            caches = caches_for(
+                dit.config.num_layers,
+                capacity=kv_tokens,
+                num_heads=dit.config.num_heads // run.ranks.layout.sequence,
+                head_width=dit.config.head_width,
+                dtype=dit.dtype,
+                device=device,
+                storage=torch.device("cpu") if config.kv_on_host else None,
+            )
+            branches[name] = Branch(dit.encode_context(text.to(device)), caches)
+    return branches
+
+
+def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
+    """Count what other processes did in the branches that this one does not compute."""
+    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
+    every = ranks.world.all_reduce(own) // ranks.sequence.size
+    stats.computed_flops, stats.flops_without_reuse = every.tolist()
