@@ -43,7 +43,9 @@ def choose(name: str) -> str:
     """Return the folder or hub id of a base model, by either, `demo` or `auto`."""
     if name == "demo" or (name == "auto" and not torch.cuda.is_available()):
         if not DEMO.is_dir():
-            raise UserError(f"{DEMO}: there is no demo checkpoint; give --model, a folder or hub id")
+            raise UserError(
+                f"{DEMO}: there is no demo checkpoint; give --model, a folder or hub id"
+            )
         return str(DEMO)
     if name in RELEASED and not Path(name).exists():
         raise UserError(f"{name} names sizes, for --dry-run: give a folder, or {REAL_MODEL}")

@@ -17,6 +17,7 @@ from flowcache.bounds import (
 from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule
+from flowcache.predict import Quantity
 from flowcache.runtime.config import describe
 from flowcache.runtime.settings import KernelName, ParallelRule, check_prompt, parse_limit
 from self_forcing.released import PRESETS
@@ -26,6 +27,13 @@ MAX_POSITIONS = 1024
 
 Entries = Annotated[list[int] | None, Bounds(0, 1000)]
 LatentFrames = Annotated[int, Bounds(0, MAX_FRAMES)]
+
+
+@dataclass(frozen=True)
+class ReuseConfig(ReuseRule):
+    """When a chunk is recomputed, and what it gets when it is not."""
+
+    predict: Quantity = "velocity"
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class RunConfig:
     positions: Literal["absolute", "relative"] = "absolute"
     rolling: bool = False
     precision: Literal["float32", "reference"] = "float32"
-    reuse: ReuseRule = field(default_factory=ReuseRule)
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
     kv: KVRule = field(default_factory=KVRule)
     parallel: ParallelRule = field(default_factory=ParallelRule)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

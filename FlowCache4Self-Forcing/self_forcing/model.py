@@ -3,23 +3,20 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowcache.runtime.checks import check_finite
-from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.hub import Missing
-from flowcache.runtime.memory import Residence
 from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
-from flowcache.wan import text, vae
-from flowcache.wan.dit import DiT, compiled_parts
+from flowcache.wan.dit import DiT
+from flowcache.wan.folder import WanFolder
+from flowcache.wan.memory import ChunkMemory, networks_of
+from flowcache.wan.model import WanModel
 from self_forcing import checkpoint as checkpoints
 from self_forcing.config import RunConfig
-from self_forcing.memory import VideoMemory, networks_of
 from self_forcing.pipeline import Conditioning, Media, generate, read_media
 from self_forcing.released import PRESETS, REAL_MODEL, RELEASED
 from self_forcing.work import work_of
@@ -33,7 +30,7 @@ KEYS = {
 }
 
 
-class SelfForcing:
+class SelfForcing(WanModel):
     """Self-Forcing and Causal-Forcing; see `VideoModel` for what each method is for."""
 
     name = "self_forcing"
@@ -43,6 +40,9 @@ class SelfForcing:
     places: Collection[str] = ("checkpoint",)
 
     # Files and settings -----------------------------------------------------------------------
+
+    def folder(self, source: Source) -> WanFolder:
+        return source.files.base
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
@@ -55,9 +55,6 @@ class SelfForcing:
     def check(self, config: RunConfig, source: Source) -> RunConfig:
         num_steps = len(config.step_list or ()) or config.num_steps or 50
         return replace(config, num_steps=num_steps)
-
-    def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
-        return choose_dtype(config.dtype, device)
 
     def check_device(
         self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
@@ -81,10 +78,6 @@ class SelfForcing:
 
     def identity(self, job: Job) -> str:
         return f"{job.source.files} {job.config.precision}"
-
-    def ingredients(self, job: Job) -> dict[str, Path]:
-        base = job.source.files.base
-        return {part: getattr(base, part) for part in ("vae", "text_encoder", "tokenizer")}
 
     def setting(self, config: RunConfig) -> Setting:
         num_steps = config.num_steps or 50
@@ -132,53 +125,21 @@ class SelfForcing:
             ),
         ]
 
-    def footprint(self, job: Job, *, overlaps: bool) -> VideoMemory:
-        return VideoMemory(
+    def footprint(self, job: Job, *, overlaps: bool) -> ChunkMemory:
+        files, given = job.source.files, job.media.given
+        return ChunkMemory(
             job.source.sizes,
             job.config,
             job.work,
-            networks=networks_of(job.source.files, dtype=job.dtype),
+            num_given=job.work.loop.num_given,
+            given_pixels=0 if given is None else given.shape[1],
+            networks=networks_of(None if files is None else files.base, dtype=job.dtype),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
         )
 
-    def residence(self, config: RunConfig) -> Residence:
-        return Residence(config.text_on_host, config.offload, config.kv_on_host)
-
-    def placed(self, config: RunConfig, residence: Residence) -> RunConfig:
-        return replace(
-            config,
-            text_on_host=residence.text_on_host,
-            offload=residence.dit_aside,
-            kv_on_host=residence.kv_on_host,
-        )
-
     # Running ----------------------------------------------------------------------------------
-
-    def text_facts(self, job: Job) -> dict[str, Any]:
-        base = job.source.files.base
-        return {
-            "prompts": _prompts(job),
-            "encoder": text.fingerprint(base.text_encoder, tokenizer=base.tokenizer),
-            "text_len": base.config.text_len,
-            "dtype": str(job.dtype),
-        }
-
-    def load_text(self, job: Job) -> text.TextEncoder:
-        base = job.source.files.base
-        return text.load_encoder(
-            base.text_encoder,
-            tokenizer=base.tokenizer,
-            text_len=base.config.text_len,
-            dtype=job.dtype,
-            device=job.text_device,
-        )
-
-    def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job))
-        modules = {"text encoder": encoder.model}
-        return check_finite(made, "the embeddings of the prompts", modules=modules)
 
     def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
         texts = zip(job.work.branches, encoded.split(1), strict=False)
@@ -191,17 +152,8 @@ class SelfForcing:
         )
 
     def compile(self, job: Job, dit: DiT) -> None:
-        if job.config.precision == "reference":  # its parts are others
-            return
-        dit.parts, work = compiled_parts(), job.work
-        dit.compile_ahead(
-            num_frames=work.pass_tokens // work.frame_tokens,
-            frame_tokens=work.frame_tokens // job.ranks.layout.sequence,
-            batches=[1],
-        )
-
-    def load_vae(self, job: Job) -> vae.VAE:
-        return vae.load(job.source.files.base.vae, device=job.device)
+        if job.config.precision != "reference":  # its parts are others
+            super().compile(job, dit)
 
     generate = staticmethod(generate)
 
@@ -212,7 +164,3 @@ MODEL = SelfForcing()
 def _source(found: checkpoints.Checkpoint) -> Source:
     base = found.base
     return Source(base.folder.name, base.folder, files=found, sizes=base.config)
-
-
-def _prompts(job: Job) -> list[str]:
-    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

@@ -4,7 +4,6 @@ Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T fr
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +14,20 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.kv import caches_for
 from flowcache.policies import Observe, Policies
-from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.images import read_image
 from flowcache.runtime.model import Progress, Work
-from flowcache.runtime.offload import HostWeights, aside
+from flowcache.runtime.offload import HostWeights
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video, to_pixels
+from flowcache.wan.codec import Codec
 from flowcache.wan.dit import DiT, context_flops
-from flowcache.wan.vae import VAE
+from flowcache.wan.vae import SPATIAL_STRIDE, VAE
 from self_forcing.config import RunConfig
 from self_forcing.sampler import Branch, Run, Sampler
-from self_forcing.work import VAE_STRIDE, work_of
+from self_forcing.work import work_of
 
 
 @dataclass(frozen=True)
@@ -92,54 +91,35 @@ def generate(
     chunks = part.cut
     run = Run(dit, work.loop.sampling, stats, draw, observe=observe, ranks=ranks)
     dit_weights = HostWeights(dit, device) if config.offload else None
-    size = (dit.config.in_dim, config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+    size = (dit.config.in_dim, config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
     # frames before channels, in the transformer's type: the same seed gives upstream's noise
     noise = draw((chunks[-1].stop - num_given, *size), dit.dtype)
     latents = noise.movedim(1, 0)
     latents = latents.contiguous() if config.precision == "reference" else latents.float()
-    if conditioning.given is not None:
-        with stats.stage("vae"), aside(dit_weights):
-            given = vae.encode(conditioning.given.unsqueeze(0).to(device))[0].to(latents)
-        latents = torch.cat([given, latents], dim=1)
-    sampler = Sampler(
-        run,
-        latents,
-        chunks=chunks,
-        num_given=len(part.given),
-        branches=_branches(run, config, conditioning, kv_tokens=part.kv_tokens),
-    )
     takes_turns = config.offload or ranks.place.size > 1
     is_concurrent = should_overlap(config.overlap, device, takes_turns=takes_turns)
-    decoder = vae.stream(ranks)
-    # the frames of a video that goes on were shown before; its decoder needs them all the same
-    hidden = 0 if config.video is None else config.overlap_history or 0
     with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
-
-        def decode(start: int, stop: int) -> Future[Decoded]:
-            own = latents[:, start:stop].unsqueeze(0).clone()
-            skipped = hidden if start == 0 else 0
-
-            def decoded() -> Decoded:
-                with stats.stage("vae", is_concurrent=is_concurrent), aside(dit_weights):
-                    frames = decoder.decode(own)[0].float()[:, skipped:]
-                    return Decoded(frames, all_finite(own))
-
-            return worker.submit(decoded)
-
-        start = 0
+        codec = Codec(vae, vae.stream(ranks), stats, worker, device, dit_weights)
+        if conditioning.given is not None:
+            given = codec.encode(conditioning.given).to(latents)
+            latents = torch.cat([given, latents], dim=1)
+        sampler = Sampler(
+            run,
+            latents,
+            chunks=chunks,
+            num_given=len(part.given),
+            branches=_branches(run, config, conditioning, kv_tokens=part.kv_tokens),
+        )
+        # the frames of a video that goes on were shown before; its decoder needs them all the same
+        hidden = 0 if config.video is None else config.overlap_history or 0
+        waiting = [(latents[:, :num_given], hidden)] if num_given else []
         for tick, finished in sampler.denoise():
-            if not finished:
+            if finished:
+                own = slice(chunks[finished[0]].start, chunks[finished[-1]].stop)
+                yield Progress(tick, codec.decode([*waiting, (latents[:, own], 0)]))
+                waiting = []
+            else:
                 yield Progress(tick, None)
-                continue
-            stop = chunks[finished[-1]].stop
-            parts = [decode(start, num_given)] if start < num_given else []
-            parts.append(decode(max(start, num_given), stop))
-            start = stop
-            joined = worker.submit(
-                lambda parts=parts: Decoded.concatenated([each.result() for each in parts]),
-                is_small=True,
-            )
-            yield Progress(tick, joined)
     _add_flops_of_others(stats, ranks)
 
 

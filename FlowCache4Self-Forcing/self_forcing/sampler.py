@@ -401,9 +401,7 @@ class Sampler:
             self.run.dit.config,
             num_frames,
             seen=sum(
-                self.sampling.reach(
-                    num_frames, clean, sink=len(self.chunks[0]), is_clean=is_clean
-                )
+                self.sampling.reach(num_frames, clean, sink=len(self.chunks[0]), is_clean=is_clean)
             ),
             frame_tokens=self.frame_tokens,
             is_clean=is_clean,

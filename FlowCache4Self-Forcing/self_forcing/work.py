@@ -13,12 +13,9 @@ from flowcache.runtime.plan import TOKEN_COPIES, most_active
 from flowcache.runtime.settings import check_pass, check_work
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
 from flowcache.wan.flow_match import levels_of
-from flowcache.wan.vae import TEMPORAL_STRIDE
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from self_forcing.config import MAX_POSITIONS, RunConfig
 from self_forcing.sampler import Sampling, pass_flops
-
-VAE_STRIDE = 8
-"""Pixels per latent, in both directions."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def given_frames(config: RunConfig) -> int:
 
 def tokens_per_frame(config: RunConfig) -> int:
     """Return the DiT tokens of one latent frame."""
-    multiple = VAE_STRIDE * PATCH[1]
+    multiple = SPATIAL_STRIDE * PATCH[1]
     for name, value in (("height", config.height), ("width", config.width)):
         if value % multiple:
             raise UserError(f"{name} must be a multiple of {multiple} pixels, not {value}")
@@ -166,9 +163,7 @@ def calls_of(sampling: Sampling, part: SegmentWork) -> Iterator[tuple[int, int, 
             yield call([chunk], is_clean=True)
 
 
-def _segment(
-    config: RunConfig, sampling: Sampling, frame_tokens: int
-) -> tuple[SegmentWork, int]:
+def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> tuple[SegmentWork, int]:
     """Return the ticks and chunks of a video, and its given latent frames."""
     num_frames = latent_frames(config, "num_frames", config.num_frames)
     given = given_frames(config)

@@ -131,14 +131,18 @@ def check_masks(case: Case) -> Iterator[Check]:
     context = dit.encode_context(padded(case.tensor("in.context"), dit.config))
     for run in case.settings["runs"]:
         name, size = run["name"], run["frames_per_block"]
-        chunks = chunks_of(x.shape[2], size=size, is_first_alone=bool(run["independent_first_frame"]))
+        chunks = chunks_of(
+            x.shape[2], size=size, is_first_alone=bool(run["independent_first_frame"])
+        )
         t = case.tensor(f"{name}.t")
         if run["mask"] == "teacher_forcing":
             clean = case.tensor("in.clean_x")
             clean_t = torch.zeros_like(t)
             if f"{name}.aug_t" in case:
                 clean_t = case.tensor(f"{name}.aug_t").expand_as(t)
-            ours = _forward(dit, torch.cat([clean, x], 2), torch.cat([clean_t, t], 1), context, chunks)
+            ours = _forward(
+                dit, torch.cat([clean, x], 2), torch.cat([clean_t, t], 1), context, chunks
+            )
             ours = ours[:, :, x.shape[2] :]
         else:
             window = run["window_frames"]
@@ -210,9 +214,7 @@ def _cached(case: Case, dit: DiT, dtype: torch.dtype) -> Iterator[Check]:
         )
         for _ in range(batch)
     ]
-    suffix, tolerance = (
-        ("", TOLERANCE) if dtype is torch.float32 else ("_bf16", BF16_TOLERANCE)
-    )
+    suffix, tolerance = ("", TOLERANCE) if dtype is torch.float32 else ("_bf16", BF16_TOLERANCE)
     settled = 0
     for number, call in enumerate(calls):
         x, t = case.tensor(f"{number}.x"), case.tensor(f"{number}.t")
@@ -295,7 +297,9 @@ def _few_steps(case: Case, run: Mapping[str, Any]) -> Iterator[Check]:
         )
         made.append(list(calls.made))
     tolerance = BF16_TOLERANCE if is_bf16 else TOLERANCE
-    yield compare(f"{name}.out", torch.stack(videos), case.tensor(f"{name}.out"), tolerance=tolerance)
+    yield compare(
+        f"{name}.out", torch.stack(videos), case.tensor(f"{name}.out"), tolerance=tolerance
+    )
     for stored in _numbered(case, f"{name}.x0."):
         number = int(stored.rpartition(".")[2])
         clean = [
@@ -465,14 +469,18 @@ KINDS = (
     ),
     Kind(
         "few-step loop of Self-Forcing",
-        lambda case: "frame_tokens" in case.settings
-        and "denoising_step_list_first_chunk" in case.settings.get("runs", [{}])[0],
+        lambda case: (
+            "frame_tokens" in case.settings
+            and "denoising_step_list_first_chunk" in case.settings.get("runs", [{}])[0]
+        ),
         check_loops,
     ),
     Kind(
         "many-step loop of Self-Forcing",
-        lambda case: "frame_tokens" in case.settings
-        and "sampling_steps" in case.settings.get("runs", [{}])[0],
+        lambda case: (
+            "frame_tokens" in case.settings
+            and "sampling_steps" in case.settings.get("runs", [{}])[0]
+        ),
         check_many_steps,
     ),
     Kind(

@@ -91,5 +91,3 @@ def _modulated(x_BSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, *, eps: fl
 def _gated_sum(x_BSD: Tensor, y_BSD: Tensor, gate_BF1D: Tensor) -> Tensor:
     y = y_BSD.unflatten(1, (gate_BF1D.shape[1], -1)) * gate_BF1D
     return x_BSD + y.flatten(1, 2)
-
-

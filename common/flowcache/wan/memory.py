@@ -1,4 +1,4 @@
-"""What a run keeps in memory, stage by stage."""
+"""What a run of a Wan model keeps in memory that goes chunk by chunk through a KV cache."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,33 +20,41 @@ from flowcache.runtime.memory import (
 from flowcache.runtime.parallel import TokenSplit
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, DiTConfig, Embedded
-from self_forcing.checkpoint import Checkpoint
-from self_forcing.work import VAE_STRIDE
+from flowcache.wan.folder import WanFolder
+from flowcache.wan.vae import SPATIAL_STRIDE
 
 LATENT_COPIES = 6
 """Float32 arrays of the video's size or less: noise, latents, velocities, solver's history."""
 SIZE_REMEDY = "lower height and width"
 
 
-def networks_of(files: Checkpoint | None, *, dtype: torch.dtype) -> Networks:
+def networks_of(folder: WanFolder | None, *, dtype: torch.dtype) -> Networks:
     """Build those of a base model; None: those that all released models share."""
-    if files is None:
+    if folder is None:
         return Networks(text.released_encoder(), dtype, vae.released())
-    encoder = text.empty_encoder(files.base.text_encoder)
-    return Networks(encoder, dtype, vae.empty(files.base.vae))
+    encoder = text.empty_encoder(folder.text_encoder)
+    return Networks(encoder, dtype, vae.empty(folder.vae))
 
 
-class VideoMemory(Footprint):
+class ChunkMemory(Footprint):
     """Counts what a run needs; the VAE is float32, all else in the run's type."""
 
     text_remedy = "set text_on_host=true"
     kv_remedy = "set window, or fewer num_frames"
 
-    def __init__(self, sizes: DiTConfig, *run: Any, **options: Any) -> None:
-        """Count for a transformer of such sizes; see `Footprint`."""
+    def __init__(
+        self, sizes: DiTConfig, *run: Any, num_given: int, given_pixels: int, **options: Any
+    ) -> None:
+        """Count for a transformer of such sizes; see `Footprint`.
+
+        Args:
+            num_given: latent frames that are given.
+            given_pixels: pixel frames that are encoded to these, at once.
+        """
+        self.num_given, self.given_pixels = num_given, given_pixels
         super().__init__(*run, **options)
         self.sizes, self.num_layers = sizes, sizes.num_layers
-        self.size = (self.config.height // VAE_STRIDE, self.config.width // VAE_STRIDE)
+        self.size = (self.config.height // SPATIAL_STRIDE, self.config.width // SPATIAL_STRIDE)
         self.pixel_bytes = self.config.height * self.config.width * PIXEL_BYTES
         (self.part,) = self.work.segments
         self.decode_scratch, self.decoder_state = self._decoding()
@@ -96,15 +104,14 @@ class VideoMemory(Footprint):
 
         peak, state = scratch_bytes(decode), decoder.state_bytes()
         largest = max(len(chunk) for chunk in self.part.cut)
-        shown = vae.TEMPORAL_STRIDE * max(largest, self.work.loop.num_given) * self.pixel_bytes
+        shown = vae.TEMPORAL_STRIDE * max(largest, self.num_given) * self.pixel_bytes
         return peak + shown, state + shown
 
     def _encoding(self) -> int:
         """Return what the encoder holds at most, 0 if nothing is encoded."""
-        num_frames = self.config.overlap_history or 1 if self.work.loop.num_given else 0
-        shape = (1, 3, num_frames, self.config.height, self.config.width)
-        if not num_frames:
+        if not self.given_pixels:
             return 0
+        shape = (1, 3, self.given_pixels, self.config.height, self.config.width)
         return scratch_bytes(lambda: self.networks.vae.encode(torch.empty(shape, device=META)))
 
     def _dit_scratch(self) -> int:
