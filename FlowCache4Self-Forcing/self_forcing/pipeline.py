@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.kv import caches_for
 from flowcache.policies import Observe, Policies
 from flowcache.runtime.images import read_image
 from flowcache.runtime.model import Progress, Work
@@ -22,11 +21,12 @@ from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video, to_pixels
+from flowcache.wan.cached import CachedDiT, add_flops_of_others, open_branches
 from flowcache.wan.codec import Codec
-from flowcache.wan.dit import DiT, context_flops
+from flowcache.wan.dit import DiT
 from flowcache.wan.vae import SPATIAL_STRIDE, VAE
 from self_forcing.config import RunConfig
-from self_forcing.sampler import Branch, Run, Sampler
+from self_forcing.sampler import Sampler
 from self_forcing.work import work_of
 
 
@@ -79,7 +79,7 @@ def generate(
     stats: RunStats,
     work: Work | None = None,
     draw: Draw | None = None,
-    observe: Observe | None = None,
+    observe: Observe | None = None,  # noqa: ARG001
     policies: Policies | None = None,  # noqa: ARG001
     ranks: Ranks | None = None,
 ) -> Iterator[Progress]:
@@ -89,7 +89,6 @@ def generate(
     work = work or work_of(config, dit.config, dtype=dit.dtype)
     (part,), num_given = work.segments, work.loop.num_given
     chunks = part.cut
-    run = Run(dit, work.loop.sampling, stats, draw, observe=observe, ranks=ranks)
     dit_weights = HostWeights(dit, device) if config.offload else None
     size = (dit.config.in_dim, config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
     # frames before channels, in the transformer's type: the same seed gives upstream's noise
@@ -103,12 +102,24 @@ def generate(
         if conditioning.given is not None:
             given = codec.encode(conditioning.given).to(latents)
             latents = torch.cat([given, latents], dim=1)
+        branches = open_branches(
+            dit,
+            conditioning.text,
+            stats=stats,
+            ranks=ranks,
+            kv_tokens=part.kv_tokens,
+            on_host=config.kv_on_host,
+        )
+        cached = CachedDiT(
+            dit, branches, stats=stats, ranks=ranks, size=size[1:], num_chunks=len(chunks)
+        )
         sampler = Sampler(
-            run,
+            cached,
+            work.loop.sampling,
             latents,
             chunks=chunks,
             num_given=len(part.given),
-            branches=_branches(run, config, conditioning, kv_tokens=part.kv_tokens),
+            draw=draw,
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
         hidden = 0 if config.video is None else config.overlap_history or 0
@@ -120,37 +131,4 @@ def generate(
                 waiting = []
             else:
                 yield Progress(tick, None)
-    _add_flops_of_others(stats, ranks)
-
-
-def _branches(
-    run: Run, config: RunConfig, conditioning: Conditioning, *, kv_tokens: int
-) -> dict[str, Branch]:
-    """Return the guidance branches; those of other processes have neither prompt nor caches."""
-    dit, branches = run.dit, dict[str, Branch]()
-    with run.stats.stage("dit"):
-        for number, (name, text) in enumerate(conditioning.text.items()):
-            branches[name] = Branch([], [])
-            if not run.ranks.computes(number):
-                continue
-            cost = context_flops(dit.config)
-            run.stats.add_flops(computed=cost, without_reuse=cost)
-            device = dit.patch_embedding.weight.device
-            caches = caches_for(
-                dit.config.num_layers,
-                capacity=kv_tokens,
-                num_heads=dit.config.num_heads // run.ranks.layout.sequence,
-                head_width=dit.config.head_width,
-                dtype=dit.dtype,
-                device=device,
-                storage=torch.device("cpu") if config.kv_on_host else None,
-            )
-            branches[name] = Branch(dit.encode_context(text.to(device)), caches)
-    return branches
-
-
-def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
-    """Count what other processes did in the branches that this one does not compute."""
-    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
-    every = ranks.world.all_reduce(own) // ranks.sequence.size
-    stats.computed_flops, stats.flops_without_reuse = every.tolist()
+    add_flops_of_others(stats, ranks)

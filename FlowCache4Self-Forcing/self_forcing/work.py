@@ -11,11 +11,12 @@ from flowcache.runtime.memory import META, weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import TOKEN_COPIES, most_active
 from flowcache.runtime.settings import check_pass, check_work
+from flowcache.wan.cached import pass_flops
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
 from flowcache.wan.flow_match import levels_of
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from self_forcing.config import MAX_POSITIONS, RunConfig
-from self_forcing.sampler import Sampling, pass_flops
+from self_forcing.sampler import Sampling
 
 
 @dataclass(frozen=True)

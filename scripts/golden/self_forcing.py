@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from self_forcing.sampler import Sampler, Sampling
+from self_forcing.work import chunks_of
 from torch import Tensor
 from torch.nn import functional
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.kv import cached_attention, caches_for
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan import vae
+from flowcache.wan.cached import CachedDiT, open_branches
 from flowcache.wan.dit import DiT, DiTConfig, Embedded
 from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
-from flowcache.wan.unipc import UniPC, timestep_grid
 from flowcache.wan.rounded import RoundedDiT
+from flowcache.wan.unipc import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, compare
-from self_forcing.sampler import Branch, Run, Sampler, Sampling
-from self_forcing.work import chunks_of
 
 TOLERANCE = 2e-5
 """Of float32 forwards and few-step loops."""
@@ -175,7 +177,7 @@ def _forward(
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         frames_of = [y.unflatten(1, (num_frames, per_frame)) for y in (q, k, v)]
         outputs = []
-        clips = [(chunk, list(range(0, chunk.stop)), 0) for chunk in chunks]
+        clips = [(chunk, list(range(chunk.stop)), 0) for chunk in chunks]
         if num_frames > length:
             clips += [(chunk, visible(chunk), length) for chunk in chunks]
         else:
@@ -396,27 +398,25 @@ def denoise(
 
     latents = start_FChw.movedim(1, 0).clone()
     chunks = chunks_of(len(start_FChw), size=size, is_first_alone=is_first_alone)
-    config, tokens = dit.config, latents[0].numel() // 4
-    branches = {
-        name: Branch(
-            dit.encode_context(padded(text, config)),
-            caches_for(
-                config.num_layers,
-                capacity=2 * tokens,
-                num_heads=config.num_heads,
-                head_width=config.head_width,
-                dtype=dit.dtype,
-                device=latents.device,
-            ),
-        )
-        for name, text in texts.items()
-    }
+    stats, ranks = RunStats(latents.device), Ranks()
+    branches = open_branches(
+        dit,
+        {name: padded(text, dit.config) for name, text in texts.items()},
+        stats=stats,
+        ranks=ranks,
+        kv_tokens=latents[0].numel() // 2,
+        on_host=False,
+    )
+    height, width = latents.shape[-2:]
     sampler = Sampler(
-        Run(dit, sampling, RunStats(latents.device), draw),
+        CachedDiT(
+            dit, branches, stats=stats, ranks=ranks, size=(height, width), num_chunks=len(chunks)
+        ),
+        sampling,
         latents,
         chunks=chunks,
         num_given=sum(chunk.stop <= num_given for chunk in chunks),
-        branches=branches,
+        draw=draw,
     )
     for _ in sampler.denoise():
         pass
