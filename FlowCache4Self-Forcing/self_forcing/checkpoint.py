@@ -15,7 +15,14 @@ import torch
 from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import profile
-from flowcache.runtime.hub import Missing, fetch, find_missing, local_copy
+from flowcache.runtime.hub import (
+    Missing,
+    fetch,
+    fetch_file,
+    find_missing,
+    find_missing_file,
+    local_copy,
+)
 from flowcache.runtime.weights import StoredTensor, load_into, match, read
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.folder import ORIGINAL, WanFolder, find_folder, is_whole
@@ -62,11 +69,7 @@ def find_base(place: str) -> Checkpoint:
 
 def find_weights(config: RunConfig, found: Checkpoint) -> Checkpoint:
     """Find the weights that the settings name, which are fetched if need be."""
-    path = _local(config.checkpoint, found.base.folder)
-    if path is None:
-        repository, file = _hub_file(config.checkpoint)
-        folder = fetch(repository, patterns=[file], is_whole=lambda at: (at / file).is_file())
-        path = folder / file
+    path = _local(config.checkpoint, found.base.folder) or fetch_file(config.checkpoint)
     copies = ("generator_ema", "generator") if config.use_ema else ("generator", "generator_ema")
     return replace(found, weights=path, copies=(*copies, "model"))
 
@@ -76,12 +79,8 @@ def find_download(config: RunConfig, place: str, found: Checkpoint | None) -> Mi
     if found is None and local_copy(place, patterns=_patterns(place), is_whole=is_whole) is None:
         return find_missing(place, patterns=_patterns(place))
     folder = Path() if found is None else found.base.folder
-    if _local(config.checkpoint, folder) is not None:
-        return None
-    repository, file = _hub_file(config.checkpoint)
-    if local_copy(repository, patterns=[file], is_whole=lambda at: (at / file).is_file()):
-        return None
-    return find_missing(repository, patterns=[file])
+    is_here = _local(config.checkpoint, folder) is not None
+    return None if is_here else find_missing_file(config.checkpoint)
 
 
 def _patterns(place: str) -> list[str] | None:
@@ -91,14 +90,6 @@ def _patterns(place: str) -> list[str] | None:
 def _local(checkpoint: str, folder: Path) -> Path | None:
     path = given_path(checkpoint, name="checkpoint")
     return next((each for each in (path, folder / path) if each.is_file()), None)
-
-
-def _hub_file(checkpoint: str) -> tuple[str, str]:
-    organisation, _, rest = checkpoint.partition("/")
-    name, _, file = rest.partition("/")
-    if not file or checkpoint.startswith((".", "/", "~")):
-        raise UserError(f"checkpoint is {checkpoint}: no such file; or give ORG/NAME/FILE of a hub")
-    return f"{organisation}/{name}", file
 
 
 def check(found: Checkpoint) -> None:

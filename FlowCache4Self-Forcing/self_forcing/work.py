@@ -5,16 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from flowcache.attention import AttentionShape
 from flowcache.errors import UserError
-from flowcache.runtime.memory import META, weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import TOKEN_COPIES, most_active
-from flowcache.runtime.settings import check_pass, check_work
-from flowcache.wan.cached import pass_flops
-from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
+from flowcache.runtime.settings import check_work
+from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
-from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from flowcache.wan.vae import TEMPORAL_STRIDE
+from flowcache.wan.work import Call, chunk_work, tokens_per_frame
 from self_forcing.config import MAX_POSITIONS, RunConfig
 from self_forcing.sampler import Sampling
 
@@ -91,15 +88,6 @@ def given_frames(config: RunConfig) -> int:
     return 1
 
 
-def tokens_per_frame(config: RunConfig) -> int:
-    """Return the DiT tokens of one latent frame."""
-    multiple = SPATIAL_STRIDE * PATCH[1]
-    for name, value in (("height", config.height), ("width", config.width)):
-        if value % multiple:
-            raise UserError(f"{name} must be a multiple of {multiple} pixels, not {value}")
-    return (config.height // multiple) * (config.width // multiple)
-
-
 def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     """Work out what a run does.
 
@@ -107,58 +95,35 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         sizes: of the transformer.
         dtype: of its weights.
     """
-    sampling, frame_tokens = sampling_of(config), tokens_per_frame(config)
-    part, num_given = _segment(config, sampling, frame_tokens)
-    branches = ("cond", "uncond") if not sampling.steps and sampling.guidance > 1 else ("cond",)
-    num_branches, width = len(branches), dtype.itemsize
-    queries = max(max(part.tokens.values()), most_active(part.ticks, part.tokens))
-    check_pass(queries, sizes="height, width or chunk_frames")
-    heads = sizes.num_heads
-    with META:
-        weights = weight_bytes(DiT(sizes).to(dtype))
-    flops = num_branches * context_flops(sizes)
-    for num_frames, seen, is_clean in calls_of(sampling, part):
-        flops += embed_flops(sizes, num_frames=num_frames, frame_tokens=frame_tokens)
-        flops += num_branches * pass_flops(
-            sizes, num_frames, seen=seen, frame_tokens=frame_tokens, is_clean=is_clean
-        )
-    return Work(
-        segments=(part,),
-        branches=branches,
-        passes=branches,
-        is_whole=False,
-        num_caches=num_branches,
+    sampling = sampling_of(config)
+    frame_tokens = tokens_per_frame(height=config.height, width=config.width)
+    segment, num_given = _segment(config, sampling, frame_tokens)
+    return chunk_work(
+        sizes,
+        segment,
+        calls_of(sampling, segment),
+        branches=("cond",) if sampling.steps or sampling.guidance <= 1 else ("cond", "uncond"),
         frame_tokens=frame_tokens,
-        divided_tokens=frame_tokens,
-        pass_tokens=queries,
-        text_tokens=sizes.text_len,
-        attention=AttentionShape(queries, part.kv_tokens, heads, heads, sizes.head_width),
-        flops=flops,
-        weight_bytes=weights,
-        kv_bytes=2 * part.kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
-        scoring_bytes=0,
-        query_bytes=0,
-        stored_bytes=0,
-        activation_bytes=queries * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
+        dtype=dtype,
         loop=Loop(sampling, num_given),
     )
 
 
-def calls_of(sampling: Sampling, part: SegmentWork) -> Iterator[tuple[int, int, bool]]:
-    """Yield for each call: frames, clean frames that these attend to, whether they are clean."""
-    chunks, clean, sink = part.cut, 0, len(part.cut[0])
+def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
+    """Yield all calls of a run."""
+    chunks, clean, sink = segment.cut, 0, len(segment.cut[0])
 
-    def call(active: list[int], *, is_clean: bool) -> tuple[int, int, bool]:
+    def call(active: list[int], *, is_clean: bool) -> Call:
         nonlocal clean
         size = sum(len(chunks[chunk]) for chunk in active)
         clean = sampling.room(size, clean)
         seen = sum(sampling.reach(size, clean, sink=sink, is_clean=is_clean))
         clean += size if is_clean else 0
-        return size, seen, is_clean
+        return Call(size, seen, is_clean)
 
-    for chunk in part.given:
+    for chunk in segment.given:
         yield call([chunk], is_clean=True)
-    for tick in part.ticks:
+    for tick in segment.ticks:
         yield call(list(tick.steps), is_clean=False)
         for chunk in () if tick.is_last else tick.finishing:
             yield call([chunk], is_clean=True)
@@ -192,7 +157,7 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> tuple[
         pixels = TEMPORAL_STRIDE * (latent - 1) + 1 if latent else 0
         return max(pixels - hidden, 0)
 
-    part = SegmentWork(
+    segment = SegmentWork(
         ticks=ticks,
         tokens={number: len(chunk) * frame_tokens for number, chunk in enumerate(chunks)},
         given=range(num_given),
@@ -200,4 +165,4 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> tuple[
         kv_tokens=held * frame_tokens,
         cut=chunks,
     )
-    return part, given
+    return segment, given

@@ -59,7 +59,7 @@ class Calls:
 
 
 def build_dit(case: Case, dtype: torch.dtype = torch.float32) -> DiT:
-    """Build the transformer of a case with its weights; in bfloat16 with the reference's roundings."""
+    """Build the transformer of a case with its weights; in bfloat16 with upstream's roundings."""
     with torch.device("meta"):
         kind = DiT if dtype is torch.float32 else RoundedDiT
         dit = kind(DiTConfig(**case.settings["config"]))

@@ -24,7 +24,7 @@ checkpoint: checkpoints/tiny.pt
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Write a random transformer, as upstream's training saves it, with a demo's VAE and encoder."""
+    """Write a random transformer, as upstream saves it, with a demo's VAE and text encoder."""
     shutil.copytree(
         DEMO, folder, ignore=shutil.ignore_patterns("presets", "profiles", "transformer")
     )

@@ -1,9 +1,9 @@
 """The Wan transformer with the keys and values of earlier frames, chunk by chunk.
 
     cached = CachedDiT(dit, open_branches(dit, texts, ...), stats=stats, size=(h, w), num_chunks=7)
-    velocities = cached.velocities(x, times, frames=range(3, 6))     # of frames 3..5, in all branches
-    cached.feed(x, times, frames=range(3, 6), chunk=1)               # clean: their keys are final
-    cached.keep(first=1, last=5)                                     # others leave
+    velocities = cached.velocities(x, times, frames=range(3, 6))  # of frames 3..5, by branch
+    cached.feed(x, times, frames=range(3, 6), chunk=1)            # clean: their keys are final
+    cached.keep(first=1, last=5)                                  # others leave
 
 Keys lie in the cache as they are read, or before rotation: then a `View` says which frames a pass
 sees and at which positions.

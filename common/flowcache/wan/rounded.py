@@ -61,8 +61,8 @@ def _before_attention(
     shift, scale, *_ = _modulators(block, e0_BF6D)
     a, attention = _modulated(x_BSD, shift, scale, eps=block.eps), block.self_attn
     q, k = attention.norm_q(attention.q(a)), attention.norm_k(attention.k(a))
-    rotated = (rotate(attention.split(x), rope).to(x.dtype) for x in (q, k))
-    return *rotated, attention.split(attention.v(a))
+    q, k = (rotate(attention.split(x), rope).to(x.dtype) for x in (q, k))
+    return q, k, attention.split(attention.v(a))
 
 
 def _between_attentions(
