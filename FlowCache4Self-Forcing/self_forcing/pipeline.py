@@ -57,8 +57,9 @@ def read_media(config: RunConfig) -> Media:
     """
     size = (config.height, config.width)
     if config.image is not None:
-        image = read_image(Path(config.image)).resize((config.width, config.height), resample=2)  # bilinear
-        return Media(to_pixels(torch.from_numpy(np.array(image)).unsqueeze(0)))
+        image = read_image(Path(config.image))
+        scaled = image.resize((config.width, config.height), resample=2)  # bilinear
+        return Media(to_pixels(torch.from_numpy(np.array(scaled)).unsqueeze(0)))
     if config.video is None:
         return Media()
     frames, _ = read_video(Path(config.video), fps=config.fps, size=size)

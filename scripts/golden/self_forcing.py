@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from self_forcing.sampler import Sampler, Sampling
-from self_forcing.work import chunks_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +23,8 @@ from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
 from flowcache.wan.rounded import RoundedDiT
 from flowcache.wan.unipc import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, compare
+from self_forcing.sampler import Sampler, Sampling
+from self_forcing.work import chunks_of
 
 TOLERANCE = 2e-5
 """Of float32 forwards and few-step loops."""
