@@ -1,4 +1,4 @@
-"""Make videos by the command line and the YAML files of Self-Forcing and Causal-Forcing; see --help.
+"""Make videos by the command line and YAML files of Self-Forcing and Causal-Forcing; see --help.
 
 Source: flags, keys, defaults and meanings of the released `inference.py` and configs of both
 repositories. Every video has the seed that is given, whatever was made before it.
@@ -50,7 +50,7 @@ def parser_of() -> Parser:
     parser.add_argument("--num_samples", type=int, default=1, help="videos of each prompt")
     parser.add_argument("--save_with_index", action="store_true", help="name videos by number")
     parser.add_argument("--report_timing", action="store_true", help="upstream's; the JSON has it")
-    parser.add_argument("--rolling", action="store_true", help="the loop of long_video/inference.py")
+    parser.add_argument("--rolling", action="store_true", help="loop of long_video/inference.py")
     parser.add_argument("--model", help=f"base model (default: wan_models/..., {REAL_MODEL})")
     parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="print the plan")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")

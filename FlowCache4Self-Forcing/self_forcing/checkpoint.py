@@ -6,6 +6,7 @@ file: `.safetensors`, or a `.pt` that holds one or several copies (`generator_em
 Source: what the savers of Self-Forcing and Causal-Forcing write.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from self_forcing.released import DEMO, REAL_MODEL, RELEASED
 
 SIZES = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 """Of Wan2.1-T2V-1.3B. Source: its `config.json`."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BASE_FILES = ["config.json", *ORIGINAL[:2], f"{ORIGINAL[2]}/*"]
 """All but the transformer's weights, which the checkpoint replaces."""
 
@@ -56,7 +58,10 @@ def choose(name: str) -> str:
         return str(DEMO)
     if name in RELEASED and not Path(name).exists():
         raise UserError(f"{name} names sizes, for --dry-run: give a folder, or {REAL_MODEL}")
-    return REAL_MODEL if name == "auto" else str(given_path(name, name="model"))
+    place = REAL_MODEL if name == "auto" else str(given_path(name, name="model"))
+    if not Path(place).exists() and not HUB_ID.fullmatch(place):
+        raise UserError(f"{place}: no such folder; give the model's folder or a hub id ORG/NAME")
+    return place
 
 
 def find_base(place: str) -> Checkpoint:
