@@ -12,14 +12,11 @@ from flowcache.runtime.entry import main_of
 from self_forcing.released import PRESETS, RELEASED
 
 EXAMPLES = """examples:
-  python -m self_forcing --preset self_forcing --model demo \\
-      --prompt "a red circle moving right on a black background"
   python -m self_forcing --preset causal_forcing_framewise --model /data/Wan2.1-T2V-1.3B \\
       --prompt "a swan on a lake" checkpoint=/data/framewise/causal_forcing.pt seed=7
-  python -m self_forcing --preset self_forcing --prompt "..." --model wan2.1-t2v-1.3b --dry-run
+  python -m self_forcing --prompt "a swan" --model wan2.1-t2v-1.3b --dry-run
 
-Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
-progress bar, and a summary, and writes NAME.mp4 and NAME.json.
+Settings are changed by key=value; --list-settings shows all keys.
 """
 
 

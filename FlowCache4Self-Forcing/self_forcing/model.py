@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Source, Work
@@ -13,21 +12,13 @@ from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.wan.dit import DiT
 from flowcache.wan.folder import WanFolder
-from flowcache.wan.memory import ChunkMemory, networks_of
-from flowcache.wan.model import WanModel
+from flowcache.wan.given import Media
+from flowcache.wan.model import SAME_KEYS, WanModel
 from self_forcing import checkpoint as checkpoints
 from self_forcing.config import RunConfig
-from self_forcing.pipeline import Conditioning, Media, generate, read_media
+from self_forcing.pipeline import generate
 from self_forcing.released import PRESETS, REAL_MODEL, RELEASED
 from self_forcing.work import work_of
-
-KEYS = {
-    key: key
-    for key in (
-        *("prompt", "image", "video", "seed", "memory_limit", "embedding_cache"),
-        *("num_steps", "num_frames", "height", "width", "fps"),
-    )
-}
 
 
 class SelfForcing(WanModel):
@@ -36,7 +27,7 @@ class SelfForcing(WanModel):
     name = "self_forcing"
     presets = PRESETS
     schema = RunConfig
-    keys: Mapping[str, str] = KEYS
+    keys: Mapping[str, str] = SAME_KEYS
     places: Collection[str] = ("checkpoint",)
 
     # Files and settings -----------------------------------------------------------------------
@@ -56,11 +47,6 @@ class SelfForcing(WanModel):
         num_steps = len(config.step_list or ()) or config.num_steps or 50
         return replace(config, num_steps=num_steps)
 
-    def check_device(
-        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        pass
-
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
         if source.plans_by_sizes:
             return None
@@ -71,10 +57,10 @@ class SelfForcing(WanModel):
         return config, _source(checkpoints.find_weights(config, base))
 
     def check_files(self, config: RunConfig, source: Source) -> None:
-        checkpoints.check(source.files)
+        source.files.check()
 
     def fingerprint(self, source: Source) -> str:
-        return checkpoints.fingerprint(source.files)
+        return source.files.fingerprint()
 
     def identity(self, job: Job) -> str:
         return f"{job.source.files} {job.config.precision}"
@@ -84,12 +70,6 @@ class SelfForcing(WanModel):
         return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=[])
 
     # Planning ---------------------------------------------------------------------------------
-
-    def media(self, config: RunConfig, source: Source) -> Media:
-        return read_media(config)
-
-    def before(self, media: Media) -> Tensor | None:
-        return media.video
 
     def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
         return work_of(config, source.sizes, dtype=dtype)
@@ -110,46 +90,22 @@ class SelfForcing(WanModel):
     def lines(self, config: RunConfig, work: Work) -> list[str]:
         (part,) = work.segments
         seen = "all" if config.window is None else f"{config.window}, the first {config.sink} stay"
-        calls = work.num_ticks + len(part.tokens) - 1
+        calls = (work.num_ticks + len(part.tokens) - 1) * len(work.branches)
         return [
             f"video        {config.num_frames} frames of {config.width}x{config.height} at "
             f"{config.fps} fps, seed {config.seed}",
-            f"chunks       {len(part.tokens)}, of which {len(part.given)} given; latent frames "
-            f"seen: {seen}",
+            f"chunks       {len(part.tokens)}, {len(part.given)} given; latent frames seen: {seen}",
             f"ticks        {work.num_ticks}, {len(work.branches)} branches",
             f"tokens       {work.frame_tokens} per latent frame",
-            f"forwards     {calls * len(work.branches)}, clean passes included, "
-            f"{work.flops / 1e15:.4g} PFLOPs",
-            *cost_lines(
-                work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="results"
-            ),
+            f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
+            *cost_lines(work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="-"),
         ]
-
-    def footprint(self, job: Job, *, overlaps: bool) -> ChunkMemory:
-        files, given = job.source.files, job.media.given
-        return ChunkMemory(
-            job.source.sizes,
-            job.config,
-            job.work,
-            num_given=job.work.loop.num_given,
-            given_pixels=0 if given is None else given.shape[1],
-            networks=networks_of(None if files is None else files.base, dtype=job.dtype),
-            dtype=job.dtype,
-            layout=job.ranks.layout,
-            overlaps=overlaps,
-        )
 
     # Running ----------------------------------------------------------------------------------
 
-    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
-        texts = zip(job.work.branches, encoded.split(1), strict=False)
-        return Conditioning(dict(texts), job.media.given)
-
     def load_dit(self, job: Job) -> DiT:
         is_rounded = job.config.precision == "reference"
-        return checkpoints.load_dit(
-            job.source.files, is_rounded=is_rounded, dtype=job.dtype, device=job.device
-        )
+        return job.source.files.load_dit(is_rounded=is_rounded, dtype=job.dtype, device=job.device)
 
     def compile(self, job: Job, dit: DiT) -> None:
         if job.config.precision != "reference":  # its parts are others

@@ -3,71 +3,25 @@
 Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from flowcache.errors import UserError
 from flowcache.policies import Observe, Policies
-from flowcache.runtime.images import read_image
 from flowcache.runtime.model import Progress, Work
 from flowcache.runtime.offload import HostWeights
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.runtime.video import read_video, to_pixels
 from flowcache.wan.cached import CachedDiT, add_flops_of_others, open_branches
 from flowcache.wan.codec import Codec
 from flowcache.wan.dit import DiT
+from flowcache.wan.given import Conditioning
 from flowcache.wan.vae import SPATIAL_STRIDE, VAE
 from self_forcing.config import RunConfig
 from self_forcing.sampler import Sampler
 from self_forcing.work import work_of
-
-
-@dataclass(frozen=True)
-class Media:
-    """The given pictures, in the final size."""
-
-    given: Tensor | None = None
-    """What the first chunks show, `[3, T, H, W]` in -1..1: an image, or the end of a video."""
-    video: Tensor | None = None
-    """The whole video to extend, uint8 `[T, H, W, 3]`."""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the video is made from."""
-
-    text: Mapping[str, Tensor]
-    """Branch name -> text encoder output `[1, L, D]`."""
-    given: Tensor | None = None
-    """See `Media`."""
-
-
-def read_media(config: RunConfig) -> Media:
-    """Read the pictures that the settings name.
-
-    As upstream, an image is scaled to the final size without regard to its shape.
-    """
-    size = (config.height, config.width)
-    if config.image is not None:
-        image = read_image(Path(config.image))
-        scaled = image.resize((config.width, config.height), resample=2)  # bilinear
-        return Media(to_pixels(torch.from_numpy(np.array(scaled)).unsqueeze(0)))
-    if config.video is None:
-        return Media()
-    frames, _ = read_video(Path(config.video), fps=config.fps, size=size)
-    history = config.overlap_history or 0
-    if len(frames) < history:
-        raise UserError(f"{config.video} has {len(frames)} frames, overlap_history is {history}")
-    video = torch.from_numpy(frames)
-    return Media(to_pixels(video[-history:]), video)
 
 
 @torch.no_grad()
@@ -88,8 +42,9 @@ def generate(
     device, ranks = dit.patch_embedding.weight.device, ranks or Ranks()
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     work = work or work_of(config, dit.config, dtype=dit.dtype)
-    (part,), num_given = work.segments, work.loop.num_given
+    (part,) = work.segments
     chunks = part.cut
+    num_given = chunks[len(part.given)].start
     dit_weights = HostWeights(dit, device) if config.offload else None
     size = (dit.config.in_dim, config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
     # frames before channels, in the transformer's type: the same seed gives upstream's noise
@@ -115,12 +70,7 @@ def generate(
             dit, branches, stats=stats, ranks=ranks, size=size[1:], num_chunks=len(chunks)
         )
         sampler = Sampler(
-            cached,
-            work.loop.sampling,
-            latents,
-            chunks=chunks,
-            num_given=len(part.given),
-            draw=draw,
+            cached, work.loop, latents, chunks=chunks, num_given=len(part.given), draw=draw
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
         hidden = 0 if config.video is None else config.overlap_history or 0

@@ -3,9 +3,9 @@
 A chunk sees itself and, through the KV cache, the chunks before it. Three loops share that:
 
     few steps     one chunk after the other; each step estimates the clean data and adds new noise
+    rolling       the same, but a window of chunks moves on, each one step behind the one before
+                  it, which see each other in both directions
     many steps    one chunk after the other; guidance, and a UniPC solver of the chunk's own
-    rolling       a window of chunks moves on, each chunk one step behind the one before it; they
-                  see each other in both directions
 
 A chunk that is done goes through the blocks once more, clean, for the keys that later ones see.
 
@@ -121,9 +121,7 @@ class Sampler:
                 self.feed_clean(chunk, timestep=0)
         for tick in sampling.ticks(range(self.num_given, len(self.chunks))):
             with stats.timed_tick(0, tick.index), stats.stage("dit"):
-                if sampling.is_rolling:
-                    self._roll(tick)
-                elif sampling.steps:
+                if sampling.steps:
                     self._take_few(tick)
                 else:
                     self._take_many(tick)
@@ -132,19 +130,27 @@ class Sampler:
                     self.feed_clean(chunk, timestep=sampling.context_noise if sampling.steps else 0)
             yield tick, tick.finishing
 
-    # The three loops --------------------------------------------------------------------------
+    # Steps and clean passes -------------------------------------------------------------------
 
     def _take_few(self, tick: Tick) -> None:
-        """Estimate the clean chunk; unless it was the last step, noise it to the next one."""
-        ((chunk, step),) = tick.steps.items()
-        timesteps = self.sampling.timesteps(is_first=chunk == self.num_given)
-        velocity = self._velocities(tick, {chunk: timesteps[step]})["cond"]
-        x = self.latents[:, self._frames([chunk])]
-        clean = estimate_clean(x, velocity, sigma=self.levels.sigma(timesteps[step]))
-        if chunk not in tick.finishing:
-            sigma = self.levels.sigma(timesteps[step + 1])
-            clean = add_noise(clean, self._noise_like(x), sigma=sigma)
-        x.copy_(clean)
+        """Estimate the clean chunks; add noise to those that go on, each of its own next step.
+
+        As upstream, noise is drawn for all active chunks once per chunk that goes on, which takes
+        its own part of it.
+        """
+        steps = {c: self.sampling.timesteps(is_first=c == self.num_given) for c in tick.steps}
+        times = {chunk: steps[chunk][step] for chunk, step in tick.steps.items()}
+        active = self.latents[:, self._frames(list(times))]
+        velocity = self._velocities(tick, times)["cond"]
+        start = self.chunks[min(times)].start
+        for chunk, step in tick.steps.items():
+            own = slice(self.chunks[chunk].start - start, self.chunks[chunk].stop - start)
+            sigma = self.levels.sigma(times[chunk])
+            clean = estimate_clean(active[:, own], velocity[:, own], sigma=sigma)
+            if chunk not in tick.finishing:
+                noise, sigma = self._noise_like(active), self.levels.sigma(steps[chunk][step + 1])
+                clean = add_noise(clean, noise[:, own], sigma=sigma)
+            active[:, own].copy_(clean)
 
     def _take_many(self, tick: Tick) -> None:
         """Take a solver step with the guided velocity."""
@@ -159,26 +165,6 @@ class Sampler:
             guided = uncond + self.sampling.guidance * (guided - uncond)
         x = self.latents[:, self._frames([chunk])]
         x.copy_(self.solver.step(guided.to(x.dtype), sample=x.clone()))
-
-    def _roll(self, tick: Tick) -> None:
-        """Estimate all active chunks together; noise each one to its own next step.
-
-        As upstream, noise is drawn for the whole window once per chunk that goes on, and a chunk
-        takes its own part of it.
-        """
-        steps = self.sampling.steps
-        times = {chunk: steps[step] for chunk, step in tick.steps.items()}
-        window = self.latents[:, self._frames(list(times))]
-        velocity = self._velocities(tick, times)["cond"]
-        start = self.chunks[min(times)].start
-        for chunk, step in tick.steps.items():
-            own = slice(self.chunks[chunk].start - start, self.chunks[chunk].stop - start)
-            sigma = self.levels.sigma(times[chunk])
-            clean = estimate_clean(window[:, own], velocity[:, own], sigma=sigma)
-            if chunk not in tick.finishing:
-                noise = self._noise_like(window)[:, own]
-                clean = add_noise(clean, noise, sigma=self.levels.sigma(steps[step + 1]))
-            window[:, own].copy_(clean)
 
     def feed_clean(self, chunk: int, *, timestep: float) -> None:
         """Send a clean chunk through the blocks for the sake of its keys, which become final."""

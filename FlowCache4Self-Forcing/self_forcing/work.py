@@ -1,7 +1,6 @@
 """What a run does, derived once from its settings: chunks, ticks, FLOPs, bytes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -14,15 +13,6 @@ from flowcache.wan.vae import TEMPORAL_STRIDE
 from flowcache.wan.work import Call, chunk_work, tokens_per_frame
 from self_forcing.config import MAX_POSITIONS, RunConfig
 from self_forcing.sampler import Sampling
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What the denoising loop takes of the settings."""
-
-    sampling: Sampling
-    num_given: int
-    """Latent frames that are clean from the start."""
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -58,18 +48,15 @@ def chunks_of(num_frames: int, *, size: int, is_first_alone: bool = False) -> li
 
 def latent_frames(config: RunConfig, name: str, value: int) -> int:
     """Return the latent frames of some pixel frames, which must fill chunks."""
-    first = config.chunk_frames if not config.first_frame_alone else 1
-    latents, rest = divmod(value - 1, TEMPORAL_STRIDE)
-    latents += 1
-    if rest or latents < first or (latents - first) % config.chunk_frames:
-        step = TEMPORAL_STRIDE * config.chunk_frames
-        low = TEMPORAL_STRIDE * (first - 1) + 1
-        near = low + max(round((value - low) / step), 0) * step
+    first = 1 if config.first_frame_alone else config.chunk_frames
+    low, step = TEMPORAL_STRIDE * (first - 1) + 1, TEMPORAL_STRIDE * config.chunk_frames
+    near = low + max(round((value - low) / step), 0) * step
+    if value != near:
         raise UserError(
             f"{name} is {value}, which does not fill chunks of {config.chunk_frames} latent frames"
             f"{' after a single one' if config.first_frame_alone else ''}: use {near}"
         )
-    return latents
+    return (value - 1) // TEMPORAL_STRIDE + 1
 
 
 def given_frames(config: RunConfig) -> int:
@@ -97,7 +84,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     """
     sampling = sampling_of(config)
     frame_tokens = tokens_per_frame(height=config.height, width=config.width)
-    segment, num_given = _segment(config, sampling, frame_tokens)
+    segment = _segment(config, sampling, frame_tokens)
     return chunk_work(
         sizes,
         segment,
@@ -105,7 +92,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         branches=("cond",) if sampling.steps or sampling.guidance <= 1 else ("cond", "uncond"),
         frame_tokens=frame_tokens,
         dtype=dtype,
-        loop=Loop(sampling, num_given),
+        loop=sampling,
     )
 
 
@@ -129,8 +116,8 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
             yield call([chunk], is_clean=True)
 
 
-def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> tuple[SegmentWork, int]:
-    """Return the ticks and chunks of a video, and its given latent frames."""
+def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> SegmentWork:
+    """Return the ticks and chunks of a video."""
     num_frames = latent_frames(config, "num_frames", config.num_frames)
     given = given_frames(config)
     limit = min(num_frames, sampling.window or num_frames) if sampling.is_relative else num_frames
@@ -142,12 +129,10 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> tuple[
         )
     if given >= num_frames:
         raise UserError(f"num_frames {config.num_frames} leaves no frames to make: raise it")
-    size, alone = config.chunk_frames, config.first_frame_alone
-    chunks = chunks_of(num_frames, size=size, is_first_alone=alone)
+    size = config.chunk_frames
+    chunks = chunks_of(num_frames, size=size, is_first_alone=config.first_frame_alone)
     check_work(num_chunks=len(chunks), num_steps=config.num_steps or 50)
-    num_given = sum(chunk.stop <= given for chunk in chunks)
-    ticks = sampling.ticks(range(num_given, len(chunks)))
-    held = num_frames
+    num_given, held = sum(chunk.stop <= given for chunk in chunks), num_frames
     if sampling.window is not None:  # rolling: the window's own frames come on top
         own = len(sampling.steps) * size if sampling.is_rolling else 0
         held = min(num_frames, sampling.window + own)
@@ -157,12 +142,11 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> tuple[
         pixels = TEMPORAL_STRIDE * (latent - 1) + 1 if latent else 0
         return max(pixels - hidden, 0)
 
-    segment = SegmentWork(
-        ticks=ticks,
+    return SegmentWork(
+        ticks=sampling.ticks(range(num_given, len(chunks))),
         tokens={number: len(chunk) * frame_tokens for number, chunk in enumerate(chunks)},
         given=range(num_given),
         frames=[[shown(chunk.start), shown(chunk.stop)] for chunk in chunks],
         kv_tokens=held * frame_tokens,
         cut=chunks,
     )
-    return segment, given

@@ -22,10 +22,9 @@ def found_in(folder: Path, file: Path | str, *, use_ema: bool = True) -> checkpo
 
 
 def loaded(found: checkpoints.Checkpoint, *, is_rounded: bool = False) -> Weights:
-    checkpoints.check(found)
-    dit = checkpoints.load_dit(
-        found, is_rounded=is_rounded, dtype=torch.float32, device=torch.device("cpu")
-    )
+    found.check()
+    cpu = torch.device("cpu")
+    dit = found.load_dit(is_rounded=is_rounded, dtype=torch.float32, device=cpu)
     return dit.state_dict()
 
 
@@ -95,10 +94,10 @@ def test_a_missing_or_strange_weight_is_named(
     weights, path = copies["generator"], tmp_path / "weights.pt"
     torch.save({"generator": {k: v for k, v in weights.items() if "blocks.1" not in k}}, path)
     with pytest.raises(UserError, match=r"key blocks.1.modulation \(and 26 more\) is missing"):
-        checkpoints.check(found_in(replica, path))
+        found_in(replica, path).check()
     torch.save({"generator": {**weights, "lora.weight": torch.zeros(1)}}, path)
     with pytest.raises(UserError, match=r"key lora\.weight is unexpected"):
-        checkpoints.check(found_in(replica, path))
+        found_in(replica, path).check()
 
 
 def test_a_file_that_is_not_there_is_refused(replica: Path):

@@ -34,6 +34,8 @@ _OTHER_WEIGHTS = (".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", "
 _SHARD_OF = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>(\.[^.]+)?)")
 _WRAPPERS = ("module.", "model.", "diffusion_model.", "_orig_mod.")
 """What training and other programs put before all keys of a model."""
+WITHIN = ("state_dict",)
+"""Entries of a pickled map in which training programs save the tensors."""
 _INFIXES = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 """What sharded training, checkpointing and compiling put anywhere into keys."""
 _SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")
@@ -215,9 +217,7 @@ def _check_sizes(path: Path, name: str, value: Any) -> None:
 # Reading files ------------------------------------------------------------------------------------
 
 
-def read(
-    paths: Iterable[str | Path], *, within: Sequence[str] = ("state_dict",)
-) -> Iterator[StoredTensor]:
+def read(paths: Iterable[str | Path], *, within: Sequence[str] = WITHIN) -> Iterator[StoredTensor]:
     """Yield every tensor of `.safetensors` and `.pth` files, one file after the other.
 
     The tensors are mapped from disk: looking at shape and dtype reads no data. Copy what is to
@@ -445,9 +445,10 @@ def check_files(
     *,
     origin: Callable[[str], Origin] = Origin,
     ignored: Callable[[str], bool] = ignore_none,
+    within: Sequence[str] = WITHIN,
 ) -> int:
     """Check from their headers alone that files fill a module exactly; return the bytes stored."""
-    matched = match(module, read(paths), origin=origin, ignored=ignored)
+    matched = match(module, read(paths, within=within), origin=origin, ignored=ignored)
     return sum(part.numel() * part.element_size() for _, part in matched)
 
 
@@ -457,10 +458,12 @@ def load_files(
     *,
     origin: Callable[[str], Origin] = Origin,
     ignored: Callable[[str], bool] = ignore_none,
+    within: Sequence[str] = WITHIN,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
     """Load files into a module built on the meta device, after a check of all their headers."""
     paths = tuple(paths)
-    check_files(module, paths, origin=origin, ignored=ignored)
-    load_into(module, read(paths), origin=origin, ignored=ignored, dtype=dtype, device=device)
+    check_files(module, paths, origin=origin, ignored=ignored, within=within)
+    stored = read(paths, within=within)
+    load_into(module, stored, origin=origin, ignored=ignored, dtype=dtype, device=device)

@@ -4,16 +4,19 @@ The original layout is one flat folder; the `*-Diffusers` layout has a folder pe
 is, is read from the files, never from the name of the folder.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowcache.errors import UserError
+from flowcache.runtime.hub import Missing, fetch, find_missing, local_copy
 from flowcache.runtime.tokenizer import tokenizer_files
 from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import text, vae
 from flowcache.wan.checkpoint import Layout, read_diffusers, read_original, text_len
 from flowcache.wan.dit import DiTConfig
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ORIGINAL = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl")
 DIFFUSERS = ("vae", "text_encoder", "tokenizer")
 """VAE, text encoder and tokenizer in either layout."""
@@ -43,6 +46,27 @@ class WanFolder:
         """Check that the weights of all parts are there, whole, and fit; reads headers only."""
         vae.check(self.vae)
         text.check_encoder(self.text_encoder, tokenizer=self.tokenizer, width=self.config.text_dim)
+
+
+def locate(place: str, *, patterns: list[str] | None = None) -> WanFolder:
+    """Find the parts of a model: of a local folder, or else of a hub id, fetched if need be."""
+    folder = Path(place)
+    if not folder.exists():
+        folder = fetch(place, patterns=patterns, is_whole=is_whole)
+    return find_folder(folder)
+
+
+def find_missing_folder(place: str, *, patterns: list[str] | None = None) -> Missing | None:
+    """Return what `locate` would download; None: nothing."""
+    is_here = Path(place).exists() or local_copy(place, patterns=patterns, is_whole=is_whole)
+    return None if is_here else find_missing(place, patterns=patterns)
+
+
+def check_place(place: str) -> str:
+    """Refuse what is neither a folder that is there nor of the form of a hub id."""
+    if not Path(place).exists() and not HUB_ID.fullmatch(place):
+        raise UserError(f"{place}: no such folder; give the model's folder or a hub id ORG/NAME")
+    return place
 
 
 def find_folder(folder: Path) -> WanFolder:

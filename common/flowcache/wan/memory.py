@@ -42,16 +42,13 @@ class ChunkMemory(Footprint):
     text_remedy = "set text_on_host=true"
     kv_remedy = "set window, or fewer num_frames"
 
-    def __init__(
-        self, sizes: DiTConfig, *run: Any, num_given: int, given_pixels: int, **options: Any
-    ) -> None:
+    def __init__(self, sizes: DiTConfig, *run: Any, given_pixels: int, **options: Any) -> None:
         """Count for a transformer of such sizes; see `Footprint`.
 
         Args:
-            num_given: latent frames that are given.
-            given_pixels: pixel frames that are encoded to these, at once.
+            given_pixels: frames that are encoded at once, and decoded with the first chunk.
         """
-        self.num_given, self.given_pixels = num_given, given_pixels
+        self.given_pixels = given_pixels
         super().__init__(*run, **options)
         self.sizes, self.num_layers = sizes, sizes.num_layers
         self.size = (self.config.height // SPATIAL_STRIDE, self.config.width // SPATIAL_STRIDE)
@@ -104,7 +101,7 @@ class ChunkMemory(Footprint):
 
         peak, state = scratch_bytes(decode), decoder.state_bytes()
         largest = max(len(chunk) for chunk in self.part.cut)
-        shown = vae.TEMPORAL_STRIDE * max(largest, self.num_given) * self.pixel_bytes
+        shown = (vae.TEMPORAL_STRIDE * largest + self.given_pixels) * self.pixel_bytes
         return peak + shown, state + shown
 
     def _encoding(self) -> int:

@@ -1,8 +1,10 @@
 """What all models on Wan's backbone have in common of a `flowcache.runtime.model.VideoModel`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,19 @@ from flowcache.runtime.model import Job, Source
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, compiled_parts
 from flowcache.wan.folder import WanFolder
+from flowcache.wan.given import Conditioning, Media, read_media
+from flowcache.wan.memory import ChunkMemory, networks_of
+
+SAME_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        key: key
+        for key in (
+            *("prompt", "image", "video", "seed", "memory_limit", "embedding_cache"),
+            *("num_steps", "num_frames", "height", "width", "fps"),
+        )
+    }
+)
+"""Arguments of the command line that are settings of the same name."""
 
 
 class WanModel(ABC):
@@ -26,6 +41,26 @@ class WanModel(ABC):
 
     def dtype(self, config: Any, device: torch.device) -> torch.dtype:
         return choose_dtype(config.dtype, device)
+
+    def check_device(  # noqa: B027 - there is nothing to refuse
+        self, config: Any, source: Source, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        pass
+
+    def footprint(self, job: Job, *, overlaps: bool) -> ChunkMemory:
+        """Count; `given` of the media is what is encoded, `[3, T, H, W]` or None."""
+        given = job.media.given
+        folder = None if job.source.files is None else self.folder(job.source)
+        return ChunkMemory(
+            job.source.sizes,
+            job.config,
+            job.work,
+            given_pixels=0 if given is None else given.shape[1],
+            networks=networks_of(folder, dtype=job.dtype),
+            dtype=job.dtype,
+            layout=job.ranks.layout,
+            overlaps=overlaps,
+        )
 
     def ingredients(self, job: Job) -> dict[str, Path]:
         folder = self.folder(job.source)
@@ -73,6 +108,16 @@ class WanModel(ABC):
             frame_tokens=work.frame_tokens // job.ranks.layout.sequence,
             batches=[1],
         )
+
+    def media(self, config: Any, source: Source) -> Media:
+        return read_media(config)
+
+    def before(self, media: Media) -> Tensor | None:
+        return media.video
+
+    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
+        texts = zip(job.work.branches, encoded.split(1), strict=True)
+        return Conditioning(dict(texts), job.media.given)
 
     def load_vae(self, job: Job) -> vae.VAE:
         return vae.load(self.folder(job.source).vae, device=job.device)
