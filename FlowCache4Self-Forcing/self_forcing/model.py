@@ -98,7 +98,9 @@ class SelfForcing(WanModel):
             f"ticks        {work.num_ticks}, {len(work.branches)} branches",
             f"tokens       {work.frame_tokens} per latent frame",
             f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
-            *cost_lines(work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="-"),
+            *cost_lines(
+                work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="results"
+            ),
         ]
 
     # Running ----------------------------------------------------------------------------------
