@@ -41,9 +41,15 @@ from benchmark.work import unseen_prompts
 
 from flowcache.errors import UserError
 from flowcache.report.architecture import draw_architecture
-from flowcache.report.figures import draw_distances, draw_growth, draw_strips, strip_of
+from flowcache.report.figures import (
+    draw_distances,
+    draw_growth,
+    draw_reuse,
+    draw_strips,
+    draw_tradeoff,
+    strip_of,
+)
 from flowcache.report.framework import draw_framework
-from flowcache.report.scatter import draw_reuse, draw_tradeoff
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
 

@@ -16,7 +16,7 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
@@ -24,7 +24,7 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 from flowcache.errors import UserError
-from flowcache.report.scatter import draw_tuning
+from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import MODELS, load_model
@@ -37,9 +37,7 @@ from flowcache.runtime.profile import (
     Source,
     write_profile,
 )
-from flowcache.tune.forecast import choose, parse_target
 from flowcache.tune.gram import distance_band, magnitude_ratios
-from flowcache.tune.measure import Prompt, measure, random_plans
 from flowcache.tune.methods import (
     Method,
     adaptive,
@@ -54,25 +52,25 @@ from flowcache.tune.methods import (
     strides,
     whole_window,
 )
-from flowcache.tune.plan import Constraints, Plan
-from flowcache.tune.prompts import choose_prompts
-from flowcache.tune.rows import Rows
-from flowcache.tune.runs import Runs
+from flowcache.tune.plan import Constraints, Plan, choose, parse_target
+from flowcache.tune.runs import Prompt, Runs, choose_prompts
 from flowcache.tune.study import (
     MEASURED_SHARES,
     NUM_MEASURED_CLIPS,
     NUM_PROBES,
     Found,
-    check_has_guidance,
-    check_leaves_steps,
-    check_reachable,
+    Rows,
+    check_possible,
     investigate,
     kv_effect,
+    markdown,
+    measure,
+    random_plans,
+    summarize,
 )
-from flowcache.tune.table import markdown, summarize
 
 TABLE_SHARES = (0.27, 0.5)
-"""Shares of the steps at which methods are compared, beside the target's."""
+"""Shares of the steps at which methods are compared, in addition to the target's."""
 PLOT = "pareto.svg"
 """The table as a drawing, in the folder of the measured rows."""
 NUM_CHECK_PLANS = 24
@@ -83,16 +81,15 @@ GIGA = 1e9
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse_options(argv)
-    return run_command(lambda: timed(options))
 
+    def timed() -> None:
+        start = time.monotonic()
+        command(options)
+        if not options.dry_run:
+            minutes, spent = (time.monotonic() - start) / 60, time.process_time() / 60
+            print(f"took         {minutes:.1f} minutes, {spent:.1f} of them processor time")
 
-def timed(options: argparse.Namespace) -> None:
-    """Do what the options ask for, and say how long it took."""
-    start = time.monotonic()
-    command(options)
-    if not options.dry_run:
-        minutes, spent = (time.monotonic() - start) / 60, time.process_time() / 60
-        print(f"took         {minutes:.1f} minutes, {spent:.1f} of them processor time")
+    return run_command(timed)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -167,11 +164,7 @@ def command(options: argparse.Namespace) -> None:
         folder=options.work,
         holds_guidance=options.hold_guidance,
     )
-    num_steps, num_passes = runs.size().num_steps, runs.size().num_passes
-    check_leaves_steps(num_steps, constraints)
-    least_cost = 1 / num_passes if options.hold_guidance else 1
-    check_reachable(target, num_steps, constraints, least_cost=least_cost)
-    check_has_guidance(runs.size())
+    check_possible(target, runs.size(), constraints)
     out = options.out or options.work / "profile.yaml"
     if options.dry_run:
         print("\n".join(describe(runs, options)))
@@ -204,37 +197,33 @@ def command(options: argparse.Namespace) -> None:
         print(kv_effect(runs, rows, calibrating))
     chosen = choose(target, found.forecasts())
     plan = found.plans[chosen.cost]
-    print(gentlest(found))
+    gentlest = max(found.forecasts(), key=lambda forecast: forecast.cost)
+    num_steps = found.model.num_steps
+    print(
+        f"gentlest     {gentlest.cost:g} of {num_steps} steps: {gentlest.psnr:.1f} dB expected; "
+        "no plan is better"
+    )
     write_profile(make_profile(runs, options, calibrating, found, plan), out)
-    print(f"profile      {out}: {plan.num_computed} of {found.model.num_steps} steps are computed")
+    print(f"profile      {out}: {plan.num_computed} of {num_steps} steps are computed")
     print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
     check(runs, rows, unseen, found, plan, profile=out.resolve(), options=options)
 
 
-def gentlest(found: Found) -> str:
-    """Say what the plan that computes most costs in quality; in few steps it may be too much."""
-    forecast = max(found.forecasts(), key=lambda forecast: forecast.cost)
-    return (
-        f"gentlest     {forecast.cost:g} of {found.model.num_steps} steps: "
-        f"{forecast.psnr:.1f} dB expected; no plan is better"
-    )
-
-
 def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     """Say what tuning will cost, by arithmetic."""
-    work = runs.size()
-    width = work.sketch_width
+    size = runs.size()
+    width = size.sketch_width
     held_as = "as they are" if width is None else f"as sketches of {width} numbers"
-    clips = options.clips + NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
+    num_measured = NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
     return [
-        f"clips        {options.clips} to calibrate on, {clips - options.clips} to measure what an "
-        f"error means, {options.check_prompts} with every method to compare",
-        f"FLOPs        {work.flops / 1e15:.4g} PFLOPs per clip with every step computed",
-        f"velocities   {work.num_elements} numbers per chunk and step, {work.num_active} chunks at "
+        f"clips        {options.clips} to calibrate on, {num_measured} to measure what an error "
+        f"means, {options.check_prompts} with every method to compare",
+        f"FLOPs        {size.flops / 1e15:.4g} PFLOPs per clip with every step computed",
+        f"velocities   {size.num_elements} numbers per chunk and step, {size.num_active} chunks at "
         f"once, held {held_as}",
-        f"memory       {work.calibration_bytes / GIGA:.3g} GB more than the run itself",
+        f"memory       {size.calibration_bytes / GIGA:.3g} GB more than the run itself",
     ]
 
 
@@ -290,12 +279,12 @@ def check(
     """Compare the plan with everything else on unseen prompts; print and draw the table."""
     if not prompts:
         return
-    num_steps, words, work = found.model.num_steps, runs.words, options.work
-    size = runs.size()
+    num_steps, words, work, size = runs.size().num_steps, runs.words, options.work, runs.size()
     ratios = magnitude_ratios(found.model.gram)
     methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
     expected = dict[str, float]()
-    for cost in sorted({plan.cost, *table_costs(found.plans, num_steps=num_steps)}):
+    shared = {min(found.plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES}
+    for cost in sorted({plan.cost, *shared}):
         own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(
             found.increments,
@@ -310,7 +299,7 @@ def check(
         limit, skipping = closest_magcache(
             ratios, num_computed=cost, warmup_steps=size.warmup_steps
         )
-        print(f"threshold    {limit:.4g} makes MagCache compute {skipping}")
+        print(f"threshold    {limit:.4g} makes MagCache compute {skipping:g}")
         methods += [planned(own), held(own), *strides(count, num_steps=num_steps)]
         methods += [*adaptive(threshold, words), *magcache(limit, profile, words)]
         expected[planned(own).name] = found.forecast(own).psnr
@@ -325,11 +314,6 @@ def check(
     name = f"{options.model} {options.checkpoint}"
     write_text(work / PLOT, draw_tuning(table, front, model=name))
     print(f"wrote {work / PLOT}")
-
-
-def table_costs(plans: Mapping[float, Plan], *, num_steps: int) -> list[float]:
-    """Return the costs of plans at which methods are compared."""
-    return [min(plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES]
 
 
 def store_check(

@@ -37,9 +37,8 @@ from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tune.gap import ErrorModel
 from flowcache.tune.gram import Calibration, merge
 from flowcache.tune.methods import even_steps, published
-from flowcache.tune.prompts import choose_prompts
-from flowcache.tune.rows import Rows
-from flowcache.tune.runs import Runs
+from flowcache.tune.runs import Runs, choose_prompts
+from flowcache.tune.study import Rows
 
 RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 NUM_SEARCH_CLIPS = 2

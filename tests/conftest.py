@@ -121,8 +121,8 @@ def run_in_ranks() -> RunInRanks:
             )
             for rank in range(num)
         ]
-        told = [process.communicate()[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * num, "\n".join(told)
+        errors = [process.communicate()[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * num, "\n".join(errors)
 
     return run
 
@@ -290,11 +290,11 @@ class Launchers:
 
     def handed_on(self, name: str, *arguments: str, **variables: str) -> list[str]:
         """Run a launcher from elsewhere and return what it hands to the model's command line."""
-        told = self.tools.parent / "arguments"
-        self.use_python(f'printf "%s\\0" "$@" > "{told}"')
+        kept = self.tools.parent / "arguments"
+        self.use_python(f'printf "%s\\0" "$@" > "{kept}"')
         done = self.run(name, *arguments, cwd=self.tools.parent, **variables)
         assert done.returncode == 0, done.stderr
-        handed = told.read_text().removesuffix("\0").split("\0")
+        handed = kept.read_text().removesuffix("\0").split("\0")
         assert handed[:2] == ["-m", self.package]
         return handed[2:]
 

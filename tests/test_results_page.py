@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,191 +36,161 @@ def kept(name: str) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in json.loads(text)["table"]}
 
 
-def share(value: float, digits: int = 0) -> str:
-    return f"{100 * value:.{digits}f} %"
-
-
-def decimals(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def with_error(value: float | None, error: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-@pytest.mark.parametrize(
-    ("model", "heading", "columns"),
-    [
-        (
-            "skyreels_v2",
-            "## Caching methods on the SkyReels-V2 demo",
-            {
-                "PSNR": "psnr_vanilla",
-                "SSIM": "ssim_vanilla",
-                "PSNR (causal)": "psnr_vanilla-causal",
-                "SSIM (causal)": "ssim_vanilla-causal",
-            },
-        ),
-        (
-            "magi1",
-            "## Caching methods on the MAGI-1 demo",
-            {
-                "PSNR": "psnr",
-                "SSIM": "ssim",
-                "PSNR (no reuse)": "psnr_base",
-                "SSIM (no reuse)": "ssim_base",
-            },
-        ),
-    ],
-)
-def test_the_table_of_caching_methods_is_the_kept_one(
-    model: str, heading: str, columns: Mapping[str, str]
-):
-    figures, rows = kept(f"{model}_demo"), rows_below(RESULTS, heading)
-    assert {row["method"] for row in rows} == set(figures)
-    for row in rows:
-        of = figures[row["method"]]
-        assert row == {
-            "method": row["method"],
-            "GFLOPs": f"{of['gflops']:.0f}",
-            "computed": share(of["computed_share"]),
-            "DiT s": f"{of['dit_seconds']:.2f}",
-            "speed-up": f"{of['speedup']:.2f}x",
-            "judge": share(of["judge_accuracy"]),
-        } | {name: decimals(of[key], 2 if "PSNR" in name else 3) for name, key in columns.items()}
-
-
-@pytest.mark.parametrize(
-    ("model", "heading"),
-    [
-        ("skyreels_v2", "## Planned steps on the SkyReels-V2 demo"),
-        ("magi1", "## Planned steps on the MAGI-1 demo"),
-    ],
-)
-def test_the_table_of_planned_steps_is_the_kept_one(model: str, heading: str):
-    figures, rows = kept(f"{model}_reuse"), rows_below(RESULTS, heading)
-    assert {row["method"] for row in rows} == set(figures)
-    for row in rows:
-        of = figures[row["method"]]
-        assert row == {
-            "method": row["method"],
-            "FLOPs": share(of["flops_share"], 1),
-            "GFLOPs": f"{of['gflops']:.1f}",
-            "DiT s": f"{of['dit_seconds']:.2f}",
-            "speed-up": f"{of['speedup_base']:.2f}x",
-            "judge": share(of["judge_accuracy"]),
-            "PSNR": with_error(of["psnr_base"], of["psnr_error_base"], 2),
-            "SSIM": decimals(of["ssim_base"], 3),
-            "PSNR (vanilla)": decimals(of["psnr"], 2),
-        }
-
-
-@pytest.mark.parametrize(
-    ("model", "table", "methods"),
-    [
-        (
-            "skyreels_v2",
-            0,
-            {
-                "every step computed": "vanilla-causal",
-                "TeaCache": "TeaCache (mid), residual",
-                "FlowCache-fast, as published": "FlowCache-fast, residual",
-            },
-        ),
-        (
-            "magi1",
-            1,
-            {
-                "every step computed": "vanilla, neither pass",
-                "TeaCache": "TeaCache (mid), latent update",
-                "FlowCache-fast, as published": "FlowCache-fast, latent update",
-            },
-        ),
-    ],
-)
-def test_the_measured_tables_of_the_front_page_are_rows_of_the_kept_ones(
-    model: str, table: int, methods: Mapping[str, str]
-):
-    figures = kept(f"{model}_reuse")
-    names = dict(methods) | {
-        "even spacing, velocity + trend": "stride (mid), velocity + trend",
-        "planned": "planned (mid), as tuned",
-    }
-    rows = rows_below("README.md", "### Measured by us", table=table)
-    first = next(iter(rows[0]))
-    assert [row[first] for row in rows] == list(names)
-    for row in rows:
-        of = figures[names[row[first]]]
-        assert row == {
-            first: row[first],
-            "FLOPs": share(of["flops_share"]),
-            "DiT s": f"{of['dit_seconds']:.2f}",
-            "speed-up": f"{of['speedup_base']:.2f}x",
-            "judge": share(of["judge_accuracy"]),
-            "PSNR, dB": with_error(of["psnr_base"], of["psnr_error_base"], 1),
-        }
-
-
-@pytest.mark.parametrize(
-    ("model", "readme", "methods"),
-    [
-        (
-            "skyreels_v2",
-            "FlowCache4SkyReels-V2/README.md",
-            ["vanilla-causal", "FlowCache-fast, residual", "planned (mid), as tuned"],
-        ),
-        (
-            "magi1",
-            "FlowCache4MAGI-1/README.md",
-            ["vanilla, neither pass", "FlowCache-fast, latent update", "planned (mid), as tuned"],
-        ),
-    ],
-)
-def test_the_measured_table_of_a_model_page_is_the_kept_one(
-    model: str, readme: str, methods: list[str]
-):
-    figures = kept(f"{model}_reuse")
-    rows = rows_below(readme, "## Presets", table=1)
-    for row, method in zip(rows, methods, strict=True):
-        of = figures[method]
-        assert list(row.values())[1:] == [
-            share(of["flops_share"], 1),
-            f"{of['speedup_base']:.2f}x",
-            with_error(of["psnr_base"], of["psnr_error_base"], 2),
-        ]
-
-
 def reproduced(model: str) -> list[dict[str, str]]:
     with (REPOSITORY / f"assets/bench/reproduce_{model}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    ("model", "heading"),
-    [
-        ("skyreels_v2", "## The paper's table on the SkyReels-V2 demo"),
-        ("magi1", "## The paper's table on the MAGI-1 demo"),
-    ],
-)
-def test_the_reproduced_table_is_the_kept_one(model: str, heading: str):
+def cell(figures: Mapping[str, Any], column: str) -> str:
+    """Return a figure as a page writes it; `gflops .1` is the column with one decimal.
+
+    The other forms: `%1` a share, `x2` a factor, `±2` with its standard error.
+    """
+    key, form = column.split()
+    if figures[key] is None:
+        return "-"
+    kind, digits = form[0], form[1:]
+    value = f"{figures[key] * (100 if kind == '%' else 1):.{digits}f}"
+    if kind == "±":
+        return f"{value} ± {figures[key.replace('psnr', 'psnr_error')]:.{digits}f}"
+    return value + {"%": " %", "x": "x", ".": ""}[kind]
+
+
+METHODS = {
+    "GFLOPs": "gflops .0",
+    "computed": "computed_share %0",
+    "DiT s": "dit_seconds .2",
+    "speed-up": "speedup x2",
+    "judge": "judge_accuracy %0",
+}
+PLANNED = {
+    "FLOPs": "flops_share %1",
+    "GFLOPs": "gflops .1",
+    "DiT s": "dit_seconds .2",
+    "speed-up": "speedup_base x2",
+    "judge": "judge_accuracy %0",
+    "PSNR": "psnr_base ±2",
+    "SSIM": "ssim_base .3",
+    "PSNR (vanilla)": "psnr .2",
+}
+FRONT = {
+    "FLOPs": "flops_share %0",
+    "DiT s": "dit_seconds .2",
+    "speed-up": "speedup_base x2",
+    "judge": "judge_accuracy %0",
+    "PSNR, dB": "psnr_base ±1",
+}
+MODEL = {
+    "FLOPs": "flops_share %1",
+    "DiT speed-up": "speedup_base x2",
+    "PSNR, dB": "psnr_base ±2",
+}
+FRONT_ROWS = [
+    "every step computed",
+    "TeaCache",
+    "FlowCache-fast, as published",
+    "even spacing, velocity + trend",
+    "planned",
+]
+SKYREELS = ["vanilla-causal", "FlowCache-fast, residual", "planned (mid), as tuned"]
+MAGI = ["vanilla, neither pass", "FlowCache-fast, latent update", "planned (mid), as tuned"]
+TABLES = [
+    pytest.param(
+        ("skyreels_v2_demo", RESULTS, "## Caching methods on the SkyReels-V2 demo", 0),
+        METHODS
+        | {"PSNR": "psnr_vanilla .2", "SSIM": "ssim_vanilla .3"}
+        | {"PSNR (causal)": "psnr_vanilla-causal .2", "SSIM (causal)": "ssim_vanilla-causal .3"},
+        None,
+        id="methods of SkyReels-V2",
+    ),
+    pytest.param(
+        ("magi1_demo", RESULTS, "## Caching methods on the MAGI-1 demo", 0),
+        METHODS
+        | {"PSNR": "psnr .2", "SSIM": "ssim .3"}
+        | {"PSNR (no reuse)": "psnr_base .2", "SSIM (no reuse)": "ssim_base .3"},
+        None,
+        id="methods of MAGI-1",
+    ),
+    *(
+        pytest.param(
+            (f"{key}_reuse", RESULTS, f"## Planned steps on the {model} demo", 0),
+            PLANNED,
+            None,
+            id=f"planned steps of {model}",
+        )
+        for key, model in (("skyreels_v2", "SkyReels-V2"), ("magi1", "MAGI-1"))
+    ),
+    *(
+        pytest.param(
+            (f"{key}_reuse", "README.md", "### Measured by us", table),
+            FRONT,
+            [own[0], teacache, own[1], "stride (mid), velocity + trend", own[2]],
+            id=f"front page, {key}",
+        )
+        for table, key, own, teacache in (
+            (0, "skyreels_v2", SKYREELS, "TeaCache (mid), residual"),
+            (1, "magi1", MAGI, "TeaCache (mid), latent update"),
+        )
+    ),
+    pytest.param(
+        ("skyreels_v2_reuse", "FlowCache4SkyReels-V2/README.md", "## Presets", 1),
+        MODEL,
+        SKYREELS,
+        id="page of SkyReels-V2",
+    ),
+    pytest.param(
+        ("magi1_reuse", "FlowCache4MAGI-1/README.md", "## Presets", 1),
+        MODEL,
+        MAGI,
+        id="page of MAGI-1",
+    ),
+]
+"""What is kept and where it is shown; columns of the page -> of the file; the methods in the order
+of the page, None: all of the file, by their names."""
+
+
+@pytest.mark.parametrize(("place", "columns", "methods"), TABLES)
+def test_a_measured_table_is_the_kept_one(
+    place: tuple[str, str, str, int], columns: Mapping[str, str], methods: Sequence[str] | None
+):
+    name, page, heading, table = place
+    figures, rows = kept(name), rows_below(page, heading, table=table)
+    first = next(iter(rows[0]))
+    if methods is None:
+        methods = [row[first] for row in rows]
+        assert set(methods) == set(figures)
+    if page == "README.md":
+        assert [row[first] for row in rows] == FRONT_ROWS
+    for row, method in zip(rows, methods, strict=True):
+        own = {column: cell(figures[method], form) for column, form in columns.items()}
+        assert row == {first: row[first]} | own, method
+
+
+@pytest.mark.parametrize(("model", "key"), [("SkyReels-V2", "skyreels_v2"), ("MAGI-1", "magi1")])
+def test_the_reproduced_table_is_the_kept_one(model: str, key: str):
+    heading = f"## The paper's table on the {model} demo"
     page = (REPOSITORY / RESULTS).read_text(encoding="utf-8").partition(heading)[2]
     lines = page.partition("\n## ")[0].splitlines()
-    shown = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
-    assert sum(bool(cells[1]) for cells in shown[2:]) == len(reproduced(model))
-    for row in reproduced(model):
+    table = [[text.strip() for text in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
+    assert sum(bool(cells[1]) for cells in table[2:]) == len(reproduced(key))
+
+    def number(row: Mapping[str, str], column: str, form: str) -> str:
+        return f"{float(row[column]):{form}}" if row[column] else "-"
+
+    for row in reproduced(key):
         cells = [
             row["method"],
             f"{float(row['pflops']) * 1e6:.1f}",
-            f"{float(row['published_pflops']):g}" if row["published_pflops"] else "-",
-            share(float(row["reused_share"]), 1),
-            f"{float(row['ssim']):.4f}" if row["ssim"] else "-",
-            f"{float(row['published_ssim']):g}" if row["published_ssim"] else "-",
-            f"{float(row['psnr']):.2f}" if row["psnr"] else "-",
-            f"{float(row['published_psnr']):g}" if row["published_psnr"] else "-",
-            f"{float(row['dit_seconds']):.2f}",
-            f"{float(row['dit_speedup']):.2f}x",
+            number(row, "published_pflops", "g"),
+            f"{100 * float(row['reused_share']):.1f} %",
+            number(row, "ssim", ".4f"),
+            number(row, "published_ssim", "g"),
+            number(row, "psnr", ".2f"),
+            number(row, "published_psnr", "g"),
+            number(row, "dit_seconds", ".2f"),
+            number(row, "dit_speedup", ".2f") + "x",
         ]
-        assert cells in shown, row["method"]
+        assert cells in table, row["method"]
 
 
 @pytest.mark.parametrize(("table", "model"), [(0, "skyreels_v2"), (1, "magi1")])
@@ -234,17 +204,9 @@ def test_the_published_tables_are_those_of_the_kept_results(
     figures = {row["method"]: row for row in reproduced(model)}
     rows = rows_below(page, heading, table=table)
     assert len(rows) == 5
-    keys = {
-        "PFLOPs": "pflops",
-        "latency s": "latency_seconds",
-        "speed-up": "speedup",
-        "VBench": "vbench",
-        "LPIPS": "lpips",
-        "SSIM": "ssim",
-        "PSNR": "psnr",
-    }
+    renamed = {"latency s": "latency_seconds", "speed-up": "speedup"}
     for row in rows:
-        of = figures[next(iter(row.values()))]
-        for name, cell in list(row.items())[1:]:
-            value = of[f"published_{keys[name]}"]
-            assert (float(cell) if cell else None) == (float(value) if value else None), name
+        method, *cells = row.items()
+        for name, text in cells:
+            value = figures[method[1]][f"published_{renamed.get(name, name.lower())}"]
+            assert (float(text) if text else None) == (float(value) if value else None), name

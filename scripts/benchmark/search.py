@@ -12,9 +12,8 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.runtime.run import Clip
 from flowcache.tune.gap import ErrorModel
-from flowcache.tune.measure import Prompt
-from flowcache.tune.rows import Rows
-from flowcache.tune.runs import Runs
+from flowcache.tune.runs import Prompt, Runs
+from flowcache.tune.study import Rows
 
 MOST_TRIALS = 8
 """Thresholds tried per budget, those tried for other budgets not counted."""

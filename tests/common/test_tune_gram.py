@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from flowcache.tune.gram import (
     Sketch,
     calibration_bytes,
     merge,
-    most_active,
 )
 
 pytestmark = pytest.mark.numeric
@@ -35,18 +35,31 @@ def velocities(seed: int, size: tuple[int, ...] = (4, 3, 8, 8)) -> dict[str, Ten
     return result
 
 
-def observe_chunk(collector: GramCollector, chunk: int, seen: dict[str, Tensor]) -> None:
-    for step in range(NUM_STEPS):
-        for branch, values in seen.items():
-            collector.observe(
-                segment=0,
-                tick=step,
-                chunk=chunk,
-                step=step,
-                branch=branch,
-                velocity=values[step],
-                sigma=SIGMAS[step],
-            )
+def observe(collector: GramCollector, chunk: int, step: int, seen: dict[str, Tensor]) -> None:
+    for branch, values in seen.items():
+        collector.observe(
+            segment=0,
+            tick=step,
+            chunk=chunk,
+            step=step,
+            branch=branch,
+            velocity=values[step],
+            sigma=SIGMAS[step],
+        )
+
+
+def calibrated(
+    chunks: Mapping[int, dict[str, Tensor]],
+    branches: Collection[str] = tuple(WEIGHTS),
+    sketch: Sketch | None = None,
+) -> Calibration:
+    """Return the calibration of chunks that were denoised one after the other."""
+    collector = GramCollector(NUM_STEPS, branches, sketch=sketch)
+    for chunk, seen in chunks.items():
+        for step in range(NUM_STEPS):
+            observe(collector, chunk, step, seen)
+    assert not collector._active, "finished chunks are let go"
+    return collector.finish()
 
 
 def direct_error(seen: dict[str, Tensor], computed: list[int], factor: float) -> float:
@@ -69,11 +82,8 @@ def direct_error(seen: dict[str, Tensor], computed: list[int], factor: float) ->
 
 
 def test_the_gram_matrix_gives_the_direct_error_of_the_guided_velocity():
-    collector = GramCollector(NUM_STEPS, WEIGHTS)
     clips = [velocities(seed) for seed in range(3)]
-    for seen in clips:
-        observe_chunk(collector, 0, seen)
-    model = collector.finish().error_model(WEIGHTS)
+    model = merge([calibrated({0: seen}) for seen in clips]).error_model(WEIGHTS)
     for computed, factor in (([0, 2, 5], 0.0), ([0, 1, 4, 5], 0.5), ([0, 2, 3, 5], 1.0)):
         expected = np.mean([direct_error(seen, computed, factor) for seen in clips])
         found = model.plan(computed, Predictor(1, factor))
@@ -83,9 +93,7 @@ def test_the_gram_matrix_gives_the_direct_error_of_the_guided_velocity():
 def test_the_joint_matrix_gives_the_direct_error_of_held_guidance():
     """Step 2 runs the conditional branch alone, step 3 is reused, step 4 runs both."""
     seen = velocities(5)
-    collector = GramCollector(NUM_STEPS, WEIGHTS)
-    observe_chunk(collector, 0, seen)
-    model = collector.finish().error_model(WEIGHTS, conditional="cond")
+    model = calibrated({0: seen}).error_model(WEIGHTS, conditional="cond")
     guided = sum(weight * seen[branch].double() for branch, weight in WEIGHTS.items())
     assert isinstance(guided, Tensor)
     stand_in = seen["cond"][2].double() + guided[1] - seen["cond"][1].double()
@@ -97,36 +105,21 @@ def test_the_joint_matrix_gives_the_direct_error_of_held_guidance():
 
 def test_chunks_that_are_active_at_once_are_kept_apart():
     seen = {0: velocities(0), 1: velocities(1)}
-    together, apart = (GramCollector(NUM_STEPS, WEIGHTS) for _ in range(2))
-    for chunk, values in seen.items():
-        observe_chunk(apart, chunk, values)
+    together = GramCollector(NUM_STEPS, WEIGHTS)
     for tick in range(NUM_STEPS + 2):
         for chunk, values in seen.items():
-            step = tick - 2 * chunk
-            if 0 <= step < NUM_STEPS:
-                for branch in WEIGHTS:
-                    together.observe(
-                        segment=0,
-                        tick=tick,
-                        chunk=chunk,
-                        step=step,
-                        branch=branch,
-                        velocity=values[branch][step],
-                        sigma=SIGMAS[step],
-                    )
-    one, other = together.finish(), apart.finish()
+            if 0 <= tick - 2 * chunk < NUM_STEPS:
+                observe(together, chunk, tick - 2 * chunk, values)
+    one, other = together.finish(), calibrated(seen)
     for chunk in seen:
         np.testing.assert_allclose(one.gram[chunk], other.gram[chunk])
     assert one.num_clips == {0: 1, 1: 1}
 
 
 def test_a_sketch_gives_nearly_the_same_errors_and_the_same_ones_for_a_seed():
-    seen = velocities(0, size=(16, 5, 16, 16))
-    models = []
-    for sketch in (None, Sketch(8192, seed=0), Sketch(8192, seed=0), Sketch(8192, seed=1)):
-        collector = GramCollector(NUM_STEPS, WEIGHTS, sketch=sketch)
-        observe_chunk(collector, 0, seen)
-        models.append(collector.finish().error_model(WEIGHTS))
+    seen = {0: velocities(0, size=(16, 5, 16, 16))}
+    sketches = (None, Sketch(8192, seed=0), Sketch(8192, seed=0), Sketch(8192, seed=1))
+    models = [calibrated(seen, sketch=sketch).error_model(WEIGHTS) for sketch in sketches]
     exact, first, again, other = (m.plan([0, 1, 4, 5], Predictor(1, 0.5)) for m in models)
     assert first == pytest.approx(exact, rel=5 * (2 / 8192) ** 0.5)
     assert first == again
@@ -145,10 +138,7 @@ def test_a_sketch_keeps_inner_products_on_average():
 
 
 def test_a_calibration_comes_back_from_its_file(tmp_path: Path):
-    collector = GramCollector(NUM_STEPS, WEIGHTS)
-    for chunk in (0, 2):
-        observe_chunk(collector, chunk, velocities(chunk))
-    saved = collector.finish()
+    saved = calibrated({chunk: velocities(chunk) for chunk in (0, 2)})
     saved.save(tmp_path / "c.npz")
     loaded = Calibration.load(tmp_path / "c.npz")
     assert loaded.branches == ("cond", "uncond")
@@ -169,64 +159,40 @@ def test_calibrations_of_single_clips_add_up_to_one_of_all():
     together = GramCollector(NUM_STEPS, WEIGHTS)
     single = []
     for seed in range(3):
-        alone = GramCollector(NUM_STEPS, WEIGHTS)
-        for chunk in range(1 + seed % 2):
-            observe_chunk(together, chunk, velocities(seed))
-            observe_chunk(alone, chunk, velocities(seed))
-        single.append(alone.finish())
-    merged, expected = merge(single), together.finish()
-    assert merged.num_clips == expected.num_clips == {0: 3, 1: 1}
-    for chunk in (0, 1):
-        np.testing.assert_allclose(merged.gram[chunk], expected.gram[chunk])
+        chunks = dict.fromkeys(range(1 + seed % 2), velocities(seed))
+        single.append(calibrated(chunks))
+        for chunk, seen in chunks.items():
+            for step in range(NUM_STEPS):
+                observe(together, chunk, step, seen)
+    expected = together.finish()
+    for merged in (merge(single), merge([merge(single[:2]), single[2]])):
+        assert merged.num_clips == expected.num_clips == {0: 3, 1: 1}
+        for chunk in (0, 1):
+            np.testing.assert_allclose(merged.gram[chunk], expected.gram[chunk])
 
 
 def test_calibrations_of_different_schedules_are_not_merged():
-    collector = GramCollector(NUM_STEPS, WEIGHTS)
-    observe_chunk(collector, 0, velocities(0))
-    calibration = collector.finish()
-    other = replace(calibration, sigmas=calibration.sigmas * 0.9)
+    calibration = calibrated({0: velocities(0)})
     with pytest.raises(ValueError, match="merged"):
-        merge([calibration, other])
+        merge([calibration, replace(calibration, sigmas=calibration.sigmas * 0.9)])
 
 
 def test_a_branch_that_was_not_asked_for_is_passed_over():
-    collector = GramCollector(NUM_STEPS, ["cond"])
-    observe_chunk(collector, 0, velocities(0))
-    assert collector.finish().gram[0].shape == (NUM_STEPS, NUM_STEPS)
+    assert calibrated({0: velocities(0)}, ["cond"]).gram[0].shape == (NUM_STEPS, NUM_STEPS)
 
 
 def test_a_step_that_was_not_observed_is_an_error():
     collector = GramCollector(NUM_STEPS, WEIGHTS)
     with pytest.raises(ValueError, match="no chunk"):
         collector.finish()
-    collector.observe(
-        segment=0, tick=0, chunk=3, step=0, branch="cond", velocity=torch.ones(2), sigma=1.0
-    )
+    observe(collector, 3, 0, velocities(0))
     with pytest.raises(ValueError, match=r"\(0, 3\)"):
         collector.finish()
 
 
 def test_the_collector_holds_no_more_than_the_arithmetic_says():
-    size = (16, 5, 68, 120)  # a chunk of the 1.3B model at 540P: 652,800 numbers
-    exact = calibration_bytes(
-        num_elements=652_800, num_steps=50, num_branches=2, num_active=5, width=None
-    )
-    sketched = calibration_bytes(
-        num_elements=652_800, num_steps=50, num_branches=2, num_active=5, width=16384
-    )
-    assert np.prod(size) == 652_800
+    # a chunk of the 1.3B model at 540P: [16, 5, 68, 120]
+    size = {"num_elements": 652_800, "num_steps": 50, "num_branches": 2, "num_active": 5}
+    exact, sketched = (calibration_bytes(**size, width=width) for width in (None, 16384))
     assert exact > 1e9 > 100e6 > sketched
     assert sketched == 5 * 100 * 16384 * 4 + 2 * 16384 * 8 + 652_800 * 20 + 5 * 100**2 * 8
-
-
-def test_a_collector_lets_go_of_a_finished_chunk():
-    collector = GramCollector(NUM_STEPS, WEIGHTS)
-    observe_chunk(collector, 0, velocities(0))
-    assert not collector._active
-
-
-def test_the_chunks_that_are_active_at_once_follow_from_the_lag():
-    assert most_active(5, num_steps=50, lag=5) == 5
-    assert most_active(20, num_steps=50, lag=5) == 10
-    assert most_active(20, num_steps=64, lag=16) == 4
-    assert most_active(3, num_steps=10, lag=0) == 3

@@ -1,4 +1,5 @@
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -6,7 +7,19 @@ import pytest
 
 from flowcache.errors import UserError
 from flowcache.tune.gap import ErrorModel, Predictor, points_of
-from flowcache.tune.plan import Constraints, best_plans, fitted_plans, least_error_plans
+from flowcache.tune.plan import (
+    Constraints,
+    Forecast,
+    Target,
+    best_plans,
+    choose,
+    fit_costs,
+    fit_pixel_scale,
+    fitted_plans,
+    least_error_plans,
+    parse_target,
+    to_psnr,
+)
 
 
 def smooth_model(num_steps: int = 9, seed: int = 0) -> ErrorModel:
@@ -51,20 +64,25 @@ def test_no_plan_computes_fewer_steps_than_is_said(most_reuses: int, warmup: int
     assert min(plans) == constraints.fewest(9)
 
 
-def test_the_plan_of_all_steps_is_there_and_has_no_error():
+def test_the_plan_of_all_steps_has_no_error():
     plans = best_plans(smooth_model(), Predictor(1), constraints=Constraints(most_reuses=3))
     assert plans[9].steps == tuple(range(9))
     assert plans[9].error == 0.0
 
 
-def test_a_single_step_is_planned():
-    plans = best_plans(smooth_model(1), Predictor(0), constraints=Constraints())
-    assert [plan.steps for plan in plans.values()] == [(0,)]
-
-
-def test_without_reuses_only_the_plan_of_all_steps_is_left():
-    plans = best_plans(smooth_model(), Predictor(0), constraints=Constraints(most_reuses=0))
-    assert list(plans) == [9]
+@pytest.mark.parametrize(
+    ("num_steps", "constraints", "counts"),
+    [
+        (1, Constraints(), [1]),
+        (2, Constraints(), [2]),
+        (4, Constraints(), [2, 3, 4]),
+        (9, Constraints(most_reuses=0), [9]),
+    ],
+)
+def test_few_steps_have_the_plans_that_they_leave(
+    num_steps: int, constraints: Constraints, counts: list[int]
+):
+    assert list(least_error_plans(smooth_model(num_steps), constraints=constraints)) == counts
 
 
 def test_fitting_the_factor_never_costs():
@@ -86,11 +104,12 @@ def test_more_computed_steps_never_cost_with_a_held_velocity_along_a_straight_wa
     assert errors == sorted(errors, reverse=True)
 
 
-def test_constraints_that_mean_nothing_are_refused():
-    with pytest.raises(UserError, match="warmup_steps"):
-        Constraints(warmup_steps=0)
-    with pytest.raises(UserError, match="most_reuses"):
-        Constraints(most_reuses=-1)
+@pytest.mark.parametrize(
+    ("constraints", "name"), [({"warmup_steps": 0}, "warmup_steps"), ({"most_reuses": -1}, "most_")]
+)
+def test_constraints_that_mean_nothing_are_refused(constraints: dict[str, int], name: str):
+    with pytest.raises(UserError, match=name):
+        Constraints(**constraints)
 
 
 # Steps with the conditional pass alone ------------------------------------------------------------
@@ -163,7 +182,61 @@ def test_the_least_error_is_taken_over_all_predictors():
         assert plan.error == pytest.approx(found, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("num_steps", "counts"), [(4, [2, 3, 4]), (2, [2])])
-def test_few_steps_have_the_plans_that_they_leave(num_steps: int, counts: list[int]):
-    plans = least_error_plans(smooth_model(num_steps), constraints=Constraints())
-    assert list(plans) == counts
+# Forecasts and targets ----------------------------------------------------------------------------
+
+FORECASTS = [
+    Forecast(count, speedup=20 / count, flops=count / 20, psnr=20.0 + count, seconds=count / 10)
+    for count in range(4, 21)
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("flops=0.36", 7), ("speedup=3", 6), ("seconds=1.25", 12), ("psnr=32", 12), ("flops=1", 20)],
+)
+def test_the_target_decides_how_many_steps_are_computed(text: str, count: int):
+    assert choose(parse_target(text), FORECASTS).cost == count
+
+
+def test_a_longer_plan_that_is_worse_is_not_chosen():
+    worse = [*FORECASTS, Forecast(8, 20 / 8, 0.35, 10.0, 0.8)]
+    assert choose(Target("flops", 0.36), worse).psnr == 27.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("speedup=9", "cannot be reached: at most 5"),
+        ("flops=0.1", "cannot be reached: at least 0.2"),
+        ("psnr=99", "cannot be reached: at most 40"),
+        *((text, "must be one of the kinds") for text in ("", "fast", "a=1")),
+        *((text, "must be a number above 0") for text in ("psnr", "psnr=", "psnr=nan", "flops=-1")),
+        ("flops=35", "must be at most 1"),
+        ("speedup=0.5", "must be 1 or more"),
+    ],
+)
+def test_an_impossible_target_is_refused_in_one_line(text: str, words: str):
+    with pytest.raises(UserError, match=words) as caught:
+        choose(parse_target(text), FORECASTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_costs_between_two_measured_runs_lie_on_a_line():
+    costs = fit_costs({30: (1.0, 6.0), 10: (0.4, 3.0)}, num_steps=30)
+    forecast = costs.forecast(20, psnr=33.0)
+    assert forecast.flops == pytest.approx(0.7)
+    assert forecast.seconds == pytest.approx(4.5)
+    assert forecast.speedup == pytest.approx(6 / 4.5)
+    assert forecast.psnr == 33.0
+
+
+def test_one_run_gives_no_costs():
+    with pytest.raises(ValueError, match="two runs"):
+        fit_costs({30: (1.0, 6.0)}, num_steps=30)
+
+
+def test_the_scale_turns_the_predicted_error_into_the_measured_psnr():
+    scale = fit_pixel_scale([(0.5, 50.0), (0.5, 200.0)])
+    assert scale == pytest.approx(200.0)
+    assert to_psnr(255**2 / 200 / 1000, scale=scale) == pytest.approx(30.0)
+    assert to_psnr(0.0, scale=scale) == math.inf

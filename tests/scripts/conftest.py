@@ -13,7 +13,6 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from explain_cases import Main
 from sampling_cases import (
     PROMPTS,
     SCRIPTS,
@@ -92,9 +91,3 @@ def _copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(made / "torch"))
     shutil.copytree(made, tmp_path / "made")
     return tmp_path / "made"
-
-
-@pytest.fixture(name="main")
-def _main(monkeypatch: pytest.MonkeyPatch) -> Main:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("explain").main

@@ -1,46 +1,51 @@
 """The command that compares videos: figures, files, and inputs that can't be compared."""
 
 import csv
-import importlib.util
+import importlib
 import json
 import math
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from sampling_cases import SCRIPTS
 
 from flowcache.runtime.lpips import BACKBONE_FILE, LAYERS, LPIPS
 from flowcache.runtime.metrics import average, psnr, ssim_per_frame
 from flowcache.runtime.video import VideoWriter, read_video
 
-PATH = Path(__file__).parents[2] / "scripts" / "compare.py"
 Pixels = npt.NDArray[np.uint8]
 
 
-@pytest.fixture(name="script", scope="module")
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_script", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+class Ended(NamedTuple):
+    """How the command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
 
 
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder, without the weights of this machine."""
+Compare = Callable[..., Ended]
+
+
+@pytest.fixture(name="compare")
+def _compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Compare:
+    """Run the command in an empty folder, without the weights of this machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    main = importlib.import_module("compare").main
+    return lambda *arguments: Ended(main(arguments), *capsys.readouterr())
 
 
 def clip(seed: int = 0, *, num_frames: int = 6, height: int = 32, width: int = 48) -> Pixels:
@@ -54,48 +59,46 @@ def noisy(frames: Pixels, level: float) -> Pixels:
     return (frames + noise).clip(0, 255).astype(np.uint8)
 
 
-def write(path: Path, frames: Pixels) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, fps=24, size=(frames.shape[1], frames.shape[2])) as writer:
+def write(path: str, frames: Pixels) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if path.endswith(".npy"):
+        np.save(path, frames)
+        return
+    with VideoWriter(Path(path), fps=24, size=(frames.shape[1], frames.shape[2])) as writer:
         writer.append(frames)
 
 
-def write_weights(folder: Path) -> None:
-    folder.mkdir(parents=True)
+def write_weights() -> None:
+    Path("weights").mkdir()
     torch.manual_seed(0)
-    pairs = zip(LAYERS, LPIPS().convolutions, strict=True)
     tensors = {
         f"{layer.name}.{part}": getattr(convolution, part).detach()
-        for layer, convolution in pairs
+        for layer, convolution in zip(LAYERS, LPIPS().convolutions, strict=True)
         for part in ("weight", "bias")
     }
-    torch.save(tensors, folder / BACKBONE_FILE)
+    torch.save(tensors, Path("weights", BACKBONE_FILE))
 
 
-def test_a_clip_that_shows_nothing_is_named_beside_its_figures(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
-    write(Path("black | white.mp4"), np.zeros_like(clip()))
-    write(Path("vanilla.mp4"), clip())
-    arguments = ["black | white.mp4", "vanilla.mp4", "--metrics", "psnr", "--out", "out"]
-    assert script.main(arguments) == 0
-    alarm = "black | white.mp4: constant: all 6 frames are of one colour (black)"
-    assert f"ALARM {alarm}\n" in capsys.readouterr().out
+def test_a_clip_that_shows_nothing_is_named_below_its_figures(compare: Compare):
+    write("black | white.npy", np.zeros_like(clip()))
+    write("vanilla.npy", clip())
+    ended = compare("black | white.npy", "vanilla.npy", "--metrics", "psnr", "--out", "out")
+    assert ended.code == 0
+    alarm = "black | white.npy: constant: all 6 frames are of one colour (black)"
+    assert f"ALARM {alarm}\n" in ended.out
     result = json.loads(Path("out/compare.json").read_text())
     assert result["clips"]["black | white"]["alarms"] == [alarm]
-    shown = Path("out/compare.md").read_text().splitlines()
-    assert shown[2].startswith("| black \\| white | 6 |")
-    assert "- ALARM " + alarm.replace("|", "\\|") in shown
+    lines = Path("out/compare.md").read_text().splitlines()
+    assert lines[2].startswith("| black \\| white | 6 |")
+    assert "- ALARM " + alarm.replace("|", "\\|") in lines
 
 
-def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
-    write(Path("ours.mp4"), noisy(clip(), 20))
-    write(Path("vanilla.mp4"), clip())
-    write_weights(Path("weights"))
-    arguments = ["ours.mp4", "vanilla.mp4", "--lpips-weights", "weights", "--out", "out"]
-    assert script.main(arguments) == 0
+def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(compare: Compare):
+    write("ours.mp4", noisy(clip(), 20))
+    write("vanilla.mp4", clip())
+    write_weights()
+    ended = compare("ours.mp4", "vanilla.mp4", "--lpips-weights", "weights", "--out", "out")
+    assert ended.code == 0
     ours, vanilla = (torch.from_numpy(read_video(Path(f"{n}.mp4"))[0]) for n in ("ours", "vanilla"))
     result = json.loads(Path("out/compare.json").read_text())
     figures = result["clips"]["ours"]
@@ -109,9 +112,8 @@ def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(
     worst = int(np.argmax(figures["frames"]["lpips"]))
     assert result["worst"]["lpips"][0][:2] == ["ours", worst]
     assert "not the released AlexNet" in result["lpips"]["note"]
-    out = capsys.readouterr().out
-    assert f"{psnr(ours, vanilla):.2f}" in out
-    assert f"worst SSIM: ours #{int(expected.argmin())}" in out
+    assert f"{psnr(ours, vanilla):.2f}" in ended.out
+    assert f"worst SSIM: ours #{int(expected.argmin())}" in ended.out
     with Path("out/compare.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["frame"] for row in rows] == [*"012345", "all"]
@@ -119,72 +121,65 @@ def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(
     assert "| ours | 6 |" in Path("out/compare.md").read_text()
 
 
-def test_results_are_replaced_only_if_that_is_asked_for(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
-    np.save("a.npy", clip())
+def test_results_are_replaced_only_if_that_is_asked_for(compare: Compare):
+    write("a.npy", clip())
     arguments = ["a.npy", "a.npy", "--metrics", "psnr", "--out", "out"]
-    assert script.main(arguments) == 0
-    assert script.main(arguments) == 2
-    assert "exists and is kept" in capsys.readouterr().err
-    assert script.main([*arguments, "--overwrite"]) == 0
+    assert compare(*arguments).code == 0
+    assert "exists and is kept" in compare(*arguments).err
+    again = compare(*arguments, "--overwrite")
+    assert again.code == 0
     assert sorted(os.listdir("out")) == ["compare.csv", "compare.json", "compare.md"]
     result = json.loads(Path("out/compare.json").read_text())
     assert result["clips"]["a"]["clip"] == {"psnr": "inf"}
-    assert "1 of 1 clips equal their references" in capsys.readouterr().out
+    assert "1 of 1 clips equal their references" in again.out
 
 
-def test_arrays_and_png_files_are_compared_without_a_codec(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
+def test_arrays_and_png_files_are_compared_without_a_codec(compare: Compare):
     frames = clip(num_frames=11)
-    np.save("frames.npy", frames)
+    write("frames.npy", frames)
     np.savez_compressed("frames.npz", noisy(frames, 5))
     Path("png").mkdir()
     for index, frame in enumerate(frames):
         Image.fromarray(frame).save(f"png/frame_{index}.png")  # frame_10 comes after frame_9
-    assert script.main(["png", "frames.npy", "--metrics", "psnr,ssim"]) == 0
-    assert "inf" in capsys.readouterr().out
-    assert script.main(["frames.npz", "png", "--metrics", "psnr", "--out", "out"]) == 0
+    assert "inf" in compare("png", "frames.npy", "--metrics", "psnr,ssim").out
+    assert compare("frames.npz", "png", "--metrics", "psnr", "--out", "out").code == 0
     result = json.loads(Path("out/compare.json").read_text())
     expected = psnr(torch.from_numpy(noisy(frames, 5)), torch.from_numpy(frames))
     assert result["clips"]["frames"]["clip"]["psnr"] == pytest.approx(expected)
 
 
-def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
+def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(compare: Compare):
     for name, level in (("one", 4.0), ("two", 8.0), ("three", 16.0)):
-        np.save(f"{name}.npy", noisy(clip(), level))
-        for folder, frames in (("a", noisy(clip(), level)), ("b", clip())):
-            Path(folder).mkdir(exist_ok=True)
-            np.save(f"{folder}/{name}.npy", frames)
-    np.save("a/short.npy", clip(num_frames=4))
-    np.save("b/short.npy", clip(num_frames=5))
-    np.save("a/small.npy", clip(width=40))
-    np.save("b/small.npy", clip())
-    np.save("a/lonely.npy", clip())
+        write(f"a/{name}.npy", noisy(clip(), level))
+        write(f"b/{name}.npy", clip())
+    write("a/short.npy", clip(num_frames=4))
+    write("b/short.npy", clip(num_frames=5))
+    write("a/small.npy", clip(width=40))
+    write("b/small.npy", clip())
+    write("a/lonely.npy", clip())
+    write("b/extra.npy", clip())
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
     rolled = np.concatenate([np.roll(noise, shift, axis=2) for shift in range(49)])
     for folder in "ab":
-        write(Path(folder, "corrupt.mp4"), rolled)
+        write(f"{folder}/corrupt.mp4", rolled)
     data = bytearray(Path("a/corrupt.mp4").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 400] = np.random.default_rng(0).bytes(400)
     Path("a/corrupt.mp4").write_bytes(data)
     Path("b/corrupt.mp4").rename("b/corrupt.mkv")
     Path("a/.hidden.mp4").touch()
-    assert script.main(["a", "b", "--metrics", "psnr", "--out", "out"]) == 1
-    captured = capsys.readouterr()
+    ended = compare("a", "b", "--metrics", "psnr", "--out", "out")
+    assert ended.code == 1
     for words in (
         "a/short.npy has 4 frames and b/short.npy 5",
         "a/small.npy is 40x32 pixels and b/small.npy 48x32",
         "lonely: not in b",
+        "extra: not in a",
         "a/corrupt.mp4: broken after frame",
     ):
-        assert words in captured.err
-    assert len(captured.err.splitlines()) == 4
+        assert words in ended.err
+    assert len(ended.err.splitlines()) == 5
     result = json.loads(Path("out/compare.json").read_text())
-    assert set(result["failures"]) == {"short", "small", "lonely", "corrupt"}
+    assert set(result["failures"]) == {"short", "small", "lonely", "extra", "corrupt"}
     values = [result["clips"][name]["clip"]["psnr"] for name in ("one", "two", "three")]
     assert values == sorted(values, reverse=True)
     over = result["averages"]["psnr"]
@@ -197,51 +192,48 @@ def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["short.npy", "full.npy"], "short.npy has 4 frames and full.npy 6"),
-        (["full.npy", "short.npy"], "full.npy has 6 frames and short.npy 4"),
-        (["wide.npy", "full.npy"], "wide.npy is 56x32 pixels and full.npy 48x32"),
-        (["text.mp4", "full.npy"], "text.mp4: not a video"),
-        (["full.npy", "gone.mp4"], "gone.mp4: no such file"),
-        (["float.npy", "full.npy"], "must hold uint8 pixels"),
-        (["text.npy", "full.npy"], "text.npy: not an array file"),
-        (["full.npy", "."], "two clips or two folders"),
-        (["full.npy", "full.npy", "--metrics", "mse"], "--metrics is 'mse'"),
-        (["full.npy", "full.npy", "--metrics", "lpips"], "download https://"),
-        (["full.npy", "full.npy", "--lpips-weights", "gone"], "gone/alexnet"),
-        (["full.npy", "full.npy", "--device", "tpu"], "device=tpu"),
+        ("short.npy full.npy", "short.npy has 4 frames and full.npy 6"),
+        ("full.npy short.npy", "full.npy has 6 frames and short.npy 4"),
+        ("wide.npy full.npy", "wide.npy is 56x32 pixels and full.npy 48x32"),
+        ("text.mp4 full.npy", "text.mp4: not a video"),
+        ("full.npy gone.mp4", "gone.mp4: no such file"),
+        ("float.npy full.npy", "must hold uint8 pixels"),
+        ("text.npy full.npy", "text.npy: not an array file"),
+        ("full.npy .", "two clips or two folders"),
+        ("full.npy full.npy --metrics mse", "--metrics is 'mse'"),
+        ("full.npy full.npy --metrics lpips", "download https://"),
+        ("full.npy full.npy --lpips-weights gone", "gone/alexnet"),
+        ("full.npy full.npy --device tpu", "device=tpu"),
+        ("full.npy full.npy --worst 0", "--worst must be 1 or more"),
     ],
 )
 def test_a_pair_that_cannot_be_compared_is_one_line_and_exit_code_2(
-    script: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    words: str,
+    compare: Compare, arguments: str, words: str
 ):
-    np.save("full.npy", clip())
-    np.save("short.npy", clip()[:4])
-    np.save("wide.npy", clip(width=56))
+    write("full.npy", clip())
+    write("short.npy", clip()[:4])
+    write("wide.npy", clip(width=56))
     np.save("float.npy", clip().astype(np.float32))
     Path("text.mp4").write_text("no video")
     Path("text.npy").write_text("no array")
-    assert script.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
-    assert not captured.out
+    code, out, err = compare(*arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
 
 
-def test_without_weights_the_column_is_empty_and_one_line_says_why(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
-    np.save("a.npy", clip())
-    np.save("b.npy", noisy(clip(), 5))
-    assert script.main(["a.npy", "b.npy"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[-1] == "-"
-    (note,) = [line for line in lines if line.startswith("note:")]
-    assert "LPIPS is empty" in note
-    assert "torch/hub/checkpoints/alexnet-owt-7be5be79.pth" in note
-    assert "download https://" in note
+def test_without_weights_the_column_is_empty_and_one_line_says_why(compare: Compare):
+    write("a.npy", clip())
+    write("b.npy", noisy(clip(), 5))
+    code, out, _ = compare("a.npy", "b.npy")
+    assert code == 0
+    assert out.splitlines()[1].split()[-1] == "-"
+    (note,) = [line for line in out.splitlines() if line.startswith("note:")]
+    for words in (
+        "LPIPS is empty",
+        "torch/hub/checkpoints/alexnet-owt-7be5be79.pth",
+        "download https://",
+    ):
+        assert words in note
 
 
 def test_the_interval_is_that_of_student():
@@ -252,35 +244,29 @@ def test_the_interval_is_that_of_student():
     assert (over.mean, over.num_clips, over.num_infinite) == (3, 2, 1)
 
 
-def test_every_example_of_the_help_runs(script: ModuleType, capsys: pytest.CaptureFixture[str]):
+def test_every_example_of_the_help_runs(compare: Compare):
     for name, frames in (("flowcache", noisy(clip(), 9)), ("vanilla", clip())):
-        np.save(f"{name}.npy", frames)
-        write(Path(f"{name}.mp4"), frames)
-        write(Path(f"result/{name}/swan.mp4"), frames)
-    write_weights(Path("weights"))
-    lines = [line.strip() for line in script.EXAMPLES.splitlines() if "scripts/compare" in line]
+        for path in (f"{name}.npy", f"{name}.mp4", f"result/{name}/swan.mp4"):
+            write(path, frames)
+    write_weights()
+    text = importlib.import_module("compare").EXAMPLES
+    lines = [line.strip() for line in text.splitlines() if "scripts/compare" in line]
     assert len(lines) >= 4
-    for line in lines:
-        assert script.main(shlex.split(line)[2:]) == 0, line
-    assert "swan" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        script.main(["--help"])
-    assert ended.value.code == 0
-    assert all(line in capsys.readouterr().out for line in lines[:1])
+    assert all(compare(*shlex.split(line)[2:]).code == 0 for line in lines)
 
 
 @pytest.mark.slow
-def test_97_frames_of_540p_need_less_than_4_gigabytes():
+def test_97_frames_of_540p_need_less_than_4_gigabytes(compare: Compare):
+    assert compare  # for its folder
     # bytes throughout: what this process holds when it forks counts as memory of the child
     for seed, name in enumerate(("a.mp4", "b.mp4")):
         rng = np.random.default_rng(seed)
         small = rng.integers(0, 256, (97, 17, 30, 3), dtype=np.uint8)
-        write(Path(name), small.repeat(32, axis=1).repeat(32, axis=2))
-    write_weights(Path("weights"))
-    command = [sys.executable, str(PATH), "a.mp4", "b.mp4", "--lpips-weights", "weights"]
-    process = subprocess.Popen([*command, "--device", "cpu"])
+        write(name, small.repeat(32, axis=1).repeat(32, axis=2))
+    write_weights()
+    command = [sys.executable, str(SCRIPTS / "compare.py"), "a.mp4", "b.mp4", "--device", "cpu"]
+    process = subprocess.Popen([*command, "--lpips-weights", "weights"])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 4e9
-    sys.stdout.write(f"peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB\n")

@@ -15,24 +15,18 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.report import figures, scatter
+from flowcache.report import figures
 from flowcache.report.figures import draw_distances, widest_spread
 from flowcache.report.run import load_run
 from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = REPOSITORY / "scripts"
 ASSETS = REPOSITORY / "assets"
 MAX_FIGURE_BYTES = 500_000
 SVG = "{http://www.w3.org/2000/svg}"
 DRAWN = ("framework", "distances_skyreels_v2", "tradeoff_skyreels_v2")
 """Figures without a model's run."""
-
-
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
 
 
 @pytest.fixture
@@ -46,47 +40,34 @@ def figures_of_the_pages() -> set[str]:
     return set(re.findall(r"!\[[^\]]+\]\((?:\.\./)?assets/([^)]+)\)", text))
 
 
-def decision(tick: int, chunk: int, step: int, distance: float | None) -> dict[str, Any]:
-    return {
-        "segment": 0,
-        "tick": tick,
-        "chunk": chunk,
-        "step": step,
-        "branch": "cond",
-        "computed": True,
-        "distance": distance,
-        "accumulated": distance,
-        "flops": 1,
-        "flops_saved": 0,
-        "seconds": None,
-    }
-
-
-def write_record(path: Path, decisions: list[dict[str, Any]]) -> Path:
-    record = {
-        "schema_version": 1,
-        "video": "a.mp4",
-        "model": "demo",
-        "preset": "flowcache_fast",
-        "policy": "flowcache",
-        "threshold": 0.0,
-        "num_steps": 3,
-        "config": {},
-        "chunk_frames": {},
-        "ticks": [],
-        "decisions": decisions,
-        "kv": [],
-        "stages": {},
-        "environment": {},
-    }
+def write_record(path: Path, distances: dict[tuple[int, int], float | None]) -> Path:
+    """Write a record of the distances of (tick, chunk): chunk 1 starts one tick after chunk 0."""
+    decisions = [
+        {
+            "segment": 0,
+            "tick": tick,
+            "chunk": chunk,
+            "step": tick - chunk,
+            "branch": "cond",
+            "computed": True,
+            "distance": distance,
+            "accumulated": distance,
+            "flops": 1,
+            "flops_saved": 0,
+            "seconds": None,
+        }
+        for (tick, chunk), distance in distances.items()
+    ]
+    names = ("config", "chunk_frames", "stages", "environment")
+    record = {"schema_version": 1, "video": "a.mp4", "model": "demo", "preset": "flowcache_fast"}
+    record |= {"policy": "flowcache", "threshold": 0.0, "num_steps": 3, "ticks": [], "kv": []}
+    record |= {"decisions": decisions, **{name: {} for name in names}}
     path.write_text(json.dumps(record))
     return path
 
 
-def write_table(path: Path, **methods: dict[str, Any]) -> Path:
-    table = [{"method": "vanilla", "gflops": 200.0, "psnr_base": None}]
-    table += [{"method": name, **row} for name, row in methods.items()]
-    path.write_text(json.dumps({"table": table}))
+def write_table(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"table": rows}))
     return path
 
 
@@ -105,75 +86,71 @@ def test_every_figure_is_shown_on_a_page_and_small(script: ModuleType):
         assert (ASSETS / name).stat().st_size < MAX_FIGURE_BYTES
 
 
+def check_colours(drawing: str) -> None:
+    """Check that every colour is defined for light and for dark pages."""
+    dark = re.compile(r"@media\(prefers-color-scheme:dark\)\{:root\{[^}]*\}\}")
+    used = set(re.findall(r"var\(--([\w-]+)\)", drawing)) - {"c"}
+    for part in (dark.sub("", drawing), "".join(dark.findall(drawing))):
+        assert used <= set(re.findall(r"--([\w-]+):", part))
+
+
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*.svg")), ids=lambda path: path.name)
 def test_a_drawing_stands_alone_and_has_colours_for_light_and_dark_pages(path: Path):
-    root = ElementTree.parse(path).getroot()
-    style = root.find(f"{SVG}style")
+    drawing = path.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(drawing)
     assert root.tag == f"{SVG}svg"
     assert root.get("aria-label")
-    assert style is not None
-    assert style.text is not None
-    dark = re.compile(r"@media\(prefers-color-scheme:dark\)\{:root\{[^}]*\}\}")
-    parts = (dark.sub("", style.text), "".join(dark.findall(style.text)))
-    defined = [set(re.findall(r"--([\w-]+):", part)) for part in parts]
-    used = set(re.findall(r"var\(--([\w-]+)\)", path.read_text(encoding="utf-8"))) - {"c"}
-    assert used <= defined[0] & defined[1]
-    assert "http" not in path.read_text(encoding="utf-8").replace(SVG[1:-1], "")
+    check_colours(drawing)
+    assert "http" not in drawing.replace(SVG[1:-1], "")
 
 
 def test_the_widest_spread_is_that_of_the_tick_with_the_largest_ratio(tmp_path: Path):
-    rows = [
-        decision(0, 0, 0, None),
-        decision(1, 0, 1, 0.02),
-        decision(2, 0, 2, 0.06),
-        decision(2, 1, 1, 0.02),
-        decision(3, 0, 3, 0.4),
-        decision(3, 1, 2, 0.05),
-    ]
-    spread = widest_spread(load_run(write_record(tmp_path / "r.json", rows), "A"))
-    assert (spread.tick, spread.smallest, spread.largest) == (3, 0.05, 0.4)
-    assert spread.ratio == pytest.approx(8.0)
+    distances = {(0, 0): None, (1, 0): 0.02, (2, 0): 0.06, (2, 1): 0.006, (3, 0): 0.4, (3, 1): 0.05}
+    spread = widest_spread(load_run(write_record(tmp_path / "r.json", distances), "A"))
+    assert (spread.tick, spread.smallest, spread.largest) == (2, 0.006, 0.06)
+    assert spread.ratio == pytest.approx(10.0)
 
 
 def test_a_curve_per_chunk_goes_through_its_measured_distances(tmp_path: Path):
-    rows = [decision(tick, 0, tick, 0.1 * tick if tick else None) for tick in range(4)]
-    rows += [decision(tick, 1, tick - 1, 0.1 * (tick - 1)) for tick in range(2, 4)]
+    distances = {(tick, 0): 0.1 * tick if tick else None for tick in range(4)}
+    distances |= {(tick, 1): 0.1 * (tick - 1) for tick in range(2, 4)}
     root = ElementTree.fromstring(
-        draw_distances(write_record(tmp_path / "r.json", rows), model="A")
+        draw_distances(write_record(tmp_path / "r.json", distances), model="A")
     )
     paths = [path.get("d") for path in root.iter(f"{SVG}path") if path.get("class") == "curve"]
     assert [str(path).count("L") + 1 for path in paths] == [3, 2, 3, 2]
 
 
+VANILLA = {"method": "vanilla", "gflops": 200.0, "psnr_base": None}
+
+
 def test_a_table_gives_a_point_for_every_method_that_reuses(tmp_path: Path):
-    path = write_table(
-        tmp_path / "t.json",
-        **{
-            "vanilla, KV window": {"gflops": 150.0, "psnr_base": 30.0},
-            "TeaCache, neither pass (x), velocity": {"gflops": 50.0, "psnr_base": 31.0},
-            "FlowCache-fast, latent update + KV compression": {"gflops": 20.0, "psnr_base": 25.0},
-            "stride (x), latent update": {"gflops": 60.0, "psnr_base": None},
-        },
-    )
-    assert scatter.read_methods(path) == [
-        scatter.Point("TeaCache", 25.0, 31.0, "neither pass", True),
-        scatter.Point("FlowCache", 10.0, 25.0, "fast", False, is_compressed=True),
+    rows = [
+        ("vanilla, KV window", 150.0, 30.0),
+        ("TeaCache, neither pass (x), velocity", 50.0, 31.0),
+        ("FlowCache-fast, latent update + KV compression", 20.0, 25.0),
+        ("stride (x), latent update", 60.0, None),
+    ]
+    own = [dict(zip(("method", "gflops", "psnr_base"), row, strict=True)) for row in rows]
+    assert figures.read_methods(write_table(tmp_path / "t.json", VANILLA, *own)) == [
+        figures.Point("TeaCache", 25.0, 31.0, "neither pass", True),
+        figures.Point("FlowCache", 10.0, 25.0, "fast", False, is_compressed=True),
     ]
 
 
 def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path: Path):
-    figures = {"gflops": 50.0, "psnr_vanilla": 30.0, "psnr_vanilla-causal": 20.0}
+    of = {"gflops": 50.0, "psnr_vanilla": 30.0, "psnr_vanilla-causal": 20.0}
     names = ("TeaCache-slow, residual", "TeaCache, causal (x), residual", "FlowCache-slow, x")
-    path = write_table(tmp_path / "t.json", **dict.fromkeys(names, figures))
-    assert [point.decibel for point in scatter.read_methods(path)] == [30.0, 20.0, 20.0]
+    path = write_table(tmp_path / "t.json", VANILLA, *({"method": name, **of} for name in names))
+    assert [point.decibel for point in figures.read_methods(path)] == [30.0, 20.0, 20.0]
 
 
 def test_the_drawing_knows_the_names_of_the_tables():
     reuse = importlib.import_module("benchmark.reuse")
     methods = importlib.import_module("flowcache.tune.methods")
-    assert set(scatter.RULES.looks) == {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
+    assert set(figures.RULES.looks) == {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
     moved = [name for name, settings in methods.TRENDS.items() if settings != methods.VELOCITY]
-    assert set(scatter.EXTRAPOLATED) == {methods.AS_TUNED, reuse.TREND, *moved}
+    assert set(figures.EXTRAPOLATED) == {methods.AS_TUNED, reuse.TREND, *moved}
 
 
 def reuse_row(policy: str, predictor: str, *, share: float, decibel: float) -> dict[str, Any]:
@@ -195,12 +172,11 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
         reuse_row("planned", "velocity", share=0.4, decibel=32.9),
         reuse_row("planned", "clean estimate", share=0.4, decibel=32.8),
     ]
-    path = tmp_path / "t.json"
-    path.write_text(json.dumps({"table": rows}))
-    points = scatter.read_rules(path)
+    path = write_table(tmp_path / "t.json", *rows)
+    points = figures.read_rules(path)
     assert [point.share for point in points] == [20, 40, 40, 40, 40]
     assert [point.is_filled for point in points] == [False, False, True, False, False]
-    drawing = scatter.draw_reuse(path, model="A")
+    drawing = figures.draw_reuse(path, model="A")
     root = ElementTree.fromstring(drawing)
     tips = {
         mark.findtext(f"{SVG}title"): mark
@@ -216,10 +192,7 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
     assert float(cheap.get("cy", "")) > float(dear.get("cy", ""))
     labels = {text.text: float(text.get("y", "")) for text in root.iter(f"{SVG}text")}
     assert labels["clean estimate"] - labels["velocity"] >= 15, "labels do not overlap"
-    used = set(re.findall(r"var\(--([\w-]+)\)", drawing)) - {"c"}
-    dark = re.compile(r"@media\(prefers-color-scheme:dark\)\{:root\{[^}]*\}\}")
-    for part in (dark.sub("", drawing), "".join(dark.findall(drawing))):
-        assert used <= set(re.findall(r"--([\w-]+):", part))
+    check_colours(drawing)
 
 
 def test_strips_show_first_and_last_frame_of_every_clip():
@@ -240,50 +213,33 @@ def test_strips_show_first_and_last_frame_of_every_clip():
 
 
 @pytest.mark.parametrize(
-    ("figure", "content", "said"),
+    ("table", "content", "words"),
     [
-        ("tradeoff", None, "cannot be read"),
-        ("tradeoff", "{", "not a readable JSON file"),
-        (
-            "tradeoff",
-            '{"table": [{"method": "vanilla", "gflops": 1}]}',
-            "no method reuses anything",
-        ),
-        ("reuse", None, "cannot be read"),
-        ("reuse", '{"table": [{"method": "vanilla"}]}', "no table"),
-        ("reuse", '{"table": [{"method": "vanilla", "group": null}]}', "no rule reuses anything"),
+        ("methods", None, "cannot be read"),
+        ("methods", "{", "not a readable JSON file"),
+        ("methods", '{"table": [{"method": "vanilla", "gflops": 1}]}', "no method reuses anything"),
+        ("rules", None, "cannot be read"),
+        ("rules", '{"table": [{"method": "vanilla"}]}', "no table"),
+        ("rules", '{"table": [{"method": "vanilla", "group": null}]}', "no rule reuses anything"),
     ],
 )
-def test_a_broken_table_is_one_line(tmp_path: Path, figure: str, content: str | None, said: str):
-    read = {"tradeoff": scatter.read_methods, "reuse": scatter.read_rules}[figure]
+def test_a_broken_table_is_one_line(tmp_path: Path, table: str, content: str | None, words: str):
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=said) as caught:
-        read(path)
+    with pytest.raises(UserError, match=words) as caught:
+        getattr(figures, f"read_{table}")(path)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_figure_is_refused_with_the_known_ones(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ):
+    assert script.choose([]) == list(script.FIGURES)
     assert script.main(["frame"]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert "framework, architecture, distances_skyreels_v2" in error
-
-
-def test_the_source_of_every_figure_is_in_the_repository(script: ModuleType):
-    assert script.choose([]) == list(script.FIGURES)
-    for name in script.FIGURES:
-        model = name.partition(".")[0].partition("_")[2]
-        needed = {
-            "distances": [script.RECORDS / f"{model}.record.json"],
-            "tradeoff": [script.TABLES / f"{model}_demo.json"],
-            "reuse": [script.TABLES / f"{model}_reuse.json"],
-        }
-        for path in needed.get(name.partition("_")[0], []):
-            assert path.is_file(), name
 
 
 def test_a_figure_that_is_too_large_is_not_written(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pytest_regressions.file_regression import FileRegressionFixture
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,31 +45,7 @@ COMMANDS = {
 """Name -> what Python runs, from the repository's folder."""
 COUNTED = re.compile(r"seconds|environment|probe|timeline|peak_memory|alarms|version|commit")
 """In a key: another value on another machine."""
-PROTOCOL = {
-    "title": "A small table",
-    "family": "skyreels_v2",
-    "model": "demo",
-    "codec_quality": 8,
-    "reference": "vanilla",
-    "published_setting": "another model",
-    "seeds": [3],
-    "prompts": [PROMPT],
-    "settings": [
-        *("num_frames=9", "base_num_frames=9", "overlap_history=null", "num_steps=6"),
-        *("reuse.warmup_steps=1", "causal_block_size=3", "ar_step=1", "device=cpu"),
-    ],
-    "pinned": {"guidance": 4.0},
-    "methods": [
-        {"name": "Vanilla", "folder": "vanilla", "preset": "vanilla", "published": {"pflops": 113}},
-        {
-            "name": "every 2nd",
-            "folder": "half",
-            "preset": "stride",
-            "settings": ["reuse.every=2"],
-            "published": {"pflops": 28, "psnr": 22.95},
-        },
-    ],
-}
+PROTOCOL = Path(__file__).with_name("small.yaml")
 BENCHED = {
     "skyreels_v2": ("vanilla", "num_frames=9", "base_num_frames=9", "num_steps=6"),
     "magi1": ("vanilla", "runtime_config.num_frames=24", "runtime_config.num_steps=8"),
@@ -184,9 +159,8 @@ def test_what_is_listed_without_a_run(name: str, run: Run, file_regression: File
 
 
 def test_the_table_of_a_protocol(run: Run, tmp_path: Path, file_regression: FileRegressionFixture):
-    protocol, out = tmp_path / "small.yaml", tmp_path / "out"
-    protocol.write_text(yaml.safe_dump(PROTOCOL))
-    where = ["--protocol", str(protocol), "--out", str(out)]
+    out = tmp_path / "out"
+    where = ["--protocol", str(PROTOCOL), "--out", str(out)]
     run("scripts/sample.py", *where)
     table = run("scripts/reproduce.py", *where, "--device", "cpu")
     header, *_ = (out / "table.csv").read_text().splitlines()

@@ -1,16 +1,11 @@
-"""The repository as a drawing: floors, rooms and files, and the ways of a prompt and of a key.
+"""The repository as a drawing: floors, rooms (folders), files, the ways of a prompt and a key."""
 
-A room is a folder, a box in it a file. A file imports only from its own
-floor and from floors below; tests/test_structure.py holds that.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
-from flowcache.report.drawing import element, text
-from flowcache.report.figures import document
+from flowcache.report.drawing import circle, document, element, rectangle, text
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 WIDTH, MARGIN, GAP = 900.0, 16.0, 12.0
@@ -102,9 +97,7 @@ def draw_architecture(root: Path = REPOSITORY) -> str:
         height = max(bottom for _, bottom in rooms) - y
         for index, (parts, _) in enumerate(rooms):
             x = MARGIN + index * (width + GAP)
-            drawn.append(
-                element("rect", x=x, y=y, width=width, height=height, rx=8, class_="ground")
-            )
+            drawn.append(rectangle(x, y, width, height, rx=8, class_="ground"))
             drawn += parts
         y += height + GAP
     drawn.append(_legend(y + 6))
@@ -127,31 +120,31 @@ def _room(
             left, top = x + 12, top + CHIP_HEIGHT + CHIP_GAP
         drawn += _chip(path.stem, x=left, y=top, width=wide)
         place = str(path.relative_to(root))
-        for index, (kind, number) in enumerate(_badges(place)):
+        stops = [
+            (kind, number)
+            for kind, stations in WAYS.items()
+            for number, station in enumerate(stations, start=1)
+            if station == place
+        ]
+        for index, (kind, number) in enumerate(stops):
             drawn += _badge(kind, number, x=left + wide - 2 * BADGE * index, y=top)
         left += wide + CHIP_GAP + 4
     return drawn, top + CHIP_HEIGHT + 12
 
 
-def _badges(place: str) -> Iterator[tuple[str, int]]:
-    """Yield the ways that pass a file, and as which station."""
-    for kind, stations in WAYS.items():
-        for number, station in enumerate(stations, start=1):
-            if station == place:
-                yield kind, number
-
-
 def _chip(caption: str, *, x: float, y: float, width: float) -> list[Element]:
-    box = element("rect", x=x, y=y, width=width, height=CHIP_HEIGHT, rx=4, style=CHIP)
-    written = text(caption, x=x + 7, y=y + 16, class_="name")
-    written.set("style", "font-size:12px")
-    return [box, written]
+    return [
+        rectangle(x, y, width, CHIP_HEIGHT, rx=4, style=CHIP),
+        text(caption, x=x + 7, y=y + 16, class_="name", style="font-size:12px"),
+    ]
 
 
 def _badge(kind: str, number: int, *, x: float, y: float) -> list[Element]:
-    written = text(str(number), x=x, y=y + 4, class_="middle")
-    written.set("style", "font-size:11px;fill:var(--page)")
-    return [element("circle", cx=x, cy=y, r=BADGE, style=COLOURS[kind]), written]
+    style = "font-size:11px;fill:var(--page)"
+    return [
+        circle(x, y, BADGE, style=COLOURS[kind]),
+        text(str(number), x=x, y=y + 4, class_="middle", style=style),
+    ]
 
 
 def _legend(y: float) -> Element:
@@ -160,6 +153,5 @@ def _legend(y: float) -> Element:
         (("prompt", "stations of a prompt"), ("key", "stations of a key"))
     ):
         x = MARGIN + 12 + 200 * index
-        parts += [element("circle", cx=x, cy=y - 4, r=BADGE, style=COLOURS[kind])]
-        parts += [text(words, x=x + 14, y=y)]
+        parts += [circle(x, y - 4, BADGE, style=COLOURS[kind]), text(words, x=x + 14, y=y)]
     return element("g", *parts)

@@ -13,13 +13,15 @@ from flowcache.report.drawing import (
     TOP,
     Axis,
     axis_names,
+    circle,
     colour_of,
     compact,
     cross,
     curve,
-    element,
     horizontal,
+    line,
     number,
+    path,
     percent,
     plot,
     rectangle,
@@ -64,6 +66,7 @@ def limits_of(runs: Sequence[Run]) -> Limits:
 
     rows = [row for run in runs for row in run.rows]
     sums = [row.accumulated for row in rows] + [run.threshold for run in runs]
+    stages = [stage for run in runs for stage in run.record["stages"].values()]
     return Limits(
         num_ticks=1 + max(row.tick for row in rows),
         num_steps=max(run.record["num_steps"] for run in runs),
@@ -71,9 +74,7 @@ def limits_of(runs: Sequence[Run]) -> Limits:
         accumulated=most(sums),
         tokens=most(run.peak_tokens for run in runs),
         tick_seconds=most(tick["seconds"] for run in runs for tick in run.record["ticks"]),
-        stage_seconds=most(
-            stage["seconds"] for run in runs for stage in run.record["stages"].values()
-        ),
+        stage_seconds=most(stage["seconds"] for stage in stages),
         timeline_seconds=most(period.stop_seconds for run in runs for period in run.timeline),
         has_tips=len(rows) <= MAX_TIPS,
     )
@@ -96,21 +97,16 @@ def heat_map(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element
         text("computed", x=right - 2, y=top - 6, class_="end"),
     ]
     for row in rows:
-        drawn.append(
-            rectangle(
-                x(row.tick),
-                y(chunks.index(row.chunk)) + 1,
-                max(cell - _gap(cell), 0.4),
-                CELL_HEIGHT - 2,
-                class_="computed" if row.computed else "reused",
-                tip=describe(row) if limits.has_tips else None,
-            )
-        )
+        left, above = x(row.tick), y(chunks.index(row.chunk)) + 1
+        kind = "computed" if row.computed else "reused"
+        tip = describe(row) if limits.has_tips else None
+        length = max(cell - _gap(cell), 0.4)
+        drawn.append(rectangle(left, above, length, CELL_HEIGHT - 2, class_=kind, tip=tip))
     for index, chunk in enumerate(chunks):
         computed = [row.computed for row in rows if row.chunk == chunk]
         share = percent(sum(computed) / len(computed), digits=0)
-        for shown, at in ((str(chunk), LEFT - 8), (share, right - 2)):
-            drawn.append(text(shown, x=at, y=y(index + 0.5) + 4, class_="end"))
+        for words, at in ((str(chunk), LEFT - 8), (share, right - 2)):
+            drawn.append(text(words, x=at, y=y(index + 0.5) + 4, class_="end"))
     for value in x.numbers():
         if value < limits.num_ticks:
             drawn.append(text(compact(value), x=x(value + 0.5), y=bottom + 15, class_="middle"))
@@ -119,7 +115,7 @@ def heat_map(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element
 
 
 def distance_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -> Element | None:
-    """Draw the distance of every chunk's signal to the tick before, over its own steps."""
+    """Draw how much every chunk's signal changed since the tick before, over its own steps."""
     x = _own_steps(limits, width=width)
     y = vertical("distance", limits.distance, height=PLOT_HEIGHT)
     return _curves(run, panel, x, y, value=lambda row: row.distance)
@@ -130,22 +126,21 @@ def accumulated_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -
     x = _own_steps(limits, width=width)
     y = vertical("accumulated distance", limits.accumulated, height=PLOT_HEIGHT)
     marks = [
-        element(
-            "circle",
-            element("title", describe(row)),
-            cx=x(row.step),
-            cy=y(row.accumulated),
-            r=3,
+        circle(
+            x(row.step),
+            y(row.accumulated),
+            3,
             class_="chunk",
             style=colour_of(row.chunk),
             data_chunk=str(row.chunk),
+            tip=describe(row),
         )
         for row in run.of(panel)
         if row.computed and _is_number(row.accumulated)
     ]
     if run.threshold is not None:
         at, label = y(run.threshold), f"threshold {run.threshold:g}"
-        limit = element("line", x1=x.start, x2=x.stop, y1=at, y2=at, class_="threshold")
+        limit = line(x.start, x.stop, at, at, class_="threshold")
         marks = [limit, *marks, text(label, x=x.stop - 4, y=at - 6, class_="end strong")]
     return _curves(run, panel, x, y, value=lambda row: row.accumulated, marks=marks)
 
@@ -172,8 +167,8 @@ def cache_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -> Elem
         tip = f"tick {entry['tick']}\n{height:.1f} clean tokens\nchunk {listed or 'none'}"
         tips.append(rectangle(at, y.stop, bar, y.start - y.stop, class_="touch", tip=tip))
     bars = [
-        element("path", d=path, class_="chunk", style=colour_of(chunk), data_chunk=str(chunk))
-        for chunk, path in sorted(paths.items())
+        path(d, class_="chunk", style=colour_of(chunk), data_chunk=str(chunk))
+        for chunk, d in sorted(paths.items())
     ]
     label = f"clean tokens in the cache of {_name_of(run, panel)} over ticks, stacked by chunk"
     return plot(x, y, marks=[*bars, *tips], label=label)
@@ -183,22 +178,22 @@ def stage_chart(run: Run, *, limits: Limits, width: float) -> Element:
     """Draw a bar per stage; a stage inside another one comes below it, indented and pale."""
     stages = run.record["stages"]
     ordered = _nested(stages, parent=None, depth=0)
-    start, stop = STAGE_NAME_WIDTH, width - STAGE_NUMBER_WIDTH
-    x = Axis("seconds", 0.0, limits.stage_seconds or 1.0, start, stop)
+    start = STAGE_NAME_WIDTH
+    x = Axis("seconds", 0.0, limits.stage_seconds or 1.0, start, width - STAGE_NUMBER_WIDTH)
     drawn: list[Element] = []
     for index, (name, depth) in enumerate(ordered):
         stage = stages[name]
         top = TOP + BAR_HEIGHT * index
         middle = top + BAR_HEIGHT / 2 + 3
         length = max(x(stage["seconds"]) - start, 1.0)
-        shown = seconds_text(stage["seconds"])
-        tip = f"{name}: {shown} in {stage['num_uses']} uses"
+        seconds = seconds_text(stage["seconds"])
+        tip = f"{name}: {seconds} in {stage['num_uses']} uses"
         tip += f", part of {stage['within']}" if stage["within"] else ""
-        style = "bar" if depth == 0 else "bar nested"
+        kind = "bar" if depth == 0 else "bar nested"
         drawn += [
             text(name.replace("_", " "), x=4 + 14 * depth, y=middle),
-            rectangle(start, top + 2, length, BAR_HEIGHT - 5, class_=style, tip=tip),
-            text(shown, x=start + length + 6, y=middle),
+            rectangle(start, top + 2, length, BAR_HEIGHT - 5, class_=kind, tip=tip),
+            text(seconds, x=start + length + 6, y=middle),
         ]
     height = TOP + BAR_HEIGHT * len(ordered) + 4
     return svg(*drawn, width=width, height=height, label=f"seconds per stage of {run.name}")
@@ -212,24 +207,19 @@ def timeline_chart(run: Run, *, limits: Limits, width: float) -> Element:
     x = Axis("seconds since the start", 0.0, high, LANE_NAME_WIDTH, width - RIGHT)
     drawn: list[Element] = []
     for value in x.numbers():
-        at = x(value)
-        drawn.append(element("line", x1=at, x2=at, y1=TOP, y2=bottom + 4, class_="grid"))
-        drawn.append(text(compact(value), x=at, y=bottom + 17, class_="middle"))
+        drawn.append(line(x(value), x(value), TOP, bottom + 4, class_="grid"))
+        drawn.append(text(compact(value), x=x(value), y=bottom + 17, class_="middle"))
     for index, name in enumerate(lanes):
         top = TOP + BAR_HEIGHT * index
         drawn.append(text(name.replace("_", " "), x=4, y=top + BAR_HEIGHT / 2 + 4))
-        for period in run.timeline:
-            if period.stage != name:
-                continue
+        for period in (period for period in run.timeline if period.stage == name):
             start, stop = period.start_seconds, period.stop_seconds
             length = max(x(stop) - x(start), 0.5)
             tip = f"{name}: {seconds_text(stop - start)}\nfrom {start:.3f} s to {stop:.3f} s"
-            tip += "\nbeside the denoising" if period.is_concurrent else ""
-            style = "bar beside" if period.is_concurrent else "bar"
-            drawn.append(
-                rectangle(x(start), top + 2, length, BAR_HEIGHT - 4, class_=style, tip=tip)
-            )
-    axis = element("line", x1=x.start, x2=x.stop, y1=bottom, y2=bottom, class_="axis")
+            tip += "\nconcurrent with the denoising" if period.is_concurrent else ""
+            kind = "bar concurrent" if period.is_concurrent else "bar"
+            drawn.append(rectangle(x(start), top + 2, length, BAR_HEIGHT - 4, class_=kind, tip=tip))
+    axis = line(x.start, x.stop, bottom, bottom, class_="axis")
     name = text(x.name, x=(x.start + x.stop) / 2, y=bottom + BOTTOM - 6, class_="middle name")
     label = f"time line of {run.name}: a lane per stage"
     return svg(*drawn, axis, name, width=width, height=bottom + BOTTOM, label=label)
@@ -243,17 +233,12 @@ def tick_chart(run: Run, *, limits: Limits, width: float) -> Element:
     x = horizontal(name, -0.5, len(ticks) - 0.5, width=width)
     y = vertical("seconds", limits.tick_seconds, height=PLOT_HEIGHT)
     bar = x(1) - x(0)
-    bars = [
-        rectangle(
-            x(index - 0.5),
-            y(tick["seconds"]),
-            max(bar - _gap(bar), 0.4),
-            y(0) - y(tick["seconds"]),
-            class_="bar",
-            tip=f"segment {tick['segment']}, tick {tick['tick']}\n{seconds_text(tick['seconds'])}",
-        )
-        for index, tick in enumerate(ticks)
-    ]
+    bars: list[Element] = []
+    for index, tick in enumerate(ticks):
+        seconds = tick["seconds"]
+        tip = f"segment {tick['segment']}, tick {tick['tick']}\n{seconds_text(seconds)}"
+        length, height = max(bar - _gap(bar), 0.4), y(0) - y(seconds)
+        bars.append(rectangle(x(index - 0.5), y(seconds), length, height, class_="bar", tip=tip))
     return plot(x, y, marks=bars, label=f"seconds per tick of {run.name}")
 
 
@@ -264,14 +249,14 @@ def metric_chart(values: Sequence[float], *, name: str, width: float) -> Element
     margin = 0.05 * (high - low) or 0.05
     x = horizontal("frame", 0, max(len(values) - 1, 1), width=width)
     y = Axis(name, low - margin, high + margin, PLOT_HEIGHT - BOTTOM, TOP)
-    path = element("path", d=curve(list(enumerate(values)), x, y), class_="curve single")
     bar, height = x(1) - x(0), y.start - y.stop
     tips = [f"frame {index}\n{name} {value:.4g}" for index, value in enumerate(values)]
     touch = [
         rectangle(x(index - 0.5), y.stop, bar, height, class_="touch", tip=tip)
         for index, tip in enumerate(tips)
     ]
-    return plot(x, y, marks=[path, *touch], label=f"{name} over frames")
+    drawn = path(curve(list(enumerate(values)), x, y), class_="curve single")
+    return plot(x, y, marks=[drawn, *touch], label=f"{name} over frames")
 
 
 def describe(row: Row) -> str:
@@ -311,13 +296,12 @@ def _curves(
                 tip = f"{describe(row)}\n{y.name} is {found}"
                 curves.append(cross(x(row.step), y.stop + 6, tip=tip))
         curves.append(
-            element(
-                "path",
-                element("title", f"chunk {chunk}"),
-                d=curve(points, x, y),
+            path(
+                curve(points, x, y),
                 class_="curve",
                 style=colour_of(chunk),
                 data_chunk=str(chunk),
+                tip=f"chunk {chunk}",
             )
         )
     label = f"{y.name} of {_name_of(run, panel)} over own steps, a line per chunk"

@@ -3,8 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
 
 @dataclass(frozen=True)
 class Network:
-    """What computes LPIPS, or why there is none."""
+    """What computes LPIPS, or why there is none: a note of one line, or empty."""
 
-    network: LPIPS | None
-    digests: dict[str, str]
-    note: str
-    """One line for people; empty: nothing to say."""
+    network: LPIPS | None = None
+    digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,19 +100,15 @@ def match(ours: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], di
 
 
 def make_network(metrics: Sequence[str], weights: Path | None, *, device: torch.device) -> Network:
-    """Load what computes LPIPS if that is asked for.
-
-    Raises:
-        UserError: weights were named but can't be used, or LPIPS alone was asked for.
-    """
+    """Load what computes LPIPS; without weights it is left out, unless LPIPS alone is wanted."""
     if "lpips" not in metrics:
-        return Network(None, {}, "")
+        return Network()
     try:
         found = find_weights(weights)
     except UserError as error:
         if weights is not None or len(metrics) == 1:
             raise
-        return Network(None, {}, f"LPIPS is empty: {error}")
+        return Network(note=f"LPIPS is empty: {error}")
     digests = found.digests()
     note = ""
     if not digests["backbone"].startswith(BACKBONE_DIGEST):
@@ -128,19 +123,19 @@ def table(found: Comparison) -> list[list[str]]:
     """Return the head and the rows of the table: every clip, the mean, its confidence interval."""
     head = ["clip", "frames", *(UNITS[metric] for metric in found.metrics)]
     rows = [
-        [clip.name, str(clip.num_frames), *(_shown(clip.clip.get(m), m) for m in found.metrics)]
+        [clip.name, str(clip.num_frames), *(_cell(clip.clip.get(m), m) for m in found.metrics)]
         for clip in found.clips
     ]
     means, intervals = ["mean", ""], [f"{CONFIDENCE:.0%} interval", ""]
     for metric in found.metrics:
         over = average(clip.clip[metric] for clip in found.clips if metric in clip.clip)
-        means.append(_shown(over.mean, metric))
+        means.append(_cell(over.mean, metric))
         width = over.half_width
-        intervals.append("-" if width is None else "± " + _shown(width, metric))
+        intervals.append("-" if width is None else "± " + _cell(width, metric))
     return [head, *rows, means, intervals]
 
 
-def _shown(value: float | None, metric: str) -> str:
+def _cell(value: float | None, metric: str) -> str:
     return "-" if value is None else f"{value:.{DIGITS[metric]}f}"
 
 
@@ -157,7 +152,7 @@ def notes(found: Comparison) -> list[str]:
     lines += dict.fromkeys(f"ALARM {alarm}" for clip in found.clips for alarm in clip.alarms)
     for metric in found.measured:
         worst = worst_frames(found.clips, metric, count=found.num_worst)
-        frames = ", ".join(f"{f.clip} #{f.index} {_shown(f.value, metric)}" for f in worst)
+        frames = ", ".join(f"{f.clip} #{f.index} {_cell(f.value, metric)}" for f in worst)
         lines.append(f"worst {UNITS[metric]}: {frames}")
     return lines
 
@@ -165,14 +160,11 @@ def notes(found: Comparison) -> list[str]:
 def text_table(found: Comparison) -> str:
     """Return the table and the notes for a terminal."""
     rows = table(found)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines: list[str] = []
+    for name, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([name.ljust(first), *right]))
     return "\n".join([*lines, *notes(found)])
 
 
@@ -239,5 +231,5 @@ def to_dict(found: Comparison, inputs: Sequence[Path], *, device: torch.device) 
 
 
 def _finite(value: float) -> float | str:
-    """Return a number that JSON can hold, or its name."""
+    """Return a number that JSON can hold; an infinite one as text."""
     return str(value) if math.isinf(value) else value

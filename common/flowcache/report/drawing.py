@@ -1,14 +1,15 @@
-"""Elements of pages and drawings: HTML and SVG as trees, axes, curves, colours of chunks.
-
-Trees, so that no text can end up as markup. Lengths are CSS pixels.
-"""
+"""HTML and SVG as trees, so that no text can end up as markup. Lengths are CSS pixels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 Child = Element | str | None
+Pair = tuple[str, str]
+"""A colour on a light page, and the same on a dark one."""
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 10.0, 42.0
 """Room around a plot for numbers and names of the axes."""
 PIXELS_PER_NUMBER_ACROSS, PIXELS_PER_NUMBER_UP = 55.0, 38.0
@@ -17,22 +18,46 @@ MARK = 3.5
 LIGHT_CHUNKS = ("#3b1c6b", "#31688e", "#1f9e89", "#7ba428", "#d98a00")
 """From the first chunk to the last on a white page, dark to light: readable without hue."""
 DARK_CHUNKS = ("#8a78e6", "#559fdc", "#3cc5ad", "#a8d455", "#fde05a")
+FONT = 'system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif'
+COLOURS: Mapping[str, Pair] = MappingProxyType(
+    {
+        "page": ("#ffffff", "#14171a"),
+        "ink": ("#1c1e21", "#e9ebed"),
+        "soft": ("#545b63", "#a8b0b8"),
+        "line": ("#c9ced3", "#444c54"),
+        "grid": ("#e6e9ec", "#282d32"),
+        "ground": ("#f3f5f7", "#1f2429"),
+        "noise": ("#8c959e", "#7d8790"),
+        # blue, vermilion and green of Okabe and Ito's palette, dark enough for white
+        "flowcache": ("#0072b2", "#56b4e9"),
+        "teacache": ("#c04f00", "#ff9d57"),
+        "stride": ("#00805c", "#4fd1a5"),
+    }
+)
+RULES = f"""
+text{{font:13px {FONT};fill:var(--soft)}}
+.middle{{text-anchor:middle}}.end{{text-anchor:end}}
+.name,.strong,.title{{fill:var(--ink)}}.strong,.title{{font-weight:600}}.title{{font-size:16px}}
+.page{{fill:var(--page)}}.ground{{fill:var(--ground)}}
+.grid{{stroke:var(--grid)}}.axis{{stroke:var(--line)}}
+.chunk{{fill:var(--c)}}.curve{{fill:none;stroke:var(--c);stroke-width:2.2;
+stroke-linecap:round;stroke-linejoin:round}}
+.arrow{{fill:none;stroke:var(--soft);stroke-width:1.6}}
+.dashed{{stroke-dasharray:4 4}}
+"""
+NO_COLOURS: Mapping[str, Pair] = MappingProxyType({})
 
 
 def element(tag: str, *children: Child, **attributes: str | float | None) -> Element:
-    """Make an element.
+    """Make an element; a child or an attribute that is None is left out.
 
-    Args:
-        tag: the name of the element.
-        children: elements and texts in order; None is left out.
-        attributes: `stroke_width=2` becomes `stroke-width="2"`, `class_` becomes `class`, a number
-            gets at most two decimals, None is left out.
+    `stroke_width=2` becomes `stroke-width="2"`, `class_` becomes `class`.
     """
     made = Element(tag)
     for name, value in attributes.items():
         if value is not None:
-            shown = value if isinstance(value, str) else number(value)
-            made.set(name.rstrip("_").replace("_", "-"), shown)
+            written = value if isinstance(value, str) else number(value)
+            made.set(name.rstrip("_").replace("_", "-"), written)
     for child in children:
         append(made, child)
     return made
@@ -53,6 +78,42 @@ def svg(*children: Child, width: float, height: float, label: str) -> Element:
     made = element("svg", *children, width=width, height=height, role="img", aria_label=label)
     made.set("viewBox", f"0 0 {number(width)} {number(height)}")
     return made
+
+
+def document(
+    *children: Element,
+    width: float,
+    height: float,
+    label: str,
+    num_chunks: int = 0,
+    colours: Mapping[str, Pair] = NO_COLOURS,
+) -> str:
+    """Return a whole SVG file with colours for light and for dark mode.
+
+    Args:
+        label: what the drawing shows, for those who can't see it.
+        num_chunks: how many chunks need a colour.
+        colours: in addition to `COLOURS`.
+    """
+    variables = light_and_dark(
+        *(
+            ";".join(f"--{name}:{pair[mode]}" for name, pair in {**COLOURS, **colours}.items())
+            for mode in (0, 1)
+        )
+    )
+    style = element("style", variables + chunk_styles(num_chunks) + RULES)
+    page = rectangle(None, None, width, height, rx=8, class_="page")
+    root = svg(style, page, *children, width=width, height=height, label=label)
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    ElementTree.indent(root, space=" ")
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def placed(drawing: Element, x: float, y: float) -> Element:
+    """Put a drawing at a place of another one."""
+    drawing.set("x", number(x))
+    drawing.set("y", number(y))
+    return drawing
 
 
 def number(value: float) -> str:
@@ -130,13 +191,13 @@ def plot(x: Axis, y: Axis, *, marks: Sequence[Element], label: str) -> Element:
     grid: list[Element] = []
     for value in y.numbers():
         at = y(value)
-        grid.append(element("line", x1=x.start, x2=x.stop, y1=at, y2=at, class_="grid"))
+        grid.append(line(x.start, x.stop, at, at, class_="grid"))
         grid.append(text(compact(value), x=x.start - 8, y=at + 4, class_="end"))
     for value in x.numbers():
         at = x(value)
-        grid.append(element("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"))
+        grid.append(line(at, at, y.start, y.start + 4, class_="axis"))
         grid.append(text(compact(value), x=at, y=y.start + 17, class_="middle"))
-    grid.append(element("line", x1=x.start, x2=x.stop, y1=y.start, y2=y.start, class_="axis"))
+    grid.append(line(x.start, x.stop, y.start, y.start, class_="axis"))
     return svg(*grid, *axis_names(x, y), *marks, width=width, height=height, label=label)
 
 
@@ -149,17 +210,57 @@ def axis_names(x: Axis, y: Axis) -> list[Element]:
     return [text(x.name, x=centre, y=bottom, class_="middle name"), upright]
 
 
-def text(content: str, *, x: float, y: float, class_: str | None = None) -> Element:
+def text(
+    content: str, *, x: float, y: float, class_: str | None = None, style: str | None = None
+) -> Element:
     """Write a text at a place."""
-    return element("text", content, x=x, y=y, class_=class_)
+    return element("text", content, x=x, y=y, class_=class_, style=style)
+
+
+def line(
+    x1: float,
+    x2: float,
+    y1: float,
+    y2: float,
+    *,
+    class_: str | None = None,
+    style: str | None = None,
+) -> Element:
+    """Draw a straight line."""
+    return element("line", x1=x1, x2=x2, y1=y1, y2=y2, class_=class_, style=style)
+
+
+def path(d: str, *, tip: str | None = None, **attributes: str | None) -> Element:
+    """Draw a path; the tip shows when it is pointed at."""
+    return element("path", _title(tip), d=d, **attributes)
+
+
+def circle(
+    x: float, y: float, r: float, *, tip: str | None = None, **attributes: str | None
+) -> Element:
+    """Draw a circle; the tip shows when it is pointed at."""
+    return element("circle", _title(tip), cx=x, cy=y, r=r, **attributes)
 
 
 def rectangle(
-    x: float, y: float, width: float, height: float, *, class_: str, tip: str | None = None
+    x: float | None,
+    y: float | None,
+    width: float,
+    height: float,
+    *,
+    rx: float | None = None,
+    class_: str | None = None,
+    style: str | None = None,
+    tip: str | None = None,
 ) -> Element:
-    """Draw a rectangle with an optional text that shows when it is pointed at."""
-    title = None if tip is None else element("title", tip)
-    return element("rect", title, x=x, y=y, width=width, height=height, class_=class_)
+    """Draw a rectangle with corners of radius `rx`; the tip shows when it is pointed at."""
+    return element(
+        "rect", _title(tip), x=x, y=y, width=width, height=height, rx=rx, class_=class_, style=style
+    )
+
+
+def _title(tip: str | None) -> Element | None:
+    return None if tip is None else element("title", tip)
 
 
 def curve(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
@@ -184,11 +285,10 @@ def polyline(points: Sequence[tuple[float, float]]) -> str:
 
 def cross(x: float, y: float, *, tip: str) -> Element:
     """Mark a value that is not a number, or infinite."""
-    path = (
-        f"M{number(x - MARK)} {number(y - MARK)}L{number(x + MARK)} {number(y + MARK)}"
-        f"M{number(x - MARK)} {number(y + MARK)}L{number(x + MARK)} {number(y - MARK)}"
+    left, right, top, bottom = (number(at) for at in (x - MARK, x + MARK, y - MARK, y + MARK))
+    return path(
+        f"M{left} {top}L{right} {bottom}M{left} {bottom}L{right} {top}", tip=tip, class_="cross"
     )
-    return element("path", element("title", tip), d=path, class_="cross")
 
 
 def colour_of(chunk: int) -> str:

@@ -1,30 +1,41 @@
-"""The README's figures but the one of the method: drawings for light and dark pages, frames."""
+"""The pages' figures that are drawn from results: distances, growth, frames, quality against cost.
+
+Drawings have colours for light and for dark pages.
+"""
 
 import io
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from PIL import Image, ImageDraw, ImageFont
 
 from flowcache.errors import UserError
 from flowcache.report.drawing import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
     Axis,
-    chunk_styles,
+    Pair,
+    circle,
     colour_of,
     curve,
-    element,
+    document,
     horizontal,
-    light_and_dark,
+    line,
     number,
+    path,
+    placed,
     plot,
-    svg,
+    polyline,
+    rectangle,
     text,
     vertical,
 )
@@ -35,74 +46,11 @@ from flowcache.runtime.run import Clip
 
 Rows = Sequence[Mapping[str, Any]]
 
-FONT = 'system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif'
-COLOURS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "page": ("#ffffff", "#14171a"),
-        "ink": ("#1c1e21", "#e9ebed"),
-        "soft": ("#545b63", "#a8b0b8"),
-        "line": ("#c9ced3", "#444c54"),
-        "grid": ("#e6e9ec", "#282d32"),
-        "ground": ("#f3f5f7", "#1f2429"),
-        "noise": ("#8c959e", "#7d8790"),
-        "flowcache": ("#0072b2", "#56b4e9"),
-        "teacache": ("#c04f00", "#ff9d57"),
-        "stride": ("#00805c", "#4fd1a5"),
-    }
-)
-"""On a light page, on a dark one. The last three: blue, vermilion, green of Okabe and Ito's
-palette, dark enough for white."""
-NO_COLOURS: Mapping[str, tuple[str, str]] = MappingProxyType({})
-RULES = f"""
-text{{font:13px {FONT};fill:var(--soft)}}
-.middle{{text-anchor:middle}}.end{{text-anchor:end}}
-.name,.strong,.title{{fill:var(--ink)}}.strong,.title{{font-weight:600}}.title{{font-size:16px}}
-.page{{fill:var(--page)}}.ground{{fill:var(--ground)}}
-.grid{{stroke:var(--grid)}}.axis{{stroke:var(--line)}}
-.chunk{{fill:var(--c)}}.curve{{fill:none;stroke:var(--c);stroke-width:2.2;
-stroke-linecap:round;stroke-linejoin:round}}
-.arrow{{fill:none;stroke:var(--soft);stroke-width:1.6}}
-.dashed{{stroke-dasharray:4 4}}
-"""
-
-
-def document(
-    *children: Element | None,
-    width: float,
-    height: float,
-    label: str,
-    num_chunks: int = 0,
-    colours: Mapping[str, tuple[str, str]] = NO_COLOURS,
-) -> str:
-    """Return a whole SVG file on a page of its own colour, for light and for dark mode.
-
-    Args:
-        label: what the drawing shows, for those who can't see it.
-        num_chunks: how many chunks need a colour; they have those of explain.py's pages.
-        colours: more than `COLOURS`.
-    """
-    variables = light_and_dark(
-        *(
-            ";".join(f"--{name}:{pair[mode]}" for name, pair in {**COLOURS, **colours}.items())
-            for mode in (0, 1)
-        )
-    )
-    style = element("style", variables + chunk_styles(num_chunks) + RULES)
-    page = element("rect", width=width, height=height, rx=8, class_="page")
-    root = svg(style, page, *children, width=width, height=height, label=label)
-    root.set("xmlns", "http://www.w3.org/2000/svg")
-    ElementTree.indent(root, space=" ")
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def placed(drawing: Element, x: float, y: float) -> Element:
-    """Put a drawing at a place of another one."""
-    drawing.set("x", number(x))
-    drawing.set("y", number(y))
-    return drawing
-
-
 PANEL_WIDTH, MARGIN = 430.0, 12.0
+
+
+# Distances ----------------------------------------------------------------------------------------
+
 DISTANCES_HEIGHT, DISTANCES_HEAD = 270.0, 62.0
 CHUNK_STEP = 34.0
 
@@ -131,16 +79,14 @@ def draw_distances(record: Path, *, model: str) -> str:
         f"{spread.largest:.3f}: {spread.ratio:.0f} times as much"
     )
     width = 2 * PANEL_WIDTH + 2 * MARGIN
+    by_tick = _distance_panel(curves, y, "tick", spread)
+    by_step = _distance_panel(curves, y, "own step of the chunk", None)
     return document(
         text(title, x=MARGIN + 12, y=28, class_="title"),
         text(finding, x=MARGIN + 12, y=50),
         *_chunk_keys(list(curves), stop=width - MARGIN - 12),
-        placed(_distance_panel(curves, y, "tick", spread), MARGIN, DISTANCES_HEAD),
-        placed(
-            _distance_panel(curves, y, "own step of the chunk", None),
-            MARGIN + PANEL_WIDTH,
-            DISTANCES_HEAD,
-        ),
+        placed(by_tick, MARGIN, DISTANCES_HEAD),
+        placed(by_step, MARGIN + PANEL_WIDTH, DISTANCES_HEAD),
         width=width,
         height=DISTANCES_HEAD + DISTANCES_HEIGHT + MARGIN,
         label=f"{finding}; over their own steps all chunks have the same growing curve.",
@@ -162,32 +108,29 @@ def widest_spread(run: Run) -> Spread:
     by_tick: dict[int, list[float]] = defaultdict(list)
     for rows in curves_of(run).values():
         for row in rows:
-            assert row.distance is not None
-            by_tick[row.tick].append(row.distance)
-    return max(
-        (Spread(tick, min(found), max(found)) for tick, found in by_tick.items() if min(found) > 0),
-        key=lambda spread: spread.ratio,
-    )
+            by_tick[row.tick].append(row.distance or 0.0)
+    spreads = (Spread(tick, min(found), max(found)) for tick, found in by_tick.items())
+    return max((each for each in spreads if each.smallest > 0), key=lambda each: each.ratio)
 
 
 def _distance_panel(
     curves: Mapping[int, Sequence[Row]], y: Axis, name: str, marked: Spread | None
 ) -> Element:
     """Draw a curve per chunk by ticks, one of them marked, or by own steps."""
-    places = {
-        chunk: [row.step if marked is None else row.tick for row in rows]
+    points = {
+        chunk: [(row.tick if marked else row.step, row.distance or 0.0) for row in rows]
         for chunk, rows in curves.items()
     }
-    x = horizontal(name, 0, max(max(each) for each in places.values()), width=PANEL_WIDTH)
+    x = horizontal(
+        name, 0, max(at for each in points.values() for at, _ in each), width=PANEL_WIDTH
+    )
     marks: list[Element] = []
     if marked is not None:
         at = x(marked.tick)
-        marks.append(element("line", x1=at, x2=at, y1=y.start, y2=y.stop, class_="axis dashed"))
+        marks.append(line(at, at, y.start, y.stop, class_="axis dashed"))
         marks.append(text(f"tick {marked.tick}", x=at - 6, y=y.stop + 12, class_="end"))
-    for chunk, rows in curves.items():
-        points = list(zip(places[chunk], (row.distance or 0.0 for row in rows), strict=True))
-        path = curve(points, x, y)
-        marks.append(element("path", d=path, class_="curve", style=colour_of(chunk)))
+    for chunk, own in points.items():
+        marks.append(path(curve(own, x, y), class_="curve", style=colour_of(chunk)))
     return plot(x, y, marks=marks, label=f"distances by {name}")
 
 
@@ -196,107 +139,97 @@ def _chunk_keys(chunks: Sequence[int], *, stop: float) -> list[Element]:
     drawn = [text("chunk", x=start - 8, y=50, class_="end")]
     for index, chunk in enumerate(chunks):
         x = start + CHUNK_STEP * index
-        drawn += _key(x, x + 12, 46, style=colour_of(chunk))
+        drawn.append(line(x, x + 12, 46, 46, class_="curve", style=colour_of(chunk)))
         drawn.append(text(str(chunk), x=x + 17, y=50))
     return drawn
 
 
-def _key(start: float, stop: float, y: float, *, style: str) -> list[Element]:
-    return [element("line", x1=start, x2=stop, y1=y, y2=y, class_="curve", style=style)]
-
+# Growth -------------------------------------------------------------------------------------------
 
 GROWTH_HEIGHT, GROWTH_HEAD, GROWTH_TITLE = 240.0, 84.0, 30.0
-GROWTH_COLOURS = {
-    "all keys and values": "teacache",
-    "KV compression": "flowcache",
-    "windows of 97 frames": "stride",
+GROWTH_STYLES = {
+    "all keys and values": "--c:var(--teacache)",
+    "KV compression": "--c:var(--flowcache)",
+    "windows of 97 frames": "--c:var(--stride)",
 }
 GROWTH_KEY_STEP = 190.0
 GROWTH_COMMAND = "python scripts/bench_gpu.py --growth"
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One chart of each model."""
 
     part: str
     """`planned` or `measured`."""
     name: str
-    value: Callable[[Mapping[str, Any]], float]
+    column: str
+    unit: float
 
 
-PANELS = (
-    Panel("planned", "KV cache, GB", lambda row: row["kv_bytes"] / 1e9),
-    Panel("planned", "TFLOPs per chunk", lambda row: row["flops_per_chunk"] / 1e12),
-    Panel("measured", "CPU s per chunk", lambda row: row["seconds_per_chunk"]),
+GROWTH_PANELS = (
+    Panel("planned", "KV cache, GB", "kv_bytes", 1e9),
+    Panel("planned", "TFLOPs per chunk", "flops_per_chunk", 1e12),
+    Panel("measured", "CPU s per chunk", "seconds_per_chunk", 1.0),
 )
 
 
-def draw_growth(path: Path) -> str:
+def draw_growth(file: Path) -> str:
     """Return the drawing of a file of `bench_gpu.py --growth`."""
-    found = read_json(path, advice="measure anew with --overwrite")
+    found = read_json(file, advice="measure anew with --overwrite")
+    row_height = GROWTH_TITLE + GROWTH_HEIGHT
+    drawn: list[Element] = []
+    titles: list[Element] = []
     try:
         models = list(found["models"].values())
-        titles = [model["title"] for model in models]
-        rows = [[_growth_chart(panel, model[panel.part]) for panel in PANELS] for model in models]
+        for index, model in enumerate(models):
+            top = GROWTH_HEAD + index * row_height
+            title = text(model["title"], x=MARGIN + 12, y=top + 18, class_="strong")
+            titles.append(title)
+            for place, panel in enumerate(GROWTH_PANELS):
+                chart = _growth_chart(model[panel.part], panel)
+                drawn.append(placed(chart, MARGIN + place * PANEL_WIDTH, top + GROWTH_TITLE))
         names = list(models[0]["planned"])
     except (KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path}: no result of {GROWTH_COMMAND}: make it again") from None
-    row_height = GROWTH_TITLE + GROWTH_HEIGHT
+        raise UserError(f"{file}: no result of {GROWTH_COMMAND}: make it again") from None
     note = (
         "planned at the released sizes; measured on the demos, processor time; every step computed"
     )
     keys: list[Element] = []
     for place, name in enumerate(names):
         x = MARGIN + 12 + place * GROWTH_KEY_STEP
-        keys += [*_key(x, x + 16, 72, style=_growth_colour(name)), text(name, x=x + 22, y=76)]
+        keys.append(line(x, x + 16, 72, 72, class_="curve", style=GROWTH_STYLES[name]))
+        keys.append(text(name, x=x + 22, y=76))
     return document(
         text("Cost against the length of the video", x=MARGIN + 12, y=28, class_="title"),
         text(note, x=MARGIN + 12, y=50),
         *keys,
-        *(
-            placed(
-                panel,
-                MARGIN + place * PANEL_WIDTH,
-                GROWTH_HEAD + GROWTH_TITLE + index * row_height,
-            )
-            for index, panels in enumerate(rows)
-            for place, panel in enumerate(panels)
-        ),
-        *(
-            text(title, x=MARGIN + 12, y=GROWTH_HEAD + 18 + index * row_height, class_="strong")
-            for index, title in enumerate(titles)
-        ),
-        width=len(PANELS) * PANEL_WIDTH + 2 * MARGIN,
-        height=GROWTH_HEAD + len(rows) * row_height + MARGIN,
+        *drawn,
+        *titles,
+        width=len(GROWTH_PANELS) * PANEL_WIDTH + 2 * MARGIN,
+        height=GROWTH_HEAD + len(models) * row_height + MARGIN,
         label="Memory and time per chunk against the number of frames: flat with KV compression",
     )
 
 
-def _growth_chart(panel: Panel, lines: Mapping[str, Rows]) -> Element:
-    values = [panel.value(row) for rows in lines.values() for row in rows]
-    last = max(row["frames"] for rows in lines.values() for row in rows)
+def _growth_chart(lines: Mapping[str, Rows], panel: Panel) -> Element:
+    points = {
+        name: [(row["frames"], row[panel.column] / panel.unit) for row in rows]
+        for name, rows in lines.items()
+    }
+    last, highest = (max(at[i] for each in points.values() for at in each) for i in (0, 1))
     where = "released size, planned" if panel.part == "planned" else "demo, measured"
     x = horizontal(f"frames ({where})", 0, last, width=PANEL_WIDTH)
-    y = vertical(panel.name, max(values), height=GROWTH_HEIGHT)
+    y = vertical(panel.name, highest, height=GROWTH_HEIGHT)
     marks = [
-        element(
-            "path",
-            element("title", name),
-            d=curve([(row["frames"], panel.value(row)) for row in rows], x, y),
-            class_="curve",
-            style=_growth_colour(name),
-        )
-        for name, rows in lines.items()
+        path(curve(own, x, y), tip=name, class_="curve", style=GROWTH_STYLES[name])
+        for name, own in points.items()
     ]
     return plot(x, y, marks=marks, label=f"{panel.name} by frames")
 
 
-def _growth_colour(name: str) -> str:
-    return f"--c:var(--{GROWTH_COLOURS[name]})"
+# Frames -------------------------------------------------------------------------------------------
 
-
-NUM_SHOWN = 7
+NUM_COLUMNS = 7
 """Frames of each clip in the picture."""
 FRAME = 112
 """Width and height of a frame in the picture, pixels."""
@@ -315,7 +248,7 @@ class Strip:
 
 
 def strip_of(name: str, clip: Clip, reference: Clip) -> Strip:
-    """Note the share of computed chunk passes, and the distance from the reference."""
+    """Note the share of computed chunk passes, and the PSNR against the reference."""
     stats = clip.stats
     share = stats.num_computed / (stats.num_computed + stats.num_reused)
     notes = [f"{100 * share:.0f} % computed"]
@@ -325,11 +258,8 @@ def strip_of(name: str, clip: Clip, reference: Clip) -> Strip:
 
 
 def draw_strips(strips: Sequence[Strip], *, title: str) -> bytes:
-    """Return a PNG with a row of frames per clip, from the first frame to the last.
-
-    The page is opaque, so that the picture can be read on any ground.
-    """
-    width = EDGE + LABEL_WIDTH + NUM_SHOWN * (FRAME + GAP) - GAP + EDGE
+    """Return an opaque PNG with a row of frames per clip, from the first frame to the last."""
+    width = EDGE + LABEL_WIDTH + NUM_COLUMNS * (FRAME + GAP) - GAP + EDGE
     height = TITLE_HEIGHT + len(strips) * (FRAME + GAP) - GAP + EDGE
     page = Image.new("RGB", (width, height), PAGE)
     pen = ImageDraw.Draw(page)
@@ -338,13 +268,376 @@ def draw_strips(strips: Sequence[Strip], *, title: str) -> bytes:
     for index, strip in enumerate(strips):
         top = TITLE_HEIGHT + index * (FRAME + GAP)
         pen.text((EDGE, top + 22), strip.name, fill=INK, font=name_font)
-        for line, note in enumerate(strip.notes):
-            pen.text((EDGE, top + 48 + 20 * line), note, fill=SOFT, font=note_font)
+        for row, note in enumerate(strip.notes):
+            pen.text((EDGE, top + 48 + 20 * row), note, fill=SOFT, font=note_font)
         last = len(strip.clip.frames) - 1
-        for column in range(NUM_SHOWN):
-            frame = strip.clip.frames[round(last * column / (NUM_SHOWN - 1))].numpy()
+        for column in range(NUM_COLUMNS):
+            frame = strip.clip.frames[round(last * column / (NUM_COLUMNS - 1))].numpy()
             picture = Image.fromarray(frame).resize((FRAME, FRAME), Image.Resampling.BICUBIC)
             page.paste(picture, (EDGE + LABEL_WIDTH + column * (FRAME + GAP), top))
     buffer = io.BytesIO()
     page.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+# Quality against computation ----------------------------------------------------------------------
+
+HEAD, LEGEND_WIDTH, LINE = 62.0, 250.0, 24.0
+SIZE = 6.0
+"""Half the size of a mark in CSS pixels."""
+LABEL_GAP = 15.0
+"""Least distance of two labels, CSS pixels."""
+METHOD = re.compile(
+    r"(FlowCache|TeaCache|stride)(?:-(slow|fast)|, (causal|neither pass))?(?![-\w])"
+)
+TUNED = "planned"
+EXTRAPOLATED = ("as tuned", "velocity + trend", "velocity + 0.5")
+"""Predictors, as tables name them, that move what is reused along its trend."""
+FRONT = "stroke:var(--planned);fill:none;stroke-width:1.5"
+CORNERS: Mapping[str, Sequence[tuple[float, float]]] = {
+    "up": ((-1, 0.8), (1, 0.8), (0, -1)),
+    "down": ((-1, -0.8), (1, -0.8), (0, 1)),
+    "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
+    "diamond": ((0, -1.15), (1.15, 0), (0, 1.15), (-1.15, 0)),
+    "star": tuple(
+        (radius * math.sin(i * math.pi / 5), -radius * math.cos(i * math.pi / 5))
+        for i, radius in enumerate((1.4, 0.6) * 5)
+    ),
+}
+"""Of marks that are polygons, in units of `SIZE`."""
+
+
+class Look(NamedTuple):
+    """How the rows of a policy are drawn: a shape of `CORNERS`, or a circle, box or triangle."""
+
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a table that reuses, as it is drawn."""
+
+    policy: str
+    share: float
+    """FLOPs of those with every step computed, per cent."""
+    decibel: float
+    """PSNR against the same attention, passes and KV cache with every step computed."""
+    label: str
+    """How a method differs from others of its policy; the predictor of a rule."""
+    is_filled: bool
+    """The velocity is reused, not what was published; of a rule: it is extrapolated."""
+    name: str = ""
+    error: float = 0.0
+    """Standard error of the PSNR over the clips; 0 where it is unknown."""
+    is_compressed: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A kind of table, and how it is drawn."""
+
+    row: str
+    command: str
+    """Makes the table."""
+    x_name: str
+    margin: int
+    """Of the x axis beyond the points, per cent."""
+    size: tuple[float, float]
+    """Width, legend included, and height without the title, CSS pixels."""
+    looks: Mapping[str, Look]
+    """Of the policies as the table names them, in the order of the legend."""
+    stride: str
+    meanings: Mapping[str, bool]
+    """Of marks -> whether they are filled."""
+    colours: Mapping[str, Pair] = field(default_factory=dict)
+    """Of policies that no other figure has."""
+
+
+METHODS = Table(
+    "method",
+    "python scripts/bench_demo.py",
+    x_name="FLOPs of the transformer, % of vanilla",
+    margin=4,
+    size=(880.0, 400.0),
+    looks={
+        "FlowCache": Look("flowcache", "circle"),
+        "TeaCache": Look("teacache", "triangle"),
+        "stride": Look("stride", "box"),
+    },
+    stride="every n-th step",
+    meanings={"reuses what was published": False, "reuses the velocity": True},
+)
+RULES = Table(
+    "rule",
+    "python scripts/bench_demo.py --table reuse",
+    x_name="FLOPs of the transformer, % of those with every step computed",
+    margin=2,
+    size=(920.0, 460.0),
+    looks={
+        TUNED: Look("planned", "star"),
+        "guarded": Look("planned", "diamond"),
+        "stride": Look("stride", "square"),
+        "MagCache": Look("magcache", "down"),
+        "TeaCache": Look("teacache", "up"),
+        "FlowCache": Look("flowcache", "circle"),
+        "FlowCache, content signal": Look("content", "diamond"),
+    },
+    stride="even spacing",
+    meanings={"velocity along its trend": True, "as published, or as named": False},
+    colours={
+        "content": ("#4a6572", "#9fb6c1"),
+        "magcache": ("#7a6400", "#e3cf57"),
+        "planned": ("#a0337f", "#f08bcf"),
+    },
+)
+
+
+def _mark(
+    look: Look, at: tuple[float, float], *, is_filled: bool = True, tip: str | None = None
+) -> Element:
+    """Draw the mark of a row or of a legend: filled, or with the page's colour inside."""
+    x, y = at
+    colour = f"var(--{look.colour})"
+    style = f"stroke:{colour};stroke-width:2;fill:{colour if is_filled else 'var(--page)'}"
+    if look.shape == "circle":
+        return circle(x, y, SIZE, tip=tip, style=style)
+    if look.shape == "box":
+        side = 1.8 * SIZE
+        return rectangle(x - side / 2, y - side / 2, side, side, style=style, tip=tip)
+    if look.shape == "triangle":
+        base = f"M{number(x - SIZE)} {number(y + 0.8 * SIZE)}H{number(x + SIZE)}"
+        return path(f"{base}L{number(x)} {number(y - SIZE)}Z", tip=tip, style=style)
+    corners = [(x + SIZE * across, y + SIZE * up) for across, up in CORNERS[look.shape]]
+    return path(polyline(corners) + "Z", tip=tip, style=style)
+
+
+def _underline(look: Look, at: tuple[float, float]) -> Element:
+    (x, y), style = at, f"stroke:var(--{look.colour});stroke-width:2.5"
+    return line(x - SIZE, x + SIZE, y + SIZE + 4, y + SIZE + 4, style=style)
+
+
+class _Chart:
+    """Marks between axes; at the right a legend: the policies drawn, then meanings of marks."""
+
+    def __init__(self, table: Table, points: Sequence[Point]) -> None:
+        self.table, (self.width, self.height) = table, table.size
+        shares = [point.share for point in points]
+        ends = [point.decibel + sign * point.error for point in points for sign in (-1, 1)]
+        low, high = math.floor(min(shares)) - table.margin, math.ceil(max(shares)) + table.margin
+        x = Axis(table.x_name, low, high, LEFT, self.width - LEGEND_WIDTH - RIGHT)
+        low, high = math.floor(min(ends)) - 1, math.ceil(max(ends)) + 1
+        self.axes = x, Axis("PSNR, dB", low, high, self.height - BOTTOM, TOP)
+        self.marks: list[Element] = []
+        self._legend: list[Element] = []
+        self.place = (self.width - LEGEND_WIDTH + 20, HEAD + 30)
+        """Of the next line of the legend."""
+        present = {point.policy for point in points}
+        for policy, look in table.looks.items():
+            if policy in present:
+                name = f"stride: {table.stride}" if policy == "stride" else policy
+                self.explain(name, _mark(look, self.place), class_="name")
+        self.place = (self.place[0], self.place[1] + LINE / 2)
+        for name, is_filled in table.meanings.items():
+            self.explain(name, _mark(table.looks["FlowCache"], self.place, is_filled=is_filled))
+
+    def at(self, point: Point) -> tuple[float, float]:
+        """Return the place of a point."""
+        x, y = self.axes
+        return x(point.share), y(point.decibel)
+
+    def add(self, point: Point, *, tip: str) -> None:
+        """Draw a point; the tip shows when it is pointed at."""
+        look = self.table.looks[point.policy]
+        self.marks.append(_mark(look, self.at(point), is_filled=point.is_filled, tip=tip))
+
+    def explain(self, name: str, *marks: Element, class_: str | None = None) -> None:
+        """Add a line to the legend with marks that were drawn at `place`."""
+        x, y = self.place
+        self._legend += [*marks, text(name, x=x + 16, y=y + 4, class_=class_)]
+        self.place = (x, y + LINE)
+
+    def drawing(self, *, title: str, subtitle: str, label: str) -> str:
+        """Return the whole drawing, with the title above the chart."""
+        return document(
+            text(title, x=24, y=28, class_="title"),
+            text(subtitle, x=24, y=50),
+            placed(plot(*self.axes, marks=self.marks, label=f"every {self.table.row}"), 0, HEAD),
+            *self._legend,
+            width=self.width,
+            height=HEAD + self.height + 10,
+            label=label,
+            colours=self.table.colours,
+        )
+
+
+def draw_tradeoff(file: Path, *, model: str) -> str:
+    """Return the drawing of a table of `bench_demo.py`."""
+    points = read_methods(file)
+    chart = _Chart(METHODS, points)
+    for point in points:
+        amounts = f"{point.share:.0f} % of the FLOPs, {point.decibel:.1f} dB"
+        chart.add(point, tip=f"{point.policy} {point.label}: {amounts}")
+        look, (x, y) = METHODS.looks[point.policy], chart.at(point)
+        if point.is_compressed:
+            chart.marks.append(_underline(look, (x, y)))
+        else:
+            y += -SIZE - 5 if point.is_filled else SIZE + 13
+            chart.marks.append(text(point.label, x=x, y=y, class_="middle"))
+    if any(point.is_compressed for point in points):
+        look, at = METHODS.looks["FlowCache"], chart.place
+        chart.explain("with KV compression", _mark(look, at, is_filled=False), _underline(look, at))
+    return chart.drawing(
+        title=f"{model} demo: quality against computation",
+        subtitle="PSNR against the same attention and passes with every step computed",
+        label=f"{model} demo: PSNR of {len(points)} methods against their FLOPs",
+    )
+
+
+def read_methods(file: Path) -> list[Point]:
+    """Return the rows of a table of `bench_demo.py` that reuse and whose PSNR is known."""
+
+    def points_of(table: Rows) -> list[Point]:
+        whole = next(row["gflops"] for row in table if row["method"] == "vanilla")
+        found = [(row, METHOD.match(row["method"])) for row in table]
+        return [
+            Point(
+                policy=name[1],
+                share=100 * row["gflops"] / whole,
+                decibel=row[base],
+                label=name[2] or name[3] or "",
+                is_filled="velocity" in row["method"],
+                is_compressed="KV compression" in row["method"],
+            )
+            for row, name in found
+            if name is not None and row[base := _base_column(row)] is not None
+        ]
+
+    return _read_table(file, METHODS, points_of)
+
+
+def _base_column(row: Mapping[str, object]) -> str:
+    """Name the column of the PSNR against the same attention and passes without reuse.
+
+    A table of SkyReels-V2 may name the columns by method: there TeaCache-slow and -fast have full
+    attention, as vanilla has, and all others causal attention.
+    """
+    if "psnr_base" in row:
+        return "psnr_base"
+    is_full = str(row["method"]).startswith("TeaCache-")
+    return "psnr_vanilla" if is_full else "psnr_vanilla-causal"
+
+
+def read_rules(file: Path) -> list[Point]:
+    """Return the rows of a table of `bench_demo.py --table reuse` whose PSNR is known."""
+
+    def points_of(table: Rows) -> list[Point]:
+        return [
+            _rule(row, row["group"], row["flops_share"], row["psnr_base"], row["psnr_error_base"])
+            for row in table
+            if row["group"] and row["psnr_base"] is not None
+        ]
+
+    return _read_table(file, RULES, points_of)
+
+
+def _rule(
+    row: Mapping[str, Any],
+    group: Mapping[str, Any],
+    share: float,
+    decibel: float,
+    error: float | None = None,
+) -> Point:
+    policy, predictor = group["policy"], group["predictor"]
+    is_filled = predictor in EXTRAPOLATED
+    return Point(policy, 100 * share, decibel, predictor, is_filled, row["method"], error or 0.0)
+
+
+def draw_reuse(file: Path, *, model: str) -> str:
+    """Return the drawing of a table of `bench_demo.py --table reuse`."""
+    return _draw_rules(read_rules(file), title=f"{model} demo: reuse rules at three budgets")
+
+
+def draw_tuning(table: Rows, front: Sequence[tuple[float, float]], *, model: str) -> str:
+    """Return the drawing of the table with which `tune.py` checks a plan.
+
+    Args:
+        front: what the calibration expects of each number of computed steps, as (share of the
+            FLOPs, PSNR in dB).
+    """
+    measured = [row for row in table if row["psnr"] is not None]
+    if not measured:
+        raise UserError("all methods make the same frames: nothing to draw")
+    points = [_rule(row, row, row["flops"], row["psnr"]) for row in measured]
+    expected = [(100 * share, decibel) for share, decibel in front]
+    return _draw_rules(points, title=f"{model}: quality against computation", front=expected)
+
+
+def _draw_rules(
+    points: Sequence[Point], *, title: str, front: Sequence[tuple[float, float]] = ()
+) -> str:
+    """Draw rules; of the front, a line behind the points, what lies beyond them is left out."""
+    chart = _Chart(RULES, points)
+    x, y = chart.axes
+    seen = [
+        (x(share), y(decibel))
+        for share, decibel in sorted(front)
+        if x.low <= share <= x.high and y.low <= decibel <= y.high
+    ]
+    if len(seen) > 1:
+        chart.marks.append(path(polyline(seen), class_="dashed", style=FRONT))
+    if seen:
+        key = f"M{chart.place[0] - 8} {chart.place[1]}h16"
+        chart.explain("plans, as calibration expects", path(key, class_="dashed", style=FRONT))
+    chart.marks += _budget_lines(chart, points)
+    for point in points:
+        at, style = x(point.share), f"stroke:var(--{RULES.looks[point.policy].colour});opacity:.55"
+        low, high = y(point.decibel - point.error), y(point.decibel + point.error)
+        chart.marks.append(line(at, at, low, high, style=style))
+    for point in points:
+        decibel = f"{point.decibel:.2f} ± {point.error:.2f} dB"
+        chart.add(point, tip=f"{point.name}: {point.share:.1f} % of the FLOPs, {decibel}")
+    chart.marks += _predictors(chart, points)
+    bars = "; bars: its standard error" if any(point.error for point in points) else ""
+    return chart.drawing(
+        title=title,
+        subtitle=f"PSNR against every step computed with the same attention and passes{bars}",
+        label=f"{title}: PSNR of {len(points)} rows against their FLOPs",
+    )
+
+
+def _budget_lines(chart: _Chart, points: Sequence[Point]) -> list[Element]:
+    """Join the budgets of a policy with the same predictor."""
+
+    def rule(point: Point) -> tuple[str, str]:
+        return point.policy, point.label
+
+    drawn: list[Element] = []
+    for (policy, _), group in groupby(sorted(points, key=rule), key=rule):
+        style = f"stroke:var(--{RULES.looks[policy].colour});fill:none;stroke-width:1.5;opacity:.55"
+        drawn.append(path(polyline(sorted(map(chart.at, group))), style=style))
+    return drawn
+
+
+def _predictors(chart: _Chart, points: Sequence[Point]) -> list[Element]:
+    """Name the predictors of plans that are not as tuned, none over another one."""
+    drawn: list[Element] = []
+    last = -math.inf
+    named = [point for point in points if point.policy == TUNED and not point.is_filled]
+    for point in sorted(named, key=lambda point: chart.at(point)[1]):
+        x, y = chart.at(point)
+        last = max(y, last + LABEL_GAP)
+        drawn.append(text(point.label, x=x + SIZE + 8, y=last + 4))
+    return drawn
+
+
+def _read_table(file: Path, table: Table, points_of: Callable[[Rows], list[Point]]) -> list[Point]:
+    """Return the points that a function makes of the rows of a table; at least one."""
+    content = read_json(file, advice=f"make it with {table.command}")
+    try:
+        points = points_of(content["table"])
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise UserError(f"{file}: no table of {table.command}: make it again") from None
+    if not points:
+        raise UserError(f"{file}: no {table.row} reuses anything: nothing to draw")
+    return points

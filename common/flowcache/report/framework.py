@@ -5,8 +5,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
-from flowcache.report.drawing import colour_of, element, number, text
-from flowcache.report.figures import document
+from flowcache.report.drawing import (
+    circle,
+    colour_of,
+    document,
+    element,
+    line,
+    number,
+    path,
+    rectangle,
+    text,
+)
 
 WIDTH, HEIGHT = 900.0, 508.0
 LEFT, PITCH = 24.0, 108.0
@@ -121,8 +130,8 @@ def _picture(chunk: int, level: float, noise: random.Random) -> list[Element]:
     x, y = left + 22 + 7 * chunk, WINDOW_Y + BOX_HEIGHT / 2
     return [
         _box(left, WINDOW_Y, BOX_WIDTH, BOX_HEIGHT, class_="ground"),
-        element("circle", cx=x, cy=y, r=17, class_="chunk", style=colour),
-        element("path", d="".join(pixels), style="fill:var(--noise)"),
+        circle(x, y, 17, class_="chunk", style=colour),
+        path("".join(pixels), style="fill:var(--noise)"),
         _box(left, WINDOW_Y, BOX_WIDTH, BOX_HEIGHT, class_="curve", style=colour),
     ]
 
@@ -133,9 +142,9 @@ def _decisions() -> list[Element]:
     drawn = [
         text("2. Every chunk decides", x=LEFT, y=top, class_="title"),
         _lines(DECISION_TEXT, x=LEFT, y=top + 26),
-        _bar(LEFT, y - 11, 12, 12, style=FAINT_BAR),
+        rectangle(LEFT, y - 11, 12, 12, style=FAINT_BAR),
         text("sum so far", x=LEFT + 18, y=y),
-        _bar(LEFT + 96, y - 11, 12, 12, style=BAR),
+        rectangle(LEFT + 96, y - 11, 12, 12, style=BAR),
         text("change", x=LEFT + 114, y=y),
         _limit(LEFT + 178, y - 14, y + 4),
         text("threshold", x=LEFT + 186, y=y),
@@ -150,20 +159,17 @@ def _decision(each: Active) -> list[Element]:
     sign = "≥" if each.is_computed else "<"
     total = each.accumulated + each.distance
     word = "compute" if each.is_computed else "reuse"
-    outcome = text(word, x=middle, y=top + 96, class_="middle strong")
-    if each.is_computed:
-        outcome.set("style", "fill:var(--page)")
-    style = BAR if each.is_computed else REUSES
+    style, ink = (BAR, "fill:var(--page)") if each.is_computed else (REUSES, None)
     return [
         _arrow(middle, WINDOW_Y + BOX_HEIGHT + 46, top - 8),
         _box(left, top, BOX_WIDTH, 16, class_="ground"),
-        _bar(left, top, old, 16, style=FAINT_BAR),
-        _bar(left + old, top, new, 16, style=BAR),
+        rectangle(left, top, old, 16, style=FAINT_BAR),
+        rectangle(left + old, top, new, 16, style=BAR),
         _limit(left + scale * THRESHOLD, top - 5, top + 21),
         text(f"{total:.2f} {sign} {THRESHOLD:.2f}", x=middle, y=top + 40, class_="middle name"),
         _arrow(middle, top + 48, top + 68),
         _box(left + 6, top + 74, BOX_WIDTH - 12, 34, style=style),
-        outcome,
+        text(word, x=middle, y=top + 96, class_="middle strong", style=ink),
     ]
 
 
@@ -192,12 +198,11 @@ def _tokens(start: float, chunks: Sequence[int]) -> list[Element]:
     """Draw the tokens that fill the width of a chunk; each names its chunk."""
     width = BOX_WIDTH / NUM_TOKENS
     return [
-        element(
-            "rect",
-            x=start + index * width,
-            y=KV_Y,
-            width=width - 1,
-            height=TOKEN_HEIGHT,
+        rectangle(
+            start + index * width,
+            KV_Y,
+            width - 1,
+            TOKEN_HEIGHT,
             class_="chunk",
             style=colour_of(chunk),
         )
@@ -206,32 +211,28 @@ def _tokens(start: float, chunks: Sequence[int]) -> list[Element]:
 
 
 def _brace(start: float, stop: float) -> Element:
-    path = f"M{number(start)} {number(KV_Y + TOKEN_HEIGHT + 6)}v6H{number(stop)}v-6"
-    return element("path", d=path, class_="arrow")
+    top = KV_Y + TOKEN_HEIGHT + 6
+    return path(f"M{number(start)} {number(top)}v6H{number(stop)}v-6", class_="arrow")
 
 
 def _box(
     x: float, y: float, width: float, height: float, *, class_: str = "", style: str | None = None
 ) -> Element:
     """Draw a rectangle with round corners."""
-    return element("rect", x=x, y=y, width=width, height=height, rx=4, class_=class_, style=style)
-
-
-def _bar(x: float, y: float, width: float, height: float, *, style: str) -> Element:
-    return element("rect", x=x, y=y, width=width, height=height, style=style)
+    return rectangle(x, y, width, height, rx=4, class_=class_, style=style)
 
 
 def _limit(x: float, start: float, stop: float) -> Element:
-    return element("line", x1=x, x2=x, y1=start, y2=stop, style=LIMIT)
+    return line(x, x, start, stop, style=LIMIT)
 
 
 def _lines(lines: Sequence[str], *, x: float, y: float, class_: str | None = None) -> Element:
     """Write lines below one another, 18 CSS pixels apart."""
-    shown = [text(line, x=x, y=y + 18 * at, class_=class_) for at, line in enumerate(lines)]
-    return element("g", *shown)
+    return element(
+        "g", *(text(words, x=x, y=y + 18 * at, class_=class_) for at, words in enumerate(lines))
+    )
 
 
 def _arrow(x: float, start: float, stop: float) -> Element:
     """Draw an arrow from above."""
-    path = f"M{number(x)} {number(start)}V{number(stop)}m-4 -6l4 6l4 -6"
-    return element("path", d=path, class_="arrow")
+    return path(f"M{number(x)} {number(start)}V{number(stop)}m-4 -6l4 6l4 -6", class_="arrow")

@@ -1,6 +1,6 @@
 "use strict";
 
-// Texts of the marks: shown at once and beside the pointer. Without scripts the browser shows them.
+// Texts of the marks: appear at once next to the pointer. Without scripts the browser shows them.
 const tip = document.getElementById("tip");
 const texts = new Map();
 for (const title of document.querySelectorAll("svg title")) {

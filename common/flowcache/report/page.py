@@ -24,7 +24,7 @@ from flowcache.report.drawing import (
     percent,
     seconds_text,
 )
-from flowcache.report.run import Panel, Run, Shown
+from flowcache.report.run import ChunkFrames, Panel, Run
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.metrics import psnr, psnr_per_frame, ssim_per_frame
 from flowcache.runtime.stats import scaled
@@ -54,12 +54,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Metrics:
-    """How near video B is to video A."""
+    """How near video B is to video A: PSNR of the whole clip in dB, mean SSIM, and per frame."""
 
     psnr: float
-    """Of the whole clip, in dB."""
     ssim: float
-    """Mean over frames."""
     psnr_T: Sequence[float]
     ssim_T: Sequence[float]
 
@@ -77,7 +75,7 @@ def with_video_alarms(run: Run, clip: Clip) -> Run:
     if clip.frames_THW3 is None:
         return run
     check = DegenerateCheck()
-    check.see(clip.frames_THW3[min((shown.first for shown in run.shown), default=0) :])
+    check.see(clip.frames_THW3[min((each.first for each in run.chunk_frames), default=0) :])
     return replace(run, alarms=[*run.alarms, *check.alarms()])
 
 
@@ -98,7 +96,6 @@ def measure(clips: Sequence[Clip]) -> Metrics | str:
 
 
 def decibel(value: float) -> str:
-    """Write a ratio in dB."""
     return "∞ (equal pixels)" if math.isinf(value) else f"{value:.2f} dB"
 
 
@@ -251,9 +248,8 @@ def _header(runs: Sequence[Run]) -> Element:
         where = [str(environment.get("device") or "")]
         where += [f"torch {packages['torch']}"] if packages.get("torch") else []
         where += [f"commit {environment['commit'][:12]}"] if environment.get("commit") else []
-        name = element("strong", run.name)
-        line = f" {headline(run)}. {', '.join(part for part in where if part)}"
-        append(made, element("p", _badge(run, runs), name, line))
+        line = f" {headline(run)}. {', '.join(filter(None, where))}"
+        append(made, element("p", _badge(run, runs), element("strong", run.name), line))
         if run.record["config"].get("prompt"):
             append(made, element("blockquote", str(run.record["config"]["prompt"])))
     return made
@@ -262,11 +258,9 @@ def _header(runs: Sequence[Run]) -> Element:
 def _alarms(runs: Sequence[Run]) -> Element:
     lines = [element("li", _badge(run, runs), alarm) for run in runs for alarm in run.alarms]
     if not lines:
-        return element("p", "✓ No alarm.", class_="quiet", id="alarms")
-    title = "⚠ 1 alarm" if len(lines) == 1 else f"⚠ {len(lines)} alarms"
-    return element(
-        "div", element("strong", title), element("ul", *lines), class_="alarm", id="alarms"
-    )
+        return element("p", "✓ No alarm.", class_="fine", id="alarms")
+    title = element("strong", "⚠ 1 alarm" if len(lines) == 1 else f"⚠ {len(lines)} alarms")
+    return element("div", title, element("ul", *lines), class_="alarm", id="alarms")
 
 
 def _figures(runs: Sequence[Run], metrics: Metrics | str | None) -> Element:
@@ -300,14 +294,10 @@ def _branch_choice(runs: Sequence[Run]) -> Element | None:
     caching = dict.fromkeys(panel.branch for run in runs for panel in run.cache_panels)
     if len(deciding) == 1 and len(caching) <= 1:
         return None
-    choices = [
-        element(
-            "label",
-            element("input", type="radio", name="branch", value=branch),
-            f" {branch or 'every one'}",
-        )
-        for branch in (*(deciding | caching), "")
-    ]
+    choices: list[Element] = []
+    for branch in (*(deciding | caching), ""):
+        button = element("input", type="radio", name="branch", value=branch)
+        choices.append(element("label", button, f" {branch or 'every one'}"))
     return element("fieldset", element("legend", "Guidance branch"), *choices, id="branches")
 
 
@@ -347,33 +337,25 @@ def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) ->
 
 
 def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
-    def figures(draw: Callable[..., Element], field: str, name: str) -> list[Element]:
-        return [
-            _figure(draw(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
-            if run.record[field]
-            else element("p", f"{run.name}: no {name} was timed.")
-            for run in runs
-        ]
-
-    stages = figures(charts.stage_chart, "stages", "stage")
-    ticks = figures(charts.tick_chart, "ticks", "tick")
+    cells = [
+        _figure(draw(run, limits=limits, width=HALF_WIDTH), _caption(run, runs))
+        if run.record[f"{name}s"]
+        else element("p", f"{run.name}: no {name} was timed.")
+        for draw, name in ((charts.stage_chart, "stage"), (charts.tick_chart, "tick"))
+        for run in runs
+    ]
     note = "Seconds of each stage; a pale bar is part of the stage above it. Seconds of each tick."
-    grid = element("div", *stages, *ticks, class_="grid two")
-    return _section("Time", element("p", note), grid, *_timelines(runs, limits))
-
-
-def _timelines(runs: Sequence[Run], limits: charts.Limits) -> list[Element]:
-    """Draw when each stage was at work, where the runs' reports say it."""
-    drawn = [
+    parts = [element("p", note), element("div", *cells, class_="grid two")]
+    lanes = [
         _figure(charts.timeline_chart(run, limits=limits, width=FULL_WIDTH), _caption(run, runs))
         for run in runs
         if run.timeline
     ]
-    if not drawn:
-        return []
-    legend = _legend(("bar", "the run itself"), ("beside", "beside the denoising"))
-    note = "When each stage was at work; bars above each other were at work together."
-    return [element("p", note), legend, element("div", *drawn, class_="grid")]
+    if lanes:
+        note = "When each stage was at work; bars above each other were at work together."
+        keys = ("bar", "the run itself"), ("concurrent", "concurrent with the denoising")
+        parts += [element("p", note), _legend(*keys), element("div", *lanes, class_="grid")]
+    return _section("Time", *parts)
 
 
 def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
@@ -385,34 +367,34 @@ def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
     ]
     if not present:
         return _section("Key frames", *notes)
-    shown = runs[0].shown
-    if not shown:
-        shown = [Shown(0, -1, 0, min(len(frames) for _, frames in present))]
+    chunks = runs[0].chunk_frames
+    if not chunks:
+        chunks = [ChunkFrames(0, -1, 0, min(len(frames) for _, frames in present))]
         note = "The record does not say which frames a chunk shows; these are of the whole video."
         notes.append(element("p", note))
-    wanted = [at for entry in shown for at in entry.key_frames]
+    wanted = [at for each in chunks for at in each.key_frames]
     uris = pictures([frames for _, frames in present], wanted)
-    has_segments = len({entry.segment for entry in shown}) > 1
+    has_segments = len({each.segment for each in chunks}) > 1
     cards: list[Element] = []
-    for entry in shown:
-        where = "video" if entry.chunk < 0 else f"chunk {entry.chunk}"
-        where = f"segment {entry.segment}, {where}" if has_segments else where
+    for each in chunks:
+        where = "video" if each.chunk < 0 else f"chunk {each.chunk}"
+        where = f"segment {each.segment}, {where}" if has_segments else where
         rows = [
-            _strip(entry, found, badge=_badge(run, runs))
+            _strip(each, found, badge=_badge(run, runs))
             for (run, _), found in zip(present, uris, strict=True)
         ]
-        caption = element("figcaption", f"{where}: frames {entry.first} to {entry.stop - 1}")
+        caption = element("figcaption", f"{where}: frames {each.first} to {each.stop - 1}")
         cards.append(element("figure", *rows, caption))
     note = element("p", "First, middle and last frame of every chunk.")
     return _section("Key frames", note, *notes, element("div", *cards, class_="frames"))
 
 
-def _strip(entry: Shown, uris: Mapping[int, str], *, badge: Element | None) -> Element:
+def _strip(frames: ChunkFrames, uris: Mapping[int, str], *, badge: Element | None) -> Element:
     images = [
         element("img", src=uris[at], alt=f"{name} frame, {at}", title=f"frame {at}")
         if at in uris
         else element("span", f"no frame {at}")
-        for name, at in zip(POSITIONS, entry.key_frames, strict=True)
+        for name, at in zip(POSITIONS, frames.key_frames, strict=True)
     ]
     return element("div", badge, *images, class_="strip")
 
@@ -498,28 +480,20 @@ def _legend(*keys: tuple[str, str]) -> Element:
 
 def _chunk_legend(chunks: Sequence[int]) -> Element:
     """Name the colour of every chunk; pointing at one brings it forward."""
-    keys = [
-        element(
-            "span",
-            element("i", class_="swatch chunk", style=colour_of(chunk)),
-            str(chunk),
-            class_="key",
-            data_chunk=str(chunk),
-        )
-        for chunk in chunks
-    ]
+    keys: list[Element] = []
+    for chunk in chunks:
+        swatch = element("i", class_="swatch chunk", style=colour_of(chunk))
+        keys.append(element("span", swatch, str(chunk), class_="key", data_chunk=str(chunk)))
     return element("div", element("span", "chunk"), *keys, class_="legend")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Element:
     """Make a table whose first column names the rows."""
-    body = [
-        element(
-            "tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])
-        )
-        for row in rows
-    ]
     head = element("tr", *(element("th", name, scope="col") for name in header))
+    body = [
+        element("tr", element("th", name, scope="row"), *(element("td", cell) for cell in cells))
+        for name, *cells in rows
+    ]
     made = element("table", element("thead", head), element("tbody", *body))
     return element("div", made, class_="scroll")
 

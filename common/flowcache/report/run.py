@@ -39,7 +39,7 @@ class Panel(NamedTuple):
     branch: str
 
 
-class Shown(NamedTuple):
+class ChunkFrames(NamedTuple):
     """The frames of the video that a chunk shows, from `first` to before `stop`."""
 
     segment: int
@@ -55,7 +55,7 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A record and what belongs to it."""
+    """A record, and its alarms, video and time line."""
 
     letter: str
     """A or B: how the page names it if there are two."""
@@ -68,7 +68,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the video without its suffix."""
         return self.video.stem
 
     @property
@@ -76,13 +75,13 @@ class Run:
         """The accumulated distance from which a chunk is computed."""
         return self.record["threshold"]
 
-    @property
+    @cached_property
     def panels(self) -> list[Panel]:
         """The segments, and in each the branches in order of their first pass."""
         found = dict.fromkeys(Panel(row.segment, row.branch) for row in self.rows)
         return sorted(found, key=lambda panel: panel.segment)
 
-    @property
+    @cached_property
     def cache_panels(self) -> list[Panel]:
         """The segments, and in each the branches that have a KV cache of their own.
 
@@ -97,24 +96,22 @@ class Run:
         cached = (int(chunk) for entry in self.record["kv"] for chunk in entry["tokens"])
         return sorted({row.chunk for row in self.rows}.union(cached))
 
-    @property
+    @cached_property
     def num_computed(self) -> int:
-        """Passes of a chunk that were computed, not reused."""
         return sum(row.computed for row in self.rows)
 
     @property
     def computed_share(self) -> float:
-        """Computed passes / all passes."""
         return self.num_computed / len(self.rows)
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """FLOPs spent on chunk passes, without embeddings and clean passes."""
         return sum(row.flops for row in self.rows)
 
-    @property
+    @cached_property
     def flops_saved(self) -> int:
-        """FLOPs that reuse saved; below 0 where looking cost more than it saved."""
+        """FLOPs that reuse saved; below 0 where measuring cost more than it saved."""
         return sum(row.flops_saved for row in self.rows)
 
     @property
@@ -134,14 +131,14 @@ class Run:
         measured = (row.distance for row in self.rows)
         return [value for value in measured if value is not None and math.isfinite(value)]
 
-    @property
-    def shown(self) -> list[Shown]:
+    @cached_property
+    def chunk_frames(self) -> list[ChunkFrames]:
         """Which frames every chunk shows, in the order of the record."""
         return [
-            Shown(int(segment), chunk, *ends)
+            ChunkFrames(int(segment), chunk, *ends)
             for segment, chunks in self.record["chunk_frames"].items()
             for chunk, ends in enumerate(chunks)
-            if ends and ends[0] < ends[1]
+            if ends[0] < ends[1]
         ]
 
     def of(self, panel: Panel) -> list[Row]:

@@ -1,7 +1,7 @@
 """The error of reusing results over a gap between computed steps, in closed form.
 
 A chunk's latent moves by ``(sigma_{k+1} - sigma_k) v_k`` in step k (Euler). Where step k is reused,
-a prediction from earlier computed steps stands for v_k. Both are linear in the velocities, so the
+a prediction from earlier computed steps replaces v_k. Both are linear in the velocities, so the
 error of the latent behind a gap is ``sum_n c_n v_n``, and its squared norm ``c^T G c`` with the
 Gram matrix ``G_nm = <v_n, v_m>``. What a model makes of an error depends on when it is made: early
 ones change what is drawn. A measured gain per step weights the squared error of that step.
@@ -44,7 +44,7 @@ Parabola = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Predictor:
-    """What stands for the velocity of a reused step.
+    """What replaces the velocity of a reused step.
 
     The last computed velocity (or clean estimate), moved by `factor` times what the polynomial of
     degree `order` through the last computed ones, over the noise level, adds to it. Order 0, or
@@ -64,7 +64,7 @@ class Predictor:
 
     @property
     def num_results(self) -> int:
-        """Computed steps that a prediction looks back on."""
+        """Computed steps from which a prediction is made."""
         return self.order + 1
 
     def weights(self, history: Sequence[int], step: int, *, sigmas: Array) -> dict[int, float]:
@@ -93,8 +93,8 @@ class ErrorModel:
         gram: mean inner products of the velocities, `[N, N]`.
         sigmas: noise level of each step and the last one, `[N + 1]`.
         gains: by how much a squared error made in each step grows until the end, `[N]`; None: 1.
-        joint: mean inner products of the velocities and, behind them, the conditional ones,
-            `[2N, 2N]`; None: no step can run the conditional pass alone.
+        joint: those of the velocities and, behind them, the conditional ones, `[2N, 2N]`; None:
+            no step can run the conditional pass alone.
     """
 
     gram: Array
@@ -123,22 +123,20 @@ class ErrorModel:
         *,
         conditional: Collection[int] = (),
     ) -> float:
-        """Return the error of `history[-1]` and of reusing all steps between it and `stop`.
+        """Return the error of reusing all steps between `history[-1]` and `stop`.
 
         Args:
             history: computed steps up to the gap, ascending, at least one.
             stop: the next computed step.
             conditional: steps of these that run the conditional pass alone.
         """
-        c_M = gap_coefficients(
-            history,
-            stop,
-            sigmas=self.sigmas,
-            predictor=predictor,
-            gains=self.gains,
-            conditional=conditional,
-        )
+        c_M = self._coefficients(points_of(history, conditional), stop, predictor)
         return self._norm(c_M, c_M)
+
+    def _coefficients(self, points: Sequence[Point], stop: int, predictor: Predictor) -> Array:
+        return gap_coefficients(
+            points, stop, sigmas=self.sigmas, predictor=predictor, gains=self.gains
+        )
 
     def parabola(
         self, points: Sequence[Point], stop: int, *, order: int, quantity: Predicted
@@ -148,13 +146,7 @@ class ErrorModel:
         The coefficients of a gap are ``a + f b``.
         """
         a_M, full_M = (
-            _coefficients(
-                points,
-                stop,
-                sigmas=self.sigmas,
-                predictor=Predictor(order, factor, quantity),
-                gains=self.gains,
-            )
+            self._coefficients(points, stop, Predictor(order, factor, quantity))
             for factor in (0.0, 1.0)
         )
         b_M = full_M - a_M
@@ -199,7 +191,6 @@ class ErrorModel:
 
 
 def points_of(history: Sequence[int], conditional: Collection[int] = ()) -> list[Point]:
-    """Return computed steps as points."""
     points: list[Point] = []
     for step in history:
         points.append((step, points[-1][1] if step in conditional else step))
@@ -207,13 +198,12 @@ def points_of(history: Sequence[int], conditional: Collection[int] = ()) -> list
 
 
 def gap_coefficients(
-    history: Sequence[int],
+    points: Sequence[Point],
     stop: int,
     *,
     sigmas: Array,
     predictor: Predictor,
     gains: Array | None = None,
-    conditional: Collection[int] = (),
 ) -> Array:
     """Return the weight of every velocity in the error that a gap leaves; see the top.
 
@@ -221,18 +211,6 @@ def gap_coefficients(
         `[N]`; if a step that matters ran the conditional pass alone, `[2N]`: those of the guided
         velocities and of the conditional ones.
     """
-    points = points_of(history, conditional)
-    return _coefficients(points, stop, sigmas=sigmas, predictor=predictor, gains=gains)
-
-
-def _coefficients(
-    points: Sequence[Point],
-    stop: int,
-    *,
-    sigmas: Array,
-    predictor: Predictor,
-    gains: Array | None,
-) -> Array:
     num_steps, start = len(sigmas) - 1, points[-1][0]
     points = points[-predictor.num_results :]
     sources = [step for step, _ in points]

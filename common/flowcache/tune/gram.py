@@ -1,4 +1,4 @@
-"""Record what planning needs of a model: inner products of the velocities of a chunk's own steps.
+"""Record what planning needs of a model: inner products of a chunk's velocities in its steps.
 
     collector = GramCollector(30, ["cond", "uncond"])
     ... in every branch at every computed step ...
@@ -12,7 +12,6 @@ fixed width. Every step must be computed while this is recorded.
 Axes: N own steps, M = branches x N, the steps of the first branch first.
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ SKETCHING_BYTES = 8 + 4 + 2 * 4
 float32 before and after the sign."""
 
 
+@dataclass(frozen=True)
 class Sketch:
     """A random linear map to `width` numbers that keeps inner products on average.
 
@@ -44,12 +44,9 @@ class Sketch:
     (arXiv 0902.2206), the same for inner products.
     """
 
-    def __init__(self, width: int, *, seed: int) -> None:
-        if width < 1:
-            raise UserError(f"a sketch must be 1 or more numbers wide, not {width}")
-        self.width = width
-        self.seed = seed
-        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
+    width: int
+    seed: int
+    _maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, Any], init=False)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return the sketch of a flat tensor, float32 `[width]`."""
@@ -88,43 +85,28 @@ class Calibration:
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def guided(self, weights: Mapping[str, float]) -> dict[int, Array]:
-        """Return the matrix of a weighted sum of the branches, by chunk, `[N, N]`.
+    def error_model(
+        self, weights: Mapping[str, float], *, conditional: str | None = None
+    ) -> ErrorModel:
+        """Return the errors of a weighted sum of the branches, on average over chunk positions.
 
         Args:
             weights: branch -> weight, as in cond 4, uncond -3 for guidance 4.
-        """
-        if set(weights) != set(self.branches):
-            raise ValueError(f"weights are needed for {self.branches}, not {tuple(weights)}")
-        weight_B = np.array([weights[name] for name in self.branches])
-        shape = (len(self.branches), self.num_steps) * 2
-        return {
-            chunk: np.einsum("anbm,a,b->nm", gram_MM.reshape(shape), weight_B, weight_B)
-            for chunk, gram_MM in self.gram.items()
-        }
-
-    def error_model(
-        self,
-        weights: Mapping[str, float],
-        *,
-        chunks: Collection[int] | None = None,
-        conditional: str | None = None,
-    ) -> ErrorModel:
-        """Return the errors of some chunk positions, on average; None: of all of them.
-
-        Args:
             conditional: branch that may be computed alone; None: none.
         """
-        guided = self.guided(weights)
-        chosen = list(guided if chunks is None else chunks)
-        gram_NN = np.mean([guided[chunk] for chunk in chosen], axis=0)
+        assert set(weights) == set(self.branches)
+        weight_B = np.array([weights[name] for name in self.branches])
+        shape = (len(self.branches), self.num_steps) * 2
+        guided = [
+            np.einsum("anbm,a,b->nm", gram_MM.reshape(shape), weight_B, weight_B)
+            for gram_MM in self.gram.values()
+        ]
+        gram_NN = np.mean(guided, axis=0)
         if conditional is None:
             return ErrorModel(gram_NN, self.sigmas)
-        both_KB = np.array(
-            [[weights[name], float(name == conditional)] for name in self.branches]
-        ).T
+        both_KB = np.array([weight_B, [float(name == conditional) for name in self.branches]])
         joint_2N_M = np.kron(both_KB, np.eye(self.num_steps))
-        gram_MM = np.mean([self.gram[chunk] for chunk in chosen], axis=0)
+        gram_MM = np.mean(list(self.gram.values()), axis=0)
         return ErrorModel(gram_NN, self.sigmas, joint=joint_2N_M @ gram_MM @ joint_2N_M.T)
 
     def save(self, path: Path) -> None:
@@ -141,11 +123,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: the file is missing or is none.
-        """
+        """Read what `save` wrote."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 chunks: list[int] = stored["chunks"].tolist()
@@ -174,24 +152,15 @@ class GramCollector:
     """Watches clips being made; see the top of the file.
 
     Args:
-        num_steps: own steps of a chunk.
+        num_steps: own steps of a chunk; the noise level behind the last one is 0.
         branches: guidance passes.
-        final_sigma: noise level behind the last step.
         sketch: what is held of a velocity; None: all of it.
     """
 
     def __init__(
-        self,
-        num_steps: int,
-        branches: Collection[str],
-        *,
-        final_sigma: float = 0.0,
-        sketch: Sketch | None = None,
+        self, num_steps: int, branches: Collection[str], *, sketch: Sketch | None = None
     ) -> None:
-        self.num_steps = num_steps
-        self.branches = tuple(branches)
-        self.final_sigma = final_sigma
-        self.sketch = sketch
+        self.num_steps, self.branches, self.sketch = num_steps, tuple(branches), sketch
         self._active: dict[tuple[int, int], _Active] = {}
         self._sigmas: dict[int, float] = {}
         self._sums: dict[int, Array] = {}
@@ -208,14 +177,7 @@ class GramCollector:
         velocity: Tensor,
         sigma: float,
     ) -> None:
-        """Take in the velocity of one branch of one chunk in one own step.
-
-        A branch that was not asked for is passed over.
-
-        Args:
-            velocity: of the chunk's latent; any shape, the same in every step.
-            sigma: noise level of the step.
-        """
+        """Take in a chunk's velocity of any shape; a branch not asked for is passed over."""
         if branch not in self.branches:
             return
         active = self._active.setdefault((segment, chunk), _Active(self._zeros()))
@@ -235,15 +197,11 @@ class GramCollector:
             del self._active[segment, chunk]
 
     def finish(self) -> Calibration:
-        """Return the means.
-
-        Raises:
-            ValueError: a chunk was not seen in all its steps and branches.
-        """
+        """Return the means; every chunk must have been observed in all its steps and branches."""
         if self._active or not self._sums:
             missing = sorted(self._active) or "no chunk"
             raise ValueError(f"every step of a chunk must be observed; incomplete: {missing}")
-        sigmas = [*(self._sigmas[step] for step in range(self.num_steps)), self.final_sigma]
+        sigmas = [*(self._sigmas[step] for step in range(self.num_steps)), 0.0]
         return Calibration(
             sigmas=np.array(sigmas),
             branches=self.branches,
@@ -274,7 +232,7 @@ def merge(calibrations: Sequence[Calibration]) -> Calibration:
 def calibration_bytes(
     *, num_elements: int, num_steps: int, num_branches: int, num_active: int, width: int | None
 ) -> int:
-    """Return the most memory that collecting needs beside the run itself.
+    """Return the most memory that collecting needs in addition to the run itself.
 
     Args:
         num_elements: numbers in the latent of a chunk.
@@ -288,11 +246,6 @@ def calibration_bytes(
     return velocities + doubles + sketching + num_active * rows**2 * 8
 
 
-def most_active(num_chunks: int, *, num_steps: int, lag: int) -> int:
-    """Return how many chunks are active at once at most."""
-    return num_chunks if lag == 0 else min(num_chunks, math.ceil(num_steps / lag))
-
-
 def distance_band(
     distances: Iterable[tuple[int, float]], *, num_steps: int, margin: float = BAND_MARGIN
 ) -> tuple[list[float], list[float]]:
@@ -301,9 +254,6 @@ def distance_band(
     Args:
         distances: (own step, distance to the previous tick), in any order. The first step has
             none: its band is 0, 0 and never asked for.
-
-    Raises:
-        ValueError: a later step has none.
     """
     seen: dict[int, list[float]] = {}
     for step, distance in distances:

@@ -1,8 +1,8 @@
 """What is compared: each a policy with a predictor, as settings of a run."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowcache.policies import MagCache, ReuseRule
@@ -52,42 +52,34 @@ def published(words: Words) -> tuple[str, ...]:
 
 
 def predictors(words: Words) -> dict[str, tuple[str, ...]]:
-    """Return what stands for a reused step: as published, and the velocity."""
+    """Return what replaces a reused step: as published, and the velocity."""
     return {words.published.replace("_", " "): published(words), **TRENDS}
 
 
 def planned(plan: Plan) -> Method:
-    """Return a plan with its own predictor."""
+    """Return a plan with its own predictor, and its guidance."""
+    predictor, steps = plan.predictor, guidance_steps(plan)
+    settings = [
+        f"reuse.predict={predictor.quantity}",
+        f"reuse.extrapolate={predictor.factor if predictor.order else 0.0:.6g}",
+        f"reuse.order={max(predictor.order, 1)}",
+    ]
+    if steps is not None:
+        settings.append(f"reuse.guidance_steps=[{','.join(map(str, steps))}]")
     return Method(
         f"planned {plan.num_computed}, {predictor_name(plan)}",
-        (*_steps(plan.steps), *predictor_settings(plan), *guidance_settings(plan)),
+        (*_steps(plan.steps), *settings),
         policy="planned",
         predictor=AS_TUNED,
     )
 
 
 def predictor_name(plan: Plan) -> str:
-    """Say what stands for a reused step, and how many steps run the conditional pass alone."""
+    """Say what replaces a reused step, and how many steps run the conditional pass alone."""
     predictor, name = plan.predictor, plan.predictor.quantity
     if predictor.order:
         name += f" + {predictor.factor:.2f}{' of order 2' if predictor.order == 2 else ''}"
     return f"{name}, {len(plan.conditional)} with one pass" if plan.conditional else name
-
-
-def predictor_settings(plan: Plan) -> tuple[str, ...]:
-    """Return what makes reused steps as a plan's predictor says."""
-    predictor = plan.predictor
-    return (
-        f"reuse.predict={predictor.quantity}",
-        f"reuse.extrapolate={predictor.factor if predictor.order else 0.0:.6g}",
-        f"reuse.order={max(predictor.order, 1)}",
-    )
-
-
-def guidance_settings(plan: Plan) -> tuple[str, ...]:
-    """Return what lets a plan's conditional steps run that pass alone."""
-    steps = guidance_steps(plan)
-    return () if steps is None else (f"reuse.guidance_steps=[{','.join(map(str, steps))}]",)
 
 
 def guidance_steps(plan: Plan) -> list[int] | None:
@@ -99,20 +91,12 @@ def guidance_steps(plan: Plan) -> list[int] | None:
 
 def held(plan: Plan) -> Method:
     """Return a plan whose reused steps hold the last velocity."""
-    return Method(
-        f"planned {plan.num_computed}, velocity",
-        (*_steps(plan.steps), *VELOCITY),
-        policy="planned",
-        predictor="velocity",
-    )
+    name = f"planned {plan.num_computed}, velocity"
+    return Method(name, (*_steps(plan.steps), *VELOCITY), policy="planned", predictor="velocity")
 
 
 def guarded(plan: Plan, profile: Path, words: Words) -> Method:
-    """Return a plan that computes more where a chunk changes as no calibration clip did.
-
-    Args:
-        profile: of the plan.
-    """
+    """Return a plan that computes more where a chunk changes as no calibration clip did."""
     return Method(
         f"guarded {plan.num_computed}, {predictor_name(plan)}",
         ("reuse.policy=guarded", f"reuse.profile={profile}", *words.content),
@@ -129,66 +113,41 @@ def even_steps(num_computed: int, *, num_steps: int) -> list[int]:
 
 def strides(num_computed: int, *, num_steps: int) -> list[Method]:
     """Return an even spacing of so many steps, with each velocity predictor."""
-    steps = even_steps(num_computed, num_steps=num_steps)
-    return [
-        Method(
-            f"even {num_computed}, {name}",
-            (*_steps(steps), *settings),
-            policy="stride",
-            predictor=name,
-        )
-        for name, settings in TRENDS.items()
-    ]
+    steps = _steps(even_steps(num_computed, num_steps=num_steps))
+    return _with_each(TRENDS, f"even {num_computed}", steps, policy="stride")
 
 
 def adaptive(threshold: float, words: Words) -> list[Method]:
     """Return FlowCache with a threshold, with each predictor."""
     settings = ("reuse.policy=flowcache", f"reuse.threshold={threshold:.4g}")
-    return [
-        Method(
-            f"FlowCache {threshold:.4g}, {name}",
-            (*settings, *predictor),
-            policy="FlowCache",
-            predictor=name,
-        )
-        for name, predictor in predictors(words).items()
-    ]
+    name = f"FlowCache {threshold:.4g}"
+    return _with_each(predictors(words), name, settings, policy="FlowCache")
 
 
 def magcache(threshold: float, profile: Path, words: Words) -> list[Method]:
-    """Return MagCache with a threshold, as published and with a velocity along its trend.
-
-    Args:
-        profile: holds the magnitude ratios.
-    """
+    """Return MagCache with a threshold, as published and with a velocity along its trend."""
     settings = (
         "reuse.policy=magcache",
         f"reuse.profile={profile}",
         f"reuse.threshold={threshold:.4g}",
     )
-    return [
-        Method(
-            f"MagCache {threshold:.4g}, {name}",
-            (*settings, *predictor),
-            policy="MagCache",
-            predictor=name,
-        )
-        for name, predictor in predictors(words).items()
-        if predictor != VELOCITY
-    ]
+    own = {name: each for name, each in predictors(words).items() if each != VELOCITY}
+    return _with_each(own, f"MagCache {threshold:.4g}", settings, policy="MagCache")
 
 
 def whole_window(words: Words) -> list[Method]:
     """Return TeaCache at the threshold of its preset, with each predictor."""
+    methods = _with_each(predictors(words), "TeaCache", (), policy="TeaCache")
+    return [replace(method, preset=words.whole_window) for method in methods]
+
+
+def _with_each(
+    own: Mapping[str, tuple[str, ...]], name: str, settings: tuple[str, ...], *, policy: str
+) -> list[Method]:
+    """Return a policy with each of some predictors."""
     return [
-        Method(
-            f"TeaCache, {name}",
-            settings,
-            preset=words.whole_window,
-            policy="TeaCache",
-            predictor=name,
-        )
-        for name, settings in predictors(words).items()
+        Method(f"{name}, {predictor}", (*settings, *each), policy=policy, predictor=predictor)
+        for predictor, each in own.items()
     ]
 
 
@@ -210,43 +169,45 @@ def closest_threshold(
         the threshold, and the mean number of steps that it computes.
     """
     most = max(sum(abs(value) for value in chunk) for chunk in increments)
-    grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
-    counts = {
-        threshold: math.fsum(
+
+    def count(threshold: float) -> float:
+        counts = [
             _count(chunk, threshold, warmup_steps, compute_last_step=compute_last_step)
             for chunk in increments
-        )
-        / len(increments)
-        for threshold in grid
-    }
-    best = min(counts, key=lambda threshold: abs(counts[threshold] - num_computed))
-    return best, counts[best]
+        ]
+        return sum(counts) / len(counts)
+
+    return _closest(most, count, num_computed)
 
 
 def closest_magcache(
     ratios: Sequence[float], *, num_computed: float, warmup_steps: int
-) -> tuple[float, int]:
+) -> tuple[float, float]:
     """Return MagCache's threshold that computes nearest to so many own steps of a chunk.
 
     Args:
         ratios: of magnitudes, by own step; see `MagCache`.
-
-    Returns:
-        the threshold, and the steps that it computes.
     """
     most = sum(abs(1 - math.prod(ratios[1 : i + 1])) for i in range(1, len(ratios)))
+
+    def count(threshold: float) -> int:
+        policy = MagCache(ratios, threshold, warmup_steps, ReuseRule.most_reuses)
+        ticks = staggered([0], num_steps=len(ratios), lag=0)
+        return sum(
+            policy.plan(tick, {}, stored=[0] if tick.index else [])[0].is_computed for tick in ticks
+        )
+
+    return _closest(most, count, num_computed)
+
+
+def _closest(
+    most: float, count: Callable[[float], float], num_computed: float
+) -> tuple[float, float]:
+    """Return which of the thresholds up to `most` makes the count nearest, and the count."""
     grid = [most * 10 ** (-4 * (1 - i / NUM_THRESHOLDS)) for i in range(NUM_THRESHOLDS + 1)]
-    counts = {value: _magcache_count(ratios, value, warmup_steps) for value in grid}
-    best = min(counts, key=lambda value: abs(counts[value] - num_computed))
+    counts = {threshold: count(threshold) for threshold in grid}
+    best = min(counts, key=lambda threshold: abs(counts[threshold] - num_computed))
     return best, counts[best]
-
-
-def _magcache_count(ratios: Sequence[float], threshold: float, warmup_steps: int) -> int:
-    policy = MagCache(ratios, threshold, warmup_steps, ReuseRule.most_reuses)
-    ticks = staggered([0], num_steps=len(ratios), lag=0)
-    return sum(
-        policy.plan(tick, {}, stored=[0] if tick.index else [])[0].is_computed for tick in ticks
-    )
 
 
 def _count(

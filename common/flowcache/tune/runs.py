@@ -1,6 +1,7 @@
-"""Clips of one checkpoint and preset with any reuse policy, by a model that is loaded once."""
+"""Clips of one checkpoint and preset with any reuse policy, made by a model that is loaded once."""
 
 import importlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from flowcache.demo.clips import split_attributes
 from flowcache.errors import UserError
 from flowcache.policies import Observe
 from flowcache.predict import Quantity
@@ -22,6 +24,7 @@ from flowcache.runtime.run import (
     read_settings,
 )
 from flowcache.runtime.stats import RunStats
+from flowcache.runtime.text_files import read_lines
 from flowcache.tune.gram import calibration_bytes
 
 DEMOS = ("demo", "demo-base")
@@ -29,9 +32,10 @@ DEMOS = ("demo", "demo-base")
 EXACT_BYTES = 256_000_000
 """Up to this much memory, velocities are held as they are; above, as sketches."""
 GUIDED, CONDITIONAL = "guided", "cond"
-"""Branches as the samplers show them."""
+"""Branches as the samplers name them."""
 SKETCH_WIDTH = 16_384
 """Numbers of a sketch: squared errors are right to about 1 %."""
+CALIBRATION_SEED, CHECK_SEED, ORDER_SEED = 7000, 8000, 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Words:
     demo_frames: int
     """Pixel frames of a tuning clip on the demo: four chunks."""
     token_elements: int
-    """Numbers of the latent that a token of the transformer stands for."""
+    """Numbers of the latent in a token of the transformer."""
 
 
 def words_of(model: VideoModel) -> Words:
@@ -82,17 +86,17 @@ class Size:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Return the velocities that are recorded; the guided one is what moves the latent."""
+        """The velocities that are recorded; the guided one is what moves the latent."""
         return (GUIDED, CONDITIONAL) if self.holds_guidance else (GUIDED,)
 
     @property
     def sketch_width(self) -> int | None:
-        """Return how wide sketches must be; None: velocities fit as they are."""
+        """How wide sketches must be; None: velocities fit as they are."""
         return None if self._bytes(None) <= EXACT_BYTES else SKETCH_WIDTH
 
     @property
     def calibration_bytes(self) -> int:
-        """Return the memory that calibrating needs in addition to the run."""
+        """The memory that calibrating needs in addition to the run."""
         return self._bytes(self.sketch_width)
 
     def _bytes(self, width: int | None) -> int:
@@ -136,7 +140,7 @@ class Runs:
         self._inputs: dict[str, Any] = {}
 
     def size(self) -> Size:
-        """Return the size of one clip; no weights are needed for that."""
+        """Return the size of one clip; no weights are needed."""
         model = self.model
         source = model.find(self.checkpoint, is_dry=True)
         if source.folder is None and not source.plans_by_sizes:
@@ -185,17 +189,11 @@ class Runs:
         preset: str | None = None,
         observe: Observe | None = None,
     ) -> Clip:
-        """Make a clip.
-
-        Args:
-            settings: `key=value` changes.
-            preset: instead of the own one.
-            observe: is shown every computed velocity.
-        """
+        """Make a clip with some settings more; `preset` replaces the own one."""
         job, networks = self._loaded()
         config = read_settings(self.model, self._request(settings, preset=preset), job.source)
         stats = RunStats(job.device)
-        shown = self.model.generate(
+        progress = self.model.generate(
             networks.dit,
             networks.vae,
             replace(job, config=config).changed(prompt=prompt, seed=seed).config,
@@ -203,7 +201,7 @@ class Runs:
             stats=stats,
             observe=observe,
         )
-        return collect(shown, stats)
+        return collect(progress, stats)
 
     def _inputs_of(self, prompt: str) -> Any:
         """Return what a prompt's clips are made from; its text goes through the encoder once."""
@@ -219,3 +217,51 @@ class Runs:
     def _loaded(self) -> tuple[Job, Loaded]:
         assert self._run is not None, "load() comes first"
         return self._run
+
+
+# Prompts ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one clip shows, with its noise."""
+
+    index: int
+    text: str
+    seed: int
+
+
+def choose_prompts(
+    path: Path | None, *, checkpoint: str, num_clips: int, num_checks: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts to calibrate on and those to check with.
+
+    Args:
+        path: a text file with a prompt per line; None: the demo's captions, those to check with
+            from the combinations that it was not trained on.
+    """
+    for name, count, least in (("--clips", num_clips, 1), ("--check-prompts", num_checks, 0)):
+        if count < least:
+            raise UserError(f"{name} must be {least} or more, not {count}")
+    if path is not None:
+        texts, needed = read_lines(path), num_clips + num_checks
+        if len(texts) < needed:
+            raise UserError(
+                f"{path} holds {len(texts)} prompts, but {needed} are needed: add some, or lower "
+                "--clips or --check-prompts"
+            )
+        seen, unseen = texts[:num_clips], texts[num_clips:]
+    elif checkpoint in DEMOS:
+        seen, unseen = ([attributes.caption for attributes in part] for part in split_attributes())
+        random.Random(ORDER_SEED).shuffle(seen)
+        random.Random(ORDER_SEED).shuffle(unseen)
+    else:
+        raise UserError(
+            f"{checkpoint} needs prompts to be tuned on: give --prompts FILE, one per line"
+        )
+    return _numbered(seen, num_clips, CALIBRATION_SEED), _numbered(unseen, num_checks, CHECK_SEED)
+
+
+def _numbered(texts: Sequence[str], count: int, first_seed: int) -> list[Prompt]:
+    """Return so many prompts, repeated with other seeds if there are fewer texts."""
+    return [Prompt(i, texts[i % len(texts)], first_seed + i) for i in range(count)]

@@ -1,28 +1,201 @@
-"""From calibration clips to plans with an expected PSNR and cost."""
+"""From calibration clips to plans with an expected PSNR and cost, and a table that checks them.
 
+Results are kept row by row, so that a second start goes on where the first one stopped.
+"""
+
+import json
 import math
+import os
+import random
+import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from flowcache.errors import UserError
 from flowcache.runtime.metrics import PIXEL_MAX
-from flowcache.tune.forecast import Costs, Forecast, Target, fit_costs, fit_pixel_scale, to_psnr
+from flowcache.runtime.stats import RunStats
+from flowcache.runtime.text_files import escaped
 from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
-from flowcache.tune.gram import Calibration
-from flowcache.tune.measure import Prompt, calibrate, measure
-from flowcache.tune.methods import REFERENCE, WHOLE_KV, Method, held, planned, whole_kv
-from flowcache.tune.plan import Constraints, Plan, least_error_plans
-from flowcache.tune.rows import Rows, geometric_mean, mean
-from flowcache.tune.runs import CONDITIONAL, GUIDED, Runs, Size
+from flowcache.tune.gram import Calibration, GramCollector, Sketch, merge
+from flowcache.tune.methods import (
+    OWN_SIGNAL,
+    REFERENCE,
+    WHOLE_KV,
+    Method,
+    held,
+    planned,
+    whole_kv,
+)
+from flowcache.tune.plan import (
+    Constraints,
+    Costs,
+    Forecast,
+    Plan,
+    Target,
+    fit_costs,
+    fit_pixel_scale,
+    least_error_plans,
+    to_psnr,
+)
+from flowcache.tune.runs import CONDITIONAL, GUIDED, Prompt, Runs, Size
 
 MEASURED_SHARES = (1 / 3, 1 / 2)
-"""Shares of the steps in the plans that tell what steps cost and what an error means in dB."""
+"""Shares of the steps in the plans that show what steps cost and what an error means in dB."""
 NUM_MEASURED_CLIPS = 2
 NUM_PROBES = 6
 PROBE_SHARE = 1 / 8
 """Steps of a probe's gap, as a share of all."""
 STEP_SPREAD = 0.8
 """Of the mean cost of a step, what the computed ones cost at least."""
+SKETCH_SEED = 0
+
+
+class Rows:
+    """A file of JSON lines in a working folder that belongs to one set of settings."""
+
+    def __init__(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._path = folder / "rows.jsonl"
+        self._rows: list[dict[str, Any]] = []
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                raise UserError(
+                    f"{self._path}: line {number} is damaged: delete it, or choose another --work "
+                    "folder"
+                ) from None
+        wanted = json.loads(json.dumps(identity))
+        if not self._rows:
+            self.add(wanted)
+        elif self._rows[0] != wanted:
+            raise UserError(
+                f"{folder} holds the results of other settings: choose another --work folder, or "
+                "delete it"
+            )
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        self._rows.append(dict(row))
+
+    def find(self, **values: Any) -> list[dict[str, Any]]:
+        """Return the rows that have these values."""
+        return [r for r in self._rows[1:] if all(r.get(k) == v for k, v in values.items())]
+
+
+def mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Return the mean of a column."""
+    return statistics.fmean(float(row[key]) for row in rows)
+
+
+def geometric_mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Return the geometric mean of a column; 0 if one of its values is 0."""
+    values = [float(row[key]) for row in rows]
+    return statistics.geometric_mean(values) if all(values) else 0.0
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def calibrate(
+    runs: Runs, rows: Rows, prompts: Sequence[Prompt]
+) -> tuple[Calibration, list[tuple[int, float]]]:
+    """Record the clips that were not recorded yet.
+
+    Returns:
+        the mean inner products of the guided velocities, and the distances of the chunks' content
+        as (own step, distance).
+    """
+    width = runs.size().sketch_width
+    sketch = None if width is None else Sketch(width, seed=SKETCH_SEED)
+    for prompt in prompts:
+        if not rows.find(kind="calibration", index=prompt.index):
+            _record(runs, rows, prompt, sketch)
+    found = [rows.find(kind="calibration", index=prompt.index)[0] for prompt in prompts]
+    parts = [Calibration.load(rows.folder / row["file"]) for row in found]
+    return merge(parts), [(step, value) for row in found for step, value in row["distances"]]
+
+
+def _record(runs: Runs, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> None:
+    collector = GramCollector(runs.size().num_steps, runs.size().branches, sketch=sketch)
+    settings = (*OWN_SIGNAL, *runs.words.content)
+    clip = runs.render(settings, prompt=prompt.text, seed=prompt.seed, observe=collector.observe)
+    path = rows.folder / f"calibration-{prompt.index:03d}.npz"
+    part = path.with_name(f".{path.stem}.part.npz")
+    collector.finish().save(part)
+    os.replace(part, path)
+    distances = [(row.step, row.distance) for row in clip.stats.passes if row.distance is not None]
+    row = {"kind": "calibration", "index": prompt.index, "file": path.name, "distances": distances}
+    rows.add(row)
+    sys.stderr.write(f"calibrated on clip {prompt.index + 1}: {prompt.text}\n")
+
+
+def measure(
+    runs: Runs, rows: Rows, prompts: Sequence[Prompt], methods: Sequence[Method], *, kind: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the clips that were not made yet, each method against the reference of its clip.
+
+    Returns:
+        method -> its rows, one per prompt; the reference among them.
+    """
+    for prompt in prompts:
+        done = {row["method"] for row in rows.find(kind=kind, index=prompt.index)}
+        missing = [method for method in methods if method.name not in done]
+        if not missing and REFERENCE in done:
+            continue
+        reference = runs.render(OWN_SIGNAL, prompt=prompt.text, seed=prompt.seed)
+        where = {"kind": kind, "index": prompt.index}
+        if REFERENCE not in done:
+            row = _costs(reference.stats, reference.stats)
+            row["increments"] = _increments(reference.stats)
+            rows.add({**where, "method": REFERENCE, **row})
+        for method in missing:
+            clip = runs.render(
+                method.settings, prompt=prompt.text, seed=prompt.seed, preset=method.preset
+            )
+            mse = (clip.frames.double() - reference.frames.double()).square().mean().item()
+            psnr = _decibel(mse) if mse else None
+            row = {"mse": mse, "psnr": psnr, **_costs(clip.stats, reference.stats)}
+            rows.add({**where, "method": method.name, **row})
+        sys.stderr.write(f"{kind}: {len(missing)} methods on clip {prompt.index + 1}\n")
+    wanted = {prompt.index for prompt in prompts}
+    return {
+        name: [row for row in rows.find(kind=kind, method=name) if row["index"] in wanted]
+        for name in (REFERENCE, *(method.name for method in methods))
+    }
+
+
+def _decibel(mse: float) -> float:
+    """Return the PSNR of a mean squared error in pixel levels."""
+    return 10 * math.log10(PIXEL_MAX**2 / mse)
+
+
+def _costs(stats: RunStats, reference: RunStats) -> dict[str, Any]:
+    return {
+        "flops": stats.computed_flops / reference.computed_flops,
+        "seconds": stats.stage_times()["dit"].seconds,
+        "computed": stats.num_computed / (stats.num_computed + stats.num_reused),
+    }
+
+
+def _increments(stats: RunStats) -> list[list[float]]:
+    """Return what each own step of each chunk adds to an accumulator, from the second step on."""
+    branch = stats.passes[0].branch
+    chunks: dict[tuple[int, int], list[float]] = {}
+    for row in stats.passes:
+        if row.branch == branch and row.accumulated is not None:
+            chunks.setdefault((row.segment, row.chunk), []).append(row.accumulated)
+    return list(chunks.values())
+
+
+# Planning -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,24 +232,16 @@ def investigate(
         conditional=CONDITIONAL if size.holds_guidance else None,
     )
     model = with_gains(runs, rows, prompts[:NUM_MEASURED_CLIPS], plain)
-    plans = least_error_plans(
-        model,
-        constraints=constraints,
-        num_passes=size.num_passes if size.holds_guidance else 1,
-    )
+    num_passes = size.num_passes if size.holds_guidance else 1
+    plans = least_error_plans(model, constraints=constraints, num_passes=num_passes)
     sample = sample_plans(plans, num_steps=model.num_steps)
-    measured = measure(
-        runs,
-        rows,
-        prompts[:NUM_MEASURED_CLIPS],
-        [planned(plan) for plan in sample],
-        kind="scale",
-    )
+    methods = [planned(plan) for plan in sample]
+    measured = measure(runs, rows, prompts[:NUM_MEASURED_CLIPS], methods, kind="scale")
     reference = measured[REFERENCE]
     costs = {float(model.num_steps): (1.0, mean(reference, "seconds"))}
     errors: list[tuple[float, float]] = []
-    for plan in sample:
-        own = measured[planned(plan).name]
+    for plan, method in zip(sample, methods, strict=True):
+        own = measured[method.name]
         costs[plan.cost] = (mean(own, "flops"), mean(own, "seconds"))
         errors.append((plan.error, geometric_mean(own, "mse")))
     return Found(
@@ -93,8 +258,8 @@ def investigate(
 def with_gains(runs: Runs, rows: Rows, prompts: Sequence[Prompt], model: ErrorModel) -> ErrorModel:
     """Measure by how much errors grow that are made early or late; one short gap at a time."""
     probes = probe_plans(model)
-    methods = {name: Method(name, held(plan).settings) for name, (_, plan) in probes.items()}
-    measured = measure(runs, rows, prompts, list(methods.values()), kind="probe")
+    methods = [Method(name, held(plan).settings) for name, (_, plan) in probes.items()]
+    measured = measure(runs, rows, prompts, methods, kind="probe")
     gains: dict[float, float] = {}
     for name, (middle, plan) in probes.items():
         mse = geometric_mean(measured[name], "mse")
@@ -119,31 +284,17 @@ def probe_plans(model: ErrorModel) -> dict[str, tuple[float, Plan]]:
     return probes
 
 
-def check_leaves_steps(num_steps: int, constraints: Constraints) -> None:
-    """Refuse a schedule of so few steps that no plan reuses anything.
-
-    Raises:
-        UserError: it is so.
-    """
+def check_possible(target: Target, size: Size, constraints: Constraints) -> None:
+    """Refuse, before anything is measured, what no plan can do."""
+    num_steps = size.num_steps
     if len(constraints.forced(num_steps)) == num_steps or not constraints.most_reuses:
         raise UserError(
             f"nothing can be reused in {num_steps} steps: the first and the last one are always "
             "computed, --most-reuses must be 1 or more, and --warmup-steps and --final-steps must "
             "leave some"
         )
-
-
-def check_reachable(
-    target: Target, num_steps: int, constraints: Constraints, *, least_cost: float
-) -> None:
-    """Refuse a target that no plan can reach, before anything is measured.
-
-    Args:
-        least_cost: of a computed step, 1 for all guidance passes.
-
-    Raises:
-        UserError: it is so.
-    """
+    # in steps that run all passes
+    least_cost = 1 / size.num_passes if size.holds_guidance else 1
     fewest = constraints.fewest(num_steps)
     share = fewest / num_steps * least_cost * STEP_SPREAD
     if (target.name == "flops" and target.value < share) or (
@@ -154,14 +305,6 @@ def check_reachable(
             f"{num_steps} steps are computed, as at most {constraints.most_reuses} in a row are "
             "reused: ask for less, or raise --most-reuses"
         )
-
-
-def check_has_guidance(size: Size) -> None:
-    """Refuse to plan with guidance that is held where there is none.
-
-    Raises:
-        UserError: there is one guidance pass.
-    """
     if size.holds_guidance and size.num_passes == 1:
         raise UserError(
             "--hold-guidance needs a model with guidance, but this run has one pass (a distilled "
@@ -174,7 +317,7 @@ def kv_effect(runs: Runs, rows: Rows, prompts: Sequence[Prompt]) -> str:
     measured = measure(runs, rows, prompts[:NUM_MEASURED_CLIPS], [whole_kv()], kind="kv")
     own = measured[WHOLE_KV]
     mse = geometric_mean(own, "mse")
-    likeness = "equal to" if mse == 0 else f"{10 * math.log10(PIXEL_MAX**2 / mse):.1f} dB like"
+    likeness = "equal to" if mse == 0 else f"{_decibel(mse):.1f} dB like"
     return (
         f"KV cache     with compression clips are {likeness} those without, at "
         f"{1 / mean(own, 'flops'):.3g} of the FLOPs; what follows is against clips with it"
@@ -186,3 +329,72 @@ def sample_plans(plans: Mapping[float, Plan], *, num_steps: int) -> list[Plan]:
     costs = [cost for cost in plans if cost < num_steps]
     chosen = {min(costs, key=lambda c: abs(c - share * num_steps)) for share in MEASURED_SHARES}
     return [plans[cost] for cost in sorted(chosen)]
+
+
+def random_plans(
+    model: ErrorModel, *, count: int, constraints: Constraints, seed: int
+) -> list[Plan]:
+    """Return random plans that compute a quarter to 60 % of the steps, half of them with trend."""
+    draw, num_steps, plans = random.Random(seed), model.num_steps, list[Plan]()
+    while len(plans) < count:
+        size = draw.randint(max(num_steps // 4, 2), max(num_steps * 6 // 10, 3))
+        inner = sorted(draw.sample(range(1, num_steps - 1), size - 2))
+        steps = (0, *inner, num_steps - 1)
+        if constraints.allow(steps, num_steps=num_steps):
+            predictor = Predictor(1, 0.5) if len(plans) % 2 else Predictor(0)
+            plans.append(Plan(steps, predictor, model.plan(steps, predictor)))
+    return plans
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def summarize(
+    measured: Mapping[str, Sequence[Mapping[str, Any]]],
+    methods: Sequence[Method],
+    expected: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Average over the prompts, cheapest first; mark what nothing beats in cost and quality."""
+    table: list[dict[str, Any]] = []
+    base = mean(measured[REFERENCE], "seconds")
+    for method in methods:
+        rows = measured[method.name]
+        finite = [row for row in rows if row["psnr"] is not None]
+        averages = {name: mean(rows, name) for name in ("computed", "flops", "seconds")}
+        table.append(
+            {
+                "method": method.name,
+                "policy": method.policy,
+                "predictor": method.predictor,
+                "num_clips": len(rows),
+                **averages,
+                "speedup": base / averages["seconds"],
+                "psnr": mean(finite, "psnr") if finite else None,
+                "predicted_psnr": expected.get(method.name),
+            }
+        )
+    table.sort(key=lambda row: row["flops"])
+    best = -math.inf
+    for row in table:
+        found = math.inf if row["psnr"] is None else row["psnr"]
+        row["is_best"] = row["psnr"] is None or found > best
+        best = max(best, found)
+    return table
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table; `*` marks a method that no cheaper one beats."""
+    lines = [
+        "| method | computed | FLOPs | DiT s | speed-up | PSNR | predicted | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        predicted, found = row["predicted_psnr"], row["psnr"]
+        lines.append(
+            f"| {escaped(row['method'])} "
+            f"| {100 * row['computed']:.0f} % | {100 * row['flops']:.1f} % | "
+            f"{row['seconds']:.2f} | {row['speedup']:.2f}x | "
+            f"{'equal' if found is None else f'{found:.2f}'} | "
+            f"{'' if predicted is None else f'{predicted:.2f}'} | {'*' if row['is_best'] else ''} |"
+        )
+    return "\n".join(lines) + "\n"
