@@ -26,24 +26,26 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 import torch
-from benchmark import magi1, skyreels_v2
-from benchmark.budgets import read_budgets
-from benchmark.claims import claims
-from benchmark.family import Family, Source
-from benchmark.figures import markdown, reuse_markdown, summarize
-from benchmark.reuse import Rivals, reuse_methods
-from benchmark.work import parse_part, read_rows, render_missing, unseen_prompts
 
+from flowcache.bench.methods import (
+    Comparison,
+    Source,
+    comparison_of,
+    markdown,
+    parse_part,
+    read_rows,
+    render_missing,
+    reuse_markdown,
+    summarize,
+    unseen_prompts,
+)
+from flowcache.bench.reuse import claims, read_budgets, reuse_methods
 from flowcache.errors import UserError
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.model import MODELS, load_model
 from flowcache.runtime.stats import environment
 
-FAMILIES: Mapping[str, Family[Any, Any]] = {
-    "magi1": magi1.FAMILY,
-    "skyreels_v2": skyreels_v2.FAMILY,
-}
-RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 EXAMPLES = """examples:
   python scripts/bench_demo.py --model skyreels_v2 --out result/bench num_frames=77
   python scripts/bench_demo.py --model magi1 --part 1/2 --out result/bench
@@ -59,7 +61,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
     )
-    parser.add_argument("--model", choices=sorted(FAMILIES), required=True, help="whose methods")
+    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose methods")
     parser.add_argument(
         "--checkpoint", default="demo", help="as the model's own --model takes it (default: demo)"
     )
@@ -85,13 +87,9 @@ def parse_options() -> argparse.Namespace:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Render what is missing, and write the table if nothing is missing any more.
-
-    Raises:
-        UserError: something given is wrong.
-    """
-    family = chosen_family(options)
-    names = [method.name for method in family.methods]
+    """Render what is missing, and write the table if nothing is missing any more."""
+    comparison = chosen_comparison(options)
+    names = [method.name for method in comparison.methods]
     if options.list_methods:
         print("\n".join(names))
         return
@@ -102,13 +100,15 @@ def compare(options: argparse.Namespace) -> None:
         raise UserError(f"--methods: {unknown.pop()!r} is no row of the table: see --list-methods")
     part, num_parts = parse_part(options.part)
     check_writable(options.out)
-    methods = family.chosen(options.methods or names)
+    methods = comparison.chosen(options.methods or names)
     prompts = unseen_prompts(options.prompts)
     render_missing(
-        family,
+        comparison,
         methods,
         {i: prompt for i, prompt in prompts.items() if i % num_parts == part - 1},
-        source=Source(options.checkpoint, tuple(options.settings), options.out),
+        source=Source(
+            load_model(options.model), options.checkpoint, tuple(options.settings), options.out
+        ),
         log=options.out / f"rows-{part}.jsonl",
     )
     chosen = {(method.name, index) for method in methods for index in prompts}
@@ -116,39 +116,32 @@ def compare(options: argparse.Namespace) -> None:
     if len(rows) < len(chosen):
         print(f"{len(rows)} of {len(chosen)} clips are there: other parts are still at work")
         return
-    write_table(options, summarize(rows, methods), base_label=family.base_label)
+    write_table(options, summarize(rows, methods), base_label=comparison.base_label)
 
 
-def chosen_family(options: argparse.Namespace) -> Family[Any, Any]:
-    """Return the model with the rows of the table that is asked for.
-
-    Raises:
-        UserError: the budgets of the table of reuse rules are missing or of another model.
-    """
-    family = FAMILIES[options.model]
+def chosen_comparison(options: argparse.Namespace) -> Comparison:
+    """Return the model's comparison with the rows of the table that is asked for."""
+    comparison = comparison_of(options.model)
     if options.table == "methods":
-        return family
+        return comparison
     budgets = read_budgets(options.profiles, model=options.model, checkpoint=options.checkpoint)
-    methods = reuse_methods(RIVALS[options.model], budgets, options.profiles)
-    return replace(family, methods=methods)
+    return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
 
 
 def write_table(
     options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, base_label: str
 ) -> None:
     """Write the table as JSON and Markdown, and print it with what follows from it."""
-    is_reuse = options.table == "reuse"
-    text = reuse_markdown(table) if is_reuse else markdown(table, base_label=base_label)
-    verdicts = claims(table) if is_reuse else []
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
         "table": table,
     }
-    if is_reuse:
-        report["claims"] = verdicts
+    text = markdown(table, base_label=base_label)
+    if options.table == "reuse":
+        report["claims"] = claims(table)
+        text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in report["claims"])])
     write_json(options.out / "table.json", report)
-    text = "\n".join([text, *(f"- {line}" for line in verdicts)])
     write_text(options.out / "table.md", text.rstrip("\n") + "\n")
     print(text)
 

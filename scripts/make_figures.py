@@ -29,16 +29,19 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from benchmark import magi1, skyreels_v2
-from benchmark.family import Family, Source
-from benchmark.work import unseen_prompts
-
+from flowcache.bench.methods import (
+    Source,
+    comparison_of,
+    load,
+    prepare_method,
+    render,
+    unseen_prompts,
+)
 from flowcache.errors import UserError
 from flowcache.report.architecture import draw_architecture
 from flowcache.report.figures import (
@@ -52,6 +55,7 @@ from flowcache.report.figures import (
 from flowcache.report.framework import draw_framework
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
+from flowcache.runtime.model import load_model
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 RECORDS, TABLES = ASSETS / "records", ASSETS / "bench"
@@ -65,7 +69,7 @@ EXAMPLES = """examples:
 
 
 def draw_frames(
-    family: Family[Any, Any], methods: Mapping[str, str], *, settings: Sequence[str], index: int
+    model: str, methods: Mapping[str, str], *, settings: Sequence[str], index: int
 ) -> bytes:
     """Make clips of an unseen prompt, and return a PNG of their frames.
 
@@ -76,12 +80,16 @@ def draw_frames(
         index: of the prompt in that table.
     """
     attributes, seed = unseen_prompts(index + 1)[index]
-    known = {method.name: method for method in family.methods}
+    comparison = comparison_of(model)
+    known = {method.name: method for method in comparison.methods}
     with TemporaryDirectory() as folder:
-        source = Source("demo", tuple(settings), Path(folder))
-        jobs = [family.prepare(known[name], source) for name in methods.values()]
-        models = family.load(jobs[0])
-        clips = [family.render(job, models, attributes.caption, seed) for job in jobs]
+        source = Source(load_model(model), "demo", tuple(settings), Path(folder))
+        jobs = [
+            prepare_method(known[name], source, longer=comparison.longer)
+            for name in methods.values()
+        ]
+        models = load(jobs[0])
+        clips = [render(job, models, attributes.caption, seed) for job in jobs]
     strips = [strip_of(name, clip, clips[0]) for name, clip in zip(methods, clips, strict=True)]
     return draw_strips(strips, title=f"{attributes.caption}, seed {seed}")
 
@@ -94,17 +102,17 @@ def skyreels_v2_frames() -> bytes:
         "FlowCache": "FlowCache-fast, residual",
     }
     index = MEDIAN_CLIPS["skyreels_v2"]
-    return draw_frames(skyreels_v2.FAMILY, methods, settings=["num_frames=77"], index=index)
+    return draw_frames("skyreels_v2", methods, settings=["num_frames=77"], index=index)
 
 
 def magi1_frames() -> bytes:
     """Make MAGI-1's frames: neither a clean nor a nearly-clean pass in any row."""
     methods = {
-        "every step": magi1.NEITHER,
+        "every step": "vanilla, neither pass",
         "TeaCache": "TeaCache, neither pass (FlowCache-fast's FLOPs), latent update",
         "FlowCache": "FlowCache-fast, latent update",
     }
-    return draw_frames(magi1.FAMILY, methods, settings=[], index=MEDIAN_CLIPS["magi1"])
+    return draw_frames("magi1", methods, settings=[], index=MEDIAN_CLIPS["magi1"])
 
 
 def drawn_figures(key: str, model: str) -> dict[str, Callable[[], str]]:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.config import QuantizeName
 from flowcache.runtime.metrics import psnr
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import collect, encode_inputs, load_networks, prepare
-from flowcache.runtime.settings import QuantizeName
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped, table_row
 from flowcache.wan.quantize import check, linears, quantize

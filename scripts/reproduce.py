@@ -17,10 +17,16 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.bench.figures import Judge
 from flowcache.bench.protocol import VIDEOS, keep_protocol, read_protocol
-from flowcache.bench.table import gaps, markdown
-from flowcache.bench.verify import JSON_FILE, Inputs, read_table, verify, write_table
+from flowcache.bench.table import (
+    JSON_FILE,
+    Judge,
+    gaps,
+    markdown,
+    read_report,
+    verify,
+    write_table,
+)
 from flowcache.errors import UserError
 from flowcache.report.comparison import make_network
 from flowcache.runtime.cli import Parser, choose_device, run_command
@@ -51,11 +57,7 @@ Exit code: 0; 1 if --verify finds a contradiction; 2 if something given is wrong
 def make_judge(
     metrics: Sequence[str], weights: Path | None, *, device: str
 ) -> tuple[Judge, list[str]]:
-    """Return what compares videos, and what people should know about it.
-
-    Raises:
-        UserError: the device or the weights can't be used.
-    """
+    """Return what compares videos, and what people should know about it."""
     place = choose_device(device)
     network = make_network(metrics, weights, device=place)
     has_lpips = network.network is not None
@@ -75,37 +77,30 @@ def execute(options: argparse.Namespace) -> int:
     protocol = read_protocol(options.protocol)
     keep_protocol(options.protocol, options.out)
     judge, notes = make_judge(METRICS, options.lpips_weights, device=options.device)
-    count = options.num_prompts
-    tasks = protocol.tasks(options.model, num_prompts=count)
-    inputs = Inputs(
-        protocol, tasks, options.out, judge, notes, model=options.model, num_prompts=count
+    report = write_table(
+        protocol,
+        options.out,
+        judge=judge,
+        notes=notes,
+        model=options.model,
+        num_prompts=options.num_prompts,
     )
-    print(markdown(write_table(inputs)))
+    print(markdown(report))
     return 0
 
 
 def check(out: Path, weights: Path | None, *, device: str) -> int:
-    """Verify a result folder; return the exit code.
-
-    Raises:
-        UserError: it is none, or LPIPS can't be computed as it was.
-    """
-    report = read_table(out)
+    """Verify a result folder; return the exit code."""
+    report = read_report(out)
     found = [f"{out / JSON_FILE}: {gap}" for gap in gaps(report)]
-    if found:
-        return say_contradictions(out, found)
-    judge, _ = make_judge(report["metrics"], weights, device=device)
-    if judge.digests != report["lpips_sha256"]:
-        raise UserError("LPIPS was computed with other weights: give those by --lpips-weights")
-    found = verify(out, report, judge=judge)
-    if found:
-        return say_contradictions(out, found)
-    print(f"{out}: {len(report['receipts'])} videos and all figures fit their receipts")
-    return 0
-
-
-def say_contradictions(out: Path, found: Sequence[str]) -> int:
-    """List contradictions on standard error; return the exit code."""
+    if not found:
+        judge, _ = make_judge(report["metrics"], weights, device=device)
+        if judge.digests != report["lpips_sha256"]:
+            raise UserError("LPIPS was computed with other weights: give those by --lpips-weights")
+        found = verify(out, report, judge=judge)
+    if not found:
+        print(f"{out}: {len(report['receipts'])} videos and all figures fit their receipts")
+        return 0
     for line in found:
         sys.stderr.write(f"{line}\n")
     sys.stderr.write(f"{len(found)} contradictions in {out}: start its command again\n")

@@ -15,8 +15,4 @@ OUT=${OUT:-$here/../result/reproduce_skyreels_v2} # result folder
 DEVICE=${DEVICE:-auto}         # of the metrics; auto: a GPU if there is one
 LPIPS_WEIGHTS=${LPIPS_WEIGHTS:-} # AlexNet's file; empty: torch's cache
 
-given=(--protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
-    ${NUM_PROMPTS:+--num-prompts "$NUM_PROMPTS"})
-sample_videos "${given[@]}"
-python "$here/reproduce.py" "${given[@]}" \
-    --device "$DEVICE" ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}
+make_table

@@ -22,22 +22,25 @@ start_quietly(__name__)
 
 import torch
 
-from flowcache.bench.locks import STALE_SECONDS
-from flowcache.bench.prompts import (
+from flowcache.bench.protocol import VIDEOS, keep_protocol, read_protocol
+from flowcache.bench.render import Renderer
+from flowcache.bench.tasks import (
     VBENCH_DIMENSIONS,
+    Kind,
+    Origin,
     Run,
+    Task,
+    alarms,
+    check_names,
     from_lines,
     from_physics_iq,
     from_vbench,
 )
-from flowcache.bench.protocol import VIDEOS, Protocol, keep_protocol, read_protocol
-from flowcache.bench.render import Renderer
-from flowcache.bench.tasks import Kind, Origin, Task, check_names
-from flowcache.bench.worker import Worker, say_alarms, say_failures, warned_once
+from flowcache.bench.worker import STALE_SECONDS, Worker, warned_once
 from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
-from flowcache.launch import Place
 from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.ending import Place
 from flowcache.runtime.files import check_writable
 from flowcache.runtime.model import MODELS
 
@@ -114,11 +117,7 @@ def make_parser() -> Parser:
 
 
 def list_tasks(options: argparse.Namespace) -> list[Task]:
-    """Return everything that is to be made.
-
-    Raises:
-        UserError: something given is wrong.
-    """
+    """Return everything that is to be made."""
     settings: list[str] = options.settings
     family: str | None = options.family
     if options.protocol is not None:
@@ -134,16 +133,9 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
         raise UserError("--num-prompts is of a protocol's prompts: leave it out")
     if family not in MODELS:
         raise UserError(f"the first argument must be {' or '.join(MODELS)}, not {family}")
-    check_numbers(options)
-    template = Task(
-        name="",
-        family=family,
-        model=options.model or "auto",
-        preset=options.preset,
-        prompt="",
-        seed=options.seed,
-        settings=tuple(settings),
-    )
+    check_numbers(options.per_prompt, options.seed)
+    model, given = options.model or "auto", tuple(settings)
+    template = Task("", family, model, options.preset, "", options.seed, given)
     run = Run(template, options.per_prompt)
     if options.prompts is not None:
         tasks = from_lines(options.prompts, run)
@@ -155,30 +147,22 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def check_numbers(options: argparse.Namespace) -> None:
-    """Check the numbers of an own list.
-
-    Raises:
-        UserError: one is too small or too large.
-    """
-    if not 1 <= options.per_prompt <= MAX_PER_PROMPT:
+def check_numbers(per_prompt: int, seed: int) -> None:
+    """Check the numbers of an own list."""
+    if not 1 <= per_prompt <= MAX_PER_PROMPT:
         raise UserError(
-            f"--per-prompt must be 1 to {MAX_PER_PROMPT}, not {options.per_prompt}: give more "
-            "prompts, or start again with another --seed"
+            f"--per-prompt must be 1 to {MAX_PER_PROMPT}, not {per_prompt}: give more prompts, or "
+            "start again with another --seed"
         )
-    last = MAX_SEED - (options.per_prompt - 1)
-    if not 0 <= options.seed <= last:
+    last = MAX_SEED - (per_prompt - 1)
+    if not 0 <= seed <= last:
         raise UserError(
-            f"--seed must be 0 to {last}, so that that of every video is a seed, not {options.seed}"
+            f"--seed must be 0 to {last}, so that that of every video is a seed, not {seed}"
         )
 
 
 def prepare_folder(options: argparse.Namespace) -> Path:
-    """Return the folder of the videos; that of a protocol gets its copy first.
-
-    Raises:
-        UserError: it can't be written, or holds results of another protocol.
-    """
+    """Return the folder of the videos; that of a protocol gets its copy first."""
     check_writable(options.out)
     if options.protocol is None:
         return options.out
@@ -187,20 +171,17 @@ def prepare_folder(options: argparse.Namespace) -> Path:
 
 
 def check_kinds(
-    tasks: Sequence[Task], renderer: Renderer, protocol: Protocol | None
+    tasks: Sequence[Task], renderer: Renderer, protocol: Path | None
 ) -> dict[Kind, Origin]:
     """Check the settings of every kind of task once, before anything is loaded.
 
     Returns: what the videos of each kind are made from.
-
-    Raises:
-        UserError: every task of a kind would fail, or is not what the protocol pins.
     """
-    origins: dict[Kind, Origin] = {}
-    for task in {(task.kind, task.folder): task for task in tasks}.values():
-        pins = None if protocol is None else protocol.pins(task.folder)
-        origins[task.kind] = renderer.check(task, pins=pins)
-    return origins
+    pinned = None if protocol is None else read_protocol(protocol)
+    return {
+        task.kind: renderer.check(task, pins=None if pinned is None else pinned.pins(task.folder))
+        for task in {(task.kind, task.folder): task for task in tasks}.values()
+    }
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -211,19 +192,21 @@ def execute(options: argparse.Namespace) -> int:
     out = prepare_folder(options)
     place = Place.of(os.environ)
     renderer = Renderer(_device(place))
-    protocol = None if options.protocol is None else read_protocol(options.protocol)
-    origins = check_kinds(tasks, renderer, protocol)
+    origins = check_kinds(tasks, renderer, options.protocol)
     worker = Worker(tasks, out, renderer.render, origins, stale_seconds=options.stale_after)
     with warned_once(MODELS.values()):
         failures = worker.run(first=place.rank * len(tasks) // place.size)
-    if place.rank == 0:
-        done = len(tasks) - len(failures)
-        print(f"{done} of {len(tasks)} videos are complete in {out}")
-        say_alarms(tasks, out, failures)
-        say_failures(failures)
-    # all know all failures; one that ended with an error would make the launcher end the others
-    # before the main one has listed them
-    return EXIT_SOME_FAILED if failures and place.rank == 0 else 0
+    if place.rank != 0:
+        # all know all failures; one that ended with an error would make the launcher end the
+        # others before the main one has listed them
+        return 0
+    done = [task for task in tasks if task.label not in failures]
+    print(f"{len(done)} of {len(tasks)} videos are complete in {out}")
+    for line in alarms(done, out):
+        sys.stderr.write(f"{line}\n")
+    for label, reason in failures.items():
+        sys.stderr.write(f"failed: {label}: {reason}\n")
+    return EXIT_SOME_FAILED if failures else 0
 
 
 def _device(place: Place) -> str:

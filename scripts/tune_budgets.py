@@ -14,25 +14,35 @@ What is measured is kept in OUT/work; a second start goes on where the first one
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
 import tune
-from benchmark import magi1, skyreels_v2
-from benchmark.budgets import LEVELS, MID, Adaptive, Budgets, Level, write_budgets
-from benchmark.reuse import Rivals, rule_names, rule_settings
-from benchmark.search import Trials, find_threshold, suiting_factor
 
+from flowcache.bench.methods import Comparison, comparison_of
+from flowcache.bench.reuse import (
+    LEVELS,
+    MID,
+    Adaptive,
+    Budgets,
+    Level,
+    Outcome,
+    Trials,
+    find_threshold,
+    rule_names,
+    rule_settings,
+    suiting_factor,
+    write_budgets,
+)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.files import check_writable
-from flowcache.runtime.model import load_model
+from flowcache.runtime.model import MODELS, load_model
 from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tune.gap import ErrorModel
 from flowcache.tune.gram import Calibration, merge
@@ -40,7 +50,6 @@ from flowcache.tune.methods import even_steps, published
 from flowcache.tune.runs import Runs, choose_prompts
 from flowcache.tune.study import Rows
 
-RIVALS: Mapping[str, Rivals] = {"magi1": magi1.RIVALS, "skyreels_v2": skyreels_v2.RIVALS}
 NUM_SEARCH_CLIPS = 2
 HALF_A_STEP = 0.55
 """How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
@@ -56,14 +65,13 @@ EXAMPLES = """examples:
 class Bench:
     """What all parts of the command need."""
 
-    runs: Runs
-    rivals: Rivals
+    comparison: Comparison
     trials: Trials
     options: argparse.Namespace
 
     @property
     def work(self) -> Path:
-        """Return the folder of the calibration."""
+        """The folder of the calibration."""
         return self.options.out / "work"
 
 
@@ -72,7 +80,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
     )
-    parser.add_argument("--model", choices=sorted(RIVALS), required=True, help="whose rules")
+    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose rules")
     parser.add_argument("--checkpoint", default="demo", help="as tune.py takes it (default: demo)")
     parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="folder of profiles and budgets")
@@ -90,7 +98,7 @@ def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     check_writable(options.out)
     bench = open_bench(options)
-    words, preset = bench.rivals.words, bench.rivals.preset
+    words, preset = bench.comparison.words, bench.comparison.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
     print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
     profiles = {level: tuned(bench, min(times * fast, 1)) for level, times in LEVELS.items()}
@@ -117,37 +125,31 @@ def command(options: argparse.Namespace) -> None:
 
 def open_bench(options: argparse.Namespace) -> Bench:
     """Load the model and find what was measured before."""
-    rivals = RIVALS[options.model]
+    comparison = comparison_of(options.model)
     runs = Runs(
         load_model(options.model),
         options.checkpoint,
-        rivals.preset,
+        comparison.preset,
         options.settings,
         folder=options.out,
     )
     prompts, _ = choose_prompts(
         None, checkpoint=options.checkpoint, num_clips=options.clips, num_checks=0
     )
-    identity: dict[str, Any] = {
-        key: getattr(options, key) for key in ("model", "checkpoint", "settings")
-    }
+    identity = {key: getattr(options, key) for key in ("model", "checkpoint", "settings")}
     rows = Rows(options.out / "search", identity=identity)
     runs.load()
-    return Bench(runs, rivals, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
+    return Bench(comparison, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
 
 
 def tuned(bench: Bench, flops: float) -> Path:
-    """Return the profile of a budget; it is made if it isn't there.
-
-    Raises:
-        UserError: tune.py refuses.
-    """
+    """Return the profile of a budget; it is made if it isn't there."""
     options = bench.options
     path = options.out / f"flops_{flops:.2f}.yaml"
     if path.is_file():
         return path
     line = ["--model", options.model, "--checkpoint", options.checkpoint]
-    line += ["--preset", bench.rivals.preset, "--target", f"flops={flops:.4f}"]
+    line += ["--preset", bench.comparison.preset, "--target", f"flops={flops:.4f}"]
     line += ["--clips", str(options.clips), "--check-prompts", "0"]
     line += ["--work", str(bench.work), "--out", str(path), *options.settings]
     tune.command(tune.parse_options(line))
@@ -181,30 +183,27 @@ def make_adaptive(
     bench: Bench, rule: str, level: str, own: Level, *, fast: float, model: ErrorModel
 ) -> Adaptive:
     """Return an adaptive rule with the threshold that comes nearest to a budget."""
-    words, wanted = bench.rivals.words, fast * LEVELS[level]
+    words, wanted = bench.comparison.words, fast * LEVELS[level]
     preset, settings = rule_settings(
-        rule, words, preset=bench.rivals.preset, profile=bench.options.out / own.profile
+        rule, words, preset=bench.comparison.preset, profile=bench.options.out / own.profile
     )
-    settings = [*settings, *published(words)]
-    threshold: float | None = None
+    settings += published(words)
+
+    def outcome(threshold: float | None) -> Outcome:
+        given = [] if threshold is None else [f"reuse.threshold={threshold:.6g}"]
+        return bench.trials.outcome([*settings, *given], preset=preset)
+
+    threshold = None
     if (rule, level) != ("flowcache", MID):
         threshold = find_threshold(
-            lambda value: (
-                bench.trials.outcome(with_threshold(settings, value), preset=preset).flops
-            ),
+            lambda value: outcome(value).flops,
             wanted,
             start=STARTS[rule],
-            tolerance=HALF_A_STEP / bench.runs.size().num_steps,
+            tolerance=HALF_A_STEP / bench.trials.runs.size().num_steps,
         )
-    chosen = settings if threshold is None else with_threshold(settings, threshold)
-    found = bench.trials.outcome(chosen, preset=preset)
+    found = outcome(threshold)
     print(f"{rule:10} {level:5} threshold {threshold} spends {found.flops:.4f} of {wanted:.4f}")
     return Adaptive(rule, level, threshold, found.flops, suiting_factor(model, found.steps))
-
-
-def with_threshold(settings: Sequence[str], threshold: float) -> list[str]:
-    """Return settings with a threshold, in the digits that are kept."""
-    return [*settings, f"reuse.threshold={threshold:.6g}"]
 
 
 if __name__ == "__main__":

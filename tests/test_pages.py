@@ -39,22 +39,22 @@ SHORT = (
 )
 """What makes a video -> settings behind it that make it short."""
 ELSEWHERE = {
-    "scripts/setup.sh": ("tests/common/test_setup.py", "setup.sh"),
+    "scripts/setup.sh": ("tests/runtime/test_setup.py", "setup.sh"),
     "scripts/gpu_check.sh": ("tests/scripts/test_gpu_check.py", "gpu_check.sh"),
     "scripts/bench_gpu.py": ("tests/scripts/test_bench_gpu.py", "bench_gpu"),
     "scripts/rehearse_gpu.py": ("tests/scripts/test_rehearsal.py", "rehearse_gpu"),
     "scripts/quantize_error.py": ("tests/scripts/test_quantize_error.py", "quantize_error"),
     "scripts/test.sh": (".ci/run", "test.sh"),
-    "scripts/reproduce": ("tests/scripts/test_reproduce.py", "reproduce_"),
-    "scripts/bench_demo.py": ("tests/demo/test_bench_demo.py", "bench_demo"),
+    "scripts/reproduce": ("tests/scripts/test_table.py", "reproduce_"),
+    "scripts/bench_demo.py": ("tests/demo/test_bench.py", "bench_demo"),
     "scripts/make_figures.py": ("tests/scripts/test_make_figures.py", "make_figures"),
     "scripts/train_demo.py": ("tests/demo/test_train_demo.py", "recipe"),
     "scripts/check_golden.py": ("tests/test_check_golden.py", "check_golden"),
-    "scripts/tune_budgets.py": ("tests/demo/test_bench_reuse.py", "tune_budgets"),
+    "scripts/tune_budgets.py": ("tests/demo/test_bench.py", "tune_budgets"),
     "scripts/tune.py": ("tests/scripts/test_tune.py", "tune"),
     "reuse.profile=profile.yaml": ("tests/models/test_tuned.py", "reuse.profile="),
     "MODEL=/data": ("tests/skyreels_v2/test_launchers.py", "MODEL="),
-    "MODEL=Skywork": ("tests/common/test_hub.py", "snapshot"),
+    "MODEL=Skywork": ("tests/runtime/test_hub.py", "snapshot"),
     "--download": ("tests/magi1/test_checkpoint.py", "download"),
     "python -c": ("tests/magi1/test_launchers.py", "the_shipped_picture"),
 }

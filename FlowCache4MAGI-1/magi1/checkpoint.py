@@ -17,11 +17,11 @@ from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import profile
 from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.embeddings import tokenizer_files
 from flowcache.runtime.ending import temporary_folder
 from flowcache.runtime.files import parse_json
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from flowcache.runtime.model import Source
-from flowcache.runtime.tokenizer import tokenizer_files
 from flowcache.runtime.weights import (
     StoredTensor,
     find_shards,

@@ -30,12 +30,13 @@ from flowcache.bounds import (
 from flowcache.compress import KVRule, strategy_of
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse
-from flowcache.runtime.config import describe, load_config
-from flowcache.runtime.settings import (
+from flowcache.runtime.config import (
     MAX_PROCESSES,
     KernelName,
     ParallelRule,
     check_prompt,
+    describe,
+    load_config,
     parse_limit,
 )
 from magi1.released import FIELDS, PRESETS

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.images import read_image
 from flowcache.runtime.model import Source
-from flowcache.runtime.video import Pixels, read_video, to_pixels
+from flowcache.runtime.video import Pixels, read_image, read_video, to_pixels
 from magi1.checkpoint import find_path
 from magi1.config import RunConfig, RuntimeConfig
 from magi1.text import SpecialTokens, load_special_tokens

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
+from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.model import Progress, Work
-from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from flowcache.errors import UserError, first_line
 from flowcache.runtime import profile
-from flowcache.runtime.embeddings import hash_files
+from flowcache.runtime.embeddings import hash_files, load_tokenizer, tokenizer_files
 from flowcache.runtime.files import ARRAY_ERRORS
-from flowcache.runtime.tokenizer import load_tokenizer, tokenizer_files
 from flowcache.runtime.weights import (
     check_files,
     find_shards,

@@ -10,6 +10,7 @@ from flowcache.compress import ImportanceRedundancy, TokenLayout, strategy_of
 from flowcache.policies import ReusePolicy, guidance_of, stored_results
 from flowcache.runtime import memory
 from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.config import check_pass, check_work
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import (
@@ -21,7 +22,6 @@ from flowcache.runtime.plan import (
     walk,
 )
 from flowcache.runtime.profile import policy_maker
-from flowcache.runtime.settings import check_pass, check_work
 from flowcache.schedule import Tick
 from magi1.config import PIXELS_PER_TOKEN, ModelConfig, RunConfig
 from magi1.dit import DiT, block_flops, context_flops, embed_flops, head_flops, set_precision

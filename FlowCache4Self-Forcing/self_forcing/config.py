@@ -18,8 +18,13 @@ from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule
 from flowcache.predict import Quantity
-from flowcache.runtime.config import describe
-from flowcache.runtime.settings import KernelName, ParallelRule, check_prompt, parse_limit
+from flowcache.runtime.config import (
+    KernelName,
+    ParallelRule,
+    check_prompt,
+    describe,
+    parse_limit,
+)
 from self_forcing.released import PRESETS
 
 MAX_POSITIONS = 1024

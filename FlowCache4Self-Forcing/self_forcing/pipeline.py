@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from flowcache.policies import Observe, Policies
+from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, Work
-from flowcache.runtime.offload import HostWeights
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from flowcache.errors import UserError
+from flowcache.runtime.config import check_work
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.settings import check_work
 from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
 from flowcache.wan.vae import TEMPORAL_STRIDE

@@ -13,8 +13,8 @@ import torch
 from flowcache.attention import SDPA, Kernel
 from flowcache.bounds import given_path
 from flowcache.errors import UserError
+from flowcache.runtime.embeddings import tokenizer_files
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
-from flowcache.runtime.tokenizer import tokenizer_files
 from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import checkpoint as wan
 from flowcache.wan import text, vae

@@ -19,12 +19,12 @@ from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
 from flowcache.predict import PREDICTORS, Quantity
-from flowcache.runtime.config import describe
-from flowcache.runtime.settings import (
+from flowcache.runtime.config import (
     KernelName,
     ParallelRule,
     QuantizeName,
     check_prompt,
+    describe,
     parse_limit,
 )
 from skyreels_v2.released import PRESETS

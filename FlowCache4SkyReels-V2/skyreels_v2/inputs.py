@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.images import image_size, read_image
-from flowcache.runtime.video import probe, read_video, to_pixels
+from flowcache.runtime.video import image_size, probe, read_image, read_video, to_pixels
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2.config import RunConfig
 

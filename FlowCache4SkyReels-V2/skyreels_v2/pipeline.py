@@ -15,8 +15,8 @@ from torch import Tensor
 from flowcache.kv import KVCache, caches_for
 from flowcache.policies import Observe, Policies, ReusePolicy, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
+from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.model import Progress, SegmentWork, Work
-from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowcache.errors import UserError
-from flowcache.runtime.settings import check_work
+from flowcache.runtime.config import check_work
 from flowcache.wan.vae import TEMPORAL_STRIDE
 from skyreels_v2.config import RunConfig
 

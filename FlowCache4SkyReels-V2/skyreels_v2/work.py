@@ -10,6 +10,7 @@ from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
 from flowcache.policies import stored_results
+from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import (
@@ -20,7 +21,6 @@ from flowcache.runtime.plan import (
     scored_bytes,
     walk,
 )
-from flowcache.runtime.settings import check_pass
 from flowcache.schedule import Tick
 from flowcache.wan.dit import (
     PATCH,

@@ -1,8 +1,8 @@
 """Start the processes of a run: `python -m flowcache.launch 4 -m magi1 ARGUMENTS`.
 
-This is `torchrun --standalone --nproc_per_node=4 -m magi1 ARGUMENTS` with three differences. All
-sockets listen on the loopback interface only. Whatever ends the run is one line, without an account
-of several programs. What a killed process was writing keeps its frames as `NAME.partial.mp4`.
+This is `torchrun --standalone --nproc_per_node=4 -m magi1 ARGUMENTS`, but all sockets listen on the
+loopback interface only, whatever ends the run is one line, and what a killed process was writing
+keeps its frames as `NAME.partial.mp4`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -25,9 +25,7 @@ from flowcache.runtime.ending import (
     EXIT_LOST,
     EXIT_USER_ERROR,
     LAUNCHER,
-    ORPHANED,
     Ending,
-    Starter,
     Stopped,
     rescue,
     start_quietly,
@@ -45,86 +43,11 @@ KILL_SECONDS = END_SECONDS + 10
 """Between the request to end and SIGKILL."""
 
 
-MEET_SECONDS = 60.0
-"""How long an answer of torchrun is waited for."""
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_UNSET = "unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process, else start it by torchrun"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which of how many processes this is."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    """Which one on its machine."""
-
-    @property
-    def shared_rank(self) -> int | None:
-        """Its `local_rank` where several processes share the machines' devices, else None."""
-        return self.local_rank if self.size > 1 else None
-
-    @classmethod
-    def of(cls, variables: Mapping[str, str]) -> "Place":
-        """Read the environment that torchrun gives its processes; without it there is one."""
-        read = {name: variables.get(name, "") for name in _VARIABLES}
-        for name, text in read.items():
-            if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
-                raise UserError(
-                    f"{name}={text[:40]} in the environment must be a whole number, 0 or more: "
-                    f"{_UNSET}"
-                )
-        if not read["RANK"] and int(read["WORLD_SIZE"] or 1) != 1:
-            raise UserError(
-                f"WORLD_SIZE={read['WORLD_SIZE']} is in the environment, but no RANK: {_UNSET}"
-            )
-        rank, size = int(read["RANK"] or 0), int(read["WORLD_SIZE"] or 1)
-        place = cls(rank, size, int(read["LOCAL_RANK"] or 0))
-        for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
-            if value >= size:
-                raise UserError(
-                    f"{name}={value} in the environment must be below WORLD_SIZE={size}: {_UNSET}"
-                )
-        return place
-
-
-def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:
-    """Return the process that started this one as one of several; None: this one is alone.
-
-    Raises:
-        Stopped: it has ended already.
-    """
-    if LAUNCHER in variables:
-        pid, notes, _ = map(int, variables[LAUNCHER].split(","))
-        starter = Starter(pid, says_why=True, notes=notes if place.rank == 0 else None)
-    elif place.size > 1 or "TORCHELASTIC_RUN_ID" in variables:
-        starter = Starter(os.getppid())
-    else:
-        return None
-    is_torchrun = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if starter.pid != os.getppid() or (is_torchrun and not _is_there(variables)):
-        raise Stopped(signal.SIGTERM, "" if place.rank else ORPHANED)
-    return starter
-
-
-def _is_there(variables: Mapping[str, str]) -> bool:
-    """Tell whether torchrun still listens; it may have ended while Python started here."""
-    try:
-        address = (variables["MASTER_ADDR"], int(variables["MASTER_PORT"]))
-        socket.create_connection(address, timeout=MEET_SECONDS).close()
-    except ConnectionRefusedError:
-        return False
-    except (OSError, KeyError, ValueError):
-        return True  # not known
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them; return the exit code.
 
-    It is 0, 2 (something given is wrong), 128 + N where signal N ended this or a process, else that
-    of the process which failed.
+    That is 0, 2 (something given is wrong), 128 + N after signal N, else that of the process which
+    failed.
     """
     num, *command = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
@@ -140,12 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(num: str, command: Sequence[str]) -> int:
-    """Run a command in several processes; return the exit code.
-
-    Args:
-        num: how many.
-        command: what follows `python`.
-    """
+    """Run a command, which follows `python`, in `num` processes; return the exit code."""
     if not (num.isascii() and num.isdecimal() and 0 < int(num[:9]) < 10_000):
         raise UserError(f"GPUS={num} must be a whole number of processes, 1 or more")
     if not command:
@@ -207,12 +125,12 @@ class Processes:
 
         Returns: the exit code, and why that process failed; None: it has said so itself.
         """
-        while None in (codes := self._codes()) and not any(codes):
+        while None in (codes := [each.poll() for each in self.running]) and not any(codes):
             time.sleep(POLL_SECONDS)
         if not any(codes):
             return 0, None
         time.sleep(SETTLE_SECONDS)
-        codes = self._codes()
+        codes = [each.poll() for each in self.running]
         rank = min(range(self.num), key=lambda rank: _blame(codes[rank]))
         code, process = codes[rank] or 0, f"process {rank} of {self.num}"
         if code < 0:
@@ -227,9 +145,6 @@ class Processes:
         if code == EXIT_USER_ERROR:
             return code, None
         return code, f"{process} ended with exit code {code}; why stands above"
-
-    def _codes(self) -> list[int | None]:
-        return [process.poll() for process in self.running]
 
     def _end(self) -> None:
         for process in self.running:

@@ -9,7 +9,7 @@ from flops import MAGI1_WINDOWS, magi1_clip
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.policies import Policies
 from flowcache.runtime.compile import Compilation, should_compile
-from flowcache.runtime.model import Request
+from flowcache.runtime.model import Progress, Request
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.run import read_settings
 from flowcache.runtime.stats import RunStats
@@ -18,7 +18,7 @@ from gpu.traces import MAGI1_CURVE
 from magi1.config import RunConfig
 from magi1.dit import DiT, compiled_parts, published_block_flops, set_precision
 from magi1.model import ASSUMED_TOKENS, MODEL
-from magi1.pipeline import Conditioning, Progress, generate
+from magi1.pipeline import Conditioning, generate
 from magi1.sampler import ALL_BRANCHES
 from magi1.schedule import Clip, Clock, visible
 from magi1.vae import RELEASED, VAE, VAEConfig, ViTVAE

@@ -267,8 +267,9 @@ def _figures(
 ) -> dict[str, Any]:
     """Return seconds, FLOPs and bytes; a shortened run is scaled up to all steps."""
     times = stats.stage_times()
-    dit, ticks = times["dit"].seconds, list(stats.times.tick_seconds().values())
-    forwards = list(stats.times.pass_seconds().values())
+    traced = stats.times.read()
+    dit, ticks = times["dit"].seconds, list(traced.tick_seconds.values())
+    forwards = list(traced.pass_seconds.values())
     compression = times[COMPRESSION].seconds if COMPRESSION in times else 0.0
     scale = _scale(subject, job)
     whole, flops = dit, float(stats.computed_flops)

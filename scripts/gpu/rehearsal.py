@@ -10,11 +10,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from flowcache.attention import choose_kernel
 from flowcache.policies import Policies
+from flowcache.runtime.config import KernelName
 from flowcache.runtime.memory import MemoryPlan, Networks, make_memory_plan, weight_bytes
 from flowcache.runtime.model import Progress
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.plan import per_process
-from flowcache.runtime.settings import KernelName
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick

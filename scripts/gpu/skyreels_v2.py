@@ -10,7 +10,7 @@ from torch import Tensor
 from flowcache.attention import Kernel, choose_kernels
 from flowcache.policies import Policies
 from flowcache.runtime.compile import Compilation, should_compile
-from flowcache.runtime.model import Request, Source
+from flowcache.runtime.model import Progress, Request, Source
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import read_settings
@@ -31,7 +31,7 @@ from gpu.traces import SKYREELS_CURVE
 from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
-from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, Progress, generate
+from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, generate
 from skyreels_v2.work import VAE_STRIDE, branches_of, work_of
 
 STEPS = {"paper": 50, "tiny": 10}

@@ -1,11 +1,17 @@
 # Launchers source this file. It enters the Python environment (made the first time) and defines:
 #
-#   sample_videos ARGUMENTS...   scripts/sample.py in $GPUS processes
+#   sample_videos ARGUMENTS...              scripts/sample.py in $GPUS processes
+#   sample_vbench MODEL ARGUMENTS...        the same with VBench's prompts
+#   sample_physics_iq MODEL ARGUMENTS...    the same with Physics-IQ's clips
+#   make_table                              the videos of a protocol, then its table
+#
+# All take the variables of the launcher; samples go into the folder of its model.
 #
 # On several machines the same launcher is started on each, with one OUT that all of them see: the
 # work is shared by that folder alone.
 
 flowcache_scripts="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+flowcache_model="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[1]}")/../.." && pwd)"
 source "$flowcache_scripts/setup.sh"
 
 sample_videos() {
@@ -22,4 +28,23 @@ sample_videos() {
     else
         python -m flowcache.launch "$count" "$flowcache_scripts/sample.py" "$@"
     fi
+}
+
+sample_vbench() {
+    sample_videos "$1" --preset "$PRESET" --model "$MODEL" --vbench "$PROMPTS" \
+        --out "${OUT:-$flowcache_model/result/vbench/$PRESET}" --seed "$SEED" --per-prompt "$PER_PROMPT" \
+        ${DIMENSIONS:+--dimensions "$DIMENSIONS"} "${@:2}"
+}
+
+sample_physics_iq() {
+    sample_videos "$1" --preset "$PRESET" --model "$MODEL" --physics-iq "$DATA" \
+        --out "${OUT:-$flowcache_model/result/physicsiq/$PRESET}" --seed "$SEED" "${@:2}"
+}
+
+make_table() {
+    local given=(--protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
+        ${NUM_PROMPTS:+--num-prompts "$NUM_PROMPTS"})
+    sample_videos "${given[@]}"
+    python "$flowcache_scripts/reproduce.py" "${given[@]}" \
+        --device "$DEVICE" ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}
 }

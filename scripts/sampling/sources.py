@@ -1,5 +1,5 @@
-"""The names of `flowcache.bench.prompts` that scripts import from here."""
+"""The names of `flowcache.bench.tasks` that scripts import from here."""
 
-from flowcache.bench.prompts import Run, from_physics_iq
+from flowcache.bench.tasks import Run, from_physics_iq
 
 __all__ = ["Run", "from_physics_iq"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flowcache.launch import Place
+from flowcache.runtime.ending import Place
 from flowcache.runtime.parallel import PATIENCE, Layout, process_group
 from magi1.vae import Tiling, load
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowcache.runtime.model import Job, Loaded, Request
+from flowcache.runtime.model import Job, Loaded, Progress, Request
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from magi1.memory import networks_for
 from magi1.model import MODEL
-from magi1.pipeline import Conditioning, Progress, generate
+from magi1.pipeline import Conditioning, generate
 from magi1.vae import Tiling
 
 COMPRESSED = ("kv.compress=importance", "kv.total_chunks=3", "runtime_config.num_frames=60")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flowcache.launch import Place
+from flowcache.runtime.ending import Place
 from flowcache.runtime.model import Request, VideoModel, load_model
 from flowcache.runtime.parallel import PATIENCE, Layout, Ranks, process_group
 from flowcache.runtime.run import encode_inputs, load_networks, prepare, read_settings, run

@@ -32,7 +32,7 @@ from replicas import (
 from sentencepiece import SentencePieceProcessor
 
 from flowcache.errors import UserError
-from flowcache.runtime.tokenizer import load_tokenizer
+from flowcache.runtime.embeddings import load_tokenizer
 from flowcache.runtime.video import VideoWriter, probe
 from magi1 import __main__ as magi1
 from magi1 import upstream as magi1_upstream

@@ -17,13 +17,9 @@ def never() -> Tensor:
     raise AssertionError("the prompt is known")
 
 
-def facts_of(**changes: object) -> Callable[[], dict[str, object]]:
-    return lambda: FACTS | changes
-
-
 def test_a_known_prompt_is_read_and_equal_to_the_bit(tmp_path: Path):
-    made = cached_embedding(str(tmp_path), facts_of(), lambda: VALUE)
-    known = cached_embedding(str(tmp_path), facts_of(), never)
+    made = cached_embedding(str(tmp_path), FACTS, lambda: VALUE)
+    known = cached_embedding(str(tmp_path), FACTS, never)
     assert torch.equal(made, VALUE)
     assert torch.equal(known, VALUE)
     assert known.dtype == torch.bfloat16
@@ -34,8 +30,8 @@ def test_a_known_prompt_is_read_and_equal_to_the_bit(tmp_path: Path):
 def test_another_prompt_encoder_or_setting_is_another_entry(
     tmp_path: Path, changed: dict[str, object]
 ):
-    cached_embedding(str(tmp_path), facts_of(), lambda: VALUE)
-    other = cached_embedding(str(tmp_path), facts_of(**changed), lambda: VALUE + 1)
+    cached_embedding(str(tmp_path), FACTS, lambda: VALUE)
+    other = cached_embedding(str(tmp_path), FACTS | changed, lambda: VALUE + 1)
     assert torch.equal(other, VALUE + 1)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -54,33 +50,26 @@ def damage_value(path: Path) -> None:
 def test_a_damaged_file_is_told_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
 ):
-    cached_embedding(str(tmp_path), facts_of(), lambda: VALUE)
+    cached_embedding(str(tmp_path), FACTS, lambda: VALUE)
     (path,) = tmp_path.iterdir()
     damage(path)
     with caplog.at_level(logging.WARNING):
-        again = cached_embedding(str(tmp_path), facts_of(), lambda: VALUE)
+        again = cached_embedding(str(tmp_path), FACTS, lambda: VALUE)
     assert torch.equal(again, VALUE)
     assert "is damaged" in caplog.text
     assert "encoded again" in caplog.text
-    assert torch.equal(cached_embedding(str(tmp_path), facts_of(), never), VALUE)
-
-
-def test_nothing_is_kept_or_asked_for_without_a_folder():
-    def no_facts() -> dict[str, object]:
-        raise AssertionError("nothing is hashed")
-
-    assert torch.equal(cached_embedding(None, no_facts, lambda: VALUE), VALUE)
+    assert torch.equal(cached_embedding(str(tmp_path), FACTS, never), VALUE)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_encoding(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write in folder"):
-        cached_embedding(str(tmp_path / "file" / "inside"), facts_of(), never)
+        cached_embedding(str(tmp_path / "file" / "inside"), FACTS, never)
 
 
 def test_a_failed_encoding_leaves_nothing(tmp_path: Path):
     with pytest.raises(AssertionError):
-        cached_embedding(str(tmp_path), facts_of(), never)
+        cached_embedding(str(tmp_path), FACTS, never)
     assert not list(tmp_path.iterdir())
 
 

@@ -138,24 +138,6 @@ run(command)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_command_whose_clean_up_hangs_ends(tmp_path: Path):
-    code = """
-ending.END_SECONDS = 1
-def command(own):
-    try:
-        ready()
-        time.sleep(60)
-    finally:
-        time.sleep(60)
-
-run(command)
-"""
-    process = start(code, tmp_path)
-    process.terminate()
-    assert process.communicate(timeout=20) == ("", "\ninterrupted\n")
-    assert process.returncode == 128 + signal.SIGTERM
-
-
 def test_a_second_signal_ends_at_once_but_not_the_same_one_sent_to_the_group(tmp_path: Path):
     code = """
 ending.REPEAT_SECONDS = 0.5
@@ -182,35 +164,51 @@ run(command)
     assert process.returncode == 128 + signal.SIGINT
 
 
-def test_a_section_is_not_disturbed(tmp_path: Path):
-    code = """
+HANGS = """
+ending.END_SECONDS = 1
+def command(own):
+    try:
+        ready()
+        time.sleep(60)
+    finally:
+        time.sleep(60)
+
+run(command)
+"""
+SECTION = """
 def command(own):
     with undisturbed():
         with undisturbed():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
+            ready()
+            time.sleep(1)
         print("whole", flush=True)
     print("went on", flush=True)
 
-ready()
 run(command)
 """
-    process = start(code, tmp_path)
-    assert process.communicate(timeout=20)[0] == "whole\ninterrupted\n"
-    assert process.returncode == 128 + signal.SIGTERM
-
-
-def test_what_is_ignored_on_purpose_stays_ignored(tmp_path: Path):
-    code = """
+IGNORES = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 run(lambda own: (ready(), time.sleep(0.5), print("done")))
 """
+
+
+@pytest.mark.parametrize(
+    ("code", "sent", "said", "exit_code"),
+    [
+        pytest.param(HANGS, ["SIGTERM"], ("", "\ninterrupted\n"), 143, id="a clean-up that hangs"),
+        pytest.param(SECTION, ["SIGTERM"], ("whole\ninterrupted\n", ""), 143, id="undisturbed"),
+        pytest.param(IGNORES, ["SIGINT", "SIGHUP"], ("done\n", ""), 0, id="ignored on purpose"),
+    ],
+)
+def test_what_a_signal_does(
+    code: str, sent: list[str], said: tuple[str, str], exit_code: int, tmp_path: Path
+):
     process = start(code, tmp_path)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGHUP)
-    assert process.communicate(timeout=20) == ("done\n", "")
-    assert process.returncode == 0
+    for name in sent:
+        process.send_signal(signal.Signals[name])
+    assert process.communicate(timeout=20) == said
+    assert process.returncode == exit_code
 
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path):

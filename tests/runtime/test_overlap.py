@@ -68,12 +68,9 @@ def test_what_fails_is_raised_where_it_is_asked_for_and_stops_what_follows():
             worker.submit(time.time)
 
 
-def test_what_nobody_asks_for_is_raised_at_the_end():
+def test_what_nobody_asks_for_is_raised_at_the_end_unless_another_error_is():
     with pytest.raises(ValueError, match="the decoder broke"), Worker("test") as worker:
         worker.submit(fail)
-
-
-def test_another_error_is_not_hidden_by_that_of_the_worker():
     with pytest.raises(KeyError, match="mine"), Worker("test") as worker:
         worker.submit(fail)
         raise KeyError("mine")

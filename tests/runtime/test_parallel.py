@@ -12,9 +12,9 @@ import torch
 
 from flowcache.bounds import check_values
 from flowcache.errors import UserError
-from flowcache.launch import Place, starter_of
 from flowcache.policies import Vanilla
-from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Starter, Stopped
+from flowcache.runtime.config import ParallelRule
+from flowcache.runtime.ending import EXIT_USER_ERROR, LAUNCHER, Place, Starter, Stopped, starter_of
 from flowcache.runtime.parallel import (
     Group,
     Layout,
@@ -25,7 +25,6 @@ from flowcache.runtime.parallel import (
     process_layout,
     run_in_ranks,
 )
-from flowcache.runtime.settings import ParallelRule
 
 
 def divide(num: int, rule: ParallelRule | None = None, **sizes: int) -> Layout:
@@ -58,26 +57,13 @@ def test_a_given_number_is_used_and_the_other_one_follows():
 
 
 @pytest.mark.parametrize(
-    ("num", "rule", "sizes", "told"),
+    ("num", "rule", "sizes", "said"),
     [
         (3, ParallelRule(branch=2), {}, "needs 2 processes, but 3 run"),
         (1, ParallelRule(sequence=2), {}, "needs 2 processes, but 1 run"),
         (2, ParallelRule(branch=2), {"num_branches": 1}, "above the 1 guidance passes"),
         (8, ParallelRule(), {"num_branches": 1}, "does not divide the 12 key/value heads"),
         (8, ParallelRule(), {"num_tokens": 3}, "above the 3 tokens"),
-    ],
-)
-def test_what_can_not_be_divided_is_refused_in_one_line(
-    num: int, rule: ParallelRule, sizes: Mapping[str, int], told: str
-):
-    with pytest.raises(UserError, match=told) as caught:
-        divide(num, rule, **sizes)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("num", "rule", "sizes", "remedy"),
-    [
         (4, ParallelRule(), {"num_heads": 2, "num_branches": 1}, "start 1 or 2 processes instead"),
         (6, ParallelRule(), {"num_heads": 8, "num_branches": 1}, r"GPUS=1, 2 or 4\)"),
         (9, ParallelRule(), {"num_heads": 2, "num_branches": 3}, r"GPUS=1, 2, 3, 4 or 6\)"),
@@ -86,11 +72,12 @@ def test_what_can_not_be_divided_is_refused_in_one_line(
         (3, ParallelRule(sequence=3), {"num_heads": 4}, r"use parallel.sequence=1, 2 or 4$"),
     ],
 )
-def test_heads_that_can_not_be_divided_name_the_numbers_that_fit(
-    num: int, rule: ParallelRule, sizes: Mapping[str, int], remedy: str
+def test_what_can_not_be_divided_is_refused_and_the_numbers_that_fit_are_named(
+    num: int, rule: ParallelRule, sizes: Mapping[str, int], said: str
 ):
-    with pytest.raises(UserError, match=remedy):
+    with pytest.raises(UserError, match=said) as caught:
         divide(num, rule, **sizes)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_number_of_processes_below_one_is_refused():

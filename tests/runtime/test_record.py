@@ -10,13 +10,13 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.policies import Decision
+from flowcache.runtime.files import write_json
 from flowcache.runtime.record import (
     alarms,
     build_record,
     check_replay,
     read_record,
     replay_policies,
-    write_record,
 )
 from flowcache.runtime.stats import KVTokens, PassFlops, PassId, RunStats, TickId, Traced, merged
 from flowcache.schedule import Tick, staggered
@@ -110,7 +110,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     record = recorded()
     for row, value in zip(record["decisions"], ("nan", "inf", "-inf"), strict=False):
         row["distance"] = value
-    write_record(tmp_path / "a.record.json", record)
+    write_json(tmp_path / "a.record.json", record)
     assert read_record(tmp_path / "a.record.json") == record
 
 
@@ -181,34 +181,35 @@ def test_a_healthy_run_and_one_without_a_cache_raise_no_alarm():
     assert alarms({**vanilla, "policy": "vanilla", "threshold": None}) == []
 
 
-@pytest.mark.parametrize("policy", ["flowcache", "stride"])
-def test_a_cache_that_is_never_hit_raises_an_alarm(policy: str):
-    (line,) = alarms({**changed(computed=lambda _row: True), "policy": policy})
-    assert line.startswith("never hit")
-
-
-def test_a_cache_that_is_always_hit_after_the_forced_steps_raises_an_alarm():
-    (line,) = alarms(changed(computed=lambda row: row["step"] in (0, 1, 5)))
-    assert line.startswith("always hit")
-
-
-def test_a_distance_that_is_not_a_number_raises_an_alarm():
-    record = changed(distance=lambda row: "nan" if row["step"] == 4 else row["distance"])
-    (line,) = alarms(record)
-    assert line == (
-        "distance is not a number: 2 times, first in segment 0, tick 4, chunk 0, branch cond"
-    )
-
-
-def test_a_constant_distance_raises_an_alarm():
-    record = changed(distance=lambda row: 0.5 if row["chunk"] == 1 else row["distance"])
-    (line,) = alarms(record)
-    assert line.startswith("distance is constant: 0.5 in all 6 ticks of chunk 1")
-
-
-def test_a_threshold_that_no_distance_reaches_raises_an_alarm():
-    (line,) = alarms({**recorded(), "threshold": 0.6})
-    assert line == "threshold never reached: it is 0.6, the largest accumulated distance 0.5"
+@pytest.mark.parametrize(
+    ("fields", "given", "said"),
+    [
+        ({"computed": lambda _row: True}, {}, "never hit"),
+        ({"computed": lambda _row: True}, {"policy": "stride"}, "never hit"),
+        # after the forced steps
+        ({"computed": lambda row: row["step"] in (0, 1, 5)}, {}, "always hit"),
+        (
+            {"distance": lambda row: "nan" if row["step"] == 4 else row["distance"]},
+            {},
+            "distance is not a number: 2 times, first in segment 0, tick 4, chunk 0, branch cond",
+        ),
+        (
+            {"distance": lambda row: 0.5 if row["chunk"] == 1 else row["distance"]},
+            {},
+            "distance is constant: 0.5 in all 6 ticks of chunk 1",
+        ),
+        (
+            {},
+            {"threshold": 0.6},
+            "threshold never reached: it is 0.6, the largest accumulated distance 0.5",
+        ),
+    ],
+)
+def test_a_cache_that_does_not_do_what_it_is_for_raises_an_alarm(
+    fields: dict[str, Any], given: dict[str, Any], said: str
+):
+    (line,) = alarms({**changed(**fields), **given})
+    assert line.startswith(said)
 
 
 # Replay -------------------------------------------------------------------------------------------
@@ -256,24 +257,26 @@ def test_a_record_that_fits_passes_the_check():
     check_replay(recorded(), ticks={0: two_chunks()}, branches=["cond"])
 
 
-def test_a_record_of_more_segments_than_the_run_is_refused_before_it_starts():
+MORE = {"rows": lambda rows: [*rows, *({**row, "segment": 1} for row in rows)]}
+LATE = {"rows": lambda rows: [{**row, "computed": row["step"] > 0} for row in rows]}
+
+
+@pytest.mark.parametrize(
+    ("change", "branches", "said"),
+    [
+        (MORE, ["cond"], "decisions of segment 1, branch cond, which the run does"),
+        ({}, ["cond", "uncond"], "it has no decisions of segment 0, branch uncond"),
+        (LATE, ["cond"], "it reuses chunk 0 in tick 0, but nothing is stored"),
+    ],
+    ids=["more segments", "fewer branches", "reuses before it computes"],
+)
+def test_a_record_that_does_not_fit_is_refused_before_the_run_starts(
+    change: dict[str, Any], branches: list[str], said: str
+):
     record = recorded()
-    record["decisions"] += [{**row, "segment": 1} for row in record["decisions"]]
-    with pytest.raises(UserError, match="decisions of segment 1, branch cond, which the run does"):
-        check_replay(record, ticks={0: two_chunks()}, branches=["cond"])
-
-
-def test_a_record_of_fewer_branches_than_the_run_is_refused_before_it_starts():
-    with pytest.raises(UserError, match="it has no decisions of segment 0, branch uncond"):
-        check_replay(recorded(), ticks={0: two_chunks()}, branches=["cond", "uncond"])
-
-
-def test_a_record_that_reuses_before_it_computes_is_refused_before_the_run_starts():
-    record = recorded()
-    for row in record["decisions"]:
-        row["computed"] = row["step"] > 0
-    with pytest.raises(UserError, match="it reuses chunk 0 in tick 0, but nothing is stored"):
-        check_replay(record, ticks={0: two_chunks()}, branches=["cond"])
+    record["decisions"] = change.get("rows", list)(record["decisions"])
+    with pytest.raises(UserError, match=said):
+        check_replay(record, ticks={0: two_chunks()}, branches=branches)
 
 
 def test_a_run_that_computes_all_chunks_together_refuses_decisions_of_single_chunks():

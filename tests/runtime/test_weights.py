@@ -45,14 +45,17 @@ def _tensors() -> dict[str, Tensor]:
     return {key: torch.randn(shape) for key, shape in shapes.items()}
 
 
-def _two_shards(folder: Path) -> None:
+def _two_shards(folder: Path, *, is_pickled: bool = False) -> None:
     """Write the tensors as two numbered shards with an index."""
-    tensors = _tensors()
-    names = {key: f"model-0000{1 + (key == '1.weight')}-of-00002.safetensors" for key in tensors}
+    tensors, stem, suffix = _tensors(), "model", "safetensors"
+    if is_pickled:
+        stem, suffix = "pytorch_model", "bin"
+    names = {key: f"{stem}-0000{1 + (key == '1.weight')}-of-00002.{suffix}" for key in tensors}
     for name in set(names.values()):
-        save_file({key: tensors[key] for key in tensors if names[key] == name}, folder / name)
-    index = {"metadata": {}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        shard = {key: tensors[key] for key in tensors if names[key] == name}
+        torch.save(shard, folder / name) if is_pickled else save_file(shard, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
 def _fails(check: Callable[[], object], *parts: str) -> None:
@@ -115,7 +118,6 @@ def test_check_counts_the_bytes_that_fill_the_module(tmp_path: Path):
 
 
 def test_check_reads_headers_not_data(tmp_path: Path):
-    """Mapped pages that were read count as resident memory: a 1 GiB file would show."""
     num_rows = 2**28
     header = json.dumps(
         {"weight": {"dtype": "F32", "shape": [num_rows, 1], "data_offsets": [0, 4 * num_rows]}}
@@ -264,40 +266,32 @@ def test_an_unreadable_index_is_named(tmp_path: Path, content: str):
     _fails(lambda: find_shards(tmp_path), str(path), "index")
 
 
-def _cut(data: bytes) -> bytes:
-    return data[:-8]
+SECOND_DISK = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)  # disks in all: 2
 
 
-def _flip(data: bytes) -> bytes:
-    return data[:9] + bytes([data[9] ^ 0xFF]) + data[10:]
-
-
-def _lengthen(data: bytes) -> bytes:
-    return data + b"\0" * 8
-
-
-def _announce_too_much(data: bytes) -> bytes:
-    return b"\xff" * 8 + data[8:]
-
-
-def _empty_file(_data: bytes) -> bytes:
-    return b""
-
-
-@pytest.mark.parametrize("damage", [_cut, _flip, _lengthen, _announce_too_much, _empty_file])
-def test_a_damaged_safetensors_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]):
-    path = tmp_path / "model.safetensors"
-    save_file(_tensors(), path)
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        pytest.param(".safetensors", lambda data: data[:-8], id="cut"),
+        pytest.param(
+            ".safetensors",
+            lambda data: data[:9] + bytes([data[9] ^ 0xFF]) + data[10:],
+            id="flipped",
+        ),
+        pytest.param(".safetensors", lambda data: data + b"\0" * 8, id="longer"),
+        pytest.param(".safetensors", lambda data: b"\xff" * 8 + data[8:], id="announces too much"),
+        pytest.param(".safetensors", lambda _: b"", id="empty"),
+        *[
+            pytest.param(".pth", lambda data, s=s: data[: int(s * len(data))], id=f"pickle cut {s}")
+            for s in (0.0, 0.3, 0.9, 0.999)
+        ],
+        pytest.param(".pth", lambda data: data[:-22] + SECOND_DISK + data[-22:], id="on two disks"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]):
+    path = tmp_path / f"model{suffix}"
+    save_file(_tensors(), path) if suffix == ".safetensors" else torch.save(_tensors(), path)
     path.write_bytes(damage(path.read_bytes()))
-    _fails(lambda: check_files(_empty(), [path]), str(path), "cut short or corrupt")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_pth_file_cut_short_is_named(tmp_path: Path, share: float):
-    path = tmp_path / "model.pth"
-    torch.save(_tensors(), path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
     _fails(lambda: check_files(_empty(), [path]), str(path), "cut short or corrupt")
 
 
@@ -314,15 +308,6 @@ def test_a_git_lfs_pointer_is_told_from_a_corrupt_file(tmp_path: Path):
     _fails(lambda: check_files(_empty(), [path]), str(path), "git lfs pull")
 
 
-def test_a_pth_file_that_says_it_spans_several_disks_is_named(tmp_path: Path):
-    path = tmp_path / "model.pth"
-    torch.save(_tensors(), path)
-    content = path.read_bytes()
-    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)  # disks in all: 2
-    path.write_bytes(content[:-22] + locator + content[-22:])
-    _fails(lambda: check_files(_empty(), [path]), str(path), "cut short or corrupt")
-
-
 def test_a_pth_file_of_the_oldest_format_is_read_too(tmp_path: Path):
     path, tensors = tmp_path / "model.pth", _tensors()
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
@@ -334,25 +319,12 @@ def test_a_pth_file_of_the_oldest_format_is_read_too(tmp_path: Path):
 # Other forms of the same weights ------------------------------------------------------------------
 
 
-def _is_read(folder: Path) -> None:
-    """Require that a folder fills the module with the tensors."""
-    module = _empty()
-    load_files(module, find_shards(folder), dtype=None, device="cpu")
-    for key, value in _tensors().items():
-        assert torch.equal(module.state_dict()[key], value), key
-
-
 def _pickled(folder: Path) -> None:
     torch.save(_tensors(), folder / "pytorch_model.bin")
 
 
 def _pickled_shards(folder: Path) -> None:
-    tensors = _tensors()
-    names = {key: f"pytorch_model-0000{1 + (key == '1.weight')}-of-00002.bin" for key in tensors}
-    for name in set(names.values()):
-        torch.save({key: tensors[key] for key in tensors if names[key] == name}, folder / name)
-    index = {"metadata": {"total_size": 1}, "weight_map": names}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    _two_shards(folder, is_pickled=True)
 
 
 def _pickled_and_not(folder: Path) -> None:
@@ -435,7 +407,10 @@ def test_the_same_weights_are_read_in_every_form(tmp_path: Path, write: Callable
     folder = tmp_path / "model"
     folder.mkdir()
     write(folder)
-    _is_read(folder)
+    module = _empty()
+    load_files(module, find_shards(folder), dtype=None, device="cpu")
+    for key, value in _tensors().items():
+        assert torch.equal(module.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize(
@@ -456,11 +431,6 @@ def test_a_form_that_is_not_read_is_named(tmp_path: Path, key: str, message: str
         f"model.safetensors: key {key} {message}",
         "layers.0.weight" if "scale" not in key else "released *.safetensors",
     )
-
-
-def test_weights_of_another_program_are_named(tmp_path: Path):
-    (tmp_path / "model-Q4.gguf").touch()
-    _fails(lambda: find_shards(tmp_path), "no *.safetensors file; model-Q4.gguf is not read")
 
 
 @pytest.mark.parametrize(
@@ -486,12 +456,20 @@ def test_links_that_go_round_are_named(tmp_path: Path):
     _fails(lambda: find_shards(tmp_path), f"{index}: cannot be read (Too many levels")
 
 
-def test_an_announced_number_of_files_costs_nothing(tmp_path: Path):
-    (tmp_path / f"model-00001-of-{10**18}.safetensors").touch()
-    _fails(
-        lambda: find_shards(tmp_path),
-        f"model-00002-of-{10**18}.safetensors: no such file, but model-00001-of-",
-    )
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-Q4.gguf", "no *.safetensors file; model-Q4.gguf is not read"),
+        # whatever number is announced, finding out costs nothing
+        (
+            f"model-00001-of-{10**18}.safetensors",
+            f"model-00002-of-{10**18}.safetensors: no such file, but model-00001-of-",
+        ),
+    ],
+)
+def test_files_that_are_no_whole_checkpoint_are_named(tmp_path: Path, name: str, said: str):
+    (tmp_path / name).touch()
+    _fails(lambda: find_shards(tmp_path), said)
 
 
 @pytest.mark.parametrize(

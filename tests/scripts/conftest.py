@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,30 +16,23 @@ from sampling_cases import (
     PROMPTS,
     SCRIPTS,
     make_file,
-    make_table,
     write_physics_iq,
     write_protocol,
     write_vbench,
 )
 
+sys.path.append(str(SCRIPTS))
+
+from flowcache.bench.render import Renderer
+from flowcache.bench.tasks import VBENCH_DIMENSIONS, Task
+
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Find the scripts' own packages, and leave the signals as they were."""
-    monkeypatch.syspath_prepend(SCRIPTS)
+def _signals() -> Iterator[None]:
+    """Leave the signals as they were."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture(name="sample")
-def _sample() -> ModuleType:
-    return importlib.import_module("sample")
-
-
-@pytest.fixture(name="reproduce")
-def _reproduce() -> ModuleType:
-    return importlib.import_module("reproduce")
 
 
 @pytest.fixture(name="prompts")
@@ -51,20 +43,19 @@ def _prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(name="fake")
-def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Task]:
     """Make files instead of videos in a folder with all data sets; returns the tasks made."""
-    renderer = importlib.import_module("flowcache.bench.render").Renderer
-    made: list[Any] = []
+    made: list[Task] = []
 
-    def render(_self: Any, task: Any, folder: Path) -> dict[str, Any]:
+    def render(_self: Any, task: Task, folder: Path) -> dict[str, Any]:
         made.append(task)
         return make_file(task, folder)
 
-    monkeypatch.setattr(renderer, "render", render)
-    monkeypatch.setattr(renderer, "check", lambda _self, _task, **_: {})
+    monkeypatch.setattr(Renderer, "render", render)
+    monkeypatch.setattr(Renderer, "check", lambda _self, _task, **_: {})
     monkeypatch.chdir(tmp_path)
     write_vbench(Path("VBench/prompts"))
-    for dimension in importlib.import_module("flowcache.bench.prompts").VBENCH_DIMENSIONS:
+    for dimension in VBENCH_DIMENSIONS:
         path = Path(f"VBench/prompts/prompts_per_dimension/{dimension}.txt")
         if not path.exists():
             path.write_text("a dog\n")
@@ -76,12 +67,13 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
 @pytest.fixture(name="made", scope="session")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A result folder, made once and left alone, without weights for LPIPS."""
+    """A protocol with its result folder, made once and left alone, without weights for LPIPS."""
     folder = tmp_path_factory.mktemp("table")
+    given = ["--protocol", str(write_protocol(folder / "small.yaml")), "--out", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
         patch.setenv("TORCH_HOME", str(folder / "torch"))
-        assert make_table(write_protocol(folder / "small.yaml"), folder / "out") == (0, 0)
+        for script in ("sample", "reproduce"):
+            assert importlib.import_module(script).main(given) == 0
         yield folder
 
 

@@ -1,7 +1,7 @@
-"""Whatever is given, a command succeeds or ends with one line and exit code 2, within seconds.
+"""For any input, a command succeeds or ends with one line and exit code 2, within seconds.
 
 Settings, texts, JSON documents and damaged files are made up by hypothesis: few in the default run,
-always the same ones; thousands of others in the test marked `slow`.
+always the same ones; thousands of others in the runs marked `slow`.
 """
 
 import contextlib
@@ -24,23 +24,27 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from flowcache.bench.protocol import read_protocol
+from flowcache.bench.table import read_report
+from flowcache.bench.tasks import Task, flaw
+from flowcache.report.page import Clip, write_page
+from flowcache.report.run import load_run
 from flowcache.runtime import weights
 from flowcache.runtime.cli import run_command
-from flowcache.runtime.config import describe
-from flowcache.runtime.images import read_image
+from flowcache.runtime.config import describe, read_yaml
+from flowcache.runtime.metrics import open_clip
 from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.record import read_record
 from flowcache.runtime.run import describe as describe_run
 from flowcache.runtime.run import prepare
-from flowcache.runtime.video import VideoWriter, open_clip, probe, read_video
+from flowcache.runtime.video import VideoWriter, probe, read_image, read_video
 from magi1.config import read_config
 from magi1.text import load_special_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_SECONDS = 20
 """Of one example. The slowest takes one second alone; other tests run at the same time."""
-FEW = {"skyreels_v2": 15, "magi1": 12}
 BASE = {
     "skyreels_v2": ("prompt=x", "num_frames=5", "base_num_frames=5", "num_steps=2"),
     "magi1": ("prompt=x", "runtime_config.num_frames=24", "runtime_config.num_steps=16"),
@@ -96,22 +100,29 @@ def ends_well(command: Callable[[], object]) -> int:
 # Settings -----------------------------------------------------------------------------------------
 
 
-def keys_of(family: str) -> list[str]:
+SLOW = pytest.mark.slow
+Settings = list[tuple[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("family", "examples"),
+    [
+        *(("skyreels_v2", 15), ("magi1", 12)),
+        *(pytest.param(family, 1000, marks=SLOW) for family in BASE),
+    ],
+)
+def test_any_settings_are_planned_or_refused_in_one_line(
+    family: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where relative paths among the settings lead
     lines = describe(import_module(f"{family}.config").RunConfig)
-    return [line.partition(":")[0] for line in lines]
-
-
-def check_settings(family: str, folder: Path, *, examples: int) -> None:
-    video_model = load_model(family)
-    overrides = st.lists(
-        st.tuples(st.sampled_from(keys_of(family)), VALUES), min_size=1, max_size=3
-    )
-    names = st.one_of(st.none(), st.none(), st.none(), TEXTS)
+    key = st.sampled_from([line.partition(":")[0] for line in lines])
+    name = st.one_of(st.none(), st.none(), st.none(), TEXTS)
 
     @property_of(examples)
-    @given(overrides, names, names, names, names)
+    @given(st.lists(st.tuples(key, VALUES), min_size=1, max_size=3), name, name, name, name)
     def check(
-        changed: list[tuple[str, Any]],
+        changes: Settings,
         preset: str | None,
         model: str | None,
         out: str | None,
@@ -120,12 +131,12 @@ def check_settings(family: str, folder: Path, *, examples: int) -> None:
         request = Request(
             preset=preset or "flowcache_fast",
             model=model or "demo",
-            overrides=[*BASE[family], *(f"{key}={_text(value)}" for key, value in changed)],
-            out=str(folder / "o.mp4") if out is None else out,
+            overrides=[*BASE[family], *(f"{key}={_text(value)}" for key, value in changes)],
+            out=str(tmp_path / "o.mp4") if out is None else out,
             replay=replay,
             is_dry=True,
         )
-        ends_well(lambda: describe_run(prepare(video_model, request)))
+        ends_well(lambda: describe_run(prepare(load_model(family), request)))
 
     check()
 
@@ -135,18 +146,6 @@ def _text(value: object) -> str:
     if isinstance(value, int) and abs(value) > 10**300:
         return "1" + "0" * 400
     return "null" if value is None else str(value)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the working folder: relative paths among the settings lead here."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("family", BASE)
-def test_any_settings_are_planned_or_refused_in_one_line(family: str, folder: Path):
-    check_settings(family, folder, examples=FEW[family])
 
 
 # JSON and tables ----------------------------------------------------------------------------------
@@ -212,55 +211,49 @@ RECORD: dict[str, Any] = {
 REPORT = {"stats": {"timeline": [["dit", 0.0, 1.0, False]]}}
 
 
-DOCUMENTS = (
-    *("record", "page", "timeline", "table", "receipt", "magi config", "profile", "protocol"),
-)
+TASK = Task("a", "magi1", "demo", "base", "x", 0)
+MAGI1 = REPOSITORY / "FlowCache4MAGI-1" / "demo"
 
 
 def explain(path: Path) -> None:
-    run = import_module("flowcache.report.run").load_run(path, "A")
-    no_clip = import_module("flowcache.report.page").Clip(None, "there is none")
-    import_module("flowcache.report.page").write_page([run], [no_clip], None)
+    write_page([load_run(path, "A")], [Clip(None, "there is none")], None)
 
 
-def yaml_of(path: Path) -> dict[str, Any]:
-    return import_module("flowcache.runtime.config").read_yaml(path)
+DOCUMENTS: Mapping[str, tuple[str, Callable[[], Any], Callable[[Path], object]]] = {
+    "record": ("a.record.json", lambda: RECORD, read_record),
+    "page": ("a.record.json", lambda: RECORD, explain),
+    "timeline": ("a.json", lambda: REPORT, lambda path: explain(path.with_name("a.record.json"))),
+    "table": ("table.json", lambda: {"schema_version": 1}, lambda path: read_report(path.parent)),
+    "receipt": (
+        "a.json",
+        lambda: {"task": TASK.to_dict(), "sha256": "0"},
+        lambda path: flaw(TASK, path.parent),
+    ),
+    "magi config": (
+        "a.json",
+        lambda: json.loads((MAGI1 / "distill_config.json").read_text()),
+        read_config,
+    ),
+    "profile": (
+        "a.yaml",
+        lambda: read_yaml(next((MAGI1 / "profiles").glob("*.yaml"))),
+        read_profile,
+    ),
+    "protocol": (
+        "a.yaml",
+        lambda: read_yaml(REPOSITORY / "scripts" / "protocols" / "magi1_demo.yaml"),
+        lambda path: read_protocol(path).tasks(None),
+    ),
+}
+"""Name -> name of the file, a right document, what reads it."""
 
 
-def documents() -> dict[str, tuple[str, Any, Callable[[Path], object]]]:
-    """Return by name: name of the file, a right document, what reads it."""
-    magi = json.loads((REPOSITORY / "FlowCache4MAGI-1/demo/distill_config.json").read_text())
-    profile = next((REPOSITORY / "FlowCache4MAGI-1/demo/profiles").glob("*.yaml"))
-    protocol = REPOSITORY / "scripts" / "protocols" / "magi1_demo.yaml"
-    verify, protocols, tasks = (
-        import_module(f"flowcache.bench.{name}") for name in ("verify", "protocol", "tasks")
-    )
-    task = tasks.Task("a", "magi1", "demo", "base", "x", 0)
-    receipt = {"task": task.to_dict(), "sha256": "0"}
-    return {
-        "record": ("a.record.json", RECORD, read_record),
-        "page": ("a.record.json", RECORD, explain),
-        "timeline": ("a.json", REPORT, lambda path: explain(path.with_name("a.record.json"))),
-        "table": (
-            "table.json",
-            {"schema_version": 1},
-            lambda path: verify.read_table(path.parent),
-        ),
-        "receipt": ("a.json", receipt, lambda path: tasks.flaw(task, path.parent)),
-        "magi config": ("a.json", magi, read_config),
-        "profile": ("a.yaml", yaml_of(profile), read_profile),
-        "protocol": (
-            "a.yaml",
-            yaml_of(protocol),
-            lambda path: protocols.read_protocol(path).tasks(None),
-        ),
-    }
-
-
-def check_documents(name: str, folder: Path, *, examples: int) -> None:
-    file_name, right, read = documents()[name]
-    (folder / "a.record.json").write_text(json.dumps(RECORD))
-    path = folder / file_name
+@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=SLOW)])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_any_document_is_read_or_refused_in_one_line(name: str, examples: int, tmp_path: Path):
+    file_name, make, read = DOCUMENTS[name]
+    right, path = make(), tmp_path / file_name
+    (tmp_path / "a.record.json").write_text(json.dumps(RECORD))
     path.write_text(json.dumps(right))
     if name != "table":  # a whole table is more than its reader looks at
         assert ends_well(lambda: read(path)) == 0
@@ -274,11 +267,6 @@ def check_documents(name: str, folder: Path, *, examples: int) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_any_document_is_read_or_refused_in_one_line(name: str, folder: Path):
-    check_documents(name, folder, examples=15)
-
-
 # Damaged files ------------------------------------------------------------------------------------
 
 
@@ -288,14 +276,6 @@ def make_safetensors(path: Path) -> None:
 
 def make_pickle(path: Path) -> None:
     torch.save({"a": torch.arange(6.0), "b": torch.zeros(2, 3)}, path)
-
-
-def make_tokens(path: Path) -> None:
-    shutil.copy(REPOSITORY / "FlowCache4MAGI-1/demo/special_tokens.npz", path)
-
-
-def make_frames(path: Path) -> None:
-    np.save(path, np.zeros((2, 4, 4, 3), dtype=np.uint8))
 
 
 def make_image(path: Path) -> None:
@@ -313,16 +293,21 @@ def look(path: Path) -> None:
 
 
 Reader = Callable[[Path], object]
-FILES: Mapping[str, tuple[Callable[[Path], None], Reader]] = {
+FILES: Mapping[str, tuple[Reader, Reader]] = {
     "a.safetensors": (make_safetensors, lambda path: list(weights.read([path]))),
     "a.pth": (make_pickle, lambda path: list(weights.read([path]))),
-    "tokens.npz": (make_tokens, lambda path: load_special_tokens(path, channels=64)),
-    "frames.npy": (make_frames, lambda path: list(open_clip(path).frames)),
+    "tokens.npz": (
+        lambda path: shutil.copy(MAGI1 / "special_tokens.npz", path),
+        lambda path: load_special_tokens(path, channels=64),
+    ),
+    "frames.npy": (
+        lambda path: np.save(path, np.zeros((2, 4, 4, 3), dtype=np.uint8)),
+        lambda path: list(open_clip(path).frames),
+    ),
     "a.png": (make_image, read_image),
     "a.jpg": (make_image, read_image),
     "a.mp4": (make_video, look),
 }
-NUM_DAMAGED = {"a.mp4": 6}
 
 
 def damaged(content: bytes, draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes:
@@ -341,9 +326,16 @@ def damaged(content: bytes, draw: Callable[[st.SearchStrategy[Any]], Any]) -> by
     return content[:at] + draw(st.binary(min_size=1, max_size=4)) + content[at + 1 :]
 
 
-def check_damage(name: str, folder: Path, *, examples: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [
+        *((name, 6 if name == "a.mp4" else 30) for name in FILES),
+        *(pytest.param(name, 100 if name == "a.mp4" else 2000, marks=SLOW) for name in FILES),
+    ],
+)
+def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, examples: int, tmp_path: Path):
     make, read = FILES[name]
-    path = folder / name
+    path = tmp_path / name
     make(path)
     content = path.read_bytes()
     assert ends_well(lambda: read(path)) == 0
@@ -355,29 +347,3 @@ def check_damage(name: str, folder: Path, *, examples: int) -> None:
         ends_well(lambda: read(path))
 
     check()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, folder: Path):
-    check_damage(name, folder, examples=NUM_DAMAGED.get(name, 30))
-
-
-# Many more ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", BASE)
-def test_thousands_of_settings_are_planned_or_refused(family: str, folder: Path):
-    check_settings(family, folder, examples=1000)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_thousands_of_documents_are_read_or_refused(name: str, folder: Path):
-    check_documents(name, folder, examples=1000)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_thousands_of_damaged_files_are_read_or_refused(name: str, folder: Path):
-    check_damage(name, folder, examples=100 if name == "a.mp4" else 2000)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flowcache.launch import Place
+from flowcache.runtime.ending import Place
 from flowcache.runtime.parallel import Group, Layout, Ranks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))

@@ -1,58 +1,80 @@
-"""Many videos with a model: two processes, kills, failures, examples."""
+"""Many videos with a model: two processes, failures, launchers, examples."""
 
-import importlib
 import json
 import math
 import os
-import random
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from sampling_cases import (
-    PROMPTS,
-    SCRIPTS,
-    SHORT,
-    demo,
-    launch_two,
-    receipts,
-    videos,
-    write_physics_iq,
-)
+import sample
+from sampling_cases import FOLDERS, PROMPTS, SCRIPTS, SHORT, receipts, videos, write_physics_iq
 from torch import Tensor
 
+from flowcache.bench.render import Renderer
+from flowcache.bench.tasks import Task
+from flowcache.runtime.config import find_preset
+from flowcache.runtime.model import load_model
 from flowcache.runtime.video import probe
 from flowcache.wan.text import TextEncoder
 
 
+def demo(prompts: Path, out: Path) -> list[str]:
+    given = ["--prompts", str(prompts), "--out", str(out), *SHORT]
+    return ["skyreels_v2", "--model", "demo", "--preset", "flowcache_fast", *given]
+
+
+def launch_two(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+            *("--num_processes", "2", "--num_machines", "1", "--main_process_port", "29533"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(str(SCRIPTS / "sample.py"), *arguments),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "family", ["skyreels_v2", pytest.param("magi1", marks=pytest.mark.slow)], ids=str
+)
 def test_two_processes_with_a_model_make_bitwise_what_one_makes(
-    sample: ModuleType, prompts: Path, tmp_path: Path
+    family: str, prompts: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    assert sample.main(demo(prompts, tmp_path / "one")) == 0
-    run = launch_two(demo(prompts, tmp_path / "two"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments, last = demo(prompts, one)[: -len(SHORT) - 2], list(SHORT)
+    parts = {"resolved_settings", "checkpoint", "vae", "text_encoder", "tokenizer"}
+    if family == "magi1":
+        checkpoint = str(request.getfixturevalue("distilled"))
+        arguments = ["magi1", "--model", checkpoint, "--preset", "flowcache_fast_nocompress"]
+        arguments, last = [*arguments, "--prompts", str(prompts)], ["reuse.warmup_steps=1"]
+        parts = {*parts, "special_tokens"} - {"tokenizer"}
+    assert sample.main([*arguments, "--out", str(one), *last]) == 0
+    run = launch_two([*arguments, "--out", str(two), *last])
     assert run.returncode == 0, run.stderr
     assert "2 of 2 videos are complete" in run.stdout
-    one, two = videos(tmp_path / "one"), videos(tmp_path / "two")
-    assert one == two
-    assert len(one) == 2
-    for receipt in receipts(tmp_path / "one").values():
-        assert receipt["task"]["preset"] == "flowcache_fast"
+    assert videos(one) == videos(two)
+    assert len(set(videos(one).values())) == 2
+    assert not (two / ".claims").exists()
+    for receipt in (*receipts(one).values(), *receipts(two).values()):
+        assert receipt["task"]["preset"].startswith("flowcache_fast")
         assert receipt["kv_cache_bytes"] > 0
         assert receipt["first_frames_seconds"] > 0
         assert "load" not in receipt["stats"]["stages"]
+        assert set(receipt["made_from"]) == parts
 
 
-def test_a_broken_clip_fails_alone_and_is_listed(
-    sample: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_a_broken_clip_fails_alone_and_is_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     data = write_physics_iq(tmp_path / "data")
     broken = next(data.rglob("0002_conditioning*.mp4"))
     broken.write_text("no video")
@@ -72,7 +94,6 @@ def test_a_broken_clip_fails_alone_and_is_listed(
 
 
 def test_a_video_that_is_not_finite_is_an_error_entry_and_the_others_go_on(
-    sample: ModuleType,
     prompts: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -91,92 +112,73 @@ def test_a_video_that_is_not_finite_is_an_error_entry_and_the_others_go_on(
     said = "the embeddings of the prompts hold values that are not finite, though all weights"
     assert f"failed: 0000-0: {said}" in captured.err
     assert said in json.loads((tmp_path / "out" / "0000-0.error.json").read_text())["error"]
-    assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["0001-0.mp4"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_kills_while_a_model_works_leave_no_trace(
-    sample: ModuleType, prompts: Path, tmp_path: Path
-):
-    assert sample.main(demo(prompts, tmp_path / "one")) == 0
-    dice = random.Random(3)
-    for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPTS / "sample.py"), *demo(prompts, tmp_path / "killed")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(dice.uniform(4, 16))
-        process.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-        process.wait()
-    assert sample.main(demo(prompts, tmp_path / "killed")) == 0
-    assert videos(tmp_path / "killed") == videos(tmp_path / "one")
+    assert list(videos(tmp_path / "out")) == ["0001-0.mp4"]
 
 
 def test_only_the_main_process_ends_with_the_code_of_failures(
-    sample: ModuleType,
-    fake: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    fake: list[Task], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    del fake
-
     def fail(*_: Any) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("flowcache.bench.render").Renderer, "render", fail)
-    arguments = ["magi1", "--prompts", "prompts.txt", "--out", "out"]
+    monkeypatch.setattr(Renderer, "render", fail)
     for rank, code in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert sample.main(arguments) == code
+        assert sample.main(["magi1", "--prompts", "prompts.txt", "--out", "out"]) == code
         assert ("0 of 1 videos are complete" in capfd.readouterr().out) == (rank == 0)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "said"),
-    [
-        (["--seed", "-1"], "--seed must be 0 to 9223372036854775807"),
-        (["--seed", str(2**63)], "--seed must be 0 to 9223372036854775807"),
-        (["--seed", str(2**63 - 1), "--per-prompt", "2"], "--seed must be 0 to 922"),
-        (["--per-prompt", "1000000000"], "--per-prompt must be 1 to 10000, not 1000000000"),
-        (["--stale-after", "nan"], "--stale-after must be above 0 seconds, not nan"),
-        (["--stale-after", "-1"], "--stale-after must be above 0 seconds, not -1"),
-    ],
-)
-def test_numbers_are_refused_before_any_work(
-    sample: ModuleType,
-    numbers: list[str],
-    said: str,
-    fake: list[Any],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-):
-    out = tmp_path / "numbers"
-    assert sample.main(["magi1", "--prompts", "prompts.txt", "--out", str(out), *numbers]) == 2
-    assert capfd.readouterr().err.startswith(f"error: {said}")
     assert fake == []
-    assert not out.exists()
 
 
-def examples(sample: ModuleType) -> list[list[str]]:
+def test_every_example_runs(fake: list[Task], tmp_path: Path):
     text = sample.EXAMPLES.partition("examples:\n")[2].partition("\n\n")[0]
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines]
-
-
-def test_help_shows_examples(sample: ModuleType, capfd: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as ended:
-        sample.main(["--help"])
-    assert ended.value.code == 0
-    assert "python -m flowcache.launch 8" in capfd.readouterr().out
-
-
-def test_every_example_runs(sample: ModuleType, fake: list[Any], tmp_path: Path):
-    for words in examples(sample):
-        start = words.index("scripts/sample.py") + 1
-        arguments = [word.replace("/shared/", f"{tmp_path}/shared/") for word in words[start:]]
+    for line in text.replace("\\\n", " ").splitlines():
+        words = [word.replace("/shared/", f"{tmp_path}/shared/") for word in shlex.split(line)]
         before = len(fake)
-        assert sample.main(arguments) == 0, words
-        assert len(fake) > before, words
+        assert sample.main(words[words.index("scripts/sample.py") + 1 :]) == 0, line
+        assert len(fake) > before, line
+
+
+# Launchers of the model folders
+
+
+def hand_on(family: str, name: str, folder: Path, **variables: str) -> list[str]:
+    """Run a launcher in a copy of the repository and return what it hands to Python."""
+    copy, tools, said = folder / "a copy", folder / "tools", folder / "said"
+    tools.mkdir()
+    (copy / "scripts" / "sampling").mkdir(parents=True)
+    shutil.copy(SCRIPTS / "sampling" / "launch.sh", copy / "scripts" / "sampling")
+    (copy / "scripts" / "setup.sh").write_text(f'export PATH="{tools}:$PATH"\n')
+    launchers = copy / FOLDERS[family].name / "scripts" / "sample"
+    shutil.copytree(FOLDERS[family] / "scripts" / "sample", launchers)
+    (tools / "python").write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" python "$@" > "{said}"\n')
+    (tools / "python").chmod(0o755)
+    clean = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    command = ["bash", str(launchers / f"{name}.sh")]
+    subprocess.run(command, env=clean | variables, cwd=folder, check=True)
+    return said.read_text().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+@pytest.mark.parametrize("method", ["vanilla", "teacache", "flowcache"])
+@pytest.mark.parametrize("benchmark", ["vbench", "physicsiq"])
+def test_a_launcher_makes_its_videos(
+    fake: list[Task], tmp_path: Path, family: str, method: str, benchmark: str
+):
+    words = hand_on(family, f"{method}_{benchmark}", tmp_path, GPUS="1")
+    assert words[0] == "python"
+    assert sample.main(words[2:]) == 0
+    assert {task.family for task in fake} == {family}
+    assert all((task.video is not None) == (benchmark == "physicsiq") for task in fake)
+    for preset in {task.preset for task in fake}:
+        assert preset.startswith(method)
+        assert find_preset(load_model(family).presets, preset).is_file()
+
+
+def test_a_launcher_starts_as_many_processes_as_it_is_given(tmp_path: Path):
+    variables = {"GPUS": "4", "PER_PROMPT": "5", "DIMENSIONS": "color"}
+    words = hand_on("skyreels_v2", "flowcache_vbench", tmp_path, **variables)
+    assert words[:4] == ["python", "-m", "flowcache.launch", "4"]
+    assert Path(words[4]).name == "sample.py"
+    assert words[words.index("--per-prompt") + 1] == "5"
+    assert words[words.index("--dimensions") + 1] == "color"

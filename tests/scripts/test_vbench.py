@@ -1,7 +1,7 @@
 """VBench: its videos' names, its environment, its results in the table.
 
-VBench itself is played by a program that reads and writes files as VBench 0.1.5 does: names from
-`{prompt}-{i}` with the suffix of the first file it lists, results and prompts beside each other.
+VBench itself is replaced by a program that reads and writes files as VBench 0.1.5 does: names from
+`{prompt}-{i}` with the suffix of the first file it lists, results and prompts in one folder.
 """
 
 import json
@@ -9,11 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from sampling_cases import SCRIPTS, report_of
+import reproduce
+import sample
+from sampling_cases import SCRIPTS
+
+from flowcache.bench.tasks import Task
 
 FAKE_VBENCH = """#!{python}
 import json, os, subprocess, sys
@@ -70,8 +73,8 @@ def _environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(name="sampled")
-def _sampled(sample: ModuleType, fake: list[Any], tmp_path: Path) -> Path:
-    """Two files per prompt under the names that sample.py gives, with receipts beside them."""
+def _sampled(fake: list[Task], tmp_path: Path) -> Path:
+    """Two files per prompt under the names that sample.py gives, with receipts."""
     for dimension, texts in PROMPTS.items():
         path = Path(f"VBench/prompts/prompts_per_dimension/{dimension}.txt")
         path.write_text("\n".join(texts) + "\n")
@@ -94,7 +97,7 @@ def evaluate(*arguments: object, variables: dict[str, str]) -> subprocess.Comple
 
 
 def test_what_sample_names_vbench_finds_and_its_score_gets_into_the_table(
-    sampled: Path, environment: dict[str, str], copy: Path, reproduce: ModuleType
+    sampled: Path, environment: dict[str, str], copy: Path
 ):
     target = copy / "out" / "videos" / "half"
     run = evaluate(sampled, target, variables=environment)
@@ -107,7 +110,8 @@ def test_what_sample_names_vbench_finds_and_its_score_gets_into_the_table(
     }
     arguments = ["--protocol", str(copy / "small.yaml"), "--out", str(copy / "out")]
     assert reproduce.main(arguments) == 0
-    assert {row["method"]: row["figures"]["vbench"] for row in report_of(copy)["rows"]} == {
+    rows = json.loads((copy / "out" / "table.json").read_text())["rows"]
+    assert {row["method"]: row["figures"]["vbench"] for row in rows} == {
         "Vanilla": None,
         "every 2nd": pytest.approx(70),
         "the same | again": None,
@@ -115,20 +119,16 @@ def test_what_sample_names_vbench_finds_and_its_score_gets_into_the_table(
     assert reproduce.main(["--verify", str(copy / "out")]) == 0
 
 
-def test_a_prompt_without_a_video_is_an_error_not_another_score(
+def test_an_evaluation_that_fails_or_lacks_a_video_leaves_no_score(
     sampled: Path, environment: dict[str, str]
 ):
+    run = evaluate(sampled, variables=environment | {"DIMENSIONS": "color broken"})
+    assert run.returncode != 0
     for path in sampled.glob("alley-*"):
         path.unlink()
     run = evaluate(sampled, variables=environment)
     assert run.returncode == 2
     assert "1 of 2 prompts of scene have no video, as in 'alley'" in run.stderr
-    assert not (sampled / "vbench.json").exists()
-
-
-def test_an_evaluation_that_fails_leaves_no_score(sampled: Path, environment: dict[str, str]):
-    run = evaluate(sampled, variables=environment | {"DIMENSIONS": "color broken"})
-    assert run.returncode != 0
     assert not (sampled / "vbench.json").exists()
 
 
@@ -169,7 +169,7 @@ def test_the_evaluation_says_what_is_missing(tmp_path: Path):
 
 
 def test_the_environment_is_made_once_and_a_failure_is_tried_again(tmp_path: Path):
-    """Stands in for Python with a program that notes what it is asked for."""
+    """Python is replaced by a program that notes what it is asked for."""
     tools, venv, said = tmp_path / "tools", tmp_path / "venv", tmp_path / "said"
     tools.mkdir()
     note = f'echo "$@" >> "{said}"\n'

@@ -12,8 +12,8 @@ from closeness import assert_close
 from torch import Tensor, nn
 
 from flowcache.errors import UserError
+from flowcache.runtime.config import QuantizeName
 from flowcache.runtime.metrics import psnr
-from flowcache.runtime.settings import QuantizeName
 from flowcache.runtime.video import read_video
 from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
 from flowcache.wan.quantize import check, linears, quantize, weight_bytes

@@ -5,17 +5,14 @@
 # Settings follow as key=value. Start it again after whatever ended it: it makes what is missing.
 # On several machines start it on each, with one OUT that all of them see.
 set -euo pipefail
-root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
-source "$root/../scripts/sampling/launch.sh" # enters the Python environment
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../../scripts/sampling/launch.sh" # enters the Python environment
 
-MODEL=${MODEL:-auto}           # auto: the 1.3B model on CUDA, else the demo; or a folder, or a hub id
-PRESET=${PRESET:-vanilla} # every step of every chunk
 DATA=${DATA:-physics-IQ}       # holds descriptions.csv and the conditioning clips, see --help
+OUT=${OUT:-}                   # empty: result/physicsiq/PRESET in the model's folder
+PRESET=${PRESET:-vanilla} # every step of every chunk
+MODEL=${MODEL:-auto}           # auto: the 1.3B model on CUDA, else the demo; or a folder, or a hub id
 OVERLAP=${OVERLAP:-17}         # last frames of each clip that are continued, 4 n + 1
 NUM_FRAMES=${NUM_FRAMES:-137}  # OVERLAP and the new frames: five seconds at 24 fps
-SEED=${SEED:-0}                # of all noise
-GPUS=${GPUS:-}                 # processes; empty: one per GPU
-OUT=${OUT:-$root/result/physicsiq/$PRESET}
+SEED=${SEED:-0} GPUS=${GPUS:-} # seed of all noise; processes, empty: one per GPU
 
-sample_videos skyreels_v2 --preset "$PRESET" --model "$MODEL" --physics-iq "$DATA" --out "$OUT" \
-    --seed "$SEED" overlap_history="$OVERLAP" num_frames="$NUM_FRAMES" "$@"
+sample_physics_iq skyreels_v2 overlap_history="$OVERLAP" num_frames="$NUM_FRAMES" "$@"

@@ -1,7 +1,7 @@
 """A protocol: everything that a table depends on, in one YAML file whose SHA-256 names it.
 
 A row names a preset, but what the preset comes to stands in the protocol as well, under `pinned`:
-a preset that has changed since is refused instead of quietly giving another table.
+a preset that has changed since is refused instead of silently giving another table.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,10 @@ from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
 from flowcache.runtime.model import MODELS
-from flowcache.runtime.run import VIDEO_QUALITY
+from flowcache.runtime.video import VIDEO_QUALITY
 
-VIDEOS = "videos"
-"""Folder of the videos in a result folder."""
-METRICS_FOLDER = "metrics"
-"""Folder of what the comparison of each video gave."""
-COPY = "protocol.yaml"
-"""The protocol in a result folder."""
+VIDEOS, METRICS_FOLDER, COPY = "videos", "metrics", "protocol.yaml"
+"""In a result folder: the videos, what comparing each of them gave, the protocol."""
 
 
 @dataclass
@@ -80,11 +76,7 @@ class Protocol:
     methods: list[Method] = field(default_factory=list)
 
     def check(self, path: Path) -> None:
-        """Check what the types can't say.
-
-        Raises:
-            UserError: naming the file and the key.
-        """
+        """Check what the types can't say."""
         if self.codec_quality != VIDEO_QUALITY:
             raise UserError(
                 f"{path}: codec_quality is {self.codec_quality}, but this version writes videos "
@@ -127,9 +119,6 @@ class Protocol:
         Args:
             model: None: the protocol's own.
             num_prompts: the first so many prompts only; None: all.
-
-        Raises:
-            UserError: there are not so many prompts, or a name can't be one of a file.
         """
         if num_prompts is not None and not 1 <= num_prompts <= len(self.prompts):
             raise UserError(
@@ -174,22 +163,14 @@ def contradiction(pins: Mapping[str, Any], config: Mapping[str, Any]) -> str | N
 
 
 def read_protocol(path: Path) -> Protocol:
-    """Read a protocol.
-
-    Raises:
-        UserError: it is missing or not in order.
-    """
+    """Read a protocol and check it."""
     protocol = load_config(Protocol, [path])
     protocol.check(path)
     return protocol
 
 
 def keep_protocol(path: Path, out: Path) -> None:
-    """Put a copy of the protocol into a result folder.
-
-    Raises:
-        UserError: the folder holds results of another protocol.
-    """
+    """Put a copy of the protocol into a result folder, which must not be of another one."""
     copy = out / COPY
     if not copy.is_file():
         out.mkdir(parents=True, exist_ok=True)

@@ -27,14 +27,8 @@ OWN_KEYS = frozenset({"prompt", "seed", "image", "video"})
 SETTINGS, CHECKPOINT = "resolved_settings", "checkpoint"
 """Parts of an origin, as messages name them."""
 GPU_FIELDS = (
-    "name",
-    "driver_version",
-    "memory.total",
-    "clocks.sm",
-    "clocks.max.sm",
-    "clocks.mem",
-    "temperature.gpu",
-    "power.limit",
+    *("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem"),
+    *("temperature.gpu", "power.limit"),
 )
 TIMEOUT_SECONDS = 20
 
@@ -64,9 +58,6 @@ class Renderer:
             pins: what a protocol says that settings come to.
 
         Returns: hashes of all settings, those of the preset included, and of the checkpoint.
-
-        Raises:
-            UserError: something is wrong that would stop every task of its kind.
         """
         choose_device(self.device)
         plain = Task("check", task.family, task.model, task.preset, "-", 0, task.settings)
@@ -101,13 +92,15 @@ class Renderer:
         return self._hashes[key]
 
     def render(self, task: Task, folder: Path) -> dict[str, Any]:
-        """Make one video in a folder; return what its JSON holds.
-
-        Raises:
-            UserError: the task is not possible, or the video can't be written.
-        """
+        """Make one video in a folder; return what its JSON holds."""
         job = self._prepare(task, folder)
-        self._check_origin(task, job)
+        origin = self.origins.get(task.kind)
+        # a clip to continue may turn the video upright: then the settings differ anyway
+        if origin and task.video is None and hash_settings(job) != origin[SETTINGS]:
+            raise UserError(
+                f"preset {task.preset} has changed since the start: undo that, or choose another "
+                "output folder"
+            )
         loaded = self._load(job)
         stats = RunStats(job.device)
         inputs = encode_inputs(job, stats=stats, encoder=loaded.encoder)
@@ -115,18 +108,6 @@ class Renderer:
         job = replace(job, before=None, keeps_partial=False)
         report = render(job, loaded.networks, inputs, stats=stats)
         return {**report, "kv_cache_bytes": job.work.kv_bytes, "gpus": describe_gpus()}
-
-    def _check_origin(self, task: Task, job: Job) -> None:
-        """Check that nobody has edited the preset since the start.
-
-        A clip to continue may turn the video upright: then the settings differ anyway.
-        """
-        origin = self.origins.get(task.kind)
-        if origin and task.video is None and hash_settings(job) != origin[SETTINGS]:
-            raise UserError(
-                f"preset {task.preset} has changed since the start: undo that, or choose another "
-                "output folder"
-            )
 
     def _prepare(self, task: Task, folder: Path) -> Job:
         model = load_model(task.family)
@@ -142,17 +123,12 @@ class Renderer:
         return prepare(model, Request(task.preset, task.model, settings, out))
 
     def _load(self, job: Job) -> _Loaded:
-        identity = (
-            job.model.name,
-            job.device,
-            job.dtype,
-            job.config.offload,
-            job.model.identity(job),
-        )
+        model, offload = job.model, job.config.offload
+        identity = (model.name, job.device, job.dtype, offload, model.identity(job))
         if self.loaded is None or self.loaded.identity != identity:
             self.loaded = None  # frees the memory first
             networks = load_networks(job, stats=RunStats(job.device))
-            encoder = None if job.config.offload else job.model.load_text(job)
+            encoder = None if offload else model.load_text(job)
             self.loaded = _Loaded(identity, networks, encoder)
         return self.loaded
 
@@ -162,8 +138,16 @@ def hash_settings(job: Job) -> str:
 
     A profile counts by what it says.
     """
-    rule = job.config.reuse
-    shared = _without(to_dict(job.config), OWN_KEYS | {"device", *job.model.places})
+    ignored, rule = OWN_KEYS | {"device", *job.model.places}, job.config.reuse
+
+    def kept(settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: kept(value) if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key not in ignored
+        }
+
+    shared = kept(to_dict(job.config))
     shared["dtype"] = str(job.dtype)
     shared["reuse"]["profile"] = sha256_of(Path(rule.profile)) if rule.needs_profile else None
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
@@ -175,15 +159,6 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.float().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _without(settings: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
-    """Return settings without some keys, in all sections."""
-    return {
-        key: _without(value, keys) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key not in keys
-    }
 
 
 def describe_gpus() -> list[dict[str, str]]:

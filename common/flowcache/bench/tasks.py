@@ -1,22 +1,26 @@
-"""One video to make, and how far it is: missing, complete, or not what its receipt says."""
+"""The videos to make: which there are (a text file, VBench, Physics-IQ), and which are complete."""
 
 import dataclasses
 import hashlib
+import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
 from flowcache.runtime.files import parse_json, read_json
+from flowcache.runtime.text_files import TableRow, read_lines, read_table
+
+logger = logging.getLogger(__name__)
 
 Origin = Mapping[str, str]
 """What a video is made from in addition to its task, as hashes: see `Renderer.check`."""
 Kind = tuple[str, str, str, tuple[str, ...]]
 
 MAX_NAME_BYTES = 230
-"""255 on common file systems, less the suffixes of what lies beside a video."""
-
+"""255 on common file systems, less the suffixes of the files next to a video."""
 MISSING = "missing"
 BLOCK_BYTES = 2**20
 SKETCH_BLOCKS = 16
@@ -43,12 +47,12 @@ class Task:
 
     @property
     def label(self) -> str:
-        """Name the video in messages, and tell tasks apart."""
+        """The video in messages; no two tasks of a list share one."""
         return f"{self.folder}/{self.name}" if self.folder else self.name
 
     @property
     def kind(self) -> Kind:
-        """Return what tasks share that differ in prompt, seed and given clip alone."""
+        """What tasks share that differ in prompt, seed and given clip alone."""
         return self.family, self.model, self.preset, self.settings
 
     def path(self, out: Path, suffix: str) -> Path:
@@ -61,11 +65,7 @@ class Task:
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """Check that every task has a file name of its own.
-
-    Raises:
-        UserError: one has not.
-    """
+    """Check that every task has a file name, and one of its own."""
     seen: set[str] = set()
     for task in tasks:
         is_plain = task.name and "/" not in task.name and not task.name.startswith(".")
@@ -77,6 +77,9 @@ def check_names(tasks: Sequence[Task]) -> None:
         if task.label in seen:
             raise UserError(f"two videos would be named {task.label}: leave one out")
         seen.add(task.label)
+
+
+# Receipts -----------------------------------------------------------------------------------------
 
 
 def sha256_of(path: Path) -> str:
@@ -91,8 +94,8 @@ def sha256_of(path: Path) -> str:
 def sketch_of(path: Path) -> str:
     """Return a hash of a file or of all files in a folder: names, sizes, parts of the contents.
 
-    Of a large file `SKETCH_BLOCKS` blocks are read that lie evenly over it: enough to tell trained
-    weights apart, and quick with an encoder of many gigabytes.
+    Of a large file `SKETCH_BLOCKS` blocks are read that lie evenly over it: enough to distinguish
+    trained weights, and fast with an encoder of many gigabytes.
     """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -107,6 +110,20 @@ def sketch_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_receipt(task: Task, out: Path) -> dict[str, Any]:
+    """Return the JSON of a complete video."""
+    return read_json(task.path(out, ".json"))
+
+
+def alarms(tasks: Iterable[Task], out: Path) -> list[str]:
+    """Name the complete videos that are of one colour or frozen: their figures mean nothing."""
+    return [
+        f"ALARM {task.label}: {alarm}"
+        for task in tasks
+        for alarm in read_receipt(task, out).get("alarms", [])
+    ]
+
+
 def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
     """Say why a task is not complete; None: video and receipt are there and belong together.
 
@@ -116,12 +133,11 @@ def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
     Raises:
         UserError: there is a result of that name which was made otherwise; it is kept.
     """
-    receipt = task.path(out, ".json")
+    receipt, video = task.path(out, ".json"), task.path(out, ".mp4")
     try:
-        text = receipt.read_text(encoding="utf-8")
-        report = parse_json(text, source=str(receipt))
+        report = parse_json(receipt.read_text(encoding="utf-8"), source=str(receipt))
         stored, digest = dict(report["task"]), report["sha256"]
-        found = dict(report.get("made_from", {}))
+        stored |= dict(report.get("made_from", {}))
     except FileNotFoundError:
         return MISSING
     except (UnicodeDecodeError, UserError):
@@ -130,14 +146,13 @@ def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
         raise UserError(
             f"{receipt} is no receipt of this command and is kept: choose another output folder"
         ) from None
-    wanted, stored = {**task.to_dict(), **(origin or {})}, {**stored, **found}
+    wanted = {**task.to_dict(), **(origin or {})}
     changed = [key for key, value in wanted.items() if stored.get(key) != value]
     if changed:
         raise UserError(
             f"{receipt} is of another run ({', '.join(changed)} differ) and is kept: choose "
             "another output folder"
         )
-    video = task.path(out, ".mp4")
     try:
         is_same = sha256_of(video) == digest
     except FileNotFoundError:
@@ -145,17 +160,135 @@ def flaw(task: Task, out: Path, *, origin: Origin | None = None) -> str | None:
     return None if is_same else f"{video}: not the video of its receipt (SHA-256 differs)"
 
 
-def read_receipt(task: Task, out: Path) -> dict[str, Any]:
-    """Return what the JSON beside a complete video holds."""
-    return read_json(task.path(out, ".json"))
+# Lists of prompts ---------------------------------------------------------------------------------
+
+VBENCH_DIMENSIONS = (
+    *("overall_consistency", "subject_consistency", "scene", "object_class", "multiple_objects"),
+    *("color", "spatial_relationship", "temporal_style", "human_action", "temporal_flickering"),
+    "appearance_style",
+)
+"""Those of the published tables. Each has a prompt file of its own."""
+VBENCH_PLACES = ("prompts_per_dimension", "prompts/prompts_per_dimension")
+VBENCH_ADVICE = (
+    "download VBench with: git clone https://github.com/Vchitect/VBench, and give the folder "
+    "VBench/prompts"
+)
+PHYSICS_IQ_TABLES = (
+    *("descriptions.csv", "descriptions/descriptions.csv"),
+    "descriptions/descriptions_original.csv",
+)
+PHYSICS_IQ_ADVICE = (
+    "download Physics-IQ with the script of https://github.com/google-deepmind/"
+    "physics-IQ-benchmark, and give the folder that holds descriptions.csv and split-videos"
+)
+TAKE = re.compile(r"take-?(\d+)", re.IGNORECASE)
+FIRST_TAKE = 1
+CONDITIONING = "conditioning"
+"""Part of the path of every clip that is to be continued."""
 
 
-def alarms_of(task: Task, out: Path) -> list[str]:
-    """Return what the receipt of a complete video says is alarming about it."""
-    return list(read_receipt(task, out).get("alarms", []))
+@dataclass(frozen=True)
+class Run:
+    """How every video of a list is made; names, prompts and clips are filled in per video."""
+
+    template: Task
+    per_prompt: int = 1
+    """Videos of each prompt; the i-th has the template's seed + i."""
+
+    def tasks(self, name: str, prompt: str) -> list[Task]:
+        """Return the tasks of one prompt: `NAME-0`, `NAME-1`, ..."""
+        return [
+            replace(self.template, name=f"{name}-{i}", prompt=prompt, seed=self.template.seed + i)
+            for i in range(self.per_prompt)
+        ]
 
 
-def flaws(tasks: Iterable[Task], out: Path) -> dict[str, str]:
-    """Return for each task that is not complete why, by its label."""
-    found = {task.label: flaw(task, out) for task in tasks}
-    return {label: reason for label, reason in found.items() if reason is not None}
+def from_lines(path: Path, run: Run) -> list[Task]:
+    """Return the tasks of a text file, one prompt per line: `0000-0`, `0001-0`, ..."""
+    prompts = read_lines(path)
+    return [task for n, prompt in enumerate(prompts) for task in run.tasks(f"{n:04d}", prompt)]
+
+
+def from_vbench(folder: Path, run: Run, *, dimensions: Sequence[str]) -> list[Task]:
+    """Return the tasks of VBench: `PROMPT-0`, ...; a prompt of two dimensions is made once.
+
+    Args:
+        folder: holds `prompts_per_dimension/DIMENSION.txt`, or `prompts/` with that.
+    """
+    places = [folder / place for place in VBENCH_PLACES if (folder / place).is_dir()]
+    if not places:
+        raise UserError(f"{folder}: holds no {VBENCH_PLACES[0]} folder: {VBENCH_ADVICE}")
+    prompts: dict[str, None] = {}
+    for dimension in dimensions:
+        path = places[0] / f"{dimension}.txt"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in places[0].glob("*.txt")))
+            raise UserError(
+                f"{dimension!r} is no dimension of VBench here; there are: {known or 'none'}"
+            )
+        prompts |= dict.fromkeys(read_lines(path))
+    return [task for prompt in prompts for task in run.tasks(prompt, prompt)]
+
+
+def from_physics_iq(folder: Path, run: Run) -> list[Task]:
+    """Return the tasks of Physics-IQ: clips to be continued, named as its evaluation wants them.
+
+    Every scene was filmed twice, and only the first take is to be generated; the second shows how
+    much two takes differ. The clip that belongs to a description begins with the same four digits.
+    """
+    tables = [folder / place for place in PHYSICS_IQ_TABLES if (folder / place).is_file()]
+    if not tables:
+        raise UserError(f"{folder}: holds no {PHYSICS_IQ_TABLES[0]}: {PHYSICS_IQ_ADVICE}")
+    rows = read_table(tables[0], columns=("description", "generated_video_name"))
+    if run.per_prompt != 1:
+        raise UserError(f"Physics-IQ has one video per clip: per-prompt is {run.per_prompt}, not 1")
+    clips = _conditioning_clips(folder)
+    first = [row for row in rows if _take(row, clips) == FIRST_TAKE]
+    if not first:
+        raise UserError(f"{tables[0]}: has no row of take-{FIRST_TAKE}, which alone is generated")
+    if len(first) < len(rows):
+        logger.info(
+            "%s: %d of %d rows are left out: Physics-IQ generates take-%d only",
+            *(tables[0], len(rows) - len(first), len(rows), FIRST_TAKE),
+        )
+    tasks: dict[str, Task] = {}
+    for row in first:
+        name = Path(row.cells["generated_video_name"]).stem
+        if name in tasks:
+            raise UserError(
+                f"{tables[0]}: row {row.number}, column generated_video_name: {name} is there "
+                "twice: leave one out"
+            )
+        if name[:4] not in clips:
+            raise UserError(f"{folder}: no conditioning clip {name[:4]}_*.mp4: {PHYSICS_IQ_ADVICE}")
+        tasks[name] = replace(
+            run.template, name=name, prompt=row.cells["description"], video=str(clips[name[:4]])
+        )
+    return list(tasks.values())
+
+
+def _take(row: TableRow, clips: Mapping[str, Path]) -> int:
+    """Return which take a row is of, by its scenario, its name, or its clip; else the first."""
+    name = row.cells["generated_video_name"]
+    clip = clips.get(name[:4], Path())
+    places = (row.cells.get("scenario", ""), name, clip.name)
+    found = [match for place in places if (match := TAKE.search(place))]
+    return int(found[0][1]) if found else FIRST_TAKE
+
+
+def _conditioning_clips(folder: Path) -> dict[str, Path]:
+    """Return the clip of each number; where there are several, of the lowest frame rate (24)."""
+
+    def rate(path: Path) -> int:
+        digits = path.parent.name.upper().removesuffix("FPS")
+        return int(digits) if digits.isdecimal() else 0
+
+    found = [
+        path
+        for path in folder.rglob("*.mp4")
+        if CONDITIONING in str(path.relative_to(folder)) and path.name[:4].isdecimal()
+    ]
+    clips: dict[str, Path] = {}
+    for path in sorted(found, key=lambda path: (rate(path), str(path))):
+        clips.setdefault(path.name[:4], path)
+    return clips

@@ -14,10 +14,17 @@ from tqdm import tqdm
 from flowcache.errors import UserError
 from flowcache.runtime.files import write_json, write_text
 from flowcache.runtime.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
-from flowcache.runtime.metrics import CONFIDENCE, ClipFigures, average, compare_clips, worst_frames
+from flowcache.runtime.metrics import (
+    CONFIDENCE,
+    ClipFigures,
+    average,
+    compare_clips,
+    is_clip,
+    list_clips,
+    worst_frames,
+)
 from flowcache.runtime.stats import environment
 from flowcache.runtime.text_files import escaped, table_row
-from flowcache.runtime.video import is_clip, list_clips
 
 FILES = ("compare.json", "compare.csv", "compare.md")
 UNITS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}

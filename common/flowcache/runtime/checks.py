@@ -1,10 +1,5 @@
 """What a run makes is looked at: values that are not finite, and videos that show nothing.
 
-    check = DegenerateCheck()
-    for frames in chunks:
-        check.see(frames)
-    for line in check.alarms(): ...
-
 Whether values are finite is computed on the device along with the result and read with it, so that
 nothing waits for it. Which weight is to blame is looked up only after a check has failed.
 """
@@ -67,14 +62,17 @@ class NotFiniteError(UserError):
     """A result holds values that are not finite."""
 
     def __init__(self, place: str, *, modules: Modules | None = None) -> None:
-        """Say where they are, and why.
-
-        Args:
-            place: names the result, in plural.
-            modules: what made it; the first weight that is not finite is named.
-        """
-        self.place = place
-        super().__init__(f"{place} hold values that are not finite{_cause(modules)}")
+        """Say where they are, and why."""
+        self.place, cause = place, ""
+        if modules is not None:
+            weight, names = broken_weight(modules), " and ".join(modules)
+            cause = (
+                f"; so does its weight {weight}: the file is damaged, download it again"
+                if weight is not None
+                else f", though all weights of {names} are finite: a number grew too large; try "
+                "dtype=float32 or bfloat16, or other settings"
+            )
+        super().__init__(f"{place} hold values that are not finite{cause}")
 
     def caused_by(self, modules: Modules) -> "NotFiniteError":
         """Return the same error with its cause."""
@@ -82,15 +80,7 @@ class NotFiniteError(UserError):
 
 
 def check_finite(x: Tensor, place: str, *, modules: Modules | None = None) -> Tensor:
-    """Return a result that was read already.
-
-    Args:
-        place: names it, in plural.
-        modules: what made it.
-
-    Raises:
-        NotFiniteError: a value is not finite.
-    """
+    """Return a result that was read already."""
     if not bool(all_finite(x)):
         raise NotFiniteError(place, modules=modules)
     return x
@@ -107,26 +97,11 @@ def broken_weight(modules: Modules) -> str | None:
     return None
 
 
-def _cause(modules: Modules | None) -> str:
-    if modules is None:
-        return ""
-    weight = broken_weight(modules)
-    if weight is not None:
-        return f"; so does its weight {weight}: the file is damaged, download it again"
-    return (
-        f", though all weights of {' and '.join(modules)} are finite: a number grew too large; try "
-        "dtype=float32 or bfloat16, or other settings"
-    )
-
-
 # Degenerate videos --------------------------------------------------------------------------------
 
 
 class DegenerateCheck:
-    """Tells whether a video is of one colour all over, or frozen: then a run failed silently.
-
-    It looks at frames as they come; of an ordinary video at two.
-    """
+    """Tells whether a video is of one colour all over, or frozen: then a run failed silently."""
 
     def __init__(self) -> None:
         self.num_frames = 0
@@ -155,7 +130,8 @@ class DegenerateCheck:
             return []
         if self._is_flat:
             colour = self._colour / self.num_frames
-            name = "black" if colour.max() <= MAX_BLACK else _hexadecimal(colour)
+            hexadecimal = "#" + "".join(f"{round(value):02x}" for value in colour)
+            name = "black" if colour.max() <= MAX_BLACK else hexadecimal
             moves = "" if self._is_frozen else ", which changes"
             return [f"constant: all {self.num_frames} frames are of one colour ({name}{moves})"]
         if self._is_frozen and self.num_frames > 1:
@@ -171,7 +147,3 @@ def _square_means(frame_HW3: Pixels) -> npt.NDArray[np.floating]:
     rows = np.minimum(SQUARE, height - np.arange(0, height, SQUARE))
     columns = np.minimum(SQUARE, width - np.arange(0, width, SQUARE))
     return sums / (rows[:, None, None] * columns[None, :, None])
-
-
-def _hexadecimal(colour: npt.NDArray[np.float64]) -> str:
-    return "#" + "".join(f"{round(value):02x}" for value in colour)

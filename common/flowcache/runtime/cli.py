@@ -1,4 +1,4 @@
-"""The command line of every model: arguments, exit codes, device, output name, progress.
+"""The command line of every model: arguments, exit codes, device, progress.
 
 PyTorch is imported where it is used, so that --help answers at once.
 """
@@ -10,16 +10,14 @@ import contextlib
 import io
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flowcache.errors import UserError, no_memory
-from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Stopped
-from flowcache.runtime.files import fresh_path
+from flowcache.errors import UserError, no_memory, one_line
+from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Place, Stopped, starter_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +52,7 @@ class Parser(argparse.ArgumentParser):
 def run_parser(
     prog: str, *, description: str, examples: str, presets: Path, model: str, dry_run: str
 ) -> Parser:
-    """Return the arguments that every model's command line takes.
-
-    Args:
-        presets: folder of the presets.
-        model: what --model may be.
-        dry_run: what --dry-run can do beside checking and printing.
-    """
+    """Return the arguments that every model's command line takes."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -117,19 +109,6 @@ def run_parser(
     return parser
 
 
-def overrides_of(options: argparse.Namespace, keys: Mapping[str, str]) -> list[str]:
-    """Return the settings that arguments of their own give, then those given as key=value.
-
-    Args:
-        keys: argument -> setting.
-    """
-    given = {key: getattr(options, argument) for argument, key in keys.items()}
-    named = [f"{key}={value}" for key, value in given.items() if value is not None]
-    if options.no_compile:
-        named.append("compile=false")
-    return [*named, *options.settings]
-
-
 # Errors -------------------------------------------------------------------------------------------
 
 
@@ -145,8 +124,6 @@ def run_command(command: Callable[[], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test captures it
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the characters
-    from flowcache.launch import Place, starter_of
-
     try:
         place = Place.of(os.environ)
         with Ending(starter_of(os.environ, place), is_first=place.rank == 0):
@@ -173,40 +150,25 @@ def run_command(command: Callable[[], None]) -> int:
         return EXIT_UNREAD
     except OSError as error:
         # what no check can foresee: a folder that went away, a disk that is full or fails
-        sys.stderr.write(f"error: {in_one_line(str(no_memory(error) or _described(error)))}\n")
+        place = "" if error.filename is None else f"{str(error.filename)[:SHOWN_PATH]}: "
+        refused = no_memory(error) or f"{place}{error.strerror or one_line(error)}"
+        sys.stderr.write(f"error: {in_one_line(str(refused))}\n")
         return EXIT_USER_ERROR
     return 0
 
 
 def in_one_line(text: str) -> str:
-    """Return a message with its line breaks and control characters written out, and not too long.
-
-    They come from what a user or a file gave, and could hide the message or change the terminal.
-    """
+    """Return a message with control characters, which could hide it, written out, and cut."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _described(error: OSError) -> str:
-    """Say what the system refuses, in one line."""
-    place = "" if error.filename is None else f"{str(error.filename)[:SHOWN_PATH]}: "
-    return f"{place}{error.strerror or ' '.join(str(error).split())}"
 
 
 # Choices ------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """Return the device of a run: `auto` is CUDA where there is one, else the CPU.
-
-    Args:
-        local_rank: which of several processes on this machine asks: each has a CUDA device of its
-            own.
-
-    Raises:
-        UserError: the name is no device, or there is no such device here.
-    """
+    """Return the device of a run: `auto` is CUDA where there is one, else the CPU."""
     import torch
 
     from flowcache.runtime.ops import set_allocator
@@ -248,29 +210,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def gigabytes(num_bytes: int) -> str:
     """Write bytes in GB (10^9)."""
     return f"{num_bytes / 1e9:.3g} GB"
-
-
-def choose_output(out: str | None, *, folder: Path, stem: str, overwrite: bool) -> Path:
-    """Return where the video goes.
-
-    Args:
-        out: a `.mp4` file, or a folder, or None for `folder`. In a folder the name is `stem` and a
-            number, and never that of an existing file.
-
-    Raises:
-        UserError: the file exists and must not be overwritten, or is no `.mp4`, or has no name.
-    """
-    if out is not None and not out.strip():
-        raise UserError("--out is empty: give an .mp4 file or a folder, or leave it out")
-    # a name as results/4.5B is a folder's: no file type starts with a digit
-    if out is None or not re.match(r"\.[A-Za-z]", Path(out).suffix) or Path(out).is_dir():
-        return fresh_path(folder if out is None else Path(out), stem, ".mp4")
-    path = Path(out)
-    if path.suffix.lower() != ".mp4":
-        raise UserError(f"{path}: the video is written as .mp4, not {path.suffix}: change the name")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists and is kept: choose another name, or give --overwrite")
-    return path
 
 
 class ProgressBar:

@@ -46,8 +46,6 @@ def compiled(
 ) -> Callable[..., T]:
     """Return a function that is compiled at its first call, once for all lengths; no gradients.
 
-    If that fails it runs as it is, and a line of the log says why.
-
     Args:
         function: takes a module and tensors; calling it twice does no harm.
         lengths: of each tensor the axis that differs from call to call, None: all stay the same.

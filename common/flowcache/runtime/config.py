@@ -25,12 +25,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
 import yaml
 
-from flowcache.bounds import annotated_hints, bounds_of, given_path, names_of
+from flowcache.bounds import Bounds, annotated_hints, bounds_of, given_path, names_of
 from flowcache.errors import UserError, one_line
 from flowcache.runtime.files import read_json, read_regular
 
@@ -48,44 +49,51 @@ MISSING = "???"
 
 
 def load_config(schema: type[T], layers: Sequence[Path], *, overrides: Sequence[str] = ()) -> T:
-    """Merge YAML layers, then `a.b=value` overrides, into an instance of the schema.
+    """Merge YAML or JSON layers, then `a.b=value` overrides, into an instance of the schema.
 
     Args:
-        schema: a dataclass whose defaults are the lowest layer.
-        layers: YAML files, the later one wins; a list value replaces the earlier list.
-        overrides: `key=value` texts. The value is YAML, but for a text field it is taken as it is.
-
-    Raises:
-        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type, or
-            a key without a default was given no value. One line that names file, key and value.
+        layers: files, the later one wins; a list value replaces the earlier list.
     """
     values: dict[str, Any] = {}
     for path in layers:
-        _merge_(values, schema, read_layer(path), source=str(path))
+        layer = read_json(path) if path.suffix == ".json" else read_yaml(path)
+        if not isinstance(layer, dict):
+            raise UserError(f"{path}: expected a JSON object, found a {type(layer).__name__}")
+        _merge_(values, schema, cast("dict[str, Any]", layer), source=str(path))
     merge_overrides_(values, schema, overrides)
-    missing = sorted(_missing(schema, values))
+    missing: list[str] = []
+    made = _made(schema, values, missing=missing)
     if missing:
-        raise UserError(f"{missing[0]} has no value: set it in a preset or as {missing[0]}=VALUE")
-    return schema(**_arguments(schema, values))
+        key = min(missing)
+        raise UserError(f"{key} has no value: set it in a preset or as {key}=VALUE")
+    return cast(T, made)
 
 
 def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[str]) -> None:
-    """Put `a.b=value` overrides, converted to the types of the schema, into nested `values`."""
+    """Put `a.b=value` overrides, converted to the types of the schema, into nested `values`.
+
+    A value is YAML, but for a text field it is taken as it is.
+    """
+    hints = dict(_leaves(schema)) if overrides else {}
     for text in overrides:
-        _merge_(values, schema, parse_override(text, schema), source=COMMAND_LINE)
+        key, equals, raw = text.partition("=")
+        if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
+            raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
+        hint, value = hints.get(key), cast(Any, raw)
+        options = _options(hint)
+        if set(options) - {str, type(None)} or names_of(hint):
+            try:
+                value = parse_yaml(raw)
+            except YAML_ERRORS:
+                raise UserError(f"{COMMAND_LINE}: {key}={_shown(raw)} is not valid YAML") from None
+        elif raw == "null" and type(None) in options:
+            value = None
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        _merge_(values, schema, cast("dict[str, Any]", value), source=COMMAND_LINE)
 
 
 # Reading ------------------------------------------------------------------------------------------
-
-
-def read_layer(path: Path) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds a mapping."""
-    if path.suffix != ".json":
-        return read_yaml(path)
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return cast("dict[str, Any]", content)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -97,31 +105,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({one_line(error)})") from None
     except YAML_ERRORS as error:
-        raise UserError(f"{path}: {_yaml_reason(error)}") from None
+        line, reason = "", one_line(error)
+        if isinstance(error, yaml.MarkedYAMLError):
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            reason = str(error.problem)
+        raise UserError(f"{path}: {line}not valid YAML ({reason})") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         found = "a list" if isinstance(content, list) else f"{content!r:.80}"
         raise UserError(f"{path}: expected 'key: value' lines, found {found}")
     return cast("dict[str, Any]", content)
-
-
-def parse_override(text: str, schema: type) -> dict[str, Any]:
-    """Turn `a.b=value` into `{"a": {"b": value}}`."""
-    key, equals, raw = text.partition("=")
-    if not equals or not all(key.split(".")) or len(key) > KEY_CHARACTERS:
-        raise UserError(f"{_shown(text)} is not an override: write key=value, as in seed=7")
-    hint, value = dict(_leaves(schema)).get(key), cast(Any, raw)
-    is_text = all(option in (str, type(None)) for option in _options(hint))
-    if not is_text or names_of(hint):
-        try:
-            value = parse_yaml(raw)
-        except YAML_ERRORS:
-            raise UserError(f"{COMMAND_LINE}: {key}={_shown(raw)} is not valid YAML") from None
-    elif raw == "null" and type(None) in _options(hint):
-        value = None
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return cast("dict[str, Any]", value)
 
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, OverflowError, TypeError)
@@ -162,9 +155,6 @@ def parse_yaml(text: str) -> Any:
 
     YAML that would exhaust the stack or the memory of what reads it is refused before anything is
     built, and so is odd YAML: settings need no anchors, aliases or tags, and little depth.
-
-    Raises:
-        yaml.YAMLError: it is no YAML, or not plain; or another one of `YAML_ERRORS`.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise yaml.YAMLError(f"it has over {MAX_YAML_CHARACTERS} characters")
@@ -182,13 +172,6 @@ def parse_yaml(text: str) -> Any:
         if problem:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
     return yaml.load(text, _Loader)  # a SafeLoader
-
-
-def _yaml_reason(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError):
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        return f"{line}not valid YAML ({error.problem})"
-    return f"not valid YAML ({one_line(error)})"
 
 
 def find_preset(folder: Path, name: str) -> Path:
@@ -254,29 +237,33 @@ def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
     return f"{source}: unknown key {_shown(key)}{hint}"
 
 
-def _missing(schema: type, values: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
-    """Yield the keys, or sections, without default that have no value."""
-    hints = annotated_hints(schema)
-    for field in dataclasses.fields(schema):
-        key, section = f"{prefix}{field.name}", _section(hints[field.name])
-        if field.name not in values:
-            if _default(field) in (dataclasses.MISSING, MISSING):
-                yield key
-        elif section is not None and values[field.name] is not None:
-            yield from _missing(section, values[field.name], prefix=f"{key}.")
+def _made(
+    schema: type,
+    values: Mapping[str, Any],
+    *,
+    missing: list[str],
+    prefix: str = "",
+    default: Any = None,
+) -> Any:
+    """Return an instance with the given values, sections made of theirs and their defaults.
 
-
-def _arguments(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a schema's fields, the sections made of theirs and their defaults."""
+    Args:
+        missing: is given the keys, or sections, that have neither value nor default; where there
+            are some, nothing is made.
+        default: the instance whose values stay where none is given; None: that of the schema.
+    """
     hints, given = annotated_hints(schema), dict(values)
     for field in dataclasses.fields(schema):
-        section = _section(hints[field.name])
-        if section is None or given.get(field.name) is None:
-            continue
-        inside, default = _arguments(section, given[field.name]), _default(field)
-        is_new = default is dataclasses.MISSING
-        given[field.name] = section(**inside) if is_new else dataclasses.replace(default, **inside)
-    return given
+        key, section, own = f"{prefix}{field.name}", _section(hints[field.name]), _default(field)
+        if field.name not in given:
+            missing += [key] if own in (dataclasses.MISSING, MISSING) else []
+        elif section is not None and given[field.name] is not None:
+            own = None if own is dataclasses.MISSING else own
+            options: dict[str, Any] = {"missing": missing, "prefix": f"{key}.", "default": own}
+            given[field.name] = _made(section, given[field.name], **options)
+    if missing:
+        return None
+    return schema(**given) if default is None else dataclasses.replace(default, **given)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -318,7 +305,14 @@ def _as_option(hint: Any, value: Any) -> Any:
         given = cast("dict[str, Any]", value)
         return {name: _converted(arguments[1], item) for name, item in given.items()}
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _instance(cast(type, hint), cast("dict[str, Any]", value))
+        values: dict[str, Any] = {}
+        missing: list[str] = []
+        schema, given = cast(type, hint), cast("dict[str, Any]", value)
+        _merge_(values, schema, given, source="item")
+        made = _made(schema, values, missing=missing)
+        if missing:
+            raise TypeError("a value is missing")
+        return made
     if hint in (bool, int, float) and isinstance(value, str):
         value = parse_yaml(value)  # a quoted number
     is_boolean, is_number = isinstance(value, bool), isinstance(value, (int, float))
@@ -331,15 +325,6 @@ def _as_option(hint: Any, value: Any) -> Any:
     if hint is Any or (isinstance(hint, type) and type(value) is hint and hint is not float):
         return value
     raise TypeError(hint)
-
-
-def _instance(schema: type, layer: dict[str, Any]) -> Any:
-    """Return an instance of a dataclass that is an item of a list or mapping."""
-    values: dict[str, Any] = {}
-    _merge_(values, schema, layer, source="item")
-    if any(_missing(schema, values)):
-        raise TypeError("a value is missing")
-    return schema(**_arguments(schema, values))
 
 
 def _leaves(schema: type) -> Iterator[tuple[str, Any]]:
@@ -372,28 +357,24 @@ def _section(hint: Any) -> type | None:
 
 def _expected(hint: Any) -> str:
     """Return in words what values a type allows: `int or null`, `one of full, causal`."""
-    names = names_of(hint)
-    return " or ".join(
-        f"one of {', '.join(names)}" if names and option is str else _expected_option(option)
-        for option in _options(hint)
-    )
-
-
-def _expected_option(hint: Any) -> str:
-    arguments = typing.get_args(hint)
-    origin = typing.get_origin(hint) or hint
-    if origin is Literal:
-        return f"one of {', '.join(str(choice) for choice in arguments)}"
+    names, options = names_of(hint), _options(hint)
+    option, *others = options
+    if others:
+        text = f"one of {', '.join(names)}" if names else "text"
+        return " or ".join(text if each is str else _expected(each) for each in options)
+    arguments, origin = typing.get_args(option), typing.get_origin(option) or option
+    if names or origin is Literal:
+        return f"one of {', '.join(str(choice) for choice in names or arguments)}"
     if origin is list or (origin is tuple and arguments[-1:] == (Ellipsis,)):
         return f"a list of {_expected(arguments[0])}"
     if origin is tuple:
         return f"[{', '.join(_expected(item) for item in arguments)}]"
     if origin is dict:
         return f"a mapping to {_expected(arguments[1])}"
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(option):
         return "a section of keys"
-    words = {bool: "true or false", str: "text", type(None): "null"}
-    return {**words, Any: "anything"}.get(hint, getattr(hint, "__name__", str(hint)))
+    words = {bool: "true or false", str: "text", type(None): "null", Any: "anything"}
+    return words.get(option, getattr(option, "__name__", str(option)))
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -420,10 +401,7 @@ def _shown(value: object) -> str:
 def describe(schema: type, *, commented: Path | None = None) -> list[str]:
     """Return one line per key: `key: type = default`, and the comment behind it in a YAML file.
 
-    A key without a default has no `= default`.
-
     Args:
-        schema: the dataclass.
         commented: a YAML file whose trailing `# comments` explain the keys.
     """
     comments = {} if commented is None else yaml_comments(commented)
@@ -463,3 +441,76 @@ def yaml_comments(path: Path) -> dict[str, str]:
 
     visit(yaml.compose(text, Loader=yaml.SafeLoader), "")
     return found
+
+
+# Settings that every model has, besides those of the method --------------------------------------
+
+MAX_PROCESSES = 4096
+MAX_CHUNK_STEPS = 1_000_000
+"""Steps of all chunks, which are planned one by one: four hours of video in MAGI-1's 64 steps."""
+MAX_PASS_TOKENS = 2**20
+"""Tokens that attend to each other in one pass; 97 frames of 4K are 810,000 in SkyReels-V2."""
+
+KernelName: TypeAlias = Literal[
+    "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch"
+]
+"""What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
+QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]
+"""weight: 8-bit weights, widened for each product; dynamic: 8-bit activations and products, too."""
+
+MEMORY_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+_LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ParallelRule:
+    """How several processes divide a run."""
+
+    branch: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
+    sequence: Annotated[int | None, Bounds(1, MAX_PROCESSES)] = None
+
+
+def check_prompt(name: str, prompt: str) -> None:
+    """Check that a prompt says something."""
+    if not prompt.strip():
+        raise UserError(f"{name} is empty: say what the video shows")
+
+
+def check_work(*, num_chunks: int, num_steps: int) -> None:
+    """Refuse a video so long that planning it, step by step, would fill time and memory.
+
+    Args:
+        num_chunks: of all windows, given ones included.
+        num_steps: a chunk's own steps, or the ticks that it adds at most: the larger number.
+    """
+    if num_chunks * num_steps > MAX_CHUNK_STEPS:
+        raise UserError(
+            f"{num_chunks} chunks of {num_steps} steps are {num_chunks * num_steps} steps, at "
+            f"most {MAX_CHUNK_STEPS} are planned: make a shorter video (num_frames), or use larger "
+            "chunks or fewer steps"
+        )
+
+
+def check_pass(num_tokens: int, *, sizes: str) -> None:
+    """Refuse a pass over more tokens than any model and device can do; `sizes` lower it."""
+    if num_tokens > MAX_PASS_TOKENS:
+        raise UserError(
+            f"one pass would have {num_tokens} tokens, at most {MAX_PASS_TOKENS} are possible: "
+            f"lower {sizes}"
+        )
+
+
+def parse_limit(text: str) -> int | None:
+    """Return the bytes that a `memory_limit` names, None for `auto` and `none`.
+
+    Example: `24GB` is 24,000,000,000 and `24GiB` is 25,769,803,776.
+    """
+    if text.lower() in ("auto", "none"):
+        return None
+    found = _LIMIT.fullmatch(text.strip())
+    factor = None if found is None else MEMORY_UNITS.get(found[2].upper())
+    if found is None or factor is None or not float(found[1]):
+        raise UserError(
+            f"memory_limit must be auto, none or an amount such as 24GB or 24GiB, not {text}"
+        )
+    return int(float(found[1]) * factor)

@@ -1,8 +1,12 @@
-"""Encoded prompts kept on disk, so that the text encoder need not be loaded for known ones.
+"""Prompts: their tokenizer, as released checkpoints hold it, and embeddings kept on the disk.
 
-A file is named by a hash of all that the result depends on: prompts, text encoder, tokenizer,
-settings. Its own content tells whether it is whole.
+A tokenizer's folder holds `tokenizer.json`, or only `spiece.model` (SentencePiece), from which
+transformers builds the same tokenizer. A kept embedding is named by a hash of all that it depends
+on (prompts, encoder, tokenizer, settings), and its own content shows whether it is whole; the text
+encoder need not be loaded for it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -11,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.bounds import given_path
-from flowcache.errors import UserError, first_line
-from flowcache.runtime.files import check_writable
+from flowcache.errors import UserError, first_line, one_line
+from flowcache.runtime.files import check_writable, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # takes seconds to import
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +45,10 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def cached_embedding(
-    folder: str | None, facts: Callable[[], Mapping[str, Any]], encode: Callable[[], Tensor]
-) -> Tensor:
-    """Return what `encode` gives, from the folder if it was kept there; on the CPU in that case.
-
-    Args:
-        folder: None: nothing is kept.
-        facts: all that the result depends on, as plain values for JSON; not asked for without a
-            folder.
-        encode: makes the embedding; not called if it is known.
-    """
-    if folder is None:
-        return encode()
-    key, home = _key(facts()), given_path(folder, name=SETTING)
+def cached_embedding(folder: str, facts: Mapping[str, Any], encode: Callable[[], Tensor]) -> Tensor:
+    """Return what `encode` gives, from the folder if it was kept there; on the CPU in that case."""
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
+    key, home = hashlib.sha256(text.encode()).hexdigest(), given_path(folder, name=SETTING)
     path = home / f"{key}.safetensors"
     known = _read(path, key=key)
     if known is not None:
@@ -63,21 +60,11 @@ def cached_embedding(
     return made
 
 
-def check_cache(folder: str | None) -> None:
-    """Check that embeddings can be kept in a folder, which is made.
-
-    A folder that is there may be read-only: the prompts may all be known.
-    """
-    if folder is None:
-        return
+def check_cache(folder: str) -> None:
+    """Check that embeddings can be kept in a folder, which is made."""
     home = given_path(folder, name=SETTING)
     if not home.is_dir():
         check_writable(home)
-
-
-def _key(facts: Mapping[str, Any]) -> str:
-    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:
@@ -116,3 +103,44 @@ def _write(path: Path, tensor: Tensor, *, key: str) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise UserError(f"{path}: cannot be written ({error}); is the disk full?") from None
+
+
+# Tokenizers ---------------------------------------------------------------------------------------
+
+VOCABULARIES = ("tokenizer.json", "spiece.model")
+"""Files of which a tokenizer needs one: else transformers makes up one that knows no words."""
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the files of a tokenizer's folder that its words depend on, in order."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"{folder}: holds no tokenizer ({' or '.join(VOCABULARIES)})")
+    # config.json is of the encoder, where both share a folder
+    kept = [path for path in folder.glob("*token*.json") if not path.name.startswith(".")]
+    kept += [path for name in VOCABULARIES[1:] if (path := folder / name).is_file()]
+    return sorted(kept)
+
+
+def load_tokenizer(
+    folder: Path, *, vocab_size: int, needs_padding: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder."""
+    from transformers import AutoTokenizer
+
+    for path in tokenizer_files(folder):
+        if path.suffix == ".json":  # the libraries' own readers crash or raise anything
+            read_json(path, advice="download it again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"{folder}: no readable tokenizer ({reason})") from error
+    # of an empty file transformers makes a tokenizer that knows special tokens only
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise UserError(f"{folder}: the tokenizer knows no words; download it again")
+    if needs_padding and tokenizer.pad_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no padding token; prompts need one")
+    if len(tokenizer) > vocab_size:
+        rule = f"the text encoder knows {vocab_size}"
+        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, {rule}")
+    return tokenizer

@@ -1,4 +1,4 @@
-"""How a command ends early: by a signal, or because the process that started it is gone.
+"""How a command starts as one of several processes, and ends early: by a signal, or alone.
 
 The first SIGINT, SIGTERM or SIGHUP raises `Stopped` in the main thread, so that every `with` puts
 its files in order, and the exit code is 128 + the signal's number. Python alone would lose a signal
@@ -12,8 +12,6 @@ in three ways, which a thread makes good:
 
 Code that catches everything is met by `check_stopped` in the loops over ticks and videos. A second
 signal ends the process at once. No signal arrives inside `undisturbed`.
-
-The state lives in the installed signal handler, of which a process has one.
 """
 
 import contextlib
@@ -29,12 +27,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from flowcache.errors import UserError
 from flowcache.runtime.files import fresh_path
 
 logger = logging.getLogger(__name__)
@@ -61,6 +60,10 @@ process: its notes, see `Starter`, and the socket at which the processes meet.""
 TEMPORARY = "flowcache-unpacked-"
 INTERRUPTED = "interrupted"
 ORPHANED = "the process that started this one has ended"
+MEET_SECONDS = 60.0
+"""How long an answer of torchrun is waited for."""
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_UNSET = "unset RANK, WORLD_SIZE and LOCAL_RANK for a run of one process, else start it by torchrun"
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,76 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Which one on its machine."""
+
+    @property
+    def shared_rank(self) -> int | None:
+        """Its `local_rank` where several processes share the machines' devices, else None."""
+        return self.local_rank if self.size > 1 else None
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str]) -> "Place":
+        """Read the environment that torchrun gives its processes; without it there is one."""
+        read = {name: variables.get(name, "") for name in _VARIABLES}
+        for name, text in read.items():
+            if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
+                raise UserError(
+                    f"{name}={text[:40]} in the environment must be a whole number, 0 or more: "
+                    f"{_UNSET}"
+                )
+        if not read["RANK"] and int(read["WORLD_SIZE"] or 1) != 1:
+            raise UserError(
+                f"WORLD_SIZE={read['WORLD_SIZE']} is in the environment, but no RANK: {_UNSET}"
+            )
+        rank, size = int(read["RANK"] or 0), int(read["WORLD_SIZE"] or 1)
+        place = cls(rank, size, int(read["LOCAL_RANK"] or 0))
+        for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+            if value >= size:
+                raise UserError(
+                    f"{name}={value} in the environment must be below WORLD_SIZE={size}: {_UNSET}"
+                )
+        return place
+
+
+def starter_of(variables: Mapping[str, str], place: Place) -> Starter | None:
+    """Return the process that started this one as one of several; None: this one is alone."""
+    if LAUNCHER in variables:
+        pid, notes, _ = map(int, variables[LAUNCHER].split(","))
+        starter = Starter(pid, says_why=True, notes=notes if place.rank == 0 else None)
+    elif place.size > 1 or "TORCHELASTIC_RUN_ID" in variables:
+        starter = Starter(os.getppid())
+    else:
+        return None
+    is_torchrun = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if starter.pid != os.getppid() or (is_torchrun and not _is_torchrun_there(variables)):
+        raise Stopped(signal.SIGTERM, "" if place.rank else ORPHANED)
+    return starter
+
+
+def _is_torchrun_there(variables: Mapping[str, str]) -> bool:
+    """Tell whether torchrun still listens; it may have ended while Python started here."""
+    try:
+        address = (variables["MASTER_ADDR"], int(variables["MASTER_PORT"]))
+        socket.create_connection(address, timeout=MEET_SECONDS).close()
+    except ConnectionRefusedError:
+        return False
+    except (OSError, KeyError, ValueError):
+        return True  # not known
+    return True
+
+
 class Ending:
     """The signal handlers of a command, as a context; nothing outside the main thread."""
 
     def __init__(self, starter: Starter | None = None, *, is_first: bool = True) -> None:
-        """Install nothing yet.
-
-        Args:
-            starter: process without which this one must not go on; None: there is none.
-            is_first: whether this is the process that speaks for all.
-        """
+        """Install nothing yet."""
         self.number: int | None = None
         """The signal that came."""
         self.reason = INTERRUPTED
@@ -143,11 +206,7 @@ class Ending:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Restore the handlers, and name what is unfinished.
-
-        Raises:
-            Stopped: a signal came that was swallowed, or met by another error.
-        """
+        """Restore the handlers, and name what is unfinished."""
         if not self._old_handlers:
             return
         self.depth += 1  # from here on no signal is raised
@@ -184,11 +243,7 @@ class Ending:
             raise self._stopped()
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came.
-
-        Raises:
-            Stopped: one did.
-        """
+        """Raise `Stopped` if a signal came."""
         if self.number is not None:
             raise self._stopped()
 
@@ -217,9 +272,9 @@ class Ending:
 
     def _stopped(self) -> Stopped:
         assert self.number is not None
-        return Stopped(self.number, self._said())
+        return Stopped(self.number, self._reason())
 
-    def _said(self) -> str:
+    def _reason(self) -> str:
         """Return the reason, or nothing where another process says it."""
         is_said = self._starter is not None and self._starter.says_why
         return "" if not self._is_first or (is_said and self.reason != ORPHANED) else self.reason
@@ -234,7 +289,8 @@ class Ending:
     def _watch(self) -> None:
         """Notice what the main thread can't: see the table above."""
         while True:
-            is_ready = select.select([self._reader], [], [], self._patience())[0]
+            is_calm = self._starter is None and self._arrived is None
+            is_ready = select.select([self._reader], [], [], None if is_calm else POLL_SECONDS)[0]
             received = self._reader.recv(64) if is_ready else b""
             now = time.monotonic()
             for number in received:
@@ -243,10 +299,6 @@ class Ending:
             if OVER in received:
                 return
             self._look(now)
-
-    def _patience(self) -> float | None:
-        """Return how long to wait for a signal, in seconds; None: until one comes."""
-        return None if self._starter is None and self._arrived is None else POLL_SECONDS
 
     def _note(self, number: int, now: float) -> None:
         if self._arrived is None:
@@ -275,7 +327,7 @@ class Ending:
 
     def _abandon(self, number: int) -> None:
         """End the process at once; encoders finish their files by themselves."""
-        text = message(self._said(), self._rescue())
+        text = message(self._reason(), self._rescue())
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode() if text else b"")
         os._exit(128 + number)
@@ -318,11 +370,7 @@ def current() -> Ending | None:
 
 
 def check_stopped() -> None:
-    """Raise `Stopped` if a signal came that something has swallowed.
-
-    Raises:
-        Stopped: one did.
-    """
+    """Raise `Stopped` if a signal came that something has swallowed."""
     ending = current()
     if ending is not None:
         ending.check()
@@ -330,11 +378,7 @@ def check_stopped() -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Generator[None, None, None]:
-    """Keep signals from being raised inside; what came is raised at the end.
-
-    Raises:
-        Stopped: a signal came.
-    """
+    """Keep signals from being raised inside; what came is raised at the end."""
     ending = current()
     if ending is None:
         yield

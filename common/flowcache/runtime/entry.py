@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 
 from flowcache.runtime.cli import run_command
@@ -12,27 +11,17 @@ from flowcache.runtime.config import merge_overrides_
 def main_of(
     name: str, options: argparse.Namespace, *, schema: type, settings: Callable[[], Sequence[str]]
 ) -> int:
-    """Do what the command line of a model asks for; return the exit code.
-
-    Settings are listed, and unknown ones refused, without PyTorch.
-
-    Args:
-        name: of the model's package.
-        options: as `run_parser` gives them.
-        schema: dataclass of all settings.
-        settings: returns the lines of --list-settings.
-    """
+    """Do what the command line of a model asks for; return the exit code."""
     if options.list_settings:
-        return run_command(lambda: _show(settings()))
+        return run_command(lambda: print(*settings(), sep="\n", flush=True))  # noqa: T201
     if "RANK" not in os.environ:  # of several processes one reports, once they have met
         exit_code = run_command(lambda: merge_overrides_({}, schema, options.settings))
         if exit_code:
             return exit_code
-    from flowcache.runtime.run import run_of
+    from flowcache.runtime.model import load_model
+    from flowcache.runtime.parallel import run_in_ranks
+    from flowcache.runtime.run import execute, request_of
 
-    return run_of(name, options)
-
-
-def _show(lines: Sequence[str]) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
+    model = load_model(name)
+    request = request_of(options, model.keys)
+    return run_in_ranks(lambda ranks: execute(model, request, ranks))

@@ -69,13 +69,13 @@ def remove_stale_parts(folder: Path, *, before: str, after: str) -> None:
     with contextlib.suppress(OSError):  # another process may do the same
         for path in folder.iterdir():
             found = pattern.fullmatch(path.name)
-            if found is None or _is_running(int(found[1])):
+            if found is None or is_running(int(found[1])):
                 continue
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Tell whether a process runs on this machine; one that can't be asked counts as running."""
     try:
         os.kill(pid, 0)  # sends nothing
@@ -97,23 +97,14 @@ def check_file(path: Path) -> None:
 
 
 def read_regular(path: Path) -> str:
-    """Read a UTF-8 text; a byte order mark is skipped. Never from a device or a pipe: without end.
-
-    Raises:
-        OSError: the file is missing, or no file, or can't be read.
-        ValueError: it is not UTF-8, or the name can't be one.
-    """
+    """Read a UTF-8 text without its byte order mark; never from a device or a pipe: endless."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(path: Path, *, advice: str = "") -> Any:
-    """Read a JSON file; a byte order mark is skipped.
-
-    Args:
-        advice: what to do about a broken file; the end of the message.
-    """
+    """Read a JSON file; a byte order mark is skipped."""
     end = f"; {advice}" if advice else ""
     try:
         text = read_regular(path)
@@ -126,14 +117,11 @@ def read_json(path: Path, *, advice: str = "") -> Any:
 
 
 def parse_json(text: str, *, source: str, advice: str = "") -> Any:
-    """Parse JSON, but never one so deep that a parser, or what reads the result, runs out of stack.
-
-    Args:
-        source: the file, for messages.
-        advice: as of `read_json`.
-    """
+    """Parse JSON, but none so deep that what reads it runs out of stack; `source` is its file."""
     end = f"; {advice}" if advice else ""
-    if _json_depth(text) > MAX_JSON_DEPTH:
+    brackets = _NO_BRACKETS.sub("", _JSON_STRING.sub("", text))
+    depths = accumulate((1 if bracket in "[{" else -1 for bracket in brackets), initial=0)
+    if max(depths) > MAX_JSON_DEPTH:
         reason = f"more than {MAX_JSON_DEPTH} nested brackets"
         raise UserError(f"{source}: not a readable JSON file ({reason}){end}")
     try:
@@ -145,19 +133,8 @@ def parse_json(text: str, *, source: str, advice: str = "") -> Any:
         raise UserError(f"{source}: not a readable JSON file ({error}){end}") from None
 
 
-def _json_depth(text: str) -> int:
-    """Return how many brackets are open at once at most, those inside strings left out."""
-    brackets = _NO_BRACKETS.sub("", _JSON_STRING.sub("", text))
-    return max(accumulate((1 if bracket in "[{" else -1 for bracket in brackets), initial=0))
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in one step: a reader sees the old file or the whole new one.
-
-    Raises:
-        ValueError: a number is not finite.
-        UserError: the file can't be written.
-    """
+    """Write JSON in one step: a reader sees the old file or the whole new one."""
     write_text(path, _json(content, indent="") + "\n")
 
 
@@ -182,15 +159,14 @@ def _json(value: Any, *, indent: str) -> str:
     inner = indent + "  "
     if isinstance(value, Mapping) and value:
         items = cast("Mapping[str, Any]", value).items()
-        lines = [f"{inner}{_dump(str(key))}: {_json(item, indent=inner)}" for key, item in items]
+        lines = [
+            f"{inner}{json.dumps(str(key), ensure_ascii=False)}: {_json(item, indent=inner)}"
+            for key, item in items
+        ]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     if isinstance(value, (list, tuple)):
         elements = cast("list[Any]", value)
         if any(isinstance(item, (list, tuple, Mapping)) for item in elements):
             lines = [f"{inner}{_json(item, indent=inner)}" for item in elements]
             return "[\n" + ",\n".join(lines) + f"\n{indent}]"
-    return _dump(value)
-
-
-def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

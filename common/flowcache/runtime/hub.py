@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from flowcache.errors import UserError, first_line
-from flowcache.launch import Place
 from flowcache.runtime.cli import gigabytes
+from flowcache.runtime.ending import Place
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,7 @@ class Missing:
         )
 
     def check_room(self) -> None:
-        """Check that the disk has room for the files.
-
-        Raises:
-            UserError: it has not.
-        """
+        """Check that the disk has room for the files."""
         if self.num_bytes > self.free_bytes:
             raise UserError(
                 f"{self.repository}: {gigabytes(self.num_bytes)} are to be downloaded, but "
@@ -92,10 +88,6 @@ def local_copy(
 
     Args:
         patterns: of the files that are wanted; None: all.
-        is_whole: whether a folder holds all parts.
-
-    Raises:
-        UserError: the name can't be one of the hub.
     """
     try:
         options = {"allow_patterns": patterns, "local_files_only": True}
@@ -108,11 +100,7 @@ def local_copy(
 
 
 def find_missing(repository: str, *, patterns: list[str] | None = None, hub: Hub = HUB) -> Missing:
-    """Ask the hub what a repository holds, and return what of it the local cache lacks.
-
-    Raises:
-        UserError: the hub or the repository can't be reached.
-    """
+    """Ask the hub what a repository holds, and return what of it the local cache lacks."""
     try:
         found = hub.info(repository, files_metadata=True, timeout=ANSWER_SECONDS)
     except _FAULTS as error:
@@ -146,14 +134,8 @@ def fetch(
 ) -> Path:
     """Return the folder of a repository: the local copy, or else a download.
 
-    What is downloaded is said first. After an interrupted download what is whole is kept.
-
     Args:
         patterns: of the files that are wanted; None: all.
-        is_whole: whether a folder holds all parts.
-
-    Raises:
-        UserError: it is not to be had, or the disk has no room for it.
     """
     found = local_copy(repository, patterns=patterns, is_whole=is_whole, hub=hub)
     if found is not None:
@@ -197,11 +179,7 @@ def find_missing_file(text: str, *, hub: Hub = HUB) -> Missing | None:
 
 
 def _refuse(repository: str, error: Exception) -> NoReturn:
-    """Raise the line that says why a repository is not to be had.
-
-    Raises:
-        UserError: always.
-    """
+    """Raise the line that says why a repository is not to be had."""
     causes = list(_causes(error))
 
     def has(kind: type[Exception]) -> bool:

@@ -8,7 +8,8 @@ counted by running it on the meta device, where tensors have shapes but no value
 import copy
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves
 
 from flowcache.errors import UserError
 from flowcache.kv import PREFETCHED_LAYERS, KVCache, caches_for
 from flowcache.runtime.model import Work
 from flowcache.runtime.parallel import Group, Layout, Ranks, branches_per_process
-from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.stats import scaled
 
 RESERVED_SHARE = 0.05
@@ -31,6 +34,10 @@ RESERVED_SHARE = 0.05
 PIXEL_BYTES = 3 * 4
 """Of an RGB pixel in float32."""
 META = torch.device("meta")
+BLOCK_BYTES = 2**28
+"""Of pinned memory that are asked for at once: PyTorch rounds what it pins up to a power of two."""
+ALIGNMENT = 64
+"""Bytes at whose multiples a weight starts in a block."""
 SCORING_REMEDY = "set kv.queries=frame"
 
 
@@ -105,11 +112,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def text_scratch_bytes(encoder: Any, *, batch: int, num_tokens: int, dtype: torch.dtype) -> int:
-    """Return what encoding prompts holds in addition to the weights: one layer is as all.
-
-    Args:
-        encoder: an empty T5 of transformers.
-    """
+    """Return what encoding prompts holds in addition to the weights: one layer is as all."""
     ids = torch.empty(batch, num_tokens, dtype=torch.int64, device=META)
     model = one_layer(encoder).to(dtype)
     # without a mask: transformers would look at its values
@@ -117,11 +120,7 @@ def text_scratch_bytes(encoder: Any, *, batch: int, num_tokens: int, dtype: torc
 
 
 def one_layer(encoder: Any) -> Any:
-    """Return an empty text encoder with one layer, which needs as much scratch memory as with all.
-
-    Args:
-        encoder: a T5 of transformers.
-    """
+    """Return an empty text encoder of one layer, which needs as much scratch memory as all."""
     config = copy.deepcopy(encoder.config)
     config.num_layers = 1
     with torch.device("meta"):
@@ -275,10 +274,7 @@ class Networks:
 
 
 class Footprint(ABC):
-    """Counts what a run keeps in the memory of its device; networks are traced once.
-
-    A model says what its stages hold; what is alike in all models is here.
-    """
+    """Counts what a run keeps in the memory of its device; networks are traced once."""
 
     text_remedy: str
     """What takes the text encoder off the device."""
@@ -300,10 +296,6 @@ class Footprint(ABC):
 
         Args:
             work: of a process, see `plan.per_process`.
-            dtype: of the weights inside the blocks.
-            layout: how the processes divide it; None: there is one.
-            overlaps: whether chunks are decoded while others are denoised, if both networks are
-                there.
         """
         layout = layout or Layout()
         self.config, self.work, self.dtype, self.networks = config, work, dtype, networks
@@ -317,11 +309,7 @@ class Footprint(ABC):
         """Return the stages of the run, given what is kept on the host."""
 
     def text_stage(self, residence: Residence, *, scratch: int) -> Stage:
-        """Return what encoding the prompts and a start image holds.
-
-        Args:
-            scratch: bytes of the text encoder's activations.
-        """
+        """Return what encoding the prompts and a start image holds."""
         is_here, networks = not residence.text_on_host, self.networks
         numbers = sum(parameter.numel() for parameter in networks.text.parameters())
         size = numbers * networks.text_dtype.itemsize
@@ -378,9 +366,6 @@ def make_memory_plan(
         wanted: what the settings ask to be on the host; it stays there in any case.
         limit_bytes: memory of the device that the run may use; None: nothing is moved.
         has_host: whether the device is another one than the host, so that moving helps.
-
-    Raises:
-        UserError: nothing fits; names the stage, its largest part, and what makes it smaller.
     """
     plans = [
         MemoryPlan(residence, tuple(stages_of(residence)), limit_bytes)
@@ -417,16 +402,80 @@ def _candidates(wanted: Residence) -> list[Residence]:
     return list(dict.fromkeys(made))
 
 
-def limit_of(text: str, device: torch.device) -> int | None:
-    """Return the bytes that a run may use: a named amount, or all that is free on the card.
-
-    Args:
-        text: `memory_limit`; `auto` is what is free on a CUDA device, and nothing known elsewhere.
-    """
-    if text.lower() == "auto" and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return parse_limit(text)
-
-
 def _size(num_bytes: int) -> str:
     return scaled(num_bytes, "B")
+
+
+# On the host --------------------------------------------------------------------------------------
+
+
+class HostWeights:
+    """The weights of a network on the host, from which it comes back to its device.
+
+    A run changes no weight, so that leaving the device copies nothing. Coming back is one copy,
+    from pinned memory where the device is CUDA, which keeps the host waiting for nothing.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        """Copy the weights to the host; the network stays where it is.
+
+        Args:
+            device: where the network works; on the host itself nothing is copied, now or later.
+        """
+        self._device = device
+        owners = [
+            (module, name, parameter)
+            for module in network.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        on_host = [parameter.data for *_, parameter in owners]
+        if device.type != "cpu":
+            on_host = _on_host(on_host, is_pinned=device.type == "cuda")
+        self._held = [
+            (module, name, nn.Parameter(copy, requires_grad=False))
+            for (module, name, _), copy in zip(owners, on_host, strict=True)
+        ]
+
+    def leave(self) -> None:
+        """Put the network on the host."""
+        for module, name, parameter in self._held:
+            setattr(module, name, parameter)
+
+    def come(self) -> None:
+        """Put the network on its device."""
+        for module, name, parameter in self._held:
+            moved = parameter.data.to(self._device, non_blocking=True)
+            setattr(module, name, nn.Parameter(moved, requires_grad=False))
+
+
+@contextmanager
+def aside(weights: HostWeights | None) -> Generator[None, None, None]:
+    """Keep a network off its device while the body runs; None: nothing is moved."""
+    if weights is None:
+        yield
+        return
+    weights.leave()
+    try:
+        yield
+    finally:
+        weights.come()
+
+
+def _on_host(tensors: Sequence[Tensor], *, is_pinned: bool) -> list[Tensor]:
+    """Return copies in the memory of the host, many in each block of it.
+
+    Tensors that consist of several, as quantised ones, are copied as they are, not pinned.
+    """
+    copies: list[Tensor] = []
+    block, used = torch.empty(0, dtype=torch.uint8), 0
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            copies.append(tensor.to("cpu"))
+            continue
+        if used + tensor.nbytes > len(block):
+            size = max(BLOCK_BYTES, tensor.nbytes)
+            block, used = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned), 0
+        view = block[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(view.copy_(tensor))
+        used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return copies

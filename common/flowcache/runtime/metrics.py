@@ -8,8 +8,9 @@ and SSIM with data range 1.
 """
 
 import math
+import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,11 +23,14 @@ from scipy.stats import t as student_t
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from flowcache.errors import UserError
+from flowcache.errors import UserError, one_line
 from flowcache.runtime.checks import DegenerateCheck
+from flowcache.runtime.files import ARRAY_ERRORS
 from flowcache.runtime.lpips import LPIPS, MIN_SIDE
-from flowcache.runtime.video import FrameStream, Pixels, open_clip
+from flowcache.runtime.video import Pixels, read_image, stream_video
 
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+ARRAY_SUFFIXES = (".npy", ".npz")
 METRICS = ("psnr", "ssim", "lpips")
 BATCH_FRAMES = 4
 """Frames that are in memory at once, of either clip."""
@@ -44,10 +48,6 @@ def psnr(clip_THW3: Tensor, reference_THW3: Tensor) -> float:
     ``10 log10(255^2 / mse)`` with one mean squared error over all frames, pixels and colours. It
     is not the mean of the frames' ratios: with frames of error 0 and 1 it is 51.1 dB, while that
     mean is infinite.
-
-    Args:
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
     """
     return decibel(mse_per_frame(clip_THW3, reference_THW3).mean()).item()
 
@@ -82,10 +82,6 @@ def ssim_per_frame(clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
 
     Gaussian window of 11 x 11 pixels, data range 1, mean over colours and over the pixels whose
     window lies inside the frame.
-
-    Args:
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
 
     Source: Wang et al. 2004, Image Quality Assessment: From Error Visibility to Structural
     Similarity.
@@ -122,13 +118,7 @@ def _frame_ssim(frame_HW3: Tensor, reference_HW3: Tensor) -> Tensor:
 
 
 def lpips_per_frame(network: LPIPS, clip_THW3: Tensor, reference_THW3: Tensor) -> Tensor:
-    """Return the mean distance of every frame, float64 [T], 0 for equal frames.
-
-    Args:
-        network: computes where its weights are.
-        clip_THW3: uint8 pixels to judge.
-        reference_THW3: uint8 pixels to compare with.
-    """
+    """Return the mean distance of every frame, float64 [T], 0 for equal frames."""
     check_comparable(clip_THW3, reference_THW3)
     height, width = clip_THW3.shape[1:3]
     if min(height, width) < MIN_SIDE:
@@ -166,6 +156,112 @@ def check_comparable(clip_THW3: Tensor, reference_THW3: Tensor) -> None:
 
 
 # Clips --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrameStream:
+    """The frames of a clip, read as they are asked for."""
+
+    path: Path
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    frames: Generator[Pixels, None, None]
+    """Each uint8 `[H, W, 3]`."""
+
+
+def is_clip(path: Path) -> bool:
+    """Tell whether a path is one clip: a video, an array, or a folder of PNG files."""
+    if path.is_dir():
+        return bool(_png_files(path))
+    return path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES
+
+
+def list_clips(folder: Path) -> dict[str, Path]:
+    """Return the clips of a folder by name without suffix; hidden files are left out."""
+    clips: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not is_clip(path):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if name in clips:
+            raise UserError(
+                f"{folder}: {clips[name].name} and {path.name} are two clips of one name: keep one"
+            )
+        clips[name] = path
+    if not clips:
+        kinds = ", ".join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)
+        raise UserError(f"{folder}: holds no clip ({kinds}, or folders of PNG files)")
+    return clips
+
+
+def open_clip(path: Path) -> FrameStream:
+    """Open a clip; what kind it is shows in the suffix.
+
+    Args:
+        path: a video; an `.npy` or `.npz` that holds one uint8 array `[T, H, W, 3]`; or a folder
+            of PNG files, in the order of the numbers in their names.
+    """
+    if path.is_dir():
+        return _open_images(path)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        return _open_array(path)
+    size, frames = stream_video(path)
+    return FrameStream(path, size, frames)
+
+
+def _open_images(folder: Path) -> FrameStream:
+    paths = _png_files(folder)
+    if not paths:
+        raise UserError(f"{folder}: a folder without PNG files, so no clip")
+    first = read_image(paths[0])
+    size = (first.height, first.width)
+
+    def frames() -> Generator[Pixels, None, None]:
+        for path in paths:
+            frame = np.asarray(read_image(path))
+            if frame.shape[:2] != size:
+                raise UserError(
+                    f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, but the first frame has "
+                    f"{size[1]}x{size[0]}"
+                )
+            yield frame
+
+    return FrameStream(folder, size, frames())
+
+
+def _png_files(folder: Path) -> list[Path]:
+    """Return the PNG files of a folder, `frame_2` before `frame_10`."""
+
+    def order(path: Path) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", path.stem)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+    found = (path for path in folder.iterdir() if path.suffix.lower() == ".png")
+    return sorted((path for path in found if not path.name.startswith(".")), key=order)
+
+
+def _open_array(path: Path) -> FrameStream:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = list(content.values()) if isinstance(content, np.lib.npyio.NpzFile) else [content]
+    except ARRAY_ERRORS as error:
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"{path}: not an array file of numpy ({reason[:200]})") from None
+    if len(arrays) != 1:
+        raise UserError(f"{path}: must hold one array, not {len(arrays)}")
+    pixels = arrays[0]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
+        raise UserError(
+            f"{path}: must hold uint8 pixels [T, H, W, 3], found {pixels.dtype} "
+            f"{list(pixels.shape)}"
+        )
+    _, height, width, _ = pixels.shape
+    return FrameStream(path, (height, width), (np.array(frame) for frame in pixels))
+
+
+# Comparison ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,16 +309,7 @@ def compare_clips(
     network: LPIPS | None = None,
     device: torch.device,
 ) -> ClipFigures:
-    """Measure one clip against its reference.
-
-    Args:
-        path: the clip to judge, see `flowcache.runtime.video.open_clip`.
-        reference: what it is compared with.
-        name: what the clip is called in the result.
-        metrics: some of `METRICS`.
-        network: what computes LPIPS; needed only for that.
-        device: where the other metrics are computed.
-    """
+    """Measure one clip against its reference."""
     per_frame: dict[str, list[Tensor]] = {metric: [] for metric in ("mse", *metrics)}
     ours, theirs = open_clip(path), open_clip(reference)
     checks = {path: DegenerateCheck(), reference: DegenerateCheck()}

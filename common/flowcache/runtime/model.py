@@ -299,8 +299,6 @@ class VideoModel(Protocol):
     def find(self, name: str, /, *, is_dry: bool = False, download: bool = False) -> Source:
         """Find a model by `demo`, `auto`, a released name, a place on the disk or a hub id.
 
-        Only small files are read, and nothing is downloaded.
-
         Args:
             is_dry: whether sizes alone may do.
             download: whether its weights are to come from the hub.

@@ -67,11 +67,7 @@ def linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def set_float32_precision(dtype: torch.dtype) -> None:
-    """Set for the whole process what float32 products are on CUDA; the only place that does.
-
-    Args:
-        dtype: of the run.
-    """
+    """Set for the whole process what float32 products are on CUDA; the only place that does."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 

@@ -21,8 +21,6 @@ class Worker:
     The thread has a stream of its own on CUDA, which first waits for what the caller has queued.
     Results are the same either way. What fails is raised where the result is asked for, and at the
     latest when the context ends.
-
-    Example: with two pieces waiting in a thread, a third `submit` returns when the first is done.
     """
 
     def __init__(
@@ -31,7 +29,6 @@ class Worker:
         """Start the thread.
 
         Args:
-            device: where the work runs; None: on the host alone.
             is_concurrent: whether the work is done in a thread, while the caller goes on.
         """
         self.is_concurrent = is_concurrent
@@ -64,11 +61,7 @@ class Worker:
         """Have some work done, after all that was submitted before.
 
         Args:
-            work: reads nothing that changes later.
             is_small: whether it is done in no time, and needs no room among what waits.
-
-        Raises:
-            BaseException: what an earlier piece of work raised.
         """
         self._raise()
         if self._executor is None:

@@ -35,11 +35,10 @@ from torch import Tensor
 
 from flowcache.errors import UserError, first_line
 from flowcache.kv import Attend
-from flowcache.launch import Place
 from flowcache.policies import Decision, ReusePolicy
 from flowcache.runtime.cli import run_command
-from flowcache.runtime.ending import EXIT_LOST, LAUNCHER
-from flowcache.runtime.settings import ParallelRule
+from flowcache.runtime.config import ParallelRule
+from flowcache.runtime.ending import EXIT_LOST, LAUNCHER, Place
 from flowcache.schedule import Tick
 
 T = TypeVar("T")
@@ -78,13 +77,9 @@ class Layout:
 def process_layout(
     rule: ParallelRule, num_processes: int, *, num_branches: int, num_heads: int, num_tokens: int
 ) -> Layout:
-    """Divide the processes of a run: as many branch groups as possible, the rest by tokens.
-
-    Args:
-        num_branches: guidance passes.
-        num_heads: key/value heads.
-        num_tokens: least number of tokens that is divided.
-    """
+    """Divide the processes of a run: as many branch groups as possible, the rest by tokens."""
+    if num_processes == 1 and (rule.branch or 1, rule.sequence or 1) == (1, 1):
+        return Layout()
     layout = _chosen(rule, num_processes, num_branches=num_branches)
     if layout.size != num_processes:
         raise UserError(
@@ -121,10 +116,7 @@ def _chosen(rule: ParallelRule, num_processes: int, *, num_branches: int) -> Lay
 
 
 def _remedy(rule: ParallelRule, layout: Layout, *, num_branches: int, num_heads: int) -> str:
-    """Say what to do where a layout does not divide the heads.
-
-    Example: one branch, 8 heads, 6 processes: "start 1, 2 or 4 processes instead of 6 ...".
-    """
+    """Say what to do where a layout does not divide the heads."""
 
     def either(numbers: Sequence[int]) -> str:
         *others, last = map(str, numbers)
@@ -148,16 +140,6 @@ def bytes_per_process(num_bytes: int, layout: Layout, *, num_branches: int) -> i
     """Return how much of what all branches hold per head, `num_bytes`, a process has at most."""
     held = branches_per_process(layout, num_branches=num_branches)
     return num_bytes * held // (num_branches * layout.sequence)
-
-
-def layout_lines(layout: Layout) -> list[str]:
-    """Say how a run is divided, in a line of its description; [] if it is not."""
-    if layout.size == 1:
-        return []
-    return [
-        f"processes    {layout.size}: {layout.branch} branch groups x {layout.sequence} sequence "
-        "ranks; weights and KV cache below are those of each"
-    ]
 
 
 # Exchange -----------------------------------------------------------------------------------------
@@ -204,8 +186,6 @@ class Group:
 
         Args:
             x: `[sum(given), ...]`.
-            given: rows for each process.
-            received: rows from each process.
         """
         y = x.new_empty(sum(received), *x.shape[1:])
         with contact():
@@ -245,11 +225,7 @@ class Ranks:
         return self.place.rank == 0
 
     def divided(self, device: torch.device) -> "Ranks":
-        """Return the same with the groups of the layout; all processes must ask for it alike.
-
-        Args:
-            device: of the run, in this process.
-        """
+        """Return the same with the groups of the layout; all processes must ask for it alike."""
         layout = self.layout
         if layout.size == 1:
             return self
@@ -314,8 +290,6 @@ class Ranks:
 
         Args:
             local: the tensors of the branches that this process computes, those among `names`.
-            names: of all branches that have one.
-            like: a tensor of the same shape and dtype.
         """
         if self.branches.size == 1 or not names:
             return dict(local)
@@ -332,12 +306,9 @@ class Ranks:
         return SharedPolicy(policy, self.world, leader)
 
     def together(self, check: Callable[[], T]) -> T:
-        """Make a check in every process; if one fails, all end and the first one reports why.
-
-        Raises:
-            UserError: a check failed (first process).
-            ReportedElsewhereError: a check failed (other processes).
-        """
+        """Make a check in every process; if one fails, all end and the first one reports why."""
+        if self.place.size == 1:
+            return check()
         result: list[T] = []
         refusal: str | None = None
         try:
@@ -350,12 +321,7 @@ class Ranks:
         raise UserError(refusals[0]) if self.is_first else ReportedElsewhereError(refusals[0])
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes: plain values, or tensors on the CPU.
-
-        Raises:
-            UserError: it can't make it (first process).
-            ReportedElsewhereError: the same (other processes).
-        """
+        """Return what the first process makes: plain values, or tensors on the CPU."""
         if self.place.size == 1:
             return make()
         values: list[T | UserError | None] = [None]
@@ -371,11 +337,7 @@ class Ranks:
         return cast(T, values[0])
 
     def confirm(self) -> None:
-        """Check that all exchanges on the device came about: the next one after a failure raises.
-
-        Raises:
-            LostProcessError: one did not.
-        """
+        """Check that all exchanges on the device came about: one after a failure raises."""
         for group in (self.branches, self.sequence):
             if group.size > 1:
                 with contact():
@@ -404,23 +366,19 @@ class SharedPolicy(ReusePolicy):
         table = torch.zeros(len(tick.steps), 3, dtype=torch.float64)
         if self.world.rank == self.leader:
             plan = self.policy.plan(tick, signals, stored=stored)
-            rows = [_to_row(plan[chunk]) for chunk in tick.steps]
-            table = torch.tensor(rows, dtype=torch.float64)
+            made = [plan[chunk] for chunk in tick.steps]
+            rows = [(each.is_computed, each.distance, each.accumulated) for each in made]
+            absent = [[math.nan if value is None else value for value in row] for row in rows]
+            table = torch.tensor(absent, dtype=torch.float64)
+        decisions: dict[int, Decision] = {}
         rows = self.world.broadcast(table, source=self.leader).tolist()
-        return {chunk: _from_row(row) for chunk, row in zip(tick.steps, rows, strict=True)}
+        for chunk, (computed, *values) in zip(tick.steps, rows, strict=True):
+            known = [None if math.isnan(value) else value for value in values]
+            decisions[chunk] = Decision(bool(computed), *known)
+        return decisions
 
     def computed_anyway(self, chunks: Collection[int]) -> None:
         self.policy.computed_anyway(chunks)
-
-
-def _to_row(decision: Decision) -> list[float]:
-    values = (decision.distance, decision.accumulated)
-    return [float(decision.is_computed), *(math.nan if v is None else v for v in values)]
-
-
-def _from_row(row: Sequence[float]) -> Decision:
-    computed, *values = row
-    return Decision(bool(computed), *(None if math.isnan(value) else value for value in values))
 
 
 @dataclass(frozen=True)
@@ -467,10 +425,7 @@ class TokenSplit:
         return self._gather(x)
 
     def over_heads(self, attend: Attend) -> Attend:
-        """Return an attention of this process's tokens that calls `attend` with all tokens.
-
-        `attend` sees this process's share of the heads, query heads with their key/value heads.
-        """
+        """Return an attention of this process's tokens that calls `attend` with all tokens."""
         if self.group.size == 1:
             return attend
 
@@ -511,9 +466,6 @@ def process_group(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ra
 
     Args:
         timeout: how long to wait for them, now and whenever something is exchanged.
-
-    Raises:
-        LostProcessError: one did not come in time.
     """
     if place.size == 1:
         yield Ranks()
@@ -597,6 +549,9 @@ def run_in_ranks(command: Callable[[Ranks], None]) -> int:
 
 
 def _join_and_run(command: Callable[[Ranks], None], place: Place) -> int:
+    if place.size == 1:
+        command(Ranks())
+        return 0
     if place.rank:
         logging.disable(logging.WARNING)
     try:

@@ -1,8 +1,4 @@
-"""What a run costs, by arithmetic: one walk through its ticks, with every step computed.
-
-The models bring formulas for a pass through their blocks; which passes are made, over which clean
-tokens, and how the cost is described is the same for all.
-"""
+"""What a run costs, by arithmetic: one walk through its ticks, with every step computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +7,7 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.parallel import Layout, bytes_per_process, process_layout
-from flowcache.runtime.settings import ParallelRule
+from flowcache.runtime.parallel import Layout, bytes_per_process
 from flowcache.schedule import Tick
 
 TOKEN_COPIES = 6
@@ -55,7 +50,8 @@ def walk(
 
     def fed(chunk: int, *, is_given: bool) -> list[Pass]:
         nonlocal clean
-        clean = _limited(clean, limit(None))
+        most = limit(None)
+        clean = clean if most is None else min(clean, most)
         made = Pass(chunk, None, tokens[chunk], clean + tokens[chunk], is_given=is_given)
         clean += tokens[chunk]
         return [made]
@@ -70,7 +66,8 @@ def walk(
                 clean += tokens[chunk]
         finished, active, group = list[int](), 0, list[Pass]()
         for place, (chunk, step) in enumerate(tick.steps.items()):
-            clean = _limited(clean, limit(tick))
+            most = limit(tick)
+            clean = clean if most is None else min(clean, most)
             own = tokens[chunk]
             group.append(Pass(chunk, step, own, clean + active + own, is_oldest=place == 0))
             if chunk in tick.finishing and settles_at_once and not clean_pass:
@@ -81,18 +78,10 @@ def walk(
         yield group
 
 
-def _limited(clean: int, most: int | None) -> int:
-    return clean if most is None else min(clean, most)
-
-
 def check_compression(
     strategy: CompressionStrategy, segment: SegmentWork, *, layout: TokenLayout, limit: Limit
 ) -> None:
-    """Compress the number of clean tokens as a run does in which every step is computed.
-
-    Raises:
-        UserError: the strategy can't work with such a budget.
-    """
+    """Compress the number of clean tokens as a run does in which every step is computed."""
     kept: dict[tuple[int, int], int] = {}
     clean = sum(segment.tokens[chunk] for chunk in segment.given)
     for tick in segment.ticks:
@@ -115,7 +104,6 @@ def scored_bytes(shape: AttentionShape, *, num_queries: int) -> int:
     """Return the scratch memory of one compression, at most.
 
     Args:
-        shape: with all keys that the cache holds.
         num_queries: that score the keys; 0: no scores are computed.
     """
     if not num_queries:
@@ -130,12 +118,7 @@ def scored_bytes(shape: AttentionShape, *, num_queries: int) -> int:
 
 
 def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
-    """Describe what a run holds.
-
-    Args:
-        cache: how much a KV cache holds, in words.
-        stored: what is stored for reused steps.
-    """
+    """Describe what a run holds."""
     return [
         f"weights      {gigabytes(work.weight_bytes)} (transformer)",
         f"KV cache     {gigabytes(work.kv_bytes)}, {cache}",
@@ -146,21 +129,6 @@ def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
 
 
 # Several processes --------------------------------------------------------------------------------
-
-
-def divide(rule: ParallelRule, work: Work, num_processes: int) -> Layout:
-    """Return how the processes divide a run.
-
-    Raises:
-        UserError: the branches, heads or tokens can't be divided so.
-    """
-    return process_layout(
-        rule,
-        num_processes,
-        num_branches=len(work.passes),
-        num_heads=work.attention.kv_heads,
-        num_tokens=work.divided_tokens,
-    )
 
 
 def per_process(work: Work, layout: Layout) -> Work:

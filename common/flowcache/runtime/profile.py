@@ -2,11 +2,6 @@
 
 A profile is a small YAML file that says what it was made for. It ranks above the presets and below
 the command line: what a user sets there wins.
-
-    write_profile(profile, Path("profile.yaml"))
-    config = load_with_profile(load, overrides, folder=checkpoint, setting_of=setting_of)
-    check_tuned_for(config.reuse, partial(fingerprint, sizes, weights))
-    make_policy = policy_maker(config.reuse)
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 
@@ -176,26 +171,12 @@ def check_fits(profile: Profile, setting: Setting, *, path: Path) -> None:
         )
 
 
-def check_model(profile: Profile, found: str, *, path: Path) -> None:
-    """Refuse a profile that was made for another model.
-
-    Args:
-        found: fingerprint of the model of the run.
-    """
-    if found != profile.fingerprint:
-        raise UserError(
-            f"{path} was tuned for another model ({profile.source.model}): tune this one with "
-            "scripts/tune.py, or choose a preset without a profile"
-        )
-
-
 def fingerprint(config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of a model's sizes and of the start of each of its weights.
 
     The weights are rounded to bfloat16, so that a model stored in bfloat16 or float32 is the same.
 
     Args:
-        config: sizes, as plain values for JSON.
         tensors: name and weight, in any order; mapped from files, little of them is read.
     """
     starts = {name: _start(tensor) for name, tensor in tensors}
@@ -224,46 +205,33 @@ def _rounded(value: Any) -> Any:
 # Runs that follow a profile -----------------------------------------------------------------------
 
 
-class Tunable(Protocol):
-    """The settings of a run."""
-
-    @property
-    def reuse(self) -> Any:
-        """A `ReuseRule`."""
-        ...
-
-
-Config = TypeVar("Config", bound=Tunable)
-
-
 def load_with_profile(
-    load: Callable[[Sequence[str]], Config],
+    load: Callable[..., Any],
     overrides: Sequence[str],
     *,
     folder: Path | None,
-    setting_of: Callable[[Config], Setting],
-) -> Config:
+    setting_of: Callable[[Any], Setting],
+) -> Any:
     """Return the settings of a run, with the place and the predictor of its profile, if it has one.
 
     Args:
-        load: makes settings from `key=value` texts above all presets.
-        overrides: those of the command line.
+        load: makes settings from `overrides=`, `key=value` texts above all presets.
         folder: the checkpoint's; a relative path is looked for there, then from here.
-        setting_of: what the profile must fit, of the run.
     """
     try:
-        config = load(overrides)
+        config = load(overrides=overrides)
         rule = config.reuse
         if not rule.needs_profile:
             return config
     except UserError:
         # they may go with the predictor of a profile
-        rule = load([PLACEHOLDER, *overrides]).reuse
+        rule = load(overrides=[PLACEHOLDER, *overrides]).reuse
         if not rule.needs_profile:
             raise
     path = find_profile(rule, folder=folder)
     profile = read_profile(path)
-    config = load([*profile_settings(profile, rule), *overrides, f"reuse.profile={path}"])
+    wanted = [*profile_settings(profile, rule), *overrides, f"reuse.profile={path}"]
+    config = load(overrides=wanted)
     check_fits(profile, setting_of(config), path=path)
     return config
 
@@ -282,14 +250,13 @@ def find_profile(rule: ReuseRule, *, folder: Path | None) -> Path:
 
 
 def check_tuned_for(rule: ReuseRule, fingerprint: Callable[[], str]) -> None:
-    """Refuse a run that follows a profile of another model.
-
-    Args:
-        fingerprint: of the model of the run; asked for only if a profile is followed.
-    """
-    if rule.needs_profile:
-        path, profile = profile_of(rule)
-        check_model(profile, fingerprint(), path=path)
+    """Refuse to follow a profile that was made for another model than that of the fingerprint."""
+    path, profile = profile_of(rule)
+    if fingerprint() != profile.fingerprint:
+        raise UserError(
+            f"{path} was tuned for another model ({profile.source.model}): tune this one with "
+            "scripts/tune.py, or choose a preset without a profile"
+        )
 
 
 def profile_of(rule: ReuseRule) -> tuple[Path, Profile]:
@@ -312,17 +279,15 @@ def profile_settings(profile: Profile, rule: ReuseRule) -> list[str]:
     ]
 
 
-def profile_lines(rule: ReuseRule) -> list[str]:
-    """Return a line on a run's profile for its description; [] where it follows none."""
-    if not rule.needs_profile:
-        return []
+def profile_line(rule: ReuseRule) -> str:
+    """Return a line on the profile that a run follows, for its description."""
     path, profile = profile_of(rule)
     counts = sorted({len(plan) for plan in profile.reuse.plans})
     computed = " or ".join(str(count) for count in counts)
-    return [
+    return (
         f"profile      {path}: {computed} of {profile.setting.num_steps} steps planned, "
         f"{profile.predicted.psnr:.1f} dB expected"
-    ]
+    )
 
 
 def policy_maker(rule: ReuseRule, *, rescale: Rescale = identity) -> Callable[[], ReusePolicy]:

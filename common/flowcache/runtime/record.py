@@ -1,13 +1,5 @@
 """The record of a run: every decision, what it cost, what the KV caches held.
 
-    stats = RunStats(device, records=True)
-    ...                                                       # the run
-    write_record(path, build_record(stats, stats.traced(), video="a.mp4", ...))
-    record = read_record(path)
-    for line in alarms(record): ...                           # what looks wrong
-    check_replay(record, ticks={0: ticks}, branches=["cond"])  # that this run can make them, too
-    policy = replay_policies(record, segment=0, branch="cond")
-
 `flops` and `seconds` of a decision are those of the chunk's own passes; embeddings and clean passes
 are in the totals of the run only. Distances that are not finite are written as "nan" and "inf".
 """
@@ -21,7 +13,7 @@ from typing import Any, TypeAlias, cast
 
 from flowcache.errors import UserError
 from flowcache.policies import Replay, compute_together
-from flowcache.runtime.files import read_json, write_json
+from flowcache.runtime.files import read_json
 from flowcache.runtime.stats import Pass, PassId, RunStats, Traced
 from flowcache.schedule import Tick
 
@@ -59,9 +51,7 @@ def build_record(
     """Return the record of a finished run.
 
     Args:
-        stats: of the run; its stages are those of this process.
         traced: by all processes of the run, see `flowcache.runtime.stats.merged`.
-        video: name of the video file next to the record.
         threshold: of an adaptive policy; None: the policy has none.
         chunk_frames: segment -> for each chunk the pixel frames `[first, stop)` of the video that
             show it.
@@ -102,11 +92,6 @@ def build_record(
         "stages": stats.to_dict()["stages"],
         "environment": dict(environment),
     }
-
-
-def write_record(path: Path, record: Record) -> None:
-    """Write a record in one step."""
-    write_json(path, record)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -277,8 +262,6 @@ def check_replay(
     """Check that a run can make the decisions of a record.
 
     Args:
-        ticks: segment -> what the run will do.
-        branches: guidance branches of the run that decide.
         is_whole_window: whether the run computes all chunks of a tick, or none.
     """
     rows = record["decisions"]
@@ -304,10 +287,7 @@ def check_replay(
 
 
 def alarms(record: Record) -> list[str]:
-    """Return a line for each sign that a cache did not do what it is for.
-
-    None without caching, and none of a replay, which decides nothing itself.
-    """
+    """Return a line for each sign that a cache did not do what it is for."""
     rows = cast("list[Record]", record["decisions"])
     if record["policy"] in ("vanilla", REPLAY) or not rows:
         return []

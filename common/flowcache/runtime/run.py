@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -18,32 +19,19 @@ from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
 from flowcache.runtime.checks import Decoded, DegenerateCheck, Modules, NotFiniteError, all_finite
-from flowcache.runtime.cli import (
-    ProgressBar,
-    choose_device,
-    choose_output,
-    overrides_of,
-)
+from flowcache.runtime.cli import ProgressBar, choose_device
 from flowcache.runtime.compile import should_compile
-from flowcache.runtime.config import find_preset, load_config, to_dict
+from flowcache.runtime.config import find_preset, load_config, parse_limit, to_dict
 from flowcache.runtime.embeddings import cached_embedding, check_cache
 from flowcache.runtime.ending import check_stopped, undisturbed
-from flowcache.runtime.files import check_writable, write_json
-from flowcache.runtime.memory import MemoryPlan, limit_of, make_memory_plan
-from flowcache.runtime.model import (
-    Job,
-    Loaded,
-    Progress,
-    Request,
-    Source,
-    VideoModel,
-    load_model,
-)
+from flowcache.runtime.files import check_writable, fresh_path, write_json
+from flowcache.runtime.memory import MemoryPlan, make_memory_plan
+from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
 from flowcache.runtime.ops import release_cache, set_float32_precision
 from flowcache.runtime.overlap import Worker, should_overlap
-from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, layout_lines, run_in_ranks
-from flowcache.runtime.plan import divide, per_process
-from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_lines
+from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
+from flowcache.runtime.plan import per_process
+from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_line
 from flowcache.runtime.record import (
     REPLAY,
     Record,
@@ -51,9 +39,7 @@ from flowcache.runtime.record import (
     check_replay,
     read_record,
     replay_policies,
-    write_record,
 )
-from flowcache.runtime.settings import parse_limit
 from flowcache.runtime.stats import RunStats, Traced, environment, merged
 from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
 
@@ -62,35 +48,21 @@ logger = logging.getLogger(__name__)
 RECORD_SUFFIX = ".record.json"
 SPARE_BYTES = 32
 """Of a name, for what unfinished and further files add: `.NAME.record.json.1234567.part`."""
-VIDEO_QUALITY = 8
 
 
 # The command line ---------------------------------------------------------------------------------
 
 
-def run_of(name: str, options: argparse.Namespace) -> int:
-    """Make or plan the video that a command line asks for; return the exit code.
-
-    Args:
-        name: of the model's package.
-        options: as `cli.run_parser` gives them.
-    """
-    model = load_model(name)
-    request = request_of(options, model.keys)
-    return run_in_ranks(lambda ranks: execute(model, request, ranks))
-
-
 def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
-    """Return what the arguments of a model's command line ask for.
-
-    Args:
-        keys: argument -> setting.
-    """
-    own = {argument: key for argument, key in keys.items() if hasattr(options, argument)}
+    """Return what the arguments of a model's command line ask for."""
+    given = {key: getattr(options, argument, None) for argument, key in keys.items()}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if options.no_compile:
+        named.append("compile=false")
     return Request(
         preset=options.preset,
         model=options.model,
-        overrides=overrides_of(options, own),
+        overrides=[*named, *options.settings],
         out=options.out,
         overwrite=options.overwrite,
         record=options.record,
@@ -102,11 +74,12 @@ def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
 
 def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
     """Check, describe what will be done, and do it unless the run is dry."""
-    plan = ranks.together(lambda: plan_without_files(model, request, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
+    if request.is_dry:
+        plan = ranks.together(lambda: plan_without_files(model, request, ranks))
+        if plan is not None:
+            if ranks.is_first:
+                print(plan)
+            return
     job = ranks.together(lambda: prepare(model, request, ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
@@ -118,25 +91,17 @@ def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
 
 
 def read_settings(model: VideoModel, request: Request, source: Source | None = None) -> Any:
-    """Return all settings of a run, checked against the model.
-
-    Args:
-        source: the model that the request names; None: it is found, by its sizes if need be.
-
-    Raises:
-        UserError: one is wrong, or the profile that they name can't be used.
-    """
+    """Return all settings of a run, checked against the model."""
     if source is None:
         source = model.find(request.model, is_dry=True)
     path = find_preset(model.presets, request.preset)
     base = model.presets / "base.yaml"
     layers = config_layers(base, path, checkpoint=source.folder, model=source.layers)
-
-    def load(overrides: Sequence[str]) -> Any:
-        return load_config(model.schema, layers, overrides=overrides)
-
     config = load_with_profile(
-        load, request.overrides, folder=source.folder, setting_of=model.setting
+        partial(load_config, model.schema, layers),
+        request.overrides,
+        folder=source.folder,
+        setting_of=model.setting,
     )
     return model.check(config, source)
 
@@ -147,11 +112,6 @@ def config_layers(
     """Return the YAML files of a run, lowest first.
 
     A checkpoint may bring its own values, in `presets/base.yaml` and `presets/PRESET.yaml`.
-
-    Args:
-        base: the settings under all presets; may be the preset itself.
-        checkpoint: its folder; None: it isn't there yet.
-        model: files of the model itself, right above `base`.
     """
     layers = [base, *model]
     for layer in dict.fromkeys([base, preset]):
@@ -167,14 +127,7 @@ def config_layers(
 
 
 def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> Job:
-    """Check everything that can be checked before anything large is loaded.
-
-    Args:
-        ranks: the processes that make the video; None: this one.
-
-    Raises:
-        UserError: the first thing that is wrong.
-    """
+    """Check everything that can be checked before anything large is loaded."""
     ranks = Ranks() if ranks is None else ranks
     source = model.find(request.model, download=request.download)
     config = read_settings(model, request, source)  # a mistake is reported before a download
@@ -183,7 +136,8 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     check_available(config.attention_kernel, device, dtype=dtype)
     if config.compile:
         should_compile(config.compile, device)
-    check_cache(config.embedding_cache)
+    if config.embedding_cache is not None:
+        check_cache(config.embedding_cache)
     media = model.media(config, source)
     config, found = model.fetch(config, source)
     if found.folder != source.folder:
@@ -192,9 +146,12 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     job = _job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
     model.check_files(config, found)
-    check_tuned_for(config.reuse, partial(model.fingerprint, found))
+    if config.reuse.needs_profile:
+        check_tuned_for(config.reuse, partial(model.fingerprint, found))
     check_ffmpeg()
-    limit = limit_of(config.memory_limit, device)
+    limit = parse_limit(config.memory_limit)
+    if config.memory_limit.lower() == "auto" and device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[0]  # what is free
     if config.memory_limit == "none" or not (limit or request.is_dry):
         return job
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
@@ -213,7 +170,13 @@ def _job_of(
 ) -> Job:
     """Derive what the run does, and how the processes divide it."""
     work = model.work(config, source, media, dtype)
-    layout = divide(config.parallel, work, ranks.place.size)
+    layout = process_layout(
+        config.parallel,
+        ranks.place.size,
+        num_branches=len(work.passes),
+        num_heads=work.attention.kv_heads,
+        num_tokens=work.divided_tokens,
+    )
     replay = None
     if request.replay is not None:
         replay = read_record(Path(request.replay))
@@ -233,7 +196,7 @@ def _job_of(
         before=model.before(media),
         device=device,
         dtype=dtype,
-        work=per_process(work, layout),
+        work=work if layout.size == 1 else per_process(work, layout),
         replay=replay,
         ranks=replace(ranks, layout=layout),
     )
@@ -245,9 +208,6 @@ def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> Memory
     Args:
         limit: bytes of the device that may be used; None: not known.
         has_host: whether the device is not the host itself.
-
-    Raises:
-        UserError: it can't be made to fit.
     """
     wanted = has_host if job.config.overlap is None else job.config.overlap
     footprint = job.model.footprint(job, overlaps=wanted and job.ranks.layout.size == 1)
@@ -262,14 +222,7 @@ def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> Memory
 def plan_without_files(
     model: VideoModel, request: Request, ranks: Ranks | None = None
 ) -> str | None:
-    """Return the plan of a dry run that has no files to look at; None: it has.
-
-    Args:
-        ranks: the processes that would make the video; None: this one.
-
-    Raises:
-        UserError: the settings are wrong, or the model is not to be had.
-    """
+    """Return the plan of a dry run that has no files to look at; None: it has."""
     if not request.is_dry:
         return None
     source = model.find(request.model, is_dry=True, download=request.download)
@@ -282,14 +235,7 @@ def plan_without_files(
 
 
 def plan_by_sizes(model: VideoModel, request: Request, ranks: Ranks | None = None) -> str:
-    """Describe what a run of a released model would do on a CUDA device, by its sizes alone.
-
-    Args:
-        ranks: the processes that would make the video; None: this one.
-
-    Raises:
-        UserError: the settings are wrong.
-    """
+    """Describe what a run of a released model would do on a CUDA device, by its sizes alone."""
     source = model.find(request.model, is_dry=True, download=request.download)
     return _plan_of(model, request, read_settings(model, request, source), source, ranks)
 
@@ -314,49 +260,52 @@ def _plan_of(
 
 def describe(job: Job) -> str:
     """Describe what the run will do."""
-    lines = [*job.model.title(job), *profile_lines(job.config.reuse)]
+    lines, layout = [*job.model.title(job)], job.ranks.layout
+    if job.config.reuse.needs_profile:
+        lines.append(profile_line(job.config.reuse))
     if job.replay is not None:
         video, policy = job.replay["video"], job.replay["policy"]
         lines.append(f"replay       the decisions of {video} ({policy})")
-    lines += [*layout_lines(job.ranks.layout), *job.model.lines(job.config, job.work)]
+    if layout.size > 1:
+        lines.append(
+            f"processes    {layout.size}: {layout.branch} branch groups x {layout.sequence} "
+            "sequence ranks; weights and KV cache below are those of each"
+        )
+    lines += job.model.lines(job.config, job.work)
     lines += [] if job.memory is None else job.memory.lines()
     return "\n".join(lines if job.path is None else [*lines, f"output       {job.path}"])
 
 
 def claim_output(request: Request, *, stem: str) -> Path:
-    """Return where the video goes, after a look at what is there.
+    """Return where the video goes: never over a file that is to be kept, in a writable folder.
 
     Args:
-        stem: name in a folder, if the request has none.
-
-    Raises:
-        UserError: the video or its JSON exists and is to be kept, or the folder is not writable.
+        stem: name in a folder, if the request has none; a number is added if it is taken.
     """
-    for given in (request.out, request.stem or stem, str(request.folder)):
-        check_path(given or "", name="out")
-    path = choose_output(
-        request.out,
-        folder=request.folder,
-        stem=request.stem or stem,
-        overwrite=request.overwrite,
-    )
-    for suffix in (".json", RECORD_SUFFIX) if request.record else (".json",):
-        other = path.with_suffix(suffix)
-        if other.exists() and not request.overwrite:
-            raise UserError(f"{other} exists and is kept: choose another name, or give --overwrite")
+    out, stem = request.out, request.stem or stem
+    for text in (out or "", stem, str(request.folder)):
+        # with room for the names of what is written next to the video
+        fault = path_fault(text)
+        if fault is None and len(os.path.abspath(text).encode()) > MAX_PATH_BYTES - SPARE_BYTES:
+            fault = f"is a path of over {MAX_PATH_BYTES - SPARE_BYTES} bytes from the root"
+        if fault is None and len(Path(text).name.encode()) > MAX_NAME_BYTES - SPARE_BYTES:
+            fault = f"has a file name of over {MAX_NAME_BYTES - SPARE_BYTES} bytes: shorten it"
+        if fault is not None:
+            raise UserError(f"out {fault}")
+    if out is not None and not out.strip():
+        raise UserError("--out is empty: give an .mp4 file or a folder, or leave it out")
+    path = request.folder if out is None else Path(out)
+    # a name as results/4.5B is a folder's: no file type starts with a digit
+    if out is None or not re.match(r"\.[A-Za-z]", path.suffix) or path.is_dir():
+        path = fresh_path(path, stem, ".mp4")
+    elif path.suffix.lower() != ".mp4":
+        raise UserError(f"{path}: the video is written as .mp4, not {path.suffix}: change the name")
+    for suffix in (path.suffix, ".json", *([RECORD_SUFFIX] if request.record else [])):
+        taken = path.with_suffix(suffix)
+        if taken.exists() and not request.overwrite:
+            raise UserError(f"{taken} exists and is kept: choose another name, or give --overwrite")
     check_writable(path.parent)
     return path
-
-
-def check_path(text: str, *, name: str) -> None:
-    """Check that a text can be the path of a video, with room for what is written next to it."""
-    fault = path_fault(text)
-    if fault is None and len(os.path.abspath(text).encode()) > MAX_PATH_BYTES - SPARE_BYTES:
-        fault = f"is a path of over {MAX_PATH_BYTES - SPARE_BYTES} bytes from the root"
-    if fault is None and len(Path(text).name.encode()) > MAX_NAME_BYTES - SPARE_BYTES:
-        fault = f"has a file name of over {MAX_NAME_BYTES - SPARE_BYTES} bytes: shorten it"
-    if fault is not None:
-        raise UserError(f"{name} {fault}")
 
 
 # From a job to a video ----------------------------------------------------------------------------
@@ -367,34 +316,31 @@ def run(job: Job) -> dict[str, Any]:
 
     With several processes the first one writes; the others return nothing.
     """
-    job = replace(job, ranks=job.ranks.divided(job.device))
+    if job.ranks.place.size > 1:
+        job = replace(job, ranks=job.ranks.divided(job.device))
     stats = RunStats(job.device, records=job.request.record)
     inputs = encode_inputs(job, stats=stats)
     release_cache(job.device)
     loaded = load_networks(job, stats=stats)
     release_cache(job.device)
-    job.ranks.wait()
+    if job.ranks.place.size > 1:
+        job.ranks.wait()
     return render(job, loaded, inputs, stats=stats)
 
 
 def encode_inputs(job: Job, *, stats: RunStats, encoder: Any = None) -> Any:
-    """Encode the prompts and given pictures; what is loaded for it is gone when this returns.
-
-    Args:
-        encoder: of texts, where it is loaded already.
-    """
+    """Encode the prompts and given pictures; what is loaded for it is gone when this returns."""
 
     def encode() -> Tensor:
-        return job.model.encode_text(job, encoder or job.model.load_text(job))
+        return job.model.encode_text(job, encoder or job.model.load_text(job)).cpu()
 
-    def facts() -> dict[str, Any]:
-        return {**job.model.text_facts(job), "device": job.text_device.type}
+    def known_or_encoded() -> Tensor:
+        facts = {**job.model.text_facts(job), "device": job.text_device.type}
+        return cached_embedding(job.config.embedding_cache, facts, encode)
 
+    make = encode if job.config.embedding_cache is None else known_or_encoded
     with stats.stage("text"):
-        encoded = job.ranks.from_first(
-            lambda: cached_embedding(job.config.embedding_cache, facts, encode).cpu()
-        )
-        return job.model.inputs(job, encoded)
+        return job.model.inputs(job, job.ranks.from_first(make))
 
 
 def load_networks(job: Job, *, stats: RunStats) -> Loaded:
@@ -434,11 +380,7 @@ def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[st
 
 
 def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[str, Any]:
-    """Carry out a pipeline in a process that writes nothing; return nothing.
-
-    Raises:
-        ReportedElsewhereError: a result is not finite, which the first process reports.
-    """
+    """Carry out a pipeline in a process that writes nothing; return nothing."""
     for progress in shown:
         check_stopped()
         try:
@@ -452,14 +394,7 @@ def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[
 def write_run(
     job: Job, loaded: Loaded, shown: Iterable[Progress], *, stats: RunStats
 ) -> dict[str, Any]:
-    """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds.
-
-    Args:
-        stats: with a trace, a record is written, too.
-
-    Raises:
-        NotFiniteError: a result is not finite; the finished frames stay as a partial video.
-    """
+    """Carry out a pipeline, write its frames as they come, and the JSON; return what that holds."""
     overlaps = should_overlap(job.placed.overlap, job.device, takes_turns=job.ranks.place.size > 1)
     assert job.path is not None, "a run has a place for its video"
     bar = ProgressBar(num_ticks=job.work.num_ticks, num_chunks=job.work.num_chunks)
@@ -468,7 +403,6 @@ def write_run(
         job.path,
         fps=job.value("fps"),
         size=(job.value("height"), job.value("width")),
-        quality=VIDEO_QUALITY,
         overwrite=job.request.overwrite,
         publishes=False,
         keeps_partial=job.keeps_partial,
@@ -501,7 +435,7 @@ def write_run(
     with undisturbed():  # the video goes last: one that has its name has its JSON, too
         write_json(writer.path.with_suffix(".json"), report)
         if record is not None:
-            write_record(writer.path.with_suffix(RECORD_SUFFIX), record)
+            write_json(writer.path.with_suffix(RECORD_SUFFIX), record)
         writer.publish()
     logger.info("%s", stats.summary())
     for alarm in check.alarms():
@@ -567,11 +501,7 @@ def _record(job: Job, report: dict[str, Any], stats: RunStats, traced: Traced) -
 
 
 def traced_by_all(stats: RunStats, ranks: Ranks) -> Traced | None:
-    """Exchange what the processes of a run traced; None: nothing was. All must ask for it.
-
-    Raises:
-        LostProcessError: one of them ended or hangs.
-    """
+    """Exchange what the processes of a run traced; None: nothing was. All must ask for it."""
     ranks.confirm()
     if stats.trace is None:
         return None
@@ -592,11 +522,7 @@ class Clip:
 
 
 def collect(shown: Iterable[Progress], stats: RunStats) -> Clip:
-    """Carry out a pipeline and keep its frames in memory.
-
-    Raises:
-        NotFiniteError: a result is not finite.
-    """
+    """Carry out a pipeline and keep its frames in memory."""
     parts: list[Tensor] = []
     for progress in shown:
         check_stopped()
@@ -619,15 +545,7 @@ def _finished(progress: Progress, *, modules: Modules | None = None) -> Tensor:
 
 
 def finished_frames(decoded: Decoded, *, chunks: Collection[int], tick: int) -> Tensor:
-    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers.
-
-    Args:
-        chunks: those that became clean.
-        tick: the one in which they did.
-
-    Raises:
-        NotFiniteError: a latent or a pixel is not finite.
-    """
+    """Bring frames to the host, uint8 `[T, H, W, 3]`, and look whether they are numbers."""
     checks = torch.stack([decoded.is_latent_finite, all_finite(decoded.frames)])
     frames = to_uint8(decoded.frames).cpu()
     is_latent_finite, is_pixel_finite = checks.tolist()  # the device is done: nothing waits

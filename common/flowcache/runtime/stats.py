@@ -1,19 +1,8 @@
 """What one run did: reuse decisions, FLOPs, seconds per stage, peak memory.
 
-    stats = RunStats(device)
-    with stats.stage("dit"):
-        ...
-        with stats.stage("kv_compression"):      # inside: part of the seconds of "dit"
-            ...
-    stats.record(segment=0, tick=0, chunk=1, step=0, branch="cond", decision=decision)
-    stats.add_flops(computed=2 * 10**12, without_reuse=6 * 10**12)
-    print(stats.summary())
-
 Recording appends plain numbers, and nothing waits for the device: on CUDA a stage is two events,
 read when the run is over. With `records=True` FLOPs and seconds are kept for every pass, too, and
 the tokens left in the KV caches, which stay tensors until they are read.
-
-Axes: N chunks.
 """
 
 import importlib.metadata
@@ -132,8 +121,6 @@ def merged_periods(periods: Sequence[Period]) -> list[Period]:
         dit   2    to 4              ->      vae   3 to 6, concurrent
         vae   3    to 6, concurrent          dit   5 to 6
         dit   5    to 6
-
-    The ticks of `dit` from 1 to 4 are merged, and 5 to 6 is not: something was waited for.
     """
     if not periods:
         return []
@@ -256,12 +243,12 @@ class Trace:
 
     def add_flops(self, passes: Sequence[PassId], *, computed: int, without_reuse: int) -> None:
         """Add FLOPs to some passes, in equal parts; the first ones get what does not divide."""
-        saved = without_reuse - computed
-        for place, each in enumerate(passes):
+        count, saved = len(passes), without_reuse - computed
+        for place, each in enumerate(passes):  # 7 in three parts is 3, 2, 2
             old = self.flops.get(each, PassFlops(0, 0))
             self.flops[each] = PassFlops(
-                old.spent + _part(computed, place, len(passes)),
-                old.saved + _part(saved, place, len(passes)),
+                old.spent + computed // count + (place < computed % count),
+                old.saved + saved // count + (place < saved % count),
             )
 
     @contextmanager
@@ -284,34 +271,17 @@ class Trace:
 
     def read(self) -> Traced:
         """Return all that was traced. Waits for the device."""
-        return Traced(self.flops, self.pass_seconds(), self.tick_seconds(), self.kv_tokens())
-
-    def pass_seconds(self) -> dict[PassId, float]:
-        """Return the time of each pass that was computed. Waits for the device."""
         _wait(self.device)
-        seconds: dict[PassId, float] = defaultdict(float)
+        pass_seconds: dict[PassId, float] = defaultdict(float)
         for passes, start, end in self._passes:
             for each in passes:
-                seconds[each] += elapsed_seconds(start, end) / len(passes)
-        return dict(seconds)
-
-    def tick_seconds(self) -> dict[TickId, float]:
-        """Return the time of each tick. Waits for the device."""
-        _wait(self.device)
-        return {tick: elapsed_seconds(start, end) for tick, start, end in self._ticks}
-
-    def kv_tokens(self) -> list[KVTokens]:
-        """Return the clean tokens after each tick, by branch."""
-        rows = ((tick, branch, tokens_N.tolist()) for tick, branch, tokens_N in self._kv)
-        return [
-            KVTokens(*tick, branch, {chunk: count for chunk, count in enumerate(counts) if count})
-            for tick, branch, counts in rows
+                pass_seconds[each] += elapsed_seconds(start, end) / len(passes)
+        tick_seconds = {tick: elapsed_seconds(start, end) for tick, start, end in self._ticks}
+        kv_tokens = [
+            KVTokens(*tick, branch, {chunk: n for chunk, n in enumerate(tokens_N.tolist()) if n})
+            for tick, branch, tokens_N in self._kv
         ]
-
-
-def _part(total: int, place: int, count: int) -> int:
-    """Return one of `count` parts of an integer: 7 in three parts is 3, 2, 2."""
-    return total // count + (place < total % count)
+        return Traced(self.flops, dict(pass_seconds), tick_seconds, kv_tokens)
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -371,16 +341,7 @@ class RunStats:
     def record(
         self, *, segment: int, tick: int, chunk: int, step: int, branch: str, decision: Decision
     ) -> None:
-        """Add what a policy decided for one chunk in one guidance branch.
-
-        Args:
-            segment: the window of a long video, from 0.
-            tick: the pass over the active chunks, from 0.
-            chunk: the chunk, from 0.
-            step: the chunk's own denoising step, from 0.
-            branch: the guidance pass.
-            decision: computed or reused, and the distances that led to it.
-        """
+        """Add what a policy decided for one chunk in one guidance branch."""
         self.num_computed += decision.is_computed
         self.num_reused += not decision.is_computed
         distances = decision.distance, decision.accumulated

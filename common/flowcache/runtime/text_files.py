@@ -52,11 +52,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_table(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
-    """Return the rows of a CSV table with a head; empty lines are left out.
-
-    Args:
-        columns: those that must be there, with something in every row.
-    """
+    """Return the rows of a CSV table with a head; empty lines are left out."""
     head: list[str] = []
     rows: list[TableRow] = []
     for number, cells in _records(path, _read_text(path), head):
@@ -189,10 +185,7 @@ def _faulty_cell(text: str) -> int:
 
 
 def escaped(text: str) -> str:
-    r"""Return a name so that Markdown shows it as it is, on one line.
-
-    Example: "a|b" becomes "a\|b", "<i>" becomes "&lt;i&gt;", a line break a space.
-    """
+    r"""Return a name so that Markdown shows it as it is, on one line."""
     plain = " ".join(text.split())
     marked = SPECIAL.sub(lambda found: "\\" + found[0], plain)
     return "".join(HTML.get(character, character) for character in marked)

@@ -1,8 +1,8 @@
-"""Read and write videos, and read clips frame by frame; never overwrite or half-write a result.
+"""Read and write videos, read pictures; never overwrite or half-write a result.
 
 Pixels are uint8 `[T, H, W, 3]`, sizes are (height, width) in pixels. ffmpeg encodes as a program
-(from imageio-ffmpeg) and decodes as a library (PyAV). Both are imported where a file is written or
-read: what makes videos in memory, as the benchmark, runs without them.
+(from imageio-ffmpeg) and decodes as a library (PyAV). Both, and Pillow, are imported where a file
+is written or read: what makes videos in memory, as the benchmark, runs without them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-import re
+import struct
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -20,7 +20,7 @@ from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,24 +30,24 @@ from einops import rearrange
 from flowcache.errors import UserError, first_line, one_line
 from flowcache.runtime.ending import Ending, Stopped, current, undisturbed
 from flowcache.runtime.files import (
-    ARRAY_ERRORS,
     check_file,
     check_writable,
     fresh_path,
     remove_stale_parts,
 )
-from flowcache.runtime.images import over_background, read_image
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
+VIDEO_QUALITY = 8  # 1 (small) to 10 (constant rate factor 0); 8 is factor 10
 MAX_NAME_BYTES = 240  # 255 on common file systems, less what `-001` or `.partial` adds
 # HD players read an untagged file as BT.709, ffmpeg writes BT.601 by default: the colours shift.
 COLOUR = [
@@ -57,11 +57,13 @@ COLOUR = [
 # In pieces of half a second until the end, then an ordinary mp4: it can be watched while it grows,
 # and what a killed run has written stays readable.
 FRAGMENTS = ["-movflags", "hybrid_fragmented", "-frag_duration", "500000"]
+BACKGROUND = (255, 255, 255)
+"""White, as in viewers and browsers; what shows through a transparent pixel."""
+LEVELS = (1, 255, 65535)
+"""White in images of float or whole numbers: the first of these that no value is above."""
 MAX_ASPECT = 8
 """Of a pixel; the widest in use, of anamorphic film, is 2."""
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
-ARRAY_SUFFIXES = (".npy", ".npz")
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -69,10 +71,6 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 
 class VideoWriter:
     """Write an H.264 mp4 frame by frame; the file gets its name only when it is complete.
-
-    with VideoWriter(path, fps=24, size=(544, 960)) as writer:
-        for frames in chunks:
-            writer.append(frames)
 
     Until the end the frames are in `.NAME.PID.part.mp4` in the same folder. If the body raises (or
     is interrupted), the frames so far become `STEM.partial.mp4`; see `partial_path`. What a killed
@@ -88,8 +86,6 @@ class VideoWriter:
         *,
         fps: float,
         size: tuple[int, int],
-        quality: int = 8,
-        is_lossless: bool = False,
         overwrite: bool = False,
         publishes: bool = True,
         keeps_partial: bool = True,
@@ -97,12 +93,7 @@ class VideoWriter:
         """Check what can be checked before the first frame exists.
 
         Args:
-            path: the `.mp4` to write.
-            fps: frames per second, above 0.
-            size: (height, width) in pixels, both even unless lossless.
-            quality: 1 (small) to 10 (constant rate factor 0); 8 is factor 10.
-            is_lossless: store the exact RGB values (H.264 4:4:4; few players show it).
-            overwrite: replace an existing file.
+            size: (height, width) in pixels, both even.
             publishes: give the file its name at the end of the context; else `publish` does.
             keeps_partial: keep the frames of an unfinished video.
         """
@@ -112,11 +103,8 @@ class VideoWriter:
             raise UserError(f"{path}: a file name has at most {MAX_NAME_BYTES} bytes")
         if not (math.isfinite(fps) and fps > 0):
             raise UserError(f"fps must be above 0, got {fps}")
-        if not 1 <= quality <= 10:
-            raise UserError(f"video quality must be between 1 and 10, got {quality}")
-        divisor = 1 if is_lossless else 2
-        if any(length < 1 or length % divisor for length in size):
-            rule = "at least 1" if is_lossless else "even (the mp4 halves the colour planes)"
+        if any(length < 1 or length % 2 for length in size):
+            rule = "even (the mp4 halves the colour planes)"
             raise UserError(f"video height and width must be {rule}, got {size[0]} x {size[1]}")
         check_writable(path.parent)
         if path.is_dir() or (path.exists() and not overwrite):
@@ -132,19 +120,7 @@ class VideoWriter:
         before, after = f".{path.stem[:40]}.", ".part.mp4"
         remove_stale_parts(path.parent, before=before, after=after)
         self._part = path.with_name(f"{before}{os.getpid()}{after}")
-        import imageio_ffmpeg
-
-        self._encoder = imageio_ffmpeg.write_frames(
-            str(self._part.resolve()),
-            (size[1], size[0]),
-            fps=cast(int, fps),  # any positive number; the library's signature names its default
-            codec="libx264rgb" if is_lossless else "libx264",
-            pix_fmt_out="rgb24" if is_lossless else "yuv420p",
-            quality=cast(int, None if is_lossless else quality),
-            macro_block_size=1,
-            ffmpeg_log_level="error",
-            output_params=(["-crf", "0"] if is_lossless else COLOUR) + FRAGMENTS,
-        )
+        self._encoder = _encoder(self._part, fps=fps, size=size)
 
     def __enter__(self) -> VideoWriter:
         """Return the writer; the encoder starts with the first frame."""
@@ -237,17 +213,35 @@ class VideoWriter:
         return f"{self.path}: writing failed {done} ({reason}); is the disk full?"
 
 
+def _encoder(path: Path, *, fps: float, size: tuple[int, int]) -> Generator[None, Any, None]:
+    """Return ffmpeg as a generator that is sent None, then frames."""
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.write_frames(
+        str(path.resolve()),
+        (size[1], size[0]),
+        fps=cast(int, fps),  # any positive number; the library's signature names its default
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        quality=VIDEO_QUALITY,
+        macro_block_size=1,
+        ffmpeg_log_level="error",
+        output_params=COLOUR + FRAGMENTS,
+    )
+
+
 def check_ffmpeg() -> None:
     """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work."""
     advice = "unset IMAGEIO_FFMPEG_EXE, or run: pip install --force-reinstall imageio-ffmpeg"
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            VideoWriter(
-                Path(folder) / "trial.mp4", fps=24, size=(16, 16), keeps_partial=False
-            ) as writer,
-        ):
-            writer.append(np.zeros((1, 16, 16, 3), np.uint8))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trial.mp4"
+            encoder = _encoder(path, fps=24, size=(16, 16))
+            encoder.send(None)
+            encoder.send(np.zeros((16, 16, 3), np.uint8))
+            encoder.close()
+            if num_decodable(path) != 1:
+                raise UserError("it wrote no frame")
     except (UserError, OSError, RuntimeError) as error:
         raise UserError(f"ffmpeg does not work ({one_line(error)}): {advice}") from None
 
@@ -291,12 +285,8 @@ def read_video(
 ) -> tuple[Pixels, float]:
     """Read frames, uint8 `[T, H, W, 3]`, and the rate in frames per second.
 
-    No more frames than those returned are ever in memory.
-
     Args:
         path: a video file; of several video streams the one that is shown, see `shown_stream`.
-        max_frames: stop after so many.
-        last: keep the last so many only.
         fps: bring the video to this rate by its time stamps, see `at_rate`; None: frames as stored.
         size: (height, width) in pixels to scale to (bicubic; the aspect ratio may change).
     """
@@ -485,10 +475,7 @@ def open_video(path: Path, *, is_strict: bool = False) -> Generator[Video, None,
 
 
 def shown_stream(path: Path, container: InputContainer) -> VideoStream:
-    """Return the video stream that ffmpeg takes: marked as default, then the most pixels.
-
-    Cover pictures are no video.
-    """
+    """Return the video stream that ffmpeg takes: marked as default, then the most pixels."""
     from av.stream import Disposition
 
     streams = [
@@ -541,107 +528,99 @@ def num_decodable(path: Path) -> int:
         return 0
 
 
-# Clips --------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FrameStream:
-    """The frames of a clip, read as they are asked for."""
+def read_image(path: Path) -> Image.Image:
+    """Read an image as RGB as it is seen; of an animated one the first frame.
 
-    path: Path
-    size: tuple[int, int]
-    """Height and width in pixels."""
-    frames: Generator[Pixels, None, None]
-    """Each uint8 `[H, W, 3]`."""
-
-
-def is_clip(path: Path) -> bool:
-    """Tell whether a path is one clip: a video, an array, or a folder of PNG files."""
-    if path.is_dir():
-        return bool(_png_files(path))
-    return path.suffix.lower() in VIDEO_SUFFIXES + ARRAY_SUFFIXES
-
-
-def list_clips(folder: Path) -> dict[str, Path]:
-    """Return the clips of a folder by name without suffix; hidden files are left out."""
-    clips: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not is_clip(path):
-            continue
-        name = path.name if path.is_dir() else path.stem
-        if name in clips:
-            raise UserError(
-                f"{folder}: {clips[name].name} and {path.name} are two clips of one name: keep one"
-            )
-        clips[name] = path
-    if not clips:
-        kinds = ", ".join(VIDEO_SUFFIXES + ARRAY_SUFFIXES)
-        raise UserError(f"{folder}: holds no clip ({kinds}, or folders of PNG files)")
-    return clips
-
-
-def open_clip(path: Path) -> FrameStream:
-    """Open a clip; what kind it is shows in the suffix.
-
-    Args:
-        path: a video; an `.npy` or `.npz` that holds one uint8 array `[T, H, W, 3]`; or a folder
-            of PNG files, in the order of the numbers in their names.
+    It is turned upright as its EXIF data say. Transparency is put over `BACKGROUND`. Grey values
+    of 16 bits are scaled; those of float or 32 bits are taken as 0..1, 0..255 or 0..65535, the
+    smallest of these ranges that holds all of them (whole numbers: not 0..1).
     """
-    if path.is_dir():
-        return _open_images(path)
-    if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _open_array(path)
-    size, frames = stream_video(path)
-    return FrameStream(path, size, frames)
+    from PIL import Image, ImageOps
 
-
-def _open_images(folder: Path) -> FrameStream:
-    paths = _png_files(folder)
-    if not paths:
-        raise UserError(f"{folder}: a folder without PNG files, so no clip")
-    first = read_image(paths[0])
-    size = (first.height, first.width)
-
-    def frames() -> Generator[Pixels, None, None]:
-        for path in paths:
-            frame = np.asarray(read_image(path))
-            if frame.shape[:2] != size:
-                raise UserError(
-                    f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, but the first frame has "
-                    f"{size[1]}x{size[0]}"
-                )
-            yield frame
-
-    return FrameStream(folder, size, frames())
-
-
-def _png_files(folder: Path) -> list[Path]:
-    """Return the PNG files of a folder, `frame_2` before `frame_10`."""
-
-    def order(path: Path) -> list[tuple[int, str]]:
-        parts = re.split(r"(\d+)", path.stem)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-    found = (path for path in folder.iterdir() if path.suffix.lower() == ".png")
-    return sorted((path for path in found if not path.name.startswith(".")), key=order)
-
-
-def _open_array(path: Path) -> FrameStream:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_file(path)
     try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = list(content.values()) if isinstance(content, np.lib.npyio.NpzFile) else [content]
-    except ARRAY_ERRORS as error:
-        reason = one_line(error) or type(error).__name__
-        raise UserError(f"{path}: not an array file of numpy ({reason[:200]})") from None
-    if len(arrays) != 1:
-        raise UserError(f"{path}: must hold one array, not {len(arrays)}")
-    pixels = arrays[0]
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
+        with Image.open(path) as image:
+            return _as_rgb(ImageOps.exif_transpose(image), path)
+    except UserError:
+        raise
+    except _image_errors() as error:
+        raise _no_image(path, error) from None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return height and width of an image as it is seen."""
+    from PIL import Image, ImageOps
+
+    check_file(path)
+    try:
+        with Image.open(path) as image:
+            width, height = ImageOps.exif_transpose(image).size
+            return height, width
+    except _image_errors() as error:
+        raise _no_image(path, error) from None
+
+
+def over_background(image: Image.Image) -> Image.Image:
+    """Return an RGBA image over `BACKGROUND`, as RGB."""
+    from PIL import Image
+
+    whole = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+    return Image.alpha_composite(whole, image).convert("RGB")
+
+
+def _image_errors() -> tuple[type[BaseException], ...]:
+    """Return what Pillow raises for damaged files: a broken PNG is a SyntaxError."""
+    from PIL import Image
+
+    return (
+        *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError),
+        *(AttributeError, NotImplementedError, struct.error, Image.DecompressionBombError),
+    )
+
+
+def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return _grey_as_rgb(image, path)
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        assert converted is not None, "nothing is converted in place"
+        return converted
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    if seen.getchannel("A").getextrema() != (255, 255):
+        logger.info("%s: its transparent pixels are shown over white", path)
+    return over_background(seen)
+
+
+def _grey_as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """Turn grey values of more than 8 bits into RGB."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: holds values that are not finite: repair or replace the image")
+    low, high = float(values.min()), float(values.max())
+    white = [level for level in LEVELS if high <= level]
+    if not (low >= 0 and white):
         raise UserError(
-            f"{path}: must hold uint8 pixels [T, H, W, 3], found {pixels.dtype} "
-            f"{list(pixels.shape)}"
+            f"{path}: its grey values are {low:g} to {high:g}, but must be in 0..1, 0..255 or "
+            "0..65535: scale them"
         )
-    _, height, width, _ = pixels.shape
-    return FrameStream(path, (height, width), (np.array(frame) for frame in pixels))
+    if image.mode.startswith("I;16"):
+        white = [LEVELS[-1]]
+    elif image.mode == "I":
+        white = [level for level in white if level != 1]
+    grey = np.rint(values * (255 / white[0])).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _no_image(path: Path, error: BaseException) -> UserError:
+    reason = "" if "cannot identify" in str(error) else f" ({one_line(error)})"
+    return UserError(f"{path}: not an image that can be read{reason}")

@@ -31,7 +31,7 @@ MAX_SIZE = 1_000_000
 _SAFETENSORS, _BIN, _INDEX = ".safetensors", ".bin", ".index.json"
 _OTHER_WEIGHTS = (".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".zst")
 # libraries put the name of a variant, as fp16, before or after the number
-_SHARD_OF = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>(\.[^.]+)?)")
+_SHARD_OF = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>(\.[^.]+)?)$")
 _WRAPPERS = ("module.", "model.", "diffusion_model.", "_orig_mod.")
 """What training and other programs put before all keys of a model."""
 WITHIN = ("state_dict",)
@@ -50,10 +50,7 @@ _MISFIT = "the file does not fit the model config"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values.
-
-    What a wrapper put before all keys of a file is no part of the key, see `wrapping_of`.
-    """
+    """A tensor as a file holds it: the file, the key in the file, the (lazily mapped) values."""
 
     path: Path
     key: str
@@ -78,11 +75,6 @@ def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def ignore_none(_key: str) -> bool:
-    """Ignore no key of a file."""
-    return False
 
 
 # Finding files ------------------------------------------------------------------------------------
@@ -156,13 +148,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
     """Leave out the copies in another type: `NAME.fp16.safetensors` next to `NAME.safetensors`."""
-
-    def stem(name: str) -> str:
-        matched = _SHARD_OF.fullmatch(name.removesuffix(suffix))
-        return matched["stem"] + matched["variant"] if matched else name.removesuffix(suffix)
-
-    stems = {stem(name) for name in names}
-    kept = [name for name in names if stem(name).rpartition(".")[0] not in stems]
+    # without suffix and number of the shard: NAME, NAME.fp16
+    stems = {
+        name: _SHARD_OF.sub(r"\g<stem>\g<variant>", name.removesuffix(suffix)) for name in names
+    }
+    plain = set(stems.values())
+    kept = [name for name in names if stems[name].rpartition(".")[0] not in plain]
     if len(kept) < len(names):
         spare = min(set(names) - set(kept))
         logger.info("%s is left out: a copy of %s", spare, min(kept))
@@ -229,36 +220,21 @@ def read(paths: Iterable[str | Path], *, within: Sequence[str] = WITHIN) -> Iter
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        if path.suffix == ".safetensors":
-            yield from _read_safetensors(path)
-        else:
+        if path.suffix != ".safetensors":
             yield from _read_pickle(path, within)
-
-
-def wrapping_of(keys: Iterable[str]) -> str:
-    """Return what wrappers put before all keys, as `model.diffusion_model.`; else nothing."""
-    keys, wrapping = list(keys), ""
-    while keys:
-        longer = [wrapping + part for part in _WRAPPERS]
-        shared = [text for text in longer if all(key.startswith(text) for key in keys)]
-        if not shared:
-            break
-        wrapping = shared[0]
-    return wrapping
-
-
-def _read_safetensors(path: Path) -> Iterator[StoredTensor]:
-    try:
-        # opening parses the header and compares the size it announces with the file's
-        with safe_open(path, framework="pt", device="cpu") as file:
-            keys = {key: _INFIXES.sub("", key) for key in file.keys()}  # noqa: SIM118
-            wrapping = wrapping_of(keys.values())
-            for key, name in keys.items():
-                yield StoredTensor(path, name.removeprefix(wrapping), file.get_tensor(key))
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-    except RuntimeError as error:  # torch's, when the system refuses to map the file
-        raise UserError(f"{path}: {_reason(error)}; free some memory") from error
+            continue
+        try:
+            # opening parses the header and compares the size it announces with the file's
+            with safe_open(path, framework="pt", device="cpu") as file:
+                keys = {key: _INFIXES.sub("", key) for key in file.keys()}  # noqa: SIM118
+                wrapping = wrapping_of(keys.values())
+                for key, name in keys.items():
+                    yield StoredTensor(path, name.removeprefix(wrapping), file.get_tensor(key))
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+        except RuntimeError as error:  # torch's, when the system refuses to map the file
+            reason = first_line(error).rstrip(".")
+            raise UserError(f"{path}: {reason}; free some memory") from error
 
 
 def _read_pickle(path: Path, within: Sequence[str]) -> Iterator[StoredTensor]:
@@ -281,16 +257,25 @@ def _read_pickle(path: Path, within: Sequence[str]) -> Iterator[StoredTensor]:
         yield StoredTensor(path, keys[key].removeprefix(wrapping), tensor)
 
 
+def wrapping_of(keys: Iterable[str]) -> str:
+    """Return what wrappers put before all keys, as `model.diffusion_model.`; else nothing."""
+    keys, wrapping = list(keys), ""
+    while keys:
+        longer = [wrapping + part for part in _WRAPPERS]
+        shared = [text for text in longer if all(key.startswith(text) for key in keys)]
+        if not shared:
+            break
+        wrapping = shared[0]
+    return wrapping
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
     """Say in one line why a weight file cannot be read, and what to do."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             return UserError(f"{path}: is a Git LFS pointer, not the weights; run git lfs pull")
-    return UserError(f"{path}: cut short or corrupt ({_reason(error)}); download it again")
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error).rstrip(".")
+    reason = first_line(error).rstrip(".")
+    return UserError(f"{path}: cut short or corrupt ({reason}); download it again")
 
 
 # Filling a module ---------------------------------------------------------------------------------
@@ -305,25 +290,12 @@ class _Target(NamedTuple):
     take: Callable[[Tensor], Tensor]
 
 
-def _targets_by_key(module: nn.Module, origin: Callable[[str], Origin]) -> dict[str, list[_Target]]:
-    """Map each key wanted of the files to what it fills."""
-    state = module.state_dict(keep_vars=True)
-    names_of: dict[int, list[str]] = {}
-    for name, value in state.items():
-        names_of.setdefault(id(value), []).append(name)
-    targets: dict[str, list[_Target]] = {}
-    for name, value in state.items():
-        key, take = origin(name).key, origin(name).take
-        targets.setdefault(key, []).append(_Target(name, tuple(names_of[id(value)]), value, take))
-    return targets
-
-
 def match(
     module: nn.Module,
     tensors: Iterable[StoredTensor],
     *,
     origin: Callable[[str], Origin] = Origin,
-    ignored: Callable[[str], bool] = ignore_none,
+    ignored: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Yield (names in the module, values) for each stored tensor; every name exactly once.
 
@@ -331,12 +303,17 @@ def match(
     the file, they must be equal (only then the values are looked at).
 
     Args:
-        module: on any device; only names, shapes and kinds are read.
-        tensors: what the files hold.
         origin: for a name in the module, where its values come from.
         ignored: for a key of a file, whether it may be left out.
     """
-    targets = _targets_by_key(module, origin)
+    state = module.state_dict(keep_vars=True)
+    tied_names: dict[int, tuple[str, ...]] = {}
+    for name, value in state.items():
+        tied_names[id(value)] = (*tied_names.get(id(value), ()), name)
+    targets: dict[str, list[_Target]] = {}
+    for name, value in state.items():
+        key, take = origin(name).key, origin(name).take
+        targets.setdefault(key, []).append(_Target(name, tied_names[id(value)], value, take))
     first_path: dict[str, Path] = {}
     filled: set[tuple[str, ...]] = set()
     tied: dict[tuple[str, ...], Tensor] = {}
@@ -344,7 +321,7 @@ def match(
     for path, key, tensor in tensors:
         if path not in paths:
             paths.append(path)
-        if ignored(key):
+        if ignored is not None and ignored(key):
             continue
         if key in first_path:
             raise UserError(f"{path}: key {key} is also in {first_path[key]}; remove one of them")
@@ -405,7 +382,7 @@ def load_into(
     tensors: Iterable[StoredTensor],
     *,
     origin: Callable[[str], Origin] = Origin,
-    ignored: Callable[[str], bool] = ignore_none,
+    ignored: Callable[[str], bool] | None = None,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
@@ -415,12 +392,7 @@ def load_into(
     parameters ask for no gradient.
 
     Args:
-        module: usually built on the meta device.
-        tensors: from `read`.
-        origin: see `match`.
-        ignored: see `match`.
         dtype: type of the floating tensors; None keeps each as stored.
-        device: where the values go.
     """
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     state: dict[str, Tensor] = {}
@@ -444,7 +416,7 @@ def check_files(
     paths: Iterable[str | Path],
     *,
     origin: Callable[[str], Origin] = Origin,
-    ignored: Callable[[str], bool] = ignore_none,
+    ignored: Callable[[str], bool] | None = None,
     within: Sequence[str] = WITHIN,
 ) -> int:
     """Check from their headers alone that files fill a module exactly; return the bytes stored."""
@@ -457,7 +429,7 @@ def load_files(
     paths: Iterable[str | Path],
     *,
     origin: Callable[[str], Origin] = Origin,
-    ignored: Callable[[str], bool] = ignore_none,
+    ignored: Callable[[str], bool] | None = None,
     within: Sequence[str] = WITHIN,
     dtype: torch.dtype | None,
     device: torch.device | str,

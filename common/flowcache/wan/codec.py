@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.offload import HostWeights, aside
+from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.overlap import Worker
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.vae import VAE, VAEStream

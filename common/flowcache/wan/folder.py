@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowcache.errors import UserError
+from flowcache.runtime.embeddings import tokenizer_files
 from flowcache.runtime.hub import Missing, fetch, find_missing, local_copy
-from flowcache.runtime.tokenizer import tokenizer_files
 from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import text, vae
 from flowcache.wan.checkpoint import Layout, read_diffusers, read_original, text_len

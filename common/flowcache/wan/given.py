@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.images import read_image
-from flowcache.runtime.video import read_video, to_pixels
+from flowcache.runtime.video import read_image, read_video, to_pixels
 
 BILINEAR = 2
 """Of Pillow's filters; antialiased."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from flowcache.errors import UserError
-from flowcache.runtime.settings import QuantizeName
+from flowcache.runtime.config import QuantizeName
 from flowcache.wan.dit import DiT, DiTConfig
 
 PINNED = "torchao==0.18.0"

@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from flowcache.errors import UserError
 from flowcache.runtime import profile
-from flowcache.runtime.embeddings import hash_files
-from flowcache.runtime.tokenizer import load_tokenizer, tokenizer_files
+from flowcache.runtime.embeddings import hash_files, load_tokenizer, tokenizer_files
 from flowcache.runtime.weights import (
     Origin,
     check_files,

@@ -8,10 +8,10 @@ import torch
 
 from flowcache.attention import AttentionShape
 from flowcache.errors import UserError
+from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META, weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import TOKEN_COPIES, most_active
-from flowcache.runtime.settings import check_pass
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
 from flowcache.wan.vae import SPATIAL_STRIDE

@@ -129,9 +129,3 @@ def test_a_name_that_is_none_of_those_is_refused_by_name():
         with pytest.raises(UserError, match=rf"kind is {shown}, but must be one of fast, slow$"):
             load_config(Choice, [], overrides=[f"kind={given}"])
     assert describe(Choice) == ["kind: one of fast, slow = fast"]
-
-
-def test_annotations_do_not_hinder_reading(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("steps: 7\ninner:\n  shares: [0.25, 1]\n")
-    config = load_config(Outer, [tmp_path / "a.yaml"], overrides=["overlap=3"])
-    assert config == Outer(steps=7, overlap=3, inner=Inner((0.25, 1.0)))

@@ -81,6 +81,25 @@ class Sandbox:
             preexec_fn=_heed_interrupts,
         )
 
+    def interrupt(self, stop: signal.Signals, **variables: str) -> str:
+        """Stop a set-up in the middle of an install; return what it wrote."""
+        self.clear("pip_runs")
+        self.set("pip_sleeps", "30")
+        process = self.start(**variables)
+        wait_for(self.home / "pip_runs")
+        os.killpg(process.pid, stop)
+        out, _ = process.communicate(timeout=20)
+        assert process.returncode != 0
+        self.clear("pip_sleeps")
+        self.calls()
+        return out
+
+    def made_by_hand(self, venv: Path) -> Path:
+        """Make an environment as a user would."""
+        subprocess.run([self.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
+        self.calls()
+        return venv
+
     def run(self, **variables: str) -> tuple[int, str, str]:
         process = self.start(**variables)
         out, err = process.communicate(timeout=60)
@@ -155,16 +174,8 @@ def test_a_changed_pin_updates_the_environment_in_place(sandbox: Sandbox):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_first_run_starts_again(sandbox: Sandbox, stop: signal.Signals):
-    sandbox.set("pip_sleeps", "30")
-    process = sandbox.start()
-    wait_for(sandbox.home / "pip_runs")
-    os.killpg(process.pid, stop)
-    out, _ = process.communicate(timeout=20)
-    assert process.returncode != 0
-    assert "entered" not in out
+    assert "entered" not in sandbox.interrupt(stop)
     (sandbox.root / ".venv" / "half-written").touch()
-    sandbox.clear("pip_sleeps")
-    sandbox.calls()
     status, _, err = sandbox.run()
     assert status == 0, err
     assert "interrupted: starting again" in err
@@ -176,14 +187,7 @@ def test_an_interrupted_first_run_starts_again(sandbox: Sandbox, stop: signal.Si
 def test_an_interrupted_update_starts_again(sandbox: Sandbox):
     sandbox.run()
     (sandbox.root / "constraints.txt").write_text("torch==2\n")
-    sandbox.clear("pip_runs")
-    sandbox.set("pip_sleeps", "30")
-    process = sandbox.start()
-    wait_for(sandbox.home / "pip_runs")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=20)
-    sandbox.clear("pip_sleeps")
-    sandbox.calls()
+    sandbox.interrupt(signal.SIGKILL)
     assert sandbox.run()[0] == 0
     assert sandbox.calls() == COMPLETE
 
@@ -218,14 +222,6 @@ def test_a_moved_checkout_gets_a_new_environment(sandbox: Sandbox):
     assert status == 0, err
     assert f"entered {moved}/.venv" in out
     assert sandbox.calls() == COMPLETE
-
-
-def test_the_environment_may_lie_elsewhere(sandbox: Sandbox, tmp_path: Path):
-    venv = tmp_path / "else where"
-    status, out, _ = sandbox.run(FLOWCACHE_VENV=str(venv))
-    assert status == 0
-    assert f"entered {venv} " in out
-    assert not (sandbox.root / ".venv").exists()
 
 
 @pytest.fixture
@@ -267,12 +263,14 @@ def test_an_active_environment_without_this_clone_is_passed_over(
     assert f"entered {sandbox.root}/.venv with" in out
 
 
-def test_the_named_environment_wins_over_the_active_one(
+def test_the_environment_may_lie_elsewhere_and_wins_over_an_active_one(
     sandbox: Sandbox, own: Path, tmp_path: Path
 ):
-    status, out, err = sandbox.run(VIRTUAL_ENV=str(own), FLOWCACHE_VENV=str(tmp_path / "named"))
-    assert status == 0, err
-    assert f"entered {tmp_path}/named with" in out
+    venv = tmp_path / "else where"
+    status, out, _ = sandbox.run(VIRTUAL_ENV=str(own), FLOWCACHE_VENV=str(venv))
+    assert status == 0
+    assert f"entered {venv} with" in out
+    assert not (sandbox.root / ".venv").exists()
 
 
 @pytest.mark.parametrize("model", ["FlowCache4MAGI-1", "FlowCache4SkyReels-V2"])
@@ -287,10 +285,8 @@ def test_the_requirements_of_a_model_are_this_repository_with_its_pins(model: st
 
 
 def test_an_environment_made_by_hand_is_never_emptied(sandbox: Sandbox, tmp_path: Path):
-    venv = tmp_path / "mine"
-    subprocess.run([sandbox.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
+    venv = sandbox.made_by_hand(tmp_path / "mine")
     (venv / "keep").touch()
-    sandbox.calls()
     sandbox.set("pip_fails")
     assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 1
     sandbox.clear("pip_fails")
@@ -371,19 +367,12 @@ def test_what_another_clone_has_not_finished_is_not_emptied(sandbox: Sandbox, sh
 def test_an_interrupted_update_empties_no_environment_made_by_hand(
     sandbox: Sandbox, tmp_path: Path
 ):
-    venv = tmp_path / "mine"
-    subprocess.run([sandbox.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
+    venv = sandbox.made_by_hand(tmp_path / "mine")
     assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
     (venv / "keep").touch()
     sandbox.set("clone_in", str(sandbox.root))
     (sandbox.root / "constraints.txt").write_text("torch==2\n")
-    sandbox.clear("pip_runs")
-    sandbox.set("pip_sleeps", "30")
-    process = sandbox.start(FLOWCACHE_VENV=str(venv))
-    wait_for(sandbox.home / "pip_runs")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=20)
-    sandbox.clear("pip_sleeps")
+    sandbox.interrupt(signal.SIGKILL, FLOWCACHE_VENV=str(venv))
     assert sandbox.run(FLOWCACHE_VENV=str(venv))[0] == 0
     assert (venv / "keep").exists()
 
@@ -391,9 +380,7 @@ def test_an_interrupted_update_empties_no_environment_made_by_hand(
 def test_an_environment_made_by_hand_with_other_versions_is_refused(
     sandbox: Sandbox, tmp_path: Path
 ):
-    venv = tmp_path / "mine"
-    subprocess.run([sandbox.environment["PYTHON"], "-m", "venv", str(venv)], check=True)
-    sandbox.calls()
+    venv = sandbox.made_by_hand(tmp_path / "mine")
     sandbox.set("misfits", "torch 0, not ==1\n")
     status, _, err = sandbox.run(FLOWCACHE_VENV=str(venv))
     assert status == 2
@@ -436,21 +423,18 @@ def test_versions_in_a_real_environment_are_compared_with_the_pins(
         assert f"does not fit (pytest {version}, not ==0.1)" in done.stderr
 
 
-def test_a_folder_of_something_else_is_left_alone(sandbox: Sandbox, tmp_path: Path):
+def test_a_folder_that_can_be_no_environment_is_left_alone(sandbox: Sandbox, tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    status, _, err = sandbox.run(FLOWCACHE_VENV=str(tmp_path / "photos"))
-    assert status == 2
-    assert "neither empty nor a Python environment" in err
+    for place, said in (
+        ("photos", "neither empty nor a Python environment"),
+        ("photos/cat.jpg/venv", f"cannot make the folder {tmp_path}/photos/cat.jpg/venv"),
+    ):
+        status, _, err = sandbox.run(FLOWCACHE_VENV=str(tmp_path / place))
+        assert status == 2
+        assert said in err
     assert (tmp_path / "photos" / "cat.jpg").exists()
     assert sandbox.calls() == []
-
-
-def test_an_environment_that_cannot_be_made_is_named(sandbox: Sandbox, tmp_path: Path):
-    (tmp_path / "file").touch()
-    status, _, err = sandbox.run(FLOWCACHE_VENV=str(tmp_path / "file" / "venv"))
-    assert status == 2
-    assert f"cannot make the folder {tmp_path}/file/venv" in err
 
 
 def test_dead_shims_on_the_path_are_passed_over(sandbox: Sandbox):

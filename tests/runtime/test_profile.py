@@ -1,10 +1,10 @@
-"""Settings that follow a profile."""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowcache.errors import UserError
 from flowcache.policies import GuardedPlan, MagCache, Planned, ReuseRule, guidance_of, threshold_of
@@ -17,9 +17,11 @@ from flowcache.runtime.profile import (
     Setting,
     Source,
     check_tuned_for,
+    fingerprint,
     load_with_profile,
     policy_maker,
-    profile_lines,
+    profile_line,
+    read_profile,
     write_profile,
 )
 
@@ -33,6 +35,99 @@ PROFILE = Profile(
     observed=Observed([1.0, 0.99, 0.98, 0.9], [0.0, 0.1, 0.1, 0.1], [0.0, 0.2, 0.2, 0.3]),
     source=Source("demo", "flowcache_fast", "2026-01-31", ["a red: circle"], [7]),
 )
+
+
+def write(folder: Path) -> Path:
+    path = folder / "p.yaml"
+    write_profile(PROFILE, path)
+    return path
+
+
+def test_a_profile_comes_back_from_its_file(tmp_path: Path):
+    assert read_profile(write(tmp_path)) == PROFILE
+    assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
+
+
+def test_a_profile_from_before_guidance_was_held_is_read(tmp_path: Path):
+    path = write(tmp_path)
+    text = path.read_text()
+    assert "guidance_steps: null" in text
+    path.write_text(text.replace("  guidance_steps: null\n", ""))
+    assert read_profile(path) == PROFILE
+
+
+def test_a_missing_profile_says_how_to_make_one(tmp_path: Path):
+    with pytest.raises(UserError, match=r"scripts/tune\.py"):
+        read_profile(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("version: 1", "version: 2"),
+        ("factor: 0.625\n", "factor: fast\n"),
+        ("factor: 0.625\n", ""),
+        ("lag: 2", "lagg: 2"),
+        ("num_steps: 4", "num_steps: 5"),
+        ("reuse:", "reuse: ["),
+        ("predict: velocity", "predict: pixels"),
+        ("order: 1", "order: 3"),
+        ("guidance_steps: null", "guidance_steps: [4]"),
+    ],
+)
+def test_a_damaged_profile_is_refused_in_one_line(tmp_path: Path, old: str, new: str):
+    path = write(tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match="damaged") as caught:
+        read_profile(path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_profile_cut_off_anywhere_is_refused(tmp_path: Path):
+    path = write(tmp_path)
+    text = path.read_text().rstrip()
+    for length in range(0, len(text) - 4, 29):
+        path.write_text(text[:length])
+        with pytest.raises(UserError, match="damaged"):
+            read_profile(path)
+
+
+@pytest.mark.parametrize("plan", ["[]", "[[0, 2]]", "[[1, 3]]", "[[0, 2, 1, 3]]", "[[0, 1, 1, 3]]"])
+def test_a_plan_that_does_not_run_from_the_first_to_the_last_step_is_refused(
+    tmp_path: Path, plan: str
+):
+    path = write(tmp_path)
+    path.write_text(f"{path.read_text()}\n".replace("plans:", "unused:"))
+    lines = path.read_text().split("unused:")
+    rest = lines[1][lines[1].index("  predict:") :]
+    path.write_text(f"{lines[0]}plans: {plan}\n{rest}")
+    with pytest.raises(UserError, match=r"reuse\.plans"):
+        read_profile(path)
+
+
+def test_the_fingerprint_tells_models_apart_but_not_dtypes():
+    weights = {
+        f"blocks.{i}.q": torch.randn(8, 8, generator=torch.Generator().manual_seed(i))
+        for i in range(20)
+    }
+    rounded = {name: value.bfloat16() for name, value in weights.items()}
+    other = {**weights, "blocks.0.q": weights["blocks.0.q"] + 1}
+    sizes = {"dim": 8}
+    found = fingerprint(sizes, weights.items())
+    assert found == fingerprint(sizes, reversed(rounded.items()))
+    assert found != fingerprint(sizes, other.items())
+    assert found != fingerprint({"dim": 9}, weights.items())
+
+
+def test_a_profile_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot be written"):
+        write_profile(PROFILE, tmp_path / "missing" / "p.yaml")
+
+
+# Runs that follow a profile -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,12 +152,9 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     (tmp_path / "checkpoint/profiles").mkdir(parents=True)
     write_profile(PROFILE, tmp_path / "checkpoint/profiles/p.yaml")
 
-    def from_texts(overrides: Sequence[str]) -> Run:
-        return load_config(Run, [], overrides=overrides)
-
     def load_run(*overrides: str, setting: Setting = SETTING) -> Run:
         return load_with_profile(
-            from_texts,
+            partial(load_config, Run, []),
             overrides,
             folder=tmp_path / "checkpoint",
             setting_of=lambda _: setting,
@@ -77,9 +169,9 @@ def test_the_predictor_of_the_profile_is_used_with_its_plan(load: Load, tmp_path
     assert (rule.predict, rule.extrapolate) == ("velocity", 0.625)
     assert policy_maker(rule)() == Planned([[0, 1, 3], [0, 3]])
     assert threshold_of(rule) is None
-    assert profile_lines(rule) == [
+    assert profile_line(rule) == (
         f"profile      {rule.profile}: 2 or 3 of 4 steps planned, 41.5 dB expected"
-    ]
+    )
 
 
 def test_order_and_held_guidance_of_the_profile_are_used(load: Load):
@@ -121,7 +213,6 @@ def test_magcache_takes_the_magnitudes_and_no_factor_that_was_fitted_to_a_plan(l
 def test_other_policies_read_no_profile(load: Load):
     rule = load("reuse.profile=profiles/missing.yaml").reuse
     assert rule == Rule(profile="profiles/missing.yaml")
-    assert profile_lines(rule) == []
 
 
 def test_a_profile_is_found_beside_the_checkpoint_then_from_here(load: Load, tmp_path: Path):
@@ -153,11 +244,7 @@ def test_a_profile_that_cannot_be_used_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_model_is_asked_for_its_fingerprint_only_where_a_profile_is_followed(load: Load):
-    def refuse() -> str:
-        raise AssertionError
-
-    check_tuned_for(load().reuse, refuse)
+def test_a_profile_of_another_model_is_refused(load: Load):
     planned = load("reuse.policy=planned", "reuse.profile=profiles/p.yaml").reuse
     check_tuned_for(planned, lambda: "ab12")
     with pytest.raises(UserError, match="was tuned for another model"):

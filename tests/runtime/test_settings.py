@@ -30,8 +30,8 @@ from flowcache.policies import (
     check_reuse,
     threshold_of,
 )
+from flowcache.runtime.config import check_pass, check_prompt, check_work
 from flowcache.runtime.profile import policy_maker
-from flowcache.runtime.settings import check_pass, check_prompt, check_work
 
 
 def test_every_policy_is_made_with_its_values():
