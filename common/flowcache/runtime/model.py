@@ -26,10 +26,13 @@ To add a model: write the package with its `model.MODEL`, and name it in `MODELS
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from flowcache.errors import UserError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -60,6 +63,14 @@ MODELS = {
 def load_model(name: str) -> VideoModel:
     """Import a model by the name of its package; nothing of the others is imported."""
     return cast("VideoModel", importlib.import_module(MODELS[name]).MODEL)
+
+
+def load_bench(name: str) -> Any:
+    """Import what tools that tune and compare ask of a model: its module `bench`."""
+    module = f"{name}.bench"
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} has no methods to tune or compare yet")
+    return importlib.import_module(module)
 
 
 @dataclass(frozen=True)
