@@ -31,7 +31,6 @@ MAX_POSITIONS = 1024
 """Latent frames for which the models have positions. Source: table of rotations upstream."""
 
 Entries = Annotated[list[int] | None, Bounds(0, 1000)]
-LatentFrames = Annotated[int, Bounds(0, MAX_FRAMES)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class RunConfig:
     first_frame_alone: bool = False
     context_noise: Annotated[int, Bounds(0, 1000)] = 0
     window: Annotated[int | None, Bounds(1, MAX_POSITIONS)] = None
-    sink: LatentFrames = 0
+    sink: Annotated[int, Bounds(0, MAX_FRAMES)] = 0
     positions: Literal["absolute", "relative"] = "absolute"
     rolling: bool = False
     precision: Literal["float32", "reference"] = "float32"
@@ -89,8 +88,8 @@ class RunConfig:
         check_values(self)
         check_prompt("prompt", self.prompt)
         parse_limit(self.memory_limit)
-        if self.reuse.policy != "vanilla" or self.kv.compress != "none":
-            raise UserError("reuse.policy and kv.compress do not work with this model yet")
+        if self.reuse != ReuseConfig() or self.kv != KVRule():
+            raise UserError("settings of reuse and kv do not work with this model yet: leave them")
         self._check_steps()
         self._check_window()
 
@@ -113,8 +112,8 @@ class RunConfig:
         if self.rolling:
             if not self.step_list or self.first_chunk_step_list or self.first_frame_alone:
                 raise UserError("rolling needs one step_list for all chunks, which are of one size")
-            if self.image or self.video or self.positions == "relative":
-                raise UserError("rolling takes no image or video, and positions=absolute")
+            if self.image or self.video or self.sink or self.positions == "relative":
+                raise UserError("rolling takes no image, video or sink, and positions=absolute")
             needed = (len(self.step_list) + 1) * self.chunk_frames
         else:
             needed = self.chunk_frames + self.sink
