@@ -53,10 +53,10 @@ ELSEWHERE = {
     "scripts/tune_budgets.py": ("tests/demo/test_bench.py", "tune_budgets"),
     "scripts/tune.py": ("tests/scripts/test_tune.py", "tune"),
     "reuse.profile=profile.yaml": ("tests/models/test_tuned.py", "reuse.profile="),
-    "MODEL=/data": ("tests/skyreels_v2/test_launchers.py", "MODEL="),
+    "MODEL=/data": ("tests/models/test_launchers.py", "MODEL="),
     "MODEL=Skywork": ("tests/runtime/test_hub.py", "snapshot"),
     "--download": ("tests/magi1/test_checkpoint.py", "download"),
-    "python -c": ("tests/magi1/test_launchers.py", "the_shipped_picture"),
+    "python -c": ("tests/models/test_launchers.py", "the_shipped_picture"),
 }
 """Part of a command -> the file that runs it, and a word in there: it takes long, or needs what is
 not here."""

@@ -166,6 +166,35 @@ def test_the_parts_of_a_model_do_not_import_what_assembles_them(package: str):
             assert not imported(path) & forbidden, name
 
 
+FUNCTIONS_OF_BOTH = {"main": "the entry point of a command line: the model's, and upstream's"}
+"""Top-level function of both models -> why it isn't one function, or a method of the contract."""
+MAX_NAMES_OF_BOTH = 19
+"""What the contract asks of each (`MODEL`, `WORDS`, `RECIPE`), settings, places of files."""
+
+
+def top_level_names(package: str) -> tuple[set[str], set[str]]:
+    """Return the names that a package's modules define: all, and those of functions."""
+    names, functions = set[str](), set[str]()
+    for path in modules(package).values():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                functions.add(node.name)
+            elif isinstance(node, ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names |= {each.id for each in targets if isinstance(each, ast.Name)}
+    return names | functions, functions
+
+
+def test_two_models_say_few_things_under_the_same_name():
+    """What both do is written once in the runtime, or is a method that the contract names."""
+    (names, functions), (others, other_functions) = map(top_level_names, ("magi1", "skyreels_v2"))
+    assert functions & other_functions == FUNCTIONS_OF_BOTH.keys()
+    public = {name for name in names & others if not name.startswith("_")}
+    assert len(public) <= MAX_NAMES_OF_BOTH, sorted(public)
+
+
 @pytest.mark.parametrize("library", OWNERS)
 def test_a_large_library_is_imported_in_few_files_only(library: str):
     for package in PACKAGES:

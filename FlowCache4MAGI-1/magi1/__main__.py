@@ -11,7 +11,7 @@ from flowcache.runtime.cli import run_parser
 from flowcache.runtime.entry import main_of
 from magi1.released import PRESETS, RELEASED
 
-EXAMPLES = """examples:
+_EXAMPLES = """examples:
   python -m magi1 --preset flowcache_fast --model demo \\
       --prompt "a red circle moving right on a black background"
   python -m magi1 --preset vanilla --model /data/4.5B_distill_config.json \\
@@ -19,10 +19,6 @@ EXAMPLES = """examples:
   python -m magi1 --preset flowcache_fast --model 4.5B_distill --prompt "..." --dry-run
   python -m magi1 --model demo --prompt "..." --out a.mp4 --record
   python -m magi1 --model demo --prompt "..." --out b.mp4 --replay a.record.json
-
-Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
-progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
-of the cache, seconds per stage).
 """
 
 
@@ -31,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = run_parser(
         "python -m magi1",
         description="Make a video with MAGI-1 and FlowCache.",
-        examples=EXAMPLES,
+        examples=_EXAMPLES,
         presets=PRESETS,
         model="JSON config of the release, folder that holds one, demo, demo-base (three guidance "
         f"passes), {', '.join(RELEASED)}, or auto: 4.5B_distill where there is CUDA, else the demo",
@@ -41,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--download", action="store_true", help="fetch the released --model from the hub"
     )
     options = parser.parse_intermixed_args(arguments)
-    from magi1.config import RunConfig, settings_lines  # which --help does without
+    from magi1.config import RunConfig  # which --help does without
 
-    return main_of("magi1", options, schema=RunConfig, settings=settings_lines)
+    return main_of("magi1", options, schema=RunConfig)
 
 
 if __name__ == "__main__":

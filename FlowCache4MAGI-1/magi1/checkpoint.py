@@ -35,7 +35,7 @@ from magi1 import text, vae
 from magi1.config import ReleaseConfig
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import FP8
-from magi1.released import CONFIGS, DEMO, DEMOS, REAL_MODEL, RELEASED, REPOSITORY
+from magi1.released import CONFIGS, DEMOS, REAL_MODEL, RELEASED, REPOSITORY
 
 PATH_FIELDS = ("load", "t5_pretrained", "vae_pretrained")
 PACKED = ".zst"
@@ -60,76 +60,78 @@ Config = TypeVar("Config", bound=ReleaseConfig)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose parts are all there.
-
-    Attributes:
-        config: what it is and how it is run.
-        dit_files: shards of the transformer, packed or not.
-        vae: the VAE's folder.
-        text_encoder: the T5 encoder's folder.
-    """
+    """A checkpoint on disk whose parts are all there."""
 
     config: ReleaseConfig
+    """What it is and how it is run."""
     dit_files: tuple[Path, ...]
+    """Shards of the transformer, packed or not."""
     vae: Path
+    """The VAE's folder."""
     text_encoder: Path
+    """The T5 encoder's folder."""
 
+    @classmethod
+    def find(cls, config: ReleaseConfig) -> "Checkpoint":
+        """Find the parts of the checkpoint that a config names."""
+        run, engine = config.runtime_config, config.engine_config
+        name = "inference_weight" + ".fp8" * engine.fp8_quant + ".distill" * engine.distill
+        parts = {
+            "load": Path(run.load) / name,
+            "t5_pretrained": Path(run.t5_pretrained) / text.T5_FOLDER,
+            "vae_pretrained": Path(run.vae_pretrained),
+        }
+        for field, folder in parts.items():
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder}: no such folder, but the config's {field} asks for it: set "
+                    f"runtime_config.{field}, or use --download with a released model, or --model "
+                    "demo"
+                )
+        shards = find_shards(parts["load"], packing=PACKED)
+        return cls(config, shards, parts["vae_pretrained"], parts["t5_pretrained"])
 
-def find(config: ReleaseConfig) -> Checkpoint:
-    """Find the parts of the checkpoint that a config names.
+    def check_complete(self) -> None:
+        """Check that no file of the text encoder, its tokenizer and the VAE is missing."""
+        for folder in (self.text_encoder, self.vae):
+            read_model_config(folder / "config.json")
+            find_shards(folder)
+        tokenizer_files(self.text_encoder)
 
-    Raises:
-        UserError: a folder or shard is missing.
-    """
-    run, engine = config.runtime_config, config.engine_config
-    name = "inference_weight"
-    name += ".fp8" * engine.fp8_quant + ".distill" * engine.distill
-    parts = {
-        "load": Path(run.load) / name,
-        "t5_pretrained": Path(run.t5_pretrained) / text.T5_FOLDER,
-        "vae_pretrained": Path(run.vae_pretrained),
-    }
-    for field, folder in parts.items():
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder, but the config's {field} asks for it: set "
-                f"runtime_config.{field}, or use --download with a released model, or --model demo"
-            )
-    return Checkpoint(
-        config=config,
-        dit_files=find_dit_files(parts["load"]),
-        vae=parts["vae_pretrained"],
-        text_encoder=parts["t5_pretrained"],
-    )
+    def check(self) -> None:
+        """Check that the weights of all parts are there, whole, and fit; reads headers only."""
+        check_dit(self.config, self.dit_files)
+        vae.check_weights(self.vae)
+        text.check_encoder(self.text_encoder, width=self.config.model_config.caption_channels)
 
+    def fingerprint(self) -> str:
+        """Return a hash of the transformer, see `profile.fingerprint`.
 
-def check_complete(checkpoint: Checkpoint) -> None:
-    """Check that no file of the text encoder, its tokenizer and the VAE is missing.
+        Little of the files is read; packed shards are unpacked for it, one at a time.
+        """
+        sizes, engine = asdict(self.config.model_config), self.config.engine_config
+        del sizes["params_dtype"]  # of the run, not of the weights
+        # only the JSON says which steps a distilled model was made for
+        sizes |= {"distill": engine.distill, "shortcut_mode": engine.shortcut_mode}
+        dit = _empty_dit(self.config)
+        weights = match(dit, _fitting(dit, read_shards(self.dit_files)))
+        return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
 
-    Raises:
-        UserError: naming the first one.
-    """
-    for folder in (checkpoint.text_encoder, checkpoint.vae):
-        read_model_config(folder / "config.json")
-        find_shards(folder)
-    tokenizer_files(checkpoint.text_encoder)
+    def load_dit(self, *, device: torch.device | str, dtype: torch.dtype | None = None) -> DiT:
+        """Load the transformer, for inference, in the released mix of types.
 
-
-def find_dit_files(folder: Path) -> tuple[Path, ...]:
-    """List the shards of a transformer: as they are where there, else packed.
-
-    Raises:
-        UserError: see `find_shards`.
-    """
-    return find_shards(folder, packing=PACKED)
+        Args:
+            dtype: type inside the blocks; None: the config's `params_dtype`.
+        """
+        check_dit(self.config, self.dit_files)
+        dit = _empty_dit(self.config)
+        load_into(dit, _fitting(dit, read_shards(self.dit_files)), dtype=None, device=device)
+        set_precision(dit, dtype or self.config.model_config.dtype)
+        return dit
 
 
 def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
-    """Yield every tensor of the shards, unpacking a packed one to a temporary file that is mapped.
-
-    Raises:
-        UserError: a file cannot be read or unpacked.
-    """
+    """Yield every tensor of the shards; a packed one is unpacked to a temporary file and mapped."""
     for path in paths:
         if path.suffix != PACKED:
             yield from read([path])
@@ -142,11 +144,7 @@ def read_shards(paths: Iterable[Path]) -> Iterator[StoredTensor]:
 
 
 def _unpack(path: Path, target: Path) -> None:
-    """Unpack a shard.
-
-    Raises:
-        UserError: it is damaged, or the disk is full.
-    """
+    """Unpack a shard."""
     import zstandard  # here: whoever has no packed shards runs without it
 
     free = shutil.disk_usage(target.parent).free
@@ -174,9 +172,6 @@ def read_headers(paths: Iterable[Path]) -> Iterator[StoredTensor]:
     """Yield the names, shapes and types of the shards' tensors, the values of packed ones left out.
 
     Of a packed shard only the first part is unpacked; its tensors are on the meta device.
-
-    Raises:
-        UserError: a file cannot be read.
     """
     for path in paths:
         if path.suffix != PACKED:
@@ -243,59 +238,10 @@ def check_dit(config: ReleaseConfig, paths: Iterable[Path]) -> int:
 
     Returns:
         Size of the tensors, in bytes as stored.
-
-    Raises:
-        UserError: naming the file and the key.
     """
     dit = _empty_dit(config)
     matched = match(dit, _fitting(dit, read_headers(paths)))
     return sum(part.numel() * part.element_size() for _, part in matched)
-
-
-def check(checkpoint: Checkpoint) -> None:
-    """Check that the weights of all parts are there, whole, and fit; reads headers only.
-
-    Raises:
-        UserError: naming the file and the key.
-    """
-    check_dit(checkpoint.config, checkpoint.dit_files)
-    vae.check(checkpoint.vae)
-    text.check(checkpoint.text_encoder, width=checkpoint.config.model_config.caption_channels)
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a hash of the transformer, see `profile.fingerprint`.
-
-    Little of the files is read; packed shards are unpacked for it, one at a time.
-    """
-    config = checkpoint.config
-    sizes = asdict(config.model_config)
-    del sizes["params_dtype"]  # of the run, not of the weights
-    engine = config.engine_config
-    # the steps that a distilled model was made for are told by its JSON alone
-    sizes |= {"distill": engine.distill, "shortcut_mode": engine.shortcut_mode}
-    dit = _empty_dit(config)
-    weights = match(dit, _fitting(dit, read_shards(checkpoint.dit_files)))
-    return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
-
-
-def load_dit(
-    checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype | None = None
-) -> DiT:
-    """Load the transformer, for inference, in the released mix of types.
-
-    Args:
-        dtype: type inside the blocks; None: the config's `params_dtype`.
-
-    Raises:
-        UserError: naming the file and the key, if the files do not fit the config.
-    """
-    config, paths = checkpoint.config, checkpoint.dit_files
-    check_dit(config, paths)
-    dit = _empty_dit(config)
-    load_into(dit, _fitting(dit, read_shards(paths)), dtype=None, device=device)
-    set_precision(dit, config.model_config.dtype if dtype is None else dtype)
-    return dit
 
 
 # Models by name -----------------------------------------------------------------------------------
@@ -309,9 +255,6 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
         model: `demo`, `demo-base`, a name of `RELEASED`, a JSON file, a folder with one
             `*config.json`, or `auto`: 4.5B_distill where there is CUDA, else the demo.
         wants_download: whether the weights come from the hub in any case.
-
-    Raises:
-        UserError: there is no such model, or a folder with none or several configs.
     """
     is_auto = model == "auto"
     if is_auto:
@@ -320,17 +263,17 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
     if model in RELEASED:
         path = CONFIGS / f"{model}.json"
         may_download = "missing" if is_auto else "never"
-        return _source(
+        return _source_of(
             model,
             path,
             plans_by_sizes=not is_auto,
             download="always" if wants_download else may_download,
         )
     if model in DEMOS:
-        path = DEMO / DEMOS[model]
+        path = DEMOS[model]
         if not path.is_file():
             raise UserError(f"{path}: the demo checkpoint is missing: restore it with git")
-        return _source(model, path, download="always" if wants_download else "never")
+        return _source_of(model, path, download="always" if wants_download else "never")
     path = given_path(model, name="model")
     if path.is_dir():
         path = _only_config(path)
@@ -340,10 +283,10 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
             f"or one of {', '.join((*DEMOS, *RELEASED))}"
         )
     name = path.parent.resolve().name
-    return _source(name, path, download="always" if wants_download else "never")
+    return _source_of(name, path, download="always" if wants_download else "never")
 
 
-def _source(name: str, path: Path, **facts: Any) -> Source:
+def _source_of(name: str, path: Path, **facts: Any) -> Source:
     return Source(name, path.parent, layers=(path,), **facts)
 
 
@@ -379,64 +322,43 @@ def find_path(path: str, source: Source) -> str:
 def are_there(config: ReleaseConfig) -> bool:
     """Whether the folders that a config names hold a whole model."""
     try:
-        check_complete(find(config))
+        Checkpoint.find(config).check_complete()
     except UserError:
         return False
     return True
 
 
 def download(config: Config, source: Source, *, hub: Hub = HUB) -> Config:
-    """Find a released model in the local hub cache, or fetch it from the hub.
-
-    Returns: the config with the folders of what was fetched.
-
-    Raises:
-        UserError: it is none of the released models, or not to be had.
-    """
+    """Return the config with the folders of a released model, from the hub or its local cache."""
     if not is_released(source):
         raise UserError(
             f"--download fetches a released model, not {source.name}: give --model as one of "
             f"{', '.join(RELEASED)}"
         )
-    folder = fetch(
-        REPOSITORY,
-        patterns=_patterns(source),
-        is_whole=lambda folder: are_there(_in_folder(config, source, folder)),
-        hub=hub,
-    )
+    folder = fetch(REPOSITORY, **_wanted(config, source), hub=hub)
     return _in_folder(config, source, folder)
 
 
-def find_download(config: ReleaseConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
-    """Return what `download` would fetch; None: nothing, a copy is in the local hub cache.
-
-    Raises:
-        UserError: it is not to be had, or the disk has no room for it.
-    """
-    patterns = _patterns(source)
-    found = local_copy(
-        REPOSITORY,
-        patterns=patterns,
-        is_whole=lambda folder: are_there(_in_folder(config, source, folder)),
-        hub=hub,
-    )
-    if found is not None:
+def missing_files(config: ReleaseConfig, source: Source, *, hub: Hub = HUB) -> Missing | None:
+    """Return what `download` would fetch; None: nothing, a copy is in the local hub cache."""
+    wanted = _wanted(config, source)
+    if local_copy(REPOSITORY, **wanted, hub=hub) is not None:
         return None
-    missing = find_missing(REPOSITORY, patterns=patterns, hub=hub)
+    missing = find_missing(REPOSITORY, patterns=wanted["patterns"], hub=hub)
     missing.check_room()
     return missing
 
 
-def _patterns(source: Source) -> list[str]:
-    return [f"ckpt/magi/{source.name}/*", "ckpt/vae/*", "ckpt/t5/*"]
+def _wanted(config: ReleaseConfig, source: Source) -> dict[str, Any]:
+    """Return which files of the repository are wanted, and what tells a whole copy."""
+    return {
+        "patterns": [f"ckpt/magi/{source.name}/*", "ckpt/vae/*", "ckpt/t5/*"],
+        "is_whole": lambda folder: are_there(_in_folder(config, source, folder)),
+    }
 
 
 def _in_folder(config: Config, source: Source, folder: Path) -> Config:
     """Return the config with the folders of a copy of the repository."""
-    run = replace(
-        config.runtime_config,
-        load=str(folder / "ckpt" / "magi" / source.name),
-        t5_pretrained=str(folder / "ckpt" / "t5"),
-        vae_pretrained=str(folder / "ckpt" / "vae"),
-    )
-    return replace(config, runtime_config=run)
+    parts = dict(zip(PATH_FIELDS, (f"magi/{source.name}", "t5", "vae"), strict=True))
+    paths = {field: str(folder / "ckpt" / part) for field, part in parts.items()}
+    return replace(config, runtime_config=replace(config.runtime_config, **paths))

@@ -44,8 +44,8 @@ from magi1.released import FIELDS, PRESETS
 if TYPE_CHECKING:
     import torch
 
-PIXELS_PER_TOKEN = 16
-"""Rows (and columns) of pixels of one token: VAE stride 8 times patch size 2."""
+PIXELS_PER_LATENT, PIXELS_PER_TOKEN = 8, 16
+"""Rows (and columns) of pixels: of a latent, and of a token, which is 2 x 2 latents."""
 
 PROJECTION_GROUPS = 8
 """Groups in which attention outputs lie before the joint projection, for any head count.
@@ -269,18 +269,7 @@ def _check(source: str, section: object, rules: Iterable[tuple[str, bool, str]])
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Which special tokens go before the prompt.
-
-    Attributes:
-        static: the video starts with a still picture.
-        dynamic: the video starts with motion.
-        borderness: the picture has borders.
-        quality: the video is of high quality.
-        three_d_model: a look of computer graphics.
-        two_d_anime: a look of drawn animation.
-        duration: how many chunks come after this one.
-        negative: tokens of captions, logos, transitions and borders before the null caption.
-    """
+    """Which special tokens go before the prompt; `base.yaml` says what each asks for."""
 
     static: bool = False
     dynamic: bool = False
@@ -345,6 +334,12 @@ class RunConfig(ReleaseConfig):
     compile: bool | None = None
     overlap: bool | None = None
 
+    @classmethod
+    def lines(cls) -> list[str]:
+        """Return a line for every setting, with type, default and meaning."""
+        release = describe(ReleaseConfig, commented=FIELDS)
+        return [*release, *describe(cls, commented=PRESETS / "base.yaml")[len(release) :]]
+
     def __post_init__(self) -> None:
         check_values(self)
         check_model(self.model_config, source="model_config")
@@ -394,9 +389,3 @@ class RunConfig(ReleaseConfig):
                 f"kv.total_chunks must be above runtime_config.window_size {window}, so that a "
                 f"clean chunk stays beside the active ones, not {self.kv.total_chunks}"
             )
-
-
-def settings_lines() -> list[str]:
-    """Return a line for every setting, with type, default and meaning."""
-    release = describe(ReleaseConfig, commented=FIELDS)
-    return [*release, *describe(RunConfig, commented=PRESETS / "base.yaml")[len(release) :]]

@@ -30,14 +30,14 @@ class Media:
     tokens: SpecialTokens | None = None
     """Learned tokens that go before the prompt; None: none do."""
 
-
-def read_media(config: RunConfig, source: Source) -> Media:
-    """Read the pictures and the special tokens that the settings name."""
-    tokens = None
-    if config.special_tokens is not None:
-        path = find_path(config.special_tokens, source)
-        tokens = load_special_tokens(path, channels=config.model_config.caption_channels)
-    return Media(read_prefix(config), tokens)
+    @classmethod
+    def read(cls, config: RunConfig, source: Source) -> "Media":
+        """Read the pictures and the special tokens that the settings name."""
+        tokens = None
+        if config.special_tokens is not None:
+            path = find_path(config.special_tokens, source)
+            tokens = load_special_tokens(path, channels=config.model_config.caption_channels)
+        return cls(read_prefix(config), tokens)
 
 
 def read_prefix(config: RunConfig) -> Tensor | None:
@@ -46,9 +46,6 @@ def read_prefix(config: RunConfig) -> Tensor | None:
     They are scaled to the size of the run, whatever their own aspect is, as in the release.
 
     Returns: `[3, T, H, W]` float32 in -1..1, T = 1 for an image; None: nothing is given.
-
-    Raises:
-        UserError: a file is missing, is not what it should be, or is too short.
     """
     run = config.runtime_config
     if config.image is not None:
@@ -88,11 +85,7 @@ def _read_frames(config: RunConfig, path: Path) -> Pixels:
 
 
 def _last_seconds(frames: Pixels, path: Path, run: RuntimeConfig) -> Pixels:
-    """Return the last whole seconds; of less than a second the last frame.
-
-    Raises:
-        UserError: they are no whole number of latents.
-    """
+    """Return the last whole seconds; of less than a second the last frame."""
     if len(frames) < run.fps:
         return frames[-1:]
     count = len(frames) // run.fps * run.fps

@@ -15,11 +15,11 @@ from flowcache.runtime.memory import (
     Footprint,
     Networks,
     Part,
-    Residence,
     Stage,
     scratch_bytes,
     text_scratch_bytes,
 )
+from flowcache.runtime.model import Residence
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from magi1 import text, vae
 from magi1.checkpoint import Checkpoint

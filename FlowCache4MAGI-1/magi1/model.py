@@ -1,7 +1,7 @@
 """MAGI-1 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 import logging
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,42 +13,49 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.hub import Missing
-from flowcache.runtime.memory import Residence
-from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.model import Job, Progress, Source, VideoModel, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
-from magi1.config import RunConfig
+from magi1.config import PIXELS_PER_LATENT, RunConfig
 from magi1.dit import DiT, compiled_parts
 from magi1.fp8 import has_fp8_gemm
-from magi1.inputs import Media, num_latents, read_media
+from magi1.inputs import Media, num_latents
 from magi1.memory import ClipMemory, networks_for
-from magi1.pipeline import Conditioning, generate
+from magi1.pipeline import Conditioning, generate_clip
 from magi1.schedule import SHIFT, Clock
+from magi1.vae import VAE
 
 logger = logging.getLogger(__name__)
 
 ASSUMED_TOKENS = 100
 """Tokens of a prompt where no tokenizer is at hand to count them."""
-KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        **{key: key for key in ("prompt", "image", "video", "memory_limit", "embedding_cache")},
-        **{key: f"runtime_config.{key}" for key in ("seed", "num_steps", "num_frames", "fps")},
-        "height": "runtime_config.video_size_h",
-        "width": "runtime_config.video_size_w",
-    }
-)
 
 
-class Magi:
+class Magi(VideoModel):
     """MAGI-1; see `VideoModel` for what each method is for."""
 
     name = "magi1"
     presets = released.PRESETS
     schema = RunConfig
-    keys: Mapping[str, str] = KEYS
+    keys: Mapping[str, str] = MappingProxyType(
+        {
+            **{key: key for key in ("prompt", "image", "video", "memory_limit", "embedding_cache")},
+            **{key: f"runtime_config.{key}" for key in ("seed", "num_steps", "num_frames", "fps")},
+            "height": "runtime_config.video_size_h",
+            "width": "runtime_config.video_size_w",
+        }
+    )
+    on_host: Mapping[str, tuple[str, Any]] = MappingProxyType(
+        {
+            # the release says by t5_device only whether the encoder shares the GPU
+            "text_on_host": ("runtime_config.t5_device", "cpu"),
+            "dit_aside": ("offload", True),
+            "kv_on_host": ("engine_config.kv_offload", True),
+        }
+    )
     places: Collection[str] = (*checkpoints.PATH_FIELDS, "special_tokens")
 
     # Files and settings -----------------------------------------------------------------------
@@ -59,30 +66,26 @@ class Magi:
     def check(self, config: RunConfig, source: Source) -> RunConfig:
         return checkpoints.locate(config, source)
 
-    def check_device(
-        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        pass
-
-    dtype = staticmethod(works.dtype_of)
+    def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
+        return works.dtype_of(config, device)
 
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
         if not checkpoints.is_released(source) or not _may_download(config, source):
             return None
-        return checkpoints.find_download(config, source)
+        return checkpoints.missing_files(config, source)
 
     def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
         if _may_download(config, source):
             config = checkpoints.download(config, source)
-        return config, replace(source, files=checkpoints.find(config))
+        return config, replace(source, files=checkpoints.Checkpoint.find(config))
 
     def check_files(self, config: RunConfig, source: Source) -> None:
-        checkpoints.check(source.files)
+        source.files.check()
         folder, model = source.files.vae, config.model_config
         found = vae.read_config(folder)
         for name, value, wanted in (
             ("z_chans", found.z_chans, model.latent_channels),
-            ("patch_size", found.patch_size, works.VAE_STRIDE),
+            ("patch_size", found.patch_size, PIXELS_PER_LATENT),
             ("patch_length", found.patch_length, config.runtime_config.temporal_downsample_factor),
         ):
             if value != wanted:
@@ -91,7 +94,7 @@ class Magi:
                 )
 
     def fingerprint(self, source: Source) -> str:
-        return checkpoints.fingerprint(source.files)
+        return source.files.fingerprint()
 
     def identity(self, job: Job) -> tuple[Hashable, ...]:
         # the config of its files holds the settings of the run, too: prompt, seed, number of steps
@@ -111,7 +114,7 @@ class Magi:
         return found if tokens is None else {**found, "special_tokens": astuple(tokens)}
 
     def setting(self, config: RunConfig) -> Setting:
-        run, guidance = config.runtime_config, works.sampling_of(config).guidance
+        run, guidance = config.runtime_config, works.loop_of(config).guidance
         scales: list[float] = []
         if guidance is not None:
             scales = [*guidance.t_range, *guidance.prev_scales, *guidance.text_scales]
@@ -121,10 +124,8 @@ class Magi:
 
     # Planning ---------------------------------------------------------------------------------
 
-    media = staticmethod(read_media)
-
-    def before(self, media: Media) -> Tensor | None:
-        return None
+    def media(self, config: RunConfig, source: Source) -> Media:
+        return Media.read(config, source)
 
     def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
         stride = config.runtime_config.temporal_downsample_factor
@@ -133,7 +134,7 @@ class Magi:
             most = config.model_config.caption_max_length
             folder = source.files.text_encoder
             prompt_tokens = text.count_tokens(folder, config.prompt, max_length=most)
-        return works.work_of(
+        return works.clip_work(
             config,
             num_prefix=num_latents(media.prefix, temporal_stride=stride),
             prompt_tokens=prompt_tokens,
@@ -193,30 +194,12 @@ class Magi:
             overlaps=overlaps,
         )
 
-    def residence(self, config: RunConfig) -> Residence:
-        # the release says by t5_device only whether the encoder shares the GPU
-        return Residence(
-            text_on_host=config.runtime_config.t5_device == "cpu",
-            dit_aside=config.offload,
-            kv_on_host=config.engine_config.kv_offload,
-        )
-
-    def placed(self, config: RunConfig, residence: Residence) -> RunConfig:
-        run, engine = config.runtime_config, config.engine_config
-        t5_device = "cpu" if residence.text_on_host else run.t5_device
-        return replace(
-            config,
-            runtime_config=replace(run, t5_device=t5_device),
-            engine_config=replace(engine, kv_offload=residence.kv_on_host),
-            offload=residence.dit_aside,
-        )
-
     # Running ----------------------------------------------------------------------------------
 
     def text_facts(self, job: Job) -> dict[str, Any]:
         return {
             "prompts": [job.config.prompt],
-            "encoder": text.fingerprint(job.source.files.text_encoder),
+            "encoder": text.hash_encoder(job.source.files.text_encoder),
             "max_length": job.config.model_config.caption_max_length,
             "dtype": "torch.float32",
         }
@@ -251,13 +234,13 @@ class Magi:
                 "cp_size and pp_size of the config are left out: several GPUs are used with "
                 "torchrun and divided by parallel.branch and parallel.sequence"
             )
-        return checkpoints.load_dit(job.source.files, device=job.device, dtype=job.dtype)
+        return job.source.files.load_dit(device=job.device, dtype=job.dtype)
 
     def compile(self, job: Job, dit: DiT) -> None:
         dit.parts = compiled_parts()
         dit.compile_ahead(num_tokens=job.work.pass_tokens // job.ranks.layout.sequence)
 
-    def load_vae(self, job: Job) -> vae.VAE:
+    def load_vae(self, job: Job) -> VAE:
         """Load the VAE; with `offload` it waits on the CPU."""
         return vae.load(
             job.source.files.vae,
@@ -267,7 +250,10 @@ class Magi:
             device="cpu" if job.placed.offload else job.device,
         )
 
-    generate = staticmethod(generate)
+    def generate(
+        self, dit: DiT, vae: VAE, config: RunConfig, inputs: Conditioning, /, **rest: Any
+    ) -> Iterator[Progress]:
+        return generate_clip(dit, vae, config, inputs, **rest)
 
 
 MODEL = Magi()

@@ -4,10 +4,9 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
@@ -22,24 +21,8 @@ from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
 from magi1.schedule import Clip
 from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
-from magi1.work import latent_size, policy_of, work_of
-
-
-class LatentCodec(Protocol):
-    """What the pipeline needs of a VAE."""
-
-    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
-        """Return scaled latents `[B, C, F, h, w]`."""
-        ...
-
-    def decode(self, latents_BCFhw: Tensor, ranks: Ranks, /) -> Tensor:
-        """Return pixels `[B, 3, T, H, W]`, about -1..1; the processes may divide the work."""
-        ...
-
-    @property
-    def model(self) -> nn.Module:
-        """Its network; it is moved where memory is scarce."""
-        ...
+from magi1.vae import VAE
+from magi1.work import clip_work, latent_size, policy_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +38,9 @@ class Conditioning:
 
 
 @torch.no_grad()
-def generate(
+def generate_clip(
     dit: DiT,
-    vae: LatentCodec,
+    vae: VAE,
     config: RunConfig,
     conditioning: Conditioning,
     *,
@@ -68,24 +51,16 @@ def generate(
     policies: Policies | None = None,
     ranks: Ranks | None = None,
 ) -> Iterator[Progress]:
-    """Make a video; yield after every tick, with the frames that are finished.
+    """Make a video with a transformer on the device of the run; see `VideoModel.generate`.
 
-    Args:
-        dit: the transformer, on the device of the run.
-        vae: encodes and decodes; it may be elsewhere.
-        work: what the settings ask for; default: derived from them.
-        draw: makes the noise; default: from a generator seeded with `runtime_config.seed`.
-        observe: is given the velocities of computed steps.
-        policies: decide what is computed, in segment 0 and branch `ALL_BRANCHES`; default: as the
-            settings say.
-        ranks: the processes that divide the work; each yields the whole video. Default: one.
+    Policies are asked for segment 0 and branch `ALL_BRANCHES`.
     """
     device = dit.x_embedder.weight.device
     ranks = Ranks() if ranks is None else ranks
     policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
     codec = _Codec(vae, dit, takes_turns=config.offload, stats=stats, ranks=ranks)
     prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
-    work = work or work_of(
+    work = work or clip_work(
         config,
         num_prefix=0 if prefix is None else prefix.shape[1],
         prompt_tokens=len(conditioning.text),
@@ -139,7 +114,7 @@ class _Codec:
     """The VAE; where memory is scarce it takes turns on the device with the transformer."""
 
     def __init__(
-        self, vae: LatentCodec, dit: DiT, *, takes_turns: bool, stats: RunStats, ranks: Ranks
+        self, vae: VAE, dit: DiT, *, takes_turns: bool, stats: RunStats, ranks: Ranks
     ) -> None:
         self.vae, self.stats, self.ranks = vae, stats, ranks
         self.device = dit.x_embedder.weight.device

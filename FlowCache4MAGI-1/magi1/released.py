@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent
-DEMO = FOLDER / "demo"
-DEMOS = {"demo": "distill_config.json", "demo-base": "base_config.json"}
+_FOLDER = Path(__file__).resolve().parent.parent
+DEMOS = {
+    "demo": _FOLDER / "demo" / "distill_config.json",
+    "demo-base": _FOLDER / "demo" / "base_config.json",
+}
 """Distilled (one pass) and base (three guidance passes)."""
-PRESETS = FOLDER / "configs"
+PRESETS = _FOLDER / "configs"
 CONFIGS = PRESETS / "released"
 FIELDS = CONFIGS / "fields.yaml"
 """What the fields of the release's JSON files mean."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
-from flowcache.errors import UserError
 from flowcache.kv import (
     Attend,
     KVCache,
@@ -30,7 +29,7 @@ from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
-from magi1.config import ModelConfig, Quantity, ReleaseConfig
+from magi1.config import Quantity, ReleaseConfig
 from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops
 from magi1.schedule import Clip, Clock
 
@@ -51,14 +50,10 @@ class Guidance:
 
     `(1 - prev) * alone + (prev - text) * no_text + text * with_text`: the chunk alone and without
     text, with the chunks before it, and with its text as well.
-
-    Attributes:
-        t_range: lower ends of the ranges of timesteps.
-        prev_scales: `prev` in each range.
-        text_scales: `text` in each range.
     """
 
     t_range: tuple[float, ...]
+    """Lower ends of the ranges of timesteps in which the scales are these."""
     prev_scales: tuple[float, ...]
     text_scales: tuple[float, ...]
 
@@ -70,15 +65,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class KVBudget:
-    """A bound on the KV cache and the rule that picks which clean tokens stay.
-
-    Attributes:
-        total_chunks: chunks that the cache holds, active ones included.
-        strategy: picks the tokens.
-        layout: tokens of a frame and a chunk.
-    """
+    """A bound on the KV cache and the rule that picks which clean tokens stay."""
 
     total_chunks: int
+    """Chunks that the cache holds, active ones included."""
     strategy: CompressionStrategy
     layout: TokenLayout
 
@@ -155,44 +145,21 @@ def cache_chunks(clip: Clip, *, total_chunks: int | None) -> int:
     return max(clip.num_given, min(clip.num_chunks, total_chunks))
 
 
-def cache_bytes(
-    config: ModelConfig,
-    *,
-    clip: Clip,
-    chunk_tokens: int,
-    total_chunks: int | None,
-    num_branches: int = 1,
-) -> int:
-    """Return the size of the keys and values of a run, in bytes.
-
-    Args:
-        total_chunks: see `cache_chunks`.
-        num_branches: guidance passes with a cache: 1 for distilled models, 2 for base models.
-    """
-    tokens = cache_chunks(clip, total_chunks=total_chunks) * chunk_tokens
-    values = 2 * tokens * config.num_query_groups * config.kv_channels
-    return num_branches * config.num_layers * values * config.dtype.itemsize
-
-
 # What one clip has --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ClipInputs:
-    """What a clip is made from.
-
-    Attributes:
-        latents: `[C, F, h, w]` float32 noise for all chunks, given ones included.
-        captions: text of each chunk to denoise, `[L, C']`.
-        null_caption: the learned text without content, `[L, C']`.
-        prefix: given latents, `[C, clip.num_prefix, h, w]`.
-    """
+    """What a clip is made from."""
 
     clip: Clip
     latents: Tensor
+    """`[C, F, h, w]` float32 noise for all chunks, given ones included."""
     captions: Mapping[int, Tensor]
+    """Text of each chunk to denoise, `[L, C']`."""
     null_caption: Tensor
     prefix: Tensor | None = None
+    """Given latents, `[C, clip.num_prefix, h, w]`."""
 
     def frames(self, chunk: int) -> Tensor:
         """Return a view of a chunk's latents."""
@@ -211,32 +178,23 @@ class ClipInputs:
 
 @dataclass(frozen=True)
 class Reuse:
-    """When chunks are computed, and what they get when they are not.
-
-    Attributes:
-        policy: one decision serves all guidance passes: their signal is the same.
-        results: what computed steps gave.
-        held_guidance: says where only the pass with text is computed; default: nowhere.
-    """
+    """When chunks are computed, and what they get when they are not."""
 
     policy: ReusePolicy
+    """One decision serves all guidance passes: their signal is the same."""
     results: ResultStore = field(default_factory=ResultStore)
     held_guidance: HeldGuidance = field(default_factory=HeldGuidance)
 
 
 @dataclass
-class Branch:
-    """One guidance pass through the KV cache.
-
-    Attributes:
-        is_null: whether the caption counts as dropped.
-        caches: keys and values, by layer; empty where other processes compute the pass.
-        queries: of the chunk computed last, by layer; empty without a KV budget.
-    """
+class CachedPass:
+    """One guidance pass through the KV cache."""
 
     is_null: bool
     caches: list[KVCache]
+    """By layer; empty where other processes compute the pass."""
     queries: dict[int, Tensor] = field(default_factory=dict)
+    """Of the chunk computed last, by layer; empty without a KV budget."""
 
 
 class ClipSampler:
@@ -246,9 +204,6 @@ class ClipSampler:
         inputs: of the clip; the latents are changed in place.
         observe: is given the velocities of computed steps.
         ranks: the processes that divide the work; all hold the same latents.
-
-    Raises:
-        UserError: the budget does not hold the window and a clean chunk.
     """
 
     def __init__(
@@ -262,12 +217,6 @@ class ClipSampler:
         observe: Observe | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        budget, window = sampling.budget, sampling.clock.window
-        if budget is not None and budget.total_chunks <= window:
-            raise UserError(
-                f"the KV budget is {budget.total_chunks} chunks, but must be above the window of "
-                f"{window}; raise total_chunks"
-            )
         self.dit, self.inputs, self.sampling, self.reuse = dit, inputs, sampling, reuse
         self.clip, self.latents, self.clock = inputs.clip, inputs.latents, sampling.clock
         self.stats, self.observe = stats, observe
@@ -283,7 +232,7 @@ class ClipSampler:
         self.contexts: dict[int, list[ContextKV]] = {}
         owned = self.ranks.local_branches(sampling.passes)
         self.branches = {
-            name: Branch(name == "prev", caches=self._caches() if name in owned else [])
+            name: CachedPass(name == "prev", caches=self._caches() if name in owned else [])
             for name in sampling.passes
             if name != "alone"
         }
@@ -445,7 +394,7 @@ class ClipSampler:
 
         A process without the pass without text makes its keys in a cache of its own.
         """
-        _, last = self._last
+        _, last = list(self.branches.items())[-1]
         *others, fed = self.own.values() or [last]
         tokens = self.chunk_tokens
         for chunk in range(self.clip.num_given):
@@ -467,7 +416,7 @@ class ClipSampler:
         self.waiting = ()
 
     def _feed(
-        self, chunk: int, branch: Branch, *, tick: Tick, is_null: bool, reach: int | None
+        self, chunk: int, branch: CachedPass, *, tick: Tick, is_null: bool, reach: int | None
     ) -> None:
         """Send a clean chunk through all layers, without its text, for the sake of its keys.
 
@@ -506,7 +455,7 @@ class ClipSampler:
         self.num_unshared = 0
         if not tokens or len(self.branches) == 1:
             return
-        name, last = self._last
+        name, last = list(self.branches.items())[-1]
         source = self.ranks.rank_of(self.sampling.passes, name)
         shape = (2, tokens, self.num_kv_heads, self.dit.config.kv_channels)
         for layer in range(self.dit.config.num_layers):
@@ -535,10 +484,6 @@ class ClipSampler:
                     cache.compress(branch.queries[layer], keep)
                     assert cache.clean == kept, f"{cache.clean} tokens kept instead of {kept}"
         self.num_clean = kept
-
-    @property
-    def _last(self) -> tuple[str, Branch]:
-        return list(self.branches.items())[-1]
 
     # One chunk through the transformer ------------------------------------------------------------
 
@@ -606,7 +551,7 @@ class ClipSampler:
         )
 
     def _attend(
-        self, branch: Branch, *, offset: int, reach: int | None, keeps_queries: bool
+        self, branch: CachedPass, *, offset: int, reach: int | None, keeps_queries: bool
     ) -> Attend:
         """Return the attention of one chunk: store its keys, attend to the last `reach` chunks.
 
@@ -730,7 +675,7 @@ class ClipSampler:
             tokens = partial(self._tokens_per_chunk, branch)
             self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
 
-    def _tokens_per_chunk(self, branch: Branch) -> Tensor:
+    def _tokens_per_chunk(self, branch: CachedPass) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
         sequence = self.ranks.sequence
         return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size

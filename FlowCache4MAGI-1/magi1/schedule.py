@@ -85,18 +85,14 @@ class Clip:
 
     Example: 96 frames after 8 given latents are 24 + 8 = 32 latents, hence 6 chunks of 6. One is
     given whole; chunk 1 begins with the other 2 given latents.
-
-    Attributes:
-        num_frames: frames asked for.
-        num_prefix: given latents (an image is one), at the start of the clip.
-        is_image: whether an image is given, which the new video shows.
-        chunk_width: latents of a chunk.
-        temporal_stride: frames of a latent.
     """
 
     num_frames: int
+    """Asked for."""
     num_prefix: int = 0
+    """Given latents (an image is one), at the start of the clip."""
     is_image: bool = False
+    """Whether an image is given, which the new video shows."""
     chunk_width: int = 6
     temporal_stride: int = 4
 

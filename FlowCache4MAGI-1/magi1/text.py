@@ -9,7 +9,6 @@ Axes: L text tokens, C caption channels, the width of the encoder.
 from __future__ import annotations
 
 import html
-import logging
 import re
 import urllib.parse
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError, first_line
 from flowcache.runtime import profile
-from flowcache.runtime.embeddings import hash_files, load_tokenizer, tokenizer_files
+from flowcache.runtime.embeddings import hash_files, load_tokenizer, tokenizer_files, warn_if_cut
 from flowcache.runtime.files import ARRAY_ERRORS
 from flowcache.runtime.weights import (
     check_files,
@@ -40,8 +39,6 @@ from magi1.markup import markup_text
 # Seconds to import: where nothing is encoded, as for --help, they are never loaded.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
-
-logger = logging.getLogger(__name__)
 
 T5_FOLDER = "t5-v1_1-xxl"
 """Folder of the encoder below the `t5_pretrained` folder of a config."""
@@ -98,14 +95,7 @@ class TextEncoder:
 
         A prompt that is too long is cut, with a warning that says by how much.
         """
-        num_cut = self.count_tokens(prompt) - self._max_length
-        if num_cut > 0:
-            logger.warning(
-                "the prompt is %d tokens too long, its end is cut off (at most %d): %.40s...",
-                num_cut,
-                self._max_length,
-                prompt,
-            )
+        warn_if_cut(prompt, self.count_tokens(prompt), most=self._max_length)
         tokens = self._tokenizer(
             clean(prompt), max_length=self._max_length, truncation=True, return_tensors="pt"
         )
@@ -143,7 +133,7 @@ def released() -> T5EncoderModel:
         return T5EncoderModel(config)
 
 
-def fingerprint(folder: str | Path) -> str:
+def hash_encoder(folder: str | Path) -> str:
     """Return a hash of the encoder and its tokenizer; little of the weights is read."""
     folder = Path(folder)
     weights = match(empty(folder), read(find_shards(folder)), ignored=_is_decoder)
@@ -155,7 +145,7 @@ def _is_decoder(key: str) -> bool:
     return key.startswith(_DECODER)
 
 
-def check(folder: str | Path, *, width: int) -> None:
+def check_encoder(folder: str | Path, *, width: int) -> None:
     """Check that the encoder's files are there, whole, and fit, and that its tokenizer loads.
 
     Args:

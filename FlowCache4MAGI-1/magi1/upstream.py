@@ -78,11 +78,11 @@ class Additional:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (2: something given is wrong)."""
-    options = parser_of().parse_intermixed_args(arguments)
-    return run_in_ranks(lambda ranks: _execute(options, ranks))
+    options = new_parser().parse_intermixed_args(arguments)
+    return run_in_ranks(lambda ranks: _run(options, ranks))
 
 
-def parser_of() -> Parser:
+def new_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog="python inference/pipeline/entry.py",
@@ -112,22 +112,18 @@ def parser_of() -> Parser:
     return parser
 
 
-def _execute(options: Namespace, ranks: Ranks) -> None:
+def _run(options: Namespace, ranks: Ranks) -> None:
     for line in environment_lines(os.environ):
         logger.warning("%s", line)
-    job = ranks.together(lambda: prepare(MODEL, request_of(options), ranks))
+    job = ranks.together(lambda: prepare(MODEL, to_request(options), ranks))
     if ranks.is_first:
         print(describe(job), flush=True)
     if not options.dry_run:
         run(job)
 
 
-def request_of(options: Namespace) -> Request:
-    """Translate the flags.
-
-    Raises:
-        UserError: a flag that the mode needs is missing, or the YAML file is wrong.
-    """
+def to_request(options: Namespace) -> Request:
+    """Translate the flags."""
     settings = [f"prompt={options.prompt}", *_media_settings(options)]
     if options.additional_config is not None:
         additional = load_config(Additional, [Path(options.additional_config)])

@@ -251,14 +251,8 @@ class ViTVAE(nn.Module):
 class Tiling:
     """The tiles in which long or large videos are encoded and decoded.
 
-    Neighbouring tiles overlap in space, not in time. Source: the released pipeline, where a tile
-    lasts half a second.
-
-    Attributes:
-        frames: length of a tile.
-        height: rows of pixels of a tile.
-        width: columns of pixels of a tile.
-        overlap: share of a tile's height and width that its neighbour also covers.
+    Neighbouring tiles overlap in space, not in time, by that share of their height and width.
+    Source: the released pipeline, where a tile lasts half a second.
     """
 
     frames: int = 12
@@ -561,7 +555,7 @@ def empty(folder: str | Path | None, *, scale: float, tiling: Tiling, dtype: tor
     return VAE(_network(folder).to(dtype), scale=scale, tiling=tiling)
 
 
-def check(folder: str | Path) -> None:
+def check_weights(folder: str | Path) -> None:
     """Check that the weights are there, whole, and fit; reads headers only."""
     check_files(_network(folder), find_shards(folder))
 

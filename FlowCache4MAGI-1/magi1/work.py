@@ -14,24 +14,20 @@ from flowcache.runtime.config import check_pass, check_work
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import (
-    TOKEN_COPIES,
     Limit,
     Pass,
     check_compression,
-    scored_bytes,
+    held_bytes,
     walk,
 )
 from flowcache.runtime.profile import policy_maker
 from flowcache.schedule import Tick
-from magi1.config import PIXELS_PER_TOKEN, ModelConfig, RunConfig
+from magi1.config import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, ModelConfig, RunConfig
 from magi1.dit import DiT, block_flops, context_flops, embed_flops, head_flops, set_precision
-from magi1.sampler import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_bytes, cache_chunks
+from magi1.sampler import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip
 from magi1.text import NULL_TOKENS
 from magi1.vae import Tiling
-
-VAE_STRIDE = 8
-"""Pixels per latent, in both directions."""
 
 
 def clip_of(config: RunConfig, *, num_prefix: int) -> Clip:
@@ -39,9 +35,6 @@ def clip_of(config: RunConfig, *, num_prefix: int) -> Clip:
 
     Args:
         num_prefix: given latents.
-
-    Raises:
-        UserError: the video is too short or too long.
     """
     run = config.runtime_config
     clip = Clip(
@@ -55,7 +48,7 @@ def clip_of(config: RunConfig, *, num_prefix: int) -> Clip:
     return clip
 
 
-def sampling_of(config: RunConfig) -> Sampling:
+def loop_of(config: RunConfig) -> Sampling:
     """Return the settings of the denoising loop."""
     return replace(
         Sampling.of(config),
@@ -95,7 +88,7 @@ def tiling_of(config: RunConfig) -> Tiling:
 def latent_size(config: RunConfig) -> tuple[int, int]:
     """Return the rows and columns of a latent."""
     run = config.runtime_config
-    return run.video_size_h // VAE_STRIDE, run.video_size_w // VAE_STRIDE
+    return run.video_size_h // PIXELS_PER_LATENT, run.video_size_w // PIXELS_PER_LATENT
 
 
 def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -114,7 +107,7 @@ def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
 # What a run costs ---------------------------------------------------------------------------------
 
 
-def work_of(
+def clip_work(
     config: RunConfig,
     *,
     num_prefix: int,
@@ -131,7 +124,7 @@ def work_of(
         dtype: type of the weights inside the blocks.
     """
     model = replace(config.model_config, params_dtype=str(dtype))
-    sampling, layout = sampling_of(config), layout_of(config)
+    sampling, layout = loop_of(config), layout_of(config)
     budget, chunk_tokens, width = sampling.budget, layout.chunk_tokens, dtype.itemsize
     check_pass(chunk_tokens, sizes="video_size_h, video_size_w or chunk_width")
     special = len(config.tokens.names()) + config.tokens.duration if has_special_tokens else 0
@@ -158,9 +151,6 @@ def work_of(
         kv_heads=model.num_query_groups,
         head_width=model.kv_channels,
     )
-    num_queries = _scoring_queries(budget)
-    query_bytes = num_queries * num_caches * model.num_layers * model.hidden_size * width
-    scratch = scored_bytes(replace(attention, num_keys=segment.kv_tokens), num_queries=num_queries)
     return Work(
         segments=(segment,),
         branches=(ALL_BRANCHES, GUIDANCE) if guidance_of(config.reuse).is_on else (ALL_BRANCHES,),
@@ -174,21 +164,21 @@ def work_of(
         attention=attention,
         flops=_flops(model, sampling, segment, text_tokens=text_tokens, num_caches=num_caches),
         weight_bytes=_weight_bytes(config, dtype),
-        kv_bytes=cache_bytes(
-            model,
-            clip=clip,
-            chunk_tokens=chunk_tokens,
-            total_chunks=total_chunks,
-            num_branches=num_caches,
-        ),
-        scoring_bytes=query_bytes + scratch,
-        query_bytes=query_bytes,
         stored_bytes=_stored_bytes(
             config, chunk_tokens * model.hidden_size * width, num_chunks=clip.num_chunks
         ),
-        activation_bytes=chunk_tokens
-        * (TOKEN_COPIES * 4 * model.hidden_size + 2 * width * model.ffn_hidden_size),
         loop=sampling,
+        **held_bytes(
+            [segment],
+            attention,
+            num_layers=model.num_layers,
+            num_caches=num_caches,
+            ffn_width=model.ffn_hidden_size,
+            pass_tokens=chunk_tokens,
+            num_queries=_scoring_queries(budget),
+            keeps_queries=True,
+            itemsize=width,
+        ),
     )
 
 

@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.set_defaults(preset="self_forcing")
     options = parser.parse_intermixed_args(arguments)
-    from self_forcing.config import RunConfig, settings_lines  # which --help does without
+    from self_forcing.config import RunConfig  # which --help does without
 
-    return main_of("self_forcing", options, schema=RunConfig, settings=settings_lines)
+    return main_of("self_forcing", options, schema=RunConfig)
 
 
 if __name__ == "__main__":

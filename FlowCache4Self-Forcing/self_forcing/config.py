@@ -84,6 +84,11 @@ class RunConfig:
     compile: bool | None = None
     overlap: bool | None = None
 
+    @classmethod
+    def lines(cls) -> list[str]:
+        """Return a line for every setting, with type, default and meaning."""
+        return describe(cls, commented=PRESETS / "base.yaml")
+
     def __post_init__(self) -> None:
         check_values(self)
         check_prompt("prompt", self.prompt)
@@ -122,8 +127,3 @@ class RunConfig:
                 f"window is {self.window} latent frames, fewer than the {needed} of the chunks "
                 "that are denoised and of the first frames that stay (sink)"
             )
-
-
-def settings_lines() -> list[str]:
-    """Return a line for every setting, with type, default and meaning."""
-    return describe(RunConfig, commented=PRESETS / "base.yaml")

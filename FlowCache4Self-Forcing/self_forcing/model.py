@@ -1,19 +1,21 @@
 """Self-Forcing as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flowcache.runtime.hub import Missing
-from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.model import Job, Progress, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.wan.dit import DiT
 from flowcache.wan.folder import WanFolder
-from flowcache.wan.given import Media
-from flowcache.wan.model import SAME_KEYS, WanModel
+from flowcache.wan.given import Conditioning, Media
+from flowcache.wan.model import WanModel
+from flowcache.wan.vae import VAE
 from self_forcing import checkpoint as checkpoints
 from self_forcing.config import RunConfig
 from self_forcing.pipeline import generate
@@ -27,7 +29,6 @@ class SelfForcing(WanModel):
     name = "self_forcing"
     presets = PRESETS
     schema = RunConfig
-    keys: Mapping[str, str] = SAME_KEYS
     places: Collection[str] = ("checkpoint",)
 
     # Files and settings -----------------------------------------------------------------------
@@ -113,7 +114,10 @@ class SelfForcing(WanModel):
         if job.config.precision != "reference":  # its parts are others
             super().compile(job, dit)
 
-    generate = staticmethod(generate)
+    def generate(
+        self, dit: DiT, vae: VAE, config: RunConfig, inputs: Conditioning, /, **rest: Any
+    ) -> Iterator[Progress]:
+        return generate(dit, vae, config, inputs, **rest)
 
 
 MODEL = SelfForcing()

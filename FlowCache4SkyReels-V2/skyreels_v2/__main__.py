@@ -11,7 +11,7 @@ from flowcache.runtime.cli import run_parser
 from flowcache.runtime.entry import main_of
 from skyreels_v2.released import PRESETS, RELEASED
 
-EXAMPLES = """examples:
+_EXAMPLES = """examples:
   python -m skyreels_v2 --preset flowcache_fast --model demo \\
       --prompt "a red circle moving right on a black background"
   python -m skyreels_v2 --preset vanilla --model /data/SkyReels-V2-DF-1.3B-540P \\
@@ -19,10 +19,6 @@ EXAMPLES = """examples:
   python -m skyreels_v2 --preset flowcache_fast --prompt "..." --dry-run
   python -m skyreels_v2 --model demo --prompt "..." --out a.mp4 --record
   python -m skyreels_v2 --model demo --prompt "..." --out b.mp4 --replay a.record.json
-
-Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
-progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
-of the cache, seconds per stage).
 """
 
 
@@ -31,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = run_parser(
         "python -m skyreels_v2",
         description="Make a video with SkyReels-V2 and FlowCache.",
-        examples=EXAMPLES,
+        examples=_EXAMPLES,
         presets=PRESETS,
         model="checkpoint folder (original or *-Diffusers layout), hub id, demo, or auto: the real "
         "1.3B model where there is CUDA, else the demo",
@@ -40,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--end-image", dest="end_image", help="end image")
     options = parser.parse_intermixed_args(arguments)
-    from skyreels_v2.config import RunConfig, settings_lines  # which --help does without
+    from skyreels_v2.config import RunConfig  # which --help does without
 
-    return main_of("skyreels_v2", options, schema=RunConfig, settings=settings_lines)
+    return main_of("skyreels_v2", options, schema=RunConfig)
 
 
 if __name__ == "__main__":

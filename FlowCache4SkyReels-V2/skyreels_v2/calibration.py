@@ -16,66 +16,18 @@ from skyreels_v2.config import RunConfig, Signal
 
 COEFFICIENTS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "t2v-1.3b-ret": (
-            -5.21862437e04,
-            9.23041404e03,
-            -5.28275948e02,
-            1.36987616e01,
-            -4.99875664e-02,
-        ),
-        "t2v-14b-ret": (
-            -3.03318725e05,
-            4.90537029e04,
-            -2.65530556e03,
-            5.87365115e01,
-            -3.15583525e-01,
-        ),
-        "t2v-1.3b": (
-            2.39676752e03,
-            -1.31110545e03,
-            2.01331979e02,
-            -8.29855975e00,
-            1.37887774e-01,
-        ),
-        "t2v-14b": (
-            -5784.54975374,
-            5449.50911966,
-            -1811.16591783,
-            256.27178429,
-            -13.02252404,
-        ),
-        "i2v-540p-ret": (
-            2.57151496e05,
-            -3.54229917e04,
-            1.40286849e03,
-            -1.35890334e01,
-            1.32517977e-01,
-        ),
-        "i2v-720p-ret": (
-            8.10705460e03,
-            2.13393892e03,
-            -3.72934672e02,
-            1.66203073e01,
-            -4.17769401e-02,
-        ),
-        "i2v-540p": (
-            -3.02331670e02,
-            2.23948934e02,
-            -5.25463970e01,
-            5.87348440e00,
-            -2.01973289e-01,
-        ),
-        "i2v-720p": (
-            -114.36346466,
-            65.26524496,
-            -18.82220707,
-            4.91518089,
-            -0.23412683,
-        ),
+        "t2v-1.3b-ret": (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
+        "t2v-14b-ret": (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
+        "t2v-1.3b": (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
+        "t2v-14b": (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+        "i2v-540p-ret": (257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977),
+        "i2v-720p-ret": (8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401),
+        "i2v-540p": (-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289),
+        "i2v-720p": (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
     }
 )
-"""Name -> coefficients, highest power first. `-ret` belongs to the signal "timestep" (upstream's
-`--use_ret_steps`), the others to "timestep_embedding".
+"""Highest power first. The names that end in -ret are those of signal "timestep" (upstream's
+`--use_ret_steps`), the others of "timestep_embedding".
 
 Source: TeaCache (arXiv 2411.19108), as shipped with SkyReels-V2."""
 
@@ -88,12 +40,7 @@ _RESOLUTIONS = {"540p": 544 * 960, "720p": 720 * 1280}
 def coefficients_for(config: DiTConfig, *, signal: Signal, height: int, width: int) -> str | None:
     """Return the name of the polynomial that was fitted for a model, or None if none was.
 
-    It depends on the size for models without a start image, and on the resolution (the nearer one)
-    for models with one.
-
-    Args:
-        height: pixels.
-        width: pixels.
+    It depends on the size for models without a start image, else on the (nearer) resolution.
     """
     size = _SIZES.get(config.dim)
     if size is None or signal == "content":
@@ -106,11 +53,7 @@ def coefficients_for(config: DiTConfig, *, signal: Signal, height: int, width: i
 
 
 def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
-    """Return the name and the function that turn a distance into what is accumulated.
-
-    Raises:
-        UserError: no coefficients are known for this model, or the name is unknown.
-    """
+    """Return the name and the function that turn a distance into what is accumulated."""
     name = config.reuse.rescale
     if name == "none" or (name == "auto" and config.reuse.signal == "content"):
         return "none", identity

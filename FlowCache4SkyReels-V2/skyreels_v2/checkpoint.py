@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from flowcache.attention import SDPA, Kernel
 from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime.embeddings import tokenizer_files
@@ -23,10 +22,25 @@ from skyreels_v2.released import DEMO, REAL_MODEL, RELEASED
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_VAE_FILE = "Wan2.1_VAE.pth"
-_TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-_TOKENIZER_FOLDER = "google/umt5-xxl"
-_IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+_PARTS: dict[wan.Layout, dict[str, str]] = {
+    "original": {
+        "config": "config.json",
+        "dit": ".",
+        "vae": "Wan2.1_VAE.pth",
+        "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+        "tokenizer": "google/umt5-xxl",
+        "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    },
+    "diffusers": {
+        "config": "transformer/config.json",
+        "dit": "transformer",
+        "vae": "vae",
+        "text_encoder": "text_encoder",
+        "tokenizer": "tokenizer",
+        "image_encoder": "image_encoder",
+    },
+}
+"""Where the parts of a checkpoint lie in its folder."""
 
 
 def released_sizes(name: str) -> DiTConfig:
@@ -67,18 +81,7 @@ def choose(name: str, *, has_cuda: bool | None = None) -> str | Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose parts are all there.
-
-    Attributes:
-        layout: how the files are laid out and named.
-        folder: the checkpoint's folder.
-        config: sizes of the transformer.
-        dit_files: the transformer's weights.
-        vae: VAE, folder or file.
-        text_encoder: UMT5 encoder, folder or file.
-        tokenizer: tokenizer folder.
-        image_encoder: CLIP vision tower, folder or file; None unless the model is I2V.
-    """
+    """A checkpoint on disk whose parts, folders or files, are all there."""
 
     layout: wan.Layout
     folder: Path
@@ -88,6 +91,7 @@ class Checkpoint:
     text_encoder: Path
     tokenizer: Path
     image_encoder: Path | None
+    """CLIP's vision tower; None unless the model is I2V."""
 
     @property
     def is_i2v(self) -> bool:
@@ -124,10 +128,9 @@ def _hub_id(model: str | Path) -> str:
 def _find_in(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; give the checkpoint's folder")
-    if (folder / "transformer" / "config.json").is_file():
-        return _find_diffusers(folder)
-    if (folder / "config.json").is_file():
-        return _find_original(folder)
+    for layout in ("diffusers", "original"):
+        if (folder / _PARTS[layout]["config"]).is_file():
+            return _find_parts(folder, layout)
     raise UserError(
         f"{folder}: no SkyReels-V2 checkpoint; it must hold transformer/config.json (*-Diffusers"
         " layout) or config.json (original layout)"
@@ -148,36 +151,23 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _find_original(folder: Path) -> Checkpoint:
-    config = wan.read_original(folder / "config.json")
+def _find_parts(folder: Path, layout: wan.Layout) -> Checkpoint:
+    names = _PARTS[layout]
+    if layout == "diffusers":
+        tokenizer = _part(folder, names["tokenizer"])
+        config = wan.read_diffusers(folder / names["config"], text_len=wan.text_len(tokenizer))
+    else:
+        config = wan.read_original(folder / names["config"])
     is_i2v = config.model_type == "i2v"
     return Checkpoint(
-        layout="original",
+        layout=layout,
         folder=folder,
         config=config,
-        dit_files=find_shards(folder),
-        vae=_part(folder, _VAE_FILE),
-        text_encoder=_part(folder, _TEXT_ENCODER_FILE),
-        tokenizer=_part(folder, _TOKENIZER_FOLDER),
-        image_encoder=_part(folder, _IMAGE_ENCODER_FILE) if is_i2v else None,
-    )
-
-
-def _find_diffusers(folder: Path) -> Checkpoint:
-    tokenizer = _part(folder, "tokenizer")
-    config = wan.read_diffusers(
-        folder / "transformer" / "config.json", text_len=wan.text_len(tokenizer)
-    )
-    is_i2v = config.model_type == "i2v"
-    return Checkpoint(
-        layout="diffusers",
-        folder=folder,
-        config=config,
-        dit_files=find_shards(folder / "transformer"),
-        vae=_part(folder, "vae"),
-        text_encoder=_part(folder, "text_encoder"),
-        tokenizer=tokenizer,
-        image_encoder=_part(folder, "image_encoder") if is_i2v else None,
+        dit_files=find_shards(folder / names["dit"]),
+        vae=_part(folder, names["vae"]),
+        text_encoder=_part(folder, names["text_encoder"]),
+        tokenizer=_part(folder, names["tokenizer"]),
+        image_encoder=_part(folder, names["image_encoder"]) if is_i2v else None,
     )
 
 
@@ -206,23 +196,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def load_dit(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    kernel: Kernel = SDPA,
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device | str
 ) -> DiT:
-    """Load the transformer, for inference.
-
-    Args:
-        dtype: type of the weights; None keeps each as stored.
-        kernel: how the transformer attends.
-    """
-    return wan.load_dit(
-        checkpoint.config,
-        checkpoint.dit_files,
-        layout=checkpoint.layout,
-        dtype=dtype,
-        device=device,
-        kernel=kernel,
-    )
+    """Load the transformer; see `wan.checkpoint.load_dit`."""
+    config, files, layout = checkpoint.config, checkpoint.dit_files, checkpoint.layout
+    return wan.load_dit(config, files, layout=layout, dtype=dtype, device=device)

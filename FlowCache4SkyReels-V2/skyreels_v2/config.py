@@ -102,6 +102,11 @@ class RunConfig:
     quantize: QuantizeName | None = None
     overlap: bool | None = None
 
+    @classmethod
+    def lines(cls) -> list[str]:
+        """Return a line for every setting, with type, default and meaning."""
+        return describe(cls, commented=PRESETS / "base.yaml")
+
     def __post_init__(self) -> None:
         check_values(self)
         check_prompt("prompt", self.prompt)
@@ -138,8 +143,3 @@ class RunConfig:
             )
         if self.clean_pass and self.attention != "causal":
             raise UserError("clean_pass=true needs a KV cache: set attention=causal")
-
-
-def settings_lines() -> list[str]:
-    """Return a line for every setting, with type, default and meaning."""
-    return describe(RunConfig, commented=PRESETS / "base.yaml")

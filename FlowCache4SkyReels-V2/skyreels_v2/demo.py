@@ -90,28 +90,58 @@ class DemoModels(nn.Module):
         for param in [param for layer in silent for param in layer.parameters()]:
             param.data.zero_()
 
+    @classmethod
+    def untrained(cls) -> "DemoModels":
+        """Make the untrained models, the same every time."""
+        torch.manual_seed(0)
+        return cls()
 
-def new_models() -> DemoModels:
-    """Make the untrained models, the same every time."""
-    torch.manual_seed(0)
-    return DemoModels()
+    @classmethod
+    def trained(cls, training: Training) -> "DemoModels":
+        """Train transformer and text encoder, or load them if that is done; averaged weights."""
+        models = cls.untrained()
+        bank = read_bank(training.out)
+        optimizers = new_optimizers(
+            models.dit.named_parameters(),
+            matrices_under=("blocks.",),
+            matrix_rate=0.02,
+            rate=3e-3,
+            others=[([*models.text.parameters()], 1e-3)],
+        )
+        plan = TrainPlan(num_steps=training.steps["dit"], warmup_steps=100, decay_share=0.45)
+        trainer = Trainer(models, optimizers, plan=plan, checkpoint=training.checkpoint("dit"))
+        trainer.run(_DitLoss(models, bank))
+        return models.eval().requires_grad_(False)
 
+    def write(self, vae: AutoencoderKLWan, *, statistics: Statistics, folder: Path) -> None:
+        """Write all parts in float16 in the `*-Diffusers` layout; a reader never sees half a file.
 
-def train_dit(training: Training) -> DemoModels:
-    """Train transformer and text encoder, or load them if that is done; averaged weights."""
-    models = new_models()
-    bank = read_bank(training.out)
-    optimizers = new_optimizers(
-        models.dit.named_parameters(),
-        matrices_under=("blocks.",),
-        matrix_rate=0.02,
-        rate=3e-3,
-        others=[([*models.text.parameters()], 1e-3)],
-    )
-    plan = TrainPlan(num_steps=training.steps["dit"], warmup_steps=100, decay_share=0.45)
-    trainer = Trainer(models, optimizers, plan=plan, checkpoint=training.checkpoint("dit"))
-    trainer.run(_DitLoss(models, bank))
-    return models.eval().requires_grad_(False)
+        The transformer is saved by diffusers' own class, so the layout is the official one.
+        """
+        vae.register_to_config(latents_mean=statistics.mean, latents_std=statistics.std)
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
+        )
+        parts = {
+            "vae": vae.half(),
+            "transformer": as_diffusers(self.dit).half(),
+            "text_encoder": self.text.half(),
+            "tokenizer": build_tokenizer(),
+            "scheduler": scheduler,
+        }
+        index = {
+            "_class_name": "SkyReelsV2DiffusionForcingPipeline",
+            "_diffusers_version": diffusers.__version__,
+            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "transformer": ["diffusers", "SkyReelsV2Transformer3DModel"],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+        }
+        with new_files(folder) as made:
+            for name, part in parts.items():
+                part.save_pretrained(made / name)
+            (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class _DitLoss:
@@ -132,50 +162,17 @@ class _DitLoss:
         return clips.mean_square(velocity - clips.target)
 
 
-def export(training: Training, folder: Path) -> dict[str, Any]:
+def _export(training: Training, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models = VAE.train_decoder(training), train_dit(training)
+    vae, models = VAE.train_decoder(training), DemoModels.trained(training)
     psnr = VAE.psnr(vae)
-    write_checkpoint(vae, models, statistics=read_statistics(training.out), folder=folder)
+    models.write(vae, statistics=read_statistics(training.out), folder=folder)
     return {
         **training.parts_record(
             vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr
         ),
         "mixture": asdict(FORCING),
     }
-
-
-def write_checkpoint(
-    vae: AutoencoderKLWan, models: DemoModels, *, statistics: Statistics, folder: Path
-) -> None:
-    """Write all parts in float16 in the `*-Diffusers` layout; a reader never sees half a file.
-
-    The transformer is saved by diffusers' own class, so the layout is the official one.
-    """
-    vae.register_to_config(latents_mean=statistics.mean, latents_std=statistics.std)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
-    )
-    parts = {
-        "vae": vae.half(),
-        "transformer": as_diffusers(models.dit).half(),
-        "text_encoder": models.text.half(),
-        "tokenizer": build_tokenizer(),
-        "scheduler": scheduler,
-    }
-    index = {
-        "_class_name": "SkyReelsV2DiffusionForcingPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "SkyReelsV2Transformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-    with new_files(folder) as made:
-        for name, part in parts.items():
-            part.save_pretrained(made / name)
-        (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
@@ -205,7 +202,7 @@ RECIPE = Recipe(
         "vae": VAE.train,
         "decoder": VAE.train_decoder,
         "latents": VAE.encode_latents,
-        "dit": train_dit,
+        "dit": DemoModels.trained,
     },
-    export=export,
+    export=_export,
 )

@@ -31,10 +31,9 @@ def enhance(prompt: str, *, model: str, device: torch.device) -> str:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         writer: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = first_line(error)
         raise UserError(
-            f"prompt enhancer {model}: cannot be loaded ({reason}); give the folder or hub id of a "
-            "chat model as --prompt_enhancer_model"
+            f"prompt enhancer {model}: cannot be loaded ({first_line(error)}); give the folder or "
+            "hub id of a chat model as --prompt_enhancer_model"
         ) from error
     if tokenizer.chat_template is None:
         raise UserError(

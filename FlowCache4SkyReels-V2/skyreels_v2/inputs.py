@@ -32,11 +32,7 @@ class Media:
 
 
 def read_media(config: RunConfig) -> Media:
-    """Read the pictures that the settings name.
-
-    Raises:
-        UserError: a file is missing, or is not what it should be.
-    """
+    """Read the pictures that the settings name."""
     size = (config.height, config.width)
     video = None
     if config.video is not None:
@@ -56,9 +52,6 @@ def turn_to_fit(config: RunConfig) -> RunConfig:
     """Swap height and width if the given picture is portrait and they are landscape.
 
     The picture is the start image, else the end image, else the video.
-
-    Raises:
-        UserError: the file is missing, or is not what it should be.
     """
     picture = config.end_image if config.image is None else config.image
     if picture is not None:
@@ -74,11 +67,7 @@ def turn_to_fit(config: RunConfig) -> RunConfig:
 
 
 def check_mode(config: RunConfig, model: DiTConfig) -> None:
-    """Check that the model can make what the given pictures ask for.
-
-    Raises:
-        UserError: it can't.
-    """
+    """Check that the model can make what the given pictures ask for."""
     if config.video is not None and (config.image is not None or config.end_image is not None):
         raise UserError(
             "video cannot be combined with image or end_image: its last frames are the start"

@@ -13,11 +13,11 @@ from flowcache.runtime.memory import (
     Footprint,
     Networks,
     Part,
-    Residence,
     Stage,
     scratch_bytes,
     text_scratch_bytes,
 )
+from flowcache.runtime.model import Residence
 from flowcache.runtime.parallel import TokenSplit
 from flowcache.wan import text, vae
 from flowcache.wan.dit import IMAGE_TOKENS, DiT, DiTConfig, Embedded, join_contexts, whole_window

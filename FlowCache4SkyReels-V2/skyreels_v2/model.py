@@ -1,7 +1,6 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +12,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.hub import Missing
-from flowcache.runtime.memory import Residence
-from flowcache.runtime.model import Job, Source, Work
+from flowcache.runtime.model import Job, Source, VideoModel, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.video import to_pixels
@@ -26,29 +24,33 @@ from skyreels_v2.calibration import rescale_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
 from skyreels_v2.memory import WindowMemory, networks_of
-from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.pipeline import Conditioning, LatentCodec, SegmentProgress, generate
 from skyreels_v2.released import PRESETS, RELEASED, released_name
 from skyreels_v2.window import describe
 
-KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        key: key
-        for key in (
-            *("prompt", "image", "end_image", "video", "seed", "memory_limit", "embedding_cache"),
-            *("num_steps", "num_frames", "height", "width", "fps"),
-        )
-    }
-)
 
-
-class SkyReels:
+class SkyReels(VideoModel):
     """SkyReels-V2; see `VideoModel` for what each method is for."""
 
     name = "skyreels_v2"
     presets = PRESETS
     schema = RunConfig
-    keys: Mapping[str, str] = KEYS
-    places: Collection[str] = ()
+    keys: Mapping[str, str] = MappingProxyType(
+        {
+            key: key
+            for key in (
+                *("prompt", "image", "end_image", "video", "seed", "memory_limit"),
+                *("embedding_cache", "num_steps", "num_frames", "height", "width", "fps"),
+            )
+        }
+    )
+    on_host: Mapping[str, tuple[str, Any]] = MappingProxyType(
+        {
+            "text_on_host": ("text_on_host", True),
+            "dit_aside": ("offload", True),
+            "kv_on_host": ("kv_on_host", True),
+        }
+    )
 
     # Files and settings -----------------------------------------------------------------------
 
@@ -173,21 +175,6 @@ class SkyReels:
             overlaps=overlaps,
         )
 
-    def residence(self, config: RunConfig) -> Residence:
-        return Residence(
-            text_on_host=config.text_on_host,
-            dit_aside=config.offload,
-            kv_on_host=config.kv_on_host,
-        )
-
-    def placed(self, config: RunConfig, residence: Residence) -> RunConfig:
-        return replace(
-            config,
-            text_on_host=residence.text_on_host,
-            offload=residence.dit_aside,
-            kv_on_host=residence.kv_on_host,
-        )
-
     # Running ----------------------------------------------------------------------------------
 
     def text_facts(self, job: Job) -> dict[str, Any]:
@@ -262,7 +249,10 @@ class SkyReels:
     def load_vae(self, job: Job) -> vae.VAE:
         return vae.load(job.source.files.vae, device=job.device)
 
-    generate = staticmethod(generate)
+    def generate(
+        self, dit: DiT, vae: LatentCodec, config: RunConfig, inputs: Conditioning, /, **rest: Any
+    ) -> Iterator[SegmentProgress]:
+        return generate(dit, vae, config, inputs, **rest)
 
 
 MODEL = SkyReels()

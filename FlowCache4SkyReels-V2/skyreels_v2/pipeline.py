@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
-from flowcache.policies import Observe, Policies, ReusePolicy, guidance_of, store_of
+from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.model import Progress, SegmentWork, Work
@@ -29,16 +29,15 @@ from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames
 from skyreels_v2.work import VAE_STRIDE, work_of
 
-LATENT_CHANNELS = 16
 MASK_CHANNELS = 4
 """Channels that show an I2V model which latent frames are given."""
 
 
 class LatentDecoder(Protocol):
-    """Turns the latents of one segment into pixels, bit by bit."""
+    """Turns the latents of one segment into pixels `[B, 3, T, H, W]` in -1..1, bit by bit."""
 
     def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
-        """Return the pixels of the next latents, `[B, 3, T, H, W]` in -1..1."""
+        """Return the pixels of the next latents."""
         ...
 
 
@@ -91,17 +90,7 @@ def generate(
     policies: Policies | None = None,
     ranks: Ranks | None = None,
 ) -> Iterator[SegmentProgress]:
-    """Make a video; yield after every tick, with the frames that are finished.
-
-    Args:
-        dit: the transformer, on the device of the run.
-        vae: encodes and decodes; it may be elsewhere.
-        work: what the settings ask for; default: derived from them.
-        draw: makes all noise; default: from a generator seeded with `config.seed`.
-        observe: is shown the velocities of computed steps.
-        policies: decide what is computed; default: as the settings say.
-        ranks: the processes that divide the work; each yields the whole video. Default: one.
-    """
+    """Make a video with a transformer on the device of the run; see `VideoModel.generate`."""
     device = dit.patch_embedding.weight.device
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     policies = policies or _settings_policies(config, dit)
@@ -158,11 +147,7 @@ def generate(
 
 def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
     make_policy = policy_maker(config, dit.config)
-
-    def policy_of(*, segment: int, branch: str) -> ReusePolicy:  # noqa: ARG001
-        return make_policy()
-
-    return policy_of
+    return lambda *, segment, branch: make_policy()  # noqa: ARG005
 
 
 def _encode_contexts(run: Run, conditioning: Conditioning) -> dict[str, list[ContextKV]]:
@@ -197,7 +182,7 @@ def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) ->
     )
     size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
     dtype = torch.float32 if is_float32 else dit.dtype
-    return draw((LATENT_CHANNELS, segment.num_frames, *size), dtype)
+    return draw((dit.config.out_dim, segment.num_frames, *size), dtype)
 
 
 # One segment --------------------------------------------------------------------------------------

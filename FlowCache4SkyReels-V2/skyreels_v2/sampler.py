@@ -17,21 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowcache.kv import (
-    Compression,
-    KVCache,
-    cached_attention,
-    prefetcher_for,
-    tokens_per_chunk,
-)
+from flowcache.kv import Compression, KVCache, cached_attention, prefetcher_for, tokens_per_chunk
 from flowcache.policies import Decision, Observe, ReusePolicy, agree, compute_together
-from flowcache.predict import (
-    PREDICTORS,
-    HeldGuidance,
-    Level,
-    Quantity,
-    ResultStore,
-)
+from flowcache.predict import PREDICTORS, HeldGuidance, Level, Quantity, ResultStore
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
@@ -170,10 +158,10 @@ class WindowSampler:
         self.latents, self.condition = latents, condition
         self.window, self.segment = window, segment
         self.branches = branches
+        # of this process
         self.own = {name: branches[name] for name in run.ranks.local_branches(list(branches))}
-        """The branches that this process computes."""
+        # of the guided latents, where their updates are what is reused
         self.updates = run.new_store()
-        """Of the guided latents, where their updates are what is reused."""
         self.guidance = run.new_guidance()
         num_steps, shift = self.sampling.num_steps, self.sampling.shift
         self.timesteps, self.sigmas = timestep_grid(num_steps, shift=shift)
@@ -208,10 +196,7 @@ class WindowSampler:
     # One tick ---------------------------------------------------------------------------------
 
     def _velocities(self, tick: Tick) -> dict[int, Tensor]:
-        """Return the guided velocity of each active chunk, `[C, F, h, w]`.
-
-        A chunk whose latent update is reused has none.
-        """
+        """Return the guided velocity of each active chunk, but for those with a reused update."""
         is_causal = self.sampling.attention == "causal"
         noisy = self._embed_active(tick) if is_causal else [self._embed_window(tick)]
         guided: dict[int, Tensor] = {}
@@ -238,12 +223,11 @@ class WindowSampler:
             if chunk not in velocities:
                 latents += self.updates.predict(chunk, sigma=sigma).movedim(0, 1)
                 solver.skip()
-            elif self.sampling.level == "step":
-                before = latents.clone()
-                solver.advance_(latents, velocity=velocities[chunk])
+                continue
+            before = latents.clone() if self.sampling.level == "step" else None
+            solver.advance_(latents, velocity=velocities[chunk])
+            if before is not None:
                 self.updates.put(chunk, (latents - before).movedim(1, 0), sigma=sigma)
-            else:
-                solver.advance_(latents, velocity=velocities[chunk])
 
     def _finish(self, tick: Tick) -> None:
         """Make the chunks clean that took their last step: results dropped, keys settled."""
@@ -366,13 +350,8 @@ class WindowSampler:
         return {c: self._signal(whole.embedded.frames(b.start, b.stop)) for c, b in bounds.items()}
 
     def _signal(self, part: Embedded) -> Tensor:
-        match self.sampling.signal:
-            case "timestep":
-                return part.modulation
-            case "timestep_embedding":
-                return part.time
-            case "content":
-                return part.tokens
+        parts = {"timestep": part.modulation, "timestep_embedding": part.time}
+        return (parts | {"content": part.tokens})[self.sampling.signal]
 
     def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
         """Return the active chunks that have a stored result."""
@@ -463,12 +442,8 @@ class WindowSampler:
         """Send chunks through the blocks of the branches in which they are computed."""
         for chunk in chunks:
             for name, branch in self.own.items():
-                self._count(
-                    branch,
-                    chunk,
-                    is_computed=name in chunk.computed,
-                    passes=self._passes(tick, chunk, name),
-                )
+                passes = self._passes(tick, chunk, name)
+                self._count(branch, chunk, is_computed=name in chunk.computed, passes=passes)
         made: dict[int, Computed] = {chunk.id: {} for chunk in chunks}
         for batch in self._together(chunks):
             names = [name for name in batch[0].computed if name in self.own]
@@ -488,10 +463,7 @@ class WindowSampler:
         return made
 
     def _together(self, chunks: Sequence[NoisyChunk]) -> Iterator[list[NoisyChunk]]:
-        """Yield the computed chunks that go through the blocks at once: same branches, few tokens.
-
-        Example: with at most 200 tokens, chunks of 80 go through two by two.
-        """
+        """Yield the computed chunks that go through the blocks at once: of the same branches."""
         batch: list[NoisyChunk] = []
         for chunk in chunks:
             if not chunk.computed:
@@ -509,42 +481,29 @@ class WindowSampler:
     def _run_blocks(
         self, names: Sequence[str], chunks: Sequence[NoisyChunk], embedded: Embedded
     ) -> dict[str, Tensor]:
-        """Run the blocks for some branches; return each one's `[1, S, D]`.
-
-        Args:
-            embedded: the tokens of all chunks.
-        """
+        """Run the blocks for the tokens of all chunks in some branches: `[1, S, D]` each."""
         if self.batched_context and len(names) == len(self.own):
-            size = len(names)
-            every = Embedded(
-                embedded.tokens.expand(size, -1, -1),
-                embedded.time,
-                embedded.modulation.expand(size, -1, -1, -1),
-            )
-            branches = list(self.own.values())
-            hidden = self._run_batch(branches, self.batched_context, chunks, every)
-            return dict(zip(names, hidden.split(1), strict=True))
-        return {
-            name: self._run_batch([branch], branch.context, chunks, embedded)
-            for name, branch in self.own.items()
-            if name in names
-        }
+            return self._run_batch(names, self.batched_context, chunks, embedded)
+        hidden: dict[str, Tensor] = {}
+        for name in names:
+            hidden |= self._run_batch([name], self.own[name].context, chunks, embedded)
+        return hidden
 
     def _run_batch(
         self,
-        branches: list[Branch],
+        names: Sequence[str],
         context: list[ContextKV],
         chunks: Sequence[NoisyChunk],
         embedded: Embedded,
-    ) -> Tensor:
-        """Run the blocks on one batch entry per branch, each with its own cache: `[B, S, D]`."""
+    ) -> dict[str, Tensor]:
+        """Run the blocks on one batch entry per branch, each with its own cache."""
         run = self.run
         split = TokenSplit(run.ranks.sequence, embedded.time.shape[1], self.frame_tokens)
         if chunks[0].id == WHOLE_WINDOW:
             attend, rope = whole_window(run.dit.kernel), self.rope
         else:
             attend = cached_attention(
-                [branch.caches for branch in branches],
+                [self.own[name].caches for name in names],
                 active=[range(c.offset, c.offset + c.num_tokens) for c in chunks],
                 kernel=run.dit.kernel,
                 compression=run.compression,
@@ -553,11 +512,15 @@ class WindowSampler:
             )
             by_frame = self.rope.unflatten(0, (-1, self.frame_tokens))
             rope = torch.cat([by_frame[self._frames(c.id)] for c in chunks]).flatten(0, 1)
-        own = Embedded(split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation)
-        hidden = run.dit.run_blocks(
-            own, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
+        every = Embedded(
+            split.scatter(embedded.tokens, axis=1).expand(len(names), -1, -1),
+            embedded.time,
+            embedded.modulation.expand(len(names), -1, -1, -1),
         )
-        return split.gather(hidden)
+        hidden = run.dit.run_blocks(
+            every, split.scatter(rope, axis=0), context, self_attend=split.over_heads(attend)
+        )
+        return dict(zip(names, split.gather(hidden).split(1), strict=True))
 
     def _read_velocity(self, hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
         """Read the velocity `[C, F, h, w]` out of what the blocks made of one branch."""
@@ -616,10 +579,7 @@ class WindowSampler:
         self._run_blocks(list(self.own), [clean], embedded)
 
     def _settles(self, tick: Tick, chunk: int) -> bool:
-        """Tell whether a chunk's keys are final as soon as it went through the blocks.
-
-        So they are in its last step, unless a clean pass makes them anew.
-        """
+        """Tell whether a chunk's keys are final: in its last step, unless a clean pass follows."""
         return chunk in tick.finishing and not self.sampling.clean_pass
 
     def _settle(self, chunk: int) -> None:
@@ -667,12 +627,8 @@ class WindowSampler:
         """Trace the clean tokens in the caches after a tick."""
         for name, branch in self.branches.items():
             if branch.caches:
-                self.stats.keep_tokens(
-                    self.segment,
-                    tick.index,
-                    branch=name,
-                    tokens=partial(self._tokens_per_chunk, branch),
-                )
+                tokens = partial(self._tokens_per_chunk, branch)
+                self.stats.keep_tokens(self.segment, tick.index, branch=name, tokens=tokens)
 
     def _tokens_per_chunk(self, branch: Branch) -> Tensor:
         """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""

@@ -1,4 +1,4 @@
-"""Upstream's command lines, `generate_video_df.py` and `generate_video.py`, told in our settings.
+"""Upstream's command lines, `generate_video_df.py` and `generate_video.py`, in our settings.
 
 Source: flags, defaults and meanings of the released SkyReels-V2 scripts and of the FlowCache code
 published with arXiv 2602.10825. The texts are our own.
@@ -7,14 +7,15 @@ published with arXiv 2602.10825. The texts are our own.
 import logging
 import random
 import time
-from argparse import Namespace
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from flowcache.bounds import given_path
 from flowcache.errors import UserError
+from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import read_yaml
 from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import Ranks, run_in_ranks
@@ -25,11 +26,24 @@ from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import released_name
-from skyreels_v2.upstream_flags import SIZES, Script, parser_of
 from skyreels_v2.window import latent_frames
 
 logger = logging.getLogger(__name__)
 
+Script = Literal["generate_video_df.py", "generate_video.py"]
+
+SIZES = {"540P": (544, 960), "720P": (720, 1280)}
+"""Name of a resolution -> height and width in pixels."""
+DF_DEFAULTS = {
+    "model_id": "Skywork/SkyReels-V2-DF-1.3B-540P",
+    "prompt": "A motorcycle races across a desert at dusk, dust rising behind it",
+    "outdir": "diffusion_forcing",
+}
+PLAIN_DEFAULTS = {
+    "model_id": "Skywork/SkyReels-V2-T2V-14B-540P",
+    "prompt": "A pair of swans glides over a still lake at sunrise",
+    "outdir": "video_out",
+}
 DEFAULTS = {"num_steps": 30, "shift": 8.0, "guidance": 6.0, "fps": 24}
 """Upstream's values for what a checkpoint of its own kind, such as the demo, may know better."""
 ENGLISH_NEGATIVE_PROMPT = (
@@ -46,60 +60,174 @@ NAME_CHARACTERS = 100
 NAME_BYTES = 180
 """Of the prompt in a file name: upstream's limit, and what file systems allow, less the rest."""
 
-
-def main(script: Script, arguments: Sequence[str] | None = None) -> int:
-    """Run one of the two command lines; return the exit code (2: something given is wrong)."""
-    options = parser_of(script).parse_intermixed_args(arguments)
-    return run_in_ranks(lambda ranks: _execute(script, options, ranks))
+# Flags --------------------------------------------------------------------------------------------
 
 
-def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
-    options.seed = ranks.from_first(lambda: _seed_of(options))
-    request = ranks.together(lambda: _request(script, options, ranks))
-    planned = replace(request, is_dry=options.dry_run)
-    plan = ranks.together(lambda: plan_without_files(MODEL, planned, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
-    job = ranks.together(lambda: _prepare(script, request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if options.dry_run:
-        return
-    if options.prompt_enhancer and options.image is not None:
-        logger.warning(
-            "--prompt_enhancer is left out: it writes prompts for videos without --image"
-        )
-    elif options.prompt_enhancer:
-        prompt = ranks.from_first(
-            lambda: enhance(
-                job.config.prompt, model=options.prompt_enhancer_model, device=job.device
-            )
-        )
-        if ranks.is_first:
-            print(f"prompt       {prompt}", flush=True)
-        job = replace(job, config=replace(job.config, prompt=prompt))
-    run(job)
+class Flag(NamedTuple):
+    """A flag of upstream's scripts; `HELP` says what it does."""
+
+    name: str
+    kind: type = str
+    """Of its value; bool: a switch, which has none."""
+    default: Any = None
+    setting: str | None = None
+    """The setting that is its value, where one is given."""
+    is_df: bool = False
+    """Whether generate_video_df.py alone has it."""
+    dest: str | None = None
+    """Its name among the parsed arguments, if it is another one."""
+
+    @property
+    def key(self) -> str:
+        return self.dest or self.name.strip("-")
 
 
-def _request(script: Script, options: Namespace, ranks: Ranks) -> Request:
-    if options.use_usp and ranks.place.size == 1:
-        raise UserError(
-            f"--use_usp divides the work among processes, but one runs: start it with torchrun "
-            f"--nproc_per_node=N {script}"
-        )
-    return request_of(script, options)
+FLAGS: Mapping[str, Sequence[Flag]] = {
+    "the video": (
+        Flag("--model_id"),
+        Flag("--prompt", setting="prompt"),
+        Flag("--image", setting="image"),
+        Flag("--end_image", setting="end_image", is_df=True),
+        Flag("--video_path", default="", setting="video", is_df=True),
+        Flag("--resolution"),
+        Flag("--num_frames", int, 97, setting="num_frames"),
+        Flag("--fps", int),
+        Flag("--seed", int),
+        Flag("--prompt_enhancer", bool),
+        Flag("--prompt_enhancer_model", default="Qwen/Qwen2.5-32B-Instruct"),
+    ),
+    "sampling": (
+        Flag("--inference_steps", int, dest="num_steps"),
+        Flag("--shift", float),
+        Flag("--guidance_scale", float, dest="guidance"),
+    ),
+    "diffusion forcing and long videos": (
+        Flag("--base_num_frames", int, 97, setting="base_num_frames", is_df=True),
+        Flag("--overlap_history", int, setting="overlap_history", is_df=True),
+        Flag("--addnoise_condition", int, 0, setting="addnoise_condition", is_df=True),
+        Flag("--ar_step", int, 0, setting="ar_step", is_df=True),
+        Flag("--causal_block_size", int, 1, setting="causal_block_size", is_df=True),
+        Flag("--causal_attention", bool, is_df=True),
+    ),
+    "caches": (
+        Flag("--teacache", bool),
+        Flag("--teacache_thresh", float, 0.2),
+        Flag("--use_ret_steps", bool),
+        Flag("--flowcache", bool, is_df=True),
+        Flag("--use_compress", bool, is_df=True),
+        Flag("--budget_block", int, 0, is_df=True),
+        Flag("--use_kvrange", bool, is_df=True),
+        Flag("--kvrange", int, 0, is_df=True),
+    ),
+    "running": (
+        Flag("--outdir"),
+        Flag("--expname", is_df=True),
+        Flag("--offload", bool, setting="offload"),
+        Flag("--use_usp", bool),
+        Flag("--dry_run", bool),
+    ),
+}
+HELP = {
+    "--model_id": "checkpoint folder, hub id, or demo for the tiny checkpoint of this repository "
+    "(default: %(default)s)",
+    "--prompt": "what the video shows (default: %(default)s)",
+    "--image": "start image; cropped to the video's aspect, a portrait one turns the size",
+    "--end_image": "end image; alone or with --image",
+    "--video_path": "video to extend; needs --overlap_history",
+    "--resolution": "540P (960x544) or 720P (1280x720); required",
+    "--num_frames": "frames, 4 n + 1; when a video is extended: overlap and new ones (default: 97)",
+    "--fps": "frames per second (default: 24)",
+    "--seed": "of all noise (default: drawn, and printed)",
+    "--prompt_enhancer": "let a chat model write the prompt out; not with --image",
+    "--prompt_enhancer_model": "its folder or hub id (default: %(default)s)",
+    "--inference_steps": "denoising steps of every frame (default: 30)",
+    "--shift": "of the noise schedule (default: 8; 5 or 3 with images)",
+    "--guidance_scale": "classifier-free guidance; 1 is none (default: 6; 5 with images)",
+    "--base_num_frames": "frames of one window; longer videos are made in segments (default: 97)",
+    "--overlap_history": "frames that segments share, 17 or 37; required above --base_num_frames",
+    "--addnoise_condition": "timestep 0..60 to which the shared frames are noised; 20 is usual "
+    "(default: 0)",
+    "--ar_step": "steps that each chunk runs behind the one before; 0: all together (default: 0)",
+    "--causal_block_size": "latent frames of a chunk; need not divide the window (default: 1)",
+    "--causal_attention": "chunks see only earlier ones; done with a KV cache and a clean "
+    "pass per chunk, which equals upstream's mask and is faster",
+    "--teacache": "reuse the last computed step where little changes",
+    "--teacache_thresh": "accumulated change at which a step is computed; 0.1 slow, 0.2 fast "
+    "(default: 0.2)",
+    "--use_ret_steps": "decide by the timestep modulation, always compute the first 5 steps; "
+    "without: by the timestep embedding, first step",
+    "--flowcache": "FlowCache: reuse chunk by chunk, see below",
+    "--use_compress": "FlowCache with a compressed KV cache",
+    "--budget_block": "chunks' worth of clean tokens that --use_compress keeps; 0: all "
+    "(default: 0)",
+    "--use_kvrange": "FlowCache that sees only the last clean chunks",
+    "--kvrange": "how many --use_kvrange keeps; it is ignored with --use_compress (default: 0)",
+    "--outdir": "folder under result/; the file is PROMPT_SEED_TIME.mp4 (default: %(default)s)",
+    "--expname": "name the file EXPNAME-0.mp4 instead",
+    "--offload": "keep the transformer off the GPU while the VAE works",
+    "--use_usp": "several GPUs: start it with torchrun --nproc_per_node=N (which is enough)",
+    "--dry_run": "check all, print the plan, stop",
+}
+
+DF_NOTES = """caches:
+  --teacache alone is upstream's TeaCache: one decision for the whole window, full attention.
+  The published FlowCache code gave --teacache another meaning: every chunk decides for itself, and
+  attention is causal through a KV cache. --flowcache selects that, and so do --use_compress and
+  --use_kvrange, which need the KV cache. A command line of that code keeps its meaning when
+  --flowcache is added to it.
+
+examples:
+  python generate_video_df.py --model_id demo \\
+      --prompt "a red circle moving right on a black background"
+  python generate_video_df.py --resolution 540P --num_frames 257 --overlap_history 17 \\
+      --addnoise_condition 20 --prompt "a swan on a lake" --offload
+  python generate_video_df.py --resolution 540P --num_frames 177 --overlap_history 17 --ar_step 5 \\
+      --causal_block_size 5 --inference_steps 50 --addnoise_condition 20 --teacache \\
+      --teacache_thresh 0.15 --use_ret_steps --flowcache --prompt "a swan on a lake"
+"""
+PLAIN_NOTES = """examples:
+  python generate_video.py --resolution 540P --prompt "a swan on a lake" --teacache --use_ret_steps
+  python generate_video.py --model_id Skywork/SkyReels-V2-I2V-1.3B-540P --resolution 540P \\
+      --image swan.png --shift 3 --guidance_scale 5 --prompt "a swan on a lake"
+"""
+COMMON_NOTES = """
+A checkpoint that brings its own size and step count (the demo: 64x64) is used with these where the
+command line names none, and always at its own size. All other settings of python -m skyreels_v2
+(--list-settings there) can follow as key=value and win over the flags.
+"""
 
 
-def _prepare(script: Script, request: Request, ranks: Ranks) -> Job:
-    job = prepare(MODEL, request, ranks)
-    _check_model(script, job)
-    return job
+def parser_of(script: Script) -> Parser:
+    """Return the parser of one of the two command lines."""
+    is_df = script == "generate_video_df.py"
+    kind = "diffusion forcing (DF)" if is_df else "T2V or I2V"
+    parser = Parser(
+        prog=f"python {script}",
+        description=f"Make a video with a SkyReels-V2 {kind} model, by upstream's flags.",
+        epilog=(DF_NOTES if is_df else PLAIN_NOTES) + COMMON_NOTES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    for title, flags in FLAGS.items():
+        own = [flag for flag in flags if is_df or not flag.is_df]
+        if own:
+            add = parser.add_argument_group(title).add_argument
+        for flag in own:
+            options: dict[str, Any] = {"dest": flag.key, "help": HELP[flag.name]}
+            if flag.kind is bool:
+                options["action"] = "store_true"
+            else:
+                options |= {"type": flag.kind, "default": flag.default}
+            if flag.name == "--resolution":
+                options["choices"] = list(SIZES)
+            spellings = [flag.name] + ["--dry-run"] * (flag.name == "--dry_run")
+            add(*spellings, **options)
+    add("settings", nargs="*", metavar="key=value", help="further settings, see below")
+    parser.set_defaults(**(DF_DEFAULTS if is_df else PLAIN_DEFAULTS))
+    return parser
 
 
-def _seed_of(options: Namespace) -> int:
-    return random.randint(0, MAX_SEED) if options.seed is None else options.seed
+# Settings -----------------------------------------------------------------------------------------
 
 
 def request_of(script: Script, options: Namespace) -> Request:
@@ -111,26 +239,24 @@ def request_of(script: Script, options: Namespace) -> Request:
     model = checkpoints.choose(options.model_id)
     own = _own_keys(given_path(str(model), name="model"))
     seed = _seed_of(options)
-    settings = [f"prompt={options.prompt}", f"seed={seed}", *_model_settings(options, own)]
-    if options.image is not None:
-        settings.append(f"image={options.image}")
-    if options.offload:
-        settings.append("offload=true")
+    settings = [f"seed={seed}", *_given_settings(options), *_model_settings(options, own)]
+    expname = None
     if script == "generate_video_df.py":
         settings += [*_forcing_settings(options), *_df_cache_settings(options, own)]
         expname = options.expname
     else:
-        settings += [
-            *_one_window_settings(options, own),
-            *_reuse_settings(options, policy=_policy(options)),
-        ]
-        expname = None
+        settings += _one_window_settings(options, own)
+        settings += _reuse_settings(options, policy=_policy(options))
     return Request(
         model=str(model),
         overrides=[*settings, *options.settings],
         folder=Path("result") / options.outdir,
         stem=_file_stem(options.prompt, seed=seed) if expname is None else f"{expname}-0",
     )
+
+
+def _seed_of(options: Namespace) -> int:
+    return random.randint(0, MAX_SEED) if options.seed is None else options.seed
 
 
 def _own_keys(folder: Path) -> set[str]:
@@ -145,6 +271,15 @@ def _dotted(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+def _given_settings(options: Namespace) -> Iterator[str]:
+    """Yield the settings that are a flag's value as it is."""
+    for flag in (flag for flags in FLAGS.values() for flag in flags):
+        value = getattr(options, flag.key, None)
+        is_given = value is not None and value is not False and (value or flag.default != "")
+        if flag.setting is not None and is_given:
+            yield f"{flag.setting}={'true' if value is True else value}"
 
 
 def _model_settings(options: Namespace, own: set[str]) -> Iterator[str]:
@@ -168,18 +303,9 @@ def _model_settings(options: Namespace, own: set[str]) -> Iterator[str]:
 
 
 def _forcing_settings(options: Namespace) -> Iterator[str]:
-    overlap = "null" if options.overlap_history is None else options.overlap_history
-    yield f"num_frames={options.num_frames}"
-    yield f"base_num_frames={options.base_num_frames}"
-    yield f"overlap_history={overlap}"
-    yield f"addnoise_condition={options.addnoise_condition}"
-    yield f"ar_step={options.ar_step}"
-    yield f"causal_block_size={options.causal_block_size}"
-    if options.end_image is not None:
-        yield f"end_image={options.end_image}"
-    if options.video_path:
-        yield f"video={options.video_path}"
-        if options.overlap_history is None:
+    if options.overlap_history is None:
+        yield "overlap_history=null"
+        if options.video_path:
             raise UserError("--video_path needs --overlap_history: 17 or 37 frames are recommended")
 
 
@@ -192,7 +318,6 @@ def _one_window_settings(options: Namespace, own: set[str]) -> Iterator[str]:
         )
     if "negative_prompt" not in own:
         yield f"negative_prompt={ENGLISH_NEGATIVE_PROMPT}"
-    yield f"num_frames={options.num_frames}"
     yield f"base_num_frames={options.num_frames}"
     yield "overlap_history=null"
     yield "addnoise_condition=0"
@@ -261,8 +386,57 @@ def _file_stem(prompt: str, *, seed: int) -> str:
     return f"{shown}_{seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
-def _check_model(script: Script, job: Job) -> None:
-    """Check that the model is of the script's kind, as far as its files tell."""
+# The run ------------------------------------------------------------------------------------------
+
+
+def main(script: Script, arguments: Sequence[str] | None = None) -> int:
+    """Run one of the two command lines; return the exit code (2: something given is wrong)."""
+    options = parser_of(script).parse_intermixed_args(arguments)
+    return run_in_ranks(lambda ranks: _execute(script, options, ranks))
+
+
+def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
+    options.seed = ranks.from_first(lambda: _seed_of(options))
+    request = ranks.together(lambda: _request(script, options, ranks))
+    planned = replace(request, is_dry=options.dry_run)
+    plan = ranks.together(lambda: plan_without_files(MODEL, planned, ranks))
+    if plan is not None:
+        if ranks.is_first:
+            print(plan)
+        return
+    job = ranks.together(lambda: _prepare(script, request, ranks))
+    if ranks.is_first:
+        print(describe(job), flush=True)
+    if options.dry_run:
+        return
+    if options.prompt_enhancer and options.image is not None:
+        logger.warning(
+            "--prompt_enhancer is left out: it writes prompts for videos without --image"
+        )
+    elif options.prompt_enhancer:
+        prompt = ranks.from_first(
+            lambda: enhance(
+                job.config.prompt, model=options.prompt_enhancer_model, device=job.device
+            )
+        )
+        if ranks.is_first:
+            print(f"prompt       {prompt}", flush=True)
+        job = replace(job, config=replace(job.config, prompt=prompt))
+    run(job)
+
+
+def _request(script: Script, options: Namespace, ranks: Ranks) -> Request:
+    if options.use_usp and ranks.place.size == 1:
+        raise UserError(
+            f"--use_usp divides the work among processes, but one runs: start it with torchrun "
+            f"--nproc_per_node=N {script}"
+        )
+    return request_of(script, options)
+
+
+def _prepare(script: Script, request: Request, ranks: Ranks) -> Job:
+    """Prepare the run; the model must be of the script's kind, as far as its files show."""
+    job = prepare(MODEL, request, ranks)
     is_i2v = job.source.files.is_i2v
     if script == "generate_video_df.py" and is_i2v:
         raise UserError(f"{job.source.folder} is an image-to-video model: use generate_video.py")
@@ -271,3 +445,4 @@ def _check_model(script: Script, job: Job) -> None:
             f"{job.source.folder} takes no image: use an I2V model, or a DF model with "
             "generate_video_df.py"
         )
+    return job

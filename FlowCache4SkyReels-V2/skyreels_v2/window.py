@@ -55,9 +55,8 @@ def cut_window(
     give the chunks 0 | 12 | 1-5 | 6-10 | 11 (the end image is frame 12, after the 12 others).
 
     Args:
-        num_frames: latent frames of the window, prefix included, end frame not.
-        num_prefix: given latent frames at the start.
-        has_end: whether one given latent frame follows the window.
+        num_frames: prefix included, end frame not.
+        has_end: whether a given frame follows the window.
     """
     prefix = _ranges(0, num_prefix, chunk_frames)
     end = (range(num_frames, num_frames + 1),) if has_end else ()
@@ -120,12 +119,8 @@ def cut_segments(
             "it must be above it"
         )
     total, window, shared = (latent_frames(n) for n in (num_frames, base, overlap))
-    segments, done = [], 0
-    if not continues_video:
-        segments.append(Segment(0, window, 0))
-        done = window
-    else:
-        done = shared
+    segments = [] if continues_video else [Segment(0, window, 0)]
+    done = shared if continues_video else window
     while done < total:
         size = min(total - done + shared, window)
         segments.append(Segment(len(segments), size, overlap))
@@ -134,11 +129,7 @@ def cut_segments(
 
 
 def segments_of(config: RunConfig) -> list[Segment]:
-    """Cut the run into segments.
-
-    Raises:
-        UserError: frames, windows and overlap don't fit each other, or the video is too long.
-    """
+    """Cut the run into segments."""
     window = latent_frames(min(config.num_frames, config.base_num_frames))
     step = max(window - latent_frames(config.overlap_history or 1), 1)
     num_segments = -(-latent_frames(config.num_frames) // step)

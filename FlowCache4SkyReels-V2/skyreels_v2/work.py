@@ -1,6 +1,6 @@
 """What a SkyReels-V2 run does, derived once from its settings: segments, ticks, FLOPs, bytes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,11 +14,10 @@ from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import (
-    TOKEN_COPIES,
     Pass,
     check_compression,
+    held_bytes,
     most_active,
-    scored_bytes,
     walk,
 )
 from flowcache.schedule import Tick
@@ -74,11 +73,7 @@ def branches_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
-    """Return the KV budget in tokens and the rule that picks what stays, or None.
-
-    Raises:
-        UserError: the budget is below what the rule needs.
-    """
+    """Return the KV budget in tokens and the rule that picks what stays, or None."""
     strategy = strategy_of(config.kv)
     if strategy is None:
         return None
@@ -95,11 +90,7 @@ def token_layout(config: RunConfig, *, frame_tokens: int) -> TokenLayout:
 
 
 def tokens_per_frame(config: RunConfig) -> int:
-    """Return the DiT tokens of one latent frame.
-
-    Raises:
-        UserError: the resolution is not a multiple of what VAE and patches need.
-    """
+    """Return the DiT tokens of one latent frame."""
     multiple = VAE_STRIDE * PATCH[1]
     for name, value in (("height", config.height), ("width", config.width)):
         if value < multiple or value % multiple:
@@ -125,11 +116,7 @@ class Loop:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Loop":
-        """Derive it from the settings.
-
-        Raises:
-            UserError: frames, chunks or resolution don't fit each other.
-        """
+        """Derive it from the settings."""
         frame_tokens = tokens_per_frame(config)
         return cls(
             sampling_of(config),
@@ -218,14 +205,19 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         attention=attention,
         flops=flops,
         weight_bytes=weights,
-        kv_bytes=2 * kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
-        scoring_bytes=scored_bytes(replace(attention, num_keys=kv_tokens), num_queries=scored),
-        query_bytes=0,
         stored_bytes=stored,
-        activation_bytes=together
-        * pass_tokens
-        * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
         loop=loop,
+        **held_bytes(
+            segments,
+            attention,
+            num_layers=sizes.num_layers,
+            num_caches=num_branches,
+            ffn_width=sizes.ffn_dim,
+            pass_tokens=together * pass_tokens,
+            num_queries=scored,
+            keeps_queries=False,
+            itemsize=width,
+        ),
     )
 
 

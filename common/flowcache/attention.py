@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,60 +78,44 @@ SDPA = Kernel("torch scaled_dot_product_attention", _sdpa)
 
 
 # Backends of SDPA one by one ----------------------------------------------------------------------
-#
-# They are called directly: `torch.nn.attention.sdpa_kernel` switches the others off for the whole
-# process, and a thread that decodes meanwhile may need one of those.
+
+
+def _backend(name: str, can_use: Any = None, *rest: Any, **options: Any) -> Kernel:
+    """Return one backend of SDPA.
+
+    It is called directly: `torch.nn.attention.sdpa_kernel` switches the others off for the whole
+    process, and a thread that decodes meanwhile may need one of those.
+
+    Args:
+        can_use: asks PyTorch whether the backend can do some tensors: the kernel may not check.
+        rest: what its function takes after queries, keys and values.
+    """
+    function = "attention_math" if name == "math" else f"{name}_attention"
+
+    def run(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+        attend = getattr(torch.ops.aten, f"_scaled_dot_product_{function}")
+        out, *_ = attend(*_heads_first(q_BQHD, k_BKGD, v_BKGD), *rest, **options)
+        return out.transpose(1, 2)
+
+    def suits(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> bool:
+        has_groups = q_BQHD.shape[2] != k_BKGD.shape[2]
+        q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
+        params = cuda_backends.SDPAParams(q, k, v, None, 0.0, False, has_groups)
+        return can_use is None or can_use(params, False)
+
+    return Kernel(f"torch SDPA, {name}", run, suits)
 
 
 def _heads_first(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in (q_BQHD, k_BKGD, v_BKGD)]
 
 
-def _cudnn(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-    q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
-    out, *_ = _aten("cudnn_attention")(q, k, v, None, False)
-    return out.transpose(1, 2)
-
-
-def _flash(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-    out, *_ = _aten("flash_attention")(*_heads_first(q_BQHD, k_BKGD, v_BKGD))
-    return out.transpose(1, 2)
-
-
-def _efficient(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-    q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
-    out, *_ = _aten("efficient_attention")(q, k, v, None, False)
-    return out.transpose(1, 2)
-
-
-def _math(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-    out, _ = _aten("attention_math")(*_heads_first(q_BQHD, k_BKGD, v_BKGD), enable_gqa=True)
-    return out.transpose(1, 2)
-
-
-def _aten(name: str) -> Any:
-    return getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
-
-
-def _suits(can_use: Callable[[Any, bool], bool]) -> Callable[[Tensor, Tensor, Tensor], bool]:
-    """Return what asks PyTorch whether a backend can do some tensors: the kernel may not check."""
-
-    def suits(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> bool:
-        q, k, v = _heads_first(q_BQHD, k_BKGD, v_BKGD)
-        has_groups = q_BQHD.shape[2] != k_BKGD.shape[2]
-        return can_use(cuda_backends.SDPAParams(q, k, v, None, 0.0, False, has_groups), False)
-
-    return suits
-
-
 def _backends() -> dict[str, Kernel]:
     return {
-        "cudnn": Kernel("torch SDPA, cudnn", _cudnn, _suits(cuda_backends.can_use_cudnn_attention)),
-        "flash": Kernel("torch SDPA, flash", _flash, _suits(cuda_backends.can_use_flash_attention)),
-        "efficient": Kernel(
-            "torch SDPA, efficient", _efficient, _suits(cuda_backends.can_use_efficient_attention)
-        ),
-        "math": Kernel("torch SDPA, math", _math),
+        "cudnn": _backend("cudnn", cuda_backends.can_use_cudnn_attention, None, False),
+        "flash": _backend("flash", cuda_backends.can_use_flash_attention),
+        "efficient": _backend("efficient", cuda_backends.can_use_efficient_attention, None, False),
+        "math": _backend("math", enable_gqa=True),
     }
 
 
@@ -146,39 +131,32 @@ def _flash_attn() -> dict[str, Kernel]:
         try:
             run = importlib.import_module(module).flash_attn_func
         except (ImportError, OSError, AttributeError) as error:  # built for another torch, mostly
-            reason = first_line(error)
-            logger.warning("%s is installed but can't be used: %s", name, reason)
+            logger.warning("%s is installed but can't be used: %s", name, first_line(error))
             continue
-        found[key] = Kernel(name, _first_of(run))
+        found[key] = Kernel(name, partial(_output_of, run))
     return found
 
 
-def _first_of(run: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the output alone: some flash-attn 3 releases also return the log-sum-exp."""
-
-    def call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
-        result = run(q_BQHD, k_BKGD, v_BKGD)
-        return result[0] if isinstance(result, tuple) else result
-
-    return call
+def _output_of(run: Callable[..., Any], *qkv: Tensor) -> Tensor:
+    """Attend; some flash-attn 3 releases also return the log-sum-exp."""
+    result = run(*qkv)
+    return result[0] if isinstance(result, tuple) else result
 
 
 # Choice -------------------------------------------------------------------------------------------
 
 
 def available_kernels(device: torch.device, *, dtype: torch.dtype) -> dict[str, Kernel]:
-    """Return the kernels that may run on a device, by their names in the settings.
-
-    flash-attn needs CUDA and 16-bit inputs; its inputs are laid out as ours, so nothing is copied.
-    """
+    """Return the kernels that may run on a device, by their names in the settings."""
     if device.type != "cuda":
         return {"torch": SDPA}
+    # flash-attn needs 16-bit inputs, laid out as ours
     is_half = dtype in (torch.bfloat16, torch.float16)
     return (_flash_attn() if is_half else {}) | {"torch": SDPA} | _backends()
 
 
 def check_available(wanted: str, device: torch.device, *, dtype: torch.dtype) -> None:
-    """Check that a kernel is there; whether it can do the shape of a run is not looked at."""
+    """Check that a kernel is there, whether or not it can do the shape of a run."""
     kernels = {} if wanted == "auto" else available_kernels(device, dtype=dtype)
     if kernels and wanted not in kernels:
         raise UserError(
@@ -226,7 +204,7 @@ def choose_kernel(
 
     Args:
         shape: None: no probe, the first of flash-attn 3, flash-attn 2 and PyTorch's own choice.
-        wanted: `attention_kernel` of the settings: a name of `available_kernels`, or auto.
+        wanted: a name of `available_kernels`, or auto.
     """
     kernels = available_kernels(device, dtype=dtype)
     if wanted != "auto":
@@ -260,12 +238,7 @@ def choose_kernels(
     wanted: str = "auto",
     seconds: Seconds = measure,
 ) -> tuple[Kernel, Kernel]:
-    """Pick the fastest kernel for self-attention, and the one for attention to the prompt.
-
-    Args:
-        shape: the largest self-attention; the other one has as many queries.
-        num_text: tokens of the prompt.
-    """
+    """Pick the fastest kernel for self-attention of a shape, and for attention to the prompt."""
     to_text = replace(shape, num_keys=max(num_text, 1))
     own, cross = (
         choose_kernel(device, dtype=dtype, shape=each, wanted=wanted, seconds=seconds)
@@ -276,9 +249,9 @@ def choose_kernels(
 
 def describe_choice(kernel: Kernel, cross_kernel: Kernel) -> str:
     """Return a line on which kernels were taken, and how long those took that were tried."""
-    return f"attention     {_described(kernel)}; to the prompt {_described(cross_kernel)}"
 
+    def described(kernel: Kernel) -> str:
+        tried = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in kernel.probed)
+        return kernel.name + (f" (probed: {tried})" if tried else "")
 
-def _described(kernel: Kernel) -> str:
-    tried = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in kernel.probed)
-    return kernel.name + (f" (probed: {tried})" if tried else "")
+    return f"attention     {described(kernel)}; to the prompt {described(cross_kernel)}"

@@ -95,9 +95,7 @@ def sources_of(made: type) -> dict[str, str]:
 def made_of(made: type[T], *sections: Any) -> T:
     """Return an instance whose fields take the values of settings; the others keep defaults.
 
-    Args:
-        made: a dataclass; its fields have the names of settings, or name them in their metadata.
-        sections: of the settings; the later one wins where two have the same name.
+    Of two sections that have the same setting the later one wins; see `sources_of`.
     """
     values = {name: value for section in sections for name, value in vars(section).items()}
     sources = sources_of(made).items()
@@ -133,8 +131,8 @@ def check_values(section: Any, *, prefix: str = "", source: str = "") -> None:
     """Check every number and text of a dataclass and of its sections.
 
     Args:
-        prefix: of the keys: the section that this is.
-        source: file, for messages.
+        prefix: of the keys, in messages.
+        source: the file, in messages.
     """
     where = f"{source}: " if source else ""
     for entry in fields(section):
@@ -145,16 +143,17 @@ def check_values(section: Any, *, prefix: str = "", source: str = "") -> None:
         hint = annotated_hints(type(section))[entry.name]
         bounds = bounds_of(hint)
         for item in _items(value):
-            fault = None
             if isinstance(item, str):
                 fault = path_fault(item) if IS_PATH in _annotations(hint) else text_fault(item)
-            elif isinstance(item, (int, float)) and not isinstance(item, bool):
+            else:
                 fault = _number_fault(item, bounds)
             if fault is not None:
                 raise UserError(f"{where}{key} {fault}")
 
 
-def _number_fault(value: float, bounds: Bounds | None) -> str | None:
+def _number_fault(value: Any, bounds: Bounds | None) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be a finite number, not {value:g}"
     if bounds is not None and not bounds.holds(value):
@@ -192,13 +191,8 @@ def path_fault(text: str) -> str | None:
 
 
 def given_path(text: str, *, name: str) -> Path:
-    """Return a path that a user gave, `~` and `~user` replaced.
-
-    Args:
-        name: of the argument or setting, for messages.
-    """
-    fault = path_fault(text)
-    if fault is not None:
+    """Return a path that a user gave as an argument or setting, `~` and `~user` replaced."""
+    if (fault := path_fault(text)) is not None:
         raise UserError(f"{name} {fault}")
     try:
         return Path(text).expanduser()

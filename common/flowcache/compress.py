@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 
 from flowcache.bounds import MAX_FRAMES, Bounds, OneOf, Share, made_of
 from flowcache.errors import UserError
@@ -37,56 +37,37 @@ Order: TypeAlias = Literal["position", "score"]
 
 LAST_QUERY_TOKENS = 50
 """Queries looked at when ``queries="token"``. Source: the published FlowCache compressor."""
-
-
 SCORING_BLOCK_BYTES = 256 * 2**20
-"""Largest scratch memory of one block of attention logits, in bytes."""
-
+"""Largest scratch memory of one block of attention logits."""
 EXCLUDED_SCORE = -1e6
 """Score of a token that ``weighting="hard"`` rules out. Source: the published compressor."""
 
-WEIGHTINGS = (
-    "none",
-    "hard",
-    "exponential",
-    "polynomial",
-    "upper_convex_polynomial",
-    "gaussian",
-)
+WEIGHTINGS = ("none", "hard", "exponential", "polynomial", "upper_convex_polynomial", "gaussian")
 WEIGHTING_ALIASES = {
     "no_weight": "none",
     "hard_code": "hard",
     "upper_convex": "upper_convex_polynomial",
 }
+"""The published compressor's names."""
 
 
 def canonical_weighting(name: str) -> str:
     """Return the name in `WEIGHTINGS` that ``name`` or its alias means."""
     canonical = WEIGHTING_ALIASES.get(name, name)
     if canonical not in WEIGHTINGS:
-        known = ", ".join(WEIGHTINGS)
-        raise UserError(f"unknown position weighting {name!r}; choose one of {known}")
+        raise UserError(
+            f"unknown position weighting {name!r}; choose one of {', '.join(WEIGHTINGS)}"
+        )
     return canonical
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How clean tokens group into frames and chunks.
-
-    Attributes:
-        frame_tokens: Tokens of one latent frame.
-        chunk_tokens: Tokens of one chunk, a multiple of ``frame_tokens``.
-    """
+    """How clean tokens group into latent frames and chunks."""
 
     frame_tokens: int
     chunk_tokens: int
-
-    def __post_init__(self) -> None:
-        if self.frame_tokens < 1 or self.chunk_tokens < 1 or self.chunk_tokens % self.frame_tokens:
-            raise UserError(
-                f"chunk_tokens must be a positive multiple of frame_tokens, got {self.chunk_tokens}"
-                f" and {self.frame_tokens}; use latent frames per chunk x tokens per latent frame"
-            )
+    """A multiple of `frame_tokens`."""
 
     def tokens_per(self, granularity: Granularity) -> int:
         """Return the tokens of one token, frame or chunk."""
@@ -118,11 +99,9 @@ def kept_tokens(
 def best(score_GN: Tensor, count: int, *, group_tokens: int = 1, order: Order) -> Tensor:
     """Return the token indices of the ``count`` best groups per head, int64 [K, G].
 
-    Groups stay whole: ``K = count * group_tokens``. Of equal scores the older group wins.
-    Order ``position`` sorts the kept groups by age, ``score`` puts the best group first.
-
-    Scores [[0.1, 0.3, 0.2]], count 2, two tokens per group: [2, 3, 4, 5] for head 0 in both
-    orders; with scores [[0.2, 0.1, 0.3]] [0, 1, 4, 5] by position and [4, 5, 0, 1] by score.
+    Groups stay whole: ``K = count * group_tokens``. Of equal scores the older group wins. Example
+    with scores [[0.2, 0.1, 0.3]], count 2 and two tokens per group: [0, 1, 4, 5] by position (age),
+    [4, 5, 0, 1] by score (the best group first).
     """
     import torch
 
@@ -136,8 +115,7 @@ def best(score_GN: Tensor, count: int, *, group_tokens: int = 1, order: Order) -
 
 def gather(x_LGD: Tensor, indices_KG: Tensor) -> Tensor:
     """Return the rows that each head keeps, [K, G, D] (a copy of K or of V)."""
-    head_dim = x_LGD.shape[-1]
-    return x_LGD.gather(0, indices_KG.unsqueeze(-1).expand(-1, -1, head_dim))
+    return x_LGD.gather(0, indices_KG.unsqueeze(-1).expand(-1, -1, x_LGD.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -145,45 +123,28 @@ class ImportanceRedundancy:
     """Keep the keys that are attended to and unlike the others, each KV head its own.
 
     ``score = mix * importance - (1 - mix) * redundancy``. Both terms sum to about 1 over the keys.
-
-    Attributes:
-        mix: Share of importance, 0 to 1. Source: 0.07 in arXiv 2602.10825.
-        kernel: Width of the max-pooling of importance (tokens, odd).
-        granularity: What is kept whole; a frame or chunk has the mean score of its tokens.
-        queries: Which queries count: the last 50 tokens, the last frame, or all given.
-        weighting: Preference by age, a name of `WEIGHTINGS`; only with granularity ``token``.
-        power: Exponent of the polynomial weightings.
-        order: Order of the kept tokens. ``position`` keeps them by age; ``score``, as published,
-            puts the best first. It matters to the next compression only, which pools importance
-            over neighbours.
-        max_bytes: Scratch memory of one block of logits (bytes).
     """
 
     mix: float = 0.07
+    """Share of importance, 0 to 1. Source: arXiv 2602.10825."""
     kernel: int = 7
+    """Width of the max-pooling of importance (tokens, odd)."""
     granularity: Granularity = "token"
+    """What is kept whole; a frame or chunk has the mean score of its tokens."""
     queries: Granularity = "chunk"
+    """Which queries count: the last 50 tokens, the last frame, or all given."""
     weighting: str = "none"
+    """Preference by age, a name of `WEIGHTINGS`; only with granularity ``token``."""
     power: float = 3.0
+    """Exponent of the polynomial weightings."""
     order: Order = "position"
+    """Of the kept tokens: by age, or, as published, the best first. It matters to the next
+    compression only, which pools importance over neighbours."""
     max_bytes: int = SCORING_BLOCK_BYTES
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mix <= 1:
-            raise UserError(f"mix must lie in 0..1, got {self.mix}; 0.07 is the published value")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"kernel must be odd and positive, got {self.kernel}; 7 is published")
-        for name, value, known in (
-            ("granularity", self.granularity, get_args(Granularity)),
-            ("queries", self.queries, get_args(Granularity)),
-            ("order", self.order, get_args(Order)),
-        ):
-            if value not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.power <= 0:
-            raise UserError(f"power must be above 0, got {self.power}; 3 is the published value")
-        if self.max_bytes < 1:
-            raise UserError(f"max_bytes must be positive, got {self.max_bytes}")
         if canonical_weighting(self.weighting) != "none" and self.granularity != "token":
             raise UserError(
                 f"weighting {self.weighting!r} needs granularity token, got {self.granularity}; "
@@ -191,7 +152,7 @@ class ImportanceRedundancy:
             )
 
     def seen_queries(self, q_QHD: Tensor, layout: TokenLayout, /) -> Tensor:
-        """Return the queries that importance looks at: the last tokens, last frame, or all."""
+        """Return the queries that importance looks at."""
         if self.queries == "token":
             return q_QHD[-LAST_QUERY_TOKENS:]
         if self.queries == "frame":
@@ -200,11 +161,9 @@ class ImportanceRedundancy:
 
     def score(self, q_QHD: Tensor, k_LGD: Tensor, /, *, layout: TokenLayout) -> Tensor:
         """Return the score that is ranked, float32 [G, N], one per token, frame or chunk."""
-        seen_QHD = self.seen_queries(q_QHD, layout)
-        score_GL = redundancy(k_LGD, max_bytes=self.max_bytes) * (self.mix - 1)
-        score_GL += self.mix * importance(
-            seen_QHD, k_LGD, kernel=self.kernel, max_bytes=self.max_bytes
-        )
+        seen_QHD, max_bytes = self.seen_queries(q_QHD, layout), self.max_bytes
+        score_GL = redundancy(k_LGD, max_bytes=max_bytes) * (self.mix - 1)
+        score_GL += self.mix * importance(seen_QHD, k_LGD, kernel=self.kernel, max_bytes=max_bytes)
         if canonical_weighting(self.weighting) != "none":
             return weigh(
                 score_GL, self.weighting, chunk_tokens=layout.chunk_tokens, power=self.power
@@ -229,17 +188,15 @@ class ImportanceRedundancy:
 
 @dataclass(frozen=True)
 class Recent:
-    """Keep the newest whole chunks. Queries do not matter.
+    """Keep the newest whole chunks.
+
+    Example: of 25 clean tokens, 10 per chunk, a budget of 19 keeps 15 to 24; one of 0 keeps none.
 
     Source: ``noise2clean_kvrange`` of MAGI-1 and ``--use_kvrange`` of FlowCache's SkyReels-V2.
     """
 
     def keep(self, _q_QHD: Tensor, k_LGD: Tensor, /, *, budget: int, layout: TokenLayout) -> Tensor:
-        """Return the newest tokens, int64 [K, G]; see `CompressionStrategy.keep`.
-
-        A budget of 0 keeps nothing. With 25 clean tokens, 10 per chunk and a budget of 19, K is
-        10 and the indices are 15 to 24.
-        """
+        """Return the newest tokens, int64 [K, G]; see `CompressionStrategy.keep`."""
         num_keys, chunk_tokens = k_LGD.shape[0], layout.chunk_tokens
         kept = num_keys
         if budget < num_keys:
@@ -251,28 +208,17 @@ class Recent:
 class SinkRecent:
     """Keep the oldest frames of the video as attention sink, and the newest whole frames.
 
-    Attributes:
-        sink_frames: Latent frames kept from the start of the clean tokens. They stay first, so
-            the next compression keeps the same ones.
+    The sink stays first, so the next compression keeps the same one. Example: of 30 clean tokens, 5
+    per frame, one sink frame and a budget of 17 keep 0 to 4 and 20 to 29.
 
     Source: attention sinks, arXiv 2309.17453.
     """
 
     sink_frames: int = 1
-
-    def __post_init__(self) -> None:
-        if self.sink_frames < 1:
-            raise UserError(
-                f"sink_frames must be at least 1, got {self.sink_frames}; use strategy recent "
-                "for no sink"
-            )
+    """Latent frames kept from the start of the clean tokens."""
 
     def keep(self, _q_QHD: Tensor, k_LGD: Tensor, /, *, budget: int, layout: TokenLayout) -> Tensor:
-        """Return sink and newest tokens, int64 [K, G]; see `CompressionStrategy.keep`.
-
-        With 30 clean tokens, 5 per frame, one sink frame and a budget of 17 the indices are
-        0 to 4 and 20 to 29.
-        """
+        """Return sink and newest tokens, int64 [K, G]; see `CompressionStrategy.keep`."""
         num_keys, frame_tokens = k_LGD.shape[0], layout.frame_tokens
         if budget >= num_keys:
             return _rows(range(num_keys), like=k_LGD)
@@ -340,36 +286,30 @@ def strategy_of(rule: KVRule) -> CompressionStrategy | None:
 # Scores -------------------------------------------------------------------------------------------
 
 
-def _scratch_bytes(num_keys: int, head_dim: int, group: int) -> tuple[int, int]:
-    """Return scratch bytes (per KV head, per KV head and query) of `importance`, all float32.
-
-    Per head one copy of its keys; per query the logits of the group's query heads and one row
-    more (the group's maximum while it is formed, afterwards the softmax), and the query itself.
-    """
-    return 4 * num_keys * head_dim, 4 * ((group + 1) * num_keys + 2 * group * head_dim)
-
-
-def _block_sizes(
+def _importance_blocks(
     num_queries: int, num_keys: int, *, kv_heads: int, group: int, head_dim: int, max_bytes: int
-) -> tuple[int, int]:
-    """Return (KV heads, queries) per block so that a block's scratch fits ``max_bytes``.
+) -> tuple[int, int, int]:
+    """Return KV heads and queries per block of `importance`, and the block's scratch bytes.
 
-    As many queries as fit for one head, then as many heads as fit with all those queries. At
-    least one of each, even where ``max_bytes`` is too small for that.
+    Scratch is float32: per head a copy of its keys; per query the logits of the group's heads and
+    one row more (the group's maximum, then the softmax), and the query itself. As many queries as
+    fit for one head, then as many heads as fit; at least one of each.
     """
-    per_head, per_query = _scratch_bytes(num_keys, head_dim, group)
+    per_head = 4 * num_keys * head_dim
+    per_query = 4 * ((group + 1) * num_keys + 2 * group * head_dim)
     queries = min(max((max_bytes - per_head) // per_query, 1), num_queries)
-    heads = min(max(max_bytes // (per_head + queries * per_query), 1), kv_heads)
-    return heads, queries
+    head_bytes = per_head + queries * per_query
+    heads = min(max(max_bytes // head_bytes, 1), kv_heads)
+    return heads, queries, heads * head_bytes
 
 
-def _unit_key_bytes(num_keys: int, head_dim: int) -> int:
-    """Return scratch bytes per KV head of `redundancy`: float32 keys and unit keys."""
-    return 2 * 4 * num_keys * head_dim
-
-
-def _unit_key_heads(unit_bytes: int, *, kv_heads: int, max_bytes: int) -> int:
-    return min(max(max_bytes // unit_bytes, 1), kv_heads)
+def _redundancy_blocks(
+    num_keys: int, *, kv_heads: int, head_dim: int, max_bytes: int
+) -> tuple[int, int]:
+    """Return KV heads per block of `redundancy`, and its scratch: float32 keys and unit keys."""
+    per_head = 2 * 4 * num_keys * head_dim
+    heads = min(max(max_bytes // per_head, 1), kv_heads)
+    return heads, heads * per_head
 
 
 def importance(
@@ -378,19 +318,12 @@ def importance(
     """Score every clean key by the attention it receives, float32 [G, L].
 
     ``Imp_j = max_pool1d(mean_q softmax_j(max_{h in group} q_h . k_j / sqrt(D)))`` with stride 1
-    and padding ``kernel // 2``; the softmax runs over clean keys only. Products, softmax and mean
-    are float32 for inputs of any dtype: with 20,000 keys a score is about 5e-5 and
-    neighbours differ in its fourth digit. Before pooling a head's scores sum to 1. The Q x L
-    matrix is never formed: blocks of heads and queries take turns in ``max_bytes`` of scratch.
+    and padding ``kernel // 2``; the softmax runs over clean keys only. All is float32: with 20,000
+    keys a score is about 5e-5 and neighbours differ in its fourth digit. The Q x L matrix is never
+    formed: blocks of heads and queries take turns in ``max_bytes`` of scratch.
 
     With D = 1, ``q = [1]``, ``k = [0, log 3]`` and kernel 1 the logits are [0, log 3], so the
     importance is [0.25, 0.75]; kernel 3 spreads the larger one to its neighbour: [0.75, 0.75].
-
-    Args:
-        q_QHD: Queries after rotary embedding.
-        k_LGD: Clean keys after rotary embedding.
-        kernel: Width of the max-pooling over neighbouring keys (tokens, odd); 1 is no pooling.
-        max_bytes: Scratch memory per block (bytes); see `scoring_bytes` for the total.
 
     Source: arXiv 2602.10825, KV compression; the maximum over a group is R-KV's rule for
     grouped-query attention.
@@ -401,14 +334,8 @@ def importance(
     (num_queries, num_heads, head_dim), (num_keys, kv_heads, _) = q_QHD.shape, k_LGD.shape
     group = num_heads // kv_heads
     assert group * kv_heads == num_heads, f"{num_heads} query heads over {kv_heads} KV heads"
-    heads, queries = _block_sizes(
-        num_queries,
-        num_keys,
-        kv_heads=kv_heads,
-        group=group,
-        head_dim=head_dim,
-        max_bytes=max_bytes,
-    )
+    sizes = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim}
+    heads, queries, _ = _importance_blocks(num_queries, num_keys, **sizes, max_bytes=max_bytes)
     received_GL = torch.empty(kv_heads, num_keys, dtype=torch.float32, device=k_LGD.device)
     for g in range(0, kv_heads, heads):
         received_GL[g : g + heads] = _attention_received(
@@ -437,21 +364,17 @@ def redundancy(k_LGD: Tensor, *, max_bytes: int = SCORING_BLOCK_BYTES) -> Tensor
     """Score every clean key by its likeness to the other keys, float32 [G, L], rows sum to 1.
 
     ``Red_j = softmax_j((1 / L) sum_{i != j} cos(k_i, k_j))``. With unit keys ``u`` the sum is
-    ``u_j . (sum_i u_i) - |u_j|^2``, exact, so that time and memory are linear in L. The term
-    ``|u_j|^2`` is 1, or 0 for an all-zero key.
+    ``u_j . (sum_i u_i) - |u_j|^2``, exact, so that time and memory are linear in L.
 
     Three unit keys [1, 0], [1, 0], [0, 1] have cosine sums [1, 1, 0]; over L = 3 that is
     [1/3, 1/3, 0], and the softmax gives [0.368, 0.368, 0.264].
-
-    Args:
-        k_LGD: Clean keys.
-        max_bytes: Scratch memory for unit keys (bytes).
     """
     import torch
 
     num_keys, kv_heads, head_dim = k_LGD.shape
-    unit_bytes = _unit_key_bytes(num_keys, head_dim)
-    heads = _unit_key_heads(unit_bytes, kv_heads=kv_heads, max_bytes=max_bytes)
+    heads, _ = _redundancy_blocks(
+        num_keys, kv_heads=kv_heads, head_dim=head_dim, max_bytes=max_bytes
+    )
     cosine_GL = torch.empty(kv_heads, num_keys, dtype=torch.float32, device=k_LGD.device)
     for g in range(0, kv_heads, heads):
         cosine_GL[g : g + heads] = _mean_cosine(k_LGD[:, g : g + heads])
@@ -472,7 +395,7 @@ def _mean_cosine(k_LGD: Tensor) -> Tensor:
 def position_weights(
     num_tokens: int, weighting: str, *, power: float = 3.0, device: torch.device | None = None
 ) -> Tensor:
-    """Return the factor of every clean token by its age, float32 [L], oldest token first.
+    """Return the factor of each of two or more clean tokens by age, float32 [L], oldest first.
 
     With ``p`` from 0 (oldest) to 1 (newest) and ``g(p) = exp(-8 (p (L - 1) / L)^2)``:
 
@@ -482,14 +405,7 @@ def position_weights(
         upper_convex_polynomial    2 (1 - (1 - p)^power)                       old 0, new 2
         gaussian                   0.1 + 0.9 (g(p) - g(1)) / (1 - g(1))        old 1, new 0.1
 
-    ``gaussian`` is the only one that favours old tokens. Example: polynomial with power 3 over
-    three tokens is [0.1, 0.2125, 1].
-
-    Args:
-        num_tokens: L, at least 2 (one token needs no weighing).
-        weighting: A name of `WEIGHTINGS` or an alias.
-        power: Exponent of the two polynomial weightings (dimensionless, above 0).
-        device: Where the weights are made.
+    Example: polynomial with power 3 over three tokens is [0.1, 0.2125, 1].
 
     Source: the published FlowCache compressor, score weighting methods.
     """
@@ -513,7 +429,7 @@ def position_weights(
 
 
 def weigh(score_GL: Tensor, weighting: str, *, chunk_tokens: int, power: float = 3.0) -> Tensor:
-    """Return token scores favoured by age, float32 [G, L], non-negative but for excluded tokens.
+    """Return token scores weighted by age, float32 [G, L], non-negative but for excluded tokens.
 
     Every head's minimum is subtracted first, so that a factor below 1 always lowers a score.
     ``hard`` gives the first ``chunk_tokens`` tokens `EXCLUDED_SCORE`: they only fill up a budget
@@ -525,10 +441,8 @@ def weigh(score_GL: Tensor, weighting: str, *, chunk_tokens: int, power: float =
     if canonical_weighting(weighting) == "hard":
         positive_GL[:, :chunk_tokens] = EXCLUDED_SCORE
         return positive_GL
-    num_tokens = score_GL.shape[-1]
-    return positive_GL * position_weights(
-        num_tokens, weighting, power=power, device=score_GL.device
-    )
+    weights_L = position_weights(score_GL.shape[-1], weighting, power=power, device=score_GL.device)
+    return positive_GL * weights_L
 
 
 def scoring_bytes(
@@ -546,18 +460,7 @@ def scoring_bytes(
     and 80 bytes per KV head and key: the score rows (8 float32) and the sorting (6 int64).
     """
     group = num_heads // kv_heads
-    heads, queries = _block_sizes(
-        num_queries,
-        num_keys,
-        kv_heads=kv_heads,
-        group=group,
-        head_dim=head_dim,
-        max_bytes=max_bytes,
-    )
-    per_head, per_query = _scratch_bytes(num_keys, head_dim, group)
-    unit_keys = _unit_key_bytes(num_keys, head_dim)
-    unit_heads = _unit_key_heads(unit_keys, kv_heads=kv_heads, max_bytes=max_bytes)
-    return (
-        max(heads * (per_head + queries * per_query), unit_heads * unit_keys)
-        + 80 * kv_heads * num_keys
-    )
+    sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "max_bytes": max_bytes}
+    *_, of_importance = _importance_blocks(num_queries, num_keys, group=group, **sizes)
+    _, of_redundancy = _redundancy_blocks(num_keys, **sizes)
+    return max(of_importance, of_redundancy) + 80 * kv_heads * num_keys

@@ -33,27 +33,17 @@ class NoMemoryError(UserError):
 
 @contextmanager
 def memory_named(stage: str) -> Generator[None, None, None]:
-    """Turn errors that say that memory is used up into one that names the stage of the run.
-
-    Raises:
-        NoMemoryError: the body ran out of memory.
-    """
+    """Turn errors that say that memory is used up into one that names the stage of the run."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        refusal = no_memory(error, stage=stage)
-        if refusal is None:
+        if (refusal := no_memory(error, stage=stage)) is None:
             raise
         raise refusal from error
 
 
 def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryError | None:
-    """Return what to tell the user if an error says that memory is used up, else None.
-
-    Args:
-        error: of Python, NumPy, PyTorch (CPU or CUDA) or the system.
-        stage: what the run was doing.
-    """
+    """Return what the user needs to know if an error says that memory is used up, else None."""
     if isinstance(error, NoMemoryError):
         return error
     text = one_line(error)
@@ -63,7 +53,11 @@ def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryErro
         return None
     asked = _ASKED.search(text)
     where = "" if stage is None else f" in stage {stage}"
-    size = "" if asked is None else f", which asked for {_scaled(asked[1])}"
+    size = ""
+    if asked is not None:
+        number, _, unit = asked[1].partition(" ")
+        amount = f"{int(number) / 1e9:.3g} GB" if unit == "bytes" else asked[1]
+        size = f", which asked for {amount}"
     kind = "the GPU's memory" if "CUDA" in text or "CUBLAS" in text else "memory"
     return NoMemoryError(f"{kind} is used up{where}{size}: {REMEDY}")
 
@@ -76,9 +70,3 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Return what an error says, on one line."""
     return " ".join(str(error).split())
-
-
-def _scaled(size: str) -> str:
-    """Write bytes in GB; other units stay."""
-    number, _, unit = size.partition(" ")
-    return f"{int(number) / 1e9:.3g} GB" if unit == "bytes" else size

@@ -53,10 +53,9 @@ class TokenOrigins:
 class KVCache:
     """Keys and values of one layer and branch.
 
-    The buffer may lie elsewhere than where attention runs, in the memory of the host: reading it
-    copies the part that is seen. All copies then go through the stream of the device, or through
-    that of a `Prefetcher`, which waits for it; so a row is never overwritten before a copy that was
-    asked for earlier has left.
+    The buffer may lie in the memory of the host (`storage`): reading it copies the part that is
+    seen to `device`. All copies then go through the stream of the device, or through that of a
+    `Prefetcher`, which waits for it; so a row is never overwritten before an earlier copy has left.
 
     Example: capacity 6, chunks of 2 tokens. Chunk 0 is put at offset 0 and settled: clean = 2.
     Chunks 1 and 2 are active: they are put at offsets 0 and 2 behind the clean tokens, that is at
@@ -73,14 +72,7 @@ class KVCache:
         device: torch.device,
         storage: torch.device | None = None,
     ) -> None:
-        """Allocate the buffer.
-
-        Args:
-            device: where keys and values are read.
-            storage: where the buffer lies; None: there, too.
-        """
-        self.device = device
-        self.storage = storage
+        self.device, self.storage = device, storage
         self.kv = torch.empty(
             2,
             capacity,
@@ -91,13 +83,12 @@ class KVCache:
             # pinned: copies to and from CUDA are several times faster
             pin_memory=storage is not None and storage.type == "cpu" and device.type == "cuda",
         )
-        self.clean = 0
-        self.filled = 0
+        self.clean = self.filled = 0
         self.origins: TokenOrigins | None = None
 
     def track(self, num_chunks: int) -> None:
         """Follow from now on which chunk each clean token comes from."""
-        assert self.clean == 0, f"{self.clean} clean tokens are of unknown chunks"
+        assert self.clean == 0, "clean tokens of unknown chunks"
         _, capacity, num_heads, _ = self.kv.shape
         self.origins = TokenOrigins(
             capacity, num_heads=num_heads, num_chunks=num_chunks, device=self.device
@@ -115,16 +106,16 @@ class KVCache:
         self.filled = max(self.filled, stop)
 
     def prefix(self, offset: int, *, reach_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the clean tokens and `offset` tokens behind them.
-
-        Args:
-            reach_tokens: how many of these, the last ones, are wanted; None: all.
-        """
+        """Return the keys and values of the rows that `seen` names, `[T, G, C]` each."""
         rows = self.seen(offset, reach_tokens=reach_tokens)
         return self._read(0, rows.start, rows.stop), self._read(1, rows.start, rows.stop)
 
     def seen(self, offset: int, *, reach_tokens: int | None = None) -> range:
-        """Return the rows of the clean tokens and `offset` tokens behind them; see `prefix`."""
+        """Return the rows of the clean tokens and `offset` tokens behind them.
+
+        Args:
+            reach_tokens: how many of these, the last ones, are wanted; None: all.
+        """
         stop = self.clean + offset
         return range(0 if reach_tokens is None else max(0, stop - reach_tokens), stop)
 
@@ -172,10 +163,7 @@ class KVCache:
 
 
 def tokens_per_chunk(caches: Sequence[KVCache]) -> Tensor:
-    """Return the clean tokens of each chunk `[N]`, mean over layers and heads, on the device.
-
-    The caches must be tracked, see `KVCache.track`.
-    """
+    """Return the clean tokens of each chunk `[N]`, mean over layers and heads of tracked caches."""
     counts = [cache.origins.count_GN for cache in caches if cache.origins is not None]
     return torch.stack(counts).double().mean(dim=(0, 1))
 
@@ -183,29 +171,20 @@ def tokens_per_chunk(caches: Sequence[KVCache]) -> Tensor:
 class Prefetcher:
     """Copies a layer's keys and values from the host while the layer before it is at work.
 
-    Two buffers on the device take turns, so that never more than two layers are there. On CUDA the
-    copies have a stream of their own: it begins one when all is done that was queued before, the
-    attention that last read the buffer included, and attention waits for it. Elsewhere a copy is
-    done when it is begun.
+    Two buffers on the device take turns. On CUDA the copies have a stream of their own: a copy
+    waits for all that was queued before, the attention that last read its buffer included, and
+    attention waits for the copy. Elsewhere a copy is done when it is begun.
 
-    Example: attention of layer 0 has its rows copied and waits; then the copy of layer 1 begins and
-    goes on concurrently with the rest of layer 0. Layer 1 takes it, and layer 2 begins in the
-    buffer of layer 0.
+    Example: layer 0 has its rows copied and waits; then the copy of layer 1 begins and runs
+    concurrently with the rest of layer 0. Layer 1 takes it, and layer 2 begins in the buffer of
+    layer 0.
     """
 
     def __init__(self, like: KVCache) -> None:
-        """Allocate both buffers.
-
-        Args:
-            like: one of the caches that are read; they all have the same size.
-        """
-        self._buffers = [
-            torch.empty_like(like.kv, device=like.device) for _ in range(PREFETCHED_LAYERS)
-        ]
-        self._device = like.device
-        self._stream: torch.cuda.Stream | None = None
-        if like.device.type == "cuda":
-            self._stream = torch.cuda.Stream(like.device)
+        """Allocate both buffers, of the size of the caches that are read."""
+        device = self._device = like.device
+        self._buffers = [torch.empty_like(like.kv, device=device) for _ in range(PREFETCHED_LAYERS)]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: tuple[KVCache, range] | None = None
 
     def begin(self, cache: KVCache, rows: range) -> None:
@@ -220,12 +199,9 @@ class Prefetcher:
     def take(
         self, cache: KVCache, rows: range, *, own: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return rows of a cache and the keys and values behind them, `[T, G, C]` each.
+        """Return rows of a cache and, behind them, keys and values that are on the device already.
 
-        They hold until the next but one copy begins.
-
-        Args:
-            own: keys and values that come last, which are on the device already.
+        They hold until the next but one copy begins. `[T, G, C]` each.
         """
         if self._begun != (cache, rows):
             self.begin(cache, rows)
@@ -305,29 +281,30 @@ def cached_attention(
         caches: per batch entry (guidance branch) the caches of its layers.
         active: for each chunk, in ascending order, where its tokens stand behind the clean ones.
         reach_tokens: how many tokens are seen, the last ones, own ones included; None: all.
-        compression: bounds the clean tokens: those above the budget are compressed before they
-            are seen, scored by the queries of the chunk that sees them first.
+        compression: compresses clean tokens above its budget before they are seen, scored by the
+            queries of the chunk that sees them first.
         prefetcher: reads caches that lie on the host; the layers must then come in order.
-        timing: makes a context in which the compression runs, to measure it.
-        remember: is given each layer's index and queries `[B, S, H, C]`, for a compression apart
-            from attention.
+        timing: makes a context in which the compression runs.
+        remember: is given each layer's index and queries `[B, S, H, C]`.
     """
     sizes = [len(own) for own in active]
 
-    def is_compressed(cache: KVCache) -> bool:
+    def is_full(cache: KVCache) -> bool:
         return compression is not None and cache.clean > compression.budget
+
+    def before(cache: KVCache, own: range) -> range:
+        reach = None if reach_tokens is None else reach_tokens - len(own)
+        return cache.seen(own.start, reach_tokens=reach)
 
     def read(
         cache: KVCache, own: range, kv: tuple[Tensor, Tensor], *, then: Sequence[_Read]
     ) -> tuple[Tensor, Tensor]:
         if prefetcher is None:
             return cache.prefix(own.stop, reach_tokens=reach_tokens)
-        before = None if reach_tokens is None else reach_tokens - len(own)
-        seen = prefetcher.take(cache, cache.seen(own.start, reach_tokens=before), own=kv)
+        seen = prefetcher.take(cache, before(cache, own), own=kv)
         for other, chunk in then[:1]:
-            if not is_compressed(other):
-                before = None if reach_tokens is None else reach_tokens - len(chunk)
-                prefetcher.begin(other, other.seen(chunk.start, reach_tokens=before))
+            if not is_full(other):
+                prefetcher.begin(other, before(other, chunk))
         return seen
 
     def attend(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
@@ -344,23 +321,18 @@ def cached_attention(
         outputs: list[Tensor] = []
         for number, ((cache, own), (q, k, v)) in enumerate(zip(reads, parts, strict=True)):
             cache.put(own.start, k[0], v[0])
-            if compression is not None and is_compressed(cache):
+            if compression is not None and is_full(cache):
                 with timing():
                     cache.compress(q[0], compression.keep)
             seen_k, seen_v = read(cache, own, (k[0], v[0]), then=upcoming[number + 1 :])
             outputs.append(kernel(q, seen_k.unsqueeze(0), seen_v.unsqueeze(0)))
-        return _joined(outputs, num_entries=len(caches))
+        if len(outputs) == 1:
+            return outputs[0]
+        size = len(active)
+        entries = [torch.cat(outputs[i : i + size], dim=1) for i in range(0, len(outputs), size)]
+        return torch.cat(entries)
 
     return attend
-
-
-def _joined(outputs: Sequence[Tensor], *, num_entries: int) -> Tensor:
-    """Put the chunks `[1, S, H, C]` of all batch entries together, entry by entry."""
-    if len(outputs) == 1:
-        return outputs[0]
-    size = len(outputs) // num_entries
-    entries = [torch.cat(list(outputs[i : i + size]), dim=1) for i in range(0, len(outputs), size)]
-    return torch.cat(entries)
 
 
 def peak_tokens(
@@ -368,13 +340,11 @@ def peak_tokens(
 ) -> int:
     """Return how many tokens a cache must hold at most: clean (or kept) and active ones.
 
-    Compression is counted only where it surely happens, in a tick in which a chunk enters: such a
-    chunk is always computed.
+    Compression counts only where it surely happens, in a tick in which a chunk enters.
 
     Args:
-        chunk_tokens: tokens of each chunk to denoise.
         given: tokens of the given clean chunks (prefix, end image).
-        budget: clean tokens kept, or None without compression.
+        budget: clean tokens kept; None: all.
     """
     clean = peak = given
     for tick in ticks:

@@ -5,8 +5,7 @@ must be computed. `flowcache.predict` says *what* the others get; any policy goe
 predictor. Each guidance branch has a policy of its own.
 
 To add a policy: write its class, whose fields name the settings that it takes, and list it in
-`POLICIES`. A setting that no other policy has is one more field of `ReuseRule`. What a run checks
-and what `--list-settings` shows follows from these two.
+`POLICIES`. A setting that no other policy has is one more field of `ReuseRule`.
 
 Source of the rules: FlowCache (arXiv 2602.10825) and TeaCache (arXiv 2411.19108).
 """
@@ -62,7 +61,7 @@ Decisions: TypeAlias = dict[int, Decision]
 
 
 def identity(distance: float) -> float:
-    """Return the distance as it is."""
+    """Leave a distance as it is."""
     return distance
 
 
@@ -94,7 +93,10 @@ class Calibration:
 
 
 class ReusePolicy(ABC):
-    """Decides for one guidance branch which active chunks are computed at each tick."""
+    """Decides for one guidance branch which active chunks are computed at each tick.
+
+    The fields of those in `POLICIES` take settings and calibrated values, see `made_of`.
+    """
 
     needs_signals = True
     """Whether `plan` reads its signals; where not, the caller may pass none."""
@@ -110,16 +112,8 @@ class ReusePolicy(ABC):
     def computed_anyway(self, chunks: Collection[int]) -> None:  # noqa: B027
         """Learn that these chunks were computed although `plan` did not ask for it."""
 
-
-class NamedPolicy(ReusePolicy):
-    """A policy that `reuse.policy` can name; see `POLICIES`.
-
-    A field of its dataclass has the value of the setting, or of the calibrated value, of that name,
-    or of the name that its metadata gives; see `made_of`.
-    """
-
     @classmethod
-    def of(cls, rule: ReuseRule, calibration: Calibration) -> NamedPolicy:
+    def of(cls, rule: ReuseRule, calibration: Calibration) -> ReusePolicy:
         """Return a new policy with the values of the settings and of a calibration."""
         return made_of(cls, rule, calibration)
 
@@ -129,46 +123,63 @@ class NamedPolicy(ReusePolicy):
         return not set(names).isdisjoint(sources_of(cls).values())
 
 
-@dataclass
-class Vanilla(NamedPolicy):
-    """Compute every step of every chunk."""
+class FixedSteps(ReusePolicy):
+    """Computes own steps that are known before the run, and the last one."""
 
     needs_signals = False
 
+    @abstractmethod
+    def is_planned(self, chunk: int, step: int) -> bool:
+        """Return whether a chunk's own step is computed."""
+
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        return {chunk: Decision(True) for chunk in tick.steps}
+        last = tick.num_steps - 1
+        return {
+            chunk: Decision(chunk not in stored or step == last or self.is_planned(chunk, step))
+            for chunk, step in tick.steps.items()
+        }
 
 
 @dataclass
-class Stride(NamedPolicy):
+class Vanilla(FixedSteps):
+    """Compute every step of every chunk."""
+
+    def is_planned(self, chunk: int, step: int) -> bool:
+        return True
+
+
+@dataclass
+class Stride(FixedSteps):
     """Compute fixed own steps of every chunk: the baseline any adaptive rule has to beat.
 
     Either an explicit list `steps`, or the `warmup_steps` first ones and from there every
-    `every`-th. The first and the last own step are always computed. Example with 10 steps,
-    warm-up 3, every 3: 0 1 2 3 6 9.
+    `every`-th; the first and the last one always. Example with 10 steps, warm-up 3, every 3:
+    0 1 2 3 6 9.
     """
 
     every: int = 2
     warmup_steps: int = 3
     steps: Collection[int] | None = None
-    needs_signals = False
 
-    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        return {
-            chunk: Decision(chunk not in stored or self._is_planned(step, tick.num_steps))
-            for chunk, step in tick.steps.items()
-        }
-
-    def _is_planned(self, step: int, num_steps: int) -> bool:
-        if step == num_steps - 1:
-            return True
+    def is_planned(self, chunk: int, step: int) -> bool:
         if self.steps is not None:
             return step in self.steps
         return step < self.warmup_steps or (step - self.warmup_steps) % self.every == 0
 
 
 @dataclass
-class FlowCache(NamedPolicy):
+class Planned(FixedSteps):
+    """Compute the planned own steps of every chunk, the first and the last one always."""
+
+    plans: Sequence[Collection[int]]
+    """Computed own steps by chunk; chunks behind the last entry use that one."""
+
+    def is_planned(self, chunk: int, step: int) -> bool:
+        return step in self.plans[min(chunk, len(self.plans) - 1)]
+
+
+@dataclass
+class FlowCache(ReusePolicy):
     """Every chunk decides for itself, by the accumulated change of its own signal.
 
     A chunk is computed in its first `warmup_steps` own steps, in the last tick of the run, and when
@@ -187,9 +198,7 @@ class FlowCache(NamedPolicy):
     accumulated: dict[int, float] = field(default_factory=dict)
 
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        distances = relative_l1(
-            {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
-        )
+        distances = _changes(self.previous, signals, tick)
         decisions: Decisions = {}
         for chunk, step in tick.steps.items():
             is_own_last = self.compute_last_step and step == tick.num_steps - 1
@@ -199,7 +208,6 @@ class FlowCache(NamedPolicy):
                 is_forced=step < self.warmup_steps or is_own_last or chunk not in stored,
                 is_run_end=tick.is_last,
             )
-        self.previous = {chunk: signals[chunk] for chunk in tick.steps}
         return decisions
 
     def computed_anyway(self, chunks: Collection[int]) -> None:
@@ -220,7 +228,7 @@ class FlowCache(NamedPolicy):
 
 
 @dataclass
-class TeaCache(NamedPolicy):
+class TeaCache(ReusePolicy):
     """One decision for the whole window: all active chunks are computed, or none.
 
     The distance is taken over all signals given, in one mean. The first `warmup_ticks` ticks and
@@ -262,29 +270,6 @@ class TeaCache(NamedPolicy):
 
 
 @dataclass
-class Planned(NamedPolicy):
-    """Compute the planned own steps of every chunk.
-
-    The first and the last own step are always computed.
-    """
-
-    plans: Sequence[Collection[int]]
-    """Computed own steps by chunk; chunks behind the last entry use that one."""
-    needs_signals = False
-
-    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        return {
-            chunk: Decision(chunk not in stored or self.is_planned(chunk, step, tick.num_steps))
-            for chunk, step in tick.steps.items()
-        }
-
-    def is_planned(self, chunk: int, step: int, num_steps: int) -> bool:
-        """Return whether a chunk's own step is in its plan."""
-        own = self.plans[min(chunk, len(self.plans) - 1)]
-        return step in own or step == num_steps - 1
-
-
-@dataclass
 class GuardedPlan(Planned):
     """Follow a plan, and compute as well where a chunk changes as no calibration clip did.
 
@@ -298,21 +283,18 @@ class GuardedPlan(Planned):
     needs_signals = True
 
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        distances = relative_l1(
-            {c: (signals[c], self.previous[c]) for c in tick.steps if c in self.previous}
-        )
+        distances = _changes(self.previous, signals, tick)
         decisions = super().plan(tick, signals, stored=stored)
         for chunk, distance in distances.items():
             step = tick.steps[chunk]
             # "not inside": a distance that is not a number must lead to a computation
             is_inside = self.low[step] <= distance <= self.high[step]
             decisions[chunk] = Decision(decisions[chunk].is_computed or not is_inside, distance)
-        self.previous = {chunk: signals[chunk] for chunk in tick.steps}
         return decisions
 
 
 @dataclass
-class MagCache(NamedPolicy):
+class MagCache(ReusePolicy):
     """Reuse while the magnitudes of the skipped results stay near that of the stored one.
 
     Each skipped step multiplies the chunk's ratio by the calibrated one of that step, and adds
@@ -361,16 +343,13 @@ class MagCache(NamedPolicy):
 
 @dataclass
 class Replay(ReusePolicy):
-    """Compute exactly what a recorded run computed.
-
-    `ticks` holds its decisions: tick -> chunk -> (own step, whether it was computed).
-    """
+    """Compute exactly what a recorded run computed."""
 
     ticks: Mapping[int, Mapping[int, tuple[int, bool]]]
+    """Tick -> chunk -> (own step, whether it was computed)."""
     needs_signals = False
 
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        """Decide as recorded; see `ReusePolicy.plan`."""
         if len(self.ticks) != tick.num_ticks:
             raise _unfit(f"it has {len(self.ticks)} ticks, the run {tick.num_ticks}")
         recorded = self.ticks.get(tick.index, {})
@@ -387,7 +366,6 @@ class Replay(ReusePolicy):
         return decisions
 
     def computed_anyway(self, chunks: Collection[int]) -> None:
-        """Refuse a run that computes more than was recorded."""
         raise _unfit(f"it reuses chunks {sorted(chunks)} where the run has to compute them")
 
 
@@ -402,7 +380,7 @@ def _unfit(reason: str) -> UserError:
 PROFILED = ("plans", "magnitude_ratios", "distance_low", "distance_high")
 """The values of a `Calibration` that a profile holds."""
 
-POLICIES: Mapping[str, type[NamedPolicy]] = MappingProxyType(
+POLICIES: Mapping[str, type[ReusePolicy]] = MappingProxyType(
     {
         "vanilla": Vanilla,
         "teacache": TeaCache,
@@ -434,7 +412,7 @@ class ReuseRule:
     guidance_steps: OwnSteps = None
 
     @property
-    def kind(self) -> type[NamedPolicy]:
+    def kind(self) -> type[ReusePolicy]:
         """The class of the policy."""
         return POLICIES[self.policy]
 
@@ -499,16 +477,11 @@ def check_guidance(rule: ReuseRule, *, num_passes: int) -> None:
 class Policies(Protocol):
     """Makes the policy of a guidance branch in a segment."""
 
-    def __call__(self, *, segment: int, branch: str) -> ReusePolicy:
-        """Return a new policy."""
-        ...
+    def __call__(self, *, segment: int, branch: str) -> ReusePolicy: ...
 
 
 def compute_together(policy: ReusePolicy, plan: Decisions) -> Decisions:
-    """Compute all chunks of a plan as soon as one must be.
-
-    For attention over the whole window, where chunks can't be computed apart.
-    """
+    """Compute all chunks of a plan as soon as one must be, for attention over the whole window."""
     is_any = any(decision.is_computed for decision in plan.values())
     return _compute(policy, plan, plan if is_any else ())
 
@@ -519,9 +492,7 @@ def agree(
     *,
     apart: Collection[int] = (),
 ) -> dict[str, Decisions]:
-    """Compute a chunk in all branches as soon as one branch must compute it.
-
-    For what is reused after guidance, which needs every branch.
+    """Compute a chunk in all branches as soon as one must: what is reused after guidance needs all.
 
     Args:
         apart: chunks that one branch may compute without the others.
@@ -532,18 +503,21 @@ def agree(
 
 
 def _compute(policy: ReusePolicy, plan: Decisions, chunks: Collection[int]) -> Decisions:
-    extra = [
-        chunk for chunk, decision in plan.items() if chunk in chunks and not decision.is_computed
-    ]
+    extra = [c for c, decision in plan.items() if c in chunks and not decision.is_computed]
     if extra:
         policy.computed_anyway(extra)
-    return {
-        c: replace(decision, is_computed=True) if c in extra else decision
-        for c, decision in plan.items()
-    }
+    return plan | {c: replace(plan[c], is_computed=True) for c in extra}
 
 
 # Measurements -----------------------------------------------------------------------------------
+
+
+def _changes(previous: dict[int, Tensor], signals: Signals, tick: Tick) -> dict[int, float]:
+    """Return the distance of each active chunk's signal to the one before, which it replaces."""
+    pairs = {c: (signals[c], previous[c]) for c in tick.steps if c in previous}
+    previous.clear()
+    previous.update({chunk: signals[chunk] for chunk in tick.steps})
+    return relative_l1(pairs)
 
 
 def relative_l1(pairs: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
@@ -555,26 +529,18 @@ def relative_l1(pairs: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
         return {}
     import torch
 
-    sums = torch.stack(
-        [
-            torch.stack([_mean(now - before), _mean(before)]).float()
-            for now, before in pairs.values()
-        ]
-    ).tolist()
-    return {key: _ratio(change, size) for key, (change, size) in zip(pairs, sums, strict=True)}
+    def mean(x: Tensor) -> Tensor:
+        # summed and kept in float32 at least: a 16-bit mean is 0.4 % coarse
+        return x.abs().mean(dtype=torch.promote_types(x.dtype, torch.float32))
 
+    def ratio(change: float, size: float) -> float:
+        if size == 0.0:
+            return 0.0 if change == 0.0 else math.inf
+        return change / size
 
-def _mean(x: Tensor) -> Tensor:
-    """Return mean|x|: summed and kept in float32 at least; a 16-bit mean is 0.4 % coarse."""
-    import torch
-
-    return x.abs().mean(dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _ratio(change: float, size: float) -> float:
-    if size == 0.0:
-        return 0.0 if change == 0.0 else math.inf
-    return change / size
+    sums = [torch.stack([mean(now - before), mean(before)]) for now, before in pairs.values()]
+    means = torch.stack([each.float() for each in sums]).tolist()
+    return {key: ratio(*each) for key, each in zip(pairs, means, strict=True)}
 
 
 class Observe(Protocol):
@@ -591,11 +557,10 @@ class Observe(Protocol):
         velocity: Tensor,
         sigma: float,
     ) -> None:
-        """Look at a velocity; it must not be changed.
+        """Look at a velocity, which must not be changed.
 
         Args:
             branch: the guidance pass; "guided": what guidance makes of all.
             velocity: the model's output, `[C, F, h, w]`.
             sigma: noise level of the step, 1 noise to 0 clean.
         """
-        ...

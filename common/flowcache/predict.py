@@ -6,8 +6,7 @@ first axis: `[F, ...]`; noise levels are `[F]`.
 To add a predictor that works on a branch's velocities: write its two functions and list it in
 `PREDICTORS`. Those of other levels need a place in the sampler of each model as well.
 
-In computed steps, too, guidance may be predicted: `HeldGuidance` says which of them run the
-conditional pass alone.
+In computed steps, too, guidance may be predicted: `HeldGuidance`.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
         "velocity": Predictor("velocity"),
         # as published for MAGI-1: it contains the step size of the step in which it was made
         "latent_update": Predictor("step"),
-        # the velocity that leads from the noisy latent of now to the clean latent that the one of
-        # then pointed to: after Euler steps the held velocity; it differs where it is extrapolated,
-        # and after steps of a higher order
+        # the velocity that leads to the clean latent that the stored one pointed to: after Euler
+        # steps the held velocity; it differs where it is extrapolated and after higher orders
         "clean": Predictor(
             "velocity",
             stored=lambda velocity, noisy, sigma: clean_estimate(noisy, velocity, sigma=sigma),
@@ -83,11 +81,7 @@ class ResultStore:
         return self.history.keys()
 
     def put(self, unit: int, value: Tensor, *, sigma: Tensor) -> None:
-        """Store a computed result.
-
-        Args:
-            sigma: noise level of each latent frame at that step.
-        """
+        """Store a result computed at noise level `sigma`."""
         older = self.history.get(unit, [])[-self.order :] if self.factor else []
         self.history[unit] = [*older, (value, sigma)]
 
@@ -153,16 +147,15 @@ class _Held:
 class HeldGuidance:
     """Which computed steps run the conditional pass alone, and what replaces the others.
 
-    What the other passes add to the conditional velocity is a difference, as uncond - cond or
-    guided - cond. It is kept from the last step that computed all passes, and added to the
-    conditional velocity of the steps that compute that one pass only. The last own step computes
-    all passes, and so does a step without a difference of its scales.
+    What the other passes add to the conditional velocity is a difference, as uncond - cond. It is
+    kept from the last step that computed all passes, and added to the conditional velocity of the
+    steps that compute that pass only. The last own step computes all passes, and so does a step
+    without a difference of its scales.
 
     Example with `every=3` and own steps 0 1 2 4 5 7 of 8 computed: steps 0, 4 and 7 (the last one)
     compute all passes, steps 1, 2 and 5 the conditional one.
 
-    Source: FasterCache (arXiv 2410.19355) reuses the difference of the passes as well, corrected by
-    frequency; here it is held as it is.
+    Source: FasterCache (arXiv 2410.19355), without its correction by frequency.
     """
 
     steps: Collection[int] | None = None

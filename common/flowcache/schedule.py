@@ -70,31 +70,3 @@ def staggered(chunks: Sequence[int], *, num_steps: int, lag: int) -> list[Tick]:
         return {chunks[place]: index - place * stagger for place in range(first, stop)}
 
     return [Tick(index, num_ticks, num_steps, steps(index)) for index in range(num_ticks)]
-
-
-def visible_intervals(
-    ticks: Sequence[Tick], *, num_chunks: int, window: int, lag: int
-) -> list[range]:
-    """Return the chunks that a sliding window of `window` chunks shows at each tick.
-
-    The window starts at chunk 0 and moves on by one chunk in the tick in which the chunk after its
-    end starts.
-
-    Args:
-        lag: own steps between neighbouring chunks, as `ticks` were made with.
-
-    Raises:
-        UserError: the window is too short to hold all chunks that are active at once.
-    """
-    if ticks and window < num_chunks and window * lag < ticks[0].num_steps:
-        raise UserError(
-            f"a window of {window} chunks cannot hold all chunks that are active at once: "
-            f"{ticks[0].num_steps} steps must be at most {window} times the lag of {lag}; "
-            "use a longer window or a larger lag"
-        )
-    end, intervals = min(window, num_chunks), []
-    for tick in ticks:
-        if end in tick.steps:
-            end += 1
-        intervals.append(range(max(end - window, 0), end))
-    return intervals

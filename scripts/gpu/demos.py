@@ -116,10 +116,11 @@ def skyreels() -> Demo:
 
 def magi1() -> Demo:
     """Return MAGI-1."""
-    from magi1 import checkpoint, vae
+    from magi1 import vae
+    from magi1.checkpoint import Checkpoint
     from magi1.dit import compiled_parts
     from magi1.model import MODEL
-    from magi1.pipeline import Conditioning, generate
+    from magi1.pipeline import Conditioning, generate_clip
 
     # six chunks of 96 tokens: one more than the compressed cache holds
     short = ("runtime_config.num_frames=144", "engine_config.kv_offload=false")
@@ -129,7 +130,7 @@ def magi1() -> Demo:
         return read_settings(MODEL, Request(preset, "demo", overrides))
 
     def load(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-        return checkpoint.load_dit(checkpoint.find(config), device=device, dtype=dtype)
+        return Checkpoint.find(config).load_dit(device=device, dtype=dtype)
 
     def load_vae(config: Any, device: torch.device) -> Any:
         folder, scale = Path(config.runtime_config.vae_pretrained), run_scale(config)
@@ -140,7 +141,7 @@ def magi1() -> Demo:
 
     def play(dit: Any, codec: Any, config: Any, stats: RunStats, draw: Any) -> Iterator[Progress]:
         inputs = Conditioning(_words(NUM_WORDS, dit.config.caption_channels))
-        return generate(dit, codec, config, inputs, stats=stats, draw=draw)
+        return generate_clip(dit, codec, config, inputs, stats=stats, draw=draw)
 
     def attention(dit: Any) -> AttentionShape:
         sizes = dit.config

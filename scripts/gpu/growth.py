@@ -24,7 +24,7 @@ from flowcache.runtime.stats import RunStats, environment
 from gpu import magi1 as magi1_subject
 from gpu import skyreels_v2 as skyreels_subject
 from magi1.model import ASSUMED_TOKENS
-from magi1.work import work_of as magi1_work_of
+from magi1.work import clip_work
 from skyreels_v2.work import work_of as skyreels_work_of
 
 NAME = "growth.json"
@@ -112,7 +112,7 @@ def plan_magi1(line: Line, num_frames: int) -> dict[str, Any]:
     settings = (*magi1_subject.SETTINGS["paper"], *line.settings(num_frames))
     request = Request(line.preset, magi1_subject.RELEASED_NAME, settings)
     config = read_settings(load_model("magi1"), request)
-    work = magi1_work_of(
+    work = clip_work(
         config,
         num_prefix=0,
         prompt_tokens=ASSUMED_TOKENS,

@@ -18,11 +18,11 @@ from gpu.traces import MAGI1_CURVE
 from magi1.config import RunConfig
 from magi1.dit import DiT, compiled_parts, published_block_flops, set_precision
 from magi1.model import ASSUMED_TOKENS, MODEL
-from magi1.pipeline import Conditioning, generate
+from magi1.pipeline import Conditioning, generate_clip
 from magi1.sampler import ALL_BRANCHES
 from magi1.schedule import Clip, Clock, visible
 from magi1.vae import RELEASED, VAE, VAEConfig, ViTVAE
-from magi1.work import dtype_of, latent_size, layout_of, tiling_of, work_of
+from magi1.work import clip_work, dtype_of, latent_size, layout_of, tiling_of
 
 RELEASED_NAME = "4.5B_distill"
 STEPS = {"paper": 64, "tiny": 16}
@@ -76,7 +76,7 @@ def plan(method: Method, size: Size, thin: int, settings: Sequence[str]) -> Plan
         *(*SETTINGS[size], *method.settings, *settings),
     ]
     config = read_settings(MODEL, Request(method.preset, RELEASED_NAME, overrides))
-    made = work_of(
+    made = clip_work(
         config,
         num_prefix=0,
         prompt_tokens=TEXT_TOKENS[size],
@@ -156,7 +156,7 @@ def compilation(models: Models) -> Compilation | None:
 
 def play(models: Models, made: Plan, stats: RunStats, policies: Policies) -> Iterator[Progress]:
     """Make the video in memory."""
-    return generate(
+    return generate_clip(
         models.dit, models.vae, made.config, models.conditioning, stats=stats, policies=policies
     )
 

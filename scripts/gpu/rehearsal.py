@@ -253,7 +253,7 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
     model, num_tokens = config.model_config, gpu_magi1.TEXT_TOKENS["paper"]
     vae_sizes = replace(magi1_vae.RELEASED, depth=case.vae_layers)
     scale, dtype = config.runtime_config.scale_factor, dtype_of(config, CUDA)
-    work = magi1_work.work_of(
+    work = magi1_work.clip_work(
         config, num_prefix=0, prompt_tokens=num_tokens, has_special_tokens=False, dtype=dtype
     )
     with torch.device("meta"):
@@ -275,7 +275,7 @@ def _magi1(case: Case, made: Plan) -> tuple[MemoryPlan, Play]:
             network.to_empty(device=CUDA).eval().requires_grad_(False)
         dit.kernel = choose_kernel(CUDA, dtype=dtype, wanted=KERNEL)
         encoded = torch.randn(num_tokens, model.caption_channels)
-        return magi1_pipeline.generate(
+        return magi1_pipeline.generate_clip(
             dit,
             magi1_vae.VAE(vae.to("cpu" if config.offload else CUDA), scale=scale),
             config,

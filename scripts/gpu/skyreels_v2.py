@@ -31,7 +31,7 @@ from gpu.traces import SKYREELS_CURVE
 from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
-from skyreels_v2.pipeline import LATENT_CHANNELS, Conditioning, generate
+from skyreels_v2.pipeline import Conditioning, generate
 from skyreels_v2.work import VAE_STRIDE, branches_of, work_of
 
 STEPS = {"paper": 50, "tiny": 10}
@@ -64,7 +64,13 @@ class GreyVAE:
         """Return latents of zeros."""
         batch, _, num_frames, height, width = pixels_B3THW.shape
         num_latents = (num_frames - 1) // TEMPORAL_STRIDE + 1
-        shape = (batch, LATENT_CHANNELS, num_latents, height // VAE_STRIDE, width // VAE_STRIDE)
+        shape = (
+            batch,
+            DIT["paper"].out_dim,
+            num_latents,
+            height // VAE_STRIDE,
+            width // VAE_STRIDE,
+        )
         return pixels_B3THW.new_zeros(shape)
 
     def stream(self, _ranks: Ranks, /) -> "GreyVAE":

@@ -52,31 +52,28 @@ def test_attention_equals_its_definition_with_shared_key_heads(kv_heads: int):
     assert_close(SDPA(q, k, v), by_definition(q, k, v), ulps=64)
 
 
-def test_one_key_gives_its_value_whatever_the_query():
-    v = torch.tensor([[[[3.0, -4.0]]]])
-    assert torch.equal(SDPA(torch.randn(1, 1, 1, 2), torch.randn(1, 1, 1, 2), v), v)
-
-
 def test_the_output_keeps_the_dtype_of_the_queries():
     x = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
     assert SDPA(x, x, x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cpu_is_served_by_torch(dtype: torch.dtype):
-    assert choose_kernel(torch.device("cpu"), dtype=dtype) is SDPA
-
-
-def test_float32_on_cuda_is_served_by_torch():
-    assert choose_kernel(CUDA, dtype=torch.float32) is SDPA
-
-
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface")),
-    reason="flash-attn is installed",
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("cuda", torch.float32),
+        pytest.param(
+            *("cuda", torch.bfloat16),
+            marks=pytest.mark.skipif(
+                any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface")),
+                reason="flash-attn is installed",
+            ),
+        ),
+    ],
 )
-def test_half_precision_on_cuda_is_served_by_torch_without_flash_attn():
-    assert choose_kernel(CUDA, dtype=torch.bfloat16) is SDPA
+def test_torch_serves_where_flash_attn_cannot(device: str, dtype: torch.dtype):
+    assert choose_kernel(torch.device(device), dtype=dtype) is SDPA
 
 
 @pytest.mark.parametrize(
@@ -155,10 +152,6 @@ def test_a_wanted_kernel_is_taken_and_no_other_is_tried():
     seconds = timed(efficient=9.0, flash=1.0)
     kernel = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="efficient", seconds=seconds)
     assert kernel.probed == (("torch SDPA, efficient", 0.009),)
-    with pytest.raises(
-        UserError, match=r"attention_kernel=cudnn is none that .* can do 64 .*=auto"
-    ):
-        choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="cudnn", seconds=seconds)
 
 
 def test_nothing_is_tried_where_there_is_no_choice():
@@ -170,14 +163,22 @@ def test_nothing_is_tried_where_there_is_no_choice():
     assert kernel is SDPA
 
 
-def test_a_kernel_that_cannot_run_here_is_refused():
-    with pytest.raises(UserError, match=r"attention_kernel=cudnn is not available on cpu .*torch$"):
-        choose_kernel(torch.device("cpu"), dtype=torch.float32, wanted="cudnn")
-
-
-def test_a_shape_that_no_kernel_can_do_is_an_error():
-    with pytest.raises(UserError, match=r"64 queries and 256 keys of width 16.*=torch"):
-        choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=timed())
+@pytest.mark.parametrize(
+    ("device", "options", "words"),
+    [
+        ("cpu", {"wanted": "cudnn"}, r"attention_kernel=cudnn is not available on cpu .*torch$"),
+        ("cuda", {"shape": SHAPE}, r"64 queries and 256 keys of width 16.*=torch"),
+        (
+            *("cuda", {"shape": SHAPE, "wanted": "cudnn"}),
+            r"attention_kernel=cudnn is none that .* can do 64 .*=auto",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_run_here_or_do_the_shape_is_refused(
+    device: str, options: dict[str, Any], words: str
+):
+    with pytest.raises(UserError, match=words):
+        choose_kernel(torch.device(device), dtype=HALF, seconds=timed(), **options)
 
 
 def test_the_math_backend_of_torch_gives_what_the_definition_gives():

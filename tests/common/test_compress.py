@@ -41,12 +41,7 @@ LAYOUT = TokenLayout(frame_tokens=6, chunk_tokens=12)
 
 
 def golden_outputs(case: dict[str, Any], tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Return all that a case of a kv_compress golden file can hold, computed by our code.
-
-    Args:
-        case: One entry of ``metadata["case"]["cases"]``.
-        tensors: Returns a tensor of the file by its key.
-    """
+    """Return all that a case of the golden file can hold, computed by our code."""
     k, v, q = (tensors(f"{case['inputs']}.{name}") for name in "kvq")
     num_clean, is_token = case["clean_tokens"], case["strategy"] == "token"
     frame_tokens = case.get("frame_tokens") or case.get("h", 1) * case.get("w", 1)
@@ -203,7 +198,7 @@ def test_half_precision_inputs_are_scored_in_float32() -> None:
 )
 @pytest.mark.parametrize("surplus", [0, 5])
 def test_an_ample_budget_keeps_every_token_in_place(
-    strategy: ImportanceRedundancy | Recent | SinkRecent, surplus: int
+    strategy: CompressionStrategy, surplus: int
 ) -> None:
     q, k = random_keys(9, num_tokens=12), random_keys(10, num_tokens=30)
     kept = strategy.keep(q, k, budget=30 + surplus, layout=LAYOUT)
@@ -273,59 +268,54 @@ def test_weighing_starts_from_a_non_negative_score_and_spares_its_input() -> Non
     assert score.tolist() == [[-3.0, -1.0, -2.0]]
 
 
-def test_recent_keeps_the_newest_whole_chunks() -> None:
-    k = random_keys(17, num_tokens=25)
-    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
-    kept = Recent().keep(k, k, budget=19, layout=layout)
-    assert torch.equal(kept, torch.arange(15, 25).unsqueeze(1).expand(-1, 3))
-    assert Recent().keep(k, k, budget=0, layout=layout).shape == (0, 3)
-
-
-def test_sink_recent_keeps_the_first_frames_and_the_newest() -> None:
-    k = random_keys(18, num_tokens=30)
-    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
-    kept = SinkRecent().keep(k, k, budget=17, layout=layout)
-    assert kept[:, 2].tolist() == [*range(5), *range(20, 30)]
+@pytest.mark.parametrize(
+    ("strategy", "num_keys", "budget", "kept"),
+    [
+        (Recent(), 25, 19, [*range(15, 25)]),
+        (Recent(), 25, 0, []),
+        (SinkRecent(), 30, 17, [*range(5), *range(20, 30)]),
+    ],
+    ids=repr,
+)
+def test_the_newest_tokens_and_a_sink_are_kept_whole(
+    strategy: CompressionStrategy, num_keys: int, budget: int, kept: list[int]
+) -> None:
+    k, layout = random_keys(17, num_tokens=num_keys), TokenLayout(frame_tokens=5, chunk_tokens=10)
+    found = strategy.keep(k, k, budget=budget, layout=layout)
+    assert found.T.tolist() == [kept] * 3
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("settings", "words"),
     [
-        (lambda: ImportanceRedundancy(mix=1.5), "mix must lie in 0..1, got 1.5"),
-        (lambda: ImportanceRedundancy(kernel=4), "kernel must be odd and positive, got 4"),
-        (lambda: ImportanceRedundancy(weighting="linear"), "unknown position weighting 'linear'"),
-        (
-            lambda: ImportanceRedundancy(granularity="chunk", weighting="hard"),
-            "weighting 'hard' needs granularity token",
-        ),
-        (lambda: ImportanceRedundancy(queries="last"), "queries must be one of token, frame"),  # type: ignore[arg-type]
-        (lambda: ImportanceRedundancy(power=0), "power must be above 0, got 0"),
-        (lambda: ImportanceRedundancy(max_bytes=0), "max_bytes must be positive, got 0"),
-        (lambda: SinkRecent(sink_frames=0), "sink_frames must be at least 1, got 0"),
-        (lambda: TokenLayout(4, 6), "multiple of frame_tokens, got 6 and 4"),
+        ({"kernel": 4}, "kernel must be odd and positive, got 4"),
+        ({"weighting": "linear"}, "unknown position weighting 'linear'"),
+        ({"granularity": "chunk", "weighting": "hard"}, "weighting 'hard' needs granularity token"),
     ],
 )
-def test_a_wrong_setting_is_named(make: Callable[[], object], words: str) -> None:
+def test_a_wrong_setting_is_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        make()
+        ImportanceRedundancy(**settings)
 
 
 @pytest.mark.parametrize(
     ("strategy", "budget", "words"),
     [
-        (ImportanceRedundancy(granularity="chunk"), 11, "a whole chunk of 12 tokens, got 11"),
+        (ImportanceRedundancy(granularity="chunk"), 11, "0 or hold a whole chunk of 12 .*, got 11"),
         (ImportanceRedundancy(granularity="frame"), 12, "multiples of 6, got 40"),
         (ImportanceRedundancy(), -1, "got -1"),
         (Recent(), 11, "a whole chunk of 12 tokens, got 11"),
         (SinkRecent(sink_frames=2), 17, "does not hold 2 sink frames"),
     ],
 )
-def test_a_budget_that_fits_no_group_is_refused(
-    strategy: ImportanceRedundancy | Recent | SinkRecent, budget: int, words: str
+def test_a_budget_that_fits_no_group_is_refused_with_and_without_keys(
+    strategy: CompressionStrategy, budget: int, words: str
 ) -> None:
     k = random_keys(19, num_tokens=40)
     with pytest.raises(UserError, match=words):
         strategy.keep(k, k, budget=budget, layout=LAYOUT)
+    with pytest.raises(UserError, match=words):
+        kept_tokens(strategy, num_keys=40, budget=budget, layout=LAYOUT)
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(12, 12), (12, 4)])
@@ -340,14 +330,8 @@ def test_scoring_stays_within_the_memory_it_announces(
     peak = peak_extra_bytes(
         lambda: strategy.keep(q, k, budget=512, layout=LAYOUT), tmp_path / "trace.json"
     )
-    bound = scoring_bytes(
-        num_queries,
-        1024,
-        num_heads=query_heads,
-        kv_heads=kv_heads,
-        head_dim=64,
-        max_bytes=max_bytes,
-    )
+    heads = {"num_heads": query_heads, "kv_heads": kv_heads, "head_dim": 64}
+    bound = scoring_bytes(num_queries, 1024, **heads, max_bytes=max_bytes)
     assert 0.5 * bound < peak <= bound
 
 
@@ -373,14 +357,3 @@ def test_how_many_tokens_stay_is_known_without_keys(strategy: CompressionStrateg
     torch.manual_seed(0)
     kept = strategy.keep(torch.randn(10, 2, 8), torch.randn(30, 2, 8), budget=budget, layout=layout)
     assert kept_tokens(strategy, num_keys=30, budget=budget, layout=layout) == len(kept)
-
-
-def test_a_budget_that_no_run_can_keep_is_refused_without_keys():
-    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
-    for strategy, message in (
-        (Recent(), "must be 0 or hold a whole chunk"),
-        (SinkRecent(sink_frames=2), "does not hold 2 sink frames"),
-        (ImportanceRedundancy(granularity="chunk"), "hold a whole chunk"),
-    ):
-        with pytest.raises(UserError, match=message):
-            kept_tokens(strategy, num_keys=30, budget=7, layout=layout)

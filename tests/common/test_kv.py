@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,12 @@ from flowcache.schedule import staggered
 pytestmark = pytest.mark.numeric
 
 
+CPU = torch.device("cpu")
+PLACE: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
+
+
 def empty_cache(capacity: int, *, num_heads: int = 1) -> KVCache:
-    place = {"dtype": torch.float32, "device": torch.device("cpu")}
-    return KVCache(capacity, num_heads=num_heads, head_width=1, **place)
+    return KVCache(capacity, num_heads=num_heads, head_width=1, **PLACE)
 
 
 def rows(values: Sequence[float], *, num_heads: int = 1) -> Tensor:
@@ -43,36 +47,29 @@ def keys(cache: KVCache, offset: int = 0, *, head: int = 0) -> list[float]:
     return k[:, head, 0].tolist()
 
 
-def test_a_clean_chunk_and_two_active_ones_are_a_prefix_each():
+def filled_cache(*chunks: Sequence[float], capacity: int = 6) -> KVCache:
+    """Return a cache with some clean chunks."""
+    cache = empty_cache(capacity)
+    for values in chunks:
+        put(cache, 0, values)
+        cache.settle(len(values))
+    return cache
+
+
+def test_clean_and_active_chunks_are_prefixes_and_settling_moves_no_data():
     cache = empty_cache(6)
     put(cache, 0, [1, 2])
     assert keys(cache, 2) == [1, 2]
+    before = cache.kv.clone()
     cache.settle(2)
-    put(cache, 0, [3, 4])
+    assert torch.equal(cache.kv, before)
+    put(cache, 0, [0, 0])
     put(cache, 2, [5, 6])
+    put(cache, 0, [3, 4])  # a computed step overwrites the keys of the last one
     assert (cache.clean, cache.filled) == (2, 6)
     assert keys(cache) == [1, 2]
     assert keys(cache, 2) == [1, 2, 3, 4]
     assert keys(cache, 4) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_computed_step_overwrites_the_keys_of_the_last_one():
-    cache = empty_cache(4)
-    put(cache, 0, [1, 2])
-    put(cache, 2, [3, 4])
-    put(cache, 0, [5, 6])
-    assert keys(cache, 4) == [5, 6, 3, 4]
-
-
-def test_settling_moves_a_boundary_and_no_data():
-    cache = empty_cache(4)
-    put(cache, 0, [1, 2])
-    put(cache, 2, [3, 4])
-    before = cache.kv.clone()
-    cache.settle(2)
-    assert torch.equal(cache.kv, before)
-    assert keys(cache) == [1, 2]
-    assert keys(cache, 2) == [1, 2, 3, 4]
 
 
 def test_kept_tokens_come_first_and_active_ones_move_down():
@@ -87,9 +84,7 @@ def test_kept_tokens_come_first_and_active_ones_move_down():
 
 
 def test_keeping_nothing_leaves_the_active_tokens():
-    cache = empty_cache(4)
-    put(cache, 0, [1, 2])
-    cache.settle(2)
+    cache = filled_cache([1, 2])
     put(cache, 0, [3, 4])
     cache.keep(torch.empty(0, 1, dtype=torch.int64))
     assert keys(cache) == []
@@ -97,11 +92,7 @@ def test_keeping_nothing_leaves_the_active_tokens():
 
 
 def test_room_that_compression_freed_can_be_filled_again():
-    cache = empty_cache(4)
-    put(cache, 0, [1, 2])
-    cache.settle(2)
-    put(cache, 0, [3, 4])
-    cache.settle(2)
+    cache = filled_cache([1, 2], [3, 4], capacity=4)
     cache.keep(torch.tensor([[1], [3]]))
     put(cache, 0, [5, 6])
     assert keys(cache, 2) == [2, 4, 5, 6]
@@ -120,8 +111,7 @@ def test_gaps_overflow_and_settling_too_early_are_caught():
 def test_a_chunk_attends_to_clean_and_older_active_tokens_and_itself():
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 6, 2, 4, generator=draw) for _ in range(3))
-    place = {"dtype": torch.float32, "device": torch.device("cpu")}
-    caches = caches_for(3, capacity=6, num_heads=2, head_width=4, **place)
+    caches = caches_for(3, capacity=6, num_heads=2, head_width=4, **PLACE)
     outputs = []
     for chunk, offset in enumerate((0, 0, 2)):  # the first chunk is clean when the others come
         own = slice(2 * chunk, 2 * chunk + 2)
@@ -138,9 +128,7 @@ def test_a_chunk_attends_to_clean_and_older_active_tokens_and_itself():
 
 @pytest.mark.parametrize(("budget", "visible"), [(4, 5), (2, 3)])
 def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: int, visible: int):
-    cache, seen = empty_cache(5), []
-    put(cache, 0, [0.0, 1.0, 2.0, 3.0])
-    cache.settle(4)
+    cache, seen = filled_cache([0.0, 1.0, 2.0, 3.0]), []
 
     def keep(q_SHC: Tensor, k_TGC: Tensor) -> Tensor:
         seen.append((q_SHC[:, 0, 0].tolist(), k_TGC[:, 0, 0].tolist()))
@@ -159,8 +147,7 @@ def test_clean_tokens_above_the_budget_are_compressed_before_attending(budget: i
 def test_a_chunk_with_a_reach_sees_only_the_last_tokens():
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 6, 2, 4, generator=draw) for _ in range(3))
-    place = {"dtype": torch.float32, "device": torch.device("cpu")}
-    (cache,) = caches = caches_for(1, capacity=6, num_heads=2, head_width=4, **place)
+    (cache,) = caches = caches_for(1, capacity=6, num_heads=2, head_width=4, **PLACE)
     cache.put(0, k[0, :4], v[0, :4])
     cache.settle(4)
     for reach, start in ((3, 3), (6, 0), (9, 0)):
@@ -178,10 +165,7 @@ def test_the_queries_are_remembered_on_request():
 
 
 def test_the_last_clean_tokens_of_another_cache_are_taken_over():
-    ours, theirs = empty_cache(4), empty_cache(4)
-    for cache, values in ((ours, [1, 2, 3, 4]), (theirs, [5, 6, 7, 8])):
-        put(cache, 0, values)
-        cache.settle(4)
+    ours, theirs = filled_cache([1, 2, 3, 4]), filled_cache([5, 6, 7, 8])
     ours.replace_last_clean(theirs.last_clean(2))
     assert keys(ours) == [1, 2, 7, 8]
 
@@ -218,14 +202,11 @@ def outputs_of(
     num_entries: int = 1,
     reach_tokens: int | None = None,
     compression: Compression | None = None,
-    num_layers: int = 3,
 ) -> list[Tensor]:
     """Return what each layer gives for six chunks, each denoised in two ticks with the next."""
     draw = torch.Generator(device).manual_seed(0)
     sizes = {"num_heads": 2, "head_width": 8, "dtype": torch.float32, "device": device}
-    caches = [
-        caches_for(num_layers, capacity=224, storage=storage, **sizes) for _ in range(num_entries)
-    ]
+    caches = [caches_for(3, capacity=224, storage=storage, **sizes) for _ in range(num_entries)]
     prefetcher = prefetcher_for(caches[0])
     assert (prefetcher is None) == (storage is None)
     outputs: list[Tensor] = []
@@ -239,12 +220,10 @@ def outputs_of(
                 compression=compression,
                 prefetcher=prefetcher,
             )
-            for layer in range(num_layers):
-                q, k, v = (
-                    torch.randn(num_entries, 32, 2, 8, generator=draw, device=device)
-                    for _ in range(3)
-                )
-                outputs.append(attend(layer, q, k, v))
+            for layer in range(3):
+                shape = (3, num_entries, 32, 2, 8)
+                qkv = torch.randn(shape, generator=draw, device=device)
+                outputs.append(attend(layer, *qkv))
         for cache in (cache for layers in caches for cache in layers):
             cache.settle(32, chunk=chunk)
     return outputs
@@ -263,13 +242,11 @@ KEPT = Compression(
 def test_caches_in_host_memory_give_what_those_on_the_device_give(
     device: str, num_entries: int, reach_tokens: int | None, compression: Compression | None
 ):
-    settings = {
-        "num_entries": num_entries,
-        "reach_tokens": reach_tokens,
-        "compression": compression,
-    }
-    on_device = outputs_of(torch.device(device), None, **settings)
-    on_host = outputs_of(torch.device(device), torch.device("cpu"), **settings)
+    settings: dict[str, Any] = {"num_entries": num_entries, "reach_tokens": reach_tokens}
+    on_device, on_host = (
+        outputs_of(torch.device(device), storage, compression=compression, **settings)
+        for storage in (None, CPU)
+    )
     assert len(on_device) == len(on_host) == 36
     for expected, out in zip(on_device, on_host, strict=True):
         assert torch.equal(out, expected)
@@ -313,22 +290,19 @@ def test_chunks_that_attend_together_get_what_they_get_one_after_the_other(
             assert torch.equal(out, expected)
 
 
-def host_caches(num_layers: int) -> list[KVCache]:
-    cpu = torch.device("cpu")
-    place = {"dtype": torch.float32, "device": cpu, "storage": cpu}
-    return caches_for(num_layers, capacity=4, num_heads=1, head_width=1, **place)
-
-
-def test_the_copy_of_the_next_layer_begins_before_a_layer_attends():
-    caches, events = host_caches(3), []
+def test_the_copy_of_the_next_layer_begins_before_a_layer_attends_in_two_buffers():
+    caches = caches_for(4, capacity=4, num_heads=1, head_width=1, storage=CPU, **PLACE)
+    events: list[str] = []
+    places: list[int] = []
 
     class Watched(Prefetcher):
         def begin(self, cache: KVCache, rows: range) -> None:
             events.append(f"copy {caches.index(cache)}")
             super().begin(cache, rows)
 
-    def kernel(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, _v: Tensor) -> Tensor:
         events.append("attend")
+        places.append(k.data_ptr())
         return q
 
     attend = cached_attention(
@@ -338,37 +312,19 @@ def test_the_copy_of_the_next_layer_begins_before_a_layer_attends():
         prefetcher=Watched(caches[0]),
     )
     own = rows([1.0, 2.0]).unsqueeze(0)
-    for layer in range(3):
-        attend(layer, own, own, own)
-    assert events == ["copy 0", "copy 1", "attend", "copy 2", "attend", "attend"]
-
-
-def test_no_more_than_two_layers_are_copied_at_a_time():
-    caches, places = host_caches(4), []
-
-    def kernel(q: Tensor, k: Tensor, _v: Tensor) -> Tensor:
-        places.append(k.data_ptr())
-        return q
-
-    attend = cached_attention(
-        [caches],
-        active=[range(2)],
-        kernel=Kernel("watched", kernel),
-        prefetcher=prefetcher_for(caches),
-    )
-    own = rows([1.0, 2.0]).unsqueeze(0)
     for layer in range(4):
         attend(layer, own, own, own)
+    begun = [["copy 0", "copy 1"], ["copy 2"], ["copy 3"], []]
+    assert events == [event for copies in begun for event in (*copies, "attend")]
     assert places[:2] == places[2:]
     assert places[0] != places[1]
 
 
 @pytest.mark.gpu
 def test_a_cache_in_host_memory_is_pinned():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    sizes = {"num_heads": 2, "head_width": 8, "dtype": torch.float32, "device": cuda}
-    (cache,) = caches_for(1, capacity=96, storage=cpu, **sizes)
-    assert cache.kv.device == cpu
+    place = PLACE | {"device": torch.device("cuda"), "storage": CPU}
+    (cache,) = caches_for(1, capacity=96, num_heads=2, head_width=8, **place)
+    assert cache.kv.device == CPU
     assert cache.kv.is_pinned()
 
 
@@ -385,7 +341,7 @@ def simulate(
     """Run the cache through a whole window, keys only; return most tokens filled, and the plan.
 
     Args:
-        computed: draws which steps are computed beside every chunk's first; None: no others.
+        computed: draws which steps after every chunk's first are computed; None: none.
     """
     chunks = range(given, num_chunks)
     ticks = staggered(chunks, num_steps=num_steps, lag=lag)

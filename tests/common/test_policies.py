@@ -1,6 +1,10 @@
+"""When chunks are computed, as worked by hand, and how branches agree."""
+
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close
@@ -9,6 +13,9 @@ from torch import Tensor
 from flowcache.policies import (
     Decision,
     FlowCache,
+    GuardedPlan,
+    MagCache,
+    Planned,
     ReusePolicy,
     Stride,
     TeaCache,
@@ -19,24 +26,26 @@ from flowcache.policies import (
     polynomial,
     relative_l1,
 )
-from flowcache.predict import ResultStore
 from flowcache.schedule import Tick, staggered
+from flowcache.tune.gram import distance_band, magnitude_ratios
 
 pytestmark = pytest.mark.numeric
+
+Rows = Sequence[Mapping[int, float]]
+"""By tick: chunk -> its signal."""
 
 
 def signal(*values: float) -> Tensor:
     return torch.tensor(values)
 
 
-def run_policy(
-    policy: ReusePolicy, signals: Sequence[Mapping[int, float]], *, num_steps: int, lag: int = 0
-) -> list[dict[int, Decision]]:
+def run_policy(policy: ReusePolicy, rows: Rows, *, lag: int = 0) -> list[dict[int, Decision]]:
     """Plan every tick; a chunk has a stored result from its first computed step on."""
-    chunks = sorted({chunk for row in signals for chunk in row})
+    chunks = sorted({chunk for row in rows for chunk in row})
+    num_steps = sum(chunks[0] in row for row in rows)
     stored: set[int] = set()
     plans = []
-    for tick, row in zip(staggered(chunks, num_steps=num_steps, lag=lag), signals, strict=True):
+    for tick, row in zip(staggered(chunks, num_steps=num_steps, lag=lag), rows, strict=True):
         plan = policy.plan(tick, {c: signal(v) for c, v in row.items()}, stored=stored)
         stored |= {c for c, decision in plan.items() if decision.is_computed}
         plans.append(plan)
@@ -47,129 +56,168 @@ def computed(plans: Sequence[Mapping[int, Decision]], chunk: int = 0) -> list[in
     return [int(plan[chunk].is_computed) for plan in plans if chunk in plan]
 
 
+def one(*values: float) -> Rows:
+    """Return the signals of a single chunk."""
+    return [{0: value} for value in values]
+
+
+def same(num_steps: int, *, lag: int, chunks: int = 2) -> Rows:
+    """Return signals of several chunks that never change."""
+    ticks = staggered(range(chunks), num_steps=num_steps, lag=lag)
+    return [dict.fromkeys(tick.steps, 1.0) for tick in ticks]
+
+
+GROWING = one(*(10 * 1.1**step for step in range(9)))
+"""Every distance is 0.1."""
+APART = [{0: 1.0, 1: 1.0}, {0: 1.0, 1: 2.0}, {0: 1.0, 1: 4.0}, {0: 1.0, 1: 8.0}]
+BOTH = [{0: 2.0, 1: 2.0}, {0: 3.0, 1: 2.0}, {0: 3.0, 1: 2.0}]
+"""Mean change over both chunks: (1 + 0) / (2 + 2) = 0.25, though chunk 1 does not change."""
+CHANGED_LAST = [{0: 1.0}, {0: 1.0, 1: 1.0}, {0: 2.0, 1: 1.0}, {1: 1.0}]
+DROP = polynomial([1.0, -0.05])
+
+
+def free_end() -> FlowCache:
+    return FlowCache(0.5, 1, compute_last_step=False)
+
+
+def guarded(low: float, high: float, *steps: int) -> GuardedPlan:
+    return GuardedPlan([steps or [0, 3]], low=[0.0] + [low] * 5, high=[high] * 6)
+
+
+TABLE: list[tuple[str, ReusePolicy, Rows, int, str]] = [
+    # sums with a warm-up of 2: -, 0.1 (warm-up), 0.1, 0.2, 0.3 (computed), 0.1, ...
+    ("flowcache accumulates", FlowCache(0.25, 2), GROWING, 0, "110010011"),
+    ("at the threshold", FlowCache(0.5, 1), one(2, 3, 3), 0, "111"),
+    ("below the threshold", FlowCache(0.5001, 1), one(2, 3, 3), 0, "101"),
+    ("by own change", FlowCache(0.5, 1), APART, 0, "1001 1111"),
+    ("warm-up by own steps", FlowCache(0.5, 3), same(5, lag=2), 2, "11101 11101"),
+    ("own last steps forced", FlowCache(0.5, 1), same(4, lag=1), 1, "1001 1001"),
+    # chunk 0 ends on a reused step, chunk 1 takes the last tick of the run
+    ("own last steps decided", free_end(), same(4, lag=1), 1, "1000 1001"),
+    ("a last step above the threshold", free_end(), CHANGED_LAST, 1, "101 101"),
+    ("flowcache with threshold 0", FlowCache(0.0, 1), one(*[1] * 5), 0, "11111"),
+    ("teacache with threshold 0", TeaCache(0.0, 1), one(*[1] * 5), 0, "11111"),
+    ("teacache accumulates", TeaCache(0.25, 1), GROWING[:8], 0, "10010011"),
+    ("one decision for all", TeaCache(0.25, 1), BOTH, 0, "111 111"),
+    ("one decision against all", TeaCache(0.26, 1), BOTH, 0, "101 101"),
+    # warm-up by ticks; chunk 1 enters at tick 3, while chunk 0 is reused to its end
+    ("an entering chunk alone", TeaCache(0.5, 2), same(5, lag=3), 3, "11000 10001"),
+    ("a stride", Stride(3, warmup_steps=3), one(*[0] * 10), 0, "1111001001"),
+    ("by own steps", Stride(2, warmup_steps=1), same(6, lag=1), 1, "110101 110101"),
+    ("listed steps", Stride(steps=[2, 3]), one(*[0] * 6), 0, "101101"),
+    ("a plan", Planned([[1, 4]]), one(*[0] * 8), 0, "11001001"),
+    ("a plan of all steps", Planned([range(5)]), one(*[0] * 5), 0, "11111"),
+    # the last plan serves all chunks behind it
+    ("plans", Planned([[0, 1], [0, 3]]), same(5, lag=2, chunks=3), 2, "11001 10011 10011"),
+    ("inside the band", guarded(0.0, 1.0), one(1, 1.1, 1.2, 1.3, 1.4, 1.5), 0, "100101"),
+    ("below the band", guarded(0.1, 1.0), one(1, 1.2, 1.2, 1.5), 0, "1011"),
+    # errors after a computed step: 0.1, then 0.1 + 0.19 = 0.29: one reuse at a time
+    ("magcache", MagCache([1.0] + [0.9] * 7, 0.25, 1, 5), one(*[0] * 8), 0, "10101011"),
+    ("most reuses in a row", MagCache([1.0] * 10, 0.1, 2, 3), one(*[0] * 10), 0, "1100010001"),
+    ("magcache with threshold 0", MagCache([1.0] * 5, 0.0, 1, 3), one(*[0] * 5), 0, "11111"),
+]
+"""Name, policy, signals, lag, and by chunk which of its own steps are computed."""
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
+def test_a_policy_computes_the_steps_worked_by_hand(row: tuple[str, ReusePolicy, Rows, int, str]):
+    _, policy, signals, lag, expected = row
+    plans = run_policy(policy, signals, lag=lag)
+    steps = ["".join(map(str, computed(plans, chunk))) for chunk in range(len(expected.split()))]
+    assert " ".join(steps) == expected
+
+
 def test_vanilla_computes_everything_and_needs_no_signal():
-    policy = Vanilla()
-    assert not policy.needs_signals
-    ticks = staggered(range(2), num_steps=3, lag=1)
-    plans = [policy.plan(tick, {}, stored={0, 1}) for tick in ticks]
-    assert [list(plan) for plan in plans] == [list(tick.steps) for tick in ticks]
-    assert all(decision.is_computed for plan in plans for decision in plan.values())
+    assert not Vanilla.needs_signals
+    for tick in staggered(range(2), num_steps=3, lag=1):
+        assert Vanilla().plan(tick, {}, stored={0, 1}) == dict.fromkeys(tick.steps, Decision(True))
 
 
-# FlowCache ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("every", "share"), [(2, 0.567), (3, 0.433), (4, 0.367)])
+def test_strides_compute_the_published_shares_of_30_steps(every: int, share: float):
+    plans = run_policy(Stride(every, warmup_steps=3), one(*[0] * 30))
+    assert round(sum(computed(plans)) / 30, 3) == share
 
 
-def test_flowcache_accumulates_as_worked_by_hand():
-    """The signal grows from 10 by 1, 1.1, 1.21, ...: every distance is 0.1. With threshold 0.25 and
-    a warm-up of 2 the sums are -, 0.1 (warm-up), 0.1, 0.2, 0.3 (computed), 0.1, 0.2, 0.3, 0.1."""
-    values = [10 * 1.1**step for step in range(9)]
-    plans = run_policy(FlowCache(0.25, 2), [{0: value} for value in values], num_steps=9)
-    assert computed(plans) == [1, 1, 0, 0, 1, 0, 0, 1, 1]  # the last one because it is the last
-    decisions = [plan[0] for plan in plans]
-    assert decisions[0].distance is None
-    assert decisions[0].accumulated is None
-    distances = [d.distance for d in decisions[1:] if d.distance is not None]
-    assert_close(distances, [0.1] * 8, ulps=64, dtype=torch.float32)
-    sums = [d.accumulated for d in decisions[1:] if d.accumulated is not None]
-    expected = [0.1, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1]
-    assert_close(sums, expected, ulps=64, dtype=torch.float32)
-
-
-def test_where_the_own_last_step_is_decided_only_the_last_tick_of_the_run_is_forced():
-    """Two chunks of four steps, one tick apart, that never change: chunk 0 ends on a reused step,
-    chunk 1 takes the last tick of the run."""
-    rows = [{0: 1.0}] + [{0: 1.0, 1: 1.0}] * 3 + [{1: 1.0}]
-    decided = run_policy(FlowCache(0.5, 1, compute_last_step=False), rows, num_steps=4, lag=1)
-    assert (computed(decided, 0), computed(decided, 1)) == ([1, 0, 0, 0], [1, 0, 0, 1])
-    forced = run_policy(FlowCache(0.5, 1), rows, num_steps=4, lag=1)
-    assert (computed(forced, 0), computed(forced, 1)) == ([1, 0, 0, 1], [1, 0, 0, 1])
-
-
-def test_an_own_last_step_is_computed_where_its_sum_reaches_the_threshold():
-    rows = [{0: 1.0}, {0: 1.0, 1: 1.0}, {0: 2.0, 1: 1.0}, {1: 1.0}]
-    plans = run_policy(FlowCache(0.5, 1, compute_last_step=False), rows, num_steps=3, lag=1)
-    assert computed(plans, 0) == [1, 0, 1]
+@pytest.mark.parametrize(
+    ("policy", "rows", "distances", "sums"),
+    [
+        (
+            *(FlowCache(0.25, 2), GROWING, [0.1] * 8),
+            [0.1, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1],
+        ),
+        # with the previous tick, also after a reused one
+        (FlowCache(0.9, 1), one(10, 12, 12, 12), [0.2, 0, 0], [0.2, 0.2, 0.2]),
+        (FlowCache(0.3, 1, rescale=DROP), one(10, 11, 11, 11), [0.1, 0, 0], [0.05, 0.0, -0.05]),
+        (TeaCache(0.25, 1), BOTH, [0.25, 0.0], [0.25, 0.0]),
+    ],
+    ids=["flowcache", "previous tick", "rescaled", "teacache"],
+)
+def test_distances_and_sums_are_those_worked_by_hand(
+    policy: ReusePolicy, rows: Rows, distances: list[float], sums: list[float]
+):
+    first, *decisions = [plan[0] for plan in run_policy(policy, rows)]
+    assert (first.distance, first.accumulated) == (None, None)
+    found: Any = [d.distance for d in decisions]
+    assert_close(found, distances, ulps=64, dtype=torch.float32)
+    assert_close([d.accumulated for d in decisions], sums, ulps=64, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("compute_last_step", [False, True])
 def test_the_sum_of_flowcache_stays_as_it_is_in_the_last_tick_of_the_run(compute_last_step: bool):
     policy = FlowCache(0.5, 1, compute_last_step=compute_last_step)
-    plans = run_policy(policy, [{0: 10.0}, {0: 11.0}, {0: 15.0}], num_steps=3)
-    assert computed(plans) == [1, 0, 1]
+    assert computed(run_policy(policy, one(10, 11, 15))) == [1, 0, 1]
     assert policy.accumulated[0] == pytest.approx(0.1, rel=1e-5)  # float32 signals
 
 
-def test_flowcache_compares_with_the_previous_tick_also_after_a_reused_one():
-    plans = run_policy(FlowCache(0.5, 1), [{0: 10.0}, {0: 12.0}, {0: 12.0}, {0: 12.0}], num_steps=4)
-    distances = [plan[0].distance for plan in plans[1:]]
-    assert_close(distances, [0.2, 0.0, 0.0], ulps=8, dtype=torch.float32)
-
-
-def test_flowcache_computes_when_the_sum_is_exactly_the_threshold():
-    plans = run_policy(FlowCache(0.5, 1), [{0: 2.0}, {0: 3.0}, {0: 3.0}], num_steps=3)
-    assert computed(plans) == [1, 1, 1]
-    above = run_policy(FlowCache(0.5001, 1), [{0: 2.0}, {0: 3.0}, {0: 3.0}], num_steps=3)
-    assert computed(above) == [1, 0, 1]
-
-
-def test_flowcache_warms_up_by_own_steps_of_each_chunk():
-    """Chunk 1 starts two ticks later and is warmed up two ticks later."""
-    same = [{0: 1.0}] * 2 + [{0: 1.0, 1: 1.0}] * 3 + [{1: 1.0}] * 2
-    plans = run_policy(FlowCache(0.5, 3), same, num_steps=5, lag=2)
-    assert computed(plans, 0) == [1, 1, 1, 0, 1]
-    assert computed(plans, 1) == [1, 1, 1, 0, 1]
-
-
-def test_flowcache_lets_each_chunk_decide_by_its_own_change():
-    rows = [{0: 1.0, 1: 1.0}, {0: 1.0, 1: 2.0}, {0: 1.0, 1: 4.0}, {0: 1.0, 1: 8.0}]
-    plans = run_policy(FlowCache(0.5, 1), rows, num_steps=4)
-    assert computed(plans, 0) == [1, 0, 0, 1]
-    assert computed(plans, 1) == [1, 1, 1, 1]
-
-
-def test_threshold_zero_recomputes_even_unchanged_chunks():
-    plans = run_policy(FlowCache(0.0, 1), [{0: 1.0}] * 5, num_steps=5)
-    assert computed(plans) == [1] * 5
-    plans = run_policy(TeaCache(0.0, 1), [{0: 1.0}] * 5, num_steps=5)
-    assert computed(plans) == [1] * 5
-
-
-@pytest.mark.parametrize("policy", [FlowCache(1e9, 1), TeaCache(1e9, 1)], ids=["flow", "tea"])
-@pytest.mark.parametrize("strange", [math.nan, math.inf])
-def test_a_distance_that_is_no_number_leads_to_a_computation(
-    policy: FlowCache | TeaCache, strange: float
+@pytest.mark.parametrize(
+    ("policy", "strange", "after"),
+    [
+        (FlowCache(1e9, 1), math.nan, 1),
+        (TeaCache(1e9, 1), math.nan, 1),
+        (FlowCache(1e9, 1), math.inf, None),
+        (TeaCache(1e9, 1), math.inf, None),
+        (guarded(0.0, 0.5, 0, 5), math.nan, None),
+        (guarded(0.0, 0.5, 0, 5), 9.0, None),
+    ],
+)
+def test_a_distance_that_is_no_number_or_out_of_bounds_leads_to_a_computation(
+    policy: ReusePolicy, strange: float, after: int | None
 ):
-    rows = [{0: 1.0}, {0: 1.0}, {0: strange}, {0: 1.0}, {0: 1.0}, {0: 1.0}]
-    plans = run_policy(type(policy)(1e9, 1), rows, num_steps=6)
-    assert computed(plans) == [1, 0, 1, 1 if math.isnan(strange) else computed(plans)[3], 0, 1]
-    assert computed(plans)[2] == 1
+    steps = computed(run_policy(policy, one(1, 1, strange, 1, 1, 1)))
+    assert steps[:3] == [1, 0, 1]
+    assert after is None or steps[3] == after
+    assert steps[4:] == [0, 1]
 
 
 def test_a_chunk_without_a_stored_result_is_computed():
-    policy = FlowCache(1e9, 0)
-    ticks = staggered([0], num_steps=4, lag=0)
-    assert policy.plan(ticks[0], {0: signal(1.0)}, stored=set())[0].is_computed
-    assert policy.plan(ticks[1], {0: signal(1.0)}, stored=set())[0].is_computed
-    assert not policy.plan(ticks[2], {0: signal(1.0)}, stored={0})[0].is_computed
+    policy, ticks = FlowCache(1e9, 0), staggered([0], num_steps=4, lag=0)
+    for tick, stored, is_computed in zip(ticks, (set(), set(), {0}), (1, 1, 0), strict=False):
+        assert policy.plan(tick, {0: signal(1.0)}, stored=stored)[0].is_computed == is_computed
 
 
-def test_the_rescale_decides_what_is_accumulated_and_may_be_negative():
-    policy = FlowCache(0.3, 1, rescale=polynomial([1.0, -0.05]))
-    plans = run_policy(policy, [{0: 10.0}, {0: 11.0}, {0: 11.0}, {0: 11.0}], num_steps=4)
-    sums = [plan[0].accumulated for plan in plans[1:]]
-    assert_close(sums, [0.05, 0.0, -0.05], ulps=16, dtype=torch.float32)
+def test_flowcache_starts_anew_where_a_chunk_was_computed_anyway():
+    policy, ticks = FlowCache(0.25, 1), staggered([0], num_steps=9, lag=0)
+    sums = []
+    for tick, row in zip(ticks[:4], GROWING, strict=False):
+        if tick.index == 3:
+            policy.computed_anyway([0])
+        decision = policy.plan(tick, {0: signal(row[0])}, stored={0})[0]
+        sums.append(decision.accumulated)
+    assert not decision.is_computed
+    assert_close(sums[2:], [0.2, 0.1], ulps=64, dtype=torch.float32)
 
 
-def test_computed_anyway_starts_the_sum_anew():
-    policy = FlowCache(0.25, 1)
-    ticks = staggered([0], num_steps=9, lag=0)
-    for tick, value in zip(ticks[:3], (10.0, 11.0, 12.1), strict=True):
-        plan = policy.plan(tick, {0: signal(value)}, stored={0})
-    assert_close(plan[0].accumulated, 0.2, ulps=64, dtype=torch.float32)
-    policy.computed_anyway([0])
-    plan = policy.plan(ticks[3], {0: signal(13.31)}, stored={0})
-    assert_close(plan[0].accumulated, 0.1, ulps=64, dtype=torch.float32)
-    assert not plan[0].is_computed
+def test_magcache_starts_anew_where_a_chunk_was_computed_anyway():
+    policy = MagCache([1.0] * 9, threshold=0.1, warmup_steps=1, most_reuses=2)
+    made = []
+    for tick in staggered([0], num_steps=9, lag=2):
+        step = tick.steps[0]
+        if policy.plan(tick, {}, stored=set() if step == 0 else {0})[0].is_computed:
+            made.append(step)
+        elif step == 2:
+            policy.computed_anyway([0])
+    assert made == [0, 5, 8]
 
 
 def test_a_polynomial_has_its_highest_power_first():
@@ -177,85 +225,18 @@ def test_a_polynomial_has_its_highest_power_first():
     assert identity(0.25) == 0.25
 
 
-# TeaCache -----------------------------------------------------------------------------------------
-
-
-def test_teacache_takes_one_decision_for_all_chunks():
-    """Mean change over both chunks: (1 + 0) / (2 + 2) = 0.25, though chunk 1 does not change."""
-    rows = [{0: 2.0, 1: 2.0}, {0: 3.0, 1: 2.0}, {0: 3.0, 1: 2.0}]
-    plans = run_policy(TeaCache(0.25, 1), rows, num_steps=3)
-    assert [plan[1].distance for plan in plans] == [None, pytest.approx(0.25), 0.0]
-    assert computed(plans, 0) == computed(plans, 1) == [1, 1, 1]
-    plans = run_policy(TeaCache(0.26, 1), rows, num_steps=3)
-    assert computed(plans, 0) == computed(plans, 1) == [1, 0, 1]
-
-
-def test_teacache_warms_up_by_ticks_and_computes_an_entering_chunk_alone():
-    """Warm-up 2; chunk 1 enters at tick 3 while chunk 0 is reused."""
-    rows = [{0: 1.0}] * 3 + [{0: 1.0, 1: 1.0}] * 2 + [{1: 1.0}] * 3
-    plans = run_policy(TeaCache(0.5, 2), rows, num_steps=5, lag=3)
-    assert computed(plans, 0) == [1, 1, 0, 0, 0]  # its own last step is no exception
-    assert computed(plans, 1) == [1, 0, 0, 0, 1]  # the run's last tick is one
-
-
-def test_teacache_accumulates_over_reused_ticks():
-    values = [10 * 1.1**step for step in range(8)]
-    plans = run_policy(TeaCache(0.25, 1), [{0: value} for value in values], num_steps=8)
-    assert computed(plans) == [1, 0, 0, 1, 0, 0, 1, 1]
-
-
-# Stride -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("every", "share"), [(2, 0.567), (3, 0.433), (4, 0.367)])
-def test_strides_compute_the_published_shares_of_30_steps(every: int, share: float):
-    plans = run_policy(Stride(every, warmup_steps=3), [{0: 0.0}] * 30, num_steps=30)
-    assert round(sum(computed(plans)) / 30, 3) == share
-
-
-def test_a_stride_of_3_after_3_steps_computes_the_steps_of_the_worked_example():
-    plans = run_policy(Stride(3, warmup_steps=3), [{0: 0.0}] * 10, num_steps=10)
-    assert [step for step, is_computed in enumerate(computed(plans)) if is_computed] == [
-        0,
-        1,
-        2,
-        3,
-        6,
-        9,
-    ]
-
-
-def test_a_stride_counts_every_chunks_own_steps():
-    rows = [{0: 0.0}] + [{0: 0.0, 1: 0.0}] * 5 + [{1: 0.0}]
-    plans = run_policy(Stride(2, warmup_steps=1), rows, num_steps=6, lag=1)
-    assert computed(plans, 0) == computed(plans, 1) == [1, 1, 0, 1, 0, 1]
-
-
-def test_listed_steps_are_computed_and_the_first_and_last_anyway():
-    plans = run_policy(Stride(steps=[2, 3]), [{0: 0.0}] * 6, num_steps=6)
-    assert computed(plans) == [1, 0, 1, 1, 0, 1]
-
-
-# Plans of several branches ------------------------------------------------------------------------
-
-
-def tick_of(*chunks: int) -> Tick:
-    return Tick(1, 9, 9, dict.fromkeys(chunks, 1))
+# Several branches ---------------------------------------------------------------------------------
 
 
 def test_one_computed_chunk_takes_all_along_where_they_cant_be_computed_apart():
-    policy = FlowCache(0.5, 0)
-    policy.plan(tick_of(0, 1), {0: signal(1.0), 1: signal(1.0)}, stored={0, 1})
-    plan = policy.plan(tick_of(0, 1), {0: signal(3.0), 1: signal(1.1)}, stored={0, 1})
+    policy, tick = FlowCache(0.5, 0), Tick(1, 9, 9, {0: 1, 1: 1})
+    policy.plan(tick, {0: signal(1.0), 1: signal(1.0)}, stored={0, 1})
+    plan = policy.plan(tick, {0: signal(3.0), 1: signal(1.1)}, stored={0, 1})
     assert [plan[c].is_computed for c in (0, 1)] == [True, False]
     together = compute_together(policy, plan)
     assert [together[c].is_computed for c in (0, 1)] == [True, True]
     assert together[1].distance == plan[1].distance
     assert policy.accumulated == {0: 0.0, 1: 0.0}
-
-
-def test_nothing_is_computed_where_nothing_must_be():
-    policy = FlowCache(0.5, 0)
     plan = {0: Decision(False, 0.1, 0.1), 1: Decision(False, 0.2, 0.2)}
     assert compute_together(policy, plan) == plan
 
@@ -272,28 +253,24 @@ def test_branches_agree_on_a_chunk_as_soon_as_one_computes_it():
     for branch in policies:
         assert [agreed[branch][chunk].is_computed for chunk in (0, 1)] == [True, False]
     assert policies["uncond"].accumulated == {0: 0.0, 1: 0.1}
+    assert agree(policies, plans, apart=[0]) == plans
 
 
 def test_branches_share_no_state():
     first, second = FlowCache(0.25, 1), FlowCache(0.25, 1)
-    alone = run_policy(FlowCache(0.25, 1), [{0: 1.0}] * 4, num_steps=4)
     for value, tick in zip((1.0, 5.0, 2.0, 9.0), staggered([0], num_steps=4, lag=0), strict=True):
         first.plan(tick, {0: signal(value)}, stored={0})
         second.plan(tick, {0: signal(1.0)}, stored={0})
     assert second.accumulated == {0: 0.0}
     assert first.previous[0].item() == 9.0
     assert second.previous[0].item() == 1.0
-    assert computed(alone) == [1, 0, 0, 1]
-    stores = ResultStore(), ResultStore()
-    stores[0].put(0, signal(1.0), sigma=signal(1.0))
-    assert list(stores[1].units()) == []
 
 
-# Distances ----------------------------------------------------------------------------------------
+# Distances and calibrations -----------------------------------------------------------------------
 
 
 def test_relative_distances_are_those_worked_by_hand():
-    pairs = {
+    pairs: Any = {
         "half": (signal(3.0, -3.0), signal(2.0, -2.0)),
         "same": (signal(0.0, 0.0), signal(0.0, 0.0)),
         "from zero": (signal(0.0, 1.0), signal(0.0, 0.0)),
@@ -317,3 +294,16 @@ def test_the_distance_of_16_bit_signals_is_not_rounded_to_16_bits():
 def test_half_precision_signals_are_compared_without_overflow():
     large = torch.full((4096,), 60000.0, dtype=torch.float16)
     assert_close(relative_l1({0: (large, large / 2)})[0], 1.0, ulps=64, dtype=torch.float32)
+
+
+def test_the_band_holds_all_distances_seen_and_a_margin():
+    low, high = distance_band([(1, 0.2), (2, 0.5), (1, 0.4)], num_steps=3, margin=0.1)
+    assert low == pytest.approx([0.0, 0.18, 0.45])
+    assert high == pytest.approx([0.0, 0.44, 0.55])
+    with pytest.raises(ValueError, match="step 2"):
+        distance_band([(1, 0.2)], num_steps=3)
+
+
+def test_ratios_are_those_of_the_norms():
+    velocities = np.array([[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
+    assert magnitude_ratios(velocities @ velocities.T) == pytest.approx([1.0, 2.0, 0.1])

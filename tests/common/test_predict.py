@@ -3,7 +3,9 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
-from flowcache.predict import ResultStore, clean_estimate, velocity_to
+from flowcache.errors import UserError
+from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
+from flowcache.predict import HeldGuidance, ResultStore, clean_estimate, velocity_to
 
 pytestmark = pytest.mark.numeric
 
@@ -38,19 +40,36 @@ def test_a_linear_velocity_is_extrapolated_exactly_with_factor_1():
         assert_close(predicted, velocity(sigma), ulps=64)
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(0.0, 6.0), (0.5, 8.0), (1.0, 10.0)])
-def test_the_factor_is_the_share_of_the_linear_trend(factor: float, expected: float):
-    """Results 2 at noise 1.0 and 6 at 0.8; the line goes through 10 at 0.6."""
-    store = ResultStore(factor)
-    store.put(0, signal(2.0), sigma=signal(1.0))
-    store.put(0, signal(6.0), sigma=signal(0.8))
-    assert_close(store.predict(0, sigma=signal(0.6)), signal(expected), ulps=16)
-
-
-def test_a_single_result_has_no_trend():
-    store = ResultStore(1.0)
-    store.put(0, signal(2.0), sigma=signal(1.0))
-    assert store.predict(0, sigma=signal(0.5)).item() == 2.0
+@pytest.mark.parametrize(
+    ("factor", "order", "results", "at", "expected"),
+    [
+        (0.0, 1, [(2.0, 1.0), (6.0, 0.8)], 0.6, 6.0),
+        (0.5, 1, [(2.0, 1.0), (6.0, 0.8)], 0.6, 8.0),
+        (1.0, 1, [(2.0, 1.0), (6.0, 0.8)], 0.6, 10.0),
+        (1.0, 1, [(2.0, 1.0)], 0.5, 2.0),
+        (0.7, 2, [(2.0, 1.0), (6.0, 0.8)], 0.5, 6.0 + 0.7 * 6.0),
+        (1.0, 2, [(1.0, 1.0), (3.0, 0.8), (4.0, 0.6)], 0.4, 4.0),
+        (1.0, 2, [(1.0, 1.0), (3.0, 0.8), (4.0, 0.6)], 0.2, 3.0),
+        (0.5, 2, [(1.0, 1.0), (3.0, 0.8), (4.0, 0.6)], 0.2, 3.5),
+    ],
+    ids=[
+        "held",
+        "half",
+        "line",
+        "no trend",
+        "two for order 2",
+        "parabola",
+        "further",
+        "half of it",
+    ],
+)
+def test_predictions_are_those_worked_by_hand(
+    factor: float, order: int, results: list[tuple[float, float]], at: float, expected: float
+):
+    store = ResultStore(factor, order=order)
+    for value, sigma in results:
+        store.put(0, signal(value), sigma=signal(sigma))
+    assert_close(store.predict(0, sigma=signal(at)), signal(expected), ulps=64)
 
 
 def test_frames_at_their_own_noise_levels_have_trends_of_their_own():
@@ -59,17 +78,6 @@ def test_frames_at_their_own_noise_levels_have_trends_of_their_own():
     store.put(-1, torch.tensor([[0.0], [5.0]]), sigma=signal(1.0, 0.0))
     store.put(-1, torch.tensor([[1.0], [7.0]]), sigma=signal(0.5, 0.0))
     assert store.predict(-1, sigma=signal(0.0, 0.0)).tolist() == [[2.0], [7.0]]
-
-
-def test_order_two_follows_the_parabola_of_the_worked_example():
-    """Results 1, 3, 4 at 1.0, 0.8, 0.6: the line gives 5 at 0.4, the parabola 4 (at 0.2: 3)."""
-    store = ResultStore(1.0, order=2)
-    for value, at in ((1.0, 1.0), (3.0, 0.8), (4.0, 0.6)):
-        store.put(0, signal(value), sigma=signal(at))
-    assert_close(store.predict(0, sigma=signal(0.4)), signal(4.0), ulps=64)
-    assert_close(store.predict(0, sigma=signal(0.2)), signal(3.0), ulps=64)
-    half = ResultStore(0.5, order=2, history=store.history)
-    assert_close(half.predict(0, sigma=signal(0.2)), signal(3.5), ulps=64)
 
 
 def test_order_two_is_exact_for_a_parabola_at_uneven_steps_and_keeps_three_results():
@@ -85,15 +93,6 @@ def test_order_two_is_exact_for_a_parabola_at_uneven_steps_and_keeps_three_resul
     assert len(store.history[0]) == 3
     predicted = store.predict(0, sigma=torch.full((2,), 0.3))
     assert_close(predicted, velocity(0.3), ulps=64)
-
-
-def test_order_two_with_two_results_is_order_one():
-    first, second = ResultStore(0.7, order=1), ResultStore(0.7, order=2)
-    for store in (first, second):
-        store.put(0, signal(2.0), sigma=signal(1.0))
-        store.put(0, signal(6.0), sigma=signal(0.8))
-    at = signal(0.5)
-    assert torch.equal(first.predict(0, sigma=at), second.predict(0, sigma=at))
 
 
 def test_a_frame_that_waited_has_the_trend_of_the_results_since():
@@ -112,3 +111,70 @@ def test_a_velocity_leads_back_to_the_clean_estimate_it_gave():
     velocity = velocity_to(clean, signal(1.6), sigma=signal(0.2))
     assert_close(velocity, signal(-2.0), ulps=16)
     assert velocity_to(clean, signal(2.0), sigma=signal(0.0)).tolist() == [0.0]
+
+
+# Held guidance ------------------------------------------------------------------------------------
+
+
+def full_steps(guidance: HeldGuidance, computed: list[int], *, num_steps: int = 8) -> list[int]:
+    """Return the computed steps that run all passes."""
+    full: list[int] = []
+    for step in computed:
+        if guidance.is_held(0, step, num_steps=num_steps):
+            guidance.take(0)
+        else:
+            guidance.put(0, torch.zeros(1))
+            full.append(step)
+    return full
+
+
+@pytest.mark.parametrize(
+    ("guidance", "steps", "full"),
+    [
+        (HeldGuidance(every=3), [0, 1, 2, 4, 5, 7], [0, 4, 7]),
+        (HeldGuidance([3, 5]), [0, 1, 3, 4, 7], [0, 3, 7]),
+    ],
+    ids=["every third", "listed steps"],
+)
+def test_some_computed_steps_run_all_passes_the_first_and_the_last_anyway(
+    guidance: HeldGuidance, steps: list[int], full: list[int]
+):
+    assert full_steps(guidance, steps) == full
+
+
+def test_without_settings_every_step_runs_all_passes_and_nothing_is_kept():
+    guidance = guidance_of(ReuseRule())
+    assert not guidance.is_on
+    assert full_steps(guidance, list(range(8))) == list(range(8))
+    assert not guidance.differences
+
+
+def test_a_difference_made_with_other_scales_is_not_held():
+    guidance = HeldGuidance(every=9)
+    guidance.put(0, torch.ones(1), scales=(1.5, 7.5))
+    assert guidance.is_held(0, 3, num_steps=8, scales=(1.5, 7.5))
+    assert not guidance.is_held(0, 3, num_steps=8, scales=(1.0, 0.0))
+    assert not guidance.is_held(1, 3, num_steps=8, scales=(1.5, 7.5))
+    guidance.drop(0)
+    guidance.drop(0)
+    assert not guidance.is_held(0, 3, num_steps=8, scales=(1.5, 7.5))
+
+
+def test_guidance_that_is_not_there_cannot_be_held():
+    for rule in (ReuseRule(guidance_every=2), ReuseRule(guidance_steps=[0])):
+        check_guidance(rule, num_passes=2)
+        with pytest.raises(UserError, match=r"this run has that one pass only .*leave them out"):
+            check_guidance(rule, num_passes=1)
+    check_guidance(ReuseRule(), num_passes=1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (ReuseRule(guidance_steps=[0, 8]), r"guidance_steps are own steps .*: 8 is none"),
+        (ReuseRule(guidance_every=2, guidance_steps=[0]), r"both say .*: give one of them"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(rule: ReuseRule, message: str):
+    with pytest.raises(UserError, match=message):
+        check_reuse(rule, num_steps=8, least_warmup=1)

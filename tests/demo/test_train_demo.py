@@ -23,13 +23,13 @@ pytestmark = pytest.mark.numeric
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export untrained parts whose silent layers are filled, so that an output can differ."""
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = demo.new_models()
+    models = demo.DemoModels.untrained()
     generator = torch.Generator().manual_seed(0)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
     statistics = Statistics(mean=[0.5] * 16, std=[2.0] * 16)
     torch.save(models.dit.half().float().state_dict(), folder.with_suffix(".pt"))
-    demo.write_checkpoint(new_vae(), models, statistics=statistics, folder=folder)
+    models.write(new_vae(), statistics=statistics, folder=folder)
     return folder
 
 

@@ -10,7 +10,8 @@ from closeness import assert_close
 from flowcache.demo.clips import draw_scene
 from flowcache.demo.latents import LatentBank, Statistics
 from flowcache.demo.trainer import step_randomness
-from magi1 import checkpoint, demo, vae
+from magi1 import demo, vae
+from magi1.checkpoint import Checkpoint
 from magi1.config import read_config
 from magi1.text import load_special_tokens
 
@@ -41,9 +42,9 @@ def test_the_export_is_a_checkpoint_of_the_release(
 ):
     monkeypatch.chdir(exported)
     config = read_config(exported / f"{name}_config.json")
-    found = checkpoint.find(config)
-    checkpoint.check(found)
-    dit = checkpoint.load_dit(found, device="cpu")
+    found = Checkpoint.find(config)
+    found.check()
+    dit = found.load_dit(device="cpu")
     assert sum(parameter.numel() for parameter in dit.parameters()) > 1e6
     load_special_tokens(exported / "special_tokens.npz", channels=64)
     assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 12e6

@@ -100,23 +100,6 @@ def model_4_5b() -> ModelConfig:
 
 
 @pytest.fixture
-def model_24b() -> ModelConfig:
-    """The released 24B model."""
-    return replace(
-        MODEL_4_5B,
-        num_layers=48,
-        hidden_size=6144,
-        ffn_hidden_size=16384,
-        num_attention_heads=48,
-        x_rescale_factor=0.1,
-        half_channel_vae=True,
-        in_channels=32,
-        out_channels=32,
-        gated_linear_unit=True,
-    )
-
-
-@pytest.fixture
 def model_tiny() -> ModelConfig:
     """A model small enough to run in milliseconds, four layers deep."""
     return replace(

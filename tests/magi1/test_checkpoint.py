@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.errors import UserError
-from magi1.checkpoint import check_dit, find, find_dit_files, load_dit, read_shards
+from flowcache.runtime.weights import find_shards
+from magi1.checkpoint import PACKED, Checkpoint, check_dit, read_shards
 from magi1.config import ModelConfig, ReleaseConfig
 from magi1.dit import DiT, is_float32
 
@@ -82,34 +83,33 @@ def assert_loaded(dit: DiT, state: dict[str, Tensor]) -> None:
         assert torch.equal(loaded[key].float(), value.float()), key
 
 
-def test_shards_are_loaded_in_the_released_types(config: ReleaseConfig):
+def test_shards_are_loaded_in_the_released_types_or_as_asked(config: ReleaseConfig):
     state = released_state(config)
     write_checkpoint(config, state)
-    assert_loaded(load_dit(find(config), device="cpu"), state)
-
-
-def test_another_type_inside_the_blocks_can_be_asked_for(config: ReleaseConfig):
-    write_checkpoint(config, released_state(config))
-    dit = load_dit(find(config), device="cpu", dtype=torch.float32)
+    found = Checkpoint.find(config)
+    assert_loaded(found.load_dit(device="cpu"), state)
+    dit = found.load_dit(device="cpu", dtype=torch.float32)
     assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
 
 
 def test_packed_shards_are_loaded_as_plain_ones(config: ReleaseConfig):
     state = released_state(config)
     folder = write_checkpoint(config, state)
-    plain_bytes = check_dit(config, find_dit_files(folder))
+    plain_bytes = check_dit(config, find_shards(folder, packing=PACKED))
     pack(folder / "model-00002-of-00002.safetensors")
-    checkpoint = find(config)
+    checkpoint = Checkpoint.find(config)
     assert [path.suffix for path in checkpoint.dit_files] == [".safetensors", ".zst"]
     assert check_dit(config, checkpoint.dit_files) == plain_bytes
-    assert_loaded(load_dit(checkpoint, device="cpu"), state)
+    assert_loaded(checkpoint.load_dit(device="cpu"), state)
 
 
 def test_a_packed_file_without_index_is_loaded(config: ReleaseConfig, tmp_path: Path):
     state = released_state(config)
     save_file(state, tmp_path / "model.safetensors")
     pack(tmp_path / "model.safetensors")
-    stored = {each.key: each.tensor.clone() for each in read_shards(find_dit_files(tmp_path))}
+    stored = {
+        each.key: each.tensor.clone() for each in read_shards(find_shards(tmp_path, packing=PACKED))
+    }
     assert stored.keys() == state.keys()
     assert all(torch.equal(stored[key].float(), state[key].float()) for key in state)
 
@@ -121,10 +121,10 @@ def test_a_damaged_packed_shard_is_named(config: ReleaseConfig):
     content = packed.read_bytes()
     packed.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors\.zst: "):
-        load_dit(find(config), device="cpu")
+        Checkpoint.find(config).load_dit(device="cpu")
     packed.write_bytes(b"nothing like it")
     with pytest.raises(UserError, match=r"\.zst: cut short or corrupt"):
-        check_dit(config, find(config).dit_files)
+        check_dit(config, Checkpoint.find(config).dit_files)
 
 
 def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
@@ -135,8 +135,8 @@ def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    load_dit(find(config), device="cpu")
-    shards = read_shards(find(config).dit_files)
+    Checkpoint.find(config).load_dit(device="cpu")
+    shards = read_shards(Checkpoint.find(config).dit_files)
     next(shards)
     assert len(list(temporary.iterdir())) == 1  # unpacked while it is read
     shards.close()  # as an exception does
@@ -144,7 +144,7 @@ def test_packed_shards_need_room_on_the_disk_and_leave_nothing_there(
     header = zstandard.ZstdCompressor().compressobj(size=10**18).compress(b"a" * 2**20)
     (folder / "model-00001-of-00002.safetensors.zst").write_bytes(header)
     with pytest.raises(UserError, match=r"unpacks to 1e\+09 GB, but .* free: set TMPDIR"):
-        list(read_shards(find(config).dit_files))
+        list(read_shards(Checkpoint.find(config).dit_files))
     assert list(temporary.iterdir()) == []
 
 
@@ -157,54 +157,44 @@ def test_quantised_checkpoints_are_loaded_as_stored(config: ReleaseConfig):
     state = released_state(quantised)
     folder = write_checkpoint(quantised, state, suffix=".fp8.distill")
     assert folder.name == "inference_weight.fp8.distill"
-    assert_loaded(load_dit(find(quantised), device="cpu"), state)
+    assert_loaded(Checkpoint.find(quantised).load_dit(device="cpu"), state)
 
 
-def test_weights_that_are_not_quantised_as_announced_are_refused(config: ReleaseConfig):
-    engine = replace(config.engine_config, fp8_quant=True)
-    quantised = replace(config, engine_config=engine)
-    state = released_state(quantised)
-    key = "videodit_blocks.layers.1.mlp.linear_fc1.weight"
-    state[key] = state[key].bfloat16()
-    folder = write_shards(Path(config.runtime_config.load) / "x", state)
-    with pytest.raises(UserError, match=rf"key {key} is stored as torch\.bfloat16, expected 8"):
-        check_dit(quantised, find_dit_files(folder))
+BANDS, FC1 = "rope.bands", "videodit_blocks.layers.1.mlp.linear_fc1.weight"
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    ({BANDS: None}, r"key rope\.bands is missing"),
+    ({"rope.extra": torch.ones(1)}, "key rope.extra is unexpected"),
+    ({BANDS: torch.ones(2)}, r"key rope\.bands has shape \[2\], expected \[1\]"),
+    (
+        {FC1: torch.zeros(1, 48, 32, dtype=torch.bfloat16)},
+        rf"key {FC1} is stored as torch\.bfloat16, expected 8",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("missing", r"key rope\.bands is missing"),
-        ("unexpected", "key rope.extra is unexpected"),
-        ("shape", r"key rope\.bands has shape \[2\], expected \[1\]"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(change: str, message: str, config: ReleaseConfig):
-    state = released_state(config)
-    bands = state.pop("rope.bands")
-    if change == "unexpected":
-        state |= {"rope.bands": bands, "rope.extra": bands.clone()}
-    elif change == "shape":
-        state["rope.bands"] = torch.ones(2)
-    folder = write_shards(Path(config.runtime_config.load) / "x", state)
+@pytest.mark.parametrize(("changes", "message"), MISFITS)
+def test_weights_that_do_not_fit_are_named(
+    changes: dict[str, Any], message: str, config: ReleaseConfig, tmp_path: Path
+):
+    config = replace(config, engine_config=replace(config.engine_config, fp8_quant=True))
+    state = {
+        key: value for key, value in (released_state(config) | changes).items() if value is not None
+    }
+    folder = write_shards(tmp_path / "x", state)
     with pytest.raises(UserError, match=message):
-        check_dit(config, find_dit_files(folder))
+        check_dit(config, find_shards(folder))
 
 
 @pytest.mark.parametrize("part", ["load", "t5_pretrained", "vae_pretrained"])
-def test_a_missing_folder_is_named_with_its_field(part: str, config: ReleaseConfig):
-    write_checkpoint(config, released_state(config))
+def test_a_missing_shard_or_folder_is_named(part: str, config: ReleaseConfig):
+    weights = write_checkpoint(config, released_state(config))
+    (weights / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
+        Checkpoint.find(config)
     shutil.rmtree(getattr(config.runtime_config, part))
     what, advice = (
         f"no such folder, but the config's {part} asks for it",
         f"set runtime_config.{part}",
     )
     with pytest.raises(UserError, match=f"{what}: {advice}, or use --download"):
-        find(config)
-
-
-def test_a_missing_shard_is_named(config: ReleaseConfig):
-    folder = write_checkpoint(config, released_state(config))
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such file"):
-        find(config)
+        Checkpoint.find(config)

@@ -14,7 +14,7 @@ from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from magi1.memory import networks_for
 from magi1.model import MODEL
-from magi1.pipeline import Conditioning, generate
+from magi1.pipeline import Conditioning, generate_clip
 from magi1.vae import Tiling
 
 COMPRESSED = ("kv.compress=importance", "kv.total_chunks=3", "runtime_config.num_frames=60")
@@ -32,15 +32,11 @@ def loaded(job: Job) -> tuple[Loaded, Conditioning]:
     return load_networks(job, stats=stats), encode_inputs(job, stats=stats)
 
 
-def rendered(job: Job, models: Loaded, conditioning: Conditioning) -> Tensor:
+def rendered(job: Job, models: Loaded, conditioning: Conditioning, **options: Any) -> Tensor:
     """Return all frames of a clip."""
-    stats = RunStats(job.device)
-    parts = [
-        progress.frames
-        for progress in generate(models.dit, models.vae, job.config, conditioning, stats=stats)
-        if progress.frames is not None
-    ]
-    return torch.cat(parts, dim=1)
+    stats, run = RunStats(job.device), (models.dit, models.vae, job.config, conditioning)
+    shown = generate_clip(*run, stats=stats, **options)
+    return torch.cat([each.frames for each in shown if each.frames is not None], dim=1)
 
 
 @pytest.mark.parametrize("kind", ["distilled", "base"])
@@ -87,7 +83,7 @@ def test_frames_come_chunk_by_chunk_while_the_next_ones_are_denoised(
     job = job_of(distilled, tmp_path, "runtime_config.num_frames=48")
     models, conditioning = loaded(job)
     progress = list(
-        generate(models.dit, models.vae, job.config, conditioning, stats=RunStats(job.device))
+        generate_clip(models.dit, models.vae, job.config, conditioning, stats=RunStats(job.device))
     )
     # 4 steps, two chunks at once: one becomes clean in every second tick from the fourth on
     shown = {each.tick.index: each.frames.shape[1] for each in progress if each.frames is not None}
@@ -139,7 +135,7 @@ def test_whole_chunks_are_decoded_and_given_frames_cut_off(
     )
     codec = CountingVAE()
     progress: list[Progress] = list(
-        generate(models.dit, codec, config, given, stats=RunStats(job.device))
+        generate_clip(models.dit, codec, config, given, stats=RunStats(job.device))
     )
     shown = [each.frames[0, ::4, 0, 0].tolist() for each in progress if each.frames is not None]
     assert shown == places
@@ -155,15 +151,7 @@ def test_the_noise_is_drawn_once_for_all_chunks(distilled: Path, tmp_path: Path)
         drawn.append((shape, dtype))
         return torch.zeros(shape, dtype=dtype)
 
-    for _ in generate(
-        models.dit,
-        models.vae,
-        job.config,
-        conditioning,
-        stats=RunStats(job.device),
-        draw=draw,
-    ):
-        pass
+    rendered(job, models, conditioning, draw=draw)
     assert drawn == [((4, 6, 4, 6), torch.float32)]
 
 

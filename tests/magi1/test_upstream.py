@@ -1,69 +1,61 @@
 """Upstream's command line: flags, environment, the published code's YAML file, and whole runs."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flowcache.runtime.config import load_config
-from flowcache.runtime.model import Request
-from flowcache.runtime.run import config_layers
+from flowcache.runtime.run import read_settings
 from flowcache.runtime.video import probe
 from magi1.config import RunConfig
-from magi1.released import FOLDER, PRESETS
-from magi1.upstream import environment_lines, main, parser_of, request_of
+from magi1.model import MODEL
+from magi1.released import PRESETS
+from magi1.upstream import TOKENS, environment_lines, main, new_parser, to_request
 
+Settings = Callable[..., RunConfig]
 Refused = Callable[..., str]
 ENTRY = "inference/pipeline/entry.py"
 PROMPT = ("--prompt", "a red circle")
 
 
 @pytest.fixture
-def config_file(distilled: Path) -> Path:
-    """The JSON config of a random checkpoint."""
-    return distilled / "config.json"
-
-
-def request(*arguments: str) -> Request:
-    return request_of(parser_of().parse_intermixed_args(arguments))
+def given(distilled: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Flags that every command line has."""
+    config, out = str(distilled / "config.json"), str(tmp_path / "x.mp4")
+    return ("--config_file", config, "--output_path", out, *PROMPT)
 
 
 @pytest.fixture
-def settings(config_file: Path) -> Callable[..., RunConfig]:
-    """Return what gives the settings that a command line means."""
+def settings(given: tuple[str, ...], tmp_path: Path) -> Settings:
+    """Return what gives the settings that a command line, and a YAML file, mean."""
 
-    def read(*arguments: str) -> RunConfig:
-        asked = request(
-            *("--config_file", str(config_file), "--output_path", "x.mp4", *PROMPT), *arguments
-        )
-        layers = config_layers(
-            PRESETS / "base.yaml",
-            PRESETS / "base.yaml",
-            checkpoint=config_file.parent,
-            model=[config_file],
-        )
-        return load_config(RunConfig, layers, overrides=asked.overrides)
+    def read(*arguments: str, yaml: str | None = None) -> RunConfig:
+        more = ["--mode", "t2v", *arguments]
+        if yaml is not None:
+            path = tmp_path / "config.yaml"
+            path.write_text(yaml)
+            more += ["--additional_config", str(path)]
+        request = to_request(new_parser().parse_intermixed_args([*given, *more]))
+        return read_settings(MODEL, request)
 
     return read
 
 
 @pytest.fixture
-def refused(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(given: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Return what runs a command line that must be refused, and gives its one line."""
 
-    def run(*arguments: str, config: Path = config_file) -> str:
-        given = ["--config_file", str(config), "--output_path", str(tmp_path / "x.mp4"), *PROMPT]
+    def run(*arguments: str) -> str:
         try:
             code = main([*given, *arguments])
         except SystemExit as stop:  # argparse's own errors
             code = stop.code
         out, err = capsys.readouterr()
-        assert code == 2
-        assert out == ""
+        assert (code, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert not (tmp_path / "x.mp4").exists()
@@ -72,26 +64,26 @@ def refused(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     return run
 
 
-# Meanings ---------------------------------------------------------------------------------------
+def values(config: Any, **expected: Any) -> dict[str, Any]:
+    """Return the settings of a section that are expected, as they are."""
+    return {name: getattr(config, name) for name in expected}
 
 
-def test_a_command_line_of_upstream_computes_everything(settings: Callable[..., RunConfig]):
-    made = settings("--mode", "t2v")
+# Meanings -----------------------------------------------------------------------------------
+
+
+def test_a_command_line_of_upstream_computes_everything(settings: Settings):
+    made = settings()
     assert (made.prompt, made.image, made.video) == ("a red circle", None, None)
     assert (made.reuse.policy, made.kv.compress) == ("vanilla", "none")
     assert (made.passes.clean_pass, made.passes.nearly_clean_pass) == (True, True)
-    assert made.passes.prev_share == 0.7
-    assert made.prefix_frames == 32
+    assert (made.passes.prev_share, made.prefix_frames) == (0.7, 32)
 
 
-def test_the_config_file_wins_over_our_defaults_and_settings_over_both(
-    settings: Callable[..., RunConfig], config_file: Path
-):
-    stored = json.loads(config_file.read_text())["runtime_config"]
-    made = settings("--mode", "t2v")
-    assert made.runtime_config.num_steps == stored["num_steps"]
-    assert made.runtime_config.video_size_h == stored["video_size_h"]
-    changed = settings("--mode", "t2v", "runtime_config.num_steps=12", "reuse.policy=flowcache")
+def test_the_config_file_wins_over_our_defaults_and_settings_over_both(settings: Settings):
+    run = settings().runtime_config
+    assert (run.num_steps, run.video_size_h, run.window_size) == (4, 32, 2)
+    changed = settings("runtime_config.num_steps=12", "reuse.policy=flowcache")
     assert (changed.runtime_config.num_steps, changed.reuse.policy) == (12, "flowcache")
 
 
@@ -100,7 +92,7 @@ def test_the_config_file_wins_over_our_defaults_and_settings_over_both(
     [("t2v", None, None), ("i2v", "a.png", None), ("v2v", None, "b.mp4")],
 )
 def test_only_what_the_mode_starts_from_is_used_and_the_rest_is_said(
-    settings: Callable[..., RunConfig],
+    settings: Settings,
     caplog: pytest.LogCaptureFixture,
     mode: str,
     image: str | None,
@@ -108,17 +100,12 @@ def test_only_what_the_mode_starts_from_is_used_and_the_rest_is_said(
 ):
     made = settings("--mode", mode, "--image_path", "a.png", "--prefix_video_path", "b.mp4")
     assert (made.image, made.video) == (image, video)
-    left_out = {"--image_path": image is None, "--prefix_video_path": video is None}
-    for flag, is_left_out in left_out.items():
-        assert (f"{flag} is left out: --mode {mode} does not start from it" in caplog.text) == (
-            is_left_out
-        )
+    for flag, used in (("--image_path", image), ("--prefix_video_path", video)):
+        line = f"{flag} is left out: --mode {mode} does not start from it"
+        assert (line in caplog.text) == (used is None)
 
 
-# The environment --------------------------------------------------------------------------------
-
-
-def test_every_variable_of_upstream_is_named_with_the_setting_that_replaces_it():
+def test_every_variable_of_upstream_is_named_with_the_setting_that_replaces_it(settings: Settings):
     variables = {
         "PAD_HQ": "1",
         "PAD_DURATION": "no",
@@ -129,208 +116,195 @@ def test_every_variable_of_upstream_is_named_with_the_setting_that_replaces_it()
         "prev_chunks_scale": "0.8",
         "PATH": "/usr/bin",
     }
-    told = "is set, but no environment variable changes a run: use"
+    said = "is set, but no environment variable changes a run: use"
     assert sorted(environment_lines(variables)) == [
-        f"NEG_PROMPT {told} tokens.negative=true",
-        f"OFFLOAD_T5_CACHE {told} offload=true",
-        f"OFFLOAD_VAE_CACHE {told} offload=false",
-        f"PAD_DURATION {told} tokens.duration=false",
-        f"PAD_HQ {told} tokens.quality=true",
-        f"SPECIAL_TOKEN_PATH {told} special_tokens=my tokens.npz",
-        f"prev_chunks_scale {told} passes.prev_share=0.8",
+        f"NEG_PROMPT {said} tokens.negative=true",
+        f"OFFLOAD_T5_CACHE {said} offload=true",
+        f"OFFLOAD_VAE_CACHE {said} offload=false",
+        f"PAD_DURATION {said} tokens.duration=false",
+        f"PAD_HQ {said} tokens.quality=true",
+        f"SPECIAL_TOKEN_PATH {said} special_tokens=my tokens.npz",
+        f"prev_chunks_scale {said} passes.prev_share=0.8",
     ]
-
-
-def test_every_named_setting_exists(settings: Callable[..., RunConfig]):
-    names = ("PAD_STATIC", "PAD_DYNAMIC", "PAD_BORDERNESS", "PAD_HQ", "PAD_THREE_D_MODEL")
-    names += ("PAD_TWO_D_ANIME", "PAD_DURATION", "NEG_PROMPT", "OFFLOAD_T5_CACHE")
-    variables = dict.fromkeys((*names, "OFFLOAD_VAE_CACHE"), "true")
-    variables |= {"SPECIAL_TOKEN_PATH": "a.npz", "prev_chunks_scale": "0.5"}
-    told = [line.rpartition(" ")[2] for line in environment_lines(variables)]
-    assert len(told) == len(variables)
-    made = settings("--mode", "t2v", *told)
+    all_of_them = dict.fromkeys((*TOKENS, "OFFLOAD_T5_CACHE", "OFFLOAD_VAE_CACHE"), "true")
+    all_of_them |= {"SPECIAL_TOKEN_PATH": "a.npz", "prev_chunks_scale": "0.5"}
+    named = [line.rpartition(" ")[2] for line in environment_lines(all_of_them)]
+    assert len(named) == len(all_of_them) == 12
+    made = settings(*named)
     assert all(vars(made.tokens).values())
     assert (made.special_tokens, made.passes.prev_share, made.offload) == ("a.npz", 0.5, True)
 
 
-# The published FlowCache code's YAML file -------------------------------------------------------
-
-
-def test_the_keys_of_the_published_code_are_told_in_our_settings(
-    settings: Callable[..., RunConfig], tmp_path: Path
-):
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        "rel_l1_thresh: 0.015\nwarmup_steps: 5\ndiscard_nearly_clean_chunk: true\n"
-        "compress_kv_cache: true\ntotal_cache_chunk_nums: 6\nbudget_cache_chunk_nums: 1\n"
-        "compress_strategy: token\nmix_lambda: 0.2\nquery_granularity: frame\n"
-        "score_weighting_method: polynomial\npower: 2\nlog: true\nprint_peak_memory: true\n"
-        "debug: false\n"
-    )
-    made = settings("--mode", "t2v", "--additional_config", str(path))
-    assert (made.reuse.policy, made.reuse.threshold, made.reuse.warmup_steps) == (
-        "flowcache",
-        0.015,
-        5,
-    )
-    assert (made.reuse.predict, made.reuse.extrapolate) == ("latent_update", 0.0)
-    assert (made.passes.clean_pass, made.passes.nearly_clean_pass) == (False, False)
-    assert made.prefix_frames is None
-    assert (made.kv.compress, made.kv.total_chunks) == ("importance", 6)
-    assert (made.kv.granularity, made.kv.queries, made.kv.mix) == ("token", "frame", 0.2)
-    assert (made.kv.weighting, made.kv.power, made.kv.order) == ("polynomial", 2.0, "score")
-
-
-def test_keys_that_are_left_out_have_the_published_codes_defaults(
-    settings: Callable[..., RunConfig], tmp_path: Path
-):
-    path = tmp_path / "config.yaml"
-    path.write_text("")
-    made = settings("--mode", "t2v", "--additional_config", str(path))
+ALL_KEYS = """
+rel_l1_thresh: 0.015
+warmup_steps: 5
+discard_nearly_clean_chunk: true
+compress_kv_cache: true
+total_cache_chunk_nums: 6
+budget_cache_chunk_nums: 1
+compress_strategy: token
+mix_lambda: 0.2
+query_granularity: frame
+score_weighting_method: polynomial
+power: 2
+log: true
+print_peak_memory: true
+debug: false
+"""
+PUBLISHED = [
+    pytest.param(
+        ALL_KEYS,
+        {
+            "policy": "flowcache",
+            "threshold": 0.015,
+            "warmup_steps": 5,
+            "predict": "latent_update",
+            "extrapolate": 0.0,
+            "compute_last_step": False,
+        },
+        {
+            "compress": "importance",
+            "total_chunks": 6,
+            "granularity": "token",
+            "mix": 0.2,
+            "queries": "frame",
+            "weighting": "polynomial",
+            "power": 2.0,
+            "order": "score",
+        },
+        False,
+        id="all keys",
+    ),
     # its warm-up of 0 steps computes a chunk's first step, too
-    assert (made.reuse.threshold, made.reuse.warmup_steps) == (0.01, 1)
-    assert made.passes.nearly_clean_pass
-    assert (made.kv.compress, made.kv.total_chunks, made.kv.mix) == ("importance", 5, 0.07)
-    assert (made.kv.granularity, made.kv.queries, made.kv.power) == ("token", "chunk", 3.0)
+    pytest.param(
+        "",
+        {"policy": "flowcache", "threshold": 0.01, "warmup_steps": 1},
+        {
+            "compress": "importance",
+            "total_chunks": 5,
+            "granularity": "token",
+            "mix": 0.07,
+            "queries": "chunk",
+            "power": 3.0,
+        },
+        True,
+        id="the published code's defaults",
+    ),
+    pytest.param(
+        "compress_strategy: chunk\nscore_weighting_method: gaussian\n",
+        {},
+        {"granularity": "chunk", "weighting": "none"},
+        True,
+        id="whole chunks are scored without weights",
+    ),
+    ("reuse_strategy: all", {"policy": "teacache"}, {"compress": "none"}, True),
+    (
+        "reuse_strategy: all\ncompress_kv_cache: true",
+        {"policy": "teacache"},
+        {"compress": "importance"},
+        True,
+    ),
+    (
+        "reuse_strategy: chunkwise\ncompress_kv_cache: false",
+        {"policy": "flowcache"},
+        {"compress": "none"},
+        True,
+    ),
+]
 
 
-def test_whole_chunks_are_scored_without_weights(
-    settings: Callable[..., RunConfig], tmp_path: Path
+@pytest.mark.parametrize(("yaml", "reuse", "kv", "nearly_clean"), PUBLISHED)
+def test_the_keys_of_the_published_code_become_our_settings(
+    settings: Settings, yaml: str, reuse: dict[str, Any], kv: dict[str, Any], nearly_clean: bool
 ):
-    path = tmp_path / "config.yaml"
-    path.write_text("compress_strategy: chunk\nscore_weighting_method: gaussian\n")
-    made = settings("--mode", "t2v", "--additional_config", str(path))
-    assert (made.kv.granularity, made.kv.weighting) == ("chunk", "none")
+    made = settings(yaml=yaml)
+    assert values(made.reuse, **reuse) == reuse
+    assert values(made.kv, **kv) == kv
+    assert (made.passes.clean_pass, made.passes.nearly_clean_pass) == (False, nearly_clean)
+    assert made.prefix_frames is None
 
 
-@pytest.mark.parametrize(
-    ("text", "policy", "compress"),
-    [
-        ("reuse_strategy: all", "teacache", "none"),
-        ("reuse_strategy: all\ncompress_kv_cache: true", "teacache", "importance"),
-        ("reuse_strategy: chunkwise\ncompress_kv_cache: false", "flowcache", "none"),
-    ],
-)
-def test_the_published_teacache_does_not_compress(
-    settings: Callable[..., RunConfig], tmp_path: Path, text: str, policy: str, compress: str
+# What is refused ----------------------------------------------------------------------------
+
+WRONG = [
+    (("--mode", "i2v"), "--mode i2v needs --image_path"),
+    (("--mode", "v2v"), "--mode v2v needs --prefix_video_path"),
+    (("--mode", "i2v", "--image_path", "missing.png"), "missing.png: no such file"),
+    (("--mode", "v2v", "--prefix_video_path", "missing.mp4"), "missing.mp4: no such file"),
+    (("--mode", "t3v"), "invalid choice: 't3v'"),
+    ((), "the following arguments are required: --mode"),
+    (("--mode", "t2v", "runtime_config.num_step=8"), "unknown key"),
+    (("--mode", "t2v", "--additional_config", "missing.yaml"), "missing.yaml: no such file"),
+    (("--mode", "t2v", "--config_file", "missing.json"), "missing.json: no such file"),
+    (("--mode", "t2v", "runtime_config.num_steps=9"), "num_steps"),
+    *(
+        (("--mode", "t2v", "--additional_config", text), message)
+        for text, message in (
+            ("rel_l1_tresh: 0.1", "unknown key 'rel_l1_tresh', did you mean rel_l1_thresh?"),
+            ("warmup_steps: many", "warmup_steps is 'many', but must be int"),
+            ("reuse_strategy: none", "is 'none', but must be one of chunkwise, all"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_a_mistake_is_one_line(
+    refused: Refused, tmp_path: Path, arguments: tuple[str, ...], message: str
 ):
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    made = settings("--mode", "t2v", "--additional_config", str(path))
-    assert (made.reuse.policy, made.kv.compress) == (policy, compress)
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("rel_l1_tresh: 0.1", "unknown key 'rel_l1_tresh', did you mean rel_l1_thresh?"),
-        ("warmup_steps: many", "warmup_steps is 'many', but must be int"),
-        ("reuse_strategy: none", "reuse_strategy is 'none', but must be one of chunkwise, all"),
-    ],
-)
-def test_a_wrong_key_of_the_yaml_file_is_named(
-    refused: Refused, tmp_path: Path, text: str, told: str
-):
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    line = refused("--mode", "t2v", "--additional_config", str(path))
-    assert f"{path}: {told}" in line
-
-
-# What is refused --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--mode", "i2v"], "--mode i2v needs --image_path"),
-        (["--mode", "v2v"], "--mode v2v needs --prefix_video_path"),
-        (["--mode", "i2v", "--image_path", "missing.png"], "missing.png: no such file"),
-        (["--mode", "v2v", "--prefix_video_path", "missing.mp4"], "missing.mp4: no such file"),
-        (["--mode", "t3v"], "invalid choice: 't3v'"),
-        ([], "the following arguments are required: --mode"),
-        (["--mode", "t2v", "runtime_config.num_step=8"], "unknown key"),
-        (["--mode", "t2v", "--additional_config", "missing.yaml"], "missing.yaml: no such file"),
-        (["--mode", "t2v", "runtime_config.num_steps=9"], "num_steps"),
-    ],
-)
-def test_a_mistake_is_one_line(refused: Refused, arguments: list[str], told: str):
-    assert told in refused(*arguments)
-
-
-def test_an_unknown_and_a_missing_field_of_the_json_are_named(
-    refused: Refused, config_file: Path, tmp_path: Path
-):
-    stored = json.loads(config_file.read_text())
-    path = tmp_path / "other.json"
-    del stored["runtime_config"]["window_size"]
-    path.write_text(json.dumps(stored))
-    assert "runtime_config.window_size has no value" in refused("--mode", "t2v", config=path)
-    stored["runtime_config"]["windowsize"] = 4
-    path.write_text(json.dumps(stored))
-    line = refused("--mode", "t2v", config=path)
-    assert f"{path}: unknown key 'runtime_config.windowsize'" in line
-    missing = tmp_path / "missing.json"
-    assert f"{missing}: no such file" in refused("--mode", "t2v", config=missing)
+    if arguments and ": " in arguments[-1]:  # the text of a YAML file
+        path = tmp_path / "config.yaml"
+        path.write_text(arguments[-1])
+        line = refused(*arguments[:-1], str(path))
+        assert f"{path}: " in line
+    else:
+        line = refused(*arguments)
+    assert message in line
 
 
 def test_an_existing_video_is_kept_unless_overwrite_is_given(
-    refused: Refused, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refused: Refused,
+    given: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     path = tmp_path / "kept.mp4"
     path.write_bytes(b"a film")
-    line = refused("--mode", "t2v", "--output_path", str(path))
-    assert f"{path} exists and is kept" in line
-    assert path.read_bytes() == b"a film"
-    given = ["--config_file", str(config_file), "--mode", "t2v", "--output_path", str(path)]
-    assert main([*given, *PROMPT, "--overwrite", "--dry-run"]) == 0
+    own = ("--mode", "t2v", "--output_path", str(path))
+    assert f"{path} exists and is kept" in refused(*own)
+    assert main([*given, *own, "--overwrite", "--dry-run"]) == 0
     assert f"output       {path}" in capsys.readouterr().out
     assert path.read_bytes() == b"a film"
 
 
-# Whole runs -------------------------------------------------------------------------------------
+# Whole runs ---------------------------------------------------------------------------------
 
 
-def run_entry(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the script as upstream's users do, from the model's folder."""
-    return subprocess.run(
-        [sys.executable, ENTRY, *arguments],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+def test_upstreams_line_makes_a_video_whatever_the_environment_says(
+    given: tuple[str, ...], tmp_path: Path
+):
+    assert main([*given, "--mode", "t2v"]) == 0
+    out = tmp_path / "padded.mp4"
+    padded = subprocess.run(
+        [sys.executable, ENTRY, *given, "--mode", "t2v", "--output_path", str(out)],
+        cwd=PRESETS.parent,  # as upstream's users do
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PAD_HQ": "0", "prev_chunks_scale": "0.1"},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_upstreams_line_makes_a_video_whatever_the_environment_says(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    given = ("--config_file", str(config_file), "--mode", "t2v", *PROMPT)
-    plain = [*given, "--output_path", str(tmp_path / "plain.mp4")]
-    assert main(plain) == 0
-    padded = run_entry(
-        *given, "--output_path", str(tmp_path / "padded.mp4"), PAD_HQ="0", prev_chunks_scale="0.1"
-    )
     assert padded.returncode == 0, padded.stderr
     assert "PAD_HQ is set, but no environment variable changes a run" in padded.stderr
-    assert probe(tmp_path / "plain.mp4").num_frames == 24
-    same = (tmp_path / "plain.mp4").read_bytes() == (tmp_path / "padded.mp4").read_bytes()
-    assert same
-    capsys.readouterr()
-    assert main(plain) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert probe(out).num_frames == 24
+    assert out.read_bytes() == (tmp_path / "x.mp4").read_bytes()
 
 
-def test_a_picture_and_a_video_are_continued(config_file: Path, clip: Path, tmp_path: Path):
-    given = ("--config_file", str(config_file), *PROMPT)
-    picture = str(FOLDER / "assets" / "blue_circle.png")
-    out = tmp_path / "image.mp4"
-    assert main([*given, "--mode", "i2v", "--image_path", picture, "--output_path", str(out)]) == 0
+def test_a_picture_and_a_video_are_continued(given: tuple[str, ...], clip: Path, tmp_path: Path):
+    picture, image = str(PRESETS.parent / "assets" / "blue_circle.png"), tmp_path / "image.mp4"
+    start = ("--mode", "i2v", "--image_path", picture, "--output_path", str(image))
+    assert main([*given, *start]) == 0
     # 6 latents and that of the picture are 3 chunks of 3 latents of 4 frames
-    assert probe(out).num_frames == 36
-    out = tmp_path / "more.mp4"
-    start = ("--mode", "v2v", "--prefix_video_path", str(clip))
-    assert main([*given, *start, "--output_path", str(out)]) == 0
+    assert probe(image).num_frames == 36
+    assert main([*given, "--mode", "v2v", "--prefix_video_path", str(clip)]) == 0
     # 8 given latents and 6 are 5 chunks: two given, a new latent in the third, two new ones
-    assert probe(out).num_frames == 28
+    assert probe(tmp_path / "x.mp4").num_frames == 28

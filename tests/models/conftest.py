@@ -127,7 +127,16 @@ def make(maker: Callable[..., Any], tiny: Tiny) -> Callable[..., Any]:
 @pytest.fixture
 def clip(tiny: Tiny, tmp_path: Path) -> Path:
     """A video of 20 frames of random noise at 24 frames per second."""
-    path, size = tmp_path / "clip.mp4", (tiny.short.height, tiny.short.width)
+    return write_noise(tmp_path / "clip.mp4", (tiny.short.height, tiny.short.width))
+
+
+@pytest.fixture
+def noise() -> Callable[[Path, tuple[int, int]], Path]:
+    """Return what writes 20 frames of random noise of a size, at 24 frames per second."""
+    return write_noise
+
+
+def write_noise(path: Path, size: tuple[int, int]) -> Path:
     frames = np.random.default_rng(0).integers(0, 255, (20, *size, 3), dtype=np.uint8)
     with VideoWriter(path, fps=24, size=size) as writer:
         writer.append(frames)

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from flowcache.runtime.config import describe
-from flowcache.runtime.model import MODELS, Job, Request, VideoModel, load_model
+from flowcache.runtime.model import MODELS, Job, Request, Residence, VideoModel, load_model
 from flowcache.runtime.run import plan_by_sizes, prepare
 
 RELEASED = {"skyreels_v2": "df-1.3b-540p", "magi1": "4.5B_distill"}
@@ -32,7 +31,7 @@ def test_every_key_is_a_setting(model: VideoModel):
     settings = {line.partition(":")[0] for line in describe(model.schema)}
     assert {*model.keys.values(), *SHARED} <= settings
     assert {"prompt", "seed", "num_steps", "num_frames", "height", "width", "fps"} <= {*model.keys}
-    lines = import_module(f"{model.name}.config").settings_lines()
+    lines = model.schema.lines()
     assert len(lines) == len(settings)
 
 
@@ -57,9 +56,10 @@ def test_the_work_of_a_run_fits_together(model: VideoModel, tmp_path: Path):
 
 def test_what_is_placed_is_what_a_plan_wants(model: VideoModel, tmp_path: Path):
     job = job_of(model, tmp_path, "offload=true")
-    wanted = model.residence(job.config)
-    assert wanted.dit_aside
-    assert model.residence(model.placed(job.config, wanted)) == wanted
+    assert model.residence(job.config).dit_aside
+    assert len({key for key, _ in model.on_host.values()}) == 3
+    for moved in (model.residence(job.config), Residence(True, True, True)):
+        assert model.residence(model.placed(job.config, moved)) == moved
 
 
 def test_a_released_model_is_planned_by_its_sizes_alone(model: VideoModel):

@@ -37,7 +37,7 @@ from flowcache.runtime.video import VideoWriter, probe
 from magi1 import __main__ as magi1
 from magi1 import upstream as magi1_upstream
 from magi1.released import CONFIGS
-from magi1.released import FOLDER as MAGI_FOLDER
+from magi1.released import PRESETS as MAGI_PRESETS
 from skyreels_v2 import __main__ as skyreels_v2
 from skyreels_v2 import upstream as skyreels_upstream
 from skyreels_v2.released import FOLDER as SKYREELS_FOLDER
@@ -254,7 +254,7 @@ def magi_launchers(copy_launchers: Callable[..., Any]) -> Any:
     names = ("MODEL", "PRESET", "PROMPT", "IMAGE", "VIDEO", "PREFIX_FRAMES", "HEIGHT", "WIDTH")
     names += ("NUM_FRAMES", "NUM_STEPS", "WINDOW", "THRESHOLD", "TOTAL_CHUNKS", "SEED")
     return copy_launchers(
-        MAGI_FOLDER,
+        MAGI_PRESETS.parent,
         ["scripts", "assets"],
         pattern="scripts/single_run/{}.sh",
         package="magi1",

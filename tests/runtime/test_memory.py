@@ -11,13 +11,13 @@ from flowcache.runtime.memory import (
     HostWeights,
     LiveBytes,
     Part,
-    Residence,
     Stage,
     aside,
     make_memory_plan,
     one_layer,
     scratch_bytes,
 )
+from flowcache.runtime.model import Residence
 
 GB = 10**9
 

@@ -22,7 +22,7 @@ from flowcache.policies import (
     POLICIES,
     Calibration,
     FlowCache,
-    NamedPolicy,
+    ReusePolicy,
     ReuseRule,
     Stride,
     TeaCache,
@@ -57,7 +57,7 @@ def test_every_policy_that_settings_name_is_known():
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_what_a_policy_must_be_given_is_a_setting_or_calibrated(policy: type[NamedPolicy]):
+def test_what_a_policy_must_be_given_is_a_setting_or_calibrated(policy: type[ReusePolicy]):
     given = {each.name for section in (ReuseRule, Calibration) for each in fields(section)}
     for each in fields(policy):
         has_default = not (each.default is each.default_factory is MISSING)

@@ -56,10 +56,16 @@ def write_dit(folder: Path, kind: DiTConfig) -> None:
         {diffusers_key(key): value.contiguous() for key, value in weights.items()},
         folder / "transformer/diffusion_pytorch_model.safetensors",
     )
-    stored: dict[str, Any] = {
-        "added_kv_proj_dim": None if config.image_dim is None else config.dim,
+    (folder / "transformer/config.json").write_text(json.dumps(diffusers_json(config)))
+
+
+def diffusers_json(config: DiTConfig) -> dict[str, Any]:
+    """Return what `transformer/config.json` holds for a model."""
+    return {
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
         "attention_head_dim": config.head_width,
         "cross_attn_norm": True,
+        "eps": config.eps,
         "ffn_dim": config.ffn_dim,
         "freq_dim": config.freq_dim,
         "image_dim": config.image_dim,
@@ -73,4 +79,3 @@ def write_dit(folder: Path, kind: DiTConfig) -> None:
         "qk_norm": "rms_norm_across_heads",
         "text_dim": config.text_dim,
     }
-    (folder / "transformer/config.json").write_text(json.dumps(stored))

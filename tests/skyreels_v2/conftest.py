@@ -1,111 +1,26 @@
-"""Small seeded transformers, windows denoised with them, tiny checkpoints, and short runs."""
+"""Tiny checkpoints, and short runs with them."""
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_windows
 import torch
 from PIL import Image
 from tiny_skyreels_v2 import HEIGHT, WIDTH, write_dit
-from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from flowcache.kv import Compression, caches_for
-from flowcache.policies import Observe, ReusePolicy, Vanilla
-from flowcache.predict import HeldGuidance, ResultStore
-from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import VideoWriter
-from flowcache.wan.dit import DiT, DiTConfig
+from flowcache.wan.dit import DiTConfig
 from skyreels_v2.model import MODEL
-from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
-from skyreels_v2.window import Window
-
-
-@dataclass
-class Denoised:
-    """What came out of denoising a window."""
-
-    rows: list[Tensor]
-    stats: RunStats
-    branches: dict[str, Branch]
-    updates: ResultStore
-
-    @property
-    def latents(self) -> Tensor:
-        return self.rows[-1]
-
-
-def denoise_window(
-    dit: DiT,
-    latents: Tensor,
-    *,
-    window: Window,
-    sampling: Sampling,
-    policy: Callable[[], ReusePolicy] = Vanilla,
-    compression: Compression | None = None,
-    seed: int = 2,
-    texts: dict[str, Tensor] | None = None,
-    draw_noise: Callable[[Tensor], Tensor] = torch.randn_like,
-    condition: Tensor | None = None,
-    image: Tensor | None = None,
-    policies: dict[str, ReusePolicy] | None = None,
-    records: bool = False,
-    observe: Observe | None = None,
-    storage: torch.device | None = None,
-    store: Callable[[], ResultStore] = ResultStore,
-    guidance: HeldGuidance | None = None,
-) -> Denoised:
-    """Denoise with random prompts, or the given ones; everything but the weights is made here."""
-    config, draw = dit.config, torch.Generator().manual_seed(seed)
-    if texts is None:
-        texts = {
-            name: torch.randn(1, config.text_len, config.text_dim, generator=draw)
-            for name in ("cond", "uncond")
-        }
-    if sampling.guidance <= 1:
-        texts = {"cond": texts["cond"]}
-    per_frame = latents.shape[-2] * latents.shape[-1] // 4
-    branches = {
-        name: Branch(
-            dit.encode_context(text, image),
-            policy() if policies is None else policies[name],
-            store(),
-            caches_for(
-                config.num_layers if sampling.attention == "causal" else 0,
-                capacity=window.num_frames * per_frame,
-                num_heads=config.num_heads,
-                head_width=config.head_width,
-                dtype=dit.dtype,
-                device=latents.device,
-                storage=storage,
-            ),
-        )
-        for name, text in texts.items()
-    }
-    stats = RunStats(latents.device, records=records)
-    moving = latents.clone()
-    run = Run(
-        dit,
-        sampling,
-        stats,
-        compression=compression,
-        new_store=store,
-        new_guidance=lambda: guidance or HeldGuidance(),
-        draw_noise=draw_noise,
-        observe=observe,
-    )
-    sampler = WindowSampler(run, moving, window=window, branches=branches, condition=condition)
-    rows = [moving.clone() for _ in sampler.denoise()]
-    return Denoised(rows, stats, branches, sampler.updates)
 
 
 @pytest.fixture
-def denoise() -> Callable[..., Denoised]:
-    return denoise_window
+def denoise() -> Callable[..., tiny_windows.Denoised]:
+    return tiny_windows.denoise
 
 
 @pytest.fixture(autouse=True)

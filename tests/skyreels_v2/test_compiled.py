@@ -3,18 +3,13 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
 
-from flowcache.runtime.model import Request
-from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
-from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import BlockParts, DiT, compiled_parts
-from skyreels_v2.model import MODEL
 from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
@@ -46,19 +41,3 @@ def test_compiled_blocks_equal_plain_ones_and_are_compiled_once(
         with torch.compiler.set_stance("fail_on_recompile"):
             made = denoise(dit, latents, window=window, sampling=sampling)
         assert_close(made.latents, plain.latents, ulps=512)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("batches", ["true", "false"])
-def test_what_a_run_needs_is_compiled_while_its_models_are_loaded(
-    small: Path, tmp_path: Path, batches: str
-):
-    overrides = ["prompt=a swan", "compile=true", f"batch_branches={batches}", "num_steps=4"]
-    overrides += ["height=32"]  # else half a frame is a single token, which is compiled apart
-    job = prepare(MODEL, Request("flowcache_fast", str(small), overrides, out=str(tmp_path)))
-    stats = RunStats(job.device)
-    torch.compiler.reset()
-    models, conditioning = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert render(job, models, conditioning, stats=stats)["num_frames"] == 17

@@ -1,22 +1,21 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tiny_windows import FRAME_TOKENS, HEIGHT, LOOPS, WIDTH, denoise, kept
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowcache.compress import Recent, TokenLayout
 from flowcache.kv import Compression
 from flowcache.policies import FlowCache, ReusePolicy, Stride, TeaCache, Vanilla
 from flowcache.predict import Quantity
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
-from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import cut_window
 
 MakeDiT = Callable[..., DiT]
-Denoise = Callable[..., Any]
 
 REAL_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, inject_sample_info=True)
 KINDS: dict[str, dict[str, Any]] = {
@@ -24,8 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "t2v with fps embedding": {"inject_sample_info": True},
     "i2v": {"model_type": "i2v", "in_dim": 36, "image_dim": 20},
 }
-FRAMES, HEIGHT, WIDTH = 5, 4, 6
-FRAME_TOKENS = 6
+FRAMES = 5
 IMAGE_TOKENS = 257
 
 
@@ -86,33 +84,22 @@ POLICIES: dict[str, Callable[[], ReusePolicy]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "policy", "attention", "clean_pass", "budget"),
+    ("kind", "policy", "loop", "is_kept"),
     [
-        ("t2v", "vanilla", "full", False, None),
-        ("t2v", "flowcache", "causal", False, None),
-        ("t2v", "stride", "causal", True, 12),
-        ("t2v with fps embedding", "teacache", "full", False, None),
-        ("t2v with fps embedding", "flowcache", "causal", True, None),
-        ("i2v", "teacache", "full", False, None),
-        ("i2v", "stride", "causal", False, 12),
+        ("t2v", "vanilla", "full", False),
+        ("t2v", "flowcache", "causal", False),
+        ("t2v", "stride", "causal with clean pass", True),
+        ("t2v with fps embedding", "teacache", "full", False),
+        ("t2v with fps embedding", "flowcache", "causal with clean pass", False),
+        ("i2v", "teacache", "full", False),
+        ("i2v", "stride", "causal", True),
     ],
 )
 def test_a_run_costs_what_torch_counts(
-    denoise: Denoise,
-    make_dit: MakeDiT,
-    kind: str,
-    policy: str,
-    attention: Any,
-    clean_pass: bool,
-    budget: int | None,
+    make_dit: MakeDiT, kind: str, policy: str, loop: str, is_kept: bool
 ):
     total, stats = run_counted(
-        denoise,
-        make_dit(**KINDS[kind]),
-        policy=policy,
-        attention=attention,
-        clean_pass=clean_pass,
-        budget=budget,
+        make_dit(**KINDS[kind]), loop, policy, compression=kept() if is_kept else None
     )
     assert stats.computed_flops == total
     assert (stats.num_reused > 0) == (policy != "vanilla")
@@ -121,50 +108,41 @@ def test_a_run_costs_what_torch_counts(
 @pytest.mark.parametrize("quantity", ["residual", "velocity", "latent_update", "clean"])
 @pytest.mark.parametrize("attention", ["full", "causal"])
 def test_what_is_reused_decides_whether_the_head_is_read(
-    denoise: Denoise, make_dit: MakeDiT, attention: Any, quantity: Quantity
+    make_dit: MakeDiT, attention: str, quantity: Quantity
 ):
     dit = make_dit(num_layers=1)
-    settings = {"attention": attention, "quantity": quantity}
-    total, stats = run_counted(denoise, dit, policy="teacache", **settings)
+    total, stats = run_counted(dit, attention, "teacache", quantity=quantity)
     assert stats.computed_flops == total
-    without, vanilla = run_counted(denoise, dit, policy="vanilla", **settings)
+    without, vanilla = run_counted(dit, attention, "vanilla", quantity=quantity)
     assert stats.flops_without_reuse == vanilla.flops_without_reuse == without
     assert total < without
 
 
 def run_counted(
-    denoise: Denoise,
     dit: DiT,
-    *,
+    loop: str,
     policy: str,
-    attention: Any,
-    clean_pass: bool = False,
-    budget: int | None = None,
+    *,
+    compression: Compression | None = None,
     quantity: Quantity = "residual",
 ) -> tuple[int, RunStats]:
     """Denoise a window with a given frame; return torch's count without the prompts, and ours."""
-    compression, image = None, image_inputs(dit.config)
-    if budget is not None:
-        layout = TokenLayout(FRAME_TOKENS, FRAME_TOKENS)
-        compression = Compression(
-            budget, lambda q, k: Recent().keep(q, k, budget=budget, layout=layout)
+    image, runs = image_inputs(dit.config), []
+    sampling = replace(LOOPS[loop], num_steps=4, lag=1, quantity=quantity)
+
+    def run() -> None:
+        done = denoise(
+            dit,
+            window=cut_window(FRAMES, chunk_frames=2, num_prefix=1),
+            sampling=sampling,
+            policy=POLICIES[policy],
+            compression=compression,
+            condition=image["y_BCFhw"][0] if image else None,
+            image=image.get("image_BLD"),
         )
-    runs = []
-    total = counted(
-        lambda: runs.append(
-            denoise(
-                dit,
-                torch.randn(16, FRAMES, HEIGHT, WIDTH),
-                window=cut_window(FRAMES, chunk_frames=2, num_prefix=1),
-                sampling=Sampling(4, 8.0, 3.0, 1, attention, clean_pass, 24, quantity=quantity),
-                policy=POLICIES[policy],
-                compression=compression,
-                condition=image["y_BCFhw"][0] if image else None,
-                image=image.get("image_BLD"),
-            )
-        )
-    )
-    return total - 2 * context_flops(dit.config), runs[0].stats
+        runs.append(done.stats)
+
+    return counted(run) - 2 * context_flops(dit.config), runs[0]
 
 
 def test_a_real_forward_with_full_attention_costs_612_teraflops():

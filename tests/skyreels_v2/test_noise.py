@@ -71,9 +71,26 @@ def test_a_seed_draws_one_noise_per_window_and_nothing_for_an_end_image(
     assert torch.equal(frames_of(job, models, conditioning), by_hand)
 
 
-def drawn_types(model: Path, *settings: str) -> set[torch.dtype]:
-    """Return the types in which the first window's noise is drawn by a bfloat16 model."""
-    job, models, conditioning = loaded(model, "dtype=bfloat16", *settings)
+@pytest.mark.parametrize(
+    ("checkpoint", "settings", "want"),
+    [
+        ("small", (), torch.bfloat16),
+        ("small", ("noise_dtype=model",), torch.bfloat16),
+        ("small", ("noise_dtype=float32",), torch.float32),
+        ("small_i2v", ("attention=full", "ar_step=0", "image={picture}"), torch.float32),
+    ],
+)
+def test_a_bfloat16_model_draws_in_its_own_type_and_an_i2v_model_in_float32(
+    request: pytest.FixtureRequest,
+    picture: Path,
+    checkpoint: str,
+    settings: tuple[str, ...],
+    want: torch.dtype,
+):
+    given = [setting.format(picture=picture) for setting in settings]
+    model = request.getfixturevalue(checkpoint)
+    job, models, conditioning = loaded(model, "dtype=bfloat16", *given)
+    found: set[torch.dtype] = set()
     found: set[torch.dtype] = set()
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -82,23 +99,4 @@ def drawn_types(model: Path, *settings: str) -> set[torch.dtype]:
 
     stats = RunStats(job.device)
     next(generate(models.dit, models.vae, job.config, conditioning, stats=stats, draw=draw))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("settings", "want"),
-    [
-        ((), torch.bfloat16),
-        (("noise_dtype=model",), torch.bfloat16),
-        (("noise_dtype=float32",), torch.float32),
-    ],
-)
-def test_a_diffusion_forcing_model_draws_in_its_own_type(
-    small: Path, settings: tuple[str, ...], want: torch.dtype
-):
-    assert drawn_types(small, *settings) == {want}
-
-
-def test_an_image_to_video_model_draws_in_float32(small_i2v: Path, picture: Path):
-    settings = ("attention=full", "ar_step=0", f"image={picture}")
-    assert drawn_types(small_i2v, *settings) == {torch.float32}
+    assert found == {want}

@@ -114,9 +114,8 @@ def test_what_is_missing_is_told_in_one_line_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]
 ):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"needs the package torchao: pip install torchao==") as it:
+    with pytest.raises(UserError, match=r"^[^\n]*needs the package torchao: pip install torchao=="):
         make("quantize=int8_weight")
-    assert "\n" not in str(it.value)
 
 
 def test_8_bit_products_are_refused_without_a_gpu_that_has_them(

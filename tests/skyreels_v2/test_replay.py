@@ -1,6 +1,5 @@
-"""Runs of the demo that make the decisions of a recorded run again."""
+"""Replays of runs of several segments, and of decisions for the whole window."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,91 +14,76 @@ from skyreels_v2.released import RELEASED
 
 pytestmark = pytest.mark.numeric
 
-LONG = ("num_frames=25", "base_num_frames=17", "overlap_history=9", "causal_block_size=2")
-"""Two segments, of 5 latent frames in 3 chunks, and of 2 new latent frames in one."""
 SETTINGS = (
-    *("height=32", "width=32", "num_steps=6", "ar_step=2"),
-    *("reuse.threshold=0.15", "reuse.warmup_steps=1"),
-    *LONG,
+    *("height=32", "width=32", "num_steps=6", "ar_step=2", "reuse.threshold=0.15"),
+    *("reuse.warmup_steps=1", "num_frames=25", "base_num_frames=17", "overlap_history=9"),
+    "causal_block_size=2",
 )
+"""Two segments, of 5 latent frames in 3 chunks, and of 2 new latent frames in one."""
 
 
 def start(out: Path, *rest: str, preset: str = "flowcache_fast", model: str = "demo") -> int:
     """Run the command line; return the exit code."""
     given = ["--prompt", "a red circle moving right on a black background", "--seed", "3"]
-    return main(["--preset", preset, "--model", model, *given, "--out", str(out), *rest])
+    return main(["--preset", preset, "--model", model, *given, "--out", str(out), *SETTINGS, *rest])
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A video and its record."""
-
-    path: Path
-    record: dict[str, Any]
-
-    @property
-    def frames(self) -> np.ndarray:
-        return read_video(self.path)[0]
-
-
-def recorded(out: Path, *rest: str, preset: str = "flowcache_fast") -> Recorded:
+def recorded(out: Path, *rest: str, preset: str) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    """Return the frames and the decisions of a run."""
     assert start(out, "--record", *rest, preset=preset) == 0
-    return Recorded(out, read_record(out.with_suffix(".record.json")))
-
-
-def decisions(run: Recorded) -> list[tuple[Any, ...]]:
     names = ("segment", "tick", "chunk", "step", "branch", "computed")
-    return [tuple(row[name] for name in names) for row in run.record["decisions"]]
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    return recorded(tmp_path_factory.mktemp("first") / "first.mp4", *SETTINGS)
-
-
-def replay(run: Recorded) -> tuple[str, str]:
-    return "--replay", str(run.path.with_suffix(".record.json"))
-
-
-def test_the_decisions_of_all_segments_are_replayed(first: Recorded, tmp_path: Path):
-    assert {computed for *_, computed in decisions(first)} == {True, False}
-    assert {segment for segment, *_ in decisions(first)} == {0, 1}
-    again = recorded(tmp_path / "again.mp4", *SETTINGS, "reuse.threshold=0", *replay(first))
-    assert np.array_equal(again.frames, first.frames)
-    assert decisions(again) == decisions(first)
-
-
-def test_decisions_for_the_whole_window_are_replayed_too(tmp_path: Path):
-    given = (*SETTINGS, "attention=full")
-    run = recorded(tmp_path / "first.mp4", *given, preset="teacache_fast")
-    assert {computed for *_, computed in decisions(run)} == {True, False}
-    again = recorded(tmp_path / "again.mp4", *given, *replay(run), preset="vanilla")
-    assert np.array_equal(again.frames, run.frames)
-    assert decisions(again) == decisions(run)
+    rows = read_record(out.with_suffix(".record.json"))["decisions"]
+    return read_video(out)[0], [tuple(row[name] for name in names) for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("preset", "settings", "other"),
     [
-        ("num_frames=17", "decisions of segment 1, branch cond, which the run does not make"),
-        ("num_frames=33", "no decisions of segment 2, branch cond"),
+        ("flowcache_fast", (), ("flowcache_fast", "reuse.threshold=0")),
+        ("teacache_fast", ("attention=full",), ("vanilla", "attention=full")),
     ],
+    ids=["all segments", "the whole window"],
 )
-def test_a_record_of_another_number_of_segments_is_refused(
-    first: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, reason: str
+def test_the_decisions_are_replayed(
+    tmp_path: Path, preset: str, settings: tuple[str, ...], other: tuple[str, str]
 ):
-    code = start(tmp_path / "no.mp4", *SETTINGS, change, *replay(first), "--dry-run")
-    assert code == EXIT_USER_ERROR
+    frames, decisions = recorded(tmp_path / "first.mp4", *settings, preset=preset)
+    assert {computed for *_, computed in decisions} == {True, False}
+    assert {segment for segment, *_ in decisions} == {0, 1}
+    replay = ("--replay", str(tmp_path / "first.record.json"))
+    again, same = recorded(tmp_path / "again.mp4", *other[1:], *replay, preset=other[0])
+    assert np.array_equal(again, frames)
+    assert same == decisions
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "reason"),
+    [
+        ("num_frames=17", "demo", "decisions of segment 1, branch cond, which the run does not"),
+        ("num_frames=33", "demo", "no decisions of segment 2, branch cond"),
+        ("num_steps=7", next(iter(RELEASED)), ""),
+    ],
+    ids=["fewer segments", "more segments", "a released model"],
+)
+def test_a_record_that_does_not_fit_is_refused_in_the_plan(
+    first: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    model: str,
+    reason: str,
+):
+    given = (change, "--replay", str(first), "--dry-run")
+    assert start(tmp_path / "no.mp4", *given, model=model) == EXIT_USER_ERROR
     message = capsys.readouterr().err
     assert message.startswith("error: the record does not fit this run: ")
     assert reason in message
     assert message.count("\n") == 1
 
 
-def test_a_record_is_planned_with_a_released_model_too(
-    first: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    released = next(iter(RELEASED))
-    given = (*SETTINGS, *replay(first), "--dry-run")
-    assert start(tmp_path / "no.mp4", *given, "num_steps=7", model=released) == EXIT_USER_ERROR
-    assert "the record does not fit this run" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a record."""
+    out = tmp_path_factory.mktemp("first") / "first.mp4"
+    assert start(out, "--record") == 0
+    return out.with_suffix(".record.json")

@@ -2,6 +2,7 @@ import pytest
 
 from flowcache.errors import UserError
 from skyreels_v2.window import (
+    Segment,
     cut_segments,
     cut_window,
     describe,
@@ -48,8 +49,7 @@ def test_every_length_is_made_exactly():
 
 
 def test_a_short_video_needs_no_overlap():
-    (segment,) = cut_segments(97, base=97, overlap=None)
-    assert (segment.num_frames, segment.prefix_pixels, segment.new_pixels) == (25, 0, 97)
+    assert cut_segments(97, base=97, overlap=None) == [Segment(0, 25, 0)]
 
 
 @pytest.mark.parametrize(
@@ -87,37 +87,27 @@ def test_counts_that_dont_fit_are_named_in_one_line(settings: dict[str, object],
     assert "\n" not in str(error.value)
 
 
-def test_a_window_is_cut_into_chunks_the_last_of_which_may_be_short():
+@pytest.mark.parametrize(
+    ("num_frames", "options", "chunks", "num_given"),
+    [
+        (12, {"chunk_frames": 5}, "0-5 5-10 10-12", 0),
+        # upstream drops the image at a block size above 1; here chunks are counted from its end
+        (25, {"chunk_frames": 5, "num_prefix": 1}, "0-1 1-6 6-11 11-16 16-21 21-25", 1),
+        (12, {"chunk_frames": 3, "num_prefix": 5}, "0-3 3-5 5-8 8-11 11-12", 2),
+        (12, {"chunk_frames": 5, "num_prefix": 1, "has_end": True}, "0-1 12-13 1-6 6-11 11-12", 2),
+    ],
+    ids=["a short last one", "a start image", "a prefix in chunks", "an end image"],
+)
+def test_a_window_is_cut_into_chunks(
+    num_frames: int, options: dict[str, int], chunks: str, num_given: int
+):
+    window = cut_window(num_frames, **options)
+    assert " ".join(f"{chunk.start}-{chunk.stop}" for chunk in window.chunks) == chunks
+    assert window.num_frames == num_frames + options.get("has_end", 0)
+    assert (window.num_prefix, window.num_given) == (options.get("num_prefix", 0), num_given)
+    assert window.generated == range(num_given, len(window.chunks))
+
+
+def test_chunks_are_described_by_their_sizes():
     window = cut_window(12, chunk_frames=5)
-    assert window.chunks == (range(5), range(5, 10), range(10, 12))
-    assert (window.num_frames, window.num_prefix, window.num_given) == (12, 0, 0)
-    assert window.generated == range(3)
     assert describe(window) == "3 chunks (2 of 5, 1 of 2 latent frames)"
-
-
-def test_a_start_image_is_a_chunk_of_its_own_whatever_the_chunk_size():
-    """Upstream drops the image at a block size above 1; here chunks are counted from its end."""
-    window = cut_window(25, chunk_frames=5, num_prefix=1)
-    assert window.chunks == (
-        range(1),
-        range(1, 6),
-        range(6, 11),
-        range(11, 16),
-        range(16, 21),
-        range(21, 25),
-    )
-    assert window.num_given == 1
-    assert list(window.generated) == [1, 2, 3, 4, 5]
-
-
-def test_a_prefix_longer_than_a_chunk_is_given_in_chunks():
-    window = cut_window(12, chunk_frames=3, num_prefix=5)
-    assert window.chunks == (range(3), range(3, 5), range(5, 8), range(8, 11), range(11, 12))
-    assert window.num_given == 2
-
-
-def test_an_end_image_is_the_last_frame_and_given_before_what_is_denoised():
-    window = cut_window(12, chunk_frames=5, num_prefix=1, has_end=True)
-    assert window.chunks == (range(1), range(12, 13), range(1, 6), range(6, 11), range(11, 12))
-    assert (window.num_frames, window.num_prefix, window.num_given) == (13, 1, 2)
-    assert list(window.generated) == [2, 3, 4]

@@ -16,25 +16,6 @@ pytestmark = pytest.mark.numeric
 MakeDiT = Callable[..., DiT]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skyreels_v2"
-REAL = {
-    "DF 1.3B": (
-        DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, inject_sample_info=True),
-        830,
-        1_435_525_696,
-    ),
-    "14B": (DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), 1095, 14_288_491_584),
-    "I2V 1.3B": (
-        DiTConfig("i2v", 36, 16, 1536, 8960, num_heads=12, num_layers=30, image_dim=1280),
-        983,
-        1_564_428_608,
-    ),
-    "I2V 14B": (
-        DiTConfig("i2v", 36, 16, 5120, 13824, num_heads=40, num_layers=40, image_dim=1280),
-        1303,
-        16_394_878_784,
-    ),
-}
-"""Released model -> config, number of keys, number of parameters."""
 
 
 def load(name: str) -> tuple[DiT, dict[str, Any], dict[str, Tensor]]:
@@ -79,15 +60,6 @@ def test_forwards_with_a_start_image_equal_the_reference(out: str, t: str):
     times = stored[f"in.{t}"].view(1, -1).expand(1, x.shape[2])
     ours = dit(x, times, stored["in.context"], y_BCFhw=stored["in.y"], image_BLD=stored["in.clip"])
     assert_close(ours, stored[f"out.{out}"], ulps=64)
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_released_models_have_their_published_keys_and_parameters(name: str):
-    config, num_keys, num_parameters = REAL[name]
-    with torch.device("meta"):
-        state = DiT(config).state_dict()
-    assert len(state) == num_keys
-    assert sum(tensor.numel() for tensor in state.values()) == num_parameters
 
 
 def test_with_full_attention_every_frame_sees_every_other(make_dit: MakeDiT):
@@ -141,12 +113,8 @@ def test_embedding_some_frames_is_a_part_of_embedding_all(make_dit: MakeDiT):
     x, t, _ = inputs(dit)
     whole = dit.embed(x, t, fps=[24]).frames(1, 3)
     part = dit.embed(x[:, :, 1:3], t[:, 1:3], fps=[24])
-    for ours, expected in zip(
-        (part.tokens, part.time, part.modulation),
-        (whole.tokens, whole.time, whole.modulation),
-        strict=True,
-    ):
-        assert_close(ours, expected, ulps=64)
+    for name in ("tokens", "time", "modulation"):
+        assert_close(getattr(part, name), getattr(whole, name), ulps=64)
 
 
 def test_a_bfloat16_model_keeps_modulation_and_velocity_in_float32(make_dit: MakeDiT):

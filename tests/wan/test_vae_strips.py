@@ -111,7 +111,7 @@ def test_the_released_decoder_repeats_little_of_its_work():
     ids=["one block", "released depth", "three levels"],
 )
 def test_a_strip_depends_on_its_margin_and_on_nothing_else(settings: dict[str, object], axis: int):
-    """Gradients tell which places of the attention's output a strip's outermost pixels look at."""
+    """Gradients show which places of the attention's output a strip's outermost pixels look at."""
     model = tiny_vae(**settings)
     decoder = model.model.decoder.double()
     margin = margins_of(decoder, axis=axis)[0]

@@ -49,6 +49,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"error: {message} (--help says what can be given)\n")
 
 
+SETTINGS_NOTE = """\
+Settings are changed by key=value; --list-settings shows all keys. A run prints what it will do, a
+progress bar, and a summary, and writes NAME.mp4 and NAME.json (settings, versions, every decision
+of the cache, seconds per stage).
+"""
+
+
 def run_parser(
     prog: str, *, description: str, examples: str, presets: Path, model: str, dry_run: str
 ) -> Parser:
@@ -56,7 +63,7 @@ def run_parser(
     parser = Parser(
         prog=prog,
         description=description,
-        epilog=examples,
+        epilog=f"{examples}\n{SETTINGS_NOTE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))

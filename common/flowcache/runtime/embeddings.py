@@ -144,3 +144,14 @@ def load_tokenizer(
         rule = f"the text encoder knows {vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, {rule}")
     return tokenizer
+
+
+def warn_if_cut(prompt: str, num_tokens: int, *, most: int) -> None:
+    """Warn that the end of a prompt of more than `most` tokens is cut off, and by how much."""
+    if num_tokens > most:
+        logger.warning(
+            "the prompt is %d tokens too long, its end is cut off (at most %d): %.40s...",
+            num_tokens - most,
+            most,
+            prompt,
+        )

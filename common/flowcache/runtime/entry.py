@@ -2,18 +2,22 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from typing import Any
 
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.config import merge_overrides_
 
 
-def main_of(
-    name: str, options: argparse.Namespace, *, schema: type, settings: Callable[[], Sequence[str]]
-) -> int:
-    """Do what the command line of a model asks for; return the exit code."""
+def main_of(name: str, options: argparse.Namespace, *, schema: Any) -> int:
+    """Do what the command line of a model asks for; return the exit code.
+
+    Args:
+        name: of the model's package.
+        options: as `run_parser` gives them.
+        schema: dataclass of all settings; its `lines` are those of --list-settings.
+    """
     if options.list_settings:
-        return run_command(lambda: print(*settings(), sep="\n", flush=True))  # noqa: T201
+        return run_command(lambda: print(*schema.lines(), sep="\n", flush=True))  # noqa: T201
     if "RANK" not in os.environ:  # of several processes one reports, once they have met
         exit_code = run_command(lambda: merge_overrides_({}, schema, options.settings))
         if exit_code:

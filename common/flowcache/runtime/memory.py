@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowcache.errors import UserError
 from flowcache.kv import PREFETCHED_LAYERS, KVCache, caches_for
-from flowcache.runtime.model import Work
+from flowcache.runtime.model import Residence, Work
 from flowcache.runtime.parallel import Group, Layout, Ranks, branches_per_process
 from flowcache.runtime.stats import scaled
 
@@ -192,31 +192,6 @@ class Stage:
     def largest(self) -> Part:
         """Return the largest part."""
         return max(self.parts, key=lambda part: part.num_bytes)
-
-
-@dataclass(frozen=True)
-class Residence:
-    """What is kept in the memory of the host while the device does not need it.
-
-    Ordered from the fastest to the slowest. Each costs copies and leaves the video as it is, except
-    for the text encoder, whose sums the host may round in another order.
-    """
-
-    text_on_host: bool = False
-    """The text encoder runs on the host."""
-    dit_aside: bool = False
-    """The transformer leaves the device while the VAE works."""
-    kv_on_host: bool = False
-    """Keys and values lie on the host and are copied when they are read."""
-
-    def describe(self) -> str:
-        """Say what is where."""
-        moved = {
-            "the text encoder runs on the host": self.text_on_host,
-            "transformer and VAE take turns": self.dit_aside,
-            "keys and values lie on the host": self.kv_on_host,
-        }
-        return ", ".join(name for name, is_so in moved.items() if is_so) or "all on the device"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ import importlib
 import importlib.util
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from flowcache.policies import Observe, Policies
     from flowcache.runtime.checks import Decoded
     from flowcache.runtime.hub import Missing
-    from flowcache.runtime.memory import Footprint, MemoryPlan, Residence
+    from flowcache.runtime.memory import Footprint, MemoryPlan
     from flowcache.runtime.ops import Draw
     from flowcache.runtime.parallel import Ranks
     from flowcache.runtime.profile import Setting
@@ -237,19 +238,16 @@ class Job:
         """Return the job with other settings, by arguments of the command line, such as `seed`."""
         config = self.config
         for argument, value in values.items():
-            config = _changed(config, self.model.keys[argument].split("."), value)
+            config = _changed(config, self.model.keys[argument], value)
         return replace(self, config=config)
 
     def value(self, argument: str) -> Any:
         """Return the setting that an argument of the command line names, such as `seed`."""
-        value = self.config
-        for name in self.model.keys[argument].split("."):
-            value = getattr(value, name)
-        return value
+        return attrgetter(self.model.keys[argument])(self.config)
 
 
-def _changed(config: Any, names: Sequence[str], value: Any) -> Any:
-    first, *rest = names
+def _changed(config: Any, key: str, value: Any) -> Any:
+    first, _, rest = key.partition(".")
     return replace(
         config, **{first: _changed(getattr(config, first), rest, value) if rest else value}
     )
@@ -282,6 +280,31 @@ class Progress:
         return None if self.later is None else self.later.result().frames
 
 
+@dataclass(frozen=True)
+class Residence:
+    """What is kept in the memory of the host while the device does not need it.
+
+    Ordered from the fastest to the slowest. Each costs copies and leaves the video as it is, except
+    for the text encoder, whose sums the host may round in another order.
+    """
+
+    text_on_host: bool = False
+    """The text encoder runs on the host."""
+    dit_aside: bool = False
+    """The transformer leaves the device while the VAE works."""
+    kv_on_host: bool = False
+    """Keys and values lie on the host and are copied when they are read."""
+
+    def describe(self) -> str:
+        """Say what is where."""
+        moved = {
+            "the text encoder runs on the host": self.text_on_host,
+            "transformer and VAE take turns": self.dit_aside,
+            "keys and values lie on the host": self.kv_on_host,
+        }
+        return ", ".join(name for name, is_so in moved.items() if is_so) or "all on the device"
+
+
 class VideoModel(Protocol):
     """What a run needs of a model.
 
@@ -302,8 +325,10 @@ class VideoModel(Protocol):
     The seed, for example, is `seed` in one model and `runtime_config.seed` in another.
     """
 
-    places: Collection[str]
+    places: Collection[str] = ()
     """Names of settings, in any section, that say where files of the model are."""
+    on_host: Mapping[str, tuple[str, Any]]
+    """Field of `Residence` -> the setting that asks for it, and the value with which it does."""
 
     # Files and settings -----------------------------------------------------------------------
 
@@ -328,7 +353,6 @@ class VideoModel(Protocol):
         self, config: Any, source: Source, device: torch.device, dtype: torch.dtype, /
     ) -> None:
         """Refuse settings that the device cannot carry out."""
-        ...
 
     def missing(self, config: Any, source: Source, /) -> Missing | None:
         """Return what `fetch` would download; None: nothing."""
@@ -366,7 +390,7 @@ class VideoModel(Protocol):
 
     def before(self, media: Any, /) -> Tensor | None:
         """Return given frames that the video begins with, uint8 `[T, H, W, 3]`."""
-        ...
+        return None
 
     def work(self, config: Any, source: Source, media: Any, dtype: torch.dtype, /) -> Work:
         """Derive from the settings what the run does; without `source.files` by sizes alone."""
@@ -390,11 +414,15 @@ class VideoModel(Protocol):
 
     def residence(self, config: Any, /) -> Residence:
         """Return what the settings ask to be on the host."""
-        ...
+        return Residence(
+            **{part: attrgetter(key)(config) == at for part, (key, at) in self.on_host.items()}
+        )
 
     def placed(self, config: Any, residence: Residence, /) -> Any:
         """Return the settings with things where a memory plan puts them."""
-        ...
+        for part, (key, value) in self.on_host.items():
+            config = _changed(config, key, value) if getattr(residence, part) else config
+        return config
 
     # Running ----------------------------------------------------------------------------------
 

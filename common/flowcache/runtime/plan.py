@@ -117,6 +117,40 @@ def scored_bytes(shape: AttentionShape, *, num_queries: int) -> int:
     )
 
 
+def held_bytes(
+    segments: Sequence[SegmentWork],
+    attention: AttentionShape,
+    *,
+    num_layers: int,
+    num_caches: int,
+    ffn_width: int,
+    pass_tokens: int,
+    num_queries: int,
+    keeps_queries: bool,
+    itemsize: int,
+) -> dict[str, int]:
+    """Return the fields of `Work` that count bytes in the same way in all transformers.
+
+    Args:
+        attention: the largest self-attention.
+        pass_tokens: that go through the blocks at once, guidance passes in one batch included.
+        num_queries: that score the keys when the KV cache is compressed.
+        keeps_queries: whether those of all layers and caches are kept from one to the next.
+        itemsize: bytes of a number inside the blocks.
+    """
+    kv_tokens, width = max(part.kv_tokens for part in segments), attention.head_width
+    num_kept, model_width = num_layers * num_caches * itemsize, attention.num_heads * width
+    query_bytes = num_queries * num_kept * model_width * keeps_queries
+    scored = scored_bytes(replace(attention, num_keys=kv_tokens), num_queries=num_queries)
+    return {
+        "kv_bytes": 2 * kv_tokens * attention.kv_heads * width * num_kept,
+        "scoring_bytes": query_bytes + scored,
+        "query_bytes": query_bytes,
+        "activation_bytes": pass_tokens
+        * (TOKEN_COPIES * 4 * model_width + 2 * itemsize * ffn_width),
+    }
+
+
 def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
     """Describe what a run holds."""
     return [

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from flowcache.attention import SDPA, Kernel
 from flowcache.errors import UserError
 from flowcache.runtime import profile
 from flowcache.runtime.files import read_json
@@ -33,8 +32,6 @@ Layout = Literal["original", "diffusers"]
 
 MAX_TEXT_LEN = 512
 """Prompt tokens of every released model."""
-HEAD_WIDTH = 128
-"""Width of an attention head of every released model."""
 
 _SIZES = ("in_dim", "out_dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")
 _ORIGINAL_NAMES = {
@@ -72,11 +69,7 @@ _DIFFUSERS_KEYS = (
 
 
 def diffusers_key(key: str) -> str:
-    """Translate an original key of the transformer to diffusers' layout.
-
-    Example: `blocks.3.cross_attn.k_img.bias` is `blocks.3.attn2.add_k_proj.bias` there, and the
-    norm before cross-attention, `norm3`, is called `norm2`.
-    """
+    """Translate an original key of the transformer to diffusers' layout."""
     return rename(key, _DIFFUSERS_KEYS)
 
 
@@ -84,9 +77,9 @@ def _origin(layout: Layout) -> Callable[[str], Origin]:
     return Origin if layout == "original" else lambda name: Origin(diffusers_key(name))
 
 
-def _empty(config: DiTConfig, kernel: Kernel = SDPA, kind: type[DiT] = DiT) -> DiT:
+def _empty(config: DiTConfig, kind: type[DiT] = DiT) -> DiT:
     with torch.device("meta"):
-        return kind(config, kernel=kernel)
+        return kind(config)
 
 
 def check_dit(
@@ -111,7 +104,6 @@ def load_dit(
     layout: Layout,
     dtype: torch.dtype | None,
     device: torch.device | str,
-    kernel: Kernel = SDPA,
     within: Sequence[str] = WITHIN,
     kind: type[DiT] = DiT,
 ) -> DiT:
@@ -119,11 +111,10 @@ def load_dit(
 
     Args:
         dtype: type of the weights; None keeps each as stored.
-        kernel: how the transformer attends.
         within: see `weights.read`.
         kind: of transformer that is made.
     """
-    dit = _empty(config, kernel, kind)
+    dit = _empty(config, kind)
     load_files(dit, files, origin=_origin(layout), within=within, dtype=dtype, device=device)
     return dit
 
@@ -151,7 +142,8 @@ def read_diffusers(path: Path, *, text_len: int) -> DiTConfig:
     given = {_ORIGINAL_NAMES.get(name, name): value for name, value in values.items()}
     names = (*_SIZES, "text_dim", "image_dim", "inject_sample_info", "eps")
     given = {name: given[name] for name in names if name in given}
-    head_width = values.get("attention_head_dim", HEAD_WIDTH)
+    # 128: of every released model
+    head_width = values.get("attention_head_dim", 128)
     if not _is_size(head_width):
         raise UserError(f"{path}: attention_head_dim is {head_width!r}, expected an integer >= 1")
     num_heads = given.get("num_heads", DiTConfig.num_heads)

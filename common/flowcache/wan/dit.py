@@ -80,10 +80,11 @@ class Embedded:
         """Return these frames and others behind them."""
         if not others:
             return self
+        every = [self, *others]
         return Embedded(
-            torch.cat([self.tokens, *(other.tokens for other in others)], dim=1),
-            torch.cat([self.time, *(other.time for other in others)], dim=1),
-            torch.cat([self.modulation, *(other.modulation for other in others)], dim=1),
+            torch.cat([each.tokens for each in every], dim=1),
+            torch.cat([each.time for each in every], dim=1),
+            torch.cat([each.modulation for each in every], dim=1),
         )
 
     def frames(self, start: int, stop: int) -> "Embedded":
@@ -98,10 +99,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class ContextKV:
-    """Keys and values of the prompt (and the start image) for one layer's cross-attention.
-
-    They don't depend on the timestep, so one run computes them once. `[B, L, H, C]`.
-    """
+    """Keys and values `[B, L, H, C]` of the prompt and start image for one layer: once per run."""
 
     k: Tensor
     v: Tensor
@@ -111,20 +109,20 @@ class ContextKV:
 
 def join_contexts(branches: Sequence[Sequence[ContextKV]]) -> list[ContextKV]:
     """Put the contexts of several branches (one list of layers each) into one batch."""
-
-    def join(parts: Sequence[Tensor | None]) -> Tensor | None:
-        present = [part for part in parts if part is not None]
-        return torch.cat(present) if present else None
-
     return [
         ContextKV(
             torch.cat([c.k for c in layer]),
             torch.cat([c.v for c in layer]),
-            join([c.k_img for c in layer]),
-            join([c.v_img for c in layer]),
+            _joined([c.k_img for c in layer]),
+            _joined([c.v_img for c in layer]),
         )
         for layer in zip(*branches, strict=True)
     ]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 # Positions and timesteps --------------------------------------------------------------------------
@@ -132,10 +130,6 @@ def join_contexts(branches: Sequence[Sequence[ContextKV]]) -> list[ContextKV]:
 
 def sinusoid(t: Tensor, *, width: int) -> Tensor:
     """Embed timesteps as `[cos(t f_j)..., sin(t f_j)...]`, f_j = 10000^(-j / (width/2)).
-
-    Args:
-        t: timesteps in 0..1000, any shape.
-        width: size of the embedding, even.
 
     Returns: float64, `t.shape + [width]`.
     """
@@ -146,14 +140,10 @@ def sinusoid(t: Tensor, *, width: int) -> Tensor:
 
 
 def rope_table(frames: Tensor, *, height: int, width: int, head_width: int) -> Tensor:
-    """Rotation angles of a grid of tokens, frame-major, then row, then column.
+    """Rotation angles of the tokens of latent frames at positions `[F]`, by frame, row, column.
 
     The head's channel pairs are divided among frame, row and column: `head_width // 6` pairs each
     for row and column, the rest for the frame (22, 21, 21 of 64 at the released head width 128).
-
-    Args:
-        frames: positions of the latent frames inside the window, `[F]`.
-        height: token rows. width: token columns.
 
     Returns: float32 `[F * height * width, head_width // 2, 2]`, cosine and sine.
     """
@@ -399,16 +389,12 @@ class ImageMLP(nn.Module):
 
 
 class DiT(nn.Module):
-    """The transformer, in the three parts that caching needs.
+    """The transformer: a reused chunk skips `run_blocks`, which the caller gives self-attention."""
 
-    `embed`, `run_blocks` and `velocity` are separate because a reused chunk skips the second, and
-    because the caller puts its own self-attention (KV cache, whole window) into it.
-    """
-
-    def __init__(self, config: DiTConfig, *, kernel: Kernel = SDPA) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.kernel = self.cross_kernel = kernel
+        self.kernel = self.cross_kernel = SDPA
         self.parts = BlockParts()
         dim, has_image = config.dim, config.model_type == "i2v"
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
@@ -448,9 +434,9 @@ class DiT(nn.Module):
         """Turn latent frames and their timesteps into tokens and modulation vectors.
 
         Args:
-            t_BF: timesteps, 0 (clean) to 1000 (noise), one per latent frame.
-            fps: frames per second of each batch item; read by models with an fps embedding, which
-                know 16 and "another".
+            t_BF: timesteps, 0 (clean) to 1000 (noise).
+            fps: frames per second of each batch item, for models with an fps embedding, which know
+                16 and "another".
             y_BCFhw: the start image's condition, I2V models only.
         """
         x = x_BCFhw if y_BCFhw is None else torch.cat([x_BCFhw, y_BCFhw], dim=1)
@@ -479,8 +465,7 @@ class DiT(nn.Module):
         """Compute every layer's cross-attention keys and values of one prompt, once per run.
 
         Args:
-            text_BLD: text encoder output, padded with zeros to `text_len`: the padding is attended
-                to, as the model was trained.
+            text_BLD: text encoder output, padded with zeros to `text_len`, which are attended to.
             image_BLD: CLIP features `[B, 257, image_dim]`, I2V models only.
         """
         text = self.text_embedding(text_BLD.to(self.dtype))
@@ -492,7 +477,7 @@ class DiT(nn.Module):
         return contexts
 
     def rope(self, frames: Tensor, *, latent_height: int, latent_width: int) -> Tensor:
-        """Rotary angles of latent frames at the given positions inside the window."""
+        """Return the rotary angles of latent frames at some positions in the window."""
         return rope_table(
             frames,
             height=latent_height // PATCH[1],
@@ -508,11 +493,7 @@ class DiT(nn.Module):
         *,
         self_attend: SelfAttend,
     ) -> Tensor:
-        """Run all blocks on the tokens: `[B, S, D]` in, `[B, S, D]` out.
-
-        Args:
-            self_attend: decides what the tokens may see, see `SelfAttend`.
-        """
+        """Run all blocks on the tokens: `[B, S, D]`."""
         x, modulation = embedded.tokens, embedded.modulation
         if modulation.shape[1] == 1 and x.shape[1] % 2 == 0:
             # code is compiled apart for lengths of 1: a single frame counts as two halves
@@ -536,8 +517,7 @@ class DiT(nn.Module):
 
         Args:
             num_frames: of a large forward; kernels are chosen by the first length that they see.
-            frame_tokens: tokens of a latent frame in this process.
-            batches: the batch sizes that will be used.
+            frame_tokens: of this process.
         """
         block, device = self.blocks[0], self.head.modulation.device
         assert isinstance(block, Block)
@@ -581,8 +561,8 @@ class DiT(nn.Module):
 
         Args:
             fps: frame rate of each batch item, default 24.
-            causal_chunks: latent frame bounds (start, stop) of the chunks for block-causal
-                attention: a chunk sees itself and earlier ones. None: everything sees everything.
+            causal_chunks: latent frames (start, stop) of chunks that see themselves and earlier
+                ones; None: everything sees everything.
         """
         num_frames, height, width = x_BCFhw.shape[2:]
         rates = [24] * len(x_BCFhw) if fps is None else fps

@@ -1,8 +1,6 @@
 """What all models on Wan's backbone have in common of a `flowcache.runtime.model.VideoModel`."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,8 +10,7 @@ from torch import Tensor
 
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
-from flowcache.runtime.memory import Residence
-from flowcache.runtime.model import Job, Source
+from flowcache.runtime.model import Job, Source, VideoModel
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, compiled_parts
 from flowcache.wan.folder import WanFolder
@@ -32,20 +29,23 @@ SAME_KEYS: Mapping[str, str] = MappingProxyType(
 """Arguments of the command line that are settings of the same name."""
 
 
-class WanModel(ABC):
+class WanModel(VideoModel):
     """Text encoder, VAE, compiling, and what may be kept on the host; settings as in Wan models."""
 
-    @abstractmethod
+    keys: Mapping[str, str] = SAME_KEYS
+    on_host: Mapping[str, tuple[str, Any]] = MappingProxyType(
+        {
+            "text_on_host": ("text_on_host", True),
+            "dit_aside": ("offload", True),
+            "kv_on_host": ("kv_on_host", True),
+        }
+    )
+
     def folder(self, source: Source) -> WanFolder:
         """Return where the parts of a model are that was found."""
 
     def dtype(self, config: Any, device: torch.device) -> torch.dtype:
         return choose_dtype(config.dtype, device)
-
-    def check_device(  # noqa: B027 - there is nothing to refuse
-        self, config: Any, source: Source, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        pass
 
     def footprint(self, job: Job, *, overlaps: bool) -> ChunkMemory:
         """Count; `given` of the media is what is encoded, `[3, T, H, W]` or None."""
@@ -65,17 +65,6 @@ class WanModel(ABC):
     def ingredients(self, job: Job) -> dict[str, Path]:
         folder = self.folder(job.source)
         return {part: getattr(folder, part) for part in ("vae", "text_encoder", "tokenizer")}
-
-    def residence(self, config: Any) -> Residence:
-        return Residence(config.text_on_host, config.offload, config.kv_on_host)
-
-    def placed(self, config: Any, residence: Residence) -> Any:
-        return replace(
-            config,
-            text_on_host=residence.text_on_host,
-            offload=residence.dit_aside,
-            kv_on_host=residence.kv_on_host,
-        )
 
     def text_facts(self, job: Job) -> dict[str, Any]:
         folder = self.folder(job.source)

@@ -101,7 +101,7 @@ def _check_fp8_products(sizes: DiTConfig, *, device: torch.device, dtype: torch.
 def _torchao(mode: QuantizeName) -> ModuleType:
     """Import the part of torchao that quantises."""
     try:
-        with _quiet("torchao", "torch.utils._pytree"):
+        with _silenced("torchao", "torch.utils._pytree"):
             return importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise UserError(
@@ -123,7 +123,7 @@ def _rule(quantization: ModuleType, mode: QuantizeName) -> Any:
 
 
 @contextmanager
-def _quiet(*names: str) -> Generator[None, None, None]:
+def _silenced(*names: str) -> Generator[None, None, None]:
     """Hold back warnings: torchao warns of each of its own kernels that is for another machine."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from flowcache.attention import SDPA, Kernel
 from flowcache.wan.dit import Block, BlockParts, DiT, DiTConfig, Head, RMSNorm, rotate, sinusoid
 
 
@@ -38,8 +37,8 @@ class RoundedHead(Head):
 class RoundedDiT(DiT):
     """The transformer in the weights' type throughout."""
 
-    def __init__(self, config: DiTConfig, *, kernel: Kernel = SDPA) -> None:
-        super().__init__(config, kernel=kernel)
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
         dim, eps = config.dim, config.eps
         self.parts = BlockParts(_before_attention, _between_attentions, _after_attention)
         self.head = RoundedHead(dim, out_width=self.head.head.out_features, eps=eps)

@@ -6,7 +6,6 @@ Axes: B batch, L prompt tokens, P image tokens (class token, then patches), D wi
 from __future__ import annotations
 
 import html
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from flowcache.errors import UserError
 from flowcache.runtime import profile
-from flowcache.runtime.embeddings import hash_files, load_tokenizer, tokenizer_files
+from flowcache.runtime.embeddings import hash_files, load_tokenizer, tokenizer_files, warn_if_cut
 from flowcache.runtime.weights import (
     Origin,
     check_files,
@@ -43,15 +42,13 @@ if TYPE_CHECKING:
         UMT5EncoderModel,
     )
 
-logger = logging.getLogger(__name__)
-
 CLIP_HEADS = 16
 """Attention heads of the released CLIP tower (ViT-H/14); its file does not say."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of the RGB values CLIP was trained on. Source: arXiv 2103.00020, its code."""
-
-_BLANKS = re.compile(r"\s+")
+RELEASED_VISION_WEIGHTS = 632_076_800
+"""Parameters of the released CLIP tower (ViT-H/14), its projection included."""
 
 # Name in transformers -> key in the original file; applied one after the other.
 # Source: the original and the transformers release of the same weights.
@@ -90,7 +87,7 @@ def clean_prompt(prompt: str) -> str:
     """
     import ftfy
 
-    return _BLANKS.sub(" ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 class TextEncoder:
@@ -104,11 +101,6 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._text_len = text_len
 
-    def to(self, device: torch.device | str) -> TextEncoder:
-        """Move the weights; returns the encoder itself."""
-        self.model.to(device)
-        return self
-
     def count_tokens(self, prompt: str) -> int:
         """Count the tokens of a prompt, cleaned, with the end token; more than text_len are cut."""
         return len(self._tokenizer(clean_prompt(prompt), verbose=False).input_ids)
@@ -119,14 +111,7 @@ class TextEncoder:
         A prompt longer than `text_len` tokens is cut, with a warning that says by how much.
         """
         for prompt in prompts:
-            num_cut = self.count_tokens(prompt) - self._text_len
-            if num_cut > 0:
-                logger.warning(
-                    "the prompt is %d tokens too long, its end is cut off (at most %d): %.40s...",
-                    num_cut,
-                    self._text_len,
-                    prompt,
-                )
+            warn_if_cut(prompt, self.count_tokens(prompt), most=self._text_len)
         tokens = self._tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
@@ -156,11 +141,6 @@ class VisionEncoder:
     def __init__(self, model: CLIPVisionModelWithProjection) -> None:
         self.model: Any = model
 
-    def to(self, device: torch.device | str) -> VisionEncoder:
-        """Move the weights; returns the encoder itself."""
-        self.model.to(device)
-        return self
-
     def prepare(self, image_B3HW: Tensor) -> Tensor:
         """Resize an image in -1..1 to CLIP's square, aspect not kept, and normalise it (float32).
 
@@ -180,6 +160,9 @@ class VisionEncoder:
         """Encode an image in -1..1 to features `[B, P, D]`: the output of all blocks but one."""
         pixels = self.prepare(image_B3HW).to(device=self.model.device, dtype=self.model.dtype)
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+
+
+# Files --------------------------------------------------------------------------------------------
 
 
 def umt5_key(name: str) -> str:
@@ -205,10 +188,6 @@ def clip_origin(name: str) -> Origin:
     return Origin(key)
 
 
-def _umt5_origin(name: str) -> Origin:
-    return Origin(umt5_key(name))
-
-
 def _is_not_visual(key: str) -> bool:
     """Whether a key of the original CLIP file belongs to its unused text side."""
     return not key.startswith("visual.")
@@ -224,7 +203,6 @@ def _shapes(path: Path) -> dict[str, torch.Size]:
 
 
 def _count(shapes: Mapping[str, torch.Size], pattern: str) -> int:
-    """Count the keys that fit a pattern."""
     return sum(re.fullmatch(pattern, key) is not None for key in shapes)
 
 
@@ -279,7 +257,6 @@ def _reason(error: Exception) -> str:
 
 
 def _read_config(kind: type[PretrainedConfig], folder: Path) -> Any:
-    """Read the config of a folder of transformers."""
     path = folder / "config.json"
     values = read_model_config(path)
     try:
@@ -297,40 +274,59 @@ def _empty(path: Path, kind: Callable[[Any], PreTrainedModel], config: Pretraine
         raise UserError(f"{path}: the config makes no model ({_reason(error)})") from error
 
 
-def _build_encoder(
-    path: Path,
-) -> tuple[UMT5EncoderModel, tuple[Path, ...], Callable[[str], Origin]]:
-    """Build an empty UMT5 encoder for a folder of transformers or an original file."""
+def _build_encoder(path: Path) -> tuple[UMT5EncoderModel, dict[str, Any]]:
+    """Build an empty UMT5 encoder for a folder of transformers or an original file.
+
+    Returns: the encoder, and what `check_files` and `load_files` take to fill it.
+    """
     from transformers import UMT5Config, UMT5EncoderModel
 
     if path.is_dir():
         config = _read_config(UMT5Config, path)
-        return _empty(path, UMT5EncoderModel, config), find_shards(path), Origin
-    return _empty(path, UMT5EncoderModel, _umt5_config(path)), (path,), _umt5_origin
+        source = {"paths": find_shards(path), "origin": Origin}
+    else:
+        config = _umt5_config(path)
+        source = {"paths": (path,), "origin": lambda name: Origin(umt5_key(name))}
+    return _empty(path, UMT5EncoderModel, config), source
 
 
-def check_encoder(path: str | Path, *, tokenizer: str | Path, width: int) -> None:
+def _build_vision(
+    path: Path, *, num_heads: int
+) -> tuple[CLIPVisionModelWithProjection, dict[str, Any]]:
+    """Build an empty CLIP tower; see `_build_encoder`."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    if path.is_dir():
+        config = _read_config(CLIPVisionConfig, path)
+        source = {"paths": find_shards(path), "origin": Origin, "ignored": _is_position_table}
+    else:
+        config = _clip_config(path, num_heads=num_heads)
+        source = {"paths": (path,), "origin": clip_origin, "ignored": _is_not_visual}
+    return _empty(path, CLIPVisionModelWithProjection, config), source
+
+
+def _check_width(path: Path, found: int, wanted: int | None) -> None:
+    if found != wanted:
+        raise UserError(f"{path}: width is {found}, the transformer takes {wanted}")
+
+
+def check_encoder(path: Path, *, tokenizer: Path, width: int) -> None:
     """Check the text encoder by the headers of its files, and the tokenizer.
 
     Args:
-        tokenizer: tokenizer folder.
         width: what the transformer takes.
     """
-    model, files, origin = _build_encoder(Path(path))
-    if model.config.d_model != width:
-        raise UserError(f"{path}: width is {model.config.d_model}, the transformer takes {width}")
-    check_files(model, files, origin=origin)
-    load_tokenizer(Path(tokenizer), vocab_size=model.config.vocab_size, needs_padding=True)
+    model, source = _build_encoder(path)
+    _check_width(path, model.config.d_model, width)
+    check_files(model, **source)
+    load_tokenizer(tokenizer, vocab_size=model.config.vocab_size, needs_padding=True)
 
 
-RELEASED_VISION_WEIGHTS = 632_076_800
-"""Parameters of the released CLIP tower (ViT-H/14), its projection included."""
-
-
-def vision_weights(path: str | Path) -> int:
-    """Count the parameters of an image encoder."""
-    model, _ = _build_vision(Path(path), num_heads=CLIP_HEADS)
-    return sum(parameter.numel() for parameter in model.parameters())
+def check_vision(path: Path, *, width: int | None, num_heads: int = CLIP_HEADS) -> None:
+    """Check the image encoder's files by their headers; see `check_encoder`."""
+    model, source = _build_vision(path, num_heads=num_heads)
+    _check_width(path, model.config.hidden_size, width)
+    check_files(model, **source)
 
 
 def released_encoder() -> UMT5EncoderModel:
@@ -343,23 +339,29 @@ def released_encoder() -> UMT5EncoderModel:
     return _empty(Path("UMT5-XXL"), UMT5EncoderModel, config)
 
 
-def fingerprint(path: str | Path, *, tokenizer: str | Path) -> str:
+def empty_encoder(path: Path) -> UMT5EncoderModel:
+    """Build an empty encoder of the size of a folder of transformers or an original file."""
+    return _build_encoder(path)[0]
+
+
+def vision_weights(path: Path) -> int:
+    """Count the parameters of an image encoder."""
+    model, _ = _build_vision(path, num_heads=CLIP_HEADS)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fingerprint(path: Path, *, tokenizer: Path) -> str:
     """Return a hash of the text encoder and its tokenizer; little of the weights is read."""
-    model, files, origin = _build_encoder(Path(path))
-    weights = match(model, read(files), origin=origin)
-    sizes = {"tokenizer": hash_files(tokenizer_files(Path(tokenizer)))}
+    model, source = _build_encoder(path)
+    weights = match(model, read(source["paths"]), origin=source["origin"])
+    sizes = {"tokenizer": hash_files(tokenizer_files(tokenizer))}
     return profile.fingerprint(sizes, ((names[0], tensor) for names, tensor in weights))
 
 
-def empty_encoder(path: str | Path) -> UMT5EncoderModel:
-    """Build an empty encoder of the size of a folder of transformers or an original file."""
-    return _build_encoder(Path(path))[0]
-
-
 def load_encoder(
-    path: str | Path,
+    path: Path,
     *,
-    tokenizer: str | Path,
+    tokenizer: Path,
     text_len: int,
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -367,42 +369,17 @@ def load_encoder(
     """Load UMT5 from a folder of transformers or an original file.
 
     Args:
-        tokenizer: tokenizer folder.
         text_len: tokens the transformer takes.
         dtype: type of all weights; None keeps each as stored.
     """
-    model, files, origin = _build_encoder(Path(path))
-    words = load_tokenizer(Path(tokenizer), vocab_size=model.config.vocab_size, needs_padding=True)
-    load_files(model, files, origin=origin, dtype=dtype, device=device)
+    model, source = _build_encoder(path)
+    words = load_tokenizer(tokenizer, vocab_size=model.config.vocab_size, needs_padding=True)
+    load_files(model, **source, dtype=dtype, device=device)
     return TextEncoder(model, words, text_len=text_len)
 
 
-def _build_vision(
-    path: Path, *, num_heads: int
-) -> tuple[CLIPVisionModelWithProjection, dict[str, Any]]:
-    """Build an empty CLIP tower; return it with what `weights` needs to fill it."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    if path.is_dir():
-        config = _read_config(CLIPVisionConfig, path)
-        source = {"paths": find_shards(path), "origin": Origin, "ignored": _is_position_table}
-    else:
-        config = _clip_config(path, num_heads=num_heads)
-        source = {"paths": (path,), "origin": clip_origin, "ignored": _is_not_visual}
-    return _empty(path, CLIPVisionModelWithProjection, config), source
-
-
-def check_vision(path: str | Path, *, width: int | None, num_heads: int = CLIP_HEADS) -> None:
-    """Check the image encoder's files by their headers; see `check_encoder`."""
-    model, source = _build_vision(Path(path), num_heads=num_heads)
-    if model.config.hidden_size != width:
-        found = model.config.hidden_size
-        raise UserError(f"{path}: width is {found}, the transformer takes {width}")
-    check_files(model, **source)
-
-
 def load_vision(
-    path: str | Path,
+    path: Path,
     *,
     num_heads: int = CLIP_HEADS,
     dtype: torch.dtype | None,
@@ -414,7 +391,7 @@ def load_vision(
         num_heads: attention heads, read only where the file does not say (original layout).
         dtype: type of all weights; None keeps each as stored.
     """
-    model, source = _build_vision(Path(path), num_heads=num_heads)
+    model, source = _build_vision(path, num_heads=num_heads)
     load_files(model, **source, dtype=dtype, device=device)
     table: Any = model.vision_model.embeddings
     # a table, not a weight: no file holds it, so it is still on the meta device

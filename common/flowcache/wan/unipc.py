@@ -123,7 +123,7 @@ class UniPC:
         """Of the last step."""
 
     def step(self, velocity: Tensor, *, sample: Tensor) -> Tensor:
-        """Take the next step: the sample at the next noise level, same shape and dtype.
+        """Return the sample at the next noise level.
 
         Args:
             velocity: noise minus data, after guidance.

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,20 +98,9 @@ class VAE:
         """Pixels per latent, in both directions."""
         return 2 ** (len(self.model.config.dim_mult) - 1)
 
-    def to(self, device: torch.device | str) -> VAE:
-        """Move the weights; returns the VAE itself."""
-        self.model.to(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
-
     @torch.no_grad()
     def encode(self, pixels_B3THW: Tensor) -> Tensor:
-        """Encode pixels in -1..1 to normalised latents `[B, 16, F, h, w]` (the posterior's mean).
-
-        Raises:
-            ValueError: if the frames do not fill the last latent, or height or width is no
-                multiple of the stride.
-        """
+        """Encode pixels in -1..1 to normalised latents `[B, 16, F, h, w]`, the posterior's mean."""
         num_frames, height, width = pixels_B3THW.shape[2:]
         if num_frames % TEMPORAL_STRIDE != 1:
             raise ValueError(f"num_frames must be 4 k + 1 to fill the last latent, is {num_frames}")
@@ -126,11 +116,7 @@ class VAE:
         return self.stream().decode(latents_BCFhw)
 
     def stream(self, ranks: Ranks | None = None) -> VAEStream:
-        """Begin to decode one video whose latents come bit by bit.
-
-        Args:
-            ranks: the processes that divide the work; default: one.
-        """
+        """Begin to decode one video whose latents come bit by bit, divided among processes."""
         return VAEStream(self, Ranks() if ranks is None else ranks)
 
 
@@ -138,11 +124,8 @@ class VAEStream:
     """The decoder of one video: what its causal convolutions have seen so far.
 
     Feeding latents in any portions gives the same pixels, bit for bit, as feeding them at once.
-    Example: 5 latents fed as 2 + 3 come out as 5 + 12 = 17 frames.
-
-    Args:
-        ranks: each process decodes a strip of the picture and gets the others' pixels; all must
-            feed the same latents in the same portions.
+    Example: 5 latents fed as 2 + 3 come out as 5 + 12 = 17 frames. Each of several processes, which
+    feed the same, decodes a strip of the picture and gets the others' pixels.
     """
 
     def __init__(self, vae: VAE, ranks: Ranks) -> None:
@@ -191,12 +174,7 @@ class Strip:
 
     @classmethod
     def of(cls, *, height: int, width: int, share: int, num_shares: int) -> Strip:
-        """Return one of the strips into which the longer side is divided; it may be empty.
-
-        Args:
-            height: of the picture, in latents.
-            width: the same.
-        """
+        """Return one of the strips into which the longer side of some latents is divided."""
         size = max(height, width)
         start, stop = (size * number // num_shares for number in (share, share + 1))
         return cls(-1 if width == size else -2, start, stop, size)
@@ -206,7 +184,6 @@ class Strip:
 
         Args:
             scale: places of that level per latent.
-            margin: places of that level.
         """
         start, stop = self.start * scale - margin, self.stop * scale + margin
         return range(max(start, 0), min(stop, self.size * scale))
@@ -222,16 +199,9 @@ class Strip:
 
 
 def decode_latent(model: Any, z_BC1hw: Tensor, seen: Seen, *, strip: Strip) -> Tensor:
-    """Decode the next latent to the pixels of a strip, `[B, 3, T, H, W]`.
-
-    Args:
-        model: an `AutoencoderKLWan` of Wan 2.1.
-        z_BC1hw: the latent of the whole picture.
-        seen: by the earlier latents of this video, for this strip; it is updated.
-    """
+    """Decode the next latent of the whole picture to the pixels of a strip, `[B, 3, T, H, W]`."""
     decoder = model.decoder
-    # the decoder's parts count its convolutions in the list's only entry
-    place = [0]
+    place = [0]  # counts the decoder's convolutions
     hidden = _convolve(decoder.conv_in, model.post_quant_conv(z_BC1hw), seen, place)
     hidden = decoder.mid_block(hidden, feat_cache=seen, feat_idx=place)
     return decode_hidden(decoder, hidden, seen, place, strip=strip)
@@ -242,8 +212,8 @@ def decode_hidden(
 ) -> Tensor:
     """Turn what the attention returned for the whole picture into the pixels of a strip.
 
-    At every level, no more of the picture is kept than the remaining layers look at. The
-    zeros that convolutions put beyond the edge of that reach only what is cut off later.
+    No level keeps more of the picture than the remaining layers look at. The zeros that
+    convolutions put beyond that reach only what is cut off later.
     """
     x, held, scale = hidden_BCThw, range(strip.size), 1
     *margins, last = margins_of(decoder, axis=strip.axis)
@@ -267,15 +237,8 @@ def margins_of(decoder: Any, *, axis: int) -> list[int]:
 
     Example: the released VAE has three residual blocks of two convolutions in each of four up
     blocks, a doubling and a convolution after the first three, and a convolution at the end, all
-    over three places:
-
-        head     1                             1
-        block 3  1 + 6                         7
-        block 2  (7 + 1) / 2 + 6              10
-        block 1  (10 + 1) / 2 rounded up + 6  12
-        block 0  (12 + 1) / 2 rounded up + 6  13
-
-    which is returned as [13, 12, 10, 7, 1]: 13 latents, or 6, 2.5, 0.9 and 0.1 at the later levels.
+    over three places. Head: 1; block 3: 1 + 6 = 7; block 2: (7 + 1) / 2 + 6 = 10; block 1:
+    (10 + 1) / 2 rounded up + 6 = 12; block 0: 13. That is [13, 12, 10, 7, 1].
     """
     margins = [_reach(decoder.conv_out, axis)]
     for block in reversed(decoder.up_blocks):
@@ -294,9 +257,8 @@ def _reach(conv: Any, axis: int) -> int:
 
 def _factor(block: Any, axis: int) -> int:
     """Return how many places an up block makes of one."""
-    return (
-        1 if block.upsamplers is None else int(block.upsamplers[0].resample[0].scale_factor[axis])
-    )
+    samplers = block.upsamplers
+    return 1 if samplers is None else int(samplers[0].resample[0].scale_factor[axis])
 
 
 def _cut(x: Tensor, held: range, needed: range, axis: int) -> Tensor:
@@ -321,9 +283,8 @@ def _convolve(conv: Any, x_BCThw: Tensor, seen: Seen, place: list[int]) -> Tenso
 def original_key(name: str, *, num_res_blocks: int) -> str:
     """Translate a diffusers name of the VAE to the key in `Wan2.1_VAE.pth`.
 
-    The original decoder counts its residual blocks and upsamplers through, num_res_blocks + 2 to a
-    level. Example: with 2, `decoder.up_blocks.1.upsamplers.0.resample.1.bias` is
-    `decoder.upsamples.7.resample.1.bias`.
+    The original decoder counts residual blocks and upsamplers through, num_res_blocks + 2 a level:
+    with 2, `decoder.up_blocks.1.upsamplers.0.` is `decoder.upsamples.7.`.
     """
 
     def flat(found: re.Match[str]) -> str:
@@ -382,15 +343,10 @@ def _original_levels(shapes: Mapping[str, torch.Size], *, base: int) -> dict[str
 def _build(path: Path) -> tuple[AutoencoderKLWan, tuple[Path, ...], Callable[[str], Origin]]:
     """Build an empty VAE for a folder of diffusers or an original file; say how to fill it."""
     if path.is_dir():
-        config = read_model_config(path / "config.json")
-        return _empty(path, config), find_shards(path), Origin
+        return _empty(path, read_model_config(path / "config.json")), find_shards(path), Origin
     config = _original_config(path)
-    num_res_blocks = config["num_res_blocks"]
-
-    def origin(name: str) -> Origin:
-        return Origin(original_key(name, num_res_blocks=num_res_blocks))
-
-    return _empty(path, config), (path,), origin
+    key = partial(original_key, num_res_blocks=config["num_res_blocks"])
+    return _empty(path, config), (path,), lambda name: Origin(key(name))
 
 
 def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
@@ -408,8 +364,7 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
         )
         num_means, num_stds = len(config.latents_mean), len(config.latents_std)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path}: the config makes no Wan VAE ({reason})") from error
+        raise UserError(f"{path}: the config makes no Wan VAE ({first_line(error)})") from error
     if not is_wan_2_1:
         raise UserError(f"{path}: no Wan 2.1 VAE (4 frames per latent, no patches, no shortcuts)")
     if not num_means == num_stds == config.z_dim:
@@ -428,28 +383,25 @@ def released() -> VAE:
         return VAE(AutoencoderKLWan())
 
 
-def empty(path: str | Path) -> VAE:
+def empty(path: Path) -> VAE:
     """Build an empty VAE for a folder or an original file, float32 on the meta device."""
-    return VAE(_build(Path(path))[0])
+    return VAE(_build(path)[0])
 
 
-def check(path: str | Path) -> None:
+def check(path: Path) -> None:
     """Check that the weights are there, whole, and fit; reads headers only."""
-    model, files, origin = _build(Path(path))
+    model, files, origin = _build(path)
     check_files(model, files, origin=origin)
 
 
 def load(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str,
+    path: Path, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str
 ) -> VAE:
     """Load a VAE from a folder of diffusers or from an original file (`Wan2.1_VAE.pth`).
 
     Args:
         dtype: type of the weights; None keeps each as stored.
     """
-    model, files, origin = _build(Path(path))
+    model, files, origin = _build(path)
     load_files(model, files, origin=origin, dtype=dtype, device=device)
     return VAE(model)
