@@ -43,6 +43,7 @@ class WanModel(VideoModel):
 
     def folder(self, source: Source) -> WanFolder:
         """Return where the parts of a model are that was found."""
+        raise NotImplementedError
 
     def dtype(self, config: Any, device: torch.device) -> torch.dtype:
         return choose_dtype(config.dtype, device)
