@@ -103,7 +103,5 @@ def row(name: str, check: Check, *, width: int) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(
-        1
-    )  # the cases are tiny, and threads wait for each other on a busy machine
+    torch.set_num_threads(1)  # the cases are tiny; threads wait for each other on a busy machine
     sys.exit(main())

@@ -52,7 +52,6 @@ SUFFIXES = (".json", ".record.json")
 class Model:
     """How a model's demo is run, and between which weights of its VAE latents become pixels."""
 
-    package: str
     folder: str
     settings: tuple[str, ...]
     vae: str
@@ -65,7 +64,6 @@ class Model:
 
 MODELS = {
     "skyreels_v2": Model(
-        package="skyreels_v2",
         folder="FlowCache4SkyReels-V2",
         settings=("num_frames=57", "base_num_frames=37", "overlap_history=17", "num_steps=12"),
         vae="demo/vae/diffusion_pytorch_model.safetensors",
@@ -74,7 +72,6 @@ MODELS = {
         checkpoints=("demo",),
     ),
     "magi1": Model(
-        package="magi1",
         folder="FlowCache4MAGI-1",
         settings=("runtime_config.num_frames=96", "runtime_config.num_steps=16"),
         vae="demo/ckpt/vae/diffusion_pytorch_model.safetensors",
@@ -248,7 +245,7 @@ def run(case: Case, checkout: Path) -> dict[str, Any] | str:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={processes}"]
     command += [__file__, "--observe", str(digests), case.model, str(checkout / model.folder)]
-    command += [model.package, "--model", case.checkpoint, "--preset", case.preset]
+    command += [case.model, "--model", case.checkpoint, "--preset", case.preset]
     command += ["--prompt", PROMPT, "--out", str(out), "--record", "device=cpu", *model.settings]
     command += [f"compile={'true' if is_compiled else 'false'}", "overlap=false"]
     environment = os.environ | {

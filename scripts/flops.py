@@ -7,7 +7,6 @@ A multiply-add counts 2. No weights are read and nothing is rendered.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import cache
 
 from flowcache.runtime.ending import start_quietly
 
@@ -17,16 +16,15 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
 from flowcache.runtime.model import Request
-from flowcache.runtime.ops import attention_flops, linear_flops
+from flowcache.runtime.ops import attention_flops
 from flowcache.runtime.run import plan_by_sizes
 from flowcache.runtime.text_files import escaped, table_row
 from flowcache.schedule import staggered
-from flowcache.wan.dit import blocks_flops
-from magi1.config import ModelConfig, read_config
-from magi1.dit import published_block_flops, published_clip_flops
+from magi1 import gpu as magi1
+from magi1.config import read_config
+from magi1.dit import published_block_flops
 from magi1.released import CONFIGS
-from magi1.schedule import Clip, Clock
-from skyreels_v2.checkpoint import released_sizes
+from skyreels_v2 import gpu as skyreels
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import RELEASED
 
@@ -39,90 +37,27 @@ Models of SkyReels-V2: {", ".join(RELEASED)}. A run of MAGI-1 is
 planned without files by the --dry-run of its own command.
 """
 
-MAGI1_CHUNK_TOKENS = 6 * 45 * 45
-"""Of 6 latent frames of 720 x 720 pixels."""
-MAGI1_WINDOWS = (5, 4, 3, 2)
-"""The released KV window: chunks seen in each quarter of a chunk's steps."""
-SKYREELS_1_3B = released_sizes("df-1.3b-540p")
-SKYREELS_FRAME_TOKENS = 34 * 60
-"""Of a latent frame of 544 x 960 pixels."""
-SKYREELS_CHUNK_TOKENS = 5 * SKYREELS_FRAME_TOKENS
-SKYREELS_SEGMENTS = (range(5), range(1, 5))
-"""Chunks that are denoised in each window of 177 frames; the second one's first chunk is given."""
-SKYREELS_STEPS, SKYREELS_LAG, SKYREELS_BRANCHES = 50, 5, 2
-
-
-@cache
-def magi1_sizes() -> ModelConfig:
-    """Return the sizes of the released distilled 4.5B model."""
-    return read_config(CONFIGS / "4.5B_distill.json").model_config
-
-
-def magi1_clip(
-    *, num_frames: int = 240, reaches: Sequence[int] = (), nearly_clean_pass: bool
-) -> int:
-    """Count one clip of the distilled 4.5B model, 720 x 720, 64 steps, window of 4 chunks."""
-    return published_clip_flops(
-        magi1_sizes(),
-        clip=Clip(num_frames),
-        clock=Clock(num_steps=64, window=4, reaches=tuple(reaches)),
-        chunk_tokens=MAGI1_CHUNK_TOKENS,
-        nearly_clean_pass=nearly_clean_pass,
-    )
-
 
 def skyreels_ticks() -> int:
     """Count the ticks of both windows: 70 and 65."""
     return sum(
-        len(staggered(chunks, num_steps=SKYREELS_STEPS, lag=SKYREELS_LAG))
-        for chunks in SKYREELS_SEGMENTS
+        len(staggered(chunks, num_steps=skyreels.NUM_STEPS, lag=skyreels.LAG))
+        for chunks in skyreels.SEGMENTS
     )
-
-
-def skyreels_causal(num_chunks: int) -> int:
-    """Count one forward of so many chunks, each seeing itself and those before it.
-
-    As published, every chunk projects the prompt's keys and values anew; norms are not counted.
-
-    Source: the published spreadsheet, sheet SkyreelsV2-Chunkwise.
-    """
-    sizes, chunk = SKYREELS_1_3B, SKYREELS_CHUNK_TOKENS
-    text = sizes.num_layers * linear_flops(sizes.text_len, d_in=sizes.dim, d_out=2 * sizes.dim)
-    seen = range(chunk, (num_chunks + 1) * chunk, chunk)
-    return sum(blocks_flops(sizes, queries=chunk, keys=keys) + text for keys in seen)
-
-
-def skyreels_full() -> int:
-    """Count one forward of a window of 5 chunks with full attention.
-
-    As published, every chunk projects the prompt's keys and values anew.
-    """
-    chunk, window = SKYREELS_CHUNK_TOKENS, 5 * SKYREELS_CHUNK_TOKENS
-    text = skyreels_causal(1) - blocks_flops(SKYREELS_1_3B, queries=chunk, keys=chunk)
-    return blocks_flops(SKYREELS_1_3B, queries=window, keys=window) + 5 * text
-
-
-def skyreels_active_only() -> int:
-    """Count a run that forwards active chunks only, and the given one once per branch."""
-    steps = sum(
-        skyreels_causal(chunk + 1) - skyreels_causal(chunk)
-        for chunks in SKYREELS_SEGMENTS
-        for chunk in chunks
-    )
-    return SKYREELS_BRANCHES * (SKYREELS_STEPS * steps + skyreels_causal(1))
 
 
 def magi1_rows() -> list[tuple[str, str, str]]:
     """Return quantities, what is counted, and what was published, rounded as printed there."""
-    sizes, tokens, windows = magi1_sizes(), MAGI1_CHUNK_TOKENS, MAGI1_WINDOWS
+    sizes = read_config(CONFIGS / f"{magi1.RELEASED_NAME}.json").model_config
+    tokens, windows = magi1.CHUNK_TOKENS, magi1.WINDOWS
     alone = published_block_flops(sizes, queries=tokens, keys=0)
     seen = sizes.num_layers * attention_flops(tokens, keys=tokens, width=sizes.hidden_size)
     window = f"KV window {list(windows)}, nearly-clean pass"
-    whole, reduced = (magi1_clip(nearly_clean_pass=passes) for passes in (True, False))
+    whole, reduced = (magi1.clip_flops(nearly_clean_pass=passes) for passes in (True, False))
     windowed, before_reuse = (
-        magi1_clip(reaches=windows, nearly_clean_pass=passes) for passes in (True, False)
+        magi1.clip_flops(reaches=windows, nearly_clean_pass=passes) for passes in (True, False)
     )
-    shorter = magi1_clip(num_frames=168, reaches=windows, nearly_clean_pass=True)
+    shorter = magi1.clip_flops(num_frames=168, reaches=windows, nearly_clean_pass=True)
     return [
         ("a chunk's forward, without its attention", tera(alone), ""),
         ("its attention, per chunk that it sees", tera(seen), ""),
@@ -136,15 +71,15 @@ def magi1_rows() -> list[tuple[str, str, str]]:
 
 def skyreels_rows() -> list[tuple[str, str, str]]:
     """Return quantities, what is counted, and what was published, rounded as printed there."""
-    forward, full = skyreels_causal(5), skyreels_full()
-    num_forwards = SKYREELS_BRANCHES * skyreels_ticks()
+    forward, full = skyreels.causal_flops(5), skyreels.full_flops()
+    num_forwards = skyreels.NUM_BRANCHES * skyreels_ticks()
     vanilla = f"177 frames, {num_forwards} causal forwards (Vanilla)"
     return [
         ("a window's forward, counted causally", tera(forward), ""),
         ("a window's forward, full attention as it runs", tera(full), ""),
         (vanilla, peta(forward * num_forwards), "113 PF"),
         ("... with full attention as it runs", peta(full * num_forwards), ""),
-        ("active chunks only, causal, before any reuse", peta(skyreels_active_only()), ""),
+        ("active chunks only, causal, before any reuse", peta(skyreels.active_only_flops()), ""),
     ]
 
 

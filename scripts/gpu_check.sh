@@ -27,5 +27,5 @@ for package in einops safetensors transformers; do
     }
 done
 
-export PYTHONPATH="$root/scripts:$root/common:$root/FlowCache4MAGI-1:$root/FlowCache4SkyReels-V2${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m gpu.check "$@"
+export PYTHONPATH="$root/common:$root/FlowCache4MAGI-1:$root/FlowCache4SkyReels-V2${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m flowcache.gpu.check "$@"

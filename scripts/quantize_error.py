@@ -26,6 +26,7 @@ from golden.skyreels_v2_loops import build_dit
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.gpu.paths import relative_error
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.config import QuantizeName
 from flowcache.runtime.metrics import psnr
@@ -109,11 +110,6 @@ def make_clip(model: str, settings: Sequence[str]) -> tuple[Tensor, int]:
     shown = MODEL.generate(loaded.dit, loaded.vae, job.placed, inputs, stats=stats, work=job.work)
     clip = collect(shown, stats)
     return clip.frames, job.work.weight_bytes
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the norm of the difference by the norm of what is wanted."""
-    return float((got - want).norm() / want.norm())
 
 
 def row(way: Way, made: Made, base: Made) -> str:

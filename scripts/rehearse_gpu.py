@@ -10,20 +10,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
-
-from gpu.rehearsal import (
-    SUBJECTS,
-    Case,
-    ModelName,
-    Rehearsed,
-    num_layers_of,
-    rehearse,
-    vae_bytes_left_out,
-)
 
 from flowcache.errors import UserError
+from flowcache.gpu.benchmark import load_benchmark
+from flowcache.gpu.rehearsal import Case, Rehearsed, rehearse
 from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.model import MODELS
 
 EXAMPLES = """examples:
   python scripts/rehearse_gpu.py
@@ -37,24 +29,21 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one method does, all layers, from the first tick to the last; decoding counts in memory.
-
-    Attributes:
-        reads: times that the host waits for a value in a tick, at most.
-        launches: operations of the transformer that start kernels, uncompiled.
-        moved_bytes: that they read and write.
-        flops: of their products, counted by PyTorch's formulas.
-        compression_flops: of these, of KV compression.
-        own_flops: what the run's own statistics say; compression is no part of them.
-    """
+    """What one method does in all layers and ticks; decoding counts in memory alone."""
 
     num_ticks: int
     reads: int
+    """Times that the host waits for a value in a tick, at most."""
     launches: float
+    """Operations of the transformer that start kernels, uncompiled."""
     moved_bytes: float
+    """That they read and write."""
     flops: float
+    """Of their products, counted by PyTorch's formulas."""
     compression_flops: float
+    """Of these, of KV compression."""
     own_flops: float
+    """What the run's own statistics say; compression is no part of them."""
     peak_bytes: float
     planned_bytes: float
 
@@ -62,9 +51,9 @@ class Row:
 def row_of(case: Case) -> Row:
     """Rehearse a case with two layers and with three, and return the counts of all layers.
 
-    Not with one: what goes into it is what the second one's input is held beside.
+    Not with one: what goes into it is held while the second one's input is made.
     """
-    num_layers, more_vae = num_layers_of(case), vae_bytes_left_out(case)
+    num_layers = case.benchmark.num_layers(case.job)
     few, more = (rehearse(case.with_layers(number)) for number in (2, 3))
 
     def all_layers(figure: Callable[[Rehearsed], float]) -> float:
@@ -78,8 +67,8 @@ def row_of(case: Case) -> Row:
         flops=all_layers(lambda run: run.dit.flops),
         compression_flops=all_layers(lambda run: run.ledger.costs["kv_compression"].flops),
         own_flops=all_layers(lambda run: run.stats.computed_flops),
-        peak_bytes=all_layers(lambda run: run.ledger.peak_bytes) + more_vae,
-        planned_bytes=all_layers(lambda run: run.planned_bytes) + more_vae,
+        peak_bytes=all_layers(lambda run: run.ledger.peak_bytes),
+        planned_bytes=all_layers(lambda run: run.planned_bytes),
     )
 
 
@@ -107,23 +96,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=get_args(ModelName), help="one model (default: both)")
+    parser.add_argument("--model", choices=list(MODELS), help="one model (default: both)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows (default: all)")
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        models = [options.model] if options.model else list(get_args(ModelName))
-        known = {method.name for model in models for method in SUBJECTS[model].methods}
+        models = [options.model] if options.model else list(MODELS)
+        known = {method.name for model in models for method in load_benchmark(model).methods}
         wanted = known if options.methods is None else set(options.methods)
         if unknown := wanted - known:
             raise UserError(
                 f"--methods {sorted(unknown)[0]!r} is unknown: use {', '.join(sorted(known))}"
             )
         for model in models:
-            subject = SUBJECTS[model]
-            thin = subject.thin["paper"][-1]
-            print(f"\n{subject.title}; 1 of {thin} steps\n\n{HEAD}\n|---|{'---:|' * 9}", flush=True)
-            for method in subject.methods:
+            benchmark = load_benchmark(model)
+            thin = benchmark.thin["paper"][-1]
+            print(f"\n{benchmark.title}; 1 of {thin} steps\n")
+            print(f"{HEAD}\n|---|{'---:|' * 9}", flush=True)
+            for method in benchmark.methods:
                 if method.name in wanted:
                     print(line(method.name, row_of(Case(model, method, thin))), flush=True)
 

@@ -22,6 +22,7 @@ SELF_FORCING = ROOT / "tests" / "golden" / "self_forcing"
 Main = Callable[[list[str]], int]
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
 """Settings and tensors of a case file."""
+Damage = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
 SMALL: dict[str, tuple[str, str]] = {
     "dit_t2v": ("", "out.ar.fps1"),
@@ -111,68 +112,48 @@ def test_one_wrong_number_fails_one_check_in_every_kind_of_case(
     assert SMALL[name][1] in failed
 
 
-Damage = Callable[[dict[str, Any], dict[str, Tensor]], None]
-
-
-def wrong_call(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["sync_noret.computed"][2] = 1
-
-
-def wrong_call_after_the_wrap(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["sync_noret.computed"][-1] = 1
-
-
-def wrong_step(case: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
-    case["runs"][0]["skipped_own_steps"][1].pop()
-
-
-def wrong_rejection(case: dict[str, Any], _tensors: dict[str, Tensor]) -> None:
-    case["sets"][0]["raises"] = True
-
-
-def wrong_kept_token(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def other_kept_token(_case: Any, tensors: dict[str, Tensor]) -> None:
     kept = tensors["mha0.indices"]
     kept[0, 0] = next(i for i in range(90) if i not in kept[:, 0])
 
 
-def tail_that_is_no_noise(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["drop_tail.final"][0, -1, 0, 0] += 1
+def put(name: str, place: Any, value: float) -> Damage:
+    """Return what puts a wrong number into a tensor."""
+    return lambda _case, tensors: tensors[name].__setitem__(place, value)
 
 
-def not_a_number(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["out.features"][0, 0, 0] = float("nan")
-
-
-def another_shape(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["out.features"] = tensors["out.features"][:, :-1].contiguous()
-
-
-def missing_output(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    del tensors["out.features"], tensors["out.pixels"]
-
-
-def missing_weight(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    del tensors["weights.visual.head"]
-
-
-def output_nobody_compares(_case: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["out.more"] = torch.zeros(1)
+def drop(*names: str) -> Damage:
+    return lambda _case, tensors: [tensors.pop(name) for name in names]
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
-        ("teacache_upstream", wrong_call, "computed up to the wrap"),
-        ("teacache_upstream", wrong_call_after_the_wrap, "computed after the wrap"),
-        ("fork_segment0", wrong_step, "skipped_own_steps"),
-        ("step_matrix", wrong_rejection, "raises"),
-        ("kv_compress", wrong_kept_token, "indices"),
-        ("df_loop", tail_that_is_no_noise, "tail"),
-        ("clip_vision", not_a_number, "nan"),
-        ("clip_vision", another_shape, "ours is"),
-        ("clip_vision", missing_output, "none that is known"),
-        ("clip_vision", missing_weight, "visual.head"),
-        ("clip_vision", output_nobody_compares, "not compared: out.more"),
+        ("teacache_upstream", put("sync_noret.computed", 2, 1), "computed up to the wrap"),
+        ("teacache_upstream", put("sync_noret.computed", -1, 1), "computed after the wrap"),
+        (
+            "fork_segment0",
+            lambda case, _: case["runs"][0]["skipped_own_steps"][1].pop(),
+            "skipped_own_steps",
+        ),
+        ("step_matrix", lambda case, _: case["sets"][0].update(raises=True), "raises"),
+        ("kv_compress", other_kept_token, "indices"),
+        ("df_loop", put("drop_tail.final", (0, -1, 0, 0), 9.0), "tail"),
+        ("clip_vision", put("out.features", (0, 0, 0), float("nan")), "nan"),
+        (
+            "clip_vision",
+            lambda _, tensors: tensors.update(
+                {"out.features": tensors["out.features"][:, :-1].contiguous()}
+            ),
+            "ours is",
+        ),
+        ("clip_vision", drop("out.features", "out.pixels"), "none that is known"),
+        ("clip_vision", drop("weights.visual.head"), "visual.head"),
+        (
+            "clip_vision",
+            lambda _, tensors: tensors.update({"out.more": torch.zeros(1)}),
+            "not compared: out.more",
+        ),
     ],
 )
 def test_damage_other_than_a_wrong_output_fails_too(

@@ -19,7 +19,7 @@ from flowcache.runtime import profile
 from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.embeddings import tokenizer_files
 from flowcache.runtime.ending import temporary_folder
-from flowcache.runtime.files import parse_json
+from flowcache.runtime.files import parse_json, read_json
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from flowcache.runtime.model import Source
 from flowcache.runtime.weights import (
@@ -286,6 +286,18 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
     return _source_of(name, path, download="always" if wants_download else "never")
 
 
+def is_checkpoint(name: str) -> bool:
+    """Tell whether a name, or a JSON config in its place, is of a MAGI-1 model."""
+    if name in RELEASED or name in DEMOS:
+        return True
+    place = Path(name).expanduser()
+    files = _configs(place) if place.is_dir() else [place]
+    try:
+        return any(path.suffix == ".json" and "runtime_config" in read_json(path) for path in files)
+    except (UserError, OSError, TypeError):
+        return False
+
+
 def _source_of(name: str, path: Path, **facts: Any) -> Source:
     return Source(name, path.parent, layers=(path,), **facts)
 
@@ -295,9 +307,13 @@ def is_released(source: Source) -> bool:
     return source.layers[0].parent == CONFIGS
 
 
-def _only_config(folder: Path) -> Path:
+def _configs(folder: Path) -> list[Path]:
     # hidden: macOS leaves ._NAME next to NAME on foreign disks
-    found = sorted(p for p in folder.glob("*config.json") if not p.name.startswith("."))
+    return sorted(p for p in folder.glob("*config.json") if not p.name.startswith("."))
+
+
+def _only_config(folder: Path) -> Path:
+    found = _configs(folder)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(

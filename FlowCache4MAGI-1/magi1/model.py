@@ -1,7 +1,7 @@
 """MAGI-1 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 import logging
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +59,9 @@ class Magi(VideoModel):
     places: Collection[str] = (*checkpoints.PATH_FIELDS, "special_tokens")
 
     # Files and settings -----------------------------------------------------------------------
+
+    def knows(self, name: str) -> bool:
+        return name == "auto" or checkpoints.is_checkpoint(name)
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         return checkpoints.find_model(name, wants_download=download)
@@ -252,7 +255,7 @@ class Magi(VideoModel):
 
     def generate(
         self, dit: DiT, vae: VAE, config: RunConfig, inputs: Conditioning, /, **rest: Any
-    ) -> Iterator[Progress]:
+    ) -> Generator[Progress, None, None]:
         return generate_clip(dit, vae, config, inputs, **rest)
 
 

@@ -1,6 +1,6 @@
 """From an encoded prompt to pixel frames: prefix, captions, denoising, decoding chunk by chunk."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,7 @@ def generate_clip(
     observe: Observe | None = None,
     policies: Policies | None = None,
     ranks: Ranks | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Make a video with a transformer on the device of the run; see `VideoModel.generate`.
 
     Policies are asked for segment 0 and branch `ALL_BRANCHES`.

@@ -1,6 +1,6 @@
 """Self-Forcing as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from flowcache.runtime.model import Job, Progress, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.wan.dit import DiT
-from flowcache.wan.folder import WanFolder
+from flowcache.wan.folder import WanFolder, is_whole
 from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.model import WanModel
 from flowcache.wan.vae import VAE
@@ -35,6 +35,9 @@ class SelfForcing(WanModel):
 
     def folder(self, source: Source) -> WanFolder:
         return source.files.base
+
+    def knows(self, name: str) -> bool:
+        return name in (*RELEASED, REAL_MODEL) or is_whole(Path(name).expanduser())
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
@@ -116,7 +119,7 @@ class SelfForcing(WanModel):
 
     def generate(
         self, dit: DiT, vae: VAE, config: RunConfig, inputs: Conditioning, /, **rest: Any
-    ) -> Iterator[Progress]:
+    ) -> Generator[Progress, None, None]:
         return generate(dit, vae, config, inputs, **rest)
 
 

@@ -3,7 +3,7 @@
 Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -37,7 +37,7 @@ def generate(
     observe: Observe | None = None,  # noqa: ARG001
     policies: Policies | None = None,  # noqa: ARG001
     ranks: Ranks | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Make a video; see `VideoModel.generate`. Every step is computed, whatever policies say."""
     device, ranks = dit.patch_embedding.weight.device, ranks or Ranks()
     draw = seeded_noise(config.seed, device=device) if draw is None else draw

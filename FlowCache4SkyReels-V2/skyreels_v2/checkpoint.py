@@ -18,7 +18,7 @@ from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import checkpoint as wan
 from flowcache.wan import text, vae
 from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig
-from skyreels_v2.released import DEMO, REAL_MODEL, RELEASED
+from skyreels_v2.released import DEMO, REAL_MODEL, RELEASED, released_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -117,6 +117,18 @@ def find_download(model: str | Path, *, hub: Hub = HUB) -> Missing | None:
     missing = find_missing(repository, hub=hub)
     missing.check_room()
     return missing
+
+
+def is_checkpoint(name: str) -> bool:
+    """Tell whether a folder, or a repository of the hub, holds a SkyReels-V2 model."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return released_name(name) is not None
+    try:
+        _find_in(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _hub_id(model: str | Path) -> str:

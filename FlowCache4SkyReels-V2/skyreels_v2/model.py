@@ -1,6 +1,6 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,13 @@ class SkyReels(VideoModel):
     )
 
     # Files and settings -----------------------------------------------------------------------
+
+    def knows(self, name: str) -> bool:
+        return name in ("demo", "auto", *RELEASED) or checkpoints.is_checkpoint(name)
+
+    def required(self, source: Source) -> Collection[str]:
+        is_i2v = source.sizes is not None and source.sizes.model_type == "i2v"
+        return {"image"} if is_i2v else set()
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         if is_dry and name in RELEASED:
@@ -251,7 +258,7 @@ class SkyReels(VideoModel):
 
     def generate(
         self, dit: DiT, vae: LatentCodec, config: RunConfig, inputs: Conditioning, /, **rest: Any
-    ) -> Iterator[SegmentProgress]:
+    ) -> Generator[SegmentProgress, None, None]:
         return generate(dit, vae, config, inputs, **rest)
 
 

@@ -3,7 +3,7 @@
 Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T frames, H/W pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +89,7 @@ def generate(
     observe: Observe | None = None,
     policies: Policies | None = None,
     ranks: Ranks | None = None,
-) -> Iterator[SegmentProgress]:
+) -> Generator[SegmentProgress, None, None]:
     """Make a video with a transformer on the device of the run; see `VideoModel.generate`."""
     device = dit.patch_embedding.weight.device
     draw = seeded_noise(config.seed, device=device) if draw is None else draw

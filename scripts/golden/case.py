@@ -53,11 +53,7 @@ class Case:
         return sorted(name for name in self.tensors if name.startswith(prefix))
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor and note that it was looked at.
-
-        Raises:
-            ValueError: the file has none of this name.
-        """
+        """Return a tensor and note that it was looked at."""
         if name not in self.tensors:
             raise ValueError(f"the file has no tensor {name}")
         self.unread.discard(name)
@@ -80,11 +76,7 @@ class Kind:
 
 
 def read_case(path: Path, *, folder: Path) -> Case:
-    """Read a `.safetensors` or `.json` case file.
-
-    Raises:
-        ValueError: it can't be read, or holds no settings.
-    """
+    """Read a `.safetensors` or `.json` case file."""
     name = str(path.relative_to(folder).with_suffix(""))
     try:
         if path.suffix == ".json":
@@ -134,3 +126,8 @@ def known(check: Check, reason: str) -> Check:
     if check.status == "fail":
         return check
     return Check(check.what, check.error, check.tolerance, "known", reason)
+
+
+def by_head(indices_KG: Tensor) -> set[tuple[int, int]]:
+    """Return the kept tokens as (head, token)."""
+    return {(head, index) for head, kept in enumerate(indices_KG.T.tolist()) for index in kept}

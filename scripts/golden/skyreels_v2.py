@@ -17,12 +17,12 @@ from flowcache.compress import ImportanceRedundancy, TokenLayout, gather, import
 from flowcache.schedule import Tick, staggered
 from flowcache.wan import text, vae
 from flowcache.wan.unipc import UniPC, timestep_grid
-from golden.case import Case, Check, Kind, compare, compare_sets
-from golden.skyreels_v2_long import check_long_video
+from golden.case import Case, Check, Kind, by_head, compare, compare_sets
 from golden.skyreels_v2_loops import (
     build_dit,
     check_df_loop,
     check_fork_segment,
+    check_long_video,
     check_teacache,
     fps_of,
 )
@@ -183,15 +183,11 @@ def check_kv_compress(case: Case) -> Iterator[Check]:
             strategy.keep(q, k[:num_clean], budget=entry["budget"], layout=layout),
             _stored(case, name, "indices"),
         )
-        yield compare_sets(f"{name}.indices", _by_head(kept), _by_head(indices))
+        yield compare_sets(f"{name}.indices", by_head(kept), by_head(indices))
         for part, full in (("k_out", k), ("v_out", v)):
             if f"{name}.{part}" in case:
                 ours = torch.cat([gather(full[:num_clean], indices), full[num_clean:]])
                 yield compare(f"{name}.{part}", ours, _stored(case, name, part), tolerance=0)
-
-
-def _by_head(indices_KG: Tensor) -> set[tuple[int, int]]:
-    return {(head, index) for head, kept in enumerate(indices_KG.T.tolist()) for index in kept}
 
 
 def check_vae(case: Case) -> Iterator[Check]:

@@ -9,7 +9,7 @@ their repositories; the Wan 2.1 VAE, UMT5-XXL and CLIP files that SkyReels-V2 sh
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -672,9 +672,3 @@ def pack(folder: Path) -> None:
         packed = path.with_name(f"{path.name}.zst")
         packed.write_bytes(zstandard.compress(path.read_bytes()))
         path.unlink()
-
-
-def tree(folder: Path) -> Sequence[str]:
-    """List the files of a replica, without those of systems."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [str(p.relative_to(folder)) for p in paths if not p.name.startswith((".", "README"))]

@@ -29,8 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from gpu.fake_cuda import CAPABILITY, CUDA, Forgetful, device_guard
-
+from flowcache.gpu.fake_cuda import CAPABILITY, CUDA, Forgetful, device_guard
 from flowcache.wan import dit as skyreels_dit
 from magi1 import dit as magi_dit
 from magi1.config import read_config
@@ -57,7 +56,7 @@ H100 = SimpleNamespace(
 HALF = torch.bfloat16
 
 Parts = dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
-"""Name -> a part of a block, and what it gets beside the block."""
+"""Name -> a part of a block, and what it gets after the block."""
 
 
 class Part(nn.Module):

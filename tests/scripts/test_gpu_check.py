@@ -1,6 +1,5 @@
 """The check of a GPU: what is right or wrong, what is written when, and its rehearsal on a CPU."""
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -8,13 +7,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from flowcache.gpu import check, paths
+from flowcache.gpu.benchmark import load_benchmark, load_benchmarks
 from flowcache.predict import ResultStore
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +36,10 @@ sys.meta_path = [Hide if finder is PathFinder else finder for finder in sys.meta
 """As if packages were not installed: neither imported nor found."""
 
 
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(autouse=True)
+def _process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    return importlib.import_module("gpu.check")
-
-
-@pytest.fixture
-def paths() -> ModuleType:
-    return importlib.import_module("gpu.paths")
 
 
 def document_of(out: Path) -> dict[str, Any]:
@@ -54,7 +49,7 @@ def document_of(out: Path) -> dict[str, Any]:
 # Paths --------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_relative_and_never_right_if_it_is_no_number(paths: ModuleType):
+def test_an_error_is_relative_and_never_right_if_it_is_no_number():
     wanted = torch.tensor([3.0, 4.0])
     assert paths.relative_error(wanted + torch.tensor([0.5, 0.0]), wanted) == pytest.approx(0.1)
     assert paths.relative_error(wanted[:1], wanted) == float("inf")
@@ -67,16 +62,14 @@ def test_an_error_is_relative_and_never_right_if_it_is_no_number(paths: ModuleTy
     ("broken", "is_right"), [(lambda x: x, True), (lambda x: x * 1.1, False), (torch.sin, False)]
 )
 def test_a_wrong_attention_kernel_is_found(
-    paths: ModuleType, broken: Callable[[torch.Tensor], torch.Tensor], is_right: bool
+    broken: Callable[[torch.Tensor], torch.Tensor], is_right: bool
 ):
     kernel = paths.Kernel("x", lambda q, k, v: broken(paths.SDPA(q, k, v)))
     for dtype in (torch.float32, torch.bfloat16):
         assert paths.attention(kernel, torch.device("cpu"), dtype).is_right is is_right
 
 
-def test_a_kernel_that_can_do_no_shape_is_absent_and_one_that_can_do_some_says_which_not(
-    paths: ModuleType,
-):
+def test_a_kernel_that_can_do_no_shape_is_absent_and_one_that_can_do_some_says_which_not():
     cpu, dtype = torch.device("cpu"), torch.float32
     kernel = paths.Kernel("x", paths.SDPA.run, lambda *_: False)
     with pytest.raises(paths.AbsentError):
@@ -85,68 +78,63 @@ def test_a_kernel_that_can_do_no_shape_is_absent_and_one_that_can_do_some_says_w
     assert paths.attention(kernel, cpu, dtype).note == "refuses grouped"
 
 
-def test_a_demo_whose_noise_or_reuse_went_wrong_is_found(
-    paths: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
-    demo, cpu = paths.demos.DEMOS["magi1"](), torch.device("cpu")
-    references = paths.References(demo, 4)
-    half = paths.Way(demo.fast, dtype=torch.bfloat16)
-    found = paths.compare(half, cpu, references, paths.BFLOAT16["magi1"])
+def test_a_demo_whose_noise_or_reuse_went_wrong_is_found(monkeypatch: pytest.MonkeyPatch):
+    benchmark, cpu = load_benchmark("magi1"), torch.device("cpu")
+    half = paths.Way(benchmark.demo.fast, dtype=torch.bfloat16)
+    found = paths.compare(half, cpu, benchmark)
     assert found.is_right
     assert found.error > 1e-4  # another precision was really used
     predict = ResultStore.predict
     monkeypatch.setattr(
         ResultStore, "predict", lambda self, unit, **given: 0 * predict(self, unit, **given)
     )
-    assert not paths.compare(half, cpu, references, paths.BFLOAT16["magi1"]).is_right
+    assert not paths.compare(half, cpu, benchmark).is_right
 
 
 # Rows ---------------------------------------------------------------------------------------------
 
 
-def fake_checks(paths: ModuleType, outcomes: dict[str, Any]) -> Callable[[Any], list[Any]]:
+Start = Callable[..., tuple[int, dict[str, Any]]]
+"""Checks made-up paths, given their outcomes by name; returns the exit code and the document."""
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     def run(outcome: Any) -> Any:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    return lambda _device: [
-        paths.Check(name, lambda outcome=outcome: run(outcome))
-        for name, outcome in outcomes.items()
-    ]
+    def start(**outcomes: Any) -> tuple[int, dict[str, Any]]:
+        checks = [paths.Check(name, partial(run, found)) for name, found in outcomes.items()]
+        monkeypatch.setattr(paths, "all_checks", lambda _device: checks)
+        arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
+        return check.main(arguments), document_of(tmp_path)
+
+    return start
 
 
 @pytest.mark.parametrize(
     ("outcome", "state", "code"),
     [
-        ((0.1, 0.2), "right", 0),
-        ((0.3, 0.2), "wrong", 1),
-        ((float("nan"), 0.2), "wrong", 1),
+        (paths.Outcome(0.1, 0.2), "right", 0),
+        (paths.Outcome(0.3, 0.2), "wrong", 1),
+        (paths.Outcome(float("nan"), 0.2), "wrong", 1),
         (RuntimeError("CUDA error: no kernel image\nfor line 2"), "error", 1),
         (torch.OutOfMemoryError("CUDA out of memory"), "error", 1),
     ],
 )
 def test_a_row_that_fails_is_named_the_others_go_on_and_the_exit_code_says_so(
-    check: ModuleType,
-    paths: ModuleType,
+    start: Start,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     outcome: Any,
     state: str,
     code: int,
 ):
-    if isinstance(outcome, tuple):
-        outcome = paths.Outcome(*outcome)
-    outcomes = {
-        "first": outcome,
-        "second": paths.AbsentError("no such thing here"),
-        "third": paths.Outcome(0.0, 1.0),
-    }
-    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, outcomes))
-    arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
-    assert check.main(arguments) == code
-    document = document_of(tmp_path)
+    absent, right = paths.AbsentError("no such thing here"), paths.Outcome(0.0, 1.0)
+    found, document = start(first=outcome, second=absent, third=right)
+    assert found == code
     assert [row["state"] for row in document["paths"]] == [state, "absent", "right"]
     assert document["state"] == "complete"
     page = (tmp_path / "gpu_check.md").read_text()
@@ -154,44 +142,32 @@ def test_a_row_that_fails_is_named_the_others_go_on_and_the_exit_code_says_so(
     assert re.search(rf"\| first \| {state} \|", page)
     shown = capsys.readouterr().out
     assert len([line for line in shown.splitlines() if " first " in line]) == 1
-    if state == "error":
-        assert "for line 2" not in shown
+    assert "for line 2" not in shown
 
 
-def test_an_interruption_keeps_the_rows_before_it(
-    check: ModuleType, paths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    outcomes = {"first": paths.Outcome(0.0, 1.0), "second": KeyboardInterrupt()}
-    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, outcomes))
-    assert check.main(["--device", "cpu", "--out", str(tmp_path)]) == 130
-    document = document_of(tmp_path)
+def test_an_interruption_keeps_the_rows_before_it(start: Start):
+    code, document = start(first=paths.Outcome(0.0, 1.0), second=KeyboardInterrupt())
+    assert code == 130
     assert [row["path"] for row in document["paths"]] == ["first"]
     assert document["state"] == "interrupted during: second"
 
 
 def test_rows_that_no_longer_fit_are_named_and_not_called_right(
-    check: ModuleType, paths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(check.Report, "left", lambda _self: 0.0)
-    outcomes = {"first": paths.Outcome(0.0, 1.0)}
-    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, outcomes))
-    arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
-    assert check.main(arguments) == 1
-    assert document_of(tmp_path)["paths"][0]["state"] == "skipped"
+    code, document = start(first=paths.Outcome(0.0, 1.0))
+    assert (code, document["paths"][0]["state"]) == (1, "skipped")
 
 
-def test_a_second_check_keeps_the_file_of_the_first(
-    check: ModuleType, paths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(paths, "all_checks", fake_checks(paths, {}))
-    arguments = ["--device", "cpu", "--only", "paths", "--out", str(tmp_path)]
-    assert check.main(arguments) == check.main(arguments) == 0
+def test_a_second_check_keeps_the_file_of_the_first(start: Start, tmp_path: Path):
+    assert start()[0] == start()[0] == 0
     assert len(list(tmp_path.glob("gpu_check*.json"))) == 2
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "x", "1e9"])
 def test_a_time_that_is_none_is_refused_in_one_line(
-    check: ModuleType, minutes: str, capsys: pytest.CaptureFixture[str]
+    minutes: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as ended:
         check.main(["--minutes", minutes])
@@ -252,16 +228,15 @@ def test_the_rehearsal_runs_with_nothing_but_what_a_lent_machine_has(tmp_path: P
     assert {"SkyReels-V2: decoded, float32"} < absent
     assert set(states.values()) == {"right", "absent"}
     assert len(states) - len(absent) >= 15
-    check = importlib.import_module("gpu.check")
-    for model, methods in check.ROWS.items():
-        assert list(document["speed"]["models"][model]) == list(methods)
+    for model, benchmark in load_benchmarks().items():
+        assert list(document["speed"]["models"][model]) == list(benchmark.checked)
         assert document["before"][model]["kinds"] is not None
     assert document["speed"]["models"]["skyreels_v2"]["vanilla"]["vae_seconds"] is None
     assert document["speed"]["models"]["magi1"]["vanilla"]["vae_seconds"] > 0
     assert "skyreels_v2: the VAE is left out: diffusers is not installed" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["skyreels_v2", "magi1", "gpu.check", "bench_gpu"])
+@pytest.mark.parametrize("command", ["skyreels_v2", "magi1", "flowcache.gpu.check", "bench_gpu"])
 def test_help_loads_neither_transformers_nor_diffusers(command: str):
     script = (
         "import runpy, sys\n"
@@ -275,7 +250,7 @@ def test_help_loads_neither_transformers_nor_diffusers(command: str):
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), *sys.path])},
         capture_output=True,
         text=True,
         check=True,

@@ -48,9 +48,9 @@ def test_what_can_not_run_is_named_and_a_mistake_is_one_line(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ):
     assert script.main([*TINY, "--mode", "fp8_dynamic"]) == 0
-    told = capsys.readouterr().out
-    assert list(rows(told)) == ["bfloat16"]
-    assert "fp8_dynamic: quantize=fp8_dynamic needs an NVIDIA GPU" in told
+    shown = capsys.readouterr().out
+    assert list(rows(shown)) == ["bfloat16"]
+    assert "fp8_dynamic: quantize=fp8_dynamic needs an NVIDIA GPU" in shown
     assert script.main([*TINY, "num_step=3"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert "unknown key 'num_step'" in error[-1]

@@ -1,29 +1,25 @@
 """Both models at their real widths on fake CUDA tensors: two layers, few ticks."""
 
 import functools
+import importlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from flowcache.gpu.benchmark import load_benchmark
+from flowcache.gpu.fake_cuda import CUDA, Ledger, pretended_cuda
+from flowcache.gpu.rehearsal import FRAMES, Case, Rehearsed, rehearse
 from flowcache.runtime.ending import Place
-from flowcache.runtime.parallel import Group, Layout, Ranks
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import rehearse_gpu
-from gpu.fake_cuda import CUDA, Ledger, pretended_cuda
-from gpu.rehearsal import FRAMES, SUBJECTS, Case, ModelName, Rehearsed, rehearse
+from flowcache.runtime.parallel import Group, Ranks
 
 TOLERANCE = 0.15
 """Of the memory plan."""
-SHORT: dict[ModelName, tuple[str, ...]] = {
+SHORT: dict[str, tuple[str, ...]] = {
     "skyreels_v2": ("num_frames=57", "base_num_frames=57", "num_steps=5", "ar_step=1"),
     "magi1": ("runtime_config.num_frames=96", "runtime_config.num_steps=4"),
 }
@@ -42,12 +38,10 @@ OTHER_UPCASTS = {"skyreels_v2": {"forward", "modulate"}, "magi1": {"forward"}}
 """Functions in which not only layers do so: norms (of prompts, too), modulation (of the head)."""
 
 
-def case(
-    model: ModelName, method: str, *settings: str, num_layers: int = 2, layout: Layout | None = None
-) -> Case:
-    found = next(each for each in SUBJECTS[model].methods if each.name == method)
-    made = Case(model, found, num_layers=num_layers, vae_layers=1, settings=SHORT[model] + settings)
-    return made if layout is None else replace(made, ranks=Ranks(layout=layout))
+def case(model: str, method: str, *settings: str, num_layers: int = 2, processes: int = 1) -> Case:
+    found = next(each for each in load_benchmark(model).methods if each.name == method)
+    ranks = Ranks(Place(0, processes))
+    return Case(model, found, num_layers=num_layers, settings=SHORT[model] + settings, ranks=ranks)
 
 
 SKYREELS, MAGI = "skyreels_v2", "magi1"
@@ -61,13 +55,15 @@ SLOW: dict[str, Case] = {
     "skyreels segments": case(SKYREELS, "FlowCache-fast", "num_frames=73", "overlap_history=17"),
     "skyreels keys on the host": case(SKYREELS, "FlowCache-fast", "kv_on_host=true"),
     "skyreels offload": case(SKYREELS, "FlowCache-fast", "offload=true"),
-    "skyreels two branch ranks": case(SKYREELS, "FlowCache-fast", layout=Layout(branch=2)),
-    "skyreels two token ranks": case(SKYREELS, "FlowCache-fast", layout=Layout(sequence=2)),
+    "skyreels two branch ranks": case(SKYREELS, "FlowCache-fast", "parallel.branch=2", processes=2),
+    "skyreels two token ranks": case(
+        SKYREELS, "FlowCache-fast", "parallel.sequence=2", processes=2
+    ),
     "magi vanilla": case(MAGI, "vanilla"),
     "magi keys on the host": case(MAGI, "FlowCache-fast", "engine_config.kv_offload=true"),
     "magi offload": case(MAGI, "FlowCache-fast", "offload=true"),
     "magi 8-bit": case(MAGI, "FlowCache-fast", "engine_config.fp8_quant=true", num_layers=3),
-    "magi two token ranks": case(MAGI, "FlowCache-fast", layout=Layout(sequence=2)),
+    "magi two token ranks": case(MAGI, "FlowCache-fast", "parallel.sequence=2", processes=2),
 }
 every = pytest.mark.parametrize(
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -78,16 +74,16 @@ every = pytest.mark.parametrize(
 def rehearsed(name: str) -> Rehearsed:
     """Rehearse a case once for all tests of this file."""
     made = (CASES | SLOW)[name]
-    layout = made.ranks.layout
-    if layout.size == 1:
+    size = made.ranks.place.size
+    if size == 1:
         return rehearse(made)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=layout.size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
-        group = Group(0, layout.size, dist.group.WORLD)
-        divided = "branches" if layout.branch > 1 else "sequence"
-        ranks = Ranks(Place(0, layout.size), layout, world=group, **{divided: group})
+        group = Group(0, size, dist.group.WORLD)
+        divided = "branches" if made.job.ranks.layout.branch > 1 else "sequence"
+        ranks = Ranks(Place(0, size), world=group, **{divided: group})
         return rehearse(replace(made, ranks=ranks))
     finally:
         dist.destroy_process_group()
@@ -97,7 +93,7 @@ def num_deciding(made: Case) -> int:
     """Return how many policies compare signals, of those that this process asks."""
     if made.method.speed is None:
         return 0
-    return len(made.plan.branches) // made.ranks.layout.branch
+    return len(made.job.work.branches) // made.job.ranks.layout.branch
 
 
 @every
@@ -105,7 +101,7 @@ def test_torch_counts_the_flops_that_we_count(name: str):
     made, run = (CASES | SLOW)[name], rehearsed(name)
     counted, own = run.ledger.total(*DIT).flops, run.stats.computed_flops
     assert counted > 1e12
-    if made.ranks.layout.sequence == 1:
+    if made.job.ranks.layout.sequence == 1:
         assert counted == own
         return
     # embeddings, gates and the prompt are each process's own work; the fake group adds nothing up,
@@ -209,16 +205,20 @@ def test_every_layer_more_adds_the_same(name: str):
 @pytest.mark.slow
 def test_a_row_has_the_counts_of_all_layers():
     made = replace(CASES["skyreels fast"], num_layers=None)
-    row = rehearse_gpu.row_of(made)
+    script = importlib.import_module("rehearse_gpu")
+    row = script.row_of(made)
     assert row.flops == row.own_flops
-    assert (row.num_ticks, row.reads) == (len(made.plan.ticks[0]), 2)
-    name, *cells = rehearse_gpu.line("fast", row).strip("|").split("|")
+    assert (row.num_ticks, row.reads) == (len(made.job.work.segments[0].ticks), 2)
+    name, *cells = script.line("fast", row).strip("|").split("|")
     assert (name.strip(), cells[0].strip()) == ("fast", str(row.num_ticks))
-    assert len(cells) + 1 == rehearse_gpu.HEAD.strip("| ").count("|") + 1
+    assert len(cells) + 1 == script.HEAD.strip("| ").count("|") + 1
 
 
 def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]):
-    assert rehearse_gpu.main(["--model", "magi1", "--methods", "faster"]) == 2
+    assert (
+        importlib.import_module("rehearse_gpu").main(["--model", "magi1", "--methods", "faster"])
+        == 2
+    )
     assert "'faster' is unknown: use FlowCache-fast" in capsys.readouterr().err
 
 

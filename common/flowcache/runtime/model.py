@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -332,6 +332,14 @@ class VideoModel(Protocol):
 
     # Files and settings -----------------------------------------------------------------------
 
+    def knows(self, name: str, /) -> bool:
+        """Tell whether a name or place is a checkpoint of this model."""
+        ...
+
+    def required(self, source: Source, /) -> Collection[str]:
+        """Return the pictures that a video must be given, by their arguments; default: none."""
+        return ()
+
     def find(self, name: str, /, *, is_dry: bool = False, download: bool = False) -> Source:
         """Find a model by `demo`, `auto`, a released name, a place on the disk or a hub id.
 
@@ -468,7 +476,7 @@ class VideoModel(Protocol):
         observe: Observe | None = None,
         policies: Policies | None = None,
         ranks: Ranks | None = None,
-    ) -> Iterator[Progress]:
+    ) -> Generator[Progress, None, None]:
         """Make a video; yield after every tick, with the frames that are finished.
 
         Args:

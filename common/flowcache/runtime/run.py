@@ -126,8 +126,15 @@ def config_layers(
 # From a request to a job --------------------------------------------------------------------------
 
 
-def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> Job:
-    """Check everything that can be checked before anything large is loaded."""
+def prepare(
+    model: VideoModel, request: Request, ranks: Ranks | None = None, *, writes: bool = True
+) -> Job:
+    """Check everything that can be checked before anything large is loaded.
+
+    Args:
+        ranks: the processes that make the video; None: this one.
+        writes: whether the video goes to a file.
+    """
     ranks = Ranks() if ranks is None else ranks
     source = model.find(request.model, download=request.download)
     config = read_settings(model, request, source)  # a mistake is reported before a download
@@ -143,12 +150,13 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     if found.folder != source.folder:
         config = read_settings(model, request, found)  # it may bring presets of its own
     model.check_device(config, found, device, dtype)
-    job = _job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
-    job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
+    job = job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
+    if writes:
+        job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
+        check_ffmpeg()
     model.check_files(config, found)
     if config.reuse.needs_profile:
         check_tuned_for(config.reuse, partial(model.fingerprint, found))
-    check_ffmpeg()
     limit = parse_limit(config.memory_limit)
     if config.memory_limit.lower() == "auto" and device.type == "cuda":
         limit = torch.cuda.mem_get_info(device)[0]  # what is free
@@ -157,7 +165,7 @@ def prepare(model: VideoModel, request: Request, ranks: Ranks | None = None) -> 
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
 
 
-def _job_of(
+def job_of(
     model: VideoModel,
     request: Request,
     config: Any,
@@ -244,7 +252,7 @@ def _plan_of(
     model: VideoModel, request: Request, config: Any, source: Source, ranks: Ranks | None
 ) -> str:
     device = torch.device("cuda")
-    job = _job_of(
+    job = job_of(
         model,
         request,
         config,
@@ -384,7 +392,7 @@ def follow(shown: Iterable[Progress], *, stats: RunStats, ranks: Ranks) -> dict[
     for progress in shown:
         check_stopped()
         try:
-            _finished(progress)
+            finished(progress)
         except NotFiniteError as error:
             raise ReportedElsewhereError(str(error)) from None
     traced_by_all(stats, ranks)
@@ -412,7 +420,7 @@ def write_run(
     def write(progress: Progress, later: Future[Decoded]) -> None:
         later.result()  # waiting for the decoder is not writing
         with stats.stage("write", is_concurrent=overlaps):
-            frames = _finished(progress, modules=loaded.modules)
+            frames = finished(progress, modules=loaded.modules)
             check.see(frames.numpy())
             writer.append(frames)
         first.append(stats.elapsed_seconds())
@@ -429,14 +437,9 @@ def write_run(
             traced = traced_by_all(stats, job.ranks)
     finally:
         bar.close()
-    report = _report(job, loaded, stats, num_frames=writer.num_frames, video=writer.path.name)
+    report = report_of(job, loaded, stats, num_frames=writer.num_frames, video=writer.path.name)
     report |= {"alarms": check.alarms(), "first_frames_seconds": first[0] if first else None}
-    record = None if traced is None else _record(job, report, stats, traced)
-    with undisturbed():  # the video goes last: one that has its name has its JSON, too
-        write_json(writer.path.with_suffix(".json"), report)
-        if record is not None:
-            write_json(writer.path.with_suffix(RECORD_SUFFIX), record)
-        writer.publish()
+    publish(writer, report, None if traced is None else record_of(job, report, stats, traced))
     logger.info("%s", stats.summary())
     for alarm in check.alarms():
         logger.warning("ALARM         %s", alarm)
@@ -452,7 +455,16 @@ def write_run(
     return report
 
 
-def _report(
+def publish(writer: VideoWriter, report: Mapping[str, Any], record: Record | None) -> None:
+    """Write the JSON and the record of a complete video, and give the video its name."""
+    with undisturbed():  # the video goes last: one that has its name has its JSON, too
+        write_json(writer.path.with_suffix(".json"), report)
+        if record is not None:
+            write_json(writer.path.with_suffix(RECORD_SUFFIX), record)
+        writer.publish()
+
+
+def report_of(
     job: Job, loaded: Loaded, stats: RunStats, *, num_frames: int, video: str
 ) -> dict[str, Any]:
     """Return what the JSON of a video holds."""
@@ -479,7 +491,7 @@ def _report(
     }
 
 
-def _record(job: Job, report: dict[str, Any], stats: RunStats, traced: Traced) -> Record:
+def record_of(job: Job, report: dict[str, Any], stats: RunStats, traced: Traced) -> Record:
     """Return what the record of a video holds."""
     rule, num_before = job.config.reuse, 0 if job.before is None else len(job.before)
     return build_record(
@@ -527,11 +539,11 @@ def collect(shown: Iterable[Progress], stats: RunStats) -> Clip:
     for progress in shown:
         check_stopped()
         if progress.later is not None:
-            parts.append(_finished(progress))
+            parts.append(finished(progress))
     return Clip(torch.cat(parts), stats)
 
 
-def _finished(progress: Progress, *, modules: Modules | None = None) -> Tensor:
+def finished(progress: Progress, *, modules: Modules | None = None) -> Tensor:
     """Return the new frames of a tick on the host, uint8 `[T, H, W, 3]`, T = 0 without any."""
     if progress.later is None:
         return torch.empty(0, 1, 1, 3, dtype=torch.uint8)

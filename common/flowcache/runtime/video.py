@@ -230,6 +230,64 @@ def _encoder(path: Path, *, fps: float, size: tuple[int, int]) -> Generator[None
     )
 
 
+class LiveWriter:
+    """Write an H.264 mp4 that can be watched while it grows: every frame is on the disk at once.
+
+    Larger than what `VideoWriter` makes of the same frames, as the encoder may not look ahead.
+    """
+
+    def __init__(self, path: Path, *, fps: int, is_lossless: bool = False) -> None:
+        """Open the file.
+
+        Args:
+            fps: whole frames per second.
+            is_lossless: store the exact RGB values (H.264 4:4:4; few players show it).
+        """
+        import av
+
+        self.num_frames = 0
+        self._fps = fps
+        self._is_lossless = is_lossless
+        self._container = av.open(
+            str(path),
+            "w",
+            format="mp4",
+            options={
+                "movflags": "frag_every_frame+empty_moov+default_base_moof",
+                "flush_packets": "1",
+            },
+        )
+        self._stream: VideoStream | None = None
+
+    def __enter__(self) -> LiveWriter:
+        """Return the writer."""
+        return self
+
+    def append(self, frames_THW3: Pixels) -> None:
+        """Add frames, uint8 `[T, H, W, 3]`, H and W even."""
+        import av
+
+        if self._stream is None:
+            codec, pixels = ("libx264rgb", "rgb24") if self._is_lossless else ("libx264", "yuv420p")
+            factor = "0" if self._is_lossless else "16"
+            options = {"tune": "zerolatency", "crf": factor, "preset": "veryfast"}
+            stream = self._container.add_stream(codec, self._fps, options)
+            stream.height, stream.width = frames_THW3.shape[1:3]
+            stream.pix_fmt = pixels
+            self._stream = stream
+        for frame_HW3 in frames_THW3:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), format="rgb24")
+            frame.pts = self.num_frames
+            self._container.mux(self._stream.encode(frame))
+            self.num_frames += 1
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the file, after an error, too."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+
 def check_ffmpeg() -> None:
     """Encode one frame, so that a missing or unfit ffmpeg shows before hours of work."""
     advice = "unset IMAGEIO_FFMPEG_EXE, or run: pip install --force-reinstall imageio-ffmpeg"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowcache.gpu.benchmark import Benchmark, Target, load_benchmark
 from flowcache.runtime.text_files import escaped, table_row
-from gpu.subject import Subject, Target
 
 Row = Mapping[str, Any]
 HEAD = (
@@ -16,7 +16,7 @@ HEAD = (
 KINDS = ("attention", "linears", "other")
 
 
-def judged(subject: Subject[Any], rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+def judged(benchmark: Benchmark, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
     """Compare figures with their targets.
 
     Args:
@@ -25,17 +25,17 @@ def judged(subject: Subject[Any], rows: Mapping[str, Row]) -> list[dict[str, Any
     Returns: for each target what it says, its bound, the figure, whose it is, and whether it is
         met; None: the figure was not measured.
     """
-    good, lean = _with_speedups(subject, rows), {m.name for m in subject.methods if m.is_lean}
+    good, lean = _with_speedups(benchmark, rows), {m.name for m in benchmark.methods if m.is_lean}
     quick = [name for name in good if name not in lean]
     return [
         _judge(target, good, names=quick if target.method is None else [target.method])
-        for target in subject.targets
+        for target in benchmark.targets
     ]
 
 
-def _with_speedups(subject: Subject[Any], rows: Mapping[str, Row]) -> dict[str, Row]:
+def _with_speedups(benchmark: Benchmark, rows: Mapping[str, Row]) -> dict[str, Row]:
     good = {name: row for name, row in rows.items() if "error" not in row}
-    base = good.get(subject.methods[0].name, {}).get("total_seconds")
+    base = good.get(benchmark.methods[0].name, {}).get("total_seconds")
     return {
         name: {**row, "speedup": None if base is None else base / row["total_seconds"]}
         for name, row in good.items()
@@ -73,11 +73,11 @@ def said(verdict: Mapping[str, Any], *, is_judged: bool) -> str:
         is_judged: whether the machine and the size are those that the targets are about.
     """
     side, sign = ("most", "<=") if verdict["least"] is None else ("least", ">=")
-    claim = f"{verdict['says']} {sign} {_value(verdict, side)}"
+    bound = f"{verdict['says']} {sign} {_value(verdict, side)}"
     if verdict["value"] is None:
-        return f"not measured: {claim}"
+        return f"not measured: {bound}"
     word = "not judged" if not is_judged else "met" if verdict["is_met"] else "NOT met"
-    return f"{word}: {claim}: {_value(verdict, 'value')} ({verdict['method']})"
+    return f"{word}: {bound}: {_value(verdict, 'value')} ({verdict['method']})"
 
 
 def _value(verdict: Mapping[str, Any], key: str) -> str:
@@ -89,7 +89,7 @@ def _value(verdict: Mapping[str, Any], key: str) -> str:
     return f"{100 * value:.3g} %"
 
 
-def markdown(document: Mapping[str, Any], subjects: Mapping[str, Subject[Any]]) -> str:
+def markdown(document: Mapping[str, Any]) -> str:
     """Return everything that was measured as a page."""
     environment = document["environment"]
     lines = [
@@ -107,17 +107,17 @@ def markdown(document: Mapping[str, Any], subjects: Mapping[str, Subject[Any]]) 
         f"commit {environment['commit']}.",
     ]
     for model, rows in document["models"].items():
-        subject = subjects[model]
-        lines += ["", f"## {subject.title}", "", *_table(subject, rows), ""]
+        benchmark = load_benchmark(model)
+        lines += ["", f"## {benchmark.title}", "", *_table(benchmark, rows), ""]
         is_judged = document["is_judged"]
-        lines += [f"- {said(one, is_judged=is_judged)}" for one in judged(subject, rows)]
+        lines += [f"- {said(one, is_judged=is_judged)}" for one in judged(benchmark, rows)]
     return "\n".join(lines) + "\n"
 
 
-def _table(subject: Subject[Any], rows: Mapping[str, Row]) -> list[str]:
-    good = _with_speedups(subject, rows)
+def _table(benchmark: Benchmark, rows: Mapping[str, Row]) -> list[str]:
+    good = _with_speedups(benchmark, rows)
     lines = [table_row(HEAD), f"|{'---|' * len(HEAD)}"]
-    for method in subject.methods:
+    for method in benchmark.methods:
         if method.name in good:
             lines.append(table_row(_cells(escaped(method.name), good[method.name])))
         elif method.name in rows:

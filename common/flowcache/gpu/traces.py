@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.policies import Decision, FlowCache, Policies, Replay, ReusePolicy
+from flowcache.runtime.model import Work
 from flowcache.runtime.record import Record, check_replay, replay_policies
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick, staggered
@@ -51,10 +52,7 @@ class Curve:
     def distances(self, num_steps: int) -> list[float]:
         """Return the distances of own steps 1, 2, ... of a run with fewer, longer steps.
 
-        A longer step changes by as much as the steps together that it stands for.
-
-        Raises:
-            UserError: the published steps are no multiple.
+        A longer step changes by as much as the steps that it replaces, together.
         """
         if num_steps < 1 or self.num_steps % num_steps:
             raise UserError(
@@ -65,18 +63,6 @@ class Curve:
             sum(self.at(step) for step in range((own - 1) * factor + 1, own * factor + 1))
             for own in range(1, num_steps)
         ]
-
-
-MAGI1_CURVE = Curve(
-    64,
-    (
-        *((1, 0.002), (8, 0.005), (16, 0.0094), (24, 0.016)),
-        *((32, 0.025), (44, 0.055), (52, 0.10), (60, 0.22)),
-    ),
-)
-"""Source: FlowCache (arXiv 2602.10825), figure 2, read off to 10 %."""
-SKYREELS_CURVE = Curve(50, ((1, 0.003), (49, 0.17)))
-"""Source: the range that FlowCache gives for SkyReels-V2; its shape in between is assumed."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +123,7 @@ def pattern_at(distances: Sequence[float], threshold: float, warmup_steps: int) 
     return Pattern(tuple(decided), threshold, warmup_steps)
 
 
-def make_trace(
-    pattern: Pattern, *, ticks: Mapping[int, Sequence[Tick]], branches: Collection[str]
-) -> Record:
+def make_trace(pattern: Pattern, work: Work) -> Record:
     """Return the decisions of a run in which every chunk computes the same own steps."""
     return {
         "decisions": [
@@ -151,10 +135,10 @@ def make_trace(
                 "branch": branch,
                 "computed": pattern.is_computed[step],
             }
-            for segment, own in ticks.items()
-            for tick in own
+            for segment, own in enumerate(work.segments)
+            for tick in own.ticks
             for chunk, step in tick.steps.items()
-            for branch in branches
+            for branch in work.branches
         ]
     }
 
@@ -180,23 +164,18 @@ class Costed(ReusePolicy):
         self.replay.computed_anyway(chunks)
 
 
-def policies_of(
-    record: Record,
-    *,
-    pattern: Pattern,
-    ticks: Mapping[int, Sequence[Tick]],
-    branches: Collection[str],
-    stats: RunStats,
+def policies_at(
+    pattern: Pattern, work: Work, stats: RunStats, record: Record | None = None
 ) -> Policies:
-    """Return what makes the policies of a run that follows a trace.
+    """Return what makes the policies of a run that follows a pattern or a record.
 
     Args:
-        pattern: says with which threshold and warm-up signals are compared; nothing follows it.
-
-    Raises:
-        UserError: the trace does not fit the run.
+        record: of another run; with it the pattern only says with which threshold and warm-up
+            signals are compared.
     """
-    check_replay(record, ticks=ticks, branches=branches)
+    record = record or make_trace(pattern, work)
+    ticks = {number: segment.ticks for number, segment in enumerate(work.segments)}
+    check_replay(record, ticks=ticks, branches=work.branches)
 
     def policy_of(*, segment: int, branch: str) -> ReusePolicy:
         return Costed(

@@ -17,34 +17,36 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import bench_gpu
 import torch
 
+from flowcache.errors import first_line
+from flowcache.gpu import bench, paths
+from flowcache.gpu.benchmark import (
+    Benchmark,
+    Method,
+    Models,
+    Size,
+    choose,
+    compilation_of,
+    load_benchmarks,
+    random_weights,
+)
+from flowcache.gpu.measure import Trial, matrix_rate, shares_of_kinds
+from flowcache.gpu.report import markdown
 from flowcache.runtime.cli import EXIT_INTERRUPTED, Parser, choose_device, run_command
-from flowcache.runtime.compile import Compilation
 from flowcache.runtime.files import check_writable, fresh_path, write_json, write_text
-from gpu import paths
-from gpu.measure import matrix_rate, shares_of_kinds
-from gpu.report import markdown
-from gpu.subject import Method, Size, Subject
 
 MINUTES = 8.0
 GRACE_SECONDS = 60
 """After the end of the time a row that is still running is given up, with the process."""
 ROW_SECONDS = 20
 """What a row of the second part takes apart from its passes: probe, warm-up, decoding."""
-ROWS = {
-    "skyreels_v2": ("FlowCache-fast", "FlowCache-slow + KV compression", "vanilla"),
-    "magi1": ("FlowCache-fast + KV compression", "FlowCache-fast", "vanilla"),
-}
-"""In this order: what the method is for comes first, what it is compared with last."""
-WORDS = {"right": "right  ", "wrong": "WRONG  ", "error": "ERROR  "}
 REHEARSAL = "REHEARSAL ON A CPU: it shows that the command works, and nothing about a GPU."
 EXAMPLES = """examples:
   bash scripts/gpu_check.sh
@@ -117,17 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Run both parts; return the exit code.
-
-    Raises:
-        UserError: the device or the folder can't be used.
-    """
+    """Run both parts; return the exit code."""
     device = choose_device(options.device)
     is_rehearsal = device.type != "cuda"
     if is_rehearsal:
         torch.set_num_threads(1)  # tiny models spend their time on handing work between threads
     check_writable(options.out)
-    facts = bench_gpu.machine(device)
+    facts = bench.machine(device)
     report = Report(
         fresh_path(options.out, "gpu_check", ".json"),
         {
@@ -198,7 +196,7 @@ def _outcome(check: paths.Check, *, has_time: bool) -> dict[str, Any]:
         return {"state": "absent", "note": str(error)}
     # whatever a device or a library raises is this row's result
     except Exception as error:  # noqa: BLE001
-        return {"state": "error", "note": paths.describe_error(error)}
+        return {"state": "error", "note": first_line(error)}
     return {
         "state": "right" if found.is_right else "wrong",
         "error": found.error if math.isfinite(found.error) else str(found.error),
@@ -212,8 +210,8 @@ def path_line(row: dict[str, Any]) -> str:
     figures = ""
     if "error" in row:
         figures = f"error {float(row['error']):.1e}, at most {row['tolerance']:.1e}"
-    word = WORDS.get(row["state"], f"{row['state']:7}")
-    text = f"{word} {row['path']:44} {figures:32} {row['seconds']:5.1f} s"
+    state = row["state"].upper() if row["state"] in ("wrong", "error") else row["state"]
+    text = f"{state:7} {row['path']:44} {figures:32} {row['seconds']:5.1f} s"
     return text + (f"  ({row['note']})" if row["note"] else "")
 
 
@@ -228,11 +226,11 @@ def is_right(document: dict[str, Any]) -> bool:
 def measure_speed(report: Report, device: torch.device) -> None:
     """Measure the rows of both models; what goes wrong, or no longer fits, is named."""
     size: Size = "paper" if device.type == "cuda" else "tiny"
-    choice = bench_gpu.Choice(
+    choice = bench.Choice(
         size,
         is_quick=True,
         is_whole=False,
-        settings=(bench_gpu.DECODED_APART,),
+        settings=(bench.DECODED_APART,),
         trace=None,
         trace_name=None,
     )
@@ -241,46 +239,51 @@ def measure_speed(report: Report, device: torch.device) -> None:
     report.document["before"]["matrix_rate"] = rate
     report.write()
     print(f"matrix product: {rate / 1e12:.3g} TFLOP/s", flush=True)
-    for name, names in ROWS.items():
+    for name, benchmark in load_benchmarks().items():
         report.now = f"{name}: weights"
+        methods = {method.name: method for method in benchmark.methods}
         try:
-            _measure_model(report, name, names, choice, device, rate=rate)
+            trials = {
+                row: bench.make_trial(benchmark, methods[row], choice, device, rate=rate)
+                for row in benchmark.checked
+            }
+            _measure_model(report, benchmark, size, methods, trials, rate=rate)
         # whatever a device or a library raises ends this model, not the other
         except Exception as error:  # noqa: BLE001
-            report.document["speed"]["skipped"][name] = paths.describe_error(error)
+            report.document["speed"]["skipped"][name] = first_line(error)
             report.write()
-            print(f"ERROR   {report.now}: {paths.describe_error(error)}", flush=True)
+            print(f"ERROR   {report.now}: {first_line(error)}", flush=True)
         gc.collect()
 
 
 def _measure_model(
     report: Report,
-    name: str,
-    names: Sequence[str],
-    choice: bench_gpu.Choice,
-    device: torch.device,
+    benchmark: Benchmark,
+    size: Size,
+    methods: Mapping[str, Method],
+    trials: Mapping[str, Trial],
     *,
     rate: float,
 ) -> None:
-    subject: Subject[Any] = bench_gpu.SUBJECTS[name]
-    methods: dict[str, Method] = {method.name: method for method in subject.methods}
-    jobs = {n: bench_gpu.make_job(subject, methods[n], choice, rate=rate) for n in names}
-    if not subject.has_vae:
-        print(f"{name}: the VAE is left out: {subject.vae_package} is not installed", flush=True)
-    models = subject.build(jobs[names[0]].plan, choice.size, device)
-    _look_first(report, name, subject, models, jobs[names[0]], device)
-    speed, share = report.document["speed"], bench_gpu.ASSUMED_SHARE
+    name, first = benchmark.model.name, next(iter(trials.values()))
+    if not benchmark.has_vae:
+        package = benchmark.vae_package
+        print(f"{name}: the VAE is left out: {package} is not installed", flush=True)
+    models = benchmark.build(first.job, size, random_weights(first.job.device))
+    _look_first(report, benchmark, models, first)
+    speed, share = report.document["speed"], bench.ASSUMED_SHARE
     rows = speed["models"].setdefault(name, {})
-    for each in names:
-        report.now, job = f"{name}: {each}", jobs[each]
-        part = subject.shares[job.speed] if job.speed else 1.0
-        expected = job.plan.flops * part / (share * rate) + ROW_SECONDS * (choice.size == "paper")
+    for each, trial in trials.items():
+        report.now = f"{name}: {each}"
+        part = benchmark.shares[trial.speed] if trial.speed else 1.0
+        expected = trial.job.work.flops * part / (share * rate)
+        expected += ROW_SECONDS * (size == "paper")
         if expected > report.left():
             reason = f"no time left: it takes about {expected:.0f} s of {report.left():.0f}"
             speed["skipped"][f"{name}: {each}"] = reason
             print(f"skipped {name}: {each} ({reason})", flush=True)
         else:
-            row = bench_gpu.row_of(subject, models, methods[each], job, device, is_profiled=False)
+            row = bench.row_of(benchmark, models, methods[each], trial, is_profiled=False)
             rows[each] = row
             share = row.get("rate_share", share)
             print(speed_line(name, each, row), flush=True)
@@ -288,17 +291,11 @@ def _measure_model(
         gc.collect()
 
 
-def _look_first(
-    report: Report,
-    name: str,
-    subject: Subject[Any],
-    models: Any,
-    job: bench_gpu.Job,
-    device: torch.device,
-) -> None:
+def _look_first(report: Report, benchmark: Benchmark, models: Models, trial: Trial) -> None:
     """Write what is known before any row: the probes of attention, the kinds of kernels."""
+    name = benchmark.model.name
     report.now = f"{name}: probe and profile"
-    kernels = subject.choose(models, job.plan)
+    kernels = own, cross = choose(models.dit, trial.job)
     found: dict[str, Any] = {
         "attention": [{"kernel": kernel.name, "probe": dict(kernel.probed)} for kernel in kernels]
     }
@@ -306,12 +303,11 @@ def _look_first(
     report.write()
     start = time.monotonic()
     with torch.no_grad():
-        found["kinds"] = shares_of_kinds(subject, models, job.glance, device)
-    compilation: Compilation | None = subject.compilation(models)
+        found["kinds"] = shares_of_kinds(benchmark, models, trial.glance)
+    compilation = compilation_of(models)
     found["seconds"] = time.monotonic() - start
     found["compilation"] = None if compilation is None else compilation.to_dict()
     report.write()
-    own, cross = kernels
     failure = "" if compilation is None else compilation.failure or ""
     print(
         f"{name}: {own.name}; to the prompt {cross.name}; compiled: "
@@ -392,7 +388,7 @@ def _speed_table(document: dict[str, Any]) -> list[str]:
         "is_judged": not document["is_rehearsal"],
         "models": document["speed"]["models"],
     }
-    text = markdown(shown, bench_gpu.SUBJECTS)
+    text = markdown(shown)
     return text[text.index("\n## ") + 1 :].splitlines()
 
 

@@ -18,17 +18,17 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from flowcache.gpu.benchmark import Benchmark, Models, Speed, choose, compilation_of
+from flowcache.gpu.traces import CACHING, policies_at
 from flowcache.policies import Policies, ReusePolicy, Vanilla
 from flowcache.predict import ResultStore
 from flowcache.runtime.checks import Decoded
-from flowcache.runtime.model import Progress
+from flowcache.runtime.model import Job, Progress
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.record import Record
 from flowcache.runtime.stats import PassId, RunStats, TickId, Trace, elapsed_seconds, now
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
-from gpu.subject import Models, Plan, Speed, Subject
-from gpu.traces import CACHING, make_trace, policies_of
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 512}
 WARM_UP_TICKS = 2
@@ -64,38 +64,30 @@ class TimedStats(RunStats):
 
 
 @dataclass(frozen=True)
-class Job:
+class Trial:
     """One method's run: as it is measured, and as it would be with all steps.
 
     A shortened run decodes apart from its ticks (`overlap=false`): seconds of passes that are
     scaled up must not hold those of a decoder at work at the same time.
-
-    Attributes:
-        glance: the same with the fewest steps, for a look at one tick.
-        thin: how many times fewer steps are measured.
-        speed: decisions that are followed; None: every step is computed.
-        trace: recorded decisions instead of those made from the published curve.
     """
 
-    plan: Plan
-    whole: Plan
-    glance: Plan
+    job: Job
+    whole: Job
+    glance: Job
+    """The same with the fewest steps, for a look at one tick."""
     thin: int
+    """How many times fewer steps are measured."""
     speed: Speed | None
+    """Decisions that are followed; None: every step is computed."""
     trace: Record | None = None
+    """Recorded decisions instead of those made from the published curve."""
 
-    def policies(self, subject: Subject[Models], stats: RunStats) -> Policies:
-        """Return what makes the policies.
-
-        Raises:
-            UserError: the trace does not fit the run.
-        """
+    def policies(self, benchmark: Benchmark, stats: RunStats) -> Policies:
+        """Return what makes the policies."""
         if self.speed is None:
             return all_computed
-        ticks, branches = self.plan.ticks, self.plan.branches
-        pattern = subject.pattern(self.plan, self.speed)
-        trace = self.trace or make_trace(pattern, ticks=ticks, branches=branches)
-        return policies_of(trace, pattern=pattern, ticks=ticks, branches=branches, stats=stats)
+        pattern = benchmark.pattern(self.job, self.speed)
+        return policies_at(pattern, self.job.work, stats, self.trace)
 
 
 def all_computed(*, segment: int, branch: str) -> ReusePolicy:  # noqa: ARG001
@@ -130,18 +122,16 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * side**3 / seconds_of(lambda: a @ b, device)
 
 
-def shares_of_kinds(
-    subject: Subject[Models], models: Models, plan: Plan, device: torch.device
-) -> dict[str, float] | None:
+def shares_of_kinds(benchmark: Benchmark, models: Models, job: Job) -> dict[str, float] | None:
     """Return how the time of a tick with a full window is divided among kinds of operations.
 
     Every chunk is computed. The ticks before it serve as warm-up. None where the profiler sees
     nothing of the device, as without the right to.
     """
-    is_cuda = device.type == "cuda"
+    device, is_cuda = job.device, job.device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-    shown = subject.play(models, plan, RunStats(device), all_computed)
-    for _ in range(looked_at(plan.ticks[0])):
+    shown = benchmark.generate(models, job, RunStats(device), all_computed)
+    for _ in range(looked_at(job.work.segments[0].ticks)):
         next(shown)
     wait(device)
     with profile(activities=[activity], acc_events=True) as profiler:
@@ -159,15 +149,15 @@ def shares_of_kinds(
 
 
 def looked_at(ticks: Sequence[Tick]) -> int:
-    """Return which tick is profiled: one with a full window and no chunk decoded beside it.
+    """Return which tick is profiled: one with a full window and no chunk decoded concurrently.
 
     The second of those before a chunk becomes clean, or the only one.
     """
     most = max(len(tick.steps) for tick in ticks)
     first_clean = next((i for i, tick in enumerate(ticks) if tick.finishing), len(ticks))
     full = [i for i, tick in enumerate(ticks) if len(tick.steps) == most]
-    quiet = [i for i in full if i < first_clean] or full
-    return quiet[min(1, len(quiet) - 1)]
+    alone = [i for i in full if i < first_clean] or full
+    return alone[min(1, len(alone) - 1)]
 
 
 def kind_of(kernel: str) -> str:
@@ -175,39 +165,35 @@ def kind_of(kernel: str) -> str:
     return next((name for name, pattern in KINDS if pattern.search(kernel)), "other")
 
 
-def store_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
+def store_seconds(benchmark: Benchmark, job: Job) -> tuple[float, float]:
     """Return the time of storing a result of one chunk and branch, and of using it again."""
-    store, sigma = ResultStore(), torch.ones(plan.stored_shape[0], device=device)
-    before, after = torch.randn((2, *plan.stored_shape), device=device).to(plan.stored_dtype)
+    (shape, dtype), device = benchmark.stored(job), job.device
+    store, sigma = ResultStore(), torch.ones(shape[0], device=device)
+    before, after = torch.randn((2, *shape), device=device).to(dtype)
     put = seconds_of(lambda: store.put(0, after - before, sigma=sigma), device)
     return put, seconds_of(lambda: before + store.predict(0, sigma=sigma), device)
 
 
 @torch.no_grad()
 def measure(
-    subject: Subject[Models],
+    benchmark: Benchmark,
     models: Models,
-    job: Job,
-    device: torch.device,
+    trial: Trial,
     *,
     is_profiled: bool = True,
 ) -> dict[str, Any]:
     """Run a method and return its figures as plain values.
 
     Args:
-        is_profiled: whether a tick is looked into first; else two ticks serve as warm-up.
-
-    Raises:
-        torch.OutOfMemoryError: it does not fit.
-        UserError: the trace does not fit the run.
-    """
-    rate, (kernel, cross_kernel) = matrix_rate(device), subject.choose(models, job.plan)
+        is_profiled: whether a tick is looked into first; else two ticks serve as warm-up."""
+    job, device = trial.job, trial.job.device
+    rate, (kernel, cross_kernel) = matrix_rate(device), choose(models.dit, job)
     start = time.perf_counter()
     kinds = None
     if is_profiled:
-        kinds = shares_of_kinds(subject, models, job.glance, device)
+        kinds = shares_of_kinds(benchmark, models, trial.glance)
     else:
-        shown = subject.play(models, job.glance, RunStats(device), all_computed)
+        shown = benchmark.generate(models, trial.glance, RunStats(device), all_computed)
         for _ in range(WARM_UP_TICKS):
             next(shown)
     warm_up = time.perf_counter() - start
@@ -216,21 +202,19 @@ def measure(
         torch.cuda.empty_cache()
     wait(device)
     stats = TimedStats(device)
-    policies = job.policies(subject, stats)
-    is_concurrent = should_overlap(
-        job.plan.config.overlap, device, takes_turns=job.plan.config.offload
-    )
+    policies = trial.policies(benchmark, stats)
+    is_concurrent = should_overlap(job.config.overlap, device, takes_turns=job.config.offload)
     start = time.perf_counter()
-    shown = subject.play(models, job.plan, stats, policies)
+    shown = benchmark.generate(models, job, stats, policies)
     num_frames = take_frames(shown, device=device, is_concurrent=is_concurrent)
     wait(device)
     total = time.perf_counter() - start
-    compilation = subject.compilation(models)
+    compilation = compilation_of(models)
     return {
-        **_figures(subject, job, stats, total=total),
+        **_figures(benchmark, trial, stats, total=total),
         "matrix_rate": rate,
         "rate_share": stats.computed_flops / stats.stage_times()["dit"].seconds / rate,
-        "caching_share": _caching_share(job, stats, device),
+        "caching_share": _caching_share(benchmark, trial, stats),
         "kinds": kinds,
         "num_frames": num_frames,
         "attention_kernel": kernel.name,
@@ -263,7 +247,7 @@ def take_frames(shown: Iterable[Progress], *, device: torch.device, is_concurren
 
 
 def _figures(
-    subject: Subject[Models], job: Job, stats: TimedStats, *, total: float
+    benchmark: Benchmark, trial: Trial, stats: TimedStats, *, total: float
 ) -> dict[str, Any]:
     """Return seconds, FLOPs and bytes; a shortened run is scaled up to all steps."""
     times = stats.stage_times()
@@ -271,18 +255,20 @@ def _figures(
     dit, ticks = times["dit"].seconds, list(traced.tick_seconds.values())
     forwards = list(traced.pass_seconds.values())
     compression = times[COMPRESSION].seconds if COMPRESSION in times else 0.0
-    scale = _scale(subject, job)
+    scale = _scale(benchmark, trial)
     whole, flops = dit, float(stats.computed_flops)
-    if job.thin > 1:
+    if trial.thin > 1:
         # compression is work per chunk, not per step
         rest = dit - compression
-        inside = rest if job.speed is None else min(sum(forwards), rest)
-        whole = inside * scale + (rest - inside) * job.whole.num_ticks / len(ticks) + compression
+        inside = rest if trial.speed is None else min(sum(forwards), rest)
+        whole = (
+            inside * scale + (rest - inside) * trial.whole.work.num_ticks / len(ticks) + compression
+        )
         flops *= scale
     return {
-        "factor": job.thin,
+        "factor": trial.thin,
         "measured_ticks": len(ticks),
-        "num_ticks": job.whole.num_ticks,
+        "num_ticks": trial.whole.work.num_ticks,
         "num_forwards": len(forwards),
         "seconds_per_tick": statistics.fmean(ticks),
         "seconds_per_tick_median": statistics.median(ticks),
@@ -290,10 +276,10 @@ def _figures(
         "flops": flops,
         "rate": stats.computed_flops / dit,
         "dit_seconds": whole,
-        "vae_seconds": times["vae"].seconds if "vae" in times and subject.has_vae else None,
+        "vae_seconds": times["vae"].seconds if "vae" in times and benchmark.has_vae else None,
         "total_seconds": total - dit + whole,
         # decoded apart, a shortened run says nothing of how much of the decoding a whole one hides
-        "exposed_share": (total - dit) / (total - dit + whole) if job.thin == 1 else None,
+        "exposed_share": (total - dit) / (total - dit + whole) if trial.thin == 1 else None,
         "outside_share": 1 - sum(forwards) / dit,
         "compression_share": compression / whole,
         "peak_bytes": stats.peak_memory_bytes(),
@@ -301,26 +287,27 @@ def _figures(
     }
 
 
-def _scale(subject: Subject[Models], job: Job) -> float:
+def _scale(benchmark: Benchmark, trial: Trial) -> float:
     """Return how many times more the passes of all steps cost than the measured ones."""
-    scale = job.whole.flops / job.plan.flops
-    if job.speed is None:
+    scale = trial.whole.work.flops / trial.job.work.flops
+    if trial.speed is None:
         return scale
     whole, short = (
-        subject.pattern(plan, job.speed).share(plan.costs) for plan in (job.whole, job.plan)
+        benchmark.pattern(job, trial.speed).share(benchmark.costs(job))
+        for job in (trial.whole, trial.job)
     )
     return scale * whole / short
 
 
-def _caching_share(job: Job, stats: RunStats, device: torch.device) -> float | None:
+def _caching_share(benchmark: Benchmark, trial: Trial, stats: RunStats) -> float | None:
     """Return the share of the DiT's time that decisions and stored results take.
 
     Decisions are timed in the run, waiting for the device included; storing a result and using it
     again apart, and multiplied by how often that was done.
     """
-    if job.speed is None:
+    if trial.speed is None:
         return None
     times = stats.stage_times()
-    put, use = store_seconds(job.plan, device)
+    put, use = store_seconds(benchmark, trial.job)
     seconds = times[CACHING].seconds + stats.num_computed * put + stats.num_reused * use
     return seconds / times["dit"].seconds

@@ -9,10 +9,11 @@ What no fake can show: values, times, the order of streams, what a library alloc
 """
 
 import ctypes
+import inspect
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,8 @@ FLASH_WIDTH = 256
 """Widest attention head of the flash kernel, which also wants 16-bit numbers."""
 CUDA_SLOT, META_SLOT, NUM_SLOTS = 1, 14, 22
 """Numbers of device types in PyTorch, and how many there are. Source: c10/core/DeviceType.h."""
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+HERE = str(Path(__file__).resolve().parent)
 OWN_FOLDERS = tuple(
     str(ROOT / name) for name in ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
 )
@@ -143,10 +145,10 @@ class Ledger:
 
     def site(self) -> Site:
         """Return where our code is now."""
-        frame, place = sys._getframe(1), "elsewhere"
+        frame, place = inspect.currentframe(), "elsewhere"
         while frame is not None:
             name = frame.f_code.co_filename
-            if name.startswith(OWN_FOLDERS):
+            if name.startswith(OWN_FOLDERS) and not name.startswith(HERE):
                 place = f"{Path(name).parent.name}/{Path(name).name}:{frame.f_code.co_name}"
                 break
             frame = frame.f_back
@@ -180,11 +182,11 @@ class _Pinned:
 
 
 class _Functions(TorchFunctionMode):
-    """Stands in for what fake tensors can't do at the level of Python functions."""
+    """Replaces what fake tensors can't do at the level of Python functions."""
 
-    def __init__(self, ledger: Ledger, pinned: _Pinned) -> None:
+    def __init__(self, pinned: _Pinned) -> None:
         super().__init__()
-        self.ledger, self.pinned = ledger, pinned
+        self.pinned = pinned
 
     def __torch_function__(
         self,
@@ -252,7 +254,14 @@ class _Operations(TorchDispatchMode):
             if is_pinned:
                 self.pinned.add(tensor)
             self._keep(tensor)
-        self._note(func, name, args, given, tensors, results)
+        if name in ("copy_", "_to_copy"):
+            is_free = given.get("non_blocking", False) or (name == "copy_" and args[2:] == (True,))
+            self._note_copy(name, tensors[-1], results[0], is_free=is_free)
+        if name not in NO_KERNEL and any(x.is_cuda for x in results):
+            flops = self._flops(func, name, args, given, tensors, results[0])
+            read = tensors[1:] if name == "copy_" else tensors
+            num_bytes = sum(_touched_bytes(x) for x in (*read, *results) if x.is_cuda)
+            self.ledger.costs[self.ledger.stages[-1]].add(Cost(1, num_bytes, flops))
         return result
 
     def _keep(self, tensor: Tensor) -> None:
@@ -271,43 +280,27 @@ class _Operations(TorchDispatchMode):
         del self._known[key]
         self.ledger.live_bytes -= num_bytes
 
-    def _note(
+    def _flops(
         self,
         func: Any,
         name: str,
         args: tuple[Any, ...],
         given: Mapping[str, Any],
         tensors: Sequence[Tensor],
-        results: Sequence[Tensor],
-    ) -> None:
-        """Write down what an operation costs, and what it copies or widens."""
-        ledger = self.ledger
-        if name in ("copy_", "_to_copy"):
-            self._note_copy(name, args, given, tensors, results[0])
-        if name in NO_KERNEL or not any(x.is_cuda for x in results):
-            return
-        flops = 0
-        if func._overloadpacket in flop_registry:
-            _check_types(name, tensors)
-            flops = flop_registry[func._overloadpacket](*args, **given, out_val=results[0])
-            kind = Product(ledger.stages[-1], name, tensors[0].dtype)
-            ledger.products[kind].add(Cost(1, 0, flops))
-        read = tensors[1:] if name == "copy_" else tensors
-        num_bytes = sum(_touched_bytes(x) for x in (*read, *results) if x.is_cuda)
-        ledger.costs[ledger.stages[-1]].add(Cost(1, num_bytes, flops))
-
-    def _note_copy(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        given: Mapping[str, Any],
-        tensors: Sequence[Tensor],
         result: Tensor,
-    ) -> None:
-        ledger, source = self.ledger, tensors[-1]
-        is_free = given.get("non_blocking", False)
-        if name == "copy_" and len(args) > 2:
-            is_free = args[2]
+    ) -> int:
+        """Count the FLOPs of a product or attention, by kind too; other operations have none."""
+        if func._overloadpacket not in flop_registry:
+            return 0
+        _check_types(name, tensors)
+        flops = flop_registry[func._overloadpacket](*args, **given, out_val=result)
+        kind = Product(self.ledger.stages[-1], name, tensors[0].dtype)
+        self.ledger.products[kind].add(Cost(1, 0, flops))
+        return flops
+
+    def _note_copy(self, name: str, source: Tensor, result: Tensor, *, is_free: bool) -> None:
+        """Write down a copy between host and device, and what is widened on the device."""
+        ledger = self.ledger
         if source.is_cuda != result.is_cuda:
             is_pinned = self.pinned.holds(result if source.is_cuda else source)
             (ledger.copies if is_free and is_pinned else ledger.waits)[ledger.site()] += 1
@@ -321,11 +314,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _check_types(name: str, tensors: Sequence[Tensor]) -> None:
-    """Check that the factors of a product have one type, as kernels ask and fake tensors do not.
-
-    Raises:
-        RuntimeError: they have several.
-    """
+    """Check that the factors of a product have one type, as kernels ask and fake tensors do not."""
     found = {x.dtype for x in tensors}
     if len(found) > 1 and name != "_scaled_mm":  # whose scales are float32
         raise RuntimeError(f"{name} of tensors of one dtype, not {sorted(map(str, found))}")
@@ -342,56 +331,29 @@ def _touched_bytes(tensor: Tensor) -> int:
 # torch.cuda ---------------------------------------------------------------------------------------
 
 
-class _Event:
-    """Stands in for `torch.cuda.Event`: what is queued is done at once, in no time."""
+class _Queue:
+    """Replaces `torch.cuda.Event` and `torch.cuda.Stream`: all is done at once, in no time."""
 
-    def __init__(self, enable_timing: bool = False) -> None:
-        """Make an event."""
+    device = CUDA
 
-    def record(self, stream: object = None) -> None:
-        """Happen."""
+    def __init__(self, *_given: object, **_options: object) -> None:
+        """Take what events and streams take."""
 
-    def synchronize(self) -> None:
+    def _done(self, *_given: object) -> None:
         """Wait for nothing."""
 
-    def elapsed_time(self, _end: "_Event") -> float:
+    record = synchronize = wait_stream = wait_event = _done
+
+    def elapsed_time(self, _end: "_Queue") -> float:
         """Return milliseconds."""
         return 0.0
 
 
-class _Stream:
-    """Stands in for `torch.cuda.Stream`."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        """Make a stream."""
-        self.device = CUDA
-
-    def wait_stream(self, _other: "_Stream") -> None:
-        """Wait for nothing."""
-
-    def wait_event(self, _event: _Event) -> None:
-        """Wait for nothing."""
-
-    def synchronize(self) -> None:
-        """Wait for nothing."""
-
-
-class _Generator(torch.Generator):
-    """A source of random numbers for any device; fake tensors have none of them."""
-
-    def __new__(cls, _device: Any = "cpu") -> "_Generator":
-        """Make it on the CPU, where there is one."""
-        return super().__new__(cls, "cpu")
-
-
 @contextmanager
-def device_guard() -> Iterator[None]:
+def device_guard() -> Generator[None, None, None]:
     """Give PyTorch a device guard for CUDA, as operations on fake tensors ask for one.
 
     A build without CUDA has none. That of the meta device does nothing, which is right here.
-
-    Raises:
-        OSError, ValueError: PyTorch's table of guards is not found.
     """
     suffix = "dylib" if sys.platform == "darwin" else "so"
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libc10.{suffix}"))
@@ -412,16 +374,14 @@ def pretended_cuda() -> Generator[Ledger, None, None]:
     """Pretend that there is a CUDA device in this thread, and write down what is done on it.
 
     All is as before afterwards. Models must be made inside.
-
-    Yields: the ledger.
     """
-    ledger, pinned = Ledger(), _Pinned()
+    ledger, pinned, real_generator = Ledger(), _Pinned(), torch.Generator
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     fake.fake_tensor_converter = Forgetful()
     cuda: dict[str, Any] = {
-        "Event": _Event,
-        "Stream": _Stream,
-        "current_stream": lambda _device=None: _Stream(),
+        "Event": _Queue,
+        "Stream": _Queue,
+        "current_stream": lambda _device=None: _Queue(),
         "stream": lambda _stream: nullcontext(),
         "init": lambda: None,
         "synchronize": lambda _device=None: None,
@@ -441,9 +401,11 @@ def pretended_cuda() -> Generator[Ledger, None, None]:
         stack.enter_context(device_guard())
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
         stack.enter_context(patch.multiple(torch.cuda, **cuda))
-        stack.enter_context(patch.object(torch, "Generator", _Generator))
+        stack.enter_context(
+            patch.object(torch, "Generator", lambda _device="cpu": real_generator("cpu"))
+        )
         stack.enter_context(torch.no_grad())
         stack.enter_context(fake)
         stack.enter_context(_Operations(ledger, pinned))
-        stack.enter_context(_Functions(ledger, pinned))
+        stack.enter_context(_Functions(pinned))
         yield ledger

@@ -1,0 +1,510 @@
+"""Make videos from Python: load a model once, then give it prompts.
+
+    import flowcache
+
+    pipe = flowcache.load("demo", preset="flowcache_fast")
+    video = pipe("a red circle moving right on a black background", seed=7)
+    video.save("circle.mp4")
+
+Settings are those of the presets, under one flat vocabulary for all models: `num_frames`, `height`,
+`width`, `num_steps`, `seed`, `fps`, `prompt`, `image`, `video`. A section is a mapping, as in
+`reuse={"threshold": 0.2}`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import operator
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from flowcache.errors import UserError
+from flowcache.runtime.cli import ProgressBar
+from flowcache.runtime.model import MODELS, Job, Loaded, Progress, Request, VideoModel, load_model
+from flowcache.runtime.record import Record
+from flowcache.runtime.run import (
+    claim_output,
+    describe,
+    encode_inputs,
+    finished,
+    load_networks,
+    prepare,
+    publish,
+    read_settings,
+    record_of,
+    report_of,
+)
+from flowcache.runtime.stats import Pass, RunStats
+from flowcache.runtime.video import LiveWriter, VideoWriter
+
+Frames: TypeAlias = NDArray[np.uint8]
+"""`[T, H, W, 3]`."""
+Picture: TypeAlias = "str | Path | Image.Image | NDArray[np.uint8] | Tensor"
+"""A file, or pixels: uint8 `[H, W, 3]`, for a video `[T, H, W, 3]`."""
+PICTURES = ("image", "end_image", "video")
+_GREY = Image.new("RGB", (64, 64), "grey")
+"""A start picture while a model that needs one is loaded."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one pass over the active chunks did."""
+
+    index: int
+    """From 0, over all windows of a long video."""
+    num_ticks: int
+    decisions: Sequence[Pass]
+    """Of every active chunk in every guidance branch: computed or reused, and the distance."""
+    clean: tuple[int, ...]
+    """Chunks that became clean."""
+    elapsed_seconds: float
+    """Since the start of the run, as the host's clock says."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Frames that are finished."""
+
+    frames: Frames
+    """uint8 `[T, H, W, 3]`."""
+    first: int
+    """The number of its first frame in the video."""
+    chunks: tuple[int, ...]
+    """The chunks that they show; none: given frames that the video begins with."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a video will cost; `print` shows all of it."""
+
+    text: str
+    """As `--dry-run` prints it."""
+    num_frames: int
+    """New ones."""
+    fps: int
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    num_chunks: int
+    num_ticks: int
+    flops: int
+    """If every step is computed."""
+    weight_bytes: int
+    """The transformer's weights."""
+    kv_bytes: int
+    """The KV caches of all layers and branches."""
+    activation_bytes: int
+    """Estimate of what one forward needs in addition."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video; a notebook plays it."""
+
+    frames: Frames
+    """uint8 `[T, H, W, 3]`."""
+    fps: int
+    report: Mapping[str, Any]
+    """What the JSON of a video holds: settings, versions, decisions, seconds per stage."""
+    record: Record | None = field(default=None, repr=False)
+    """What each pass cost and what the caches held, if the call asked for it."""
+
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """Decisions, FLOPs and seconds of the run."""
+        return self.report["stats"]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the mp4, its JSON, and its record if there is one; return the path of the mp4.
+
+        Args:
+            path: an `.mp4` file, or a folder in which a fresh name is found.
+
+        Raises:
+            UserError: a file exists and must not be replaced, or cannot be written.
+        """
+        _, height, width, _ = self.frames.shape
+        request = Request(out=str(path), overwrite=overwrite, record=self.record is not None)
+        target = claim_output(request, stem=Path(self.report["video"]).stem)
+        with VideoWriter(
+            target,
+            fps=self.fps,
+            size=(height, width),
+            overwrite=overwrite,
+            publishes=False,
+            keeps_partial=False,
+        ) as writer:
+            writer.append(self.frames)
+        name = {"video": writer.path.name}
+        record = None if self.record is None else {**self.record, **name}
+        publish(writer, {**self.report, **name}, record)
+        return writer.path
+
+    def __repr__(self) -> str:
+        num_frames, height, width, _ = self.frames.shape
+        return f"Video({num_frames} frames of {width}x{height} at {self.fps:g} fps)"
+
+    def _repr_html_(self) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            mp4 = base64.b64encode(self.save(Path(folder) / "video.mp4").read_bytes()).decode()
+        return f'<video controls autoplay loop muted src="data:video/mp4;base64,{mp4}"></video>'
+
+
+def load(
+    model: str | Path = "auto",
+    *,
+    preset: str = "flowcache_fast",
+    architecture: str | None = None,
+    progress_bar: bool = True,
+    **settings: Any,
+) -> Pipeline:
+    """Load a model.
+
+    Args:
+        model: `demo`, `auto`, a released name, a folder or a hub id, as `--model` on the command
+            line; a hub id is downloaded if it is not in the hub's cache.
+        preset: its name, or a YAML file.
+        architecture: package of the model, `skyreels_v2` or `magi1`; None: the first one that
+            knows the name.
+        progress_bar: whether a call shows one.
+        settings: of all videos; a call can change them again.
+
+    Raises:
+        UserError: the model, the preset or a setting is wrong.
+    """
+    name = str(model)
+    request = Request(preset=preset, model=name)
+    pipe = Pipeline(
+        load_model(architecture_of(name) if architecture is None else _known(architecture)),
+        request,
+        settings,
+        progress_bar=progress_bar,
+    )
+    pipe.load()
+    return pipe
+
+
+def architecture_of(model: str) -> str:
+    """Return the package of the first model that knows a checkpoint by its name or place."""
+    for package in MODELS:
+        if load_model(package).knows(model):
+            return package
+    raise UserError(
+        f"model {model} is none of a released name, a checkpoint folder or a hub id of "
+        f"{' or '.join(MODELS)}: give architecture, too"
+    )
+
+
+def _known(architecture: str) -> str:
+    if architecture not in MODELS:
+        raise UserError(f"architecture {architecture!r} is unknown: use {' or '.join(MODELS)}")
+    return architecture
+
+
+class Pipeline:
+    """A loaded model with a preset. One video is made at a time: other threads wait."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        request: Request,
+        settings: Mapping[str, Any],
+        *,
+        progress_bar: bool = True,
+    ) -> None:
+        """Keep what the calls share; see `load`."""
+        self.model = model
+        self.request = request
+        self.settings = dict(settings)
+        self.progress_bar = progress_bar
+        self._loaded: _Loaded | None = None
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        *,
+        preset: str | None = None,
+        record: bool = False,
+        on_tick: Callable[[Tick], None] | None = None,
+        on_part: Callable[[Part], None] | None = None,
+        **settings: Any,
+    ) -> Video:
+        """Make a video.
+
+        Args:
+            prompt: what it shows; None: as the preset says.
+            preset: its name, or a YAML file; None: that of the pipeline.
+            record: whether the result has a `record`.
+            on_tick: called after every pass over the active chunks; raising ends the run.
+            on_part: called with frames as they become clean.
+            settings: `num_frames`, `seed`, `image`, ...; pictures as files or as pixels.
+
+        Raises:
+            UserError: a setting is wrong; nothing large was loaded or computed.
+        """
+        run = _Run(self, self._job(prompt, settings, preset=preset, record=record), on_tick)
+        parts: list[Frames] = []
+        for part in run.parts():
+            parts.append(part.frames)
+            if on_part is not None:
+                on_part(part)
+        return run.video(np.concatenate(parts))
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        preset: str | None = None,
+        on_tick: Callable[[Tick], None] | None = None,
+        **settings: Any,
+    ) -> Generator[Part]:
+        """Make a video; return its parts as they become clean. Closing the generator ends the run.
+
+        See `__call__` for the arguments, which are checked at once.
+        """
+        return _Run(self, self._job(prompt, settings, preset=preset), on_tick).parts()
+
+    def plan(
+        self, prompt: str | None = None, *, preset: str | None = None, **settings: Any
+    ) -> Plan:
+        """Return what a video would cost, and make nothing."""
+        given = {**self._placeholders(), **settings}
+        job = self._job("any" if prompt is None else prompt, given, preset=preset)
+        work = job.work
+        return Plan(
+            text=describe(job),
+            num_frames=job.value("num_frames"),
+            fps=job.value("fps"),
+            height=job.value("height"),
+            width=job.value("width"),
+            num_chunks=work.num_chunks,
+            num_ticks=work.num_ticks,
+            flops=work.flops,
+            weight_bytes=work.weight_bytes,
+            kv_bytes=work.kv_bytes,
+            activation_bytes=work.activation_bytes,
+        )
+
+    def load(self) -> None:
+        """Load the networks now; a call does it if need be."""
+        with self._held():
+            self._networks(self._job("any", self._placeholders()))
+
+    def _placeholders(self) -> dict[str, Image.Image]:
+        """Return grey pictures in place of those that a call must give."""
+        required = self.model.required(self.model.find(self.request.model))
+        return {name: _GREY for name in required if name not in self.settings}
+
+    # What a run needs --------------------------------------------------------------------------
+
+    def _job(
+        self,
+        prompt: str | None,
+        settings: Mapping[str, Any],
+        *,
+        preset: str | None = None,
+        record: bool = False,
+    ) -> Job:
+        given = {**self.settings, **settings}
+        if prompt is not None:
+            given["prompt"] = prompt
+        request = self.request if preset is None else replace(self.request, preset=preset)
+        with self._as_files(given, request) as named:
+            overrides = list(_overrides(named, self.model.keys))
+            request = replace(request, overrides=overrides, record=record)
+            return prepare(self.model, request, writes=False)
+
+    @contextmanager
+    def _as_files(self, settings: Mapping[str, Any], request: Request) -> Generator[dict[str, Any]]:
+        """Write pixels among the settings to lossless files, which exist inside the context."""
+        named = {
+            name: value
+            for name, value in settings.items()
+            if name not in PICTURES or value is None or isinstance(value, (str, Path))
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            for name, given in settings.items():
+                if name in named:
+                    continue
+                pixels = _pixels(name, given, num_axes=4 if name == "video" else 3)
+                if name == "video":
+                    path = Path(folder) / "video.mp4"
+                    fps = given.fps if isinstance(given, Video) else self._fps(named, request)
+                    with LiveWriter(path, fps=fps, is_lossless=True) as writer:
+                        writer.append(pixels)
+                else:
+                    path = Path(folder) / f"{name}.png"
+                    Image.fromarray(pixels).save(path)
+                named[name] = path
+            yield named
+
+    def _fps(self, settings: Mapping[str, Any], request: Request) -> int:
+        """Return the frame rate of the run, which frames without one are taken to have."""
+        overrides = list(_overrides(settings, self.model.keys))
+        config = read_settings(self.model, replace(request, overrides=overrides))
+        return operator.attrgetter(self.model.keys["fps"])(config)
+
+    def _networks(self, job: Job) -> _Loaded:
+        identity = (job.device, job.dtype, job.config.offload, job.model.identity(job))
+        if self._loaded is None or self._loaded.identity != identity:
+            self._loaded = None  # frees the memory first
+            networks = load_networks(job, stats=RunStats(job.device))
+            encoder = None if job.config.offload else job.model.load_text(job)
+            self._loaded = _Loaded(identity, networks, encoder)
+        return self._loaded
+
+    @contextmanager
+    def _held(self) -> Generator[None]:
+        """Hold the model for one run."""
+        if self._holder == threading.get_ident():
+            raise RuntimeError("this pipeline makes a video already: finish or close its stream")
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    identity: Hashable
+    networks: Loaded
+    encoder: Any
+    """The text encoder; None: it is loaded for every prompt, as with `offload`."""
+
+
+class _Run:
+    """One video in the making."""
+
+    def __init__(self, pipe: Pipeline, job: Job, on_tick: Callable[[Tick], None] | None) -> None:
+        self.pipe = pipe
+        self.job = job
+        self.on_tick = on_tick
+        self.stats = RunStats(job.device, records=job.request.record)
+        self.loaded: Loaded | None = None
+        self.num_frames = 0
+
+    def parts(self) -> Generator[Part]:
+        """Carry out the run; yield what is finished as soon as it is."""
+        with self.pipe._held():  # pyright: ignore[reportPrivateUsage]
+            loaded = self.pipe._networks(self.job)  # pyright: ignore[reportPrivateUsage]
+            self.loaded = loaded.networks
+            self.stats = RunStats(self.job.device, records=self.job.request.record)
+            inputs = encode_inputs(self.job, stats=self.stats, encoder=loaded.encoder)
+            if self.job.before is not None:
+                yield self._part(self.job.before.numpy(), ())
+            waiting: deque[Progress] = deque()
+            for progress in self._ticks(inputs):
+                if progress.later is not None:
+                    waiting.append(progress)
+                # a decoder that runs concurrently is not waited for while there is more to denoise
+                while waiting and waiting[0].later is not None and waiting[0].later.done():
+                    yield self._finished(waiting.popleft())
+            while waiting:
+                yield self._finished(waiting.popleft())
+
+    def _ticks(self, inputs: Any) -> Iterator[Progress]:
+        job, work = self.job, self.job.work
+        assert self.loaded is not None
+        with ExitStack() as stack:
+            bar = None
+            if self.pipe.progress_bar:
+                bar = ProgressBar(num_ticks=work.num_ticks, num_chunks=work.num_chunks)
+                stack.callback(bar.close)
+            shown = stack.enter_context(
+                closing(
+                    job.model.generate(
+                        self.loaded.dit,
+                        self.loaded.vae,
+                        job.placed,
+                        inputs,
+                        stats=self.stats,
+                        work=work,
+                        ranks=job.ranks,
+                    )
+                )
+            )
+            num_reported = 0
+            for index, progress in enumerate(shown):
+                clean = progress.tick.finishing
+                if bar is not None:
+                    bar.update(self.stats, num_finished=len(clean))
+                if self.on_tick is not None:
+                    made = self.stats.passes[num_reported:]
+                    seconds = self.stats.elapsed_seconds()
+                    self.on_tick(Tick(index, work.num_ticks, made, clean, seconds))
+                num_reported = len(self.stats.passes)
+                yield progress
+
+    def _finished(self, progress: Progress) -> Part:
+        assert self.loaded is not None
+        frames = finished(progress, modules=self.loaded.modules)
+        return self._part(frames.numpy(), progress.tick.finishing)
+
+    def _part(self, frames: Frames, chunks: tuple[int, ...]) -> Part:
+        part = Part(frames, self.num_frames, chunks)
+        self.num_frames += len(frames)
+        return part
+
+    def video(self, frames: Frames) -> Video:
+        """Return the whole video with its report."""
+        job, stats = self.job, self.stats
+        assert self.loaded is not None
+        name = f"{job.preset}-{job.value('seed')}.mp4"
+        report = report_of(job, self.loaded, stats, num_frames=len(frames), video=name)
+        record = None
+        if stats.trace is not None:
+            record = record_of(job, report, stats, stats.traced())
+        return Video(frames, job.value("fps"), report, record)
+
+
+# From Python values to settings -------------------------------------------------------------------
+
+
+def _overrides(
+    settings: Mapping[str, Any], keys: Mapping[str, str], prefix: str = ""
+) -> Iterator[str]:
+    """Yield settings as `key=value` texts.
+
+    Args:
+        keys: flat name -> setting of the model.
+    """
+    for name, value in settings.items():
+        key = keys.get(f"{prefix}{name}", f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            yield from _overrides(value, keys, prefix=f"{key}.")
+        else:
+            yield f"{key}={value if isinstance(value, (str, Path)) else json.dumps(value)}"
+
+
+def _pixels(name: str, given: Any, *, num_axes: int) -> Frames:
+    if isinstance(given, Video):
+        given = given.frames
+    if isinstance(given, Image.Image):
+        given = given.convert("RGB")
+    pixels = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if pixels.dtype != np.uint8 or pixels.ndim != num_axes or pixels.shape[-1] != 3:
+        axes = "[H, W, 3]" if num_axes == 3 else "[T, H, W, 3]"
+        raise UserError(
+            f"{name} must be a file or uint8 pixels {axes}, got {pixels.dtype} {list(pixels.shape)}"
+        )
+    return pixels

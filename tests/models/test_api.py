@@ -1,0 +1,248 @@
+"""The Python interface, on the demos of all models."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flowcache
+from flowcache.api import Pipeline, architecture_of
+from flowcache.errors import UserError
+from flowcache.runtime.model import MODELS, Request, load_model
+from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.run import describe, execute, prepare
+from flowcache.runtime.video import read_video
+
+PROMPT = "a red circle moving right on a black background"
+NUM_FRAMES = {"skyreels_v2": 33, "magi1": 48}
+FOR_VIDEO = {"skyreels_v2": {"overlap_history": 9}, "magi1": {"prefix_frames": 24}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pipe(request: pytest.FixtureRequest) -> Pipeline:
+    """A loaded demo with short videos."""
+    return flowcache.load(
+        "demo",
+        architecture=request.param,
+        progress_bar=False,
+        device="cpu",
+        num_frames=NUM_FRAMES[request.param],
+        num_steps=8,
+    )
+
+
+@pytest.fixture(scope="module")
+def video(pipe: Pipeline) -> flowcache.Video:
+    return pipe(PROMPT, seed=7, record=True)
+
+
+def as_command(pipe: Pipeline, out: Path | None, **more: Any) -> Request:
+    """Return the request of the command line for the same video."""
+    keys = pipe.model.keys
+    given = {"prompt": PROMPT, "seed": 7, "device": "cpu", "num_steps": 8}
+    given["num_frames"] = NUM_FRAMES[pipe.model.name]
+    overrides = [f"{keys.get(name, name)}={value}" for name, value in {**given, **more}.items()]
+    place = None if out is None else str(out)
+    return Request("flowcache_fast", "demo", overrides, place, record=True)
+
+
+def test_a_saved_video_is_that_of_the_command_line(
+    pipe: Pipeline, video: flowcache.Video, tmp_path: Path
+):
+    saved = video.save(tmp_path / "api.mp4")
+    execute(pipe.model, as_command(pipe, tmp_path / "command.mp4"), Ranks())
+    assert saved.read_bytes() == (tmp_path / "command.mp4").read_bytes()
+    for suffix in (".json", ".record.json"):
+        assert saved.with_suffix(suffix).is_file()
+    frames, _ = read_video(saved)
+    assert frames.shape == video.frames.shape == (NUM_FRAMES[pipe.model.name], 64, 64, 3)
+    assert video.record is not None
+    assert len(video.record["decisions"]) == sum(
+        video.stats["passes"][name] for name in ("computed", "reused")
+    )
+    with pytest.raises(UserError, match=r"api.mp4 exists and is kept"):
+        video.save(tmp_path / "api.mp4")
+
+
+def test_the_parts_of_a_stream_make_the_video_and_the_first_comes_before_the_last_tick(
+    pipe: Pipeline, video: flowcache.Video
+):
+    ticks: list[flowcache.Tick] = []
+    parts: list[flowcache.Part] = []
+    seen: list[int] = []
+    for part in pipe.stream(PROMPT, seed=7, on_tick=ticks.append):
+        parts.append(part)
+        seen.append(len(ticks))
+    assert np.array_equal(np.concatenate([part.frames for part in parts]), video.frames)
+    assert [part.first for part in parts] == [0, *np.cumsum([len(p.frames) for p in parts])[:-1]]
+    assert len(ticks) == ticks[0].num_ticks
+    assert seen[0] < len(ticks)
+    assert [chunk for tick in ticks for chunk in tick.clean] == [0, 1]
+    assert sum(len(tick.decisions) for tick in ticks) == sum(
+        video.stats["passes"][name] for name in ("computed", "reused")
+    )
+
+
+def test_a_closed_stream_ends_the_run_and_frees_the_pipeline(
+    pipe: Pipeline, video: flowcache.Video
+):
+    ticks: list[flowcache.Tick] = []
+    stream = pipe.stream(PROMPT, seed=7, on_tick=ticks.append)
+    next(stream)
+    stream.close()
+    assert len(ticks) < ticks[0].num_ticks
+    assert np.array_equal(pipe(PROMPT, seed=7).frames, video.frames)
+
+
+def test_an_error_of_the_callback_ends_the_run(pipe: Pipeline, video: flowcache.Video):
+    def stop(tick: flowcache.Tick) -> None:
+        if tick.index == 3:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        pipe(PROMPT, on_tick=stop)
+    assert np.array_equal(pipe(PROMPT, seed=7).frames, video.frames)
+
+
+def test_several_threads_get_what_each_asked_for(pipe: Pipeline):
+    serial = [pipe(PROMPT, seed=seed).frames for seed in range(3)]
+    made: dict[int, Any] = {}
+
+    def make(seed: int) -> None:
+        made[seed] = pipe(PROMPT, seed=seed).frames
+
+    threads = [threading.Thread(target=make, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(made[seed], serial[seed]) for seed in range(3))
+    assert not np.array_equal(serial[0], serial[1])
+
+
+def test_a_second_video_inside_a_stream_is_refused_and_not_waited_for(pipe: Pipeline):
+    stream = pipe.stream(PROMPT)
+    next(stream)
+    with pytest.raises(RuntimeError, match="finish or close its stream"):
+        pipe(PROMPT)
+    stream.close()
+
+
+def test_nothing_is_written_unasked(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    pipe(PROMPT, num_steps=4)
+    pipe.plan()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_taken_as_files_and_as_pixels(
+    pipe: Pipeline, video: flowcache.Video, tmp_path: Path
+):
+    picture = Image.fromarray(video.frames[5])
+    picture.save(tmp_path / "start.png")
+    short = {"num_steps": 4, "seed": 1}
+    of_file = pipe(PROMPT, image=tmp_path / "start.png", **short)
+    for given in (picture, video.frames[5]):
+        assert np.array_equal(pipe(PROMPT, image=given, **short).frames, of_file.frames)
+    more: dict[str, Any] = {**short, **FOR_VIDEO[pipe.model.name]}
+    continued = pipe(PROMPT, video=video, **more)
+    assert np.array_equal(pipe(PROMPT, video=video.frames, **more).frames, continued.frames)
+    assert not np.array_equal(pipe(PROMPT, **short).frames[:33], continued.frames[:33])
+
+
+def test_a_plan_says_what_a_dry_run_prints(pipe: Pipeline):
+    plan = pipe.plan(PROMPT, seed=7)
+    job = prepare(pipe.model, as_command(pipe, None, seed=7), writes=False)
+    assert str(plan) == describe(job)
+    assert plan.num_chunks == 2
+    assert plan.flops == job.work.flops > 0
+    longer = pipe.plan(num_frames=97 if pipe.model.name == "skyreels_v2" else 96)
+    assert longer.flops > plan.flops
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"num_framez": 3}, "unknown key 'num_framez', did you mean", id="key"),
+        pytest.param({"seed": "x"}, "seed is 'x', but must be int", id="type"),
+        pytest.param({"reuse": {"threshold": -1}}, "threshold", id="in a section"),
+        pytest.param({"image": np.zeros((4, 4))}, r"image must be a file or uint8", id="pixels"),
+        pytest.param({"image": "nowhere.png"}, "nowhere.png", id="file"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(pipe: Pipeline, settings: dict[str, Any], message: str):
+    for call in (pipe, pipe.stream, pipe.plan):
+        with pytest.raises(UserError, match=message) as error:
+            call(PROMPT, **settings)
+        assert "\n" not in str(error.value)
+
+
+def test_a_section_is_a_mapping(pipe: Pipeline):
+    full = pipe(PROMPT, reuse={"policy": "vanilla"}, num_steps=4)
+    assert full.stats["passes"]["reused"] == 0
+
+
+def test_a_notebook_plays_a_video(video: flowcache.Video):
+    html = video._repr_html_()
+    assert html.startswith("<video controls")
+    assert "data:video/mp4;base64," in html
+    assert repr(dataclasses.replace(video)).startswith("Video(")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("demo", "skyreels_v2"),
+        ("df-1.3b-540p", "skyreels_v2"),
+        ("Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers", "skyreels_v2"),
+        ("demo-base", "magi1"),
+        ("24B_base", "magi1"),
+    ],
+)
+def test_the_model_is_known_by_its_name(name: str, package: str):
+    assert architecture_of(name) == package
+
+
+@pytest.mark.parametrize("package", MODELS)
+def test_the_model_is_known_by_its_folder(package: str):
+    folder = load_model(package).find("demo").folder
+    assert architecture_of(str(folder)) == package
+
+
+def test_an_unknown_model_and_an_unknown_architecture_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="is none of a released name"):
+        flowcache.load(tmp_path)
+    with pytest.raises(UserError, match="'wan' is unknown: use skyreels_v2 or magi1"):
+        flowcache.load("demo", architecture="wan")
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, flowcache; assert 'torch' not in sys.modules; flowcache.load"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_the_page_run(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+
+
+def test_the_page_names_everything_public():
+    text = PAGE.read_text(encoding="utf-8")
+    for name in flowcache.__all__:
+        assert f"`{name}`" in text or f"flowcache.{name}(" in text, name
