@@ -5,7 +5,9 @@ same KV cache that computes every step. The first comparison mixes what reuse, l
 compression do; the second one shows reuse alone.
 """
 
-from flowcache.bench.methods import REFERENCE, Comparison, Method
+from functools import partial
+
+from flowcache.bench.methods import REFERENCE, Comparison, Method, with_predictors
 from flowcache.tune.runs import Words
 
 WORDS = Words(
@@ -33,15 +35,9 @@ def with_compression(method: Method) -> Method:
     )
 
 
-def with_predictors(name: str, preset: str, *, base: str) -> list[Method]:
-    """Return a method that reuses the latent update, as published, and one for the velocity."""
-    return [
-        Method(f"{name}, latent update", preset, base=base),
-        Method(f"{name}, velocity", preset, VELOCITY, base),
-    ]
-
-
-COMPUTED = (
+_pair = partial(with_predictors, predictors={"latent update": (), "velocity": VELOCITY})
+"""The published predictor, and the velocity."""
+_COMPUTED = (
     Method(REFERENCE, "vanilla"),
     Method(f"{REFERENCE}, KV window", "vanilla_window"),
     Method(f"{REFERENCE}, no nearly-clean pass", "vanilla_no_nearly_clean"),
@@ -50,21 +46,19 @@ COMPUTED = (
 )
 """Every step is computed."""
 REUSED = (
-    *with_predictors("TeaCache-slow", "teacache_slow", base=NO_CLEAN),
-    *with_predictors("TeaCache-fast", "teacache_fast", base=NO_CLEAN),
-    *with_predictors(
-        "TeaCache, neither pass (FlowCache-fast's FLOPs)", "teacache_no_passes", base=NEITHER
-    ),
-    *with_predictors("FlowCache-slow", "flowcache_slow_nocompress", base=NEITHER),
-    *with_predictors("FlowCache-fast", "flowcache_fast_nocompress", base=NEITHER),
-    *with_predictors("stride (FlowCache-fast's FLOPs)", "stride", base=NEITHER),
+    *_pair("TeaCache-slow", "teacache_slow", base=NO_CLEAN),
+    *_pair("TeaCache-fast", "teacache_fast", base=NO_CLEAN),
+    *_pair("TeaCache, neither pass (FlowCache-fast's FLOPs)", "teacache_no_passes", base=NEITHER),
+    *_pair("FlowCache-slow", "flowcache_slow_nocompress", base=NEITHER),
+    *_pair("FlowCache-fast", "flowcache_fast_nocompress", base=NEITHER),
+    *_pair("stride (FlowCache-fast's FLOPs)", "stride", base=NEITHER),
 )
-PLAIN = (*COMPUTED, *REUSED)
-METHODS = (*PLAIN, *map(with_compression, PLAIN))
+PLAIN = (*_COMPUTED, *REUSED)
+_METHODS = (*PLAIN, *map(with_compression, PLAIN))
 COMPARISON = Comparison(
-    METHODS,
+    _METHODS,
     base_label="no reuse",
-    computed=(COMPUTED[0], COMPUTED[-1]),
+    computed=(_COMPUTED[0], _COMPUTED[-1]),
     preset="flowcache_fast_nocompress",
     words=WORDS,
     has_clean=False,

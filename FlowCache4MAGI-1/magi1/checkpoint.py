@@ -286,7 +286,7 @@ def find_model(model: str, *, has_cuda: bool | None = None, wants_download: bool
     return _source_of(name, path, download="always" if wants_download else "never")
 
 
-def is_checkpoint(name: str) -> bool:
+def is_known(name: str) -> bool:
     """Tell whether a name, or a JSON config in its place, is of a MAGI-1 model."""
     if name in RELEASED or name in DEMOS:
         return True

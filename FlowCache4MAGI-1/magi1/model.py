@@ -61,7 +61,7 @@ class Magi(VideoModel):
     # Files and settings -----------------------------------------------------------------------
 
     def knows(self, name: str) -> bool:
-        return name == "auto" or checkpoints.is_checkpoint(name)
+        return name == "auto" or checkpoints.is_known(name)
 
     def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
         return checkpoints.find_model(name, wants_download=download)

@@ -23,7 +23,7 @@ from magi1.model import MODEL
 
 logger = logging.getLogger(__name__)
 
-FLAGS = {"image_path": "i2v", "prefix_video_path": "v2v"}
+_FLAGS = {"image_path": "i2v", "prefix_video_path": "v2v"}
 """Flag of a given picture or video -> the mode that starts from it."""
 TOKENS = {
     "PAD_STATIC": "static",
@@ -138,7 +138,7 @@ def to_request(options: Namespace) -> Request:
 
 
 def _media_settings(options: Namespace) -> Iterator[str]:
-    for flag, mode in FLAGS.items():
+    for flag, mode in _FLAGS.items():
         path = getattr(options, flag)
         if options.mode == mode:
             if not path:

@@ -82,7 +82,7 @@ class Flag(NamedTuple):
         return self.dest or self.name.strip("-")
 
 
-FLAGS: Mapping[str, Sequence[Flag]] = {
+_FLAGS: Mapping[str, Sequence[Flag]] = {
     "the video": (
         Flag("--model_id"),
         Flag("--prompt", setting="prompt"),
@@ -208,7 +208,7 @@ def parser_of(script: Script) -> Parser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    for title, flags in FLAGS.items():
+    for title, flags in _FLAGS.items():
         own = [flag for flag in flags if is_df or not flag.is_df]
         if own:
             add = parser.add_argument_group(title).add_argument
@@ -275,7 +275,7 @@ def _dotted(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _given_settings(options: Namespace) -> Iterator[str]:
     """Yield the settings that are a flag's value as it is."""
-    for flag in (flag for flags in FLAGS.values() for flag in flags):
+    for flag in (flag for flags in _FLAGS.values() for flag in flags):
         value = getattr(options, flag.key, None)
         is_given = value is not None and value is not False and (value or flag.default != "")
         if flag.setting is not None and is_given:

@@ -48,6 +48,16 @@ class Method:
     group: Group | None = None
 
 
+def with_predictors(
+    name: str, preset: str, *, base: str, predictors: Mapping[str, tuple[str, ...]]
+) -> list[Method]:
+    """Return a method with each of several predictors, given by name with their settings."""
+    return [
+        Method(f"{name}, {predictor}", preset, overrides, base)
+        for predictor, overrides in predictors.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A model's part of the comparison; its package has it as `bench.COMPARISON`.

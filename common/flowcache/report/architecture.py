@@ -44,6 +44,7 @@ FLOORS: Sequence[Sequence[Room]] = (
         Room("common/flowcache/tune", "flowcache.tune", "planned steps"),
         Room("common/flowcache/bench", "flowcache.bench", "many videos, tables"),
         Room("common/flowcache/gpu", "flowcache.gpu", "speed, CUDA paths"),
+        Room("common/flowcache/serve", "flowcache.serve", "HTTP, live page"),
     ),
     (Room("common/flowcache/wan", "flowcache.wan", "the Wan 2.1 backbone, for several models"),),
     (

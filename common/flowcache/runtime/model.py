@@ -66,12 +66,16 @@ def load_model(name: str) -> VideoModel:
     return cast("VideoModel", importlib.import_module(MODELS[name]).MODEL)
 
 
+def models_with(module: str) -> list[str]:
+    """Return the models that have what some tools ask for, such as `bench` or `gpu`."""
+    return [name for name in MODELS if importlib.util.find_spec(f"{name}.{module}")]
+
+
 def load_bench(name: str) -> Any:
     """Import what tools that tune and compare ask of a model: its module `bench`."""
-    module = f"{name}.bench"
-    if importlib.util.find_spec(module) is None:
+    if name not in models_with("bench"):
         raise UserError(f"{name} has no methods to tune or compare yet")
-    return importlib.import_module(module)
+    return importlib.import_module(f"{name}.bench")
 
 
 @dataclass(frozen=True)
