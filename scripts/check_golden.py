@@ -3,10 +3,9 @@
     python scripts/check_golden.py DIR
 
 Prints one row per comparison: case, what, largest absolute error, tolerance, and `pass`, `fail`,
-or `known` with the reason (a defect of the reference implementation that ours does not have). Cases
-of a model that this project does not have, and files that are no cases, are named in the end. The
-exit code is 1 if a check failed or a file is of an unknown kind, 2 if the argument is wrong or
-there is nothing to compare, else 0.
+or `known` with the reason (a defect of the reference implementation that ours does not have). Files
+that are no cases are named in the end. The exit code is 1 if a check failed or a file is of an
+unknown kind, 2 if the argument is wrong, else 0.
 """
 
 import argparse
@@ -21,15 +20,12 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 import torch
-from golden import magi1, skyreels_v2
+from golden import magi1, self_forcing, skyreels_v2
 from golden.case import Check, Kind, read_case
 
 from flowcache.runtime.cli import run_command
 
-KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS)
-SELF_FORCING = frozenset({"frame_tokens", "flow_match", "frames_of_chunk"})
-"""Settings that only the cases of Self-Forcing have."""
-ABSENT = "cases of Self-Forcing, which this project does not have"
+KINDS: tuple[Kind, ...] = (*skyreels_v2.KINDS, *magi1.KINDS, *self_forcing.KINDS)
 ENDINGS = (".safetensors", ".json")
 
 
@@ -59,24 +55,15 @@ def check_folder(arguments: Sequence[str] | None) -> int:
         parser.error(f"{folder} holds no case files (*.safetensors, *.json)")
     others = [str(path.relative_to(folder)) for path in files if path.suffix not in ENDINGS]
     width = max(len(str(path.relative_to(folder).with_suffix(""))) for path in paths)
-    total, absent = Counter[str](), list[str]()
+    total = Counter[str]()
     for path in paths:
         name = str(path.relative_to(folder).with_suffix(""))
         for check in check_file(path, folder=folder):
             total[check.status] += 1
-            if check.status == "absent":
-                absent.append(name)
-            else:
-                print(row(name, check, width=width), flush=True)
-    not_compared = f"{', '.join(absent)}: {ABSENT}"
-    if len(absent) == len(paths):
-        parser.error(f"nothing to compare in {folder}: {not_compared}")
+            print(row(name, check, width=width), flush=True)
     if others:
         print(f"no case files, not compared: {', '.join(others)}")
-    if absent:
-        print(f"not compared: {not_compared}")
-    shown = ("pass", "known", "fail", *(("absent",) if absent else ()))
-    counts = ", ".join(f"{total[status]} {status}" for status in shown)
+    counts = ", ".join(f"{total[status]} {status}" for status in ("pass", "known", "fail"))
     print(f"{len(paths)} files, {total.total()} checks: {counts}")
     return 1 if total["fail"] else 0
 
@@ -86,9 +73,6 @@ def check_file(path: Path, *, folder: Path) -> Iterator[Check]:
     """Compare one file with our code, to the last tensor."""
     try:
         case = read_case(path, folder=folder)
-        if SELF_FORCING & set(case.settings):
-            yield Check("whole file", float("nan"), 0.0, "absent", ABSENT)
-            return
         kinds = [kind for kind in KINDS if kind.recognises(case)]
         if len(kinds) != 1:
             found = " or ".join(kind.name for kind in kinds) or "none that is known"

@@ -15,7 +15,7 @@ from flowcache.errors import UserError
 from flowcache.gpu.benchmark import load_benchmark
 from flowcache.gpu.rehearsal import Case, Rehearsed, rehearse
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.model import MODELS
+from flowcache.runtime.model import models_with
 
 EXAMPLES = """examples:
   python scripts/rehearse_gpu.py
@@ -96,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=list(MODELS), help="one model (default: both)")
+    parser.add_argument("--model", choices=models_with("gpu"), help="one model (default: both)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows (default: all)")
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        models = [options.model] if options.model else list(MODELS)
+        models = [options.model] if options.model else models_with("gpu")
         known = {method.name for model in models for method in load_benchmark(model).methods}
         wanted = known if options.methods is None else set(options.methods)
         if unknown := wanted - known:

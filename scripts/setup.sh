@@ -74,7 +74,7 @@ if [[ -z "$flowcache_is_active" ]] &&
 fi
 
 if [[ "$flowcache_clone" != "$flowcache_root" ]]; then
-    for flowcache_part in FlowCache4SkyReels-V2 FlowCache4MAGI-1 common; do
+    for flowcache_part in FlowCache4Self-Forcing FlowCache4SkyReels-V2 FlowCache4MAGI-1 common; do
         PYTHONPATH="$flowcache_root/$flowcache_part${PYTHONPATH:+:$PYTHONPATH}"
     done
     export PYTHONPATH

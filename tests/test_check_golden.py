@@ -17,6 +17,7 @@ pytestmark = pytest.mark.numeric
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "skyreels_v2"
 MAGI1 = ROOT / "tests" / "golden" / "magi1"
+SELF_FORCING = ROOT / "tests" / "golden" / "self_forcing"
 
 Main = Callable[[list[str]], int]
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
@@ -90,10 +91,11 @@ def test_all_reference_cases_pass_but_for_listed_defects_of_the_reference(
     assert len([row for row in rows if "  pass" in row]) > 10 * len(reasons)
 
 
-def test_all_reference_cases_of_magi1_pass(main: Main, capsys: pytest.CaptureFixture[str]):
-    assert main([str(MAGI1)]) == 0
+@pytest.mark.parametrize("folder", [MAGI1, SELF_FORCING], ids=lambda folder: folder.name)
+def test_all_reference_cases_pass(main: Main, folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(folder)]) == 0
     *rows, total = capsys.readouterr().out.splitlines()
-    assert {row.split()[0] for row in rows} == {path.stem for path in MAGI1.iterdir()}
+    assert {row.split()[0] for row in rows} == {path.stem for path in folder.iterdir()}
     assert total.endswith("0 known, 0 fail")
 
 
@@ -220,28 +222,6 @@ def test_files_that_are_no_cases_are_named(
     assert main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "no case files, not compared: README.md, deeper/more.npz" in out.splitlines()
-
-
-def test_cases_of_a_model_that_is_not_there_are_no_failure_and_no_success(
-    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    folder = tmp_path / "self_forcing"
-    folder.mkdir()
-    for name, settings in (("loop", {"frame_tokens": 4}), ("vae", {"frames_of_chunk": [1]})):
-        write(folder, name, (settings, {"in.x": torch.zeros(1)}))
-    with pytest.raises(SystemExit) as stopped:
-        main([str(folder)])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert "loop, vae: cases of Self-Forcing, which this project does not have" in printed.err
-    write(tmp_path, "case", read("kv_compress"))
-    assert main([str(tmp_path)]) == 0
-    *_, left_out, total = capsys.readouterr().out.splitlines()
-    assert left_out.startswith("not compared: self_forcing/loop, self_forcing/vae: cases of")
-    assert total.startswith("3 files, ")
-    assert total.endswith(", 0 fail, 2 absent")
 
 
 def test_a_wrong_argument_is_one_line_and_exit_code_2(

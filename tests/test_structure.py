@@ -15,10 +15,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "flowcache": REPOSITORY / "common" / "flowcache",
     "magi1": REPOSITORY / "FlowCache4MAGI-1" / "magi1",
+    "self_forcing": REPOSITORY / "FlowCache4Self-Forcing" / "self_forcing",
     "skyreels_v2": REPOSITORY / "FlowCache4SkyReels-V2" / "skyreels_v2",
 }
 # A package may import itself and these of ours.
-ALLOWED = {"flowcache": set[str](), "magi1": {"flowcache"}, "skyreels_v2": {"flowcache"}}
+MODELS = ("magi1", "self_forcing", "skyreels_v2")
+ALLOWED = {"flowcache": set[str](), **{model: {"flowcache"} for model in MODELS}}
 OURS = {*PACKAGES, "scripts", "tests"}
 
 # The parts of a model know nothing of what puts them together.
@@ -139,11 +141,11 @@ def test_a_floor_of_the_shared_package_imports_only_lower_floors():
 
 def test_no_tool_of_the_shared_package_knows_a_model_by_name():
     for name, path in modules("flowcache").items():
-        assert not imported(path) & {"magi1", "skyreels_v2"}, name
+        assert not imported(path) & {*MODELS}, name
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if floor_of(name) in ("method", "wan"):
             texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-            assert not texts & {"magi1", "skyreels_v2"}, name
+            assert not texts & {*MODELS}, name
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -156,7 +158,7 @@ def test_no_module_imports_itself_around_a_corner(package: str):
     TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
 
 
-@pytest.mark.parametrize("package", ["magi1", "skyreels_v2"])
+@pytest.mark.parametrize("package", MODELS)
 def test_the_parts_of_a_model_do_not_import_what_assembles_them(package: str):
     forbidden = {f"{package}.{name}" for name in ASSEMBLIES}
     for name, path in modules(package).items():

@@ -22,9 +22,9 @@ class Check:
     """Largest absolute difference, or number of entries that differ; not finite where nothing could
     be compared."""
     tolerance: float
-    status: Literal["pass", "fail", "known", "absent"]
+    status: Literal["pass", "fail", "known"]
     reason: str = ""
-    """Why the check failed, why a difference is known, or what is absent."""
+    """Why the check failed, or why a difference is known."""
 
 
 @dataclass

@@ -321,7 +321,7 @@ KINDS = (
         lambda case: _has(_entries(case, "cases"), "clean_tokens", "mix_lambda", "budget"),
         check_kv_compress,
     ),
-    Kind("Wan VAE", lambda case: "dim_mult" in _config(case) and "in.latent" in case, check_vae),
+    Kind("Wan VAE", lambda case: "dim_mult" in _config(case) and "scale.mean" in case, check_vae),
     Kind("UMT5", lambda case: "num_buckets" in _config(case) and "in.ids" in case, check_umt5),
     Kind(
         "CLIP vision",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowcache.runtime.model import MODELS, Request, VideoModel, load_model
+from flowcache.runtime.model import Request, VideoModel, load_model
 from flowcache.runtime.video import VideoWriter
 
 
@@ -112,7 +112,7 @@ def tiny_of(request: pytest.FixtureRequest) -> Callable[..., Tiny]:
     return make_tiny
 
 
-@pytest.fixture(scope="session", params=MODELS)
+@pytest.fixture(scope="session", params=SHORT)
 def tiny(request: pytest.FixtureRequest, tiny_of: Callable[..., Tiny]) -> Tiny:
     """Each model with a tiny checkpoint."""
     return tiny_of(request.param)

@@ -17,7 +17,7 @@ SHARED = (
 )
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=RELEASED)
 def model(request: pytest.FixtureRequest) -> VideoModel:
     return load_model(request.param)
 

@@ -1,6 +1,5 @@
 """Compare methods on clips: render those that are missing, measure them, average, write tables."""
 
-import importlib
 import json
 import math
 import statistics
@@ -17,7 +16,7 @@ from flowcache.demo.judge import judge
 from flowcache.errors import UserError
 from flowcache.runtime.config import to_dict
 from flowcache.runtime.metrics import psnr, ssim
-from flowcache.runtime.model import Job, Loaded, Request, VideoModel
+from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped, table_row
@@ -92,7 +91,7 @@ class Comparison:
 
 def comparison_of(name: str) -> Comparison:
     """Return a model's part of the comparison, by the name of its package."""
-    return cast("Comparison", importlib.import_module(f"{name}.bench").COMPARISON)
+    return cast("Comparison", load_bench(name).COMPARISON)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from flowcache.gpu.report import judged, markdown
 from flowcache.runtime import files
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
-from flowcache.runtime.model import MODELS, Job
+from flowcache.runtime.model import Job, models_with
 from flowcache.runtime.record import Record, read_record
 from flowcache.runtime.stats import environment
 
@@ -84,7 +84,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=sorted(MODELS), help="one model (default: both)")
+    parser.add_argument(
+        "--model", choices=sorted(models_with("gpu")), help="one model (default: both)"
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table (all)")
     parser.add_argument("--list-methods", action="store_true", help="print their names and stop")
     parser.add_argument(
@@ -135,7 +137,7 @@ def find_device(name: str, size: Size) -> torch.device:
 
 def asked_models(options: argparse.Namespace) -> dict[str, Benchmark]:
     """Return the models that are measured."""
-    names = [options.model] if options.model else list(MODELS)
+    names = [options.model] if options.model else models_with("gpu")
     return {name: load_benchmark(name) for name in names}
 
 

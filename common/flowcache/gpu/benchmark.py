@@ -15,7 +15,7 @@ from flowcache.attention import Kernel, choose_kernels
 from flowcache.gpu.traces import Curve, Pattern, fit_pattern
 from flowcache.policies import Policies
 from flowcache.runtime.compile import Compilation, should_compile
-from flowcache.runtime.model import MODELS, Job, Progress, Request, Source, VideoModel
+from flowcache.runtime.model import Job, Progress, Request, Source, VideoModel, models_with
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import job_of, read_settings
@@ -259,7 +259,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 def load_benchmarks() -> dict[str, Benchmark]:
     """Import the parts of all models."""
-    return {name: load_benchmark(name) for name in MODELS}
+    return {name: load_benchmark(name) for name in models_with("gpu")}
 
 
 def choose(dit: Any, job: Job) -> tuple[Kernel, Kernel]:

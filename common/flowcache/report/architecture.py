@@ -35,6 +35,7 @@ FLOORS: Sequence[Sequence[Room]] = (
     (Room("scripts", "scripts/", "commands: arguments, then a call"),),
     (
         Room("FlowCache4SkyReels-V2/skyreels_v2", "skyreels_v2", "a model: its sampling algorithm"),
+        Room("FlowCache4Self-Forcing/self_forcing", "self_forcing", "a model: its three loops"),
         Room("FlowCache4MAGI-1/magi1", "magi1", "a model: its sampling algorithm, DiT, VAE, text"),
     ),
     (

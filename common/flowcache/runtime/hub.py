@@ -150,6 +150,34 @@ def fetch(
         _refuse(repository, error)
 
 
+def split_file(text: str) -> tuple[str, str]:
+    """Return repository and file of `ORG/NAME/FILE`.
+
+    Raises:
+        UserError: it is something else, as the path of a file that is missing.
+    """
+    parts = text.split("/", 2)
+    if len(parts) < 3 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise UserError(f"{text}: no such file; give its path, or ORG/NAME/FILE of the hub")
+    return "/".join(parts[:2]), parts[2]
+
+
+def fetch_file(text: str, *, hub: Hub = HUB) -> Path:
+    """Return a file of the hub, `ORG/NAME/FILE`: the local copy, or else a download."""
+    repository, file = split_file(text)
+    folder = fetch(repository, patterns=[file], is_whole=lambda at: (at / file).is_file(), hub=hub)
+    return folder / file
+
+
+def find_missing_file(text: str, *, hub: Hub = HUB) -> Missing | None:
+    """Return what `fetch_file` would download; None: nothing."""
+    repository, file = split_file(text)
+    is_there = local_copy(
+        repository, patterns=[file], is_whole=lambda at: (at / file).is_file(), hub=hub
+    )
+    return None if is_there else find_missing(repository, patterns=[file], hub=hub)
+
+
 def _refuse(repository: str, error: Exception) -> NoReturn:
     """Raise the line that says why a repository is not to be had."""
     causes = list(_causes(error))

@@ -26,11 +26,14 @@ To add a model: write the package with its `model.MODEL`, and name it in `MODELS
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from flowcache.errors import UserError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -50,13 +53,29 @@ if TYPE_CHECKING:
     from flowcache.runtime.stats import RunStats
     from flowcache.schedule import Tick
 
-MODELS = {"skyreels_v2": "skyreels_v2.model", "magi1": "magi1.model"}
+MODELS = {
+    "skyreels_v2": "skyreels_v2.model",
+    "magi1": "magi1.model",
+    "self_forcing": "self_forcing.model",
+}
 """Package -> module with its `MODEL`."""
 
 
 def load_model(name: str) -> VideoModel:
     """Import a model by the name of its package; nothing of the others is imported."""
     return cast("VideoModel", importlib.import_module(MODELS[name]).MODEL)
+
+
+def models_with(module: str) -> list[str]:
+    """Return the models that have what some tools ask for, such as `bench` or `gpu`."""
+    return [name for name in MODELS if importlib.util.find_spec(f"{name}.{module}")]
+
+
+def load_bench(name: str) -> Any:
+    """Import what tools that tune and compare ask of a model: its module `bench`."""
+    if name not in models_with("bench"):
+        raise UserError(f"{name} has no methods to tune or compare yet")
+    return importlib.import_module(f"{name}.bench")
 
 
 @dataclass(frozen=True)

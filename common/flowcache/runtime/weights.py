@@ -34,6 +34,10 @@ _OTHER_WEIGHTS = (".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", "
 _SHARD_OF = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>(\.[^.]+)?)$")
 _WRAPPERS = ("module.", "model.", "diffusion_model.", "_orig_mod.")
 """What training and other programs put before all keys of a model."""
+WITHIN = ("state_dict",)
+"""Entries of a pickled map in which training programs save the tensors."""
+_INFIXES = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+"""What sharded training, checkpointing and compiling put anywhere into keys."""
 _SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8")
 """Ends of the keys of 8-bit weights that must be multiplied by a scale."""
 _PICKLE_ERRORS = (
@@ -204,25 +208,28 @@ def _check_sizes(path: Path, name: str, value: Any) -> None:
 # Reading files ------------------------------------------------------------------------------------
 
 
-def read(paths: Iterable[str | Path]) -> Iterator[StoredTensor]:
+def read(paths: Iterable[str | Path], *, within: Sequence[str] = WITHIN) -> Iterator[StoredTensor]:
     """Yield every tensor of `.safetensors` and `.pth` files, one file after the other.
 
     The tensors are mapped from disk: looking at shape and dtype reads no data. Copy what is to
     outlive the file. (A `.pth` of the format before PyTorch 1.6 cannot be mapped and is read.)
+
+    Args:
+        within: entries of a pickled map that may hold the tensors; the first one there does.
     """
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         if path.suffix != ".safetensors":
-            yield from _read_pickle(path)
+            yield from _read_pickle(path, within)
             continue
         try:
             # opening parses the header and compares the size it announces with the file's
             with safe_open(path, framework="pt", device="cpu") as file:
-                keys = list(file.keys())
-                wrapping = wrapping_of(keys)
-                for key in keys:
-                    yield StoredTensor(path, key.removeprefix(wrapping), file.get_tensor(key))
+                keys = {key: _INFIXES.sub("", key) for key in file.keys()}  # noqa: SIM118
+                wrapping = wrapping_of(keys.values())
+                for key, name in keys.items():
+                    yield StoredTensor(path, name.removeprefix(wrapping), file.get_tensor(key))
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
         except RuntimeError as error:  # torch's, when the system refuses to map the file
@@ -230,7 +237,7 @@ def read(paths: Iterable[str | Path]) -> Iterator[StoredTensor]:
             raise UserError(f"{path}: {reason}; free some memory") from error
 
 
-def _read_pickle(path: Path) -> Iterator[StoredTensor]:
+def _read_pickle(path: Path, within: Sequence[str]) -> Iterator[StoredTensor]:
     try:
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -239,14 +246,15 @@ def _read_pickle(path: Path) -> Iterator[StoredTensor]:
         raise _unreadable(path, error) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a map of named tensors")
-    if isinstance(state.get("state_dict"), Mapping):  # as training programs save
-        state = state["state_dict"]
-    wrapping = wrapping_of(map(str, state))
+    # as training programs save: next to the optimiser, or several copies
+    state = next((state[key] for key in within if isinstance(state.get(key), Mapping)), state)
+    keys = {key: _INFIXES.sub("", str(key)) for key in state}
+    wrapping = wrapping_of(keys.values())
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise UserError(f"{path}: key {key} holds a {kind}, expected a tensor")
-        yield StoredTensor(path, str(key).removeprefix(wrapping), tensor)
+        yield StoredTensor(path, keys[key].removeprefix(wrapping), tensor)
 
 
 def wrapping_of(keys: Iterable[str]) -> str:
@@ -409,9 +417,10 @@ def check_files(
     *,
     origin: Callable[[str], Origin] = Origin,
     ignored: Callable[[str], bool] | None = None,
+    within: Sequence[str] = WITHIN,
 ) -> int:
     """Check from their headers alone that files fill a module exactly; return the bytes stored."""
-    matched = match(module, read(paths), origin=origin, ignored=ignored)
+    matched = match(module, read(paths, within=within), origin=origin, ignored=ignored)
     return sum(part.numel() * part.element_size() for _, part in matched)
 
 
@@ -421,10 +430,12 @@ def load_files(
     *,
     origin: Callable[[str], Origin] = Origin,
     ignored: Callable[[str], bool] | None = None,
+    within: Sequence[str] = WITHIN,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
     """Load files into a module built on the meta device, after a check of all their headers."""
     paths = tuple(paths)
-    check_files(module, paths, origin=origin, ignored=ignored)
-    load_into(module, read(paths), origin=origin, ignored=ignored, dtype=dtype, device=device)
+    check_files(module, paths, origin=origin, ignored=ignored, within=within)
+    stored = read(paths, within=within)
+    load_into(module, stored, origin=origin, ignored=ignored, dtype=dtype, device=device)

@@ -1,6 +1,5 @@
 """Clips of one checkpoint and preset with any reuse policy, made by a model that is loaded once."""
 
-import importlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from flowcache.demo.clips import split_attributes
 from flowcache.errors import UserError
 from flowcache.policies import Observe
 from flowcache.predict import Quantity
-from flowcache.runtime.model import Job, Loaded, Request, VideoModel
+from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.run import (
     Clip,
@@ -59,7 +58,7 @@ class Words:
 
 def words_of(model: VideoModel) -> Words:
     """Return the words of a model."""
-    return cast("Words", importlib.import_module(f"{model.name}.bench").WORDS)
+    return cast("Words", load_bench(model.name).WORDS)
 
 
 @dataclass(frozen=True)

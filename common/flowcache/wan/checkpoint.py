@@ -17,6 +17,7 @@ from flowcache.runtime import profile
 from flowcache.runtime.files import read_json
 from flowcache.runtime.weights import (
     MAX_SIZE,
+    WITHIN,
     Origin,
     check_files,
     load_files,
@@ -76,19 +77,23 @@ def _origin(layout: Layout) -> Callable[[str], Origin]:
     return Origin if layout == "original" else lambda name: Origin(diffusers_key(name))
 
 
-def _empty(config: DiTConfig) -> DiT:
+def _empty(config: DiTConfig, kind: type[DiT] = DiT) -> DiT:
     with torch.device("meta"):
-        return DiT(config)
+        return kind(config)
 
 
-def check_dit(config: DiTConfig, files: Sequence[Path], *, layout: Layout) -> None:
-    """Check that the weights are there, whole, and fit; reads headers only."""
-    check_files(_empty(config), files, origin=_origin(layout))
+def check_dit(
+    config: DiTConfig, files: Sequence[Path], *, layout: Layout, within: Sequence[str] = WITHIN
+) -> None:
+    """Check that the weights are there, whole, and fit; reads headers only; see `load_dit`."""
+    check_files(_empty(config), files, origin=_origin(layout), within=within)
 
 
-def fingerprint_dit(config: DiTConfig, files: Sequence[Path], *, layout: Layout) -> str:
+def fingerprint_dit(
+    config: DiTConfig, files: Sequence[Path], *, layout: Layout, within: Sequence[str] = WITHIN
+) -> str:
     """Return a hash of a transformer, see `profile.fingerprint`; little of the files is read."""
-    weights = match(_empty(config), read(files), origin=_origin(layout))
+    weights = match(_empty(config), read(files, within=within), origin=_origin(layout))
     return profile.fingerprint(asdict(config), ((names[0], tensor) for names, tensor in weights))
 
 
@@ -99,10 +104,18 @@ def load_dit(
     layout: Layout,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    within: Sequence[str] = WITHIN,
+    kind: type[DiT] = DiT,
 ) -> DiT:
-    """Load a transformer, for inference, with its weights in a dtype; None: as stored."""
-    dit = _empty(config)
-    load_files(dit, files, origin=_origin(layout), dtype=dtype, device=device)
+    """Load a transformer, for inference.
+
+    Args:
+        dtype: type of the weights; None keeps each as stored.
+        within: see `weights.read`.
+        kind: of transformer that is made.
+    """
+    dit = _empty(config, kind)
+    load_files(dit, files, origin=_origin(layout), within=within, dtype=dtype, device=device)
     return dit
 
 

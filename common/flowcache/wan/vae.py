@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 TEMPORAL_STRIDE = 4
 """Frames per latent, after the first."""
+SPATIAL_STRIDE = 8
+"""Pixels per latent of the released VAE, in both directions."""
 MEMORY_FRAMES = 2
 """Frames that a causal convolution over three of them remembers."""
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Self-Forcing, chunk-wise, 4 steps.
+# Edit the variables, or set them:      PROMPT="a cat" SEED=7 bash run_self_forcing.sh
+# Everything else follows as key=value: bash run_self_forcing.sh precision=reference
+# --dry-run checks and prints the plan, --help and --list-settings say what there is.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/scripts/common.sh" # enters the Python environment
+
+MODEL=${MODEL:-auto}           # auto: Wan2.1-T2V-1.3B on a CUDA machine, else the demo; or a folder, or a hub id
+CHECKPOINT=${CHECKPOINT:-}     # the transformer's weights, a file or ORG/NAME/FILE of the hub; empty: the preset's
+PROMPT=${PROMPT-a blue triangle moving up on a black background}
+IMAGE=${IMAGE:-}               # path of a start image, frame-wise models only
+HEIGHT=${HEIGHT:-}             # pixels; empty: 480 x 832
+WIDTH=${WIDTH:-}
+NUM_FRAMES=${NUM_FRAMES:-}     # 4 n + 1, n + 1 latent frames in whole chunks; empty: the preset's
+SEED=${SEED:-}                 # of all noise; empty: 0
+GPUS=${GPUS:-}                 # processes, one per GPU, that make the video together; empty: one
+OUT=${OUT:-$root/result}       # an .mp4 file, or a folder in which a fresh name is found
+
+generate --preset self_forcing "$@"

@@ -1,0 +1,1 @@
+"""Self-Forcing and Causal-Forcing with FlowCache."""

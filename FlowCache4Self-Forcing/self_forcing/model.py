@@ -1,0 +1,131 @@
+"""Self-Forcing as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
+
+from collections.abc import Collection, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowcache.runtime.hub import Missing
+from flowcache.runtime.model import Job, Progress, Source, Work
+from flowcache.runtime.plan import cost_lines
+from flowcache.runtime.profile import Setting
+from flowcache.wan.dit import DiT
+from flowcache.wan.folder import WanFolder, is_whole
+from flowcache.wan.given import Conditioning, Media
+from flowcache.wan.model import WanModel
+from flowcache.wan.vae import VAE
+from self_forcing import checkpoint as checkpoints
+from self_forcing.config import RunConfig
+from self_forcing.pipeline import generate
+from self_forcing.released import PRESETS, REAL_MODEL, RELEASED
+from self_forcing.work import work_of
+
+
+class SelfForcing(WanModel):
+    """Self-Forcing and Causal-Forcing; see `VideoModel` for what each method is for."""
+
+    name = "self_forcing"
+    presets = PRESETS
+    schema = RunConfig
+    places: Collection[str] = ("checkpoint",)
+
+    # Files and settings -----------------------------------------------------------------------
+
+    def folder(self, source: Source) -> WanFolder:
+        return source.files.base
+
+    def knows(self, name: str) -> bool:
+        return name in (*RELEASED, REAL_MODEL) or is_whole(Path(name).expanduser())
+
+    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
+        if is_dry and name in RELEASED:
+            return Source(name, plans_by_sizes=True, sizes=checkpoints.SIZES)
+        place = checkpoints.choose(name)
+        if Path(place).exists():
+            return _source(checkpoints.find_base(place))
+        return Source(place, sizes=checkpoints.SIZES if place == REAL_MODEL else None)
+
+    def check(self, config: RunConfig, source: Source) -> RunConfig:
+        num_steps = len(config.step_list or ()) or config.num_steps or 50
+        return replace(config, num_steps=num_steps)
+
+    def missing(self, config: RunConfig, source: Source) -> Missing | None:
+        if source.plans_by_sizes:
+            return None
+        return checkpoints.find_download(config, source.name, source.files)
+
+    def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
+        base = source.files or checkpoints.find_base(source.name)
+        return config, _source(checkpoints.find_weights(config, base))
+
+    def check_files(self, config: RunConfig, source: Source) -> None:
+        source.files.check()
+
+    def fingerprint(self, source: Source) -> str:
+        return source.files.fingerprint()
+
+    def identity(self, job: Job) -> str:
+        return f"{job.source.files} {job.config.precision}"
+
+    def setting(self, config: RunConfig) -> Setting:
+        num_steps = config.num_steps or 50
+        return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=[])
+
+    # Planning ---------------------------------------------------------------------------------
+
+    def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
+        return work_of(config, source.sizes, dtype=dtype)
+
+    def title(self, job: Job) -> list[str]:
+        config, files = job.config, job.source.files
+        dtype = str(job.dtype).removeprefix("torch.")
+        model = f"sizes of {job.source.name}, {dtype}; no files"
+        if files is not None:
+            model = f"{job.source.name}, {files.weights.name}, {dtype} on {job.device}"
+        loop = "rolling" if config.rolling else "few steps" if config.step_list else "many steps"
+        return [
+            f"model        {model}",
+            f"preset       {job.preset}: {loop}, chunks of {config.chunk_frames} latent frames, "
+            f"{config.precision} precision",
+        ]
+
+    def lines(self, config: RunConfig, work: Work) -> list[str]:
+        (part,) = work.segments
+        seen = "all" if config.window is None else f"{config.window}, the first {config.sink} stay"
+        calls = (work.num_ticks + len(part.tokens) - 1) * len(work.branches)
+        return [
+            f"video        {config.num_frames} frames of {config.width}x{config.height} at "
+            f"{config.fps} fps, seed {config.seed}",
+            f"chunks       {len(part.tokens)}, {len(part.given)} given; latent frames seen: {seen}",
+            f"ticks        {work.num_ticks}, {len(work.branches)} branches",
+            f"tokens       {work.frame_tokens} per latent frame",
+            f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
+            *cost_lines(
+                work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="results"
+            ),
+        ]
+
+    # Running ----------------------------------------------------------------------------------
+
+    def load_dit(self, job: Job) -> DiT:
+        is_rounded = job.config.precision == "reference"
+        return job.source.files.load_dit(is_rounded=is_rounded, dtype=job.dtype, device=job.device)
+
+    def compile(self, job: Job, dit: DiT) -> None:
+        if job.config.precision != "reference":  # its parts are others
+            super().compile(job, dit)
+
+    def generate(
+        self, dit: DiT, vae: VAE, config: RunConfig, inputs: Conditioning, /, **rest: Any
+    ) -> Generator[Progress, None, None]:
+        return generate(dit, vae, config, inputs, **rest)
+
+
+MODEL = SelfForcing()
+
+
+def _source(found: checkpoints.Checkpoint) -> Source:
+    base = found.base
+    return Source(base.folder.name, base.folder, files=found, sizes=base.config)

@@ -1,0 +1,152 @@
+"""What a run does, derived once from its settings: chunks, ticks, FLOPs, bytes."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flowcache.errors import UserError
+from flowcache.runtime.config import check_work
+from flowcache.runtime.model import SegmentWork, Work
+from flowcache.wan.dit import DiTConfig
+from flowcache.wan.flow_match import levels_of
+from flowcache.wan.vae import TEMPORAL_STRIDE
+from flowcache.wan.work import Call, chunk_work, tokens_per_frame
+from self_forcing.config import MAX_POSITIONS, RunConfig
+from self_forcing.sampler import Sampling
+
+
+def sampling_of(config: RunConfig) -> Sampling:
+    """Return how a video is denoised."""
+
+    def timesteps(entries: list[int] | None) -> tuple[float, ...]:
+        if config.warp_steps:
+            return levels_of(config.shift).warped(entries or ())
+        return tuple(map(float, entries or ()))
+
+    return Sampling(
+        steps=timesteps(config.step_list),
+        first_steps=timesteps(config.first_chunk_step_list),
+        num_steps=config.num_steps or 50,
+        shift=config.shift,
+        guidance=config.guidance,
+        context_noise=config.context_noise,
+        window=config.window,
+        sink=config.sink,
+        is_relative=config.positions == "relative",
+        is_rolling=config.rolling,
+    )
+
+
+def chunks_of(num_frames: int, *, size: int, is_first_alone: bool = False) -> list[range]:
+    """Cut latent frames into chunks; the last one may be short.
+
+    Example: 7 frames in chunks of 3 with the first frame alone are 0..0, 1..3, 4..6.
+    """
+    starts = [0, *range(1, num_frames, size)] if is_first_alone else [*range(0, num_frames, size)]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], num_frames], strict=True)]
+
+
+def latent_frames(config: RunConfig, name: str, value: int) -> int:
+    """Return the latent frames of some pixel frames, which must fill chunks."""
+    first = 1 if config.first_frame_alone else config.chunk_frames
+    low, step = TEMPORAL_STRIDE * (first - 1) + 1, TEMPORAL_STRIDE * config.chunk_frames
+    near = low + max(round((value - low) / step), 0) * step
+    if value != near:
+        raise UserError(
+            f"{name} is {value}, which does not fill chunks of {config.chunk_frames} latent frames"
+            f"{' after a single one' if config.first_frame_alone else ''}: use {near}"
+        )
+    return (value - 1) // TEMPORAL_STRIDE + 1
+
+
+def given_frames(config: RunConfig) -> int:
+    """Return the latent frames of the given picture or video."""
+    if config.video is not None:
+        if config.overlap_history is None or config.image is not None:
+            raise UserError("video needs overlap_history, and goes without image")
+        return latent_frames(config, "overlap_history", config.overlap_history)
+    if config.image is None:
+        return 0
+    if config.chunk_frames > 1 and not config.first_frame_alone:
+        raise UserError(
+            f"image is one latent frame, but chunks have {config.chunk_frames}: use a frame-wise "
+            "model (chunk_frames=1), or one trained with first_frame_alone=true"
+        )
+    return 1
+
+
+def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
+    """Work out what a run does.
+
+    Args:
+        sizes: of the transformer.
+        dtype: of its weights.
+    """
+    sampling = sampling_of(config)
+    frame_tokens = tokens_per_frame(height=config.height, width=config.width)
+    segment = _segment(config, sampling, frame_tokens)
+    return chunk_work(
+        sizes,
+        segment,
+        calls_of(sampling, segment),
+        branches=("cond",) if sampling.steps or sampling.guidance <= 1 else ("cond", "uncond"),
+        frame_tokens=frame_tokens,
+        dtype=dtype,
+        loop=sampling,
+    )
+
+
+def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
+    """Yield all calls of a run."""
+    chunks, clean, sink = segment.cut, 0, len(segment.cut[0])
+
+    def call(active: list[int], *, is_clean: bool) -> Call:
+        nonlocal clean
+        size = sum(len(chunks[chunk]) for chunk in active)
+        clean = sampling.room(size, clean)
+        seen = sum(sampling.reach(size, clean, sink=sink, is_clean=is_clean))
+        clean += size if is_clean else 0
+        return Call(size, seen, is_clean)
+
+    for chunk in segment.given:
+        yield call([chunk], is_clean=True)
+    for tick in segment.ticks:
+        yield call(list(tick.steps), is_clean=False)
+        for chunk in () if tick.is_last else tick.finishing:
+            yield call([chunk], is_clean=True)
+
+
+def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> SegmentWork:
+    """Return the ticks and chunks of a video."""
+    num_frames = latent_frames(config, "num_frames", config.num_frames)
+    given = given_frames(config)
+    limit = min(num_frames, sampling.window or num_frames) if sampling.is_relative else num_frames
+    if limit > MAX_POSITIONS:
+        remedy = "set window" if sampling.is_relative else "set positions=relative and window"
+        raise UserError(
+            f"num_frames {config.num_frames} makes {num_frames} latent frames, but the model has "
+            f"positions for {MAX_POSITIONS}: {remedy}"
+        )
+    if given >= num_frames:
+        raise UserError(f"num_frames {config.num_frames} leaves no frames to make: raise it")
+    size = config.chunk_frames
+    chunks = chunks_of(num_frames, size=size, is_first_alone=config.first_frame_alone)
+    check_work(num_chunks=len(chunks), num_steps=config.num_steps or 50)
+    num_given, held = sum(chunk.stop <= given for chunk in chunks), num_frames
+    if sampling.window is not None:  # rolling: the window's own frames come on top
+        own = len(sampling.steps) * size if sampling.is_rolling else 0
+        held = min(num_frames, sampling.window + own)
+    hidden = config.overlap_history or 0 if config.video else 0
+
+    def shown(latent: int) -> int:
+        pixels = TEMPORAL_STRIDE * (latent - 1) + 1 if latent else 0
+        return max(pixels - hidden, 0)
+
+    return SegmentWork(
+        ticks=sampling.ticks(range(num_given, len(chunks))),
+        tokens={number: len(chunk) * frame_tokens for number, chunk in enumerate(chunks)},
+        given=range(num_given),
+        frames=[[shown(chunk.start), shown(chunk.stop)] for chunk in chunks],
+        kv_tokens=held * frame_tokens,
+        cut=chunks,
+    )

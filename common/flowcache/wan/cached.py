@@ -1,0 +1,285 @@
+"""The Wan transformer with the keys and values of earlier frames, chunk by chunk.
+
+    cached = CachedDiT(dit, open_branches(dit, texts, ...), stats=stats, size=(h, w), num_chunks=7)
+    velocities = cached.velocities(x, times, frames=range(3, 6))  # of frames 3..5, by branch
+    cached.feed(x, times, frames=range(3, 6), chunk=1)            # clean: their keys are final
+    cached.keep(first=1, last=5)                                  # others leave
+
+Keys lie in the cache as they are read, or before rotation: then a `View` says which frames a pass
+sees and at which positions.
+
+Axes: C latent channels, F latent frames, h/w latent rows/columns, S tokens, H heads, D width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
+from flowcache.runtime.ops import on_device
+from flowcache.runtime.parallel import Ranks, TokenSplit
+from flowcache.runtime.stats import PassId, RunStats
+from flowcache.wan.dit import (
+    PATCH,
+    ContextKV,
+    DiT,
+    DiTConfig,
+    Embedded,
+    blocks_flops,
+    context_flops,
+    embed_flops,
+    head_flops,
+    rotate,
+)
+
+NO_RATE = [16]
+"""Frames per second, for models whose transformer is not told."""
+Passes = Callable[[str], Sequence[PassId]]
+"""Branch -> the passes that a record shows."""
+
+
+@dataclass
+class Branch:
+    """One guidance pass of a video: its prompt, and the caches of all layers."""
+
+    context: list[ContextKV]
+    caches: list[KVCache]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pass sees of the clean frames, where keys are rotated when they are read.
+
+    Example: 6 clean frames, first 1, last 2: a pass of 3 frames sees the frames 0, 4, 5 and its
+    own, at 6 positions.
+    """
+
+    first: int
+    last: int
+    positions: Tensor
+    """Of the first, the last and the pass's own frames."""
+
+
+def open_branches(
+    dit: DiT,
+    texts: Mapping[str, Tensor],
+    *,
+    stats: RunStats,
+    ranks: Ranks,
+    kv_tokens: int,
+    on_host: bool,
+) -> dict[str, Branch]:
+    """Encode the prompts and allocate caches; branches of other processes have neither.
+
+    Args:
+        texts: branch -> text encoder output `[1, L, D]`.
+        kv_tokens: that a cache holds at most.
+        on_host: whether caches lie in the memory of the host.
+    """
+    branches, device = dict[str, Branch](), dit.patch_embedding.weight.device
+    with stats.stage("dit"):
+        for number, (name, text) in enumerate(texts.items()):
+            branches[name] = Branch([], [])
+            if not ranks.computes(number):
+                continue
+            cost = context_flops(dit.config)
+            stats.add_flops(computed=cost, without_reuse=cost)
+            caches = caches_for(
+                dit.config.num_layers,
+                capacity=kv_tokens,
+                num_heads=dit.config.num_heads // ranks.layout.sequence,
+                head_width=dit.config.head_width,
+                dtype=dit.dtype,
+                device=device,
+                storage=torch.device("cpu") if on_host else None,
+            )
+            branches[name] = Branch(dit.encode_context(text.to(device)), caches)
+    return branches
+
+
+class CachedDiT:
+    """A transformer and the caches of one video.
+
+    Args:
+        branches: by name, in the order in which they are computed.
+        size: rows and columns of a latent frame.
+        num_chunks: of the video, for records.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        branches: Mapping[str, Branch],
+        *,
+        stats: RunStats,
+        ranks: Ranks,
+        size: tuple[int, int],
+        num_chunks: int,
+    ) -> None:
+        self.dit, self.stats, self.ranks, self.size = dit, stats, ranks, size
+        self.names = list(branches)
+        self.own = {name: branches[name] for name in ranks.local_branches(self.names)}
+        """The branches that this process computes."""
+        self.frame_tokens = size[0] // PATCH[1] * (size[1] // PATCH[2])
+        self.prefetcher = prefetcher_for(self._caches)
+        if stats.trace is not None:
+            for cache in self._caches:
+                cache.track(num_chunks)
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return list(chain.from_iterable(branch.caches for branch in self.own.values()))
+
+    @property
+    def clean_frames(self) -> int:
+        """Frames in the caches whose keys are final."""
+        return self._caches[0].clean // self.frame_tokens
+
+    def velocities(
+        self,
+        x_CFhw: Tensor,
+        times: Sequence[float],
+        *,
+        frames: range,
+        view: View | None = None,
+        passes: Passes = lambda _name: (),
+    ) -> dict[str, Tensor]:
+        """Return the velocity of some frames in every branch, `[C, F, h, w]`.
+
+        Args:
+            times: timestep of each frame.
+            frames: their places in the video.
+            view: what they see, where keys are rotated when they are read; else all clean frames.
+        """
+        embedded, made = self._embed(x_CFhw, times), dict[str, Tensor]()
+        height, width = self.size
+        for name, branch in self.own.items():
+            self._count(frames, view, is_clean=False, passes=passes(name))
+            with self.stats.timed_pass(passes(name)):
+                hidden = self._run(branch, embedded, frames, view)
+                made[name] = self.dit.velocity(
+                    hidden, embedded, latent_height=height, latent_width=width
+                )[0]
+        return self.ranks.gather_branches(made, names=self.names, like=x_CFhw)
+
+    def feed(
+        self,
+        x_CFhw: Tensor,
+        times: Sequence[float],
+        *,
+        frames: range,
+        chunk: int,
+        view: View | None = None,
+    ) -> None:
+        """Send a clean chunk through the blocks for the sake of its keys, which become final."""
+        embedded = self._embed(x_CFhw, times)
+        for branch in self.own.values():
+            self._count(frames, view, is_clean=True)
+            self._run(branch, embedded, frames, view)
+        for cache in self._caches:
+            cache.settle(len(frames) * self.frame_tokens, chunk=chunk)
+
+    def keep(self, *, first: int, last: int) -> None:
+        """Keep the first and the last clean frames and let those between leave."""
+        per_frame = self.frame_tokens
+        for cache in self._caches:
+            if cache.clean > (first + last) * per_frame:
+                recent = range(cache.clean - last * per_frame, cache.clean)
+                kept = [*range(first * per_frame), *recent]
+                indices = on_device(kept, dtype=torch.int64, device=self._device)
+                cache.keep(indices.unsqueeze(1).expand(-1, cache.kv.shape[2]))
+
+    # One pass ---------------------------------------------------------------------------------
+
+    def _embed(self, x_CFhw: Tensor, times: Sequence[float]) -> Embedded:
+        if self.ranks.branches.rank == 0:  # the others' is the same work
+            sizes, count = self.dit.config, len(times)
+            cost = embed_flops(sizes, num_frames=count, frame_tokens=self.frame_tokens)
+            self.stats.add_flops(computed=cost, without_reuse=cost)
+        t = on_device(times, dtype=torch.float32, device=self._device)
+        return self.dit.embed(x_CFhw.unsqueeze(0), t.unsqueeze(0), fps=NO_RATE)
+
+    def _run(self, branch: Branch, embedded: Embedded, frames: range, view: View | None) -> Tensor:
+        """Run the blocks of one branch: `[1, S, D]`."""
+        rope = self._rope(torch.arange(frames.start, frames.stop, device=self._device))
+        if view is None:
+            attend = cached_attention(
+                [branch.caches],
+                active=[range(len(rope))],
+                kernel=self.dit.kernel,
+                prefetcher=self.prefetcher,
+            )
+        else:
+            attend = self._rotating(branch.caches, view, num_own=len(rope))
+            rope = torch.stack([torch.ones_like(rope[..., 0]), torch.zeros_like(rope[..., 0])], -1)
+        split = TokenSplit(self.ranks.sequence, len(frames), self.frame_tokens)
+        part = Embedded(split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation)
+        hidden = self.dit.run_blocks(
+            part,
+            split.scatter(rope, axis=0),
+            branch.context,
+            self_attend=split.over_heads(attend),
+        )
+        return split.gather(hidden)
+
+    def _rotating(self, caches: Sequence[KVCache], view: View, *, num_own: int) -> Attend:
+        """Return the attention of a pass that rotates what it reads."""
+        rope, per_frame = self._rope(view.positions), self.frame_tokens
+        clean = caches[0].clean
+        rows = (
+            slice(0, view.first * per_frame),
+            slice(clean - view.last * per_frame, clean + num_own),
+        )
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            caches[layer].put(0, k[0], v[0])
+            held = caches[layer].prefix(num_own)
+            keys, values = (torch.cat([x[part] for part in rows]).unsqueeze(0) for x in held)
+            queries = rotate(q, rope[-num_own:]).to(q.dtype)
+            return self.dit.kernel(queries, rotate(keys, rope).to(k.dtype), values)
+
+        return attend
+
+    def _rope(self, positions: Tensor) -> Tensor:
+        return self.dit.rope(positions, latent_height=self.size[0], latent_width=self.size[1])
+
+    def _count(
+        self, frames: range, view: View | None, *, is_clean: bool, passes: Sequence[PassId] = ()
+    ) -> None:
+        """Add the FLOPs of one branch's blocks and head."""
+        seen = self.clean_frames if view is None else view.first + view.last
+        cost = pass_flops(
+            self.dit.config,
+            len(frames),
+            seen=seen,
+            frame_tokens=self.frame_tokens,
+            is_clean=is_clean,
+        )
+        self.stats.add_flops(computed=cost, without_reuse=cost, passes=passes)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.dit.patch_embedding.weight.device
+
+
+def pass_flops(
+    sizes: DiTConfig, num_frames: int, *, seen: int, frame_tokens: int, is_clean: bool
+) -> int:
+    """Return the FLOPs of one branch's blocks and, but for a clean chunk that is fed, head.
+
+    Args:
+        seen: clean frames that these attend to in addition to themselves.
+    """
+    queries = num_frames * frame_tokens
+    cost = blocks_flops(sizes, queries=queries, keys=queries + seen * frame_tokens)
+    return cost if is_clean else cost + head_flops(sizes, queries=queries)
+
+
+def add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
+    """Count what other processes did in the branches that this one does not compute."""
+    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
+    every = ranks.world.all_reduce(own) // ranks.sequence.size
+    stats.computed_flops, stats.flops_without_reuse = every.tolist()

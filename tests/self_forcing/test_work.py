@@ -1,0 +1,117 @@
+"""Plans: chunks, calls and FLOPs against the published figures."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flowcache.errors import UserError
+from flowcache.runtime.config import load_config
+from flowcache.runtime.model import Work
+from flowcache.wan.cached import pass_flops
+from self_forcing.checkpoint import SIZES
+from self_forcing.config import RunConfig
+from self_forcing.released import PRESETS
+from self_forcing.work import chunks_of, work_of
+
+FRAME_TOKENS = 1560
+
+
+def config_of(preset: str, *settings: str) -> RunConfig:
+    layers = [PRESETS / "base.yaml", PRESETS / f"{preset}.yaml"]
+    return load_config(RunConfig, layers, overrides=["prompt=a cat", *settings])
+
+
+def planned(preset: str, *settings: str) -> Work:
+    return work_of(config_of(preset, *settings), SIZES, dtype=torch.bfloat16)
+
+
+def last_clean_pass(work: Work) -> int:
+    """Return what upstream adds: the last chunk's clean pass, which nobody sees."""
+    (part,) = work.segments
+    frames, size = part.cut[-1].stop, len(part.cut[-1])
+    cost = pass_flops(SIZES, size, seen=frames - size, frame_tokens=FRAME_TOKENS, is_clean=True)
+    return cost * len(work.branches)
+
+
+@pytest.mark.parametrize(
+    ("preset", "teraflops"),
+    [
+        ("self_forcing", 990),
+        ("ar_chunkwise", 20_203),
+        ("causal_forcing_framewise", 943),
+        ("causal_forcing_2step", 575),
+        ("causal_forcing_1step", 391),
+    ],
+)
+def test_flops_are_the_published_ones(preset: str, teraflops: int):
+    work = planned(preset)
+    assert (work.flops + last_clean_pass(work)) / 1e12 == pytest.approx(teraflops, rel=3e-3)
+
+
+def test_one_call_of_every_chunk_is_198_teraflops():
+    calls = [
+        pass_flops(SIZES, 3, seen=3 * chunk, frame_tokens=FRAME_TOKENS, is_clean=True)
+        for chunk in range(7)
+    ]
+    assert [round(call / 1e12, 1) for call in calls] == [16.2, 20.2, 24.3, 28.3, 32.3, 36.4, 40.4]
+    assert sum(calls) / 1e12 == pytest.approx(198.1, abs=0.05)
+
+
+def test_the_cache_of_a_clip_has_the_published_size():
+    assert planned("self_forcing").kv_bytes / 1e9 == pytest.approx(6.04, abs=0.005)
+    window = ("window=12", "sink=3", "num_frames=957")
+    assert planned("self_forcing", *window).kv_bytes / 1e9 == pytest.approx(3.45, abs=0.005)
+    assert planned("ar_chunkwise").kv_bytes == 2 * planned("self_forcing").kv_bytes
+
+
+def test_latent_frames_are_cut_into_chunks():
+    assert chunks_of(7, size=3, is_first_alone=True) == [range(1), range(1, 4), range(4, 7)]
+    assert chunks_of(6, size=3) == [range(3), range(3, 6)]
+
+
+def test_the_frames_of_a_chunk_follow_each_other():
+    (part,) = planned("self_forcing", "num_frames=33").segments
+    assert part.frames == [[0, 9], [9, 21], [21, 33]]
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "words"),
+    [
+        ("self_forcing", ["num_frames=34"], "num_frames is 34, .*: use 33"),
+        ("self_forcing", ["num_frames=5"], "chunks of 3 latent frames: use 9"),
+        ("self_forcing", ["first_frame_alone=true"], "after a single one: use 85"),
+        ("self_forcing", ["image=a.png"], "image is one latent frame, but chunks have 3"),
+        ("self_forcing", ["video=a.mp4"], "video needs overlap_history"),
+        ("self_forcing", ["num_steps=3"], "num_steps is 3, but step_list names 4"),
+        ("self_forcing", ["step_list=[250,1000]"], "must fall from the first step"),
+        ("self_forcing", ["step_list=[]"], "must fall from the first step"),
+        ("self_forcing", ["step_list=[2000]"], "step_list must be in 0..1000"),
+        ("self_forcing", ["window=5", "sink=3"], "window is 5 latent frames, fewer than the 6"),
+        ("self_forcing", ["sink=3"], "need a window"),
+        ("self_forcing", ["num_frames=12009"], "positions for 1024: set positions=relative"),
+        ("self_forcing", ["num_frames=12009", "positions=relative"], "for 1024: set window"),
+        ("self_forcing", ["height=488"], "height must be a multiple of 16"),
+        ("self_forcing", ["reuse.policy=flowcache"], "do not work with this model yet"),
+        ("ar_chunkwise", ["first_chunk_step_list=[1000]"], "needs a step_list"),
+        ("long", ["window=12"], "fewer than the 15"),
+        ("long", ["step_list=null"], "rolling needs one step_list"),
+        ("long", ["image=a.png"], "rolling takes no image"),
+        ("long", ["window=null"], "need a window"),
+    ],
+)
+def test_what_does_not_fit_is_refused(preset: str, settings: list[str], words: str):
+    with pytest.raises(UserError, match=words):
+        planned(preset, *settings)
+
+
+def test_any_length_is_planned_with_relative_positions_and_a_window():
+    config = config_of("self_forcing", "num_frames=8001", "positions=relative", "window=12")
+    work = work_of(replace(config, num_frames=7941), SIZES, dtype=torch.bfloat16)
+    assert work.kv_bytes == planned("self_forcing", "window=12").kv_bytes
+
+
+def test_every_preset_is_planned():
+    plans: dict[str, Any] = {path.stem: planned(path.stem) for path in PRESETS.glob("*.yaml")}
+    assert all(work.flops > 0 for work in plans.values())
