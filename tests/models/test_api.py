@@ -15,7 +15,7 @@ from PIL import Image
 import flowcache
 from flowcache.api import Pipeline, architecture_of
 from flowcache.errors import UserError
-from flowcache.runtime.model import MODELS, Request, load_model
+from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import describe, execute, prepare
 from flowcache.runtime.video import read_video
@@ -25,7 +25,7 @@ NUM_FRAMES = {"skyreels_v2": 33, "magi1": 48}
 FOR_VIDEO = {"skyreels_v2": {"overlap_history": 9}, "magi1": {"prefix_frames": 24}}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=NUM_FRAMES)
 def pipe(request: pytest.FixtureRequest) -> Pipeline:
     """A loaded demo with short videos."""
     return flowcache.load(
@@ -230,7 +230,7 @@ def test_the_model_is_known_by_its_name(name: str, package: str):
     assert architecture_of(name) == package
 
 
-@pytest.mark.parametrize("package", MODELS)
+@pytest.mark.parametrize("package", NUM_FRAMES)
 def test_the_model_is_known_by_its_folder(package: str):
     folder = load_model(package).find("demo").folder
     assert architecture_of(str(folder)) == package

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,11 @@ class Jobs:
 
     def num_bytes(self) -> int:
         """Return the space that all jobs take."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*") if path.is_file())
+        total = 0
+        for path in self.folder.glob("*/*"):
+            with suppress(OSError):  # a file of a job at work may get its name just now
+                total += path.stat().st_size
+        return total
 
     def cancel(self, job: Job) -> None:
         """End a job; what it made so far can still be watched."""
