@@ -273,7 +273,8 @@ class SkyReelsV2FlowCachePipeline:
         pretrained_model_name_or_path: str | Path,
         *,
         preset: str = "flowcache_fast",
-        torch_dtype: Any = torch.float32,
+        torch_dtype: Any = None,
+        dtype: Any = None,
         vae: Any = None,
         scheduler: Any = None,
         **settings: Any,
@@ -283,7 +284,8 @@ class SkyReelsV2FlowCachePipeline:
         Args:
             pretrained_model_name_or_path: `demo`, a folder, or a hub id, which is downloaded.
             preset: its name, or a YAML file.
-            torch_dtype: `torch.dtype` of transformer and text encoder; the VAE is in float32.
+            torch_dtype: of transformer and text encoder, default float32; the VAE is in float32.
+            dtype: the same, as newer versions of diffusers name it.
             vae: takes the place of the checkpoint's.
             scheduler: whose `flow_shift` is the preset's shift.
             settings: of all calls, as in `reuse={"threshold": 0.2}`.
@@ -291,10 +293,10 @@ class SkyReelsV2FlowCachePipeline:
         Raises:
             UserError: the model, the preset or a setting is wrong.
         """
-        if not isinstance(torch_dtype, torch.dtype):
-            raise UserError(f"torch_dtype must be a type as torch.bfloat16, not {torch_dtype!r}")
-        place = pretrained_model_name_or_path
-        found = load_components(place, dtype=torch_dtype, given_vae=vae)
+        wanted = dtype or torch_dtype or torch.float32
+        if not isinstance(wanted, torch.dtype):
+            raise UserError(f"torch_dtype must be a type as torch.bfloat16, not {wanted!r}")
+        found = load_components(pretrained_model_name_or_path, dtype=wanted, given_vae=vae)
         if scheduler is not None:
             found = replace(found, scheduler=scheduler)
         return cls(found, preset=preset, **settings)
@@ -345,7 +347,10 @@ class SkyReelsV2FlowCachePipeline:
 
     def to(self: Self, device: torch.device | str) -> Self:
         """Compute on a device; the networks move there with the next call."""
-        self._device = torch.device(device)
+        try:
+            self._device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"device {device!r} is none: use cpu, cuda or cuda:0") from None
         self._check()
         return self
 
@@ -454,9 +459,8 @@ class SkyReelsV2FlowCachePipeline:
                 if name == "video":
                     read[name] = self._processor.preprocess_video(given, height, width)[0].float()
                 else:
-                    read[name] = self._processor.preprocess(given, height, width)[0].float()[
-                        :, None
-                    ]
+                    image = self._processor.preprocess(given, height, width)
+                    read[name] = image[0].float().unsqueeze(1)
             except (ValueError, TypeError, AttributeError, IndexError) as error:
                 line = str(error).partition("\n")[0]
                 raise UserError(f"{name} is no picture that diffusers reads: {line}") from None
@@ -496,7 +500,7 @@ class SkyReelsV2FlowCachePipeline:
                 given = job.config.negative_prompt
             if isinstance(given, str):
                 given = [given] * (len(texts[0]) if texts else 1)
-            texts.append(encoded if given is None else list(given))
+            texts.append(cast("Sequence[Any]", encoded) if given is None else list(given))
         if len(texts[0]) != len(texts[1]) or not len(texts[0]):
             raise UserError(
                 f"there are {len(texts[0])} prompts, but {len(texts[1])} negative prompts"
@@ -689,11 +693,14 @@ class _Made:
             self.frames.append(progress.frames)
 
     def latents(self) -> Tensor:
-        """Return the latents of all windows without those that repeat, `[C, F, h, w]`."""
+        """Return the latents of all windows without those that repeat, `[C, F, h, w]`.
+
+        Those of an end image are among them, as with diffusers.
+        """
         parts: list[Tensor] = []
         for number, progress in self.windows.items():
             shared = latent_frames(progress.segment.prefix_pixels) if number else 0
-            parts.append(progress.latents[:, shared : progress.segment.num_frames])
+            parts.append(progress.latents[:, shared:])
         return torch.cat(parts, dim=1)
 
     def timesteps(self, progress: SegmentProgress, window: Window, config: RunConfig) -> Tensor:
