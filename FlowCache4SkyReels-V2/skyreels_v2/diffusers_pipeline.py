@@ -348,16 +348,21 @@ class SkyReelsV2FlowCachePipeline:
     def to(self: Self, device: torch.device | str) -> Self:
         """Compute on a device; the networks move there with the next call."""
         try:
-            self._device = torch.device(device)
+            wanted = torch.device(device)
         except RuntimeError:
             raise UserError(f"device {device!r} is none: use cpu, cuda or cuda:0") from None
-        self._check()
+        before, self._device = self._device, wanted
+        try:
+            self._check()
+        except UserError:
+            self._device = before
+            raise
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
         """Compute on a device, and keep there only the network that is at work."""
-        self.settings["offload"] = True
         self.to(device)
+        self.settings["offload"] = True
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Set arguments of tqdm, as in `disable=True`."""

@@ -317,6 +317,14 @@ def test_a_wrong_picture_or_model_is_one_clear_line(vanilla: Any, small_i2v: Any
         assert "\n" not in str(error.value)
 
 
+def test_a_device_that_is_not_there_changes_nothing(vanilla: Any):
+    for move in (vanilla.to, vanilla.enable_model_cpu_offload):
+        with pytest.raises(UserError):
+            move("cuda:99")
+    assert vanilla.device == torch.device("cpu")
+    assert "offload" not in vanilla.settings
+
+
 def test_a_scheduler_of_another_kind_is_refused(vanilla: Any):
     pipe = SkyReelsV2FlowCachePipeline.from_pipe(vanilla)
     pipe.scheduler = DDIMScheduler()
