@@ -74,6 +74,8 @@ class SegmentProgress(Progress):
     """What just happened, and in which segment."""
 
     segment: Segment
+    latents: Tensor
+    """Of the segment's window, `[C, F, h, w]` float32; the next tick starts from them."""
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def generate(
                 condition=_image_condition(codec, conditioning, segment),
             )
             for tick, frames in made:
-                yield SegmentProgress(tick, frames, segment)
+                yield SegmentProgress(tick, frames, segment, latents)
                 if frames is not None and config.overlap_history is not None:
                     last = partial(_last_frames, tail, frames, config.overlap_history)
                     tail = worker.submit(last, is_small=True)

@@ -12,11 +12,11 @@ from flowcache.runtime.memory import (
     Footprint,
     Networks,
     Part,
-    Residence,
     Stage,
     scratch_bytes,
     text_scratch_bytes,
 )
+from flowcache.runtime.model import Residence
 from flowcache.runtime.parallel import TokenSplit
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, DiTConfig, Embedded

@@ -101,6 +101,11 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._text_len = text_len
 
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the weights; returns the encoder itself."""
+        self.model.to(device)
+        return self
+
     def count_tokens(self, prompt: str) -> int:
         """Count the tokens of a prompt, cleaned, with the end token; more than text_len are cut."""
         return len(self._tokenizer(clean_prompt(prompt), verbose=False).input_ids)

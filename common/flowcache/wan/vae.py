@@ -98,6 +98,12 @@ class VAE:
         """Pixels per latent, in both directions."""
         return 2 ** (len(self.model.config.dim_mult) - 1)
 
+    def to(self, device: torch.device | str) -> VAE:
+        """Move the weights; returns the VAE itself."""
+        self.model.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
     @torch.no_grad()
     def encode(self, pixels_B3THW: Tensor) -> Tensor:
         """Encode pixels in -1..1 to normalised latents `[B, 16, F, h, w]`, the posterior's mean."""
