@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from flowcache.demo.clips import Attributes, all_attributes, random_motion, render
-from flowcache.demo.judge import judge
+from flowcache.demo.clips import Attributes, Motion, all_attributes, random_motion, render
+from flowcache.demo.judge import judge, judge_steadiness
 
 WANTED = 0.98
 
@@ -67,3 +67,56 @@ def test_the_judge_refuses_frames_of_another_form():
         judge(np.zeros((9, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="2 frames"):
         judge(np.zeros((1, 64, 64, 3), np.uint8))
+
+
+def test_rendered_clips_are_steady_also_blurred_and_noisy():
+    rng = np.random.default_rng(7)
+    for index, (_, frames) in enumerate(_clips(8)[::7]):
+        blurred = gaussian_filter(frames.astype(np.float32), (0, 0.8, 0.8, 0), mode="wrap")
+        noisy = np.clip(blurred + rng.normal(0, 3, frames.shape), 0, 255).astype(np.uint8)
+        for clip in (frames, noisy):
+            assert all(judge_steadiness(clip).passes.values()), index
+
+
+@pytest.mark.parametrize(
+    ("kind", "fails"),
+    [
+        pytest.param("held", {"smooth"}, id="frames in groups of four"),
+        pytest.param("cut", {"whole"}, id="a border between two places"),
+        pytest.param("shrinking", {"kept"}, id="a shape that becomes smaller"),
+        pytest.param("split", {"kept", "whole"}, id="a shape in two pieces"),
+    ],
+)
+def test_what_is_not_steady_is_named(kind: str, fails: set[str]):
+    drawn = Attributes("red", "circle", "right", "black")
+    frames = render(drawn, Motion(30.0, 30.0, 12.0, 0.5), num_frames=96)
+    other = render(drawn, Motion(45.0, 36.0, 12.0, 0.5), num_frames=96)
+    shrinking = [
+        render(
+            drawn, Motion(30.0 + t / 2, 30.0, 12.0 - 4.0 * max(0, t - 48) / 48, 0.0), num_frames=1
+        )
+        for t in range(96)
+    ]
+    split = frames.copy()
+    split[:, 28:33] = 12
+    spoiled = {
+        "held": np.repeat(frames[::4], 4, axis=0),
+        "cut": np.concatenate([frames[:48], other[48:]]),
+        "shrinking": np.concatenate(shrinking),
+        "split": np.concatenate([frames[:60], split[60:]]),
+    }[kind]
+    passes = judge_steadiness(spoiled).passes
+    assert {name for name, holds in passes.items() if not holds} == fails
+
+
+def test_the_rhythm_of_a_change_at_every_fourth_frame():
+    assert judge_steadiness(_pulsing([16, 2, 2, 2])).rhythm == pytest.approx(14 / 11, abs=0.01)
+    assert judge_steadiness(_pulsing([8, 0, 8, 0])).rhythm == pytest.approx(1.0, abs=0.01)
+    assert judge_steadiness(_pulsing([6, 6, 6, 6])).rhythm == pytest.approx(0.0, abs=0.01)
+
+
+def _pulsing(steps: list[int]) -> np.ndarray:
+    """Draw a picture that becomes brighter by these steps, darker by the same, and so on."""
+    steps = [sign * step for sign in (1, -1) for step in steps] * 6
+    level_T = 100 + np.cumsum([0, *steps])
+    return np.broadcast_to(level_T[:, None, None, None], (49, 64, 64, 3)).astype(np.uint8)

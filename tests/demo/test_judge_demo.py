@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flowcache.demo.clips import Attributes, random_motion, render, split_attributes
 from flowcache.demo.judge import judge
@@ -21,11 +22,16 @@ def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("judge_demo")
 
 
-def _write(path: Path, attributes: Attributes, *, said: str) -> None:
+def _write(
+    path: Path, attributes: Attributes, *, said: str, preset: str = "", image: str | None = None
+) -> None:
+    path.parent.mkdir(exist_ok=True)
     frames = render(attributes, random_motion(np.random.default_rng(0)), num_frames=FRAMES)
     with VideoWriter(path, fps=24, size=(64, 64)) as writer:
         writer.append(frames)
-    path.with_suffix(".json").write_text(json.dumps({"config": {"prompt": said}}))
+    path.with_suffix(".json").write_text(
+        json.dumps({"preset": preset, "config": {"prompt": said, "image": image}})
+    )
 
 
 def test_clips_are_readable_after_the_codec(tmp_path: Path):
@@ -54,6 +60,33 @@ def test_the_command_counts_agreement(
     assert ["color", "2", "of", "2"] in lines
     assert ["shape", "1", "of", "2"] in lines
     assert ["all", "1", "of", "2"] in lines
+    assert ["kept", "2", "of", "2"] in lines
+    assert ["smooth", "2", "of", "2"] in lines
+    assert ["whole", "2", "of", "2"] in lines
+
+
+def test_modes_and_presets_have_rows_of_their_own_and_a_sheet_shows_the_frames(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    drawn = Attributes("red", "circle", "right", "black")
+    _write(tmp_path / "a/0.mp4", drawn, said=drawn.caption, preset="vanilla")
+    _write(tmp_path / "b/0.mp4", drawn, said=drawn.caption, preset="vanilla", image="x.png")
+    _write(tmp_path / "b/1.mp4", drawn, said="a blue circle moving right on a black background")
+    sheet = tmp_path / "sheet.png"
+    words = ["judge_demo.py", str(tmp_path), "--by-mode", "--sheet", str(sheet)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert script.main() == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:4] == ["mode", "preset", "clips", "color"]
+    assert [row[:4] for row in rows[2:]] == [
+        ["i2v", "vanilla", "1", "100%"],
+        ["t2v", "", "1", "0%"],
+        ["t2v", "vanilla", "1", "100%"],
+    ]
+    assert Image.open(sheet).size == (12 * 66, 3 * 66)
 
 
 def test_a_folder_without_videos_is_an_error(
