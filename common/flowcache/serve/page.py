@@ -22,7 +22,8 @@ EXAMPLE = "a red circle moving right on a black background"
 VANILLA = "vanilla"
 CSS = """
 .flowcache video { width: 100%; max-height: 60vh; background: #000; object-fit: contain }
-.flowcache table { border-collapse: collapse }
+.flowcache table { border-collapse: collapse; display: block; overflow-x: auto }
+.flowcache figure { margin: 0 }
 .flowcache svg { width: 100%; height: auto; display: block }
 .flowcache .computed { fill: #d9480f } .flowcache .reused { fill: #4dabf7 }
 .flowcache .idle { fill: color-mix(in srgb, currentColor 12%, transparent) }
@@ -71,7 +72,9 @@ def make_page(jobs: Jobs) -> gr.Blocks:
             with gr.Column(scale=3):
                 with gr.Row():
                     shown = gr.HTML(elem_id="live", elem_classes="flowcache")
-                    reference = gr.HTML(elem_id="reference", elem_classes="flowcache")
+                    reference = gr.HTML(
+                        elem_id="reference", elem_classes="flowcache", visible=False
+                    )
                 state = gr.HTML(elem_id="state", elem_classes="flowcache")
                 chart = gr.HTML(elem_id="map", elem_classes="flowcache")
         recent = gr.HTML(elem_id="recent", elem_classes="flowcache")
@@ -112,6 +115,13 @@ def make_page(jobs: Jobs) -> gr.Blocks:
                 raise gr.Error(str(error), print_exception=False) from None
             return other.id, job.id
 
+        def show(job_id: str | None) -> Any:
+            job = jobs.jobs.get(job_id or "")
+            return hide() if job is None else gr.HTML(player(job), visible=True)
+
+        def hide() -> Any:
+            return gr.HTML("", visible=False)
+
         def stop(current_id: str | None) -> None:
             job = jobs.jobs.get(current_id or "")
             if job is not None:
@@ -134,13 +144,11 @@ def make_page(jobs: Jobs) -> gr.Blocks:
 
         fields = [prompt, preset, num_frames, seed, threshold, num_steps, image]
         views = [shown, state, chart, recent]
-        make.click(start, fields, current).then(lambda: "", None, reference).then(
+        make.click(start, fields, current).then(hide, None, reference).then(watch, current, views)
+        pair: Any = gr.State(None)
+        compare.click(start_pair, current, [current, pair]).then(show, pair, reference).then(
             watch, current, views
         )
-        pair: Any = gr.State(None)
-        compare.click(start_pair, current, [current, pair]).then(
-            lambda job_id: player(jobs.jobs[job_id]) if job_id in jobs.jobs else "", pair, reference
-        ).then(watch, current, views)
         cancel.click(stop, current)
         page.load(reload, None, [current, recent]).then(watch, current, views)
     page.queue(default_concurrency_limit=None)
