@@ -30,7 +30,10 @@ OPENED = (*MODELS, "scripts")
 """Folders in which something is written, or that hold what enters the environment."""
 NOTHING_HERE = {
     *(f"docs/{name}.md" for name in ("architecture", "development", "glossary", "install")),
-    *(f"docs/{name}.md" for name in ("output", "results", "skyreels_v2", "speed")),
+    *(
+        f"docs/{name}.md"
+        for name in ("output", "python", "results", "serving", "skyreels_v2", "speed")
+    ),
 }
 """Pages whose commands, if any, are all run elsewhere."""
 SHORT = (
@@ -44,6 +47,7 @@ ELSEWHERE = {
     "scripts/bench_gpu.py": ("tests/scripts/test_bench_gpu.py", "flowcache.gpu"),
     "scripts/rehearse_gpu.py": ("tests/scripts/test_rehearsal.py", "rehearse_gpu"),
     "scripts/quantize_error.py": ("tests/scripts/test_quantize_error.py", "quantize_error"),
+    "bash serve.sh": ("tests/serve/test_app.py", "serve.sh"),
     "scripts/test.sh": (".ci/run", "test.sh"),
     "scripts/reproduce": ("tests/scripts/test_table.py", "reproduce_"),
     "scripts/bench_demo.py": ("tests/demo/test_bench.py", "bench_demo"),

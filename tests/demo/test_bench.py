@@ -35,7 +35,7 @@ from flowcache.errors import UserError
 from flowcache.policies import Decision
 from flowcache.runtime import profile as profiles
 from flowcache.runtime.config import find_preset, load_config, to_dict
-from flowcache.runtime.model import MODELS, Request
+from flowcache.runtime.model import Request, models_with
 from flowcache.runtime.run import Clip, config_layers, prepare
 from flowcache.runtime.stats import RunStats
 from flowcache.tune.methods import even_steps
@@ -124,7 +124,7 @@ def methods_of(model: str, table: str) -> tuple[Method, ...]:
 
 
 @pytest.mark.parametrize("table", ["methods", "reuse"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", models_with("bench"))
 def test_methods_have_own_names_and_stand_below_what_they_are_compared_with(model: str, table: str):
     methods = methods_of(model, table)
     names = [method.name for method in methods]
@@ -169,7 +169,7 @@ def test_compressed_magi1_methods_are_the_presets(name: str, preset: str):
     assert magi_settings(method.preset, method.overrides) == magi_settings(preset)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", models_with("bench"))
 def test_the_reuse_table_has_every_policy_at_the_middle_budget_in_less_than_30_rows(model: str):
     rows = methods_of(model, "reuse")
     assert len(rows) < 30

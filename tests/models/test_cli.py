@@ -143,8 +143,7 @@ WRONG_IN_MAGI = [
     ("runtime_config.num_frames=3", "num_frames is 3, but must make a latent of 4 frames"),
     ("runtime_config.cfg_number=3", "must be 1 for a distilled model"),
     ("kv.total_chunks=2", "kv.total_chunks must be above runtime_config.window_size 2"),
-    ("seed=3", "unknown key 'seed', did you mean runtime_config.seed?"),
-    ("num_frames=24", "unknown key 'num_frames', did you mean runtime_config.num_frames?"),
+    ("seedd=3", "unknown key 'seedd', did you mean runtime_config.seed?"),
 ]
 WRONG = {
     "skyreels_v2": ("teacache_fast", [*WRONG_IN_ALL, *WRONG_IN_SKYREELS]),

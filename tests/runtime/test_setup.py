@@ -135,7 +135,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return Sandbox(root, home, environment)
 
 
-CODE = ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2")
+CODE = ("common", "FlowCache4MAGI-1", "FlowCache4SkyReels-V2", "FlowCache4Self-Forcing")
 COMPLETE = ["venv", "pip", "pip", "check"]
 
 

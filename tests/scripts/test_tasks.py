@@ -100,7 +100,10 @@ PROMPTS = ("magi1", "--prompts", "p.txt")
         (["magi1", "--vbench", "nowhere"], "nowhere: holds no prompts_per_dimension folder: down"),
         (["magi1", "--vbench", "v", "--dimensions", "x"], "'x' is no dimension .* color, scene"),
         (["magi1", "--physics-iq", "nowhere"], "nowhere: holds no descriptions.csv: download"),
-        (["wan", *PROMPTS[1:]], "the first argument must be skyreels_v2 or magi1, not wan"),
+        (
+            ["wan", *PROMPTS[1:]],
+            "the first argument must be skyreels_v2 or magi1 or self_forcing, not wan",
+        ),
         (["magi1", "--prompts", "nowhere"], r"nowhere: cannot be read \(No such file"),
         ([*PROMPTS, "--per-prompt", "0"], "--per-prompt must be 1 to 10000, not 0"),
         ([*PROMPTS, "--per-prompt", "1000000000"], "--per-prompt must be 1 to 10000, not 10000"),

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -217,6 +219,16 @@ def test_metrics_count_videos_and_first_chunks(start: Start, client_of: ClientOf
     assert 'flowcache_videos{status="completed"} 1.0' in lines
     assert "flowcache_first_part_seconds_count 1.0" in lines
     assert "flowcache_video_frames_sum 33.0" in lines
+
+
+@pytest.mark.parametrize("folder", ["FlowCache4SkyReels-V2", "FlowCache4MAGI-1"])
+def test_the_launcher_hands_its_variables_to_the_service(folder: str):
+    launcher = Path(__file__).resolve().parents[2] / folder / "serve.sh"
+    command = ["bash", str(launcher), "num_frames"]
+    environment = {**os.environ, "MODEL": "demo", "PORT": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--port must be between 1 and 65535, not 0" in done.stderr
 
 
 def test_fifty_clients_lose_and_mix_nothing(pipe: Pipeline, start: Start, client_of: ClientOf):
