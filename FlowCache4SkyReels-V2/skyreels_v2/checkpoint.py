@@ -16,8 +16,9 @@ from flowcache.runtime.embeddings import tokenizer_files
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from flowcache.runtime.weights import find_shards, read_model_config
 from flowcache.wan import checkpoint as wan
-from flowcache.wan import text, vae
+from flowcache.wan import text
 from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig
+from flowcache.wan.folder import WanFolder
 from skyreels_v2.released import DEMO, REAL_MODEL, RELEASED, released_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -80,16 +81,10 @@ def choose(name: str, *, has_cuda: bool | None = None) -> str | Path:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(WanFolder):
     """A checkpoint on disk whose parts, folders or files, are all there."""
 
-    layout: wan.Layout
-    folder: Path
-    config: DiTConfig
     dit_files: tuple[Path, ...]
-    vae: Path
-    text_encoder: Path
-    tokenizer: Path
     image_encoder: Path | None
     """CLIP's vision tower; None unless the model is I2V."""
 
@@ -194,10 +189,7 @@ def check(checkpoint: Checkpoint) -> None:
     """Check that the weights of all parts are there, whole, and fit; reads headers only."""
     config = checkpoint.config
     wan.check_dit(config, checkpoint.dit_files, layout=checkpoint.layout)
-    vae.check(checkpoint.vae)
-    text.check_encoder(
-        checkpoint.text_encoder, tokenizer=checkpoint.tokenizer, width=config.text_dim
-    )
+    checkpoint.check()
     if checkpoint.image_encoder is not None:
         text.check_vision(checkpoint.image_encoder, width=config.image_dim)
 

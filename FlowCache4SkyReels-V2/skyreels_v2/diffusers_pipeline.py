@@ -13,9 +13,8 @@ L tokens of a prompt, D width.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 
 from flowcache.errors import UserError
 from flowcache.runtime import profile
+from flowcache.runtime.config import overrides_of
 from flowcache.runtime.model import Job, Loaded, Request, Source
 from flowcache.runtime.ops import Draw
 from flowcache.runtime.run import finished, load_networks, prepare
@@ -224,16 +224,6 @@ class _Given(SkyReels):
 
     def load_vae(self, job: Job) -> VAE:
         return self.components.vae.to(job.device)
-
-
-def _overrides(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield settings as `key=value` texts."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _overrides(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        else:
-            shown = value if isinstance(value, (str, Path)) else json.dumps(value)
-            yield f"{prefix}{name}={shown}"
 
 
 # The pipelines ------------------------------------------------------------------------------------
@@ -436,7 +426,7 @@ class SkyReelsV2FlowCachePipeline:
         # the prompt itself is encoded apart: one of many, or given as embeddings
         settings |= {"device": str(self._device), "prompt": "given"}
         model = _Given(self.components, pictures)
-        request = Request(preset=self.preset, overrides=list(_overrides(settings)))
+        request = Request(preset=self.preset, overrides=list(overrides_of(settings)))
         job = prepare(model, request, writes=False)
         text_len = self.components.dit.config.text_len
         if call.max_sequence_length not in (None, text_len):

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
-from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.hub import Missing
-from flowcache.runtime.model import Job, Source, VideoModel, Work
+from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.video import to_pixels
-from flowcache.wan import quantize, text, vae
+from flowcache.wan import quantize, text
 from flowcache.wan.dit import DiT, compiled_parts
+from flowcache.wan.model import SAME_KEYS, WanModel
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
 from skyreels_v2.calibration import rescale_for
@@ -29,28 +29,13 @@ from skyreels_v2.released import PRESETS, RELEASED, released_name
 from skyreels_v2.window import describe
 
 
-class SkyReels(VideoModel):
+class SkyReels(WanModel):
     """SkyReels-V2; see `VideoModel` for what each method is for."""
 
     name = "skyreels_v2"
     presets = PRESETS
     schema = RunConfig
-    keys: Mapping[str, str] = MappingProxyType(
-        {
-            key: key
-            for key in (
-                *("prompt", "image", "end_image", "video", "seed", "memory_limit"),
-                *("embedding_cache", "num_steps", "num_frames", "height", "width", "fps"),
-            )
-        }
-    )
-    on_host: Mapping[str, tuple[str, Any]] = MappingProxyType(
-        {
-            "text_on_host": ("text_on_host", True),
-            "dit_aside": ("offload", True),
-            "kv_on_host": ("kv_on_host", True),
-        }
-    )
+    keys: Mapping[str, str] = MappingProxyType({**SAME_KEYS, "end_image": "end_image"})
 
     # Files and settings -----------------------------------------------------------------------
 
@@ -85,9 +70,6 @@ class SkyReels(VideoModel):
     ) -> None:
         quantize.check(config.quantize, source.sizes, device=device, dtype=dtype)
 
-    def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
-        return choose_dtype(config.dtype, device)
-
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
         if source.folder is not None or source.plans_by_sizes:
             return None
@@ -102,6 +84,9 @@ class SkyReels(VideoModel):
     def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
         return config, source if source.files else _source(checkpoints.find(source.name))
 
+    def folder(self, source: Source) -> checkpoints.Checkpoint:
+        return source.files
+
     def check_files(self, config: RunConfig, source: Source) -> None:
         checkpoints.check(source.files)
 
@@ -112,9 +97,9 @@ class SkyReels(VideoModel):
         return str(job.source.files)
 
     def ingredients(self, job: Job) -> dict[str, Path]:
-        parts = ("vae", "text_encoder", "tokenizer", "image_encoder")
-        paths = {part: getattr(job.source.files, part) for part in parts}
-        return {part: path for part, path in paths.items() if path is not None}
+        image_encoder = job.source.files.image_encoder
+        more = {} if image_encoder is None else {"image_encoder": image_encoder}
+        return {**super().ingredients(job), **more}
 
     def setting(self, config: RunConfig) -> Setting:
         return Setting(
@@ -128,9 +113,6 @@ class SkyReels(VideoModel):
 
     def media(self, config: RunConfig, source: Source) -> Media:
         return read_media(config)
-
-    def before(self, media: Media) -> Tensor | None:
-        return media.video
 
     def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
         return works.work_of(config, source.sizes, dtype=dtype)
@@ -184,30 +166,6 @@ class SkyReels(VideoModel):
 
     # Running ----------------------------------------------------------------------------------
 
-    def text_facts(self, job: Job) -> dict[str, Any]:
-        files = job.source.files
-        return {
-            "prompts": _prompts(job),
-            "encoder": text.fingerprint(files.text_encoder, tokenizer=files.tokenizer),
-            "text_len": files.config.text_len,
-            "dtype": str(job.dtype),
-        }
-
-    def load_text(self, job: Job) -> text.TextEncoder:
-        files = job.source.files
-        return text.load_encoder(
-            files.text_encoder,
-            tokenizer=files.tokenizer,
-            text_len=files.config.text_len,
-            dtype=job.dtype,
-            device=job.text_device,
-        )
-
-    def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job))
-        modules = {"text encoder": encoder.model}
-        return check_finite(made, "the embeddings of the prompts", modules=modules)
-
     def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
         media, overlap = job.media, job.config.overlap_history
         video = None
@@ -253,9 +211,6 @@ class SkyReels(VideoModel):
             batches=[num_own, 1] if is_batched else [1],
         )
 
-    def load_vae(self, job: Job) -> vae.VAE:
-        return vae.load(job.source.files.vae, device=job.device)
-
     def generate(
         self, dit: DiT, vae: LatentCodec, config: RunConfig, inputs: Conditioning, /, **rest: Any
     ) -> Generator[SegmentProgress, None, None]:
@@ -267,7 +222,3 @@ MODEL = SkyReels()
 
 def _source(found: checkpoints.Checkpoint) -> Source:
     return Source(found.folder.name, found.folder, files=found, sizes=found.config)
-
-
-def _prompts(job: Job) -> list[str]:
-    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

@@ -14,7 +14,6 @@ Settings are those of the presets, under one flat vocabulary for all models: `nu
 from __future__ import annotations
 
 import base64
-import json
 import operator
 import tempfile
 import threading
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import ProgressBar
+from flowcache.runtime.config import overrides_of
 from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import MODELS, Job, Loaded, Progress, Request, VideoModel, load_model
 from flowcache.runtime.record import Record
@@ -366,7 +366,7 @@ class Pipeline:
             given["prompt"] = prompt
         request = self.request if preset is None else replace(self.request, preset=preset)
         with self._as_files(given, request) as named:
-            overrides = list(_overrides(named, self.model.keys))
+            overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
             return prepare(self.model, request, writes=False)
 
@@ -396,7 +396,7 @@ class Pipeline:
 
     def _fps(self, settings: Mapping[str, Any], request: Request) -> int:
         """Return the frame rate of the run, which frames without one are taken to have."""
-        overrides = list(_overrides(settings, self.model.keys))
+        overrides = list(overrides_of(settings, keys=self.model.keys))
         config = read_settings(self.model, replace(request, overrides=overrides))
         return operator.attrgetter(self.model.keys["fps"])(config)
 
@@ -516,22 +516,6 @@ class _Run:
 
 
 # From Python values to settings -------------------------------------------------------------------
-
-
-def _overrides(
-    settings: Mapping[str, Any], keys: Mapping[str, str], prefix: str = ""
-) -> Iterator[str]:
-    """Yield settings as `key=value` texts.
-
-    Args:
-        keys: flat name -> setting of the model.
-    """
-    for name, value in settings.items():
-        key = keys.get(f"{prefix}{name}", f"{prefix}{name}")
-        if isinstance(value, Mapping):
-            yield from _overrides(value, keys, prefix=f"{key}.")
-        else:
-            yield f"{key}={value if isinstance(value, (str, Path)) else json.dumps(value)}"
 
 
 def _pixels(name: str, given: Any, *, num_axes: int) -> Frames:

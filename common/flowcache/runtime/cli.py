@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowcache.errors import UserError, no_memory, one_line
+from flowcache.runtime.config import preset_names
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Place, Stopped, starter_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run_parser(
         epilog=f"{examples}\n{SETTINGS_NOTE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    names = ", ".join(preset_names(presets))
     parser.add_argument("--preset", default="flowcache_fast", help=f"name or YAML file ({names})")
     parser.add_argument("--model", default="auto", help=f"{model} (default: auto)")
     parser.add_argument("--prompt", help="what the video shows")

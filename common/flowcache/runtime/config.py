@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -92,6 +93,27 @@ def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[s
         for name in reversed(key.split(".")):
             value = {name: value}
         _merge_(values, schema, cast("dict[str, Any]", value), source=COMMAND_LINE)
+
+
+def overrides_of(
+    settings: Mapping[str, Any],
+    *,
+    keys: Mapping[str, str] = types.MappingProxyType({}),
+    prefix: str = "",
+) -> Iterator[str]:
+    """Yield Python values as `a.b=value` texts; a mapping is a section.
+
+    Args:
+        keys: names that a model's command line has -> its settings.
+        prefix: of the keys.
+    """
+    for name, value in settings.items():
+        key = (keys or {}).get(f"{prefix}{name}", f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            section = cast("Mapping[str, Any]", value)
+            yield from overrides_of(section, keys=keys, prefix=f"{key}.")
+        else:
+            yield f"{key}={value if isinstance(value, (str, Path)) else json.dumps(value)}"
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -175,9 +197,14 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
+def preset_names(folder: Path) -> list[str]:
+    """Return the names of the presets in a folder, in order."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
 def find_preset(folder: Path, name: str) -> Path:
     """Return the YAML file of a preset: a name in the folder, or a path to a file."""
-    available = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    available = {preset: folder / f"{preset}.yaml" for preset in preset_names(folder)}
     if name in available:
         return available[name]
     given = given_path(name, name="preset")

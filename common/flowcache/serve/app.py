@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily, SummaryMetricFamily
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import in_one_line
+from flowcache.runtime.config import preset_names
 from flowcache.serve.jobs import (
     DONE,
     LIVE,
@@ -320,7 +321,7 @@ def _frames_of(seconds: Any, jobs: Jobs, preset: str | None) -> int:
 
 def presets(jobs: Jobs) -> list[str]:
     """Return the names of the model's presets."""
-    return sorted(path.stem for path in jobs.pipe.model.presets.glob("*.yaml"))
+    return preset_names(jobs.pipe.model.presets)
 
 
 # Answers ------------------------------------------------------------------------------------------

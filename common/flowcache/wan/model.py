@@ -10,11 +10,12 @@ from torch import Tensor
 
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.memory import Footprint
 from flowcache.runtime.model import Job, Source, VideoModel
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, compiled_parts
 from flowcache.wan.folder import WanFolder
-from flowcache.wan.given import Conditioning, Media, read_media
+from flowcache.wan.given import Conditioning, read_media
 from flowcache.wan.memory import ChunkMemory, networks_of
 
 SAME_KEYS: Mapping[str, str] = MappingProxyType(
@@ -48,7 +49,7 @@ class WanModel(VideoModel):
     def dtype(self, config: Any, device: torch.device) -> torch.dtype:
         return choose_dtype(config.dtype, device)
 
-    def footprint(self, job: Job, *, overlaps: bool) -> ChunkMemory:
+    def footprint(self, job: Job, *, overlaps: bool) -> Footprint:
         """Count; `given` of the media is what is encoded, `[3, T, H, W]` or None."""
         given = job.media.given
         folder = None if job.source.files is None else self.folder(job.source)
@@ -99,13 +100,13 @@ class WanModel(VideoModel):
             batches=[1],
         )
 
-    def media(self, config: Any, source: Source) -> Media:
+    def media(self, config: Any, source: Source) -> Any:
         return read_media(config)
 
-    def before(self, media: Media) -> Tensor | None:
+    def before(self, media: Any) -> Tensor | None:
         return media.video
 
-    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
+    def inputs(self, job: Job, encoded: Tensor) -> Any:
         texts = zip(job.work.branches, encoded.split(1), strict=True)
         return Conditioning(dict(texts), job.media.given)
 
