@@ -93,8 +93,8 @@ class SkyReels(WanModel):
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
 
-    def identity(self, job: Job) -> str:
-        return str(job.source.files)
+    def identity(self, job: Job) -> tuple[str, str | None]:
+        return str(job.source.files), job.config.quantize
 
     def ingredients(self, job: Job) -> dict[str, Path]:
         image_encoder = job.source.files.image_encoder

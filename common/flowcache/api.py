@@ -18,7 +18,7 @@ import operator
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,11 +37,11 @@ from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import MODELS, Job, Loaded, Progress, Request, VideoModel, load_model
 from flowcache.runtime.record import Record
 from flowcache.runtime.run import (
+    KeptNetworks,
     claim_output,
     describe,
     encode_inputs,
     finished,
-    load_networks,
     prepare,
     publish,
     read_settings,
@@ -271,7 +271,7 @@ class Pipeline:
         self.request = request
         self.settings = dict(settings)
         self.progress_bar = progress_bar
-        self._loaded: _Loaded | None = None
+        self.networks = KeptNetworks()
         self._lock = threading.Lock()
         self._holder: int | None = None
 
@@ -344,7 +344,7 @@ class Pipeline:
     def load(self) -> None:
         """Load the networks now; a call does it if need be."""
         with self._held():
-            self._networks(self._job("any", self._placeholders()))
+            self.networks.load(self._job("any", self._placeholders()))
 
     def _placeholders(self) -> dict[str, Image.Image]:
         """Return grey pictures in place of those that a call must give."""
@@ -400,15 +400,6 @@ class Pipeline:
         config = read_settings(self.model, replace(request, overrides=overrides))
         return operator.attrgetter(self.model.keys["fps"])(config)
 
-    def _networks(self, job: Job) -> _Loaded:
-        identity = (job.device, job.dtype, job.config.offload, job.model.identity(job))
-        if self._loaded is None or self._loaded.identity != identity:
-            self._loaded = None  # frees the memory first
-            networks = load_networks(job, stats=RunStats(job.device))
-            encoder = None if job.config.offload else job.model.load_text(job)
-            self._loaded = _Loaded(identity, networks, encoder)
-        return self._loaded
-
     @contextmanager
     def _held(self) -> Generator[None]:
         """Hold the model for one run."""
@@ -420,14 +411,6 @@ class Pipeline:
                 yield
             finally:
                 self._holder = None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    identity: Hashable
-    networks: Loaded
-    encoder: Any
-    """The text encoder; None: it is loaded for every prompt, as with `offload`."""
 
 
 class _Run:
@@ -444,10 +427,10 @@ class _Run:
     def parts(self) -> Generator[Part]:
         """Carry out the run; yield what is finished as soon as it is."""
         with self.pipe._held():  # pyright: ignore[reportPrivateUsage]
-            loaded = self.pipe._networks(self.job)  # pyright: ignore[reportPrivateUsage]
-            self.loaded = loaded.networks
+            kept = self.pipe.networks.load(self.job)
+            self.loaded = kept.networks
             self.stats = RunStats(self.job.device, records=self.job.request.record)
-            inputs = encode_inputs(self.job, stats=self.stats, encoder=loaded.encoder)
+            inputs = encode_inputs(self.job, stats=self.stats, encoder=kept.encoder)
             if self.job.before is not None:
                 yield self._part(self.job.before.numpy(), ())
             waiting: deque[Progress] = deque()

@@ -53,7 +53,7 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
         loads.append(job.config.runtime_config.scale_factor)
 
     monkeypatch.setattr(renderer, "prepare", prepare)
-    monkeypatch.setattr(renderer, "load_networks", load)
+    monkeypatch.setattr("flowcache.runtime.run.load_networks", load)
     monkeypatch.setattr(renderer, "encode_inputs", lambda *_, **__: None)
     monkeypatch.setattr(renderer, "render", lambda job, *_, **__: rendered.append(job) or {})
     maker = Renderer("cpu")
@@ -64,6 +64,9 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
     assert not any(job.keeps_partial for job in rendered)
     maker.render(replace(task, settings=("runtime_config.scale_factor=0.5",)), tmp_path)
     assert len(loads) == 2
+    for number, setting in enumerate(("attention_kernel=torch", "compile=true", "offload=true")):
+        maker.render(replace(task, settings=(setting,)), tmp_path)
+        assert len(loads) == 3 + number
 
 
 def write_preset(path: Path, name: str) -> Path:

@@ -18,8 +18,8 @@ from flowcache.bench.tasks import Kind, Origin, Task, sha256_of, sketch_of
 from flowcache.errors import UserError
 from flowcache.runtime.cli import choose_device
 from flowcache.runtime.config import to_dict
-from flowcache.runtime.model import Job, Loaded, Request, load_model
-from flowcache.runtime.run import encode_inputs, load_networks, prepare, render
+from flowcache.runtime.model import Job, Request, load_model
+from flowcache.runtime.run import KeptNetworks, encode_inputs, prepare, render
 from flowcache.runtime.stats import RunStats
 
 OWN_KEYS = frozenset({"prompt", "seed", "image", "video"})
@@ -33,21 +33,13 @@ GPU_FIELDS = (
 TIMEOUT_SECONDS = 20
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    identity: Hashable
-    networks: Loaded
-    encoder: Any
-    """The text encoder; None: it is loaded for every prompt, as with `offload`."""
-
-
 @dataclass
 class Renderer:
     """Makes videos of any model on one device."""
 
     device: str
     """As the setting `device`; settings of a task come after it."""
-    loaded: _Loaded | None = None
+    networks: KeptNetworks = field(default_factory=KeptNetworks)
     origins: dict[Kind, Origin] = field(default_factory=dict)
     _hashes: dict[Hashable, str] = field(default_factory=dict)
 
@@ -101,12 +93,12 @@ class Renderer:
                 f"preset {task.preset} has changed since the start: undo that, or choose another "
                 "output folder"
             )
-        loaded = self._load(job)
+        kept = self.networks.load(job)
         stats = RunStats(job.device)
-        inputs = encode_inputs(job, stats=stats, encoder=loaded.encoder)
+        inputs = encode_inputs(job, stats=stats, encoder=kept.encoder)
         # evaluations want the new frames; what is left unfinished is made again as a whole
         job = replace(job, before=None, keeps_partial=False)
-        report = render(job, loaded.networks, inputs, stats=stats)
+        report = render(job, kept.networks, inputs, stats=stats)
         return {**report, "kv_cache_bytes": job.work.kv_bytes, "gpus": describe_gpus()}
 
     def _prepare(self, task: Task, folder: Path) -> Job:
@@ -121,16 +113,6 @@ class Renderer:
             settings.append(f"video={task.video}")
         out = str(folder / f"{task.name}.mp4")
         return prepare(model, Request(task.preset, task.model, settings, out))
-
-    def _load(self, job: Job) -> _Loaded:
-        model, offload = job.model, job.config.offload
-        identity = (model.name, job.device, job.dtype, offload, model.identity(job))
-        if self.loaded is None or self.loaded.identity != identity:
-            self.loaded = None  # frees the memory first
-            networks = load_networks(job, stats=RunStats(job.device))
-            encoder = None if offload else model.load_text(job)
-            self.loaded = _Loaded(identity, networks, encoder)
-        return self.loaded
 
 
 def hash_settings(job: Job) -> str:

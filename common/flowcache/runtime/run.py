@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -368,6 +368,36 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
             # here, where processes may differ by minutes; in the first tick they may not
             job.model.compile(job, dit)
         return Loaded(dit, job.model.load_vae(job))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays loaded from one job to the next."""
+
+    identity: Hashable
+    """What it depends on; neither prompt nor seed is part of it."""
+    networks: Loaded
+    encoder: Any
+    """The text encoder; None: it is loaded for every prompt, as with `offload`."""
+
+
+class KeptNetworks:
+    """Networks and text encoder of one model, loaded anew when a job needs others."""
+
+    def __init__(self) -> None:
+        """Start with nothing loaded."""
+        self._kept: Kept | None = None
+
+    def load(self, job: Job) -> Kept:
+        """Return what the job needs, loaded now unless the last job needed the same."""
+        model, config, offload = job.model, job.config, job.config.offload
+        choices = (offload, config.attention_kernel, config.compile)
+        identity = (model.name, job.device, job.dtype, choices, model.identity(job))
+        if self._kept is None or self._kept.identity != identity:
+            self._kept = None  # frees the memory first
+            networks = load_networks(job, stats=RunStats(job.device))
+            self._kept = Kept(identity, networks, None if offload else model.load_text(job))
+        return self._kept
 
 
 def render(job: Job, loaded: Loaded, inputs: Any, *, stats: RunStats) -> dict[str, Any]:
