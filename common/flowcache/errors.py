@@ -63,8 +63,13 @@ def no_memory(error: BaseException, *, stage: str | None = None) -> NoMemoryErro
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; of one that says nothing, its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of what an error says; of one that says nothing, its name.
+
+    A line that ends in a colon announces the reason: the next one belongs to it.
+    """
+    text = str(error).strip() or type(error).__name__
+    first, *rest = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def one_line(error: BaseException) -> str:

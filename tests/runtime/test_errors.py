@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache.errors import NoMemoryError, UserError, memory_named, no_memory
+from flowcache.errors import NoMemoryError, UserError, first_line, memory_named, no_memory
 from flowcache.runtime.cli import run_command
 from flowcache.runtime.stats import RunStats
 
@@ -90,3 +90,19 @@ def test_a_message_stays_one_line_whatever_a_file_holds(capsys: pytest.CaptureFi
     assert said.startswith(r"error: version is a\nb\x1b[31m\ud800éxxx")
     assert said.endswith("xxx...\n")
     assert len(said) < 2100
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("no room\nmore", "no room"),
+        (
+            "backend='inductor' raised:\n\n  CppCompileError: no compiler\nmore",
+            "backend='inductor' raised: CppCompileError: no compiler",
+        ),
+        ("it ends:", "it ends:"),
+        ("", "ValueError"),
+    ],
+)
+def test_the_first_line_of_an_error_holds_its_reason(text: str, line: str):
+    assert first_line(ValueError(text)) == line
