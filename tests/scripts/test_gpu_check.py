@@ -215,6 +215,7 @@ def test_the_rehearsal_runs_with_nothing_but_what_a_lent_machine_has(tmp_path: P
             "PYTHONPATH": str(tmp_path / "hook"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),  # as on a machine lent anew
         },
         cwd=tmp_path,
         capture_output=True,
