@@ -31,6 +31,7 @@ from flowcache.bench.methods import (
     Comparison,
     Source,
     comparison_of,
+    csv_text,
     markdown,
     parse_part,
     read_rows,
@@ -131,7 +132,7 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
 def write_table(
     options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, base_label: str
 ) -> None:
-    """Write the table as JSON and Markdown, and print it with what follows from it."""
+    """Write the table as JSON, CSV and Markdown, and print it with what follows from it."""
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
@@ -142,6 +143,7 @@ def write_table(
         report["claims"] = claims(table)
         text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in report["claims"])])
     write_json(options.out / "table.json", report)
+    write_text(options.out / "table.csv", csv_text(table))
     write_text(options.out / "table.md", text.rstrip("\n") + "\n")
     print(text)
 

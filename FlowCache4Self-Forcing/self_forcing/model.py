@@ -11,6 +11,7 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Progress, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import scaled
 from flowcache.wan.dit import DiT
 from flowcache.wan.folder import WanFolder, is_whole
 from flowcache.wan.given import Conditioning, Media
@@ -101,7 +102,7 @@ class SelfForcing(WanModel):
             f"chunks       {len(part.tokens)}, {len(part.given)} given; latent frames seen: {seen}",
             f"ticks        {work.num_ticks}, {len(work.branches)} branches",
             f"tokens       {work.frame_tokens} per latent frame",
-            f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
+            f"forwards     {calls} with clean passes, {scaled(work.flops, 'FLOP', digits=4)}",
             *cost_lines(
                 work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="results"
             ),

@@ -14,6 +14,7 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import scaled
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text
 from flowcache.wan.dit import DiT, compiled_parts
@@ -148,7 +149,7 @@ class SkyReels(WanModel):
             f"{config.attention} attention, lag {config.ar_step}, {num_branches} branches",
             f"tokens       {work.frame_tokens} per latent frame, {in_first} in the first window",
             f"forwards     {ticks * num_branches}, "
-            f"{work.flops / 1e15:.4g} PFLOPs if every step is computed",
+            f"{scaled(work.flops, 'FLOP', digits=4)} if every step is computed",
             *cost_lines(work, cache=f"{kv_tokens} tokens per layer and branch", stored="results"),
         ]
 

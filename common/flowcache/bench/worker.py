@@ -291,12 +291,15 @@ class Worker:
         if reason != MISSING:
             logger.warning("%s: it is made again", reason)
             task.path(self.out, ".json").unlink()
+        number, count = self.tasks.index(task) + 1, len(self.tasks)
+        logger.info("video         %d of %d: %s, %s", number, count, task.label, task.preset)
         try:
             report = self.render(task, lock.work)
             if lock.is_valid():
                 report = {**report, "made_from": dict(self.origins.get(task.kind, {}))}
                 publish(task, self.out, lock.work, report=report)
                 task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
+                logger.info("wrote         %s", task.path(self.out, ".mp4"))
         except Exception as error:  # noqa: BLE001 - the other tasks go on after any failure
             if not lock.is_valid():  # who took over has removed the folder, and goes on
                 logger.warning("%s: another process has taken over: dropped", task.label)

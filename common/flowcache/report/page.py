@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -24,7 +23,7 @@ from flowcache.report.drawing import (
     percent,
     seconds_text,
 )
-from flowcache.report.run import ChunkFrames, Panel, Run
+from flowcache.report.run import NOTHING, ChunkFrames, Panel, Run, dotted
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.metrics import psnr, psnr_per_frame, ssim_per_frame
 from flowcache.runtime.stats import scaled
@@ -34,7 +33,6 @@ FOLDER = Path(__file__).parent
 FULL_WIDTH, HALF_WIDTH = 1120.0, 545.0
 """Of a chart in CSS pixels, alone in its row or one of two."""
 POSITIONS = ("first", "middle", "last")
-NOTHING = "–"
 WIDTHS = (320, 240, 160, 112, 80)
 """Pixels; the widest is taken whose pictures all fit into the page."""
 JPEG_QUALITY = 82
@@ -161,7 +159,7 @@ def _ratio(reference: float | None, value: float | None) -> str:
 
 def settings_of(run: Run) -> dict[str, str]:
     """Return every setting and the environment of a run by dotted names."""
-    return _flat({name: run.record[name] for name in ("model", "preset", "config", "environment")})
+    return dotted({name: run.record[name] for name in ("model", "preset", "config", "environment")})
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -169,16 +167,6 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     first, second = (settings_of(run) for run in runs)
     rows = [(name, first.get(name, NOTHING), second.get(name, NOTHING)) for name in first | second]
     return [row for row in rows if row[1] != row[2]]
-
-
-def _flat(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, prefix=f"{prefix}{name}.")
-        else:
-            found[prefix + name] = NOTHING if value is None else str(value)
-    return found
 
 
 def pictures(clips: Sequence[Pixels], wanted: Sequence[int]) -> list[dict[int, str]]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from flowcache.attention import AttentionShape
 from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
-from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.parallel import Layout, bytes_per_process
+from flowcache.runtime.stats import scaled
 from flowcache.schedule import Tick
 
 TOKEN_COPIES = 6
@@ -154,11 +154,11 @@ def held_bytes(
 def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
     """Describe what a run holds."""
     return [
-        f"weights      {gigabytes(work.weight_bytes)} (transformer)",
-        f"KV cache     {gigabytes(work.kv_bytes)}, {cache}",
-        f"KV scoring   {gigabytes(work.scoring_bytes)} extra while compressing",
-        f"stored       {gigabytes(work.stored_bytes)} of {stored} for reuse",
-        f"activations  {gigabytes(work.activation_bytes)} (estimate, one forward)",
+        f"weights      {scaled(work.weight_bytes, 'B')} (transformer)",
+        f"KV cache     {scaled(work.kv_bytes, 'B')}, {cache}",
+        f"KV scoring   {scaled(work.scoring_bytes, 'B')} extra while compressing",
+        f"stored       {scaled(work.stored_bytes, 'B')} of {stored} for reuse",
+        f"activations  {scaled(work.activation_bytes, 'B')} (estimate, one forward)",
     ]
 
 
