@@ -66,6 +66,7 @@ def test_two_processes_with_a_model_make_bitwise_what_one_makes(
     assert videos(one) == videos(two)
     assert len(set(videos(one).values())) == 2
     assert not (two / ".claims").exists()
+    assert ".claims" not in run.stderr, "no path that is gone"
     for receipt in (*receipts(one).values(), *receipts(two).values()):
         assert receipt["task"]["preset"].startswith("flowcache_fast")
         assert receipt["kv_cache_bytes"] > 0

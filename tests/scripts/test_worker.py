@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from sampling_cases import drive, make_file, make_task, make_worker, receipts, videos
 
 from flowcache.bench.tasks import Task
-from flowcache.bench.worker import DiskFullError, Lock, Locks, warned_once
+from flowcache.bench.worker import DiskFullError, Lock, Locks, Worker, warned_once
 
 # Several processes
 
@@ -195,6 +196,26 @@ def test_only_a_full_disk_is_reported_as_one(
     monkeypatch.setattr(Locks, "take", refuse)
     with pytest.raises(kind):
         make_worker([make_task("a")], tmp_path).run()
+
+
+def test_the_log_names_each_video_and_where_it_lies_afterwards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def render(task: Task, folder: Path) -> dict[str, Any]:
+        return make_file(task, folder)
+
+    tasks = [replace(make_task(name), folder="flowcache_fast") for name in "ab"]
+    with caplog.at_level(logging.INFO):
+        Worker(tasks, tmp_path, render).run()
+    assert caplog.messages == [
+        line
+        for number, name in enumerate("ab", start=1)
+        for line in (
+            f"video         {number} of 2: flowcache_fast/{name}, {tasks[0].preset}",
+            f"wrote         {tmp_path / 'flowcache_fast' / name}.mp4",
+        )
+    ]
+    assert all(Path(line.split()[1]).is_file() for line in caplog.messages[1::2])
 
 
 def test_a_warning_is_shown_once_per_process_and_every_message(caplog: pytest.LogCaptureFixture):
