@@ -61,6 +61,8 @@ class Column:
     """Whether the paper has it, too: then a column with its figures follows."""
     is_time: bool = False
     """Whether it differs from run to run."""
+    published_spec: str = ""
+    """How the paper writes it; empty: as `spec`."""
 
     def written(self, value: float | None, *, is_published: bool = False) -> str:
         """Return a figure for people; a published one as the paper has it."""
@@ -68,13 +70,21 @@ class Column:
             return MISSING
         if self.key == "pflops":  # of a demo they are GFLOP
             return scaled(value * 1e15, "FLOP")
-        return f"{value:g}" if is_published else format(value * self.scale, self.spec)
+        spec = self.published_spec if is_published and self.published_spec else self.spec
+        return format(value if is_published else value * self.scale, spec)
 
 
 COLUMNS = (
     Column("pflops", "FLOPs", "", is_published=True),
     Column("speedup", "latency speed-up", ".2f", is_published=True, is_time=True),
-    Column("latency_seconds", "latency s", ".2f", is_published=True, is_time=True),
+    Column(
+        "latency_seconds",
+        "latency s",
+        ".2f",
+        is_published=True,
+        is_time=True,
+        published_spec=".0f",
+    ),
     Column("vbench", "VBench", ".2f", is_published=True),
     Column("lpips", "LPIPS", ".4f", is_published=True),
     Column("ssim", "SSIM", ".4f", is_published=True),

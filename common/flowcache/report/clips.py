@@ -14,14 +14,14 @@ NUM_COLUMNS = 7
 FRAME = 112
 """Width and height of a frame there, pixels."""
 GAP, EDGE, LABEL_WIDTH, TITLE_HEIGHT = 6, 16, 172, 44
-INK, SOFT, PAGE = "#1c1e21", "#545b63", "#ffffff"
+INK, SOFT, PAGE, BAR = "#e9ebed", "#a8b0b8", "#14171a", "#56b4e9"
+"""A dark page, as a player's: one picture for light and for dark mode."""
 NAME_SIZE, NOTE_SIZE = 18, 15
 
 MOVING_FRAME, MOVING_GAP, MOVING_EDGE = 192, 12, 13
 """Of the moving picture; four clips are as wide as a README."""
 MOVING_HEAD, MOVING_FOOT = 34, 56
 BAR_HEIGHT = 6
-MOVING_INK, MOVING_SOFT, MOVING_PAGE, BAR = "#e9ebed", "#a8b0b8", "#14171a", "#56b4e9"
 WEBP_QUALITY, WEBP_EFFORT = 82, 6
 
 
@@ -76,8 +76,7 @@ def draw_strips(strips: Sequence[Strip], *, title: str) -> bytes:
 def draw_moving(strips: Sequence[Strip], *, title: str, fps: float) -> bytes:
     """Return an animated WebP: the clips side by side, and below each its time as a bar.
 
-    A WebP has all colours and a tenth of a GIF's bytes. Its page is dark, as a player's, so that it
-    is one picture in light and in dark mode.
+    A WebP has all colours and a tenth of a GIF's bytes.
     """
     card = _moving_card(strips, title)
     pages: list[Image.Image] = []
@@ -105,20 +104,20 @@ def _moving_card(strips: Sequence[Strip], title: str) -> Image.Image:
     """Draw what does not move."""
     width = 2 * MOVING_EDGE + len(strips) * (MOVING_FRAME + MOVING_GAP) - MOVING_GAP
     height = MOVING_HEAD + MOVING_FRAME + MOVING_FOOT + MOVING_EDGE
-    card = Image.new("RGB", (width, height), MOVING_PAGE)
+    card = Image.new("RGB", (width, height), PAGE)
     pen = ImageDraw.Draw(card)
     name_font, note_font = ImageFont.load_default(NAME_SIZE), ImageFont.load_default(NOTE_SIZE)
-    pen.text((MOVING_EDGE, 10), title, fill=MOVING_SOFT, font=note_font)
+    pen.text((MOVING_EDGE, 10), title, fill=SOFT, font=note_font)
     longest = max(strip.seconds for strip in strips)
     for place, strip in enumerate(strips):
         left, top = MOVING_EDGE + place * (MOVING_FRAME + MOVING_GAP), MOVING_HEAD + MOVING_FRAME
         length = max(1, round(MOVING_FRAME * strip.seconds / longest))
         pen.rectangle((left, top + 6, left + length - 1, top + 5 + BAR_HEIGHT), fill=BAR)
-        pen.text((left, top + 16), strip.name, fill=MOVING_INK, font=name_font)
+        pen.text((left, top + 16), strip.name, fill=INK, font=name_font)
         time, *others = strip.notes
         right = left + MOVING_FRAME
-        pen.text((right, top + 18), time, fill=MOVING_INK, font=note_font, anchor="ra")
-        pen.text((left, top + 40), ", ".join(others), fill=MOVING_SOFT, font=note_font)
+        pen.text((right, top + 18), time, fill=INK, font=note_font, anchor="ra")
+        pen.text((left, top + 40), ", ".join(others), fill=SOFT, font=note_font)
     return card
 
 

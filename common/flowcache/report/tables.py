@@ -68,8 +68,6 @@ PRESETS: Columns = {
 }
 PUBLISHED_PREDICTOR = {"skyreels_v2": "residual", "magi1": "latent update"}
 BASE = {"skyreels_v2": "vanilla-causal", "magi1": "vanilla, neither pass"}
-BASE_PRESET = {"skyreels_v2": "vanilla_causal", "magi1": "vanilla`, neither pass"}
-FAST_PRESET = {"skyreels_v2": "flowcache_fast", "magi1": "flowcache_fast_nocompress"}
 
 
 def fill(page: str) -> str:
@@ -187,11 +185,11 @@ def presets(model: str) -> list[str]:
     """Return what a model's own page shows."""
     table, predictor = _rules(model), PUBLISHED_PREDICTOR[model]
     rows = {
-        f"`{BASE_PRESET[model]}`".replace("pass`", "pass"): table[BASE[model]],
-        f"`{FAST_PRESET[model]}`": table[f"FlowCache-fast, {predictor}"],
-        "`flowcache_tuned` (a plan of the same FLOPs)": table["planned (mid), as tuned"],
+        "none": table[BASE[model]],
+        "FlowCache-fast, as published": table[f"FlowCache-fast, {predictor}"],
+        "planned, of the same FLOPs": table["planned (mid), as tuned"],
     }
-    return lines_of("preset", rows, PRESETS)
+    return lines_of("reuse", rows, PRESETS)
 
 
 PLAN = ("planned", "as tuned")
