@@ -16,8 +16,7 @@ from flowcache.bounds import (
 )
 from flowcache.compress import KVRule
 from flowcache.errors import UserError
-from flowcache.policies import ReuseRule
-from flowcache.predict import Quantity
+from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
     ParallelRule,
@@ -25,19 +24,13 @@ from flowcache.runtime.config import (
     describe,
     parse_limit,
 )
+from flowcache.wan.calibration import ReuseConfig, check_rule
 from self_forcing.released import PRESETS
 
 MAX_POSITIONS = 1024
 """Latent frames for which the models have positions. Source: table of rotations upstream."""
 
 Entries = Annotated[list[int] | None, Bounds(0, 1000)]
-
-
-@dataclass(frozen=True)
-class ReuseConfig(ReuseRule):
-    """When a chunk is recomputed, and what it gets when it is not."""
-
-    predict: Quantity = "velocity"
 
 
 @dataclass(frozen=True)
@@ -93,9 +86,8 @@ class RunConfig:
         check_values(self)
         check_prompt("prompt", self.prompt)
         parse_limit(self.memory_limit)
-        if self.reuse != ReuseConfig() or self.kv != KVRule():
-            raise UserError("settings of reuse and kv do not work with this model yet: leave them")
         self._check_steps()
+        self._check_reuse()
         self._check_window()
 
     def _check_steps(self) -> None:
@@ -110,6 +102,16 @@ class RunConfig:
             )
         if self.first_chunk_step_list and not self.step_list:
             raise UserError("first_chunk_step_list needs a step_list for the other chunks")
+
+    def _check_reuse(self) -> None:
+        if self.step_list is None:
+            num_passes = 2 if self.guidance > 1 else 1
+            check_rule(self.reuse, num_steps=self.num_steps or 50, num_passes=num_passes)
+        elif self.reuse.policy != "vanilla" or guidance_of(self.reuse).is_on:
+            raise UserError(
+                f"reuse.policy={self.reuse.policy} and guidance_every save where there are many "
+                "steps: set step_list=null (a model before distillation), or leave them out"
+            )
 
     def _check_window(self) -> None:
         if self.window is None and (self.rolling or self.sink):

@@ -11,6 +11,7 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Progress, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT
 from flowcache.wan.folder import WanFolder, is_whole
 from flowcache.wan.given import Conditioning, Media
@@ -49,6 +50,8 @@ class SelfForcing(WanModel):
 
     def check(self, config: RunConfig, source: Source) -> RunConfig:
         num_steps = len(config.step_list or ()) or config.num_steps or 50
+        if source.sizes is not None and config.reuse.kind.takes("rescale"):
+            rescale_for(config, source.sizes)
         return replace(config, num_steps=num_steps)
 
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
@@ -71,7 +74,9 @@ class SelfForcing(WanModel):
 
     def setting(self, config: RunConfig) -> Setting:
         num_steps = config.num_steps or 50
-        return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=[])
+        has_guidance = config.step_list is None and config.guidance > 1
+        guidance = [config.guidance] if has_guidance else []
+        return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=guidance)
 
     # Planning ---------------------------------------------------------------------------------
 
@@ -88,7 +93,7 @@ class SelfForcing(WanModel):
         return [
             f"model        {model}",
             f"preset       {job.preset}: {loop}, chunks of {config.chunk_frames} latent frames, "
-            f"{config.precision} precision",
+            f"{config.precision} precision, {config.reuse.policy} reuse",
         ]
 
     def lines(self, config: RunConfig, work: Work) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import torch
 
-from flowcache.policies import Observe, Policies
+from flowcache.policies import Observe, Policies, ReusePolicy
 from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, Work
 from flowcache.runtime.ops import Draw, seeded_noise
@@ -15,9 +15,11 @@ from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.cached import CachedDiT, add_flops_of_others, open_branches
+from flowcache.wan.calibration import policy_maker
 from flowcache.wan.codec import Codec
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning
+from flowcache.wan.reuse import StepReuse
 from flowcache.wan.vae import SPATIAL_STRIDE, VAE
 from self_forcing.config import RunConfig
 from self_forcing.sampler import Sampler
@@ -34,11 +36,11 @@ def generate(
     stats: RunStats,
     work: Work | None = None,
     draw: Draw | None = None,
-    observe: Observe | None = None,  # noqa: ARG001
-    policies: Policies | None = None,  # noqa: ARG001
+    observe: Observe | None = None,
+    policies: Policies | None = None,
     ranks: Ranks | None = None,
 ) -> Generator[Progress, None, None]:
-    """Make a video; see `VideoModel.generate`. Every step is computed, whatever policies say."""
+    """Make a video; see `VideoModel.generate`. All of few steps are computed."""
     device, ranks = dit.patch_embedding.weight.device, ranks or Ranks()
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     work = work or work_of(config, dit.config, dtype=dit.dtype)
@@ -70,7 +72,13 @@ def generate(
             dit, branches, stats=stats, ranks=ranks, size=size[1:], num_chunks=len(chunks)
         )
         sampler = Sampler(
-            cached, work.loop, latents, chunks=chunks, num_given=len(part.given), draw=draw
+            cached,
+            work.loop,
+            latents,
+            chunks=chunks,
+            num_given=len(part.given),
+            draw=draw,
+            reuse=_reuse(config, cached, policies, observe),
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
         hidden = 0 if config.video is None else config.overlap_history or 0
@@ -83,3 +91,17 @@ def generate(
             else:
                 yield Progress(tick, None)
     add_flops_of_others(stats, ranks)
+
+
+def _reuse(
+    config: RunConfig, cached: CachedDiT, policies: Policies | None, observe: Observe | None
+) -> StepReuse:
+    """Return what decides which of many steps are computed: by the settings, if not by others."""
+    made = dict[str, ReusePolicy]()
+    for number, name in enumerate(cached.names):
+        if policies is None:
+            policy = policy_maker(config, cached.dit.config)()
+        else:
+            policy = policies(segment=0, branch=name)
+        made[name] = cached.ranks.decided_by(policy, branch=number)
+    return StepReuse(cached, config.reuse, policies=made, guidance=config.guidance, observe=observe)

@@ -24,6 +24,7 @@ from flowcache.runtime.stats import PassId
 from flowcache.schedule import Tick, staggered
 from flowcache.wan.cached import CachedDiT, View
 from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
+from flowcache.wan.reuse import StepReuse
 from flowcache.wan.unipc import UniPC, timestep_grid
 
 
@@ -96,6 +97,7 @@ class Sampler:
         chunks: latent frames of each chunk.
         num_given: chunks that are clean from the start.
         draw: makes the noise between steps.
+        reuse: decides which of many steps are computed.
     """
 
     def __init__(
@@ -107,8 +109,9 @@ class Sampler:
         chunks: Sequence[range],
         num_given: int,
         draw: Draw,
+        reuse: StepReuse,
     ) -> None:
-        self.cached, self.sampling, self.draw = cached, sampling, draw
+        self.cached, self.sampling, self.draw, self.reuse = cached, sampling, draw, reuse
         self.latents, self.chunks, self.num_given = latents, chunks, num_given
         self.levels = levels_of(sampling.shift)
         self.solver = UniPC(sampling.num_steps, shift=sampling.shift)
@@ -153,18 +156,29 @@ class Sampler:
             active[:, own].copy_(clean)
 
     def _take_many(self, tick: Tick) -> None:
-        """Take a solver step with the guided velocity."""
+        """Take a solver step with the guided velocity, or the update of an earlier one."""
         ((chunk, step),) = tick.steps.items()
         if step == 0:
             self.solver = UniPC(self.sampling.num_steps, shift=self.sampling.shift)
-        timesteps = self.sampling.timesteps(is_first=False)
-        velocities = self._velocities(tick, {chunk: timesteps[step]})
-        guided = velocities["cond"]
-        if "uncond" in velocities:
-            uncond = velocities["uncond"]
-            guided = uncond + self.sampling.guidance * (guided - uncond)
+        frames, sigma = self.chunks[chunk], self.solver.grid.sigmas[step]
         x = self.latents[:, self._frames([chunk])]
-        x.copy_(self.solver.step(guided.to(x.dtype), sample=x.clone()))
+        velocity = self.reuse.velocity(
+            tick,
+            x,
+            timestep=self.solver.grid.timesteps[step],
+            sigma=sigma,
+            frames=frames,
+            view=self._view(frames, is_clean=False),
+        )
+        if velocity is None:
+            x += self.reuse.predicted_update(chunk, sigma=sigma, like=x)
+            self.solver.skip()
+        else:
+            before = x.clone()
+            x.copy_(self.solver.step(velocity.to(x.dtype), sample=before))
+            self.reuse.put_update(chunk, x - before, sigma=sigma)
+        if chunk in tick.finishing:
+            self.reuse.drop(chunk)
 
     def feed_clean(self, chunk: int, *, timestep: float) -> None:
         """Send a clean chunk through the blocks for the sake of its keys, which become final."""

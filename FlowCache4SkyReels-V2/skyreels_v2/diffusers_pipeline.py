@@ -36,10 +36,10 @@ from flowcache.runtime.model import Job, Loaded, Request, Source
 from flowcache.runtime.ops import Draw
 from flowcache.runtime.run import finished, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT
 from flowcache.wan.unipc import timestep_grid
 from flowcache.wan.vae import TEMPORAL_STRIDE, VAE
-from skyreels_v2.calibration import rescale_for
 from skyreels_v2.components import Components, components_of, load_components
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import Media, check_mode

@@ -16,11 +16,11 @@ from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT, compiled_parts
 from flowcache.wan.model import SAME_KEYS, WanModel
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
-from skyreels_v2.calibration import rescale_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import Media, check_mode, read_media, turn_to_fit
 from skyreels_v2.memory import WindowMemory, networks_of

@@ -22,8 +22,8 @@ from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
+from flowcache.wan.calibration import policy_maker
 from flowcache.wan.dit import ContextKV, DiT, context_flops
-from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames

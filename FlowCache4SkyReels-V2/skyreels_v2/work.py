@@ -9,7 +9,6 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
-from flowcache.policies import stored_results
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
@@ -31,6 +30,7 @@ from flowcache.wan.dit import (
     head_flops,
 )
 from flowcache.wan.quantize import weight_bytes
+from flowcache.wan.work import stored_bytes
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import WHOLE_WINDOW, Sampling
 from skyreels_v2.window import Segment, latent_frames, pixel_frames, segments_of, window_of
@@ -185,11 +185,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         seen = {"token": LAST_QUERY_TOKENS, "frame": per_frame, "chunk": queries}
         scored = min(seen[config.kv.queries], queries)
     # results are stored whether a policy will ask for them or not
-    stored = stored_results(config.reuse) * num_branches * window_tokens
-    if loop.sampling.level == "tokens":
-        stored *= sizes.dim * width
-    else:
-        stored *= PATCH[1] * PATCH[2] * sizes.out_dim * 4
+    stored = num_branches * stored_bytes(sizes, config.reuse, window_tokens, dtype)
     flops = context_flops(sizes) * num_branches
     flops += sum(loop.flops(sizes, part, num_branches=num_branches) for part in segments)
     return Work(

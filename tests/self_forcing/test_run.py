@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from flowcache.runtime.ending import EXIT_USER_ERROR
+from flowcache.runtime.model import Request
+from flowcache.runtime.run import prepare, run
 from flowcache.runtime.video import read_video
 from self_forcing.__main__ import main
+from self_forcing.model import MODEL
 from self_forcing.released import FOLDER, PRESETS
 
 pytestmark = pytest.mark.numeric
@@ -24,6 +27,8 @@ RUNS = {
     "self_forcing": (),
     "causal_forcing_2step": ("num_frames=17",),
     "ar_chunkwise": ("num_steps=3",),
+    "ar_flowcache_fast": ("num_steps=8", "reuse.rescale=none"),
+    "ar_teacache": ("num_steps=8", "reuse.rescale=none"),
     "long": (),
 }
 
@@ -34,6 +39,27 @@ def test_a_run_makes_a_video_that_costs_what_was_planned(make: Make, preset: str
     made.check_costs()
     assert len(made.frames) == made.job.config.num_frames
     assert made.report["config"]["precision"] == "float32"
+
+
+def test_a_record_replays_to_the_same_video_with_what_it_reused(make: Make, replica: Path):
+    settings = (*TINY, "num_steps=8", "reuse.rescale=none", "reuse.threshold=0.4")
+    preset, prompt = "ar_flowcache_fast", ["prompt=a cat"]
+    out = str(make(*TINY, preset="self_forcing").path.parent)
+    first = prepare(
+        MODEL, Request(preset, str(replica), [*prompt, *settings], out, stem="first", record=True)
+    )
+    made = run(first)
+    passes = made["stats"]["passes"]
+    assert 0 < passes["reused"] < passes["computed"]
+    assert made["stats"]["flops"]["saving_factor"] > 1.1
+    record = str(Path(out) / "first.record.json")
+    given = [*prompt, *TINY, "num_steps=8"]
+    second = prepare(
+        MODEL, Request("ar_chunkwise", str(replica), given, out, stem="second", replay=record)
+    )
+    assert run(second)["stats"]["passes"] == passes
+    videos = [read_video(Path(out) / f"{name}.mp4")[0] for name in ("first", "second")]
+    assert np.array_equal(*videos)
 
 
 def test_the_same_seed_makes_the_same_video_whatever_ran_before(make: Make):
@@ -65,7 +91,12 @@ def test_a_video_starts_from_an_image_or_goes_on_from_a_video(make: Make, pictur
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "settings"),
-    [("ar_chunkwise", ("num_steps=3",)), ("self_forcing", ("window=6",)), ("long", ())],
+    [
+        ("ar_chunkwise", ("num_steps=3",)),
+        ("ar_flowcache_fast", ("num_steps=8", "reuse.rescale=none")),
+        ("self_forcing", ("window=6",)),
+        ("long", ()),
+    ],
 )
 def test_two_processes_make_the_video_of_one(
     replica: Path, tmp_path: Path, preset: str, settings: tuple[str, ...]

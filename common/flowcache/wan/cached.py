@@ -154,15 +154,11 @@ class CachedDiT:
             frames: their places in the video.
             view: what they see, where keys are rotated when they are read; else all clean frames.
         """
-        embedded, made = self._embed(x_CFhw, times), dict[str, Tensor]()
-        height, width = self.size
-        for name, branch in self.own.items():
-            self._count(frames, view, is_clean=False, passes=passes(name))
+        embedded, made = self.embed(x_CFhw, times), dict[str, Tensor]()
+        for name in self.own:
+            self.count(frames, view, passes=passes(name))
             with self.stats.timed_pass(passes(name)):
-                hidden = self._run(branch, embedded, frames, view)
-                made[name] = self.dit.velocity(
-                    hidden, embedded, latent_height=height, latent_width=width
-                )[0]
+                made[name] = self.read(self.run(name, embedded, frames=frames, view=view), embedded)
         return self.ranks.gather_branches(made, names=self.names, like=x_CFhw)
 
     def feed(
@@ -175,10 +171,10 @@ class CachedDiT:
         view: View | None = None,
     ) -> None:
         """Send a clean chunk through the blocks for the sake of its keys, which become final."""
-        embedded = self._embed(x_CFhw, times)
-        for branch in self.own.values():
-            self._count(frames, view, is_clean=True)
-            self._run(branch, embedded, frames, view)
+        embedded = self.embed(x_CFhw, times)
+        for name in self.own:
+            self.count(frames, view, head=False)
+            self.run(name, embedded, frames=frames, view=view)
         for cache in self._caches:
             cache.settle(len(frames) * self.frame_tokens, chunk=chunk)
 
@@ -194,7 +190,8 @@ class CachedDiT:
 
     # One pass ---------------------------------------------------------------------------------
 
-    def _embed(self, x_CFhw: Tensor, times: Sequence[float]) -> Embedded:
+    def embed(self, x_CFhw: Tensor, times: Sequence[float]) -> Embedded:
+        """Make tokens of some frames, each at its own timestep."""
         if self.ranks.branches.rank == 0:  # the others' is the same work
             sizes, count = self.dit.config, len(times)
             cost = embed_flops(sizes, num_frames=count, frame_tokens=self.frame_tokens)
@@ -202,8 +199,9 @@ class CachedDiT:
         t = on_device(times, dtype=torch.float32, device=self._device)
         return self.dit.embed(x_CFhw.unsqueeze(0), t.unsqueeze(0), fps=NO_RATE)
 
-    def _run(self, branch: Branch, embedded: Embedded, frames: range, view: View | None) -> Tensor:
+    def run(self, name: str, embedded: Embedded, *, frames: range, view: View | None) -> Tensor:
         """Run the blocks of one branch: `[1, S, D]`."""
+        branch = self.own[name]
         rope = self._rope(torch.arange(frames.start, frames.stop, device=self._device))
         if view is None:
             attend = cached_attention(
@@ -246,19 +244,33 @@ class CachedDiT:
     def _rope(self, positions: Tensor) -> Tensor:
         return self.dit.rope(positions, latent_height=self.size[0], latent_width=self.size[1])
 
-    def _count(
-        self, frames: range, view: View | None, *, is_clean: bool, passes: Sequence[PassId] = ()
+    def read(self, hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
+        """Read the velocity `[C, F, h, w]` out of what the blocks made of one branch."""
+        height, width = self.size
+        return self.dit.velocity(hidden_BSD, embedded, latent_height=height, latent_width=width)[0]
+
+    def count(
+        self,
+        frames: range,
+        view: View | None,
+        *,
+        blocks: bool = True,
+        head: bool = True,
+        passes: Sequence[PassId] = (),
     ) -> None:
-        """Add the FLOPs of one branch's blocks and head."""
+        """Add the FLOPs of one branch's blocks and head; those that reuse saves as well.
+
+        Args:
+            blocks: whether the blocks are computed, which count without reuse in any case.
+            head: whether the head is.
+        """
         seen = self.clean_frames if view is None else view.first + view.last
-        cost = pass_flops(
-            self.dit.config,
-            len(frames),
-            seen=seen,
-            frame_tokens=self.frame_tokens,
-            is_clean=is_clean,
-        )
-        self.stats.add_flops(computed=cost, without_reuse=cost, passes=passes)
+        sizes, size, per_frame = self.dit.config, len(frames), self.frame_tokens
+        inner = pass_flops(sizes, size, seen=seen, frame_tokens=per_frame, is_clean=True)
+        outer = head_flops(sizes, queries=size * per_frame)
+        computed = (inner if blocks else 0) + (outer if head else 0)
+        without_reuse = inner + (outer if head or not blocks else 0)
+        self.stats.add_flops(computed=computed, without_reuse=without_reuse, passes=passes)
 
     @property
     def _device(self) -> torch.device:

@@ -54,6 +54,7 @@ class ChunkMemory(Footprint):
         self.size = (self.config.height // SPATIAL_STRIDE, self.config.width // SPATIAL_STRIDE)
         self.pixel_bytes = self.config.height * self.config.width * PIXEL_BYTES
         (self.part,) = self.work.segments
+        self.stored_bytes = self.work.stored_bytes * self.num_own // self.work.num_caches
         self.decode_scratch, self.decoder_state = self._decoding()
 
     def stages(self, residence: Residence) -> list[Stage]:
@@ -72,6 +73,7 @@ class ChunkMemory(Footprint):
             Part("prompts", self.num_own * prompt, "use a smaller model"),
             self.kv_part(residence),
             Part("latents", latents, "lower num_frames"),
+            Part("stored results", self.stored_bytes, "set reuse.predict=velocity"),
             Part("the VAE", self.vae_bytes, "use a larger GPU"),
         )
         model = Part("the transformer", self.work.weight_bytes, "use a smaller dtype")

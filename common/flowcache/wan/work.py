@@ -8,11 +8,14 @@ import torch
 
 from flowcache.attention import AttentionShape
 from flowcache.errors import UserError
+from flowcache.policies import stored_results
+from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META, weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import TOKEN_COPIES, most_active
 from flowcache.wan.cached import pass_flops
+from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
 from flowcache.wan.vae import SPATIAL_STRIDE
 
@@ -37,6 +40,7 @@ def chunk_work(
     frame_tokens: int,
     dtype: torch.dtype,
     loop: Any,
+    reuse: ReuseConfig | None = None,
 ) -> Work:
     """Work out what a video of one segment costs.
 
@@ -44,6 +48,7 @@ def chunk_work(
         sizes: of the transformer.
         dtype: of its weights.
         loop: see `Work`.
+        reuse: of whose steps results are stored; None: none are.
     """
     num_branches, width, heads = len(branches), dtype.itemsize, sizes.num_heads
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
@@ -60,6 +65,9 @@ def chunk_work(
             frame_tokens=frame_tokens,
             is_clean=call.is_clean,
         )
+    stored = 0
+    if reuse is not None:
+        stored = num_branches * stored_bytes(sizes, reuse, queries, dtype)
     return Work(
         segments=(segment,),
         branches=branches,
@@ -76,10 +84,17 @@ def chunk_work(
         kv_bytes=2 * segment.kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
         scoring_bytes=0,
         query_bytes=0,
-        stored_bytes=0,
+        stored_bytes=stored,
         activation_bytes=queries * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
         loop=loop,
     )
+
+
+def stored_bytes(sizes: DiTConfig, reuse: ReuseConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Return what the results of some tokens take that one branch's reused steps are made from."""
+    is_tokens = PREDICTORS[reuse.predict].level == "tokens"
+    width = sizes.dim * dtype.itemsize if is_tokens else PATCH[1] * PATCH[2] * sizes.out_dim * 4
+    return stored_results(reuse) * tokens * width
 
 
 def tokens_per_frame(*, height: int, width: int) -> int:
