@@ -14,8 +14,9 @@ from flowcache.bounds import (
     Seed,
     check_values,
 )
-from flowcache.compress import KVRule
+from flowcache.compress import STRATEGIES, Density, KVRule
 from flowcache.errors import UserError
+from flowcache.head_classes import HeadClasses
 from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
@@ -116,6 +117,8 @@ class RunConfig:
     def _check_window(self) -> None:
         if self.window is None and (self.rolling or self.sink):
             raise UserError("sink and rolling need a window: set window, in latent frames")
+        if self.kv.compress != "none":
+            self._check_compression()
         if self.rolling:
             if not self.step_list or self.first_chunk_step_list or self.first_frame_alone:
                 raise UserError("rolling needs one step_list for all chunks, which are of one size")
@@ -128,4 +131,21 @@ class RunConfig:
             raise UserError(
                 f"window is {self.window} latent frames, fewer than the {needed} of the chunks "
                 "that are denoised and of the first frames that stay (sink)"
+            )
+
+    def _check_compression(self) -> None:
+        name, kind = self.kv.compress, STRATEGIES[self.kv.compress]
+        sorts = kind is not None and issubclass(kind, HeadClasses)
+        if self.rolling or self.sink:
+            raise UserError(
+                f"kv.compress={name} says what stays of all chunks before: leave out rolling, and "
+                "sink (kv.sink_frames goes with it)"
+            )
+        if sorts and self.window is not None:
+            raise UserError(f"kv.compress={name} says itself how much stays: leave out window")
+        if not sorts and self.window is None:
+            raise UserError(f"kv.compress={name} needs a window: set window, in latent frames")
+        if kind is Density and self.positions != "relative":
+            raise UserError(
+                "kv.compress=density compares keys before rotation: set positions=relative"
             )

@@ -99,6 +99,8 @@ class SelfForcing(WanModel):
     def lines(self, config: RunConfig, work: Work) -> list[str]:
         (part,) = work.segments
         seen = "all" if config.window is None else f"{config.window}, the first {config.sink} stay"
+        if config.kv.compress != "none":
+            seen = f"tokens kept by {config.kv.compress}, window {config.window or 'its own'}"
         calls = (work.num_ticks + len(part.tokens) - 1) * len(work.branches)
         return [
             f"video        {config.num_frames} frames of {config.width}x{config.height} at "

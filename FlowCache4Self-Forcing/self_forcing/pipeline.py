@@ -69,7 +69,13 @@ def generate(
             on_host=config.kv_on_host,
         )
         cached = CachedDiT(
-            dit, branches, stats=stats, ranks=ranks, size=size[1:], num_chunks=len(chunks)
+            dit,
+            branches,
+            stats=stats,
+            ranks=ranks,
+            size=size[1:],
+            num_chunks=len(chunks),
+            budget=work.loop.budget,
         )
         sampler = Sampler(
             cached,

@@ -24,6 +24,7 @@ from flowcache.runtime.stats import PassId
 from flowcache.schedule import Tick, staggered
 from flowcache.wan.cached import CachedDiT, View
 from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
+from flowcache.wan.kept import Budget
 from flowcache.wan.reuse import StepReuse
 from flowcache.wan.unipc import UniPC, timestep_grid
 
@@ -48,6 +49,8 @@ class Sampling:
     is_relative: bool = False
     """Whether positions count from the start of the window, so that a video may have any length."""
     is_rolling: bool = False
+    budget: Budget | None = None
+    """By which clean tokens stay; None: whole frames, the last ones and the sink."""
 
     def ticks(self, chunks: Sequence[int]) -> list[Tick]:
         """Return the passes that denoise some chunks."""
@@ -68,6 +71,8 @@ class Sampling:
 
         Example: window 6, sink 1, chunks of 3: of the clean frames 0..5 three stay, 0, 4, 5.
         """
+        if self.budget is not None:
+            return self.budget.room(clean)
         if self.window is None:
             return clean
         # a clean pass of the rolling loop sees all of the window, and the first chunk is kept, too
@@ -220,6 +225,8 @@ class Sampler:
         its place in the video.
         """
         sampling, cached, first_chunk = self.sampling, self.cached, len(self.chunks[0])
+        if sampling.budget is not None:
+            return None  # the caches see to it
         room = sampling.room(len(own), cached.clean_frames)
         stays = first_chunk if sampling.is_rolling else min(sampling.sink, room)
         if room < cached.clean_frames:

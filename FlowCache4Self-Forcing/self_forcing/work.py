@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
+from flowcache.compress import TokenLayout
 from flowcache.errors import UserError
 from flowcache.runtime.config import check_work
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
+from flowcache.wan.kept import Budget
 from flowcache.wan.vae import TEMPORAL_STRIDE
 from flowcache.wan.work import Call, chunk_work, tokens_per_frame
 from self_forcing.config import MAX_POSITIONS, RunConfig
@@ -23,6 +25,8 @@ def sampling_of(config: RunConfig) -> Sampling:
             return levels_of(config.shift).warped(entries or ())
         return tuple(map(float, entries or ()))
 
+    per_frame = tokens_per_frame(height=config.height, width=config.width)
+    is_relative = config.positions == "relative"
     return Sampling(
         steps=timesteps(config.step_list),
         first_steps=timesteps(config.first_chunk_step_list),
@@ -32,8 +36,14 @@ def sampling_of(config: RunConfig) -> Sampling:
         context_noise=config.context_noise,
         window=config.window,
         sink=config.sink,
-        is_relative=config.positions == "relative",
+        is_relative=is_relative,
         is_rolling=config.rolling,
+        budget=Budget.of(
+            config.kv,
+            window=config.window,
+            layout=TokenLayout(per_frame, per_frame * config.chunk_frames),
+            rotates=is_relative,
+        ),
     )
 
 
@@ -94,6 +104,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         dtype=dtype,
         loop=sampling,
         reuse=None if sampling.steps else config.reuse,
+        num_scoring=0 if sampling.budget is None else sampling.budget.num_scoring,
     )
 
 
@@ -121,7 +132,12 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
     """Return the ticks and chunks of a video."""
     num_frames = latent_frames(config, "num_frames", config.num_frames)
     given = given_frames(config)
-    limit = min(num_frames, sampling.window or num_frames) if sampling.is_relative else num_frames
+    limit = num_frames
+    if sampling.is_relative:
+        limit = sampling.window or limit
+        if sampling.budget is not None:
+            limit = sampling.budget.held_tokens // frame_tokens
+        limit = min(num_frames, limit)
     if limit > MAX_POSITIONS:
         remedy = "set window" if sampling.is_relative else "set positions=relative and window"
         raise UserError(
@@ -137,6 +153,8 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
     if sampling.window is not None:  # rolling: the window's own frames come on top
         own = len(sampling.steps) * size if sampling.is_rolling else 0
         held = min(num_frames, sampling.window + own)
+    if sampling.budget is not None:
+        held = min(num_frames, -(-sampling.budget.held_tokens // frame_tokens))
     hidden = config.overlap_history or 0 if config.video else 0
 
     def shown(latent: int) -> int:

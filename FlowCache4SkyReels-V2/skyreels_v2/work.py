@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
+from flowcache.compress import TokenLayout, scoring_queries, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
 from flowcache.runtime.config import check_pass
@@ -180,10 +180,8 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     with META:
         weights = weight_bytes(DiT(sizes), config.quantize, dtype=dtype)
     together = num_branches if loop.sampling.batch_branches else 1
-    scored = 0  # only scoring by importance needs queries
-    if config.kv.compress == "importance":
-        seen = {"token": LAST_QUERY_TOKENS, "frame": per_frame, "chunk": queries}
-        scored = min(seen[config.kv.queries], queries)
+    layout = token_layout(config, frame_tokens=per_frame)
+    scored = min(scoring_queries(strategy_of(config.kv), layout), queries)
     # results are stored whether a policy will ask for them or not
     stored = num_branches * stored_bytes(sizes, config.reuse, window_tokens, dtype)
     flops = context_flops(sizes) * num_branches

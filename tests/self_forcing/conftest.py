@@ -76,7 +76,15 @@ def sampler_of(
         on_host=False,
     )
     chunks = chunks_of(num_frames, size=size)
-    cached = CachedDiT(dit, branches, stats=stats, ranks=ranks, size=(4, 6), num_chunks=len(chunks))
+    cached = CachedDiT(
+        dit,
+        branches,
+        stats=stats,
+        ranks=ranks,
+        size=(4, 6),
+        num_chunks=len(chunks),
+        budget=sampling.budget,
+    )
     rule = rule or ReuseConfig()
     policies = {name: profile.policy_maker(rule)() for name in branches}
     return Sampler(

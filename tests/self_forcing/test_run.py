@@ -41,6 +41,22 @@ def test_a_run_makes_a_video_that_costs_what_was_planned(make: Make, preset: str
     assert made.report["config"]["precision"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("window", ("window=6",)),
+        ("importance", ("window=6",)),
+        ("deep_forcing", ("window=9", "positions=relative", "kv.recent_frames=2")),
+        ("density", ("window=9", "positions=relative")),
+    ],
+)
+def test_what_a_strategy_keeps_costs_what_was_planned(
+    make: Make, name: str, settings: tuple[str, ...]
+):
+    given = (*TINY, "num_frames=69", f"kv.compress={name}", *settings)
+    make(*given, preset="self_forcing").check_costs()
+
+
 def test_a_record_replays_to_the_same_video_with_what_it_reused(make: Make, replica: Path):
     settings = (*TINY, "num_steps=8", "reuse.rescale=none", "reuse.threshold=0.4")
     preset, prompt = "ar_flowcache_fast", ["prompt=a cat"]

@@ -99,6 +99,21 @@ def test_the_frames_of_a_chunk_follow_each_other():
         ("ar_chunkwise", ["reuse.guidance_every=2"], "set reuse.predict to velocity"),
         ("ar_chunkwise", ["reuse.guidance_every=2", "guidance=1"], "has that one pass only"),
         ("ar_chunkwise", ["reuse.steps=[50]"], "own steps of a chunk, 0..49: 50 is none"),
+        ("self_forcing", ["kv.compress=importance"], "needs a window"),
+        ("self_forcing", ["kv.compress=forcing_kv", "window=9"], "leave out window"),
+        (
+            "self_forcing",
+            ["kv.compress=window", "window=9", "sink=1"],
+            "leave out rolling, and sink",
+        ),
+        ("self_forcing", ["kv.compress=density", "window=9"], "set positions=relative"),
+        ("self_forcing", ["kv.compress=deep_forcing", "window=7"], "1 sink and 4 recent frames"),
+        (
+            "self_forcing",
+            ["kv.compress=density", "window=6", "positions=relative"],
+            "does not hold 4 recent",
+        ),
+        ("long", ["kv.compress=window"], "leave out rolling"),
         ("ar_chunkwise", ["first_chunk_step_list=[1000]"], "needs a step_list"),
         ("long", ["window=12"], "fewer than the 15"),
         ("long", ["step_list=null"], "rolling needs one step_list"),
@@ -115,6 +130,15 @@ def test_any_length_is_planned_with_relative_positions_and_a_window():
     config = config_of("self_forcing", "num_frames=8001", "positions=relative", "window=12")
     work = work_of(replace(config, num_frames=7941), SIZES, dtype=torch.bfloat16)
     assert work.kv_bytes == planned("self_forcing", "window=12").kv_bytes
+
+
+@pytest.mark.parametrize("name", ["window", "importance", "deep_forcing", "forcing_kv"])
+def test_a_strategy_bounds_memory_at_any_length(name: str):
+    window = [] if name == "forcing_kv" else ["window=12"]
+    settings = [f"kv.compress={name}", *window, "positions=relative"]
+    short, long = (planned("self_forcing", f"num_frames={n}", *settings) for n in (177, 7941))
+    assert short.kv_bytes == long.kv_bytes <= planned("self_forcing", "window=12").kv_bytes
+    assert (short.scoring_bytes > 0) == (name in ("importance", "deep_forcing"))
 
 
 def test_every_preset_is_planned():

@@ -34,6 +34,7 @@ from flowcache.wan.dit import (
     head_flops,
     rotate,
 )
+from flowcache.wan.kept import Budget, KeptKeys
 
 NO_RATE = [16]
 """Frames per second, for models whose transformer is not told."""
@@ -107,6 +108,7 @@ class CachedDiT:
         branches: by name, in the order in which they are computed.
         size: rows and columns of a latent frame.
         num_chunks: of the video, for records.
+        budget: by which clean tokens stay; None: those that `keep` is told.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class CachedDiT:
         ranks: Ranks,
         size: tuple[int, int],
         num_chunks: int,
+        budget: Budget | None = None,
     ) -> None:
         self.dit, self.stats, self.ranks, self.size = dit, stats, ranks, size
         self.names = list(branches)
@@ -125,13 +128,27 @@ class CachedDiT:
         """The branches that this process computes."""
         self.frame_tokens = size[0] // PATCH[1] * (size[1] // PATCH[2])
         self.prefetcher = prefetcher_for(self._caches)
-        if stats.trace is not None:
+        self.kept = dict[str, KeptKeys]()
+        """Of own branches, where tokens stay by a budget."""
+        if budget is not None:
+            for name, branch in self.own.items():
+                self.kept[name] = KeptKeys(
+                    dit, budget, caches=branch.caches, ranks=ranks, size=size
+                )
+                branch.caches = []  # they may be replaced
+        elif stats.trace is not None:
             for cache in self._caches:
                 cache.track(num_chunks)
 
     @property
     def _caches(self) -> list[KVCache]:
         return list(chain.from_iterable(branch.caches for branch in self.own.values()))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the caches of this process."""
+        kept = sum(each.num_bytes for each in self.kept.values())
+        return kept + sum(cache.kv.nbytes for cache in self._caches)
 
     @property
     def clean_frames(self) -> int:
@@ -156,7 +173,7 @@ class CachedDiT:
         """
         embedded, made = self.embed(x_CFhw, times), dict[str, Tensor]()
         for name in self.own:
-            self.count(frames, view, passes=passes(name))
+            self.count(name, frames, view, passes=passes(name))
             with self.stats.timed_pass(passes(name)):
                 made[name] = self.read(self.run(name, embedded, frames=frames, view=view), embedded)
         return self.ranks.gather_branches(made, names=self.names, like=x_CFhw)
@@ -173,10 +190,12 @@ class CachedDiT:
         """Send a clean chunk through the blocks for the sake of its keys, which become final."""
         embedded = self.embed(x_CFhw, times)
         for name in self.own:
-            self.count(frames, view, head=False)
-            self.run(name, embedded, frames=frames, view=view)
+            self.count(name, frames, view, head=False)
+            self.run(name, embedded, frames=frames, view=view, is_clean=True)
         for cache in self._caches:
             cache.settle(len(frames) * self.frame_tokens, chunk=chunk)
+        for kept in self.kept.values():
+            kept.settle(len(frames) * self.frame_tokens)
 
     def keep(self, *, first: int, last: int) -> None:
         """Keep the first and the last clean frames and let those between leave."""
@@ -199,11 +218,21 @@ class CachedDiT:
         t = on_device(times, dtype=torch.float32, device=self._device)
         return self.dit.embed(x_CFhw.unsqueeze(0), t.unsqueeze(0), fps=NO_RATE)
 
-    def run(self, name: str, embedded: Embedded, *, frames: range, view: View | None) -> Tensor:
+    def run(
+        self,
+        name: str,
+        embedded: Embedded,
+        *,
+        frames: range,
+        view: View | None,
+        is_clean: bool = False,
+    ) -> Tensor:
         """Run the blocks of one branch: `[1, S, D]`."""
-        branch = self.own[name]
+        branch, kept, rotates = self.own[name], self.kept.get(name), view is not None
         rope = self._rope(torch.arange(frames.start, frames.stop, device=self._device))
-        if view is None:
+        if kept is not None:
+            attend, rotates = kept.attend(len(rope), is_clean=is_clean), kept.budget.rotates
+        elif view is None:
             attend = cached_attention(
                 [branch.caches],
                 active=[range(len(rope))],
@@ -212,6 +241,7 @@ class CachedDiT:
             )
         else:
             attend = self._rotating(branch.caches, view, num_own=len(rope))
+        if rotates:
             rope = torch.stack([torch.ones_like(rope[..., 0]), torch.zeros_like(rope[..., 0])], -1)
         split = TokenSplit(self.ranks.sequence, len(frames), self.frame_tokens)
         part = Embedded(split.scatter(embedded.tokens, axis=1), embedded.time, embedded.modulation)
@@ -251,6 +281,7 @@ class CachedDiT:
 
     def count(
         self,
+        name: str,
         frames: range,
         view: View | None,
         *,
@@ -264,10 +295,14 @@ class CachedDiT:
             blocks: whether the blocks are computed, which count without reuse in any case.
             head: whether the head is.
         """
-        seen = self.clean_frames if view is None else view.first + view.last
-        sizes, size, per_frame = self.dit.config, len(frames), self.frame_tokens
-        inner = pass_flops(sizes, size, seen=seen, frame_tokens=per_frame, is_clean=True)
-        outer = head_flops(sizes, queries=size * per_frame)
+        sizes, queries = self.dit.config, len(frames) * self.frame_tokens
+        if name in self.kept:
+            inner = blocks_flops(sizes, queries=queries, keys=0) + self.kept[name].flops(queries)
+        else:
+            seen = self.clean_frames if view is None else view.first + view.last
+            keys = queries + seen * self.frame_tokens
+            inner = blocks_flops(sizes, queries=queries, keys=keys)
+        outer = head_flops(sizes, queries=queries)
         computed = (inner if blocks else 0) + (outer if head else 0)
         without_reuse = inner + (outer if head or not blocks else 0)
         self.stats.add_flops(computed=computed, without_reuse=without_reuse, passes=passes)

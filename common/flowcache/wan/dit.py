@@ -165,9 +165,13 @@ def rope_table(frames: Tensor, *, height: int, width: int, head_width: int) -> T
 
 
 def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs (2j, 2j+1) by the angles of `rope_table`, in float32."""
+    """Rotate neighbouring channel pairs (2j, 2j+1) by the angles of `rope_table`, in float32.
+
+    Args:
+        rope: of every token, `[S, C/2, 2]`, or of every token and head, `[S, H, C/2, 2]`.
+    """
     even, odd = x_BSHC.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
+    cos, sin = (rope if rope.ndim == 4 else rope[:, None]).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 

@@ -72,6 +72,7 @@ class ChunkMemory(Footprint):
         kept = (
             Part("prompts", self.num_own * prompt, "use a smaller model"),
             self.kv_part(residence),
+            self.scoring_part(residence),
             Part("latents", latents, "lower num_frames"),
             Part("stored results", self.stored_bytes, "set reuse.predict=velocity"),
             Part("the VAE", self.vae_bytes, "use a larger GPU"),

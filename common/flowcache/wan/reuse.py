@@ -84,7 +84,9 @@ class StepReuse:
         for name in cached.own:
             reads_head = name in computed or self.predictor.level == "tokens"
             passes = [PassId(0, tick.index, chunk, name)]
-            cached.count(frames, view, blocks=name in computed, head=reads_head, passes=passes)
+            cached.count(
+                name, frames, view, blocks=name in computed, head=reads_head, passes=passes
+            )
         if not computed and self.predictor.level == "step":
             return None
         velocities = self._by_branch(noisy, computed, is_held=is_held)

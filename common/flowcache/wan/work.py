@@ -13,7 +13,7 @@ from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META, weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import TOKEN_COPIES, most_active
+from flowcache.runtime.plan import TOKEN_COPIES, most_active, scored_bytes
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
@@ -41,6 +41,7 @@ def chunk_work(
     dtype: torch.dtype,
     loop: Any,
     reuse: ReuseConfig | None = None,
+    num_scoring: int = 0,
 ) -> Work:
     """Work out what a video of one segment costs.
 
@@ -49,6 +50,7 @@ def chunk_work(
         dtype: of its weights.
         loop: see `Work`.
         reuse: of whose steps results are stored; None: none are.
+        num_scoring: queries that score keys when some of these leave.
     """
     num_branches, width, heads = len(branches), dtype.itemsize, sizes.num_heads
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
@@ -65,6 +67,7 @@ def chunk_work(
             frame_tokens=frame_tokens,
             is_clean=call.is_clean,
         )
+    attention = AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width)
     stored = 0
     if reuse is not None:
         stored = num_branches * stored_bytes(sizes, reuse, queries, dtype)
@@ -78,11 +81,11 @@ def chunk_work(
         divided_tokens=frame_tokens,
         pass_tokens=queries,
         text_tokens=sizes.text_len,
-        attention=AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width),
+        attention=attention,
         flops=flops,
         weight_bytes=weights,
         kv_bytes=2 * segment.kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
-        scoring_bytes=0,
+        scoring_bytes=scored_bytes(attention, num_queries=num_scoring),
         query_bytes=0,
         stored_bytes=stored,
         activation_bytes=queries * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
