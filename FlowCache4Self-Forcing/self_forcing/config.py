@@ -1,5 +1,6 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -31,6 +32,8 @@ from self_forcing.released import PRESETS
 MAX_POSITIONS = 1024
 """Latent frames for which the models have positions. Source: table of rotations upstream."""
 
+SWITCH = re.compile(r"\s*\|\|\s*(\d{1,7}):\s*")
+"""In a prompt, what stands before one for later latent frames: `a cat || 120: a dog`."""
 Entries = Annotated[list[int] | None, Bounds(0, 1000)]
 
 
@@ -39,6 +42,8 @@ class RunConfig:
     """One video."""
 
     prompt: str = ""
+    prompts: list[tuple[int, str]] | None = None
+    recache: bool = False
     negative_prompt: str = ""
     image: Place = None
     video: Place = None
@@ -85,11 +90,39 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        check_prompt("prompt", self.prompt)
+        self._check_prompts()
         parse_limit(self.memory_limit)
         self._check_steps()
         self._check_reuse()
         self._check_window()
+
+    @property
+    def scenes(self) -> list[tuple[int, str]]:
+        """Prompts, each with the latent frame from which on it holds; the first one with 0.
+
+        Example: `a cat || 120: a dog` is [(0, "a cat"), (120, "a dog")].
+        """
+        if self.prompts is not None:
+            return self.prompts
+        first, *later = SWITCH.split(self.prompt)
+        return [(0, first), *((int(at), text) for at, text in zip(*[iter(later)] * 2, strict=True))]
+
+    def _check_prompts(self) -> None:
+        places = [at for at, _ in self.scenes]
+        if not places or places[0] != 0 or places != sorted({*places}):
+            raise UserError(
+                f"prompts begin at the latent frames {places}: the first must begin at 0, and "
+                "each later than the one before"
+            )
+        for at, text in self.scenes:
+            check_prompt("prompt" if at == 0 else f"the prompt of latent frame {at}", text)
+        if len(places) > 1 and self.rolling:
+            raise UserError("prompts for later frames do not work with rolling: give one prompt")
+        if self.recache and (len(places) == 1 or self.kv.compress != "none"):
+            raise UserError(
+                "recache makes the keys of the newest frames anew where a prompt begins: it needs "
+                "prompts for later frames, and kv.compress=none, which keeps whole frames"
+            )
 
     def _check_steps(self) -> None:
         for name in ("step_list", "first_chunk_step_list"):

@@ -78,6 +78,11 @@ class SelfForcing(WanModel):
         guidance = [config.guidance] if has_guidance else []
         return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=guidance)
 
+    def prompts(self, job: Job) -> list[str]:
+        (_, first), *later = job.config.scenes
+        branches = [first, job.config.negative_prompt][: len(job.work.branches)]
+        return [*branches, *(text for _, text in later)]
+
     # Planning ---------------------------------------------------------------------------------
 
     def work(self, config: RunConfig, source: Source, media: Media, dtype: torch.dtype) -> Work:
@@ -106,6 +111,7 @@ class SelfForcing(WanModel):
             f"video        {config.num_frames} frames of {config.width}x{config.height} at "
             f"{config.fps} fps, seed {config.seed}",
             f"chunks       {len(part.tokens)}, {len(part.given)} given; latent frames seen: {seen}",
+            *_scene_lines(config),
             f"ticks        {work.num_ticks}, {len(work.branches)} branches",
             f"tokens       {work.frame_tokens} per latent frame",
             f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
@@ -136,3 +142,13 @@ MODEL = SelfForcing()
 def _source(found: checkpoints.Checkpoint) -> Source:
     base = found.base
     return Source(base.folder.name, base.folder, files=found, sizes=base.config)
+
+
+def _scene_lines(config: RunConfig) -> list[str]:
+    """Return a line on prompts that begin later, if there are some."""
+    _, *later = config.scenes
+    if not later:
+        return []
+    places = ", ".join(str(at) for at, _ in later)
+    how = ", with the keys of the newest frames made anew" if config.recache else ""
+    return [f"prompts      {1 + len(later)}, the others from latent frame {places}{how}"]

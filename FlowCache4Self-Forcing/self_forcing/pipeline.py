@@ -85,6 +85,7 @@ def generate(
             num_given=len(part.given),
             draw=draw,
             reuse=_reuse(config, cached, policies, observe),
+            scenes=conditioning.scenes,
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
         hidden = 0 if config.video is None else config.overlap_history or 0

@@ -28,6 +28,9 @@ from flowcache.wan.kept import Budget
 from flowcache.wan.reuse import StepReuse
 from flowcache.wan.unipc import UniPC, timestep_grid
 
+RECACHED_FRAMES = 12
+"""Newest latent frames whose keys are made anew when a prompt begins. Source: LongLive's window."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,6 +54,10 @@ class Sampling:
     is_rolling: bool = False
     budget: Budget | None = None
     """By which clean tokens stay; None: whole frames, the last ones and the sink."""
+    switches: tuple[int, ...] = ()
+    """Chunks with which another prompt begins."""
+    recaches: bool = False
+    """Whether the keys of the newest frames are then made anew."""
 
     def ticks(self, chunks: Sequence[int]) -> list[Tick]:
         """Return the passes that denoise some chunks."""
@@ -78,6 +85,19 @@ class Sampling:
         # a clean pass of the rolling loop sees all of the window, and the first chunk is kept, too
         return min(clean, self.window if self.is_rolling else self.window - num_frames)
 
+    def recached(self, chunk: int, *, chunks: Sequence[range], clean: int) -> Sequence[int]:
+        """Return the chunks before one with another prompt whose keys are made anew.
+
+        Example: 21 clean frames, the first one in the sink, chunks of 3: chunk 7 has 3..6 made
+        anew, which are 12 frames.
+        """
+        if not self.recaches or chunk not in self.switches:
+            return ()
+        most, first = min(RECACHED_FRAMES, clean - self.sink), chunk
+        while first and sum(len(own) for own in chunks[first - 1 : chunk]) <= most:
+            first -= 1
+        return range(first, chunk)
+
     def reach(self, num_frames: int, clean: int, *, sink: int, is_clean: bool) -> tuple[int, int]:
         """Return how many of the first and of the last clean frames a pass sees.
 
@@ -103,6 +123,7 @@ class Sampler:
         num_given: chunks that are clean from the start.
         draw: makes the noise between steps.
         reuse: decides which of many steps are computed.
+        scenes: text encoder output of the prompts that begin with `sampling.switches`.
     """
 
     def __init__(
@@ -115,7 +136,9 @@ class Sampler:
         num_given: int,
         draw: Draw,
         reuse: StepReuse,
+        scenes: Sequence[Tensor] = (),
     ) -> None:
+        self.scenes = dict(zip(sampling.switches, scenes, strict=True))
         self.cached, self.sampling, self.draw, self.reuse = cached, sampling, draw, reuse
         self.latents, self.chunks, self.num_given = latents, chunks, num_given
         self.levels = levels_of(sampling.shift)
@@ -129,6 +152,8 @@ class Sampler:
                 self.feed_clean(chunk, timestep=0)
         for tick in sampling.ticks(range(self.num_given, len(self.chunks))):
             with stats.timed_tick(0, tick.index), stats.stage("dit"):
+                for chunk in tick.entering:
+                    self._begin_scene(chunk)
                 if sampling.steps:
                     self._take_few(tick)
                 else:
@@ -137,6 +162,17 @@ class Sampler:
                 for chunk in () if tick.is_last else tick.finishing:
                     self.feed_clean(chunk, timestep=sampling.context_noise if sampling.steps else 0)
             yield tick, tick.finishing
+
+    def _begin_scene(self, chunk: int) -> None:
+        """Take the prompt that begins with a chunk, if one does."""
+        if chunk not in self.scenes:
+            return
+        self.cached.switch("cond", self.scenes[chunk])
+        clean = self.cached.clean_frames if self.sampling.recaches else 0
+        anew = self.sampling.recached(chunk, chunks=self.chunks, clean=clean)
+        self.cached.rewind(sum(len(self.chunks[each]) for each in anew))
+        for each in anew:
+            self.feed_clean(each, timestep=0)
 
     # Steps and clean passes -------------------------------------------------------------------
 

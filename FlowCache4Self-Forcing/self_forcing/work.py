@@ -1,6 +1,7 @@
 """What a run does, derived once from its settings: chunks, ticks, FLOPs, bytes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -95,6 +96,8 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     sampling = sampling_of(config)
     frame_tokens = tokens_per_frame(height=config.height, width=config.width)
     segment = _segment(config, sampling, frame_tokens)
+    switches = switches_of(config, segment)
+    sampling = replace(sampling, switches=switches, recaches=config.recache)
     return chunk_work(
         sizes,
         segment,
@@ -104,6 +107,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         dtype=dtype,
         loop=sampling,
         reuse=None if sampling.steps else config.reuse,
+        num_prompts=1 + len(switches),
         num_scoring=0 if sampling.budget is None else sampling.budget.num_scoring,
     )
 
@@ -123,9 +127,28 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
     for chunk in segment.given:
         yield call([chunk], is_clean=True)
     for tick in segment.ticks:
+        for entering in tick.entering:
+            anew = sampling.recached(entering, chunks=chunks, clean=clean)
+            clean -= sum(len(chunks[chunk]) for chunk in anew)
+            for chunk in anew:
+                yield call([chunk], is_clean=True)
         yield call(list(tick.steps), is_clean=False)
         for chunk in () if tick.is_last else tick.finishing:
             yield call([chunk], is_clean=True)
+
+
+def switches_of(config: RunConfig, segment: SegmentWork) -> tuple[int, ...]:
+    """Return the chunks with which the later prompts begin."""
+    starts, switches = [chunk.start for chunk in segment.cut], list[int]()
+    for at, _ in config.scenes[1:]:
+        first = next((c for c in segment.generated if starts[c] >= at), None)
+        if first is None or first in switches:
+            raise UserError(
+                f"the prompt of latent frame {at} begins with no chunk of its own: chunks begin "
+                f"every {config.chunk_frames} latent frames, the last one at {starts[-1]}"
+            )
+        switches.append(first)
+    return tuple(switches)
 
 
 def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> SegmentWork:

@@ -1,6 +1,6 @@
 """A tiny seeded transformer, videos denoised with it, and a tiny checkpoint."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def sampler_of(
     stats: RunStats | None = None,
     rule: ReuseConfig | None = None,
     observe: Observe | None = None,
+    scenes: Sequence[Tensor] = (),
 ) -> Sampler:
     """Return what denoises random latents of 4 x 6 with random prompts."""
     stats, ranks, config = stats or RunStats(CPU), Ranks(), dit.config
@@ -97,6 +98,7 @@ def sampler_of(
         reuse=StepReuse(
             cached, rule, policies=policies, guidance=sampling.guidance, observe=observe
         ),
+        scenes=scenes,
     )
 
 

@@ -57,6 +57,22 @@ def test_what_a_strategy_keeps_costs_what_was_planned(
     make(*given, preset="self_forcing").check_costs()
 
 
+@pytest.mark.parametrize("window", [(), ("window=6", "sink=1", "positions=relative")])
+def test_a_switch_of_prompts_changes_what_follows_and_costs_what_was_planned(
+    make: Make, window: tuple[str, ...]
+):
+    given = (*TINY, "num_frames=45", *window)
+    alone = make(*given, preset="self_forcing").frames
+    prompt = "prompts=[[0, a red circle moving right], [6, a blue square]]"
+    switched = make(*given, prompt, preset="self_forcing")
+    switched.check_costs()
+    assert np.array_equal(switched.frames[:18], alone[:18])
+    assert not np.array_equal(switched.frames[24:], alone[24:])
+    anew = make(*given, prompt, "recache=true", preset="self_forcing")
+    anew.check_costs()
+    assert not np.array_equal(anew.frames[24:], switched.frames[24:])
+
+
 def test_a_record_replays_to_the_same_video_with_what_it_reused(make: Make, replica: Path):
     settings = (*TINY, "num_steps=8", "reuse.rescale=none", "reuse.threshold=0.4")
     preset, prompt = "ar_flowcache_fast", ["prompt=a cat"]

@@ -114,6 +114,14 @@ def test_the_frames_of_a_chunk_follow_each_other():
             "does not hold 4 recent",
         ),
         ("long", ["kv.compress=window"], "leave out rolling"),
+        ("long", ["prompt=a cat || 9: a dog"], "do not work with rolling"),
+        ("self_forcing", ["prompts=[[3, a dog]]"], "the first must begin at 0"),
+        ("self_forcing", ["prompts=[[0, a cat], [6, a], [6, b]]"], "later than the one before"),
+        ("self_forcing", ["prompts=[]"], "the first must begin at 0"),
+        ("self_forcing", ["prompt=a cat || 9:"], "prompt of latent frame 9 is empty"),
+        ("self_forcing", ["prompt=a cat || 19: a dog"], "19 begins with no chunk of its own"),
+        ("self_forcing", ["prompt=a || 4: b || 5: c"], "5 begins with no chunk of its own"),
+        ("self_forcing", ["recache=true"], "recache makes the keys"),
         ("ar_chunkwise", ["first_chunk_step_list=[1000]"], "needs a step_list"),
         ("long", ["window=12"], "fewer than the 15"),
         ("long", ["step_list=null"], "rolling needs one step_list"),
@@ -139,6 +147,14 @@ def test_a_strategy_bounds_memory_at_any_length(name: str):
     short, long = (planned("self_forcing", f"num_frames={n}", *settings) for n in (177, 7941))
     assert short.kv_bytes == long.kv_bytes <= planned("self_forcing", "window=12").kv_bytes
     assert (short.scoring_bytes > 0) == (name in ("importance", "deep_forcing"))
+
+
+def test_a_prompt_begins_with_the_next_chunk():
+    work = planned("self_forcing", "prompt=a cat || 4: a dog || 18: a bird")
+    assert work.loop.switches == (2, 6)
+    config = config_of("self_forcing", "prompt=a cat|| 120:  a dog: big | small")
+    assert config.scenes == [(0, "a cat"), (120, "a dog: big | small")]
+    assert config_of("self_forcing", "prompts=[[0, a], [7, b]]").scenes == [(0, "a"), (7, "b")]
 
 
 def test_every_preset_is_planned():

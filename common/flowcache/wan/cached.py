@@ -197,6 +197,18 @@ class CachedDiT:
         for kept in self.kept.values():
             kept.settle(len(frames) * self.frame_tokens)
 
+    def switch(self, name: str, text_1LD: Tensor) -> None:
+        """Give a branch another prompt from now on; keys that were made stay."""
+        if name in self.own:
+            cost = context_flops(self.dit.config)
+            self.stats.add_flops(computed=cost, without_reuse=cost)
+            self.own[name].context = self.dit.encode_context(text_1LD.to(self._device))
+
+    def rewind(self, num_frames: int) -> None:
+        """Forget the newest clean frames; they are fed anew."""
+        for cache in self._caches:
+            cache.rewind(num_frames * self.frame_tokens)
+
     def keep(self, *, first: int, last: int) -> None:
         """Keep the first and the last clean frames and let those between leave."""
         per_frame = self.frame_tokens

@@ -1,6 +1,6 @@
 """What a video of a Wan model is made from: encoded prompts, and an image or the end of a video."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Conditioning:
     """Branch name -> text encoder output `[1, L, D]`."""
     given: Tensor | None = None
     """See `Media`."""
+    scenes: Sequence[Tensor] = ()
+    """Text encoder output of the prompts that follow the first one."""
 
 
 def read_media(config: Any) -> Media:

@@ -68,10 +68,14 @@ class WanModel(VideoModel):
         folder = self.folder(job.source)
         return {part: getattr(folder, part) for part in ("vae", "text_encoder", "tokenizer")}
 
+    def prompts(self, job: Job) -> list[str]:
+        """Return the texts that are encoded: those of the branches, then others."""
+        return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]
+
     def text_facts(self, job: Job) -> dict[str, Any]:
         folder = self.folder(job.source)
         return {
-            "prompts": _prompts(job),
+            "prompts": self.prompts(job),
             "encoder": text.fingerprint(folder.text_encoder, tokenizer=folder.tokenizer),
             "text_len": folder.config.text_len,
             "dtype": str(job.dtype),
@@ -88,7 +92,7 @@ class WanModel(VideoModel):
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job))
+        made = encoder.encode(self.prompts(job))
         modules = {"text encoder": encoder.model}
         return check_finite(made, "the embeddings of the prompts", modules=modules)
 
@@ -107,12 +111,9 @@ class WanModel(VideoModel):
         return media.video
 
     def inputs(self, job: Job, encoded: Tensor) -> Any:
-        texts = zip(job.work.branches, encoded.split(1), strict=True)
-        return Conditioning(dict(texts), job.media.given)
+        texts, count = encoded.split(1), len(job.work.branches)
+        first = zip(job.work.branches, texts[:count], strict=True)
+        return Conditioning(dict(first), job.media.given, texts[count:])
 
     def load_vae(self, job: Job) -> vae.VAE:
         return vae.load(self.folder(job.source).vae, device=job.device)
-
-
-def _prompts(job: Job) -> list[str]:
-    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

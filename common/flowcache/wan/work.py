@@ -42,6 +42,7 @@ def chunk_work(
     loop: Any,
     reuse: ReuseConfig | None = None,
     num_scoring: int = 0,
+    num_prompts: int = 1,
 ) -> Work:
     """Work out what a video of one segment costs.
 
@@ -51,13 +52,14 @@ def chunk_work(
         loop: see `Work`.
         reuse: of whose steps results are stored; None: none are.
         num_scoring: queries that score keys when some of these leave.
+        num_prompts: that follow each other in the first branch.
     """
     num_branches, width, heads = len(branches), dtype.itemsize, sizes.num_heads
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
     check_pass(queries, sizes="height, width or the frames of a chunk")
     with META:
         weights = weight_bytes(DiT(sizes).to(dtype))
-    flops = num_branches * context_flops(sizes)
+    flops = (num_branches + num_prompts - 1) * context_flops(sizes)
     for call in calls:
         flops += embed_flops(sizes, num_frames=call.num_frames, frame_tokens=frame_tokens)
         flops += num_branches * pass_flops(
