@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from flowcache.bounds import (
     MAX_FRAMES,
@@ -34,6 +34,12 @@ MAX_POSITIONS = 1024
 
 SWITCH = re.compile(r"\s*\|\|\s*(\d{1,7}):\s*")
 """In a prompt, what stands before one for later latent frames: `a cat || 120: a dog`."""
+CleanPass: TypeAlias = Literal["separate", "merged", "skipped", "refined"]
+"""What makes the final keys of a chunk in few steps: a clean pass of its own; one that is made
+together with the first step of the next chunk, with the same result; the chunk's last step, which
+saves the pass; or a pass on the slightly noised chunk, whose velocity moves the chunk once more.
+
+Source: of the last, UnStep (arXiv 2609.32518)."""
 Entries = Annotated[list[int] | None, Bounds(0, 1000)]
 
 
@@ -64,6 +70,8 @@ class RunConfig:
     chunk_frames: Annotated[int, Bounds(1, MAX_POSITIONS)] = 3
     first_frame_alone: bool = False
     context_noise: Annotated[int, Bounds(0, 1000)] = 0
+    clean_pass: CleanPass = "separate"
+    refine_noise: Annotated[float, Bounds(0, 1, is_open=True)] = 0.05
     window: Annotated[int | None, Bounds(1, MAX_POSITIONS)] = None
     sink: Annotated[int, Bounds(0, MAX_FRAMES)] = 0
     positions: Literal["absolute", "relative"] = "absolute"
@@ -94,6 +102,7 @@ class RunConfig:
         parse_limit(self.memory_limit)
         self._check_steps()
         self._check_reuse()
+        self._check_clean_pass()
         self._check_window()
 
     @property
@@ -146,6 +155,19 @@ class RunConfig:
                 f"reuse.policy={self.reuse.policy} and guidance_every save where there are many "
                 "steps: set step_list=null (a model before distillation), or leave them out"
             )
+
+    def _check_clean_pass(self) -> None:
+        how = self.clean_pass
+        if how == "separate":
+            return
+        if not self.step_list or self.rolling or self.kv.compress != "none":
+            raise UserError(
+                f"clean_pass={how} works with a step_list, without rolling and kv.compress"
+            )
+        if how == "merged" and self.positions == "relative":
+            raise UserError("clean_pass=merged needs positions=absolute")
+        if how != "merged" and self.context_noise:
+            raise UserError(f"clean_pass={how} makes no pass to which context_noise could apply")
 
     def _check_window(self) -> None:
         if self.window is None and (self.rolling or self.sink):

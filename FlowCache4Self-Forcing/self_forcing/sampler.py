@@ -23,10 +23,11 @@ from flowcache.runtime.ops import Draw
 from flowcache.runtime.stats import PassId
 from flowcache.schedule import Tick, staggered
 from flowcache.wan.cached import CachedDiT, View
-from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
+from flowcache.wan.flow_match import NUM_LEVELS, add_noise, estimate_clean, levels_of
 from flowcache.wan.kept import Budget
 from flowcache.wan.reuse import StepReuse
 from flowcache.wan.unipc import UniPC, timestep_grid
+from self_forcing.config import CleanPass
 
 RECACHED_FRAMES = 12
 """Newest latent frames whose keys are made anew when a prompt begins. Source: LongLive's window."""
@@ -58,6 +59,9 @@ class Sampling:
     """Chunks with which another prompt begins."""
     recaches: bool = False
     """Whether the keys of the newest frames are then made anew."""
+    clean_pass: CleanPass = "separate"
+    refine_noise: float = 0.05
+    """Noise level of a refining clean pass."""
 
     def ticks(self, chunks: Sequence[int]) -> list[Tick]:
         """Return the passes that denoise some chunks."""
@@ -138,6 +142,8 @@ class Sampler:
         reuse: StepReuse,
         scenes: Sequence[Tensor] = (),
     ) -> None:
+        self.unfed: int | None = None
+        """A clean chunk whose pass is that of the next step."""
         self.scenes = dict(zip(sampling.switches, scenes, strict=True))
         self.cached, self.sampling, self.draw, self.reuse = cached, sampling, draw, reuse
         self.latents, self.chunks, self.num_given = latents, chunks, num_given
@@ -158,9 +164,8 @@ class Sampler:
                     self._take_few(tick)
                 else:
                     self._take_many(tick)
-                # upstream feeds the last chunk, too, whose keys nobody sees
-                for chunk in () if tick.is_last else tick.finishing:
-                    self.feed_clean(chunk, timestep=sampling.context_noise if sampling.steps else 0)
+                for chunk in tick.finishing:
+                    self._finish(chunk, is_last=tick.is_last)
             yield tick, tick.finishing
 
     def _begin_scene(self, chunk: int) -> None:
@@ -173,6 +178,32 @@ class Sampler:
         self.cached.rewind(sum(len(self.chunks[each]) for each in anew))
         for each in anew:
             self.feed_clean(each, timestep=0)
+
+    def _finish(self, chunk: int, *, is_last: bool) -> None:
+        """Make a clean chunk's keys final; upstream does so for the last one, that nobody sees."""
+        sampling, own = self.sampling, self.chunks[chunk]
+        if sampling.clean_pass == "refined":
+            self._refine(chunk)
+        elif is_last:
+            return
+        elif sampling.clean_pass == "skipped":
+            self.cached.settle(len(own), chunk=chunk)
+        elif sampling.clean_pass == "merged" and chunk + 1 not in self.scenes:
+            self.unfed = chunk
+        else:
+            self.feed_clean(chunk, timestep=sampling.context_noise if sampling.steps else 0)
+
+    def _refine(self, chunk: int) -> None:
+        """Noise a chunk slightly, and let the pass that makes its keys clean it again."""
+        own, x = self.chunks[chunk], self.latents[:, self._frames([chunk])]
+        timestep = self.sampling.refine_noise * NUM_LEVELS
+        sigma = self.sampling.refine_noise
+        noisy = add_noise(x, self._noise_like(x), sigma=sigma)
+        velocity = self.cached.velocities(
+            noisy, [timestep] * len(own), frames=own, view=self._view(own, is_clean=True)
+        )["cond"]
+        x.copy_(estimate_clean(noisy, velocity, sigma=sigma))
+        self.cached.settle(len(own), chunk=chunk)
 
     # Steps and clean passes -------------------------------------------------------------------
 
@@ -245,12 +276,34 @@ class Sampler:
             for chunk, step in tick.steps.items():
                 place = {"segment": 0, "tick": tick.index, "chunk": chunk, "step": step}
                 self.cached.stats.record(**place, branch=name, decision=computed)
+        if self.unfed is not None:
+            return self._with_clean_pass(self.unfed, tick, times)
         return self.cached.velocities(
             self.latents[:, own],
             [times[chunk] for chunk in times for _ in self.chunks[chunk]],
             frames=range(own.start, own.stop),
             view=self._view(range(own.start, own.stop), is_clean=False),
             passes=lambda name: [PassId(0, tick.index, chunk, name) for chunk in times],
+        )
+
+    def _with_clean_pass(
+        self, chunk: int, tick: Tick, times: dict[int, float]
+    ) -> dict[str, Tensor]:
+        """Compute a chunk's first step and the clean pass of the chunk before in one pass."""
+        ((new, timestep),) = times.items()
+        fed, own = self.chunks[chunk], self.chunks[new]
+        clean = self.cached.clean_frames + len(fed)
+        room = self.sampling.room(len(own), clean)
+        first = min(self.sampling.sink, room) if room < clean else 0
+        self.unfed = None
+        return self.cached.velocities_after(
+            self.latents[:, self._frames([chunk, new])],
+            [self.sampling.context_noise] * len(fed) + [timestep] * len(own),
+            frames=own,
+            fed=fed,
+            chunk=chunk,
+            seen=(first, room - first),
+            passes=lambda name: [PassId(0, tick.index, new, name)],
         )
 
     def _view(self, own: range, *, is_clean: bool) -> View | None:

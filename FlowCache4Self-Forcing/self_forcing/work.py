@@ -39,6 +39,8 @@ def sampling_of(config: RunConfig) -> Sampling:
         sink=config.sink,
         is_relative=is_relative,
         is_rolling=config.rolling,
+        clean_pass=config.clean_pass,
+        refine_noise=config.refine_noise,
         budget=Budget.of(
             config.kv,
             window=config.window,
@@ -116,13 +118,13 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
     """Yield all calls of a run."""
     chunks, clean, sink = segment.cut, 0, len(segment.cut[0])
 
-    def call(active: list[int], *, is_clean: bool) -> Call:
+    def call(active: list[int], *, is_clean: bool, has_head: bool = False) -> Call:
         nonlocal clean
         size = sum(len(chunks[chunk]) for chunk in active)
         clean = sampling.room(size, clean)
         seen = sum(sampling.reach(size, clean, sink=sink, is_clean=is_clean))
         clean += size if is_clean else 0
-        return Call(size, seen, is_clean)
+        return Call(size, seen, is_clean and not has_head)
 
     for chunk in segment.given:
         yield call([chunk], is_clean=True)
@@ -133,8 +135,13 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
             for chunk in anew:
                 yield call([chunk], is_clean=True)
         yield call(list(tick.steps), is_clean=False)
-        for chunk in () if tick.is_last else tick.finishing:
-            yield call([chunk], is_clean=True)
+        for chunk in tick.finishing:
+            if sampling.clean_pass == "skipped":
+                clean += len(chunks[chunk])
+            elif sampling.clean_pass == "refined":
+                yield call([chunk], is_clean=True, has_head=True)
+            elif not tick.is_last:
+                yield call([chunk], is_clean=True)
 
 
 def switches_of(config: RunConfig, segment: SegmentWork) -> tuple[int, ...]:
@@ -175,6 +182,7 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
     num_given, held = sum(chunk.stop <= given for chunk in chunks), num_frames
     if sampling.window is not None:  # rolling: the window's own frames come on top
         own = len(sampling.steps) * size if sampling.is_rolling else 0
+        own = size if sampling.clean_pass == "merged" else own  # two chunks in a pass
         held = min(num_frames, sampling.window + own)
     if sampling.budget is not None:
         held = min(num_frames, -(-sampling.budget.held_tokens // frame_tokens))

@@ -411,9 +411,7 @@ def test_the_capacity_of_the_published_run_is_that_worked_by_hand():
 
 
 def test_the_newest_clean_tokens_are_forgotten_with_all_behind_them():
-    cache = KVCache(
-        8, num_heads=1, head_width=1, dtype=torch.float32, device=torch.device("cpu")
-    )
+    cache = KVCache(8, num_heads=1, head_width=1, dtype=torch.float32, device=torch.device("cpu"))
     cache.track(3)
     for chunk, value in enumerate((1.0, 2.0)):
         rows = torch.full((3, 1, 1), value)

@@ -57,6 +57,12 @@ def test_what_a_strategy_keeps_costs_what_was_planned(
     make(*given, preset="self_forcing").check_costs()
 
 
+@pytest.mark.parametrize("how", ["merged", "skipped", "refined"])
+def test_another_clean_pass_costs_what_was_planned(make: Make, how: str):
+    settings = ("num_frames=45", "window=6", "sink=1", f"clean_pass={how}")
+    make(*TINY, *settings, preset="self_forcing").check_costs()
+
+
 @pytest.mark.parametrize("window", [(), ("window=6", "sink=1", "positions=relative")])
 def test_a_switch_of_prompts_changes_what_follows_and_costs_what_was_planned(
     make: Make, window: tuple[str, ...]

@@ -12,7 +12,7 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, S tokens, H h
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -178,6 +178,67 @@ class CachedDiT:
                 made[name] = self.read(self.run(name, embedded, frames=frames, view=view), embedded)
         return self.ranks.gather_branches(made, names=self.names, like=x_CFhw)
 
+    def velocities_after(
+        self,
+        x_CFhw: Tensor,
+        times: Sequence[float],
+        *,
+        frames: range,
+        fed: range,
+        chunk: int,
+        seen: tuple[int, int],
+        passes: Passes = lambda _name: (),
+    ) -> dict[str, Tensor]:
+        """Feed a clean chunk and compute the velocity of the next one in a single pass.
+
+        The result is that of `feed` and `velocities`: the clean chunk does not see the other.
+
+        Args:
+            x_CFhw: both chunks.
+            times: timestep of each frame.
+            frames: of the second chunk.
+            fed: frames of the first one.
+            chunk: its number.
+            seen: how many of the first and of the last clean frames the second chunk sees, the
+                first chunk among these.
+        """
+        embedded, made = self.embed(x_CFhw, times), dict[str, Tensor]()
+        num_fed, kernel = len(fed) * self.frame_tokens, self.dit.kernel
+        first, last = (count * self.frame_tokens for count in seen)
+        rope = self._rope(torch.arange(fed.start, frames.stop, device=self._device))
+        split = TokenSplit(self.ranks.sequence, len(fed) + len(frames), self.frame_tokens)
+
+        for name, branch in self.own.items():
+            caches = branch.caches
+
+            def attend(
+                layer: int, q: Tensor, k: Tensor, v: Tensor, caches: Sequence[KVCache] = caches
+            ) -> Tensor:
+                cache, outputs = caches[layer], list[Tensor]()
+                cache.put(0, k[0], v[0])
+                all_rows = [x.unsqueeze(0) for x in cache.prefix(k.shape[1])]
+                stop = cache.clean + num_fed
+                outputs.append(kernel(q[:, :num_fed], *(x[:, :stop] for x in all_rows)))
+                own = [torch.cat([x[:, :first], x[:, stop - last :]], dim=1) for x in all_rows]
+                outputs.append(kernel(q[:, num_fed:], *own))
+                return torch.cat(outputs, dim=1)
+
+            self.count(name, fed, None, head=False)
+            self.count(name, frames, sum(seen), passes=passes(name))
+            with self.stats.timed_pass(passes(name)):
+                part = replace(embedded, tokens=split.scatter(embedded.tokens, axis=1))
+                hidden = self.dit.run_blocks(
+                    part,
+                    split.scatter(rope, axis=0),
+                    branch.context,
+                    self_attend=split.over_heads(attend),
+                )
+                whole = split.gather(hidden)[:, num_fed:]
+                own = embedded.frames(len(fed), len(fed) + len(frames))
+                made[name] = self.read(whole, own)
+        self.settle(len(fed), chunk=chunk)
+        return self.ranks.gather_branches(made, names=self.names, like=x_CFhw[:, len(fed) :])
+
     def feed(
         self,
         x_CFhw: Tensor,
@@ -192,10 +253,14 @@ class CachedDiT:
         for name in self.own:
             self.count(name, frames, view, head=False)
             self.run(name, embedded, frames=frames, view=view, is_clean=True)
+        self.settle(len(frames), chunk=chunk)
+
+    def settle(self, num_frames: int, *, chunk: int) -> None:
+        """Declare the keys of a chunk final, which were put last."""
         for cache in self._caches:
-            cache.settle(len(frames) * self.frame_tokens, chunk=chunk)
+            cache.settle(num_frames * self.frame_tokens, chunk=chunk)
         for kept in self.kept.values():
-            kept.settle(len(frames) * self.frame_tokens)
+            kept.settle(num_frames * self.frame_tokens)
 
     def switch(self, name: str, text_1LD: Tensor) -> None:
         """Give a branch another prompt from now on; keys that were made stay."""
@@ -295,7 +360,7 @@ class CachedDiT:
         self,
         name: str,
         frames: range,
-        view: View | None,
+        view: View | int | None,
         *,
         blocks: bool = True,
         head: bool = True,
@@ -304,6 +369,7 @@ class CachedDiT:
         """Add the FLOPs of one branch's blocks and head; those that reuse saves as well.
 
         Args:
+            view: what the frames see; a number: of clean frames.
             blocks: whether the blocks are computed, which count without reuse in any case.
             head: whether the head is.
         """
@@ -311,7 +377,8 @@ class CachedDiT:
         if name in self.kept:
             inner = blocks_flops(sizes, queries=queries, keys=0) + self.kept[name].flops(queries)
         else:
-            seen = self.clean_frames if view is None else view.first + view.last
+            seen = self.clean_frames if view is None else view
+            seen = seen if isinstance(seen, int) else seen.first + seen.last
             keys = queries + seen * self.frame_tokens
             inner = blocks_flops(sizes, queries=queries, keys=keys)
         outer = head_flops(sizes, queries=queries)
