@@ -72,6 +72,7 @@ class RunConfig:
     context_noise: Annotated[int, Bounds(0, 1000)] = 0
     clean_pass: CleanPass = "separate"
     refine_noise: Annotated[float, Bounds(0, 1, is_open=True)] = 0.05
+    reuse_blocks: bool = False
     window: Annotated[int | None, Bounds(1, MAX_POSITIONS)] = None
     sink: Annotated[int, Bounds(0, MAX_FRAMES)] = 0
     positions: Literal["absolute", "relative"] = "absolute"
@@ -158,6 +159,16 @@ class RunConfig:
 
     def _check_clean_pass(self) -> None:
         how = self.clean_pass
+        if self.reuse_blocks and (
+            not self.step_list
+            or self.rolling
+            or how in ("merged", "skipped")
+            or self.kv.compress != "none"
+        ):
+            raise UserError(
+                "reuse_blocks works with a step_list, without rolling and kv.compress, and where "
+                "keys come from a pass of their own: clean_pass=separate or refined"
+            )
         if how == "separate":
             return
         if not self.step_list or self.rolling or self.kv.compress != "none":

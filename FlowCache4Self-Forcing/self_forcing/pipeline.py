@@ -7,6 +7,7 @@ from collections.abc import Generator
 
 import torch
 
+from flowcache.errors import UserError
 from flowcache.policies import Observe, Policies, ReusePolicy
 from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, Work
@@ -42,6 +43,11 @@ def generate(
 ) -> Generator[Progress, None, None]:
     """Make a video; see `VideoModel.generate`. All of few steps are computed."""
     device, ranks = dit.patch_embedding.weight.device, ranks or Ranks()
+    if config.reuse_blocks and ranks.layout.sequence > 1:
+        raise UserError(
+            f"reuse_blocks compares all tokens of a chunk, but {ranks.layout.sequence} processes "
+            "divide them: set parallel.sequence=1"
+        )
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     work = work or work_of(config, dit.config, dtype=dit.dtype)
     (part,) = work.segments

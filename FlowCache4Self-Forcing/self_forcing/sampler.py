@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowcache.block_reuse import BlockReuse
 from flowcache.policies import Decision
 from flowcache.runtime.ops import Draw
 from flowcache.runtime.stats import PassId
@@ -60,6 +61,8 @@ class Sampling:
     recaches: bool = False
     """Whether the keys of the newest frames are then made anew."""
     clean_pass: CleanPass = "separate"
+    reuses_blocks: bool = False
+    """Whether blocks add what they added in the chunk before where their inputs are alike."""
     refine_noise: float = 0.05
     """Noise level of a refining clean pass."""
 
@@ -142,6 +145,7 @@ class Sampler:
         reuse: StepReuse,
         scenes: Sequence[Tensor] = (),
     ) -> None:
+        self.blocks = BlockReuse() if sampling.reuses_blocks else None
         self.unfed: int | None = None
         """A clean chunk whose pass is that of the next step."""
         self.scenes = dict(zip(sampling.switches, scenes, strict=True))
@@ -173,6 +177,8 @@ class Sampler:
         if chunk not in self.scenes:
             return
         self.cached.switch("cond", self.scenes[chunk])
+        if self.blocks is not None:  # what they added depends on the prompt
+            self.blocks = BlockReuse()
         clean = self.cached.clean_frames if self.sampling.recaches else 0
         anew = self.sampling.recached(chunk, chunks=self.chunks, clean=clean)
         self.cached.rewind(sum(len(self.chunks[each]) for each in anew))
@@ -284,6 +290,7 @@ class Sampler:
             frames=range(own.start, own.stop),
             view=self._view(range(own.start, own.stop), is_clean=False),
             passes=lambda name: [PassId(0, tick.index, chunk, name) for chunk in times],
+            blocks=self.blocks,
         )
 
     def _with_clean_pass(

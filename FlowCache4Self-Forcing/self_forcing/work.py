@@ -41,6 +41,7 @@ def sampling_of(config: RunConfig) -> Sampling:
         is_rolling=config.rolling,
         clean_pass=config.clean_pass,
         refine_noise=config.refine_noise,
+        reuses_blocks=config.reuse_blocks,
         budget=Budget.of(
             config.kv,
             window=config.window,
@@ -109,6 +110,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         dtype=dtype,
         loop=sampling,
         reuse=None if sampling.steps else config.reuse,
+        stored_steps=len({*sampling.steps, *sampling.first_steps}) * sampling.reuses_blocks,
         num_prompts=1 + len(switches),
         num_scoring=0 if sampling.budget is None else sampling.budget.num_scoring,
     )

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowcache.block_reuse import BlockReuse
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.dit import DiT
+from flowcache.wan.dit import DiT, blocks_flops
 from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
 from self_forcing.config import CleanPass
 from self_forcing.sampler import Sampler, Sampling
@@ -106,3 +107,33 @@ def test_a_refining_pass_moves_the_chunk_once_more_and_leaves_its_keys(
     mine, theirs = (each.cached.own["cond"].caches[1] for each in (refined, plain))
     assert mine.clean == 18
     assert torch.equal(mine.kv[:, :18], theirs.kv[:, :18])
+
+
+# Blocks of the chunk before -----------------------------------------------------------------------
+
+BLOCKS = replace(FEW, reuses_blocks=True)
+
+
+def test_blocks_that_are_never_alike_change_nothing(make_dit: MakeDiT, make_sampler: MakeSampler):
+    dit = make_dit()
+    plain, sampler = (make_sampler(dit, each, num_frames=9, size=3) for each in (FEW, BLOCKS))
+    sampler.blocks = BlockReuse(floor=2)
+    for each in (plain, sampler):
+        list(each.denoise())
+    assert torch.equal(sampler.latents, plain.latents)
+
+
+def test_reused_blocks_save_what_torch_does_not_count(make_dit: MakeDiT, make_sampler: MakeSampler):
+    """All blocks but the first are alike from the second chunk on; clean passes are complete."""
+    dit, stats = make_dit(num_layers=3), RunStats(torch.device("cpu"))
+    sampler = make_sampler(dit, BLOCKS, num_frames=9, size=3, stats=stats)
+    sampler.blocks = BlockReuse(floor=-1, margin=9, most_change=1e9)
+    before = stats.computed_flops
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        list(sampler.denoise())
+    assert stats.computed_flops - before == counter.get_total_flops()
+    per_block = [
+        blocks_flops(dit.config, queries=18, keys=18 * (chunk + 1)) // 3 for chunk in (1, 2)
+    ]
+    saved = 2 * 2 * sum(per_block)  # two steps of two blocks
+    assert stats.flops_without_reuse - stats.computed_flops == saved

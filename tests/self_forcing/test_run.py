@@ -57,6 +57,13 @@ def test_what_a_strategy_keeps_costs_what_was_planned(
     make(*given, preset="self_forcing").check_costs()
 
 
+def test_blocks_are_reused_in_a_whole_run(make: Make):
+    given = (*TINY, "num_frames=45", "reuse_blocks=true", "prompt=a cat || 9: a dog")
+    made = make(*given, preset="self_forcing")
+    made.check_costs()
+    assert made.report["stats"]["flops"]["saving_factor"] >= 1
+
+
 @pytest.mark.parametrize("how", ["merged", "skipped", "refined"])
 def test_another_clean_pass_costs_what_was_planned(make: Make, how: str):
     settings = ("num_frames=45", "window=6", "sink=1", f"clean_pass={how}")

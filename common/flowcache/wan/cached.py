@@ -18,12 +18,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from flowcache.block_reuse import BlockReuse
 from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.wan.dit import (
     PATCH,
+    Around,
     ContextKV,
     DiT,
     DiTConfig,
@@ -163,6 +165,7 @@ class CachedDiT:
         frames: range,
         view: View | None = None,
         passes: Passes = lambda _name: (),
+        blocks: BlockReuse | None = None,
     ) -> dict[str, Tensor]:
         """Return the velocity of some frames in every branch, `[C, F, h, w]`.
 
@@ -170,12 +173,17 @@ class CachedDiT:
             times: timestep of each frame.
             frames: their places in the video.
             view: what they see, where keys are rotated when they are read; else all clean frames.
+            blocks: reuses blocks of earlier chunks at the same timesteps; of one branch.
         """
         embedded, made = self.embed(x_CFhw, times), dict[str, Tensor]()
+        assert blocks is None or len(self.names) == 1, "blocks are reused in one branch"
+        around = None if blocks is None else self._around(blocks, times)
         for name in self.own:
-            self.count(name, frames, view, passes=passes(name))
             with self.stats.timed_pass(passes(name)):
-                made[name] = self.read(self.run(name, embedded, frames=frames, view=view), embedded)
+                hidden = self.run(name, embedded, frames=frames, view=view, around=around)
+                made[name] = self.read(hidden, embedded)
+            reused = 0 if blocks is None else blocks.num_reused
+            self.count(name, frames, view, passes=passes(name), reused_blocks=reused)
         return self.ranks.gather_branches(made, names=self.names, like=x_CFhw)
 
     def velocities_after(
@@ -284,6 +292,20 @@ class CachedDiT:
                 indices = on_device(kept, dtype=torch.int64, device=self._device)
                 cache.keep(indices.unsqueeze(1).expand(-1, cache.kv.shape[2]))
 
+    def _around(self, blocks: BlockReuse, times: Sequence[float]) -> Around:
+        """Return what computes or reuses the blocks of a pass."""
+        height, width = (side // stride for side, stride in zip(self.size, PATCH[1:], strict=True))
+        size, step = (len(times), height, width), tuple(times)
+        blocks.begin()
+
+        def around(layer: int, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+            made = blocks.through(
+                x[0], step=step, block=layer, size=size, compute=lambda: compute()[0]
+            )
+            return made.unsqueeze(0)
+
+        return around
+
     # One pass ---------------------------------------------------------------------------------
 
     def embed(self, x_CFhw: Tensor, times: Sequence[float]) -> Embedded:
@@ -303,6 +325,7 @@ class CachedDiT:
         frames: range,
         view: View | None,
         is_clean: bool = False,
+        around: Around | None = None,
     ) -> Tensor:
         """Run the blocks of one branch: `[1, S, D]`."""
         branch, kept, rotates = self.own[name], self.kept.get(name), view is not None
@@ -327,6 +350,7 @@ class CachedDiT:
             split.scatter(rope, axis=0),
             branch.context,
             self_attend=split.over_heads(attend),
+            around=around,
         )
         return split.gather(hidden)
 
@@ -365,6 +389,7 @@ class CachedDiT:
         blocks: bool = True,
         head: bool = True,
         passes: Sequence[PassId] = (),
+        reused_blocks: int = 0,
     ) -> None:
         """Add the FLOPs of one branch's blocks and head; those that reuse saves as well.
 
@@ -372,6 +397,7 @@ class CachedDiT:
             view: what the frames see; a number: of clean frames.
             blocks: whether the blocks are computed, which count without reuse in any case.
             head: whether the head is.
+            reused_blocks: of these, so many are not.
         """
         sizes, queries = self.dit.config, len(frames) * self.frame_tokens
         if name in self.kept:
@@ -382,7 +408,8 @@ class CachedDiT:
             keys = queries + seen * self.frame_tokens
             inner = blocks_flops(sizes, queries=queries, keys=keys)
         outer = head_flops(sizes, queries=queries)
-        computed = (inner if blocks else 0) + (outer if head else 0)
+        own_blocks = inner - reused_blocks * (inner // sizes.num_layers)
+        computed = (own_blocks if blocks else 0) + (outer if head else 0)
         without_reuse = inner + (outer if head or not blocks else 0)
         self.stats.add_flops(computed=computed, without_reuse=without_reuse, passes=passes)
 

@@ -17,6 +17,7 @@ Source: Wan 2.1 (arXiv 2503.20314) and its released code. Some models add the fr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,6 +41,9 @@ ROPE_THETA = 10000.0
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""
+
+Around = Callable[[int, Tensor, Callable[[], Tensor]], Tensor]
+"""`(layer, x [B, S, D], compute) -> [B, S, D]`: what a block makes of x, computed or not."""
 
 
 @dataclass(frozen=True)
@@ -496,14 +500,20 @@ class DiT(nn.Module):
         context: Sequence[ContextKV],
         *,
         self_attend: SelfAttend,
+        around: Around | None = None,
     ) -> Tensor:
-        """Run all blocks on the tokens: `[B, S, D]`."""
+        """Run all blocks on the tokens: `[B, S, D]`.
+
+        Args:
+            around: is asked for what each block makes of its input; None: all are computed.
+        """
         x, modulation = embedded.tokens, embedded.modulation
         if modulation.shape[1] == 1 and x.shape[1] % 2 == 0:
             # code is compiled apart for lengths of 1: a single frame counts as two halves
             modulation = modulation.expand(-1, 2, -1, -1)
         for layer, block in enumerate(self.blocks):
-            x = block(
+            compute = partial(
+                block,
                 x,
                 modulation,
                 rope,
@@ -513,6 +523,7 @@ class DiT(nn.Module):
                 kernel=self.cross_kernel,
                 parts=self.parts,
             )
+            x = compute() if around is None else around(layer, x, compute)
         return x
 
     @torch.no_grad()

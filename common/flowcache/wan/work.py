@@ -43,6 +43,7 @@ def chunk_work(
     reuse: ReuseConfig | None = None,
     num_scoring: int = 0,
     num_prompts: int = 1,
+    stored_steps: int = 0,
 ) -> Work:
     """Work out what a video of one segment costs.
 
@@ -53,6 +54,7 @@ def chunk_work(
         reuse: of whose steps results are stored; None: none are.
         num_scoring: queries that score keys when some of these leave.
         num_prompts: that follow each other in the first branch.
+        stored_steps: of a chunk, at which what every block changes is stored.
     """
     num_branches, width, heads = len(branches), dtype.itemsize, sizes.num_heads
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
@@ -70,9 +72,9 @@ def chunk_work(
             is_clean=call.is_clean,
         )
     attention = AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width)
-    stored = 0
+    stored = stored_steps * sizes.num_layers * queries * sizes.dim * width
     if reuse is not None:
-        stored = num_branches * stored_bytes(sizes, reuse, queries, dtype)
+        stored += num_branches * stored_bytes(sizes, reuse, queries, dtype)
     return Work(
         segments=(segment,),
         branches=branches,
