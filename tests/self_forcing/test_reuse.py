@@ -147,3 +147,23 @@ def test_what_a_chunk_stored_is_gone_when_it_is_clean(make_dit: MakeDiT, make_sa
     list(sampler.denoise())
     assert not sampler.reuse.results["cond"].history
     assert not sampler.reuse.guidance.differences
+
+
+def test_held_guidance_adds_the_last_difference_to_the_conditional_velocity(
+    make_dit: MakeDiT, make_sampler: MakeSampler
+):
+    """By hand: steps 1 and 3 take the differences of steps 0 and 2."""
+    shown: dict[tuple[str, int], Tensor] = {}
+
+    def observe(*, branch: str, step: int, velocity: Tensor, **_place: Any) -> None:
+        shown[branch, step] = velocity.clone()
+
+    sampler = make_sampler(make_dit(), MANY, num_frames=3, size=3, rule=HELD, observe=observe)
+    x, solver = sampler.latents.clone(), UniPC(6, shift=5.0)
+    list(sampler.denoise())
+    for step in range(6):
+        cond = shown["cond", step]
+        full = step if ("uncond", step) in shown else step - 1
+        uncond = cond + shown["uncond", full] - shown["cond", full]
+        x = solver.step(uncond + 3.0 * (cond - uncond), sample=x)
+    assert_close(sampler.latents, x, ulps=64)

@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.model import Request
-from flowcache.runtime.run import prepare, run
+from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, run
+from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video
+from flowcache.wan.vae import VAE, VAEStream
 from self_forcing.__main__ import main
 from self_forcing.model import MODEL
+from self_forcing.pipeline import generate
 from self_forcing.released import FOLDER, PRESETS
 
 pytestmark = pytest.mark.numeric
@@ -86,6 +91,32 @@ def test_a_switch_of_prompts_changes_what_follows_and_costs_what_was_planned(
     assert not np.array_equal(anew.frames[24:], switched.frames[24:])
 
 
+def test_what_is_shown_while_it_is_made_equals_decoding_all_at_the_end(make: Make):
+    job = make(*TINY, preset="self_forcing").job
+    stats = RunStats(job.device)
+    networks, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
+    decoded = list[torch.Tensor]()
+
+    class Listening(VAE):
+        """Keeps the latents that are decoded."""
+
+        def stream(self, ranks: Ranks | None = None) -> VAEStream:
+            stream = super().stream(ranks)
+            decode = stream.decode
+            stream.decode = lambda latents: decode(decoded.append(latents) or latents)
+            return stream
+
+    networks.vae.__class__ = Listening
+    shown = [
+        progress.frames
+        for progress in generate(networks.dit, networks.vae, job.config, inputs, stats=stats)
+        if progress.frames is not None
+    ]
+    assert [part.shape[1] for part in shown] == [9, 12, 12]
+    whole = networks.vae.decode(torch.cat(decoded, dim=2))[0]
+    assert torch.equal(torch.cat(shown, dim=1), whole)
+
+
 def test_a_record_replays_to_the_same_video_with_what_it_reused(make: Make, replica: Path):
     settings = (*TINY, "num_steps=8", "reuse.rescale=none", "reuse.threshold=0.4")
     preset, prompt = "ar_flowcache_fast", ["prompt=a cat"]
@@ -140,6 +171,8 @@ def test_a_video_starts_from_an_image_or_goes_on_from_a_video(make: Make, pictur
         ("ar_chunkwise", ("num_steps=3",)),
         ("ar_flowcache_fast", ("num_steps=8", "reuse.rescale=none")),
         ("self_forcing", ("window=6",)),
+        ("self_forcing", ("window=6", "clean_pass=merged", "prompt=a cat || 6: a dog")),
+        ("self_forcing", ("window=6", "kv.compress=window", "positions=relative")),
         ("long", ()),
     ],
 )
