@@ -66,7 +66,7 @@ class RunConfig:
     warp_steps: bool = True
     num_steps: Annotated[int | None, Bounds(1, MAX_STEPS)] = None
     shift: Annotated[float, Bounds(0, 1000, is_open=True)] = 5.0
-    guidance: Annotated[float, Bounds(0, 1000)] = 3.0
+    guidance: Annotated[float | None, Bounds(0, 1000)] = None
     chunk_frames: Annotated[int, Bounds(1, MAX_POSITIONS)] = 3
     first_frame_alone: bool = False
     context_noise: Annotated[int, Bounds(0, 1000)] = 0
@@ -92,10 +92,9 @@ class RunConfig:
     compile: bool | None = None
     overlap: bool | None = None
 
-    @classmethod
-    def lines(cls) -> list[str]:
-        """Return a line for every setting, with type, default and meaning."""
-        return describe(cls, commented=PRESETS / "base.yaml")
+    def lines(self) -> list[str]:
+        """Return a line for every setting, with type, value and meaning."""
+        return describe(self, commented=[PRESETS / "base.yaml"])
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -105,6 +104,11 @@ class RunConfig:
         self._check_reuse()
         self._check_clean_pass()
         self._check_window()
+
+    @property
+    def scale(self) -> float:
+        """Of guidance in many steps."""
+        return 3.0 if self.guidance is None else self.guidance
 
     @property
     def scenes(self) -> list[tuple[int, str]]:
@@ -144,12 +148,17 @@ class RunConfig:
                 f"num_steps is {self.num_steps}, but step_list names {len(self.step_list)} steps: "
                 "leave one of them out"
             )
+        if self.step_list and self.guidance is not None:
+            raise UserError(
+                f"guidance is {self.guidance:g}, but a few-step model (step_list) has its guidance "
+                "built in: leave guidance out"
+            )
         if self.first_chunk_step_list and not self.step_list:
             raise UserError("first_chunk_step_list needs a step_list for the other chunks")
 
     def _check_reuse(self) -> None:
         if self.step_list is None:
-            num_passes = 2 if self.guidance > 1 else 1
+            num_passes = 2 if self.scale > 1 else 1
             check_rule(self.reuse, num_steps=self.num_steps or 50, num_passes=num_passes)
         elif self.reuse.policy != "vanilla" or guidance_of(self.reuse).is_on:
             raise UserError(

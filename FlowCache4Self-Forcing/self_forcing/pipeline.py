@@ -117,4 +117,4 @@ def _reuse(
         else:
             policy = policies(segment=0, branch=name)
         made[name] = cached.ranks.decided_by(policy, branch=number)
-    return StepReuse(cached, config.reuse, policies=made, guidance=config.guidance, observe=observe)
+    return StepReuse(cached, config.reuse, policies=made, guidance=config.scale, observe=observe)

@@ -449,6 +449,19 @@ def test_density_takes_no_more_than_leave_room_for_the_crowded():
     assert kept[:, 0].tolist() == [0, 1, 2, 4]
 
 
+def test_density_takes_those_first_that_are_least_like_its_bank():
+    """Three keys at 0, each 3 dense, at 1.6 when they came. A fourth one would crowd all three.
+
+    The one at 50 comes first, though it is younger, and crowds nobody: the oldest one leaves for
+    it. With the copy as well three would have to leave, but only two may.
+    """
+    strategy = Density(recent_frames=1)
+    strategy.inserted_GB = torch.full((1, 3), 1.6)
+    places = torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, 0], [50, 0], [99, 0]]).unsqueeze(1)
+    kept = strategy.keep(places, places, budget=4, layout=ONE_EACH)
+    assert kept[:, 0].tolist() == [1, 2, 4, 5]
+
+
 def test_more_new_keys_than_the_bank_holds_replace_it_at_most():
     strategy = Density(recent_frames=1)
     places = torch.arange(8.0).mul(10).view(-1, 1, 1)

@@ -97,12 +97,13 @@ def test_memory_and_cost_stay_flat_however_long_the_video(
         assert num_bytes[-1] < 0.75 * whole
 
 
+@pytest.mark.parametrize("loop", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("name", ["window", "sink_recent", "recent", "deep_forcing", "density"])
 def test_what_stays_costs_what_torch_counts(
-    make_dit: MakeDiT, make_sampler: MakeSampler, name: str
+    make_dit: MakeDiT, make_sampler: MakeSampler, name: str, loop: Sampling
 ):
     dit, stats = make_dit(), RunStats(torch.device("cpu"))
-    sampling = kept_by(name, recent_frames=2)
+    sampling = kept_by(name, loop, recent_frames=2)
     sampler = make_sampler(dit, sampling, num_frames=18, size=3, kv_frames=9, stats=stats)
     before = stats.computed_flops
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -1,6 +1,6 @@
-"""What a run of a Wan model costs that goes chunk by chunk through a KV cache."""
+"""What a run of a Wan model costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,79 @@ from flowcache.errors import UserError
 from flowcache.policies import stored_results
 from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import check_pass
-from flowcache.runtime.memory import META, weight_bytes
+from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import TOKEN_COPIES, most_active, scored_bytes
+from flowcache.runtime.plan import held_bytes, most_active
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
+from flowcache.wan.quantize import weight_bytes
 from flowcache.wan.vae import SPATIAL_STRIDE
+
+
+def wan_work(
+    sizes: DiTConfig,
+    segments: Sequence[SegmentWork],
+    *,
+    branches: tuple[str, ...],
+    queries: int,
+    pass_tokens: int,
+    frame_tokens: int,
+    flops: int,
+    dtype: torch.dtype,
+    loop: Any,
+    is_whole: bool = False,
+    batch: int = 1,
+    num_scored: int = 0,
+    stored_bytes: int = 0,
+    mode: Any = None,
+) -> Work:
+    """Put together what a run costs.
+
+    Args:
+        sizes: of the transformer.
+        queries: of the largest self-attention.
+        pass_tokens: see `Work`.
+        flops: of embeddings, blocks and heads; those of the prompts are added.
+        dtype: of the weights.
+        loop: see `Work`.
+        batch: branches that go through the blocks together.
+        num_scored: queries that score the keys when the KV cache is compressed.
+        mode: of quantised weights.
+    """
+    num_branches, heads = len(branches), sizes.num_heads
+    kv_tokens = max(part.kv_tokens for part in segments)
+    keys = queries if is_whole else kv_tokens
+    attention = AttentionShape(queries, keys, heads, heads, sizes.head_width)
+    with META:
+        weights = weight_bytes(DiT(sizes), mode, dtype=dtype)
+    return Work(
+        segments=tuple(segments),
+        branches=branches,
+        passes=branches,
+        is_whole=is_whole,
+        num_caches=num_branches,
+        frame_tokens=frame_tokens,
+        divided_tokens=frame_tokens,
+        pass_tokens=pass_tokens,
+        text_tokens=sizes.text_len,
+        attention=attention,
+        flops=num_branches * context_flops(sizes) + flops,
+        weight_bytes=weights,
+        stored_bytes=stored_bytes,
+        loop=loop,
+        **held_bytes(
+            segments,
+            attention,
+            num_layers=sizes.num_layers,
+            num_caches=num_branches,
+            ffn_width=sizes.ffn_dim,
+            pass_tokens=batch * pass_tokens,
+            num_queries=num_scored,
+            keeps_queries=False,
+            itemsize=dtype.itemsize,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +111,7 @@ def chunk_work(
     num_prompts: int = 1,
     stored_steps: int = 0,
 ) -> Work:
-    """Work out what a video of one segment costs.
+    """Work out what a video of one segment costs that goes chunk by chunk through a KV cache.
 
     Args:
         sizes: of the transformer.
@@ -56,48 +122,37 @@ def chunk_work(
         num_prompts: that follow each other in the first branch.
         stored_steps: of a chunk, at which what every block changes is stored.
     """
-    num_branches, width, heads = len(branches), dtype.itemsize, sizes.num_heads
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
     check_pass(queries, sizes="height, width or the frames of a chunk")
-    with META:
-        weights = weight_bytes(DiT(sizes).to(dtype))
-    flops = (num_branches + num_prompts - 1) * context_flops(sizes)
+    flops = (num_prompts - 1) * context_flops(sizes)
     for call in calls:
         flops += embed_flops(sizes, num_frames=call.num_frames, frame_tokens=frame_tokens)
-        flops += num_branches * pass_flops(
+        flops += len(branches) * pass_flops(
             sizes,
             call.num_frames,
             seen=call.seen,
             frame_tokens=frame_tokens,
             is_clean=call.is_clean,
         )
-    attention = AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width)
-    stored = stored_steps * sizes.num_layers * queries * sizes.dim * width
+    stored = stored_steps * sizes.num_layers * queries * sizes.dim * dtype.itemsize
     if reuse is not None:
-        stored += num_branches * stored_bytes(sizes, reuse, queries, dtype)
-    return Work(
-        segments=(segment,),
+        stored += len(branches) * result_bytes(sizes, reuse, queries, dtype)
+    return wan_work(
+        sizes,
+        [segment],
         branches=branches,
-        passes=branches,
-        is_whole=False,
-        num_caches=num_branches,
-        frame_tokens=frame_tokens,
-        divided_tokens=frame_tokens,
+        queries=queries,
         pass_tokens=queries,
-        text_tokens=sizes.text_len,
-        attention=attention,
+        frame_tokens=frame_tokens,
         flops=flops,
-        weight_bytes=weights,
-        kv_bytes=2 * segment.kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
-        scoring_bytes=scored_bytes(attention, num_queries=num_scoring),
-        query_bytes=0,
+        dtype=dtype,
+        num_scored=num_scoring,
         stored_bytes=stored,
-        activation_bytes=queries * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
         loop=loop,
     )
 
 
-def stored_bytes(sizes: DiTConfig, reuse: ReuseConfig, tokens: int, dtype: torch.dtype) -> int:
+def result_bytes(sizes: DiTConfig, reuse: ReuseConfig, tokens: int, dtype: torch.dtype) -> int:
     """Return what the results of some tokens take that one branch's reused steps are made from."""
     is_tokens = PREDICTORS[reuse.predict].level == "tokens"
     width = sizes.dim * dtype.itemsize if is_tokens else PATCH[1] * PATCH[2] * sizes.out_dim * 4
