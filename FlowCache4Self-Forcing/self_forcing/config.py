@@ -1,6 +1,5 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
@@ -22,18 +21,16 @@ from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
     ParallelRule,
-    check_prompt,
     describe,
     parse_limit,
 )
 from flowcache.wan.calibration import ReuseConfig, check_rule
+from flowcache.wan.scenes import Scenes, check_scenes, scenes_of
 from self_forcing.released import PRESETS
 
 MAX_POSITIONS = 1024
 """Latent frames for which the models have positions. Source: table of rotations upstream."""
 
-SWITCH = re.compile(r"\s*\|\|\s*(\d{1,7}):\s*")
-"""In a prompt, what stands before one for later latent frames: `a cat || 120: a dog`."""
 CleanPass: TypeAlias = Literal["separate", "merged", "skipped", "refined"]
 """What makes the final keys of a chunk in few steps: a clean pass of its own; one that is made
 together with the first step of the next chunk, with the same result; the chunk's last step, which
@@ -48,7 +45,7 @@ class RunConfig:
     """One video."""
 
     prompt: str = ""
-    prompts: list[tuple[int, str]] | None = None
+    prompts: Scenes | None = None
     recache: bool = False
     negative_prompt: str = ""
     image: Place = None
@@ -111,28 +108,15 @@ class RunConfig:
         return 3.0 if self.guidance is None else self.guidance
 
     @property
-    def scenes(self) -> list[tuple[int, str]]:
-        """Prompts, each with the latent frame from which on it holds; the first one with 0.
-
-        Example: `a cat || 120: a dog` is [(0, "a cat"), (120, "a dog")].
-        """
-        if self.prompts is not None:
-            return self.prompts
-        first, *later = SWITCH.split(self.prompt)
-        return [(0, first), *((int(at), text) for at, text in zip(*[iter(later)] * 2, strict=True))]
+    def scenes(self) -> Scenes:
+        """Prompts, each with the latent frame from which on it holds; the first one with 0."""
+        return scenes_of(self.prompt) if self.prompts is None else self.prompts
 
     def _check_prompts(self) -> None:
-        places = [at for at, _ in self.scenes]
-        if not places or places[0] != 0 or places != sorted({*places}):
-            raise UserError(
-                f"prompts begin at the latent frames {places}: the first must begin at 0, and "
-                "each later than the one before"
-            )
-        for at, text in self.scenes:
-            check_prompt("prompt" if at == 0 else f"the prompt of latent frame {at}", text)
-        if len(places) > 1 and self.rolling:
+        check_scenes(self.scenes)
+        if len(self.scenes) > 1 and self.rolling:
             raise UserError("prompts for later frames do not work with rolling: give one prompt")
-        if self.recache and (len(places) == 1 or self.kv.compress != "none"):
+        if self.recache and (len(self.scenes) == 1 or self.kv.compress != "none"):
             raise UserError(
                 "recache makes the keys of the newest frames anew where a prompt begins: it needs "
                 "prompts for later frames, and kv.compress=none, which keeps whole frames"

@@ -17,6 +17,7 @@ from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.memory import Held
 from flowcache.wan.model import WanModel, source_of
 from flowcache.wan.rounded import RoundedDiT
+from flowcache.wan.scenes import scene_lines
 from flowcache.wan.vae import VAE
 from self_forcing.checkpoint import FOLDERS, SIZES, find_weights_download, with_weights
 from self_forcing.config import RunConfig
@@ -98,7 +99,7 @@ class SelfForcing(WanModel):
             f"video        {config.num_frames} frames of {config.width}x{config.height} at "
             f"{config.fps} fps, seed {config.seed}",
             f"chunks       {len(part.tokens)}, {len(part.given)} given; latent frames seen: {seen}",
-            *_scene_lines(config),
+            *scene_lines(config.scenes, recaches=config.recache),
             f"ticks        {work.num_ticks}, {len(work.branches)} branches",
             f"tokens       {work.frame_tokens} per latent frame",
             f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
@@ -127,13 +128,3 @@ class SelfForcing(WanModel):
 
 
 MODEL = SelfForcing()
-
-
-def _scene_lines(config: RunConfig) -> list[str]:
-    """Return a line on prompts that begin later, if there are some."""
-    _, *later = config.scenes
-    if not later:
-        return []
-    places = ", ".join(str(at) for at, _ in later)
-    how = ", with the keys of the newest frames made anew" if config.recache else ""
-    return [f"prompts      {1 + len(later)}, the others from latent frame {places}{how}"]

@@ -8,7 +8,7 @@ from collections.abc import Generator
 import torch
 
 from flowcache.errors import UserError
-from flowcache.policies import Observe, Policies, ReusePolicy
+from flowcache.policies import Observe, Policies
 from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, Work
 from flowcache.runtime.ops import Draw, seeded_noise
@@ -16,7 +16,6 @@ from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.cached import CachedDiT, add_flops_of_others, open_branches
-from flowcache.wan.calibration import policy_maker
 from flowcache.wan.codec import Codec
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning
@@ -90,7 +89,9 @@ def generate(
             chunks=chunks,
             num_given=len(part.given),
             draw=draw,
-            reuse=_reuse(config, cached, policies, observe),
+            reuse=StepReuse.of(
+                config, cached, guidance=config.scale, policies=policies, observe=observe
+            ),
             scenes=conditioning.scenes,
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
@@ -104,17 +105,3 @@ def generate(
             else:
                 yield Progress(tick, None)
     add_flops_of_others(stats, ranks)
-
-
-def _reuse(
-    config: RunConfig, cached: CachedDiT, policies: Policies | None, observe: Observe | None
-) -> StepReuse:
-    """Return what decides which of many steps are computed: by the settings, if not by others."""
-    made = dict[str, ReusePolicy]()
-    for number, name in enumerate(cached.names):
-        if policies is None:
-            policy = policy_maker(config, cached.dit.config)()
-        else:
-            policy = policies(segment=0, branch=name)
-        made[name] = cached.ranks.decided_by(policy, branch=number)
-    return StepReuse(cached, config.reuse, policies=made, guidance=config.scale, observe=observe)

@@ -27,11 +27,9 @@ from flowcache.wan.cached import CachedDiT, View
 from flowcache.wan.flow_match import NUM_LEVELS, add_noise, estimate_clean, levels_of
 from flowcache.wan.kept import Budget
 from flowcache.wan.reuse import StepReuse
+from flowcache.wan.scenes import recached
 from flowcache.wan.unipc import UniPC, timestep_grid
 from self_forcing.config import CleanPass
-
-RECACHED_FRAMES = 12
-"""Newest latent frames whose keys are made anew when a prompt begins. Source: LongLive's window."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +91,10 @@ class Sampling:
         return min(clean, self.window if self.is_rolling else self.window - num_frames)
 
     def recached(self, chunk: int, *, chunks: Sequence[range], clean: int) -> Sequence[int]:
-        """Return the chunks before one with another prompt whose keys are made anew.
-
-        Example: 21 clean frames, the first one in the sink, chunks of 3: chunk 7 has 3..6 made
-        anew, which are 12 frames.
-        """
+        """Return the chunks whose keys are made anew before one, if another prompt begins there."""
         if not self.recaches or chunk not in self.switches:
             return ()
-        most, first = min(RECACHED_FRAMES, clean - self.sink), chunk
-        while first and sum(len(own) for own in chunks[first - 1 : chunk]) <= most:
-            first -= 1
-        return range(first, chunk)
+        return recached(chunk, chunks=chunks, whole=clean - self.sink)
 
     def reach(self, num_frames: int, clean: int, *, sink: int, is_clean: bool) -> tuple[int, int]:
         """Return how many of the first and of the last clean frames a pass sees.

@@ -13,6 +13,7 @@ from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
 from flowcache.wan.kept import Budget
 from flowcache.wan.memory import Held
+from flowcache.wan.scenes import switches_of
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from flowcache.wan.work import Call, chunk_work, tokens_per_frame
 from self_forcing.config import MAX_POSITIONS, RunConfig
@@ -103,7 +104,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     sampling = sampling_of(config)
     frame_tokens = tokens_per_frame(height=config.height, width=config.width)
     segment = _segment(config, sampling, frame_tokens)
-    switches = switches_of(config, segment)
+    switches = switches_of(config.scenes, chunks=segment.cut, generated=segment.generated)
     sampling = replace(sampling, switches=switches, recaches=config.recache)
     return chunk_work(
         sizes,
@@ -148,20 +149,6 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
                 yield call([chunk], is_clean=True, has_head=True)
             elif not tick.is_last:
                 yield call([chunk], is_clean=True)
-
-
-def switches_of(config: RunConfig, segment: SegmentWork) -> tuple[int, ...]:
-    """Return the chunks with which the later prompts begin."""
-    starts, switches = [chunk.start for chunk in segment.cut], list[int]()
-    for at, _ in config.scenes[1:]:
-        first = next((c for c in segment.generated if starts[c] >= at), None)
-        if first is None or first in switches:
-            raise UserError(
-                f"the prompt of latent frame {at} begins with no chunk of its own: chunks begin "
-                f"every {config.chunk_frames} latent frames, the last one at {starts[-1]}"
-            )
-        switches.append(first)
-    return tuple(switches)
 
 
 def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:

@@ -12,16 +12,25 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, S tokens, D w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowcache.policies import Decisions, Observe, ReusePolicy, agree, guidance_of, store_of
+from flowcache.policies import (
+    Decisions,
+    Observe,
+    Policies,
+    ReusePolicy,
+    agree,
+    guidance_of,
+    store_of,
+)
 from flowcache.predict import PREDICTORS
 from flowcache.runtime.stats import PassId
 from flowcache.schedule import Tick
 from flowcache.wan.cached import CachedDiT, View
-from flowcache.wan.calibration import ReuseConfig
+from flowcache.wan.calibration import ReuseConfig, policy_maker
 from flowcache.wan.dit import Embedded
 
 
@@ -64,6 +73,26 @@ class StepReuse:
         self.results = {name: store_of(rule) for name in cached.names}
         self.updates = store_of(rule)  # of the guided latents, where these are what is reused
         self.guidance = guidance_of(rule)
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        cached: CachedDiT,
+        *,
+        guidance: float,
+        policies: Policies | None = None,
+        observe: Observe | None = None,
+    ) -> "StepReuse":
+        """Decide by the settings, see `policy_maker`, if not by other policies."""
+        made = dict[str, ReusePolicy]()
+        for number, name in enumerate(cached.names):
+            if policies is None:
+                policy = policy_maker(config, cached.dit.config)()
+            else:
+                policy = policies(segment=0, branch=name)
+            made[name] = cached.ranks.decided_by(policy, branch=number)
+        return cls(cached, config.reuse, policies=made, guidance=guidance, observe=observe)
 
     def velocity(
         self,
