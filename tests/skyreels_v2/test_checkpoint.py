@@ -19,7 +19,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from flowcache.wan import text, vae
 from flowcache.wan.checkpoint import diffusers_key, read_diffusers, read_original
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2.checkpoint import FOLDERS, released_sizes
+from skyreels_v2.model import FOLDERS, released_sizes
 
 find = FOLDERS.find
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
