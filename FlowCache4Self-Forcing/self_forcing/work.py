@@ -32,7 +32,7 @@ def sampling_of(config: RunConfig) -> Sampling:
         first_steps=timesteps(config.first_chunk_step_list),
         num_steps=config.num_steps or 50,
         shift=config.shift,
-        guidance=config.guidance,
+        guidance=3.0 if config.guidance is None else config.guidance,
         context_noise=config.context_noise,
         window=config.window,
         sink=config.sink,

@@ -25,7 +25,7 @@ SAME_KEYS: Mapping[str, str] = MappingProxyType(
         key: key
         for key in (
             *("prompt", "image", "video", "seed", "memory_limit", "embedding_cache"),
-            *("num_steps", "num_frames", "height", "width", "fps"),
+            *("num_steps", "num_frames", "height", "width", "fps", "guidance"),
         )
     }
 )
