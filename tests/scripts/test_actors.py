@@ -21,7 +21,8 @@ from signals import heed_signals
 from flowcache.bench import actors
 from flowcache.bench.tasks import Task
 from flowcache.bench.worker import DiskFullError, Worker
-from flowcache.runtime.cluster import Cluster
+from flowcache.errors import UserError
+from flowcache.runtime.cluster import Cluster, cluster
 
 MARK = "FLOWCACHE_TEST_OF_RAY"
 END_SECONDS = 60
@@ -72,9 +73,9 @@ def divide(
     make: Callable[[Task], str | None], out: Path, tasks: list[Task]
 ) -> tuple[FakeRay, dict[str, str]]:
     ray = FakeRay(make)
-    cluster = Cluster(ray, 2, {"num_cpus": 1, "num_gpus": 0}, is_own=True)
+    found = Cluster(ray, 2, {"num_cpus": 1, "num_gpus": 0}, is_own=True)
     costs = {task.kind: float(task.preset.removeprefix("p")) for task in tasks}
-    return ray, actors.run(Worker(out, make_file), tasks, costs, cluster)
+    return ray, actors.run(Worker(out, make_file), tasks, costs, found)
 
 
 def test_the_most_expensive_videos_are_made_first_by_no_more_actors_than_videos(tmp_path: Path):
@@ -122,6 +123,54 @@ def test_without_ray_there_is_one_line_before_any_work(
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ray is not installed: pip install 'flowcache[ray]'")
     assert fake == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:99999999"])
+def test_an_address_at_which_no_cluster_listens_is_one_line(
+    address: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(lambda _: None))
+    said = f"RAY_ADDRESS={address}: no cluster of Ray listens there: give HOST:PORT"
+    with pytest.raises(UserError, match=said), cluster(2):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_replicas", "expected"),
+    [
+        ({"CPU": 4.0}, None, (1, 0)),
+        ({"CPU": 4.0}, 4, (4, 0)),
+        ({"CPU": 4.0}, 5, "--replicas 5 is above the 4 cores of the cluster"),
+        ({"CPU": 4.0, "GPU": 2.0}, None, (2, 1)),
+        ({"CPU": 4.0, "GPU": 2.0}, 3, "--replicas 3 is above the 2 GPUs of the cluster"),
+    ],
+)
+def test_a_replica_takes_a_gpu_where_there_are_some_else_a_core(
+    resources: dict[str, float],
+    num_replicas: int | None,
+    expected: tuple[int, int] | str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The cluster is one that is running; whose signal handlers stay as they were."""
+    ended: list[bool] = []
+    ray = SimpleNamespace(
+        init=lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        cluster_resources=lambda: resources,
+        shutdown=lambda: ended.append(True),
+    )
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    before = signal.getsignal(signal.SIGTERM)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected), cluster(num_replicas):
+            pass
+    else:
+        with cluster(num_replicas) as found:
+            assert (found.num_replicas, found.resources["num_gpus"]) == expected
+            assert signal.getsignal(signal.SIGTERM) == before
+            assert not found.is_own
+    assert ended == [True]
 
 
 # With Ray -----------------------------------------------------------------------------------------

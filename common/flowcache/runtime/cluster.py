@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ ADDRESS = "RAY_ADDRESS"
 MAX_RETRIES = 2
 """Of a video whose replica died: after so many it is the video's own fault."""
 MAX_REPLICAS = 10_000
+ANSWER_SECONDS = 10.0
 OBJECT_STORE_BYTES = 10**8
 """Only messages go through Ray's memory; videos are files."""
 
@@ -73,7 +75,9 @@ def cluster(num_replicas: int | None) -> Generator[Cluster, None, None]:
     ray = import_ray()
     given: dict[str, Any] = {"address": os.environ.get(ADDRESS, "local")}
     is_own = given["address"] == "local"
-    if is_own:
+    if not is_own:
+        _check_address(given["address"])
+    else:
         given["num_cpus"] = max(num_replicas or 1, os.cpu_count() or 1)
         given["include_dashboard"] = False
         given["object_store_memory"] = OBJECT_STORE_BYTES
@@ -82,9 +86,7 @@ def cluster(num_replicas: int | None) -> Generator[Cluster, None, None]:
     try:
         ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{ADDRESS}={given['address']}: no cluster of Ray ({first_line(error)})"
-        ) from None
+        raise UserError(f"Ray does not start or answer: {first_line(error)}") from None
     finally:
         if is_main:  # Ray takes the signal for itself
             signal.signal(signal.SIGTERM, handler)
@@ -92,6 +94,19 @@ def cluster(num_replicas: int | None) -> Generator[Cluster, None, None]:
         yield _chosen(ray, num_replicas, is_own=is_own)
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Check that a cluster listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        if address != "auto":  # one of this machine, which Ray finds
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError):
+        raise UserError(
+            f"{ADDRESS}={address}: no cluster of Ray listens there: give HOST:PORT as ray start "
+            "prints it, or unset it"
+        ) from None
 
 
 def _chosen(ray: Any, num_replicas: int | None, *, is_own: bool) -> Cluster:
