@@ -228,7 +228,6 @@ def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
         chunk_key="causal_block_size",
         window_frames=num_frames,
         is_batched=work.loop.sampling.batch_branches,
-        keeps_residual=True,
     )
 
 
