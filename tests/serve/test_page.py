@@ -74,7 +74,7 @@ def test_the_first_chunk_plays_while_later_ones_are_made(visit: Callable[..., Pa
         "document.querySelector('#live video')?.currentTime > 0.05"
         " && document.querySelector('#state').innerText"
     )
-    assert "in_progress" in playing.json_value()
+    assert "in progress" in playing.json_value()
     assert page.locator("#map rect").count() > 0
     page.wait_for_function("document.querySelector('#state').innerText.includes('completed')")
     state = page.inner_text("#state")
