@@ -33,7 +33,7 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.cli import ProgressBar
-from flowcache.runtime.config import check_prompt, overrides_of
+from flowcache.runtime.config import check_prompt, from_python, overrides_of
 from flowcache.runtime.files import check_writable
 from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import (
@@ -241,16 +241,28 @@ def load(
     Raises:
         UserError: the model, the preset or a setting is wrong.
     """
+    given = {"preset": preset, "architecture": architecture, "progress_bar": progress_bar}
+    pipe = unloaded(model, **given, **settings)
+    pipe.load()
+    return pipe
+
+
+def unloaded(
+    model: str | Path,
+    *,
+    preset: str,
+    architecture: str | None,
+    progress_bar: bool,
+    **settings: Any,
+) -> Pipeline:
+    """Return a pipeline that has loaded nothing yet; see `load`."""
     name = str(model)
-    request = Request(preset=preset, model=name)
-    pipe = Pipeline(
+    return Pipeline(
         load_model(architecture_of(name) if architecture is None else _known(architecture)),
-        request,
+        Request(preset=preset, model=name),
         settings,
         progress_bar=progress_bar,
     )
-    pipe.load()
-    return pipe
 
 
 @dataclass(frozen=True)
@@ -455,7 +467,8 @@ class Pipeline:
         with self._as_files(given, request) as (named, shown):
             overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
-            return prepare(self.model, request, writes=False).changed(**shown)
+            with from_python():
+                return prepare(self.model, request, writes=False).changed(**shown)
 
     @contextmanager
     def _as_files(
