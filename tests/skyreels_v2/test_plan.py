@@ -8,8 +8,8 @@ from flowcache.policies import FlowCache
 from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.model import Work
+from flowcache.wan.calibration import policy_maker
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
-from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import PRESETS
