@@ -36,11 +36,11 @@ from flowcache.runtime.model import Job, Loaded, Request, Source
 from flowcache.runtime.ops import Draw
 from flowcache.runtime.run import finished, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.unipc import timestep_grid
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE
-from skyreels_v2.calibration import rescale_for
 from skyreels_v2.components import Components, components_of, load_components
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import check_mode
@@ -724,7 +724,7 @@ class _Made:
         return times.to(progress.latents.device)
 
 
-def _continued(shown: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
+def _continued(shown: Mapping[str, Tensor], job: Job) -> dict[str, Any]:
     """Return the pictures of a run; of a video what its first window repeats."""
     pictures = {name: value.to(job.device) for name, value in shown.items()}
     if "video" in pictures:

@@ -11,6 +11,7 @@ from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.wan import quantize
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.codec import LatentCodec
 from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig, compiled_parts
 from flowcache.wan.folder import Folders
@@ -18,7 +19,6 @@ from flowcache.wan.given import Conditioning, Media, read_media
 from flowcache.wan.memory import Held
 from flowcache.wan.model import SAME_KEYS, WanModel
 from skyreels_v2 import work as works
-from skyreels_v2.calibration import rescale_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import check_mode, fit_image, turn_to_fit
 from skyreels_v2.pipeline import SegmentProgress, generate

@@ -21,11 +21,11 @@ from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.cached import add_flops_of_others, encode_contexts, open_caches
+from flowcache.wan.calibration import policy_maker
 from flowcache.wan.codec import Codec, LatentCodec
 from flowcache.wan.dit import ContextKV, DiT
 from flowcache.wan.given import Conditioning
 from flowcache.wan.vae import SPATIAL_STRIDE
-from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames

@@ -41,6 +41,11 @@ class TokenOrigins:
         self.chunk_TG[start:stop] = chunk
         self.count_GN[:, chunk] += stop - start
 
+    def rewind(self, start: int, stop: int) -> None:
+        """Note that the tokens from one row to another are gone."""
+        gone_GT = self.chunk_TG[start:stop].transpose(0, 1)
+        self.count_GN.scatter_add_(1, gone_GT, -torch.ones_like(gone_GT))
+
     def keep(self, indices_KG: Tensor) -> None:
         """Note which tokens of each head stay."""
         kept_KG = self.chunk_TG.gather(0, indices_KG)
@@ -139,6 +144,13 @@ class KVCache:
         if self.origins is not None:
             assert chunk is not None, "origins are tracked, but the chunk is not named"
             self.origins.settle(self.clean - num_tokens, self.clean, chunk=chunk)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Drop the newest clean tokens, and all active ones."""
+        self.clean -= num_tokens
+        self.filled = self.clean
+        if self.origins is not None:
+            self.origins.rewind(self.clean, self.clean + num_tokens)
 
     def keep(self, indices_KG: Tensor) -> None:
         """Keep these clean tokens of each head and drop the other clean ones."""

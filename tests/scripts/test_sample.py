@@ -129,6 +129,16 @@ def test_every_process_makes_its_share_and_the_main_one_lists_all_failures(
         assert sum(line.startswith(said) for line in lines) == 2  # when it failed, and at the end
 
 
+def test_of_two_processes_one_says_what_is_wrong(prompts: Path, tmp_path: Path):
+    script = [str(SCRIPTS / "sample.py"), *demo(prompts, tmp_path / "out")]
+    for given, said in (("num_step=3", "unknown key 'num_step'"), ("--ray", "--ray starts its")):
+        command = [sys.executable, "-m", "flowcache.launch", "2", *script, given]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 2
+        (line,) = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+        assert said in line
+
+
 def test_every_example_runs(fake: list[Task], tmp_path: Path):
     text = sample.EXAMPLES.partition("examples:\n")[2].partition("\n\n")[0]
     for line in text.replace("\\\n", " ").splitlines():

@@ -49,7 +49,6 @@ class Held:
         shown_frames: pixel frames that are decoded at once, at most.
         window_frames: latent frames whose tokens are embedded together with those of a pass.
         is_batched: whether guidance branches go through the blocks in one batch.
-        keeps_residual: whether a pass returns what reuse stores, too.
         kv_remedy: what makes the KV cache smaller.
         chunk_key: setting that says how large a chunk is.
     """
@@ -61,7 +60,6 @@ class Held:
     chunk_key: str
     window_frames: int = 0
     is_batched: bool = False
-    keeps_residual: bool = False
 
 
 class WanMemory(Footprint):
@@ -189,7 +187,6 @@ class WanMemory(Footprint):
                     own, split.scatter(rope, axis=0), contexts, self_attend=split.over_heads(attend)
                 )
             )
-            velocity = model.velocity(hidden, embedded, latent_height=height, latent_width=width)
-            return (velocity, hidden - embedded.tokens) if self.held.keeps_residual else velocity
+            return model.velocity(hidden, embedded, latent_height=height, latent_width=width)
 
         return scratch_bytes(forward)

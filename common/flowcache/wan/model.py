@@ -109,10 +109,14 @@ class WanModel(VideoModel):
 
     # Running ----------------------------------------------------------------------------------
 
+    def prompts(self, job: Job) -> list[str]:
+        """Return the texts that are encoded: those of the branches, then others."""
+        return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]
+
     def text_facts(self, job: Job) -> dict[str, Any]:
         folder = job.source.files
         return {
-            "prompts": _prompts(job),
+            "prompts": self.prompts(job),
             "encoder": text.fingerprint(folder.text_encoder, tokenizer=folder.tokenizer),
             "text_len": folder.config.text_len,
             "dtype": str(job.dtype),
@@ -129,7 +133,7 @@ class WanModel(VideoModel):
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job))
+        made = encoder.encode(self.prompts(job))
         modules = {"text encoder": encoder.model}
         return check_finite(made, "the embeddings of the prompts", modules=modules)
 
@@ -151,13 +155,14 @@ class WanModel(VideoModel):
         media, history, video = job.media, job.config.overlap_history, None
         if media.video is not None and history is not None:
             video = to_pixels(media.video[-history:]).to(job.device)
-        texts = zip(job.work.branches, encoded.split(1), strict=True)
+        texts, count = encoded.split(1), len(job.work.branches)
         return Conditioning(
-            dict(texts),
+            dict(zip(job.work.branches, texts[:count], strict=True)),
             image_features=self._image_features(job),
             image=media.image,
             end_image=media.end_image,
             video=video,
+            scenes=texts[count:],
         )
 
     def _image_features(self, job: Job) -> Tensor | None:
@@ -179,7 +184,3 @@ class WanModel(VideoModel):
 def source_of(found: WanFolder) -> Source:
     """Return a model that was found."""
     return Source(found.folder.name, found.folder, files=found, sizes=found.config)
-
-
-def _prompts(job: Job) -> list[str]:
-    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]
