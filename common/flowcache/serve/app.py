@@ -16,7 +16,6 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, SummaryMetricFamily
-from starlette.exceptions import HTTPException
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import in_one_line
@@ -107,11 +106,10 @@ def make_app(
     ) -> JSONResponse:
         return _error(str(error), status=error.status, code=error.code)
 
-    @app.exception_handler(HTTPException)
-    async def refuse_http(  # pyright: ignore[reportUnusedFunction]
-        _request: Request, error: HTTPException
-    ) -> JSONResponse:
-        return _error(in_one_line(str(error.detail)), status=error.status_code)
+    async def refuse_form(_request: Request, error: Exception) -> JSONResponse:
+        return _error(in_one_line(str(error)), status=400)
+
+    app.add_exception_handler(400, refuse_form)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_query(  # pyright: ignore[reportUnusedFunction]
