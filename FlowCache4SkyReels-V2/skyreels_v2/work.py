@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
+from flowcache.compress import LAST_QUERY_TOKENS, Received, TokenLayout, strategy_of
 from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
 from flowcache.policies import stored_results
@@ -72,9 +72,15 @@ def branches_of(config: RunConfig) -> tuple[str, ...]:
     return ("cond", "uncond") if config.guidance > 1 else ("cond",)
 
 
-def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
-    """Return the KV budget in tokens and the rule that picks what stays, or None."""
-    strategy = strategy_of(config.kv)
+def compression_of(
+    config: RunConfig, *, frame_tokens: int, received: Received | None = None
+) -> Compression | None:
+    """Return the KV budget in tokens and the rule that picks what stays, or None.
+
+    Args:
+        received: how importance is summed, see `flowcache.compress.ImportanceRedundancy`.
+    """
+    strategy = strategy_of(config.kv, received=received)
     if strategy is None:
         return None
     layout = token_layout(config, frame_tokens=frame_tokens)

@@ -156,6 +156,8 @@ def demo_checks(benchmark: Benchmark, device: torch.device) -> list[Check]:
         "decoded while denoising goes on": Way(demo.fast, ("overlap=true",), is_decoded=True),
         f"compiled blocks, {'bfloat16' if is_cuda else 'float32'}": compiled,
     }
+    if is_cuda:  # elsewhere importance is summed block by block either way
+        ways["KV compression, compiled"] = Way(demo.compressed, is_compiled=True)
     return [
         Check(f"{demo.title}: {name}", partial(compare, way, device, benchmark))
         for name, way in ways.items()
