@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # torch is imported where tensors are made: a wrong setting is refused before torch is loaded
 
-Received: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+Received: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """`(q [Q, G, D], k [L, G, D]) -> attention that each key receives on average [G, L]`."""
 Granularity: TypeAlias = Literal["token", "frame", "chunk"]
 Order: TypeAlias = Literal["position", "score"]
