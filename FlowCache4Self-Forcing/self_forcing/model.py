@@ -67,7 +67,8 @@ class SelfForcing(WanModel):
         return source.files.fingerprint()
 
     def identity(self, job: Job) -> str:
-        return f"{job.source.files} {job.config.precision}"
+        config = job.config
+        return f"{job.source.files} {config.precision} {config.vae_dtype} {config.vae_compile}"
 
     def setting(self, config: RunConfig) -> Setting:
         num_steps = config.num_steps or 50

@@ -31,20 +31,26 @@ and last sample, the velocities of two branches and their guided sum."""
 SIZE_REMEDY = "lower height and width"
 
 
-def networks_of(files: Checkpoint | None, sizes: DiTConfig, *, dtype: torch.dtype) -> Networks:
+def networks_of(
+    files: Checkpoint | None,
+    sizes: DiTConfig,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Networks:
     """Build those of a checkpoint; None: those that all released models share."""
     if files is None:
         vision = text.RELEASED_VISION_WEIGHTS if sizes.model_type == "i2v" else 0
-        encoder, codec = text.released_encoder(), vae.released()
+        encoder, codec = text.released_encoder(), vae.released(vae_dtype)
     else:
         part = files.image_encoder
         vision = 0 if part is None else text.vision_weights(part)
-        encoder, codec = text.empty_encoder(files.text_encoder), vae.empty(files.vae)
+        encoder, codec = text.empty_encoder(files.text_encoder), vae.empty(files.vae, vae_dtype)
     return Networks(encoder, dtype, codec, vision * dtype.itemsize)
 
 
 class WindowMemory(Footprint):
-    """Counts what a SkyReels-V2 run needs; the VAE is float32, all else in the run's type."""
+    """Counts what a SkyReels-V2 run needs; all but the VAE in the run's type."""
 
     text_remedy = "set text_on_host=true"
     kv_remedy = "set kv.compress=importance, or fewer num_frames"

@@ -17,7 +17,7 @@ from flowcache.runtime.profile import Setting
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import quantize, text
 from flowcache.wan.dit import DiT, compiled_parts
-from flowcache.wan.model import SAME_KEYS, WanModel
+from flowcache.wan.model import SAME_KEYS, WanModel, vae_dtype
 from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2 import work as works
 from skyreels_v2.calibration import rescale_for
@@ -93,8 +93,9 @@ class SkyReels(WanModel):
     def fingerprint(self, source: Source) -> str:
         return checkpoints.fingerprint(source.files)
 
-    def identity(self, job: Job) -> tuple[str, str | None]:
-        return str(job.source.files), job.config.quantize
+    def identity(self, job: Job) -> tuple[object, ...]:
+        config = job.config
+        return str(job.source.files), config.quantize, config.vae_dtype, config.vae_compile
 
     def ingredients(self, job: Job) -> dict[str, Path]:
         image_encoder = job.source.files.image_encoder
@@ -158,7 +159,9 @@ class SkyReels(WanModel):
             sizes,
             job.config,
             job.work,
-            networks=networks_of(job.source.files, sizes, dtype=job.dtype),
+            networks=networks_of(
+                job.source.files, sizes, dtype=job.dtype, vae_dtype=vae_dtype(job.config)
+            ),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,

@@ -28,16 +28,18 @@ LATENT_COPIES = 6
 SIZE_REMEDY = "lower height and width"
 
 
-def networks_of(folder: WanFolder | None, *, dtype: torch.dtype) -> Networks:
+def networks_of(
+    folder: WanFolder | None, *, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> Networks:
     """Build those of a base model; None: those that all released models share."""
     if folder is None:
-        return Networks(text.released_encoder(), dtype, vae.released())
+        return Networks(text.released_encoder(), dtype, vae.released(vae_dtype))
     encoder = text.empty_encoder(folder.text_encoder)
-    return Networks(encoder, dtype, vae.empty(folder.vae))
+    return Networks(encoder, dtype, vae.empty(folder.vae, vae_dtype))
 
 
 class ChunkMemory(Footprint):
-    """Counts what a run needs; the VAE is float32, all else in the run's type."""
+    """Counts what a run needs; all but the VAE in the run's type."""
 
     text_remedy = "set text_on_host=true"
     kv_remedy = "set window, or fewer num_frames"

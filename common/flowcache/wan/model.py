@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.compile import should_compile
 from flowcache.runtime.memory import Footprint
 from flowcache.runtime.model import Job, Source, VideoModel
 from flowcache.wan import text, vae
@@ -58,7 +59,7 @@ class WanModel(VideoModel):
             job.config,
             job.work,
             given_pixels=0 if given is None else given.shape[1],
-            networks=networks_of(folder, dtype=job.dtype),
+            networks=networks_of(folder, dtype=job.dtype, vae_dtype=vae_dtype(job.config)),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
@@ -111,7 +112,15 @@ class WanModel(VideoModel):
         return Conditioning(dict(texts), job.media.given)
 
     def load_vae(self, job: Job) -> vae.VAE:
-        return vae.load(self.folder(job.source).vae, device=job.device)
+        config, device = job.config, job.device
+        made = vae.load(self.folder(job.source).vae, dtype=vae_dtype(config), device=device)
+        compiles = config.vae_compile and should_compile(True, device)
+        return made.quicken(compiles=compiles) if compiles or made.dtype != torch.float32 else made
+
+
+def vae_dtype(config: Any) -> torch.dtype:
+    """Return the type of the VAE's weights."""
+    return torch.bfloat16 if config.vae_dtype == "bfloat16" else torch.float32
 
 
 def _prompts(job: Job) -> list[str]:
