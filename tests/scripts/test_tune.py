@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,15 +15,18 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from flowcache.errors import UserError
 from flowcache.policies import Decision, Observe
 from flowcache.predict import HeldGuidance, ResultStore, clean_estimate, velocity_to
 from flowcache.runtime.profile import Setting, read_profile
 from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
-from flowcache.tune.gap import ErrorModel, Predictor
-from flowcache.tune.gram import Calibration
-from flowcache.tune.methods import closest_magcache, closest_threshold
-from flowcache.tune.runs import Size, Words
+from flowcache.tuning.gap import ErrorModel, Predictor
+from flowcache.tuning.gram import Calibration
+from flowcache.tuning.methods import closest_magcache, closest_threshold
+from flowcache.tuning.plan import Constraints, parse_target
+from flowcache.tuning.runs import Size, Words
+from flowcache.tuning.study import check_possible
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tune"
 """Random plans measured on two clips of the demo; `tune.py --store-check` makes such files anew."""
@@ -157,7 +161,7 @@ def _tune(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Tune:
     assert toy.num_renders == 0
 
     def run(*arguments: str, code: int = 0) -> str:
-        given = ["--model", "skyreels_v2", "--work", str(tmp_path / "work"), "--clips", "3"]
+        given = ["--architecture", "skyreels_v2", "--work", str(tmp_path / "work"), "--clips", "3"]
         assert importlib.import_module("tune").main([*given, *arguments]) == code
         captured = capsys.readouterr()
         if code == 0:
@@ -245,17 +249,20 @@ def test_a_second_start_measures_nothing_again(tune: Tune, toy: Toy):
         (["--target", "flops=0.001", "--dry-run"], "cannot be reached: at least "),
         (["--target", "speedup=300", "--dry-run"], "cannot be reached: at least "),
         (["--target", "quality=3"], "must be one of the kinds"),
-        (["--most-reuses", "0"], "nothing can be reused"),
-        (["--warmup-steps", "0"], "warmup_steps must be 1 or more, not 0"),
-        (["--final-steps", "1000"], "nothing can be reused"),
         (["--hold-guidance"], "--hold-guidance needs a model with guidance, but this run has one"),
         (["--clips", "0"], "--clips must be 1 or more"),
-        (["--checkpoint", "some/model"], "--prompts FILE"),
+        (["--model", "some/model"], "--prompts FILE"),
         (["--prompts", "missing.txt"], "cannot be read"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tune: Tune, arguments: list[str], words: str):
     assert words in tune("--check-prompts", "0", *arguments, code=2)
+
+
+def test_a_run_of_two_steps_leaves_nothing_to_reuse(toy: Toy):
+    size = replace(toy.size(), num_steps=2)
+    with pytest.raises(UserError, match="nothing can be reused in 2 steps"):
+        check_possible(parse_target("flops=0.5"), size, Constraints())
 
 
 def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):
@@ -264,17 +271,23 @@ def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "before"),
     [
-        "--model skyreels_v2 --checkpoint df-14b-720p height=720 width=1280",
-        "--model magi1 --checkpoint 24B_base",
+        ("--model df-14b-720p", "--model skyreels_v2 --checkpoint df-14b-720p"),
+        ("--model 24B_base", "--model magi1 --checkpoint 24B_base"),
+        ("--model demo", "--model skyreels_v2"),
+        ("--model demo --architecture magi1", "--model magi1"),
     ],
 )
-def test_the_dry_run_needs_no_weights_and_under_a_gigabyte_more(
-    arguments: str, capsys: pytest.CaptureFixture[str]
+def test_the_dry_run_needs_no_weights_and_takes_commands_as_they_were_recorded(
+    arguments: str, before: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert importlib.import_module("tune").main(["--dry-run", *arguments.split()]) == 0
-    found = re.search(r"memory +([\d.e-]+) GB", capsys.readouterr().out)
+    printed: list[str] = []
+    for line in (arguments, before):
+        assert importlib.import_module("tune").main(["--dry-run", *line.split()]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    found = re.search(r"memory +([\d.e-]+) GB", printed[0])
     assert found is not None
     assert 0 < float(found[1]) < 1
 

@@ -20,7 +20,7 @@ from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped, table_row
-from flowcache.tune.runs import Words
+from flowcache.tuning.runs import Words
 
 REFERENCE = "vanilla"
 """The method that every other one is compared with; each model has one of this name."""

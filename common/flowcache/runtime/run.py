@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowcache.attention import check_available, choose_kernels, describe_choice
+from flowcache.attention import Kernel, check_available, choose_kernels, describe_choice
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
@@ -104,6 +104,16 @@ def read_settings(model: VideoModel, request: Request, source: Source | None = N
         setting_of=model.setting,
     )
     return model.check(config, source)
+
+
+def list_settings(model: VideoModel, request: Request) -> None:
+    """Print every setting, with its value under the request's model and preset."""
+    try:
+        config = read_settings(model, request)
+    except UserError:  # that there is no prompt, or another mistake, which is reported then
+        overrides = ["prompt=...", *request.overrides]
+        config = read_settings(model, replace(request, overrides=overrides))
+    print("\n".join(config.lines()), flush=True)
 
 
 def config_layers(
@@ -356,18 +366,23 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
     set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
         dit = job.model.load_dit(job)
-        dit.kernel, dit.cross_kernel = choose_kernels(
-            job.device,
-            dtype=job.dtype,
-            shape=job.work.attention,
-            num_text=job.work.text_tokens,
-            wanted=job.config.attention_kernel,
-        )
-        logger.info("%s", describe_choice(dit.kernel, dit.cross_kernel))
+        logger.info("%s", describe_choice(*choose_attention(dit, job)))
         if should_compile(job.config.compile, job.device):
             # here, where processes may differ by minutes; in the first tick they may not
             job.model.compile(job, dit)
         return Loaded(dit, job.model.load_vae(job))
+
+
+def choose_attention(dit: Any, job: Job) -> tuple[Kernel, Kernel]:
+    """Take the fastest attention kernels for a run, the second of attention to the prompt."""
+    dit.kernel, dit.cross_kernel = choose_kernels(
+        job.device,
+        dtype=job.dtype,
+        shape=job.work.attention,
+        num_text=job.work.text_tokens,
+        wanted=job.config.attention_kernel,
+    )
+    return dit.kernel, dit.cross_kernel
 
 
 @dataclass(frozen=True)

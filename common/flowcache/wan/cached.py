@@ -63,6 +63,54 @@ class View:
     """Of the first, the last and the pass's own frames."""
 
 
+def encode_contexts(
+    dit: DiT,
+    texts: Mapping[str, Tensor],
+    image: Tensor | None = None,
+    *,
+    stats: RunStats,
+    ranks: Ranks,
+) -> dict[str, list[ContextKV]]:
+    """Project every branch's prompt to cross-attention keys and values, once per video.
+
+    A branch that other processes compute gets none.
+
+    Args:
+        texts: branch -> text encoder output `[1, L, D]`.
+        image: what CLIP sees in the start image, `[1, 257, 1280]`.
+    """
+    device, contexts = dit.patch_embedding.weight.device, dict[str, list[ContextKV]]()
+    with stats.stage("dit"):
+        for number, (name, text) in enumerate(texts.items()):
+            contexts[name] = []
+            if not ranks.computes(number):
+                continue
+            cost = context_flops(dit.config)
+            stats.add_flops(computed=cost, without_reuse=cost)
+            contexts[name] = dit.encode_context(
+                text.to(device), None if image is None else image.to(device)
+            )
+    return contexts
+
+
+def open_caches(dit: DiT, *, ranks: Ranks, kv_tokens: int, on_host: bool) -> list[KVCache]:
+    """Allocate the caches of all layers of a branch.
+
+    Args:
+        kv_tokens: that a cache holds at most.
+        on_host: whether caches lie in the memory of the host.
+    """
+    return caches_for(
+        dit.config.num_layers,
+        capacity=kv_tokens,
+        num_heads=dit.config.num_heads // ranks.layout.sequence,
+        head_width=dit.config.head_width,
+        dtype=dit.dtype,
+        device=dit.patch_embedding.weight.device,
+        storage=torch.device("cpu") if on_host else None,
+    )
+
+
 def open_branches(
     dit: DiT,
     texts: Mapping[str, Tensor],
@@ -74,29 +122,15 @@ def open_branches(
 ) -> dict[str, Branch]:
     """Encode the prompts and allocate caches; branches of other processes have neither.
 
-    Args:
-        texts: branch -> text encoder output `[1, L, D]`.
-        kv_tokens: that a cache holds at most.
-        on_host: whether caches lie in the memory of the host.
+    See `encode_contexts` and `open_caches`.
     """
-    branches, device = dict[str, Branch](), dit.patch_embedding.weight.device
-    with stats.stage("dit"):
-        for number, (name, text) in enumerate(texts.items()):
-            branches[name] = Branch([], [])
-            if not ranks.computes(number):
-                continue
-            cost = context_flops(dit.config)
-            stats.add_flops(computed=cost, without_reuse=cost)
-            caches = caches_for(
-                dit.config.num_layers,
-                capacity=kv_tokens,
-                num_heads=dit.config.num_heads // ranks.layout.sequence,
-                head_width=dit.config.head_width,
-                dtype=dit.dtype,
-                device=device,
-                storage=torch.device("cpu") if on_host else None,
-            )
-            branches[name] = Branch(dit.encode_context(text.to(device)), caches)
+    branches = dict[str, Branch]()
+    contexts = encode_contexts(dit, texts, stats=stats, ranks=ranks)
+    for number, (name, context) in enumerate(contexts.items()):
+        caches = list[KVCache]()
+        if ranks.computes(number):
+            caches = open_caches(dit, ranks=ranks, kv_tokens=kv_tokens, on_host=on_host)
+        branches[name] = Branch(context, caches)
     return branches
 
 
@@ -279,7 +313,10 @@ def pass_flops(
 
 
 def add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
-    """Count what other processes did in the branches that this one does not compute."""
+    """Count what other processes did in the branches that this one does not compute.
+
+    Those that share a branch count it alike. The numbers are the host's: no device is asked.
+    """
     own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
     every = ranks.world.all_reduce(own) // ranks.sequence.size
     stats.computed_flops, stats.flops_without_reuse = every.tolist()
