@@ -60,7 +60,8 @@ class SelfForcing(WanModel):
         return config, source_of(with_weights(config, source.files))
 
     def identity(self, job: Job) -> str:
-        return f"{job.source.files} {job.config.precision}"
+        config = job.config
+        return f"{job.source.files} {config.precision} {config.vae_dtype} {config.vae_compile}"
 
     def setting(self, config: RunConfig) -> Setting:
         num_steps = config.num_steps or 50

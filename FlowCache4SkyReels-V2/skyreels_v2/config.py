@@ -87,6 +87,8 @@ class RunConfig:
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_compile: bool = False
     quantize: QuantizeName | None = None
     overlap: bool | None = None
 

@@ -86,8 +86,9 @@ class SkyReels(WanModel):
     ) -> None:
         quantize.check(config.quantize, source.sizes, device=device, dtype=dtype)
 
-    def identity(self, job: Job) -> tuple[str, str | None]:
-        return str(job.source.files), job.config.quantize
+    def identity(self, job: Job) -> tuple[object, ...]:
+        config = job.config
+        return str(job.source.files), config.quantize, config.vae_dtype, config.vae_compile
 
     def setting(self, config: RunConfig) -> Setting:
         return Setting(

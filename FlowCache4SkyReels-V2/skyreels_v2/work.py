@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from flowcache.compress import TokenLayout, scoring_queries, strategy_of
+from flowcache.compress import Received, TokenLayout, scoring_queries, strategy_of
 from flowcache.kv import Compression, peak_tokens
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import PIXEL_BYTES
@@ -58,9 +58,15 @@ def branches_of(config: RunConfig) -> tuple[str, ...]:
     return ("cond", "uncond") if config.guidance > 1 else ("cond",)
 
 
-def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
-    """Return the KV budget in tokens and the rule that picks what stays, or None."""
-    strategy = strategy_of(config.kv)
+def compression_of(
+    config: RunConfig, *, frame_tokens: int, received: Received | None = None
+) -> Compression | None:
+    """Return the KV budget in tokens and the rule that picks what stays, or None.
+
+    Args:
+        received: how importance is summed, see `flowcache.compress.ImportanceRedundancy`.
+    """
+    strategy = strategy_of(config.kv, received=received)
     if strategy is None:
         return None
     layout = token_layout(config, frame_tokens=frame_tokens)

@@ -18,8 +18,8 @@ Source: FlowCache, arXiv 2602.10825, section on KV cache compression; R-KV, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # torch is imported where tensors are made: a wrong setting is refused before torch is loaded
 
+Received: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
+"""`(q [Q, G, D], k [L, G, D]) -> attention that each key receives on average [G, L]`."""
 Granularity: TypeAlias = Literal["token", "frame", "chunk"]
 Order: TypeAlias = Literal["position", "score"]
 
@@ -40,6 +42,8 @@ LAST_QUERY_TOKENS = 50
 """Queries looked at when ``queries="token"``. Source: the published FlowCache compressor."""
 SCORING_BLOCK_BYTES = 256 * 2**20
 """Largest scratch memory of one block of attention logits."""
+LEAST_VALUE_WIDTH = 16
+"""Of the values of PyTorch's flexible attention."""
 EXCLUDED_SCORE = -1e6
 """Score of a token that ``weighting="hard"`` rules out. Source: the published compressor."""
 
@@ -142,6 +146,8 @@ class ImportanceRedundancy:
     """Of the kept tokens: by age, or, as published, the best first. It matters to the next
     compression only, which pools importance over neighbours."""
     max_bytes: int = SCORING_BLOCK_BYTES
+    received: Received | None = None
+    """Sums attention over queries where every query head has a key head; None: block by block."""
 
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
@@ -162,9 +168,14 @@ class ImportanceRedundancy:
 
     def score(self, q_QHD: Tensor, k_LGD: Tensor, /, *, layout: TokenLayout) -> Tensor:
         """Return the score that is ranked, float32 [G, N], one per token, frame or chunk."""
-        seen_QHD, max_bytes = self.seen_queries(q_QHD, layout), self.max_bytes
-        score_GL = redundancy(k_LGD, max_bytes=max_bytes) * (self.mix - 1)
-        score_GL += self.mix * importance(seen_QHD, k_LGD, kernel=self.kernel, max_bytes=max_bytes)
+        score_GL = redundancy(k_LGD, max_bytes=self.max_bytes) * (self.mix - 1)
+        score_GL += self.mix * importance(
+            self.seen_queries(q_QHD, layout),
+            k_LGD,
+            kernel=self.kernel,
+            max_bytes=self.max_bytes,
+            received=self.received,
+        )
         if canonical_weighting(self.weighting) != "none":
             return weigh(
                 score_GL, self.weighting, chunk_tokens=layout.chunk_tokens, power=self.power
@@ -478,8 +489,11 @@ class KVRule:
     recent_frames: Annotated[int, Bounds(1, MAX_FRAMES)] = 4
 
 
-def strategy_of(rule: KVRule) -> CompressionStrategy | None:
+def strategy_of(rule: KVRule, *, received: Received | None = None) -> CompressionStrategy | None:
     """Return what picks the clean tokens that stay, or None where all do.
+
+    Args:
+        received: see `ImportanceRedundancy`.
 
     Raises:
         UserError: the strategy needs more of a cache than keys and queries.
@@ -492,7 +506,9 @@ def strategy_of(rule: KVRule) -> CompressionStrategy | None:
             f"kv.compress={rule.compress} needs a cache that holds keys before rotation, or that "
             "of each class of heads, which this model has not: choose another one"
         )
-    return made_of(strategy, rule)
+    made = made_of(strategy, rule)
+    is_scored = isinstance(made, ImportanceRedundancy)
+    return replace(made, received=received) if is_scored else made
 
 
 def any_strategy_of(rule: KVRule) -> CompressionStrategy | HeadClasses | None:
@@ -531,7 +547,12 @@ def _redundancy_blocks(
 
 
 def importance(
-    q_QHD: Tensor, k_LGD: Tensor, *, kernel: int = 7, max_bytes: int = SCORING_BLOCK_BYTES
+    q_QHD: Tensor,
+    k_LGD: Tensor,
+    *,
+    kernel: int = 7,
+    max_bytes: int = SCORING_BLOCK_BYTES,
+    received: Received | None = None,
 ) -> Tensor:
     """Score every clean key by the attention it receives, float32 [G, L].
 
@@ -546,8 +567,20 @@ def importance(
     Source: arXiv 2602.10825, KV compression; the maximum over a group is R-KV's rule for
     grouped-query attention.
     """
-    import torch
     from torch.nn.functional import max_pool1d
+
+    if received is not None and q_QHD.shape[1] == k_LGD.shape[1]:
+        received_GL = received(q_QHD, k_LGD)
+    else:
+        received_GL = attention_received(q_QHD, k_LGD, max_bytes=max_bytes)
+    return max_pool1d(received_GL, kernel, stride=1, padding=kernel // 2)
+
+
+def attention_received(
+    q_QHD: Tensor, k_LGD: Tensor, *, max_bytes: int = SCORING_BLOCK_BYTES
+) -> Tensor:
+    """Return the attention each key receives from a query on average, float32 [G, L], in blocks."""
+    import torch
 
     (num_queries, num_heads, head_dim), (num_keys, kv_heads, _) = q_QHD.shape, k_LGD.shape
     group = num_heads // kv_heads
@@ -556,16 +589,43 @@ def importance(
     heads, queries, _ = _importance_blocks(num_queries, num_keys, **sizes, max_bytes=max_bytes)
     received_GL = torch.empty(kv_heads, num_keys, dtype=torch.float32, device=k_LGD.device)
     for g in range(0, kv_heads, heads):
-        received_GL[g : g + heads] = _attention_received(
+        received_GL[g : g + heads] = _received_by_heads(
             q_QHD[:, g * group : (g + heads) * group],
             k_LGD[:, g : g + heads],
             queries_per_block=queries,
         )
-    return max_pool1d(received_GL, kernel, stride=1, padding=kernel // 2)
+    return received_GL
 
 
-def _attention_received(q_QHD: Tensor, k_LGD: Tensor, *, queries_per_block: int) -> Tensor:
-    """Return the attention each key receives from a query on average, [G, L]."""
+def attention_received_by_sums(q_QHD: Tensor, k_LGD: Tensor) -> Tensor:
+    """Return what `attention_received` does, by two attentions of which only the sums are wanted.
+
+    With ``Z_q = sum_j exp(l_qj)`` a key receives ``sum_q exp(l_qj - log Z_q)``: the sums of an
+    attention of keys to queries, whose logits are lowered by what the first attention summed to.
+    Once this is compiled no logit reaches memory, products of 16-bit numbers are summed in float32,
+    and there are two and a quarter products of queries and keys: the values nobody asks for have
+    the least width that there is, an eighth of 128.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    q_1GQD, k_1GLD = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHD, k_LGD))
+    unused_q, unused_k = (x.new_zeros(*x.shape[:3], LEAST_VALUE_WIDTH) for x in (q_1GQD, k_1GLD))
+    only_sums = AuxRequest(lse=True)
+    _, by_query = flex_attention(q_1GQD, k_1GLD, unused_k, return_aux=only_sums)
+
+    assert by_query.lse is not None
+    log_sum_GQ = by_query.lse[0]
+
+    def lowered(score: Tensor, _batch: Tensor, head: Tensor, _key: Tensor, query: Tensor) -> Tensor:
+        return score - log_sum_GQ[head, query]
+
+    _, by_key = flex_attention(k_1GLD, q_1GQD, unused_q, score_mod=lowered, return_aux=only_sums)
+    assert by_key.lse is not None
+    return by_key.lse[0].exp() / len(q_QHD)
+
+
+def _received_by_heads(q_QHD: Tensor, k_LGD: Tensor, *, queries_per_block: int) -> Tensor:
+    """Return the attention that the keys of some heads receive, [G, L]."""
     (num_queries, num_heads, head_dim), (num_keys, kv_heads, _) = q_QHD.shape, k_LGD.shape
     k_GDL = k_LGD.permute(1, 2, 0).float()
     total_GL = k_GDL.new_zeros(kv_heads, num_keys)

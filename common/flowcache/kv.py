@@ -332,10 +332,10 @@ def cached_attention(
         ]
         outputs: list[Tensor] = []
         for number, ((cache, own), (q, k, v)) in enumerate(zip(reads, parts, strict=True)):
-            cache.put(own.start, k[0], v[0])
             if compression is not None and is_full(cache):
-                with timing():
+                with timing():  # first: the tokens that leave make room for the new ones
                     cache.compress(q[0], compression.keep)
+            cache.put(own.start, k[0], v[0])
             seen_k, seen_v = read(cache, own, (k[0], v[0]), then=upcoming[number + 1 :])
             outputs.append(kernel(q, seen_k.unsqueeze(0), seen_v.unsqueeze(0)))
         if len(outputs) == 1:
@@ -352,7 +352,9 @@ def peak_tokens(
 ) -> int:
     """Return how many tokens a cache must hold at most: clean (or kept) and active ones.
 
-    Compression counts only where it surely happens, in a tick in which a chunk enters.
+    Compression counts only where it surely happens: before a chunk that enters puts its keys.
+    Example: chunks of 80 tokens, budget 80, two active. When a third one enters, behind 80 kept
+    tokens, 80 that just became clean and 80 active ones, 80 leave first: 240, not 320.
 
     Args:
         given: tokens of the given clean chunks (prefix, end image).
@@ -360,8 +362,10 @@ def peak_tokens(
     """
     clean = peak = given
     for tick in ticks:
-        peak = max(peak, clean + sum(chunk_tokens[chunk] for chunk in tick.steps))
+        active = sum(chunk_tokens[chunk] for chunk in tick.steps)
         if budget is not None and tick.entering:
-            clean = min(clean, budget)
+            entering = sum(chunk_tokens[chunk] for chunk in tick.entering)
+            peak, clean = max(peak, clean + active - entering), min(clean, budget)
+        peak = max(peak, clean + active)
         clean += sum(chunk_tokens[chunk] for chunk in tick.finishing)
     return peak

@@ -25,6 +25,7 @@ from flowcache.compress import (
     SinkRecent,
     TokenLayout,
     Window,
+    attention_received_by_sums,
     best,
     gather,
     importance,
@@ -47,7 +48,9 @@ SMALLEST_ORDERED_GAP = 32
 LAYOUT = TokenLayout(frame_tokens=6, chunk_tokens=12)
 
 
-def golden_outputs(case: dict[str, Any], tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def golden_outputs(
+    case: dict[str, Any], tensors: Callable[[str], Tensor], *, received: Any = None
+) -> dict[str, Tensor]:
     """Return all that a case of the golden file can hold, computed by our code."""
     k, v, q = (tensors(f"{case['inputs']}.{name}") for name in "kvq")
     num_clean, is_token = case["clean_tokens"], case["strategy"] == "token"
@@ -61,6 +64,7 @@ def golden_outputs(case: dict[str, Any], tensors: Callable[[str], Tensor]) -> di
         weighting=case["weighting"] if is_token else "none",
         power=case.get("power", 3),
         order="score",
+        received=received,
     )
     clean_k = k[:num_clean]
     seen_q = strategy.seen_queries(q, layout)
@@ -106,10 +110,14 @@ def peak_extra_bytes(call: Callable[[], object], trace: Path) -> int:
     return peak
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("received", [None, attention_received_by_sums], ids=["blocks", "sums"])
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["name"])
-def test_reference_scores_and_kept_tokens_are_reproduced(case: dict[str, Any]) -> None:
+def test_reference_scores_and_kept_tokens_are_reproduced(
+    case: dict[str, Any], received: Any
+) -> None:
     with safe_open(GOLDEN, "pt") as file:
-        ours = golden_outputs(case, file.get_tensor)
+        ours = golden_outputs(case, file.get_tensor, received=received)
         stored = {
             key.split(".")[1]: file.get_tensor(key)
             for key in file.keys()  # noqa: SIM118
@@ -183,6 +191,21 @@ def test_importance_in_blocks_equals_importance_at_once(query_heads: int, max_by
     q, k = random_keys(4, num_tokens=37, heads=query_heads), random_keys(5, heads=4)
     blocked = importance(q, k, max_bytes=max_bytes)
     assert_close(blocked, importance(q, k), ulps=64)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_importance_by_sums_equals_importance_in_blocks() -> None:
+    q, k = 2 * random_keys(4, num_tokens=37, heads=4), 2 * random_keys(5, heads=4)
+    by_sums = importance(q, k, received=attention_received_by_sums)
+    assert_close(by_sums, importance(q, k), ulps=64)
+    sums = attention_received_by_sums(q, k).sum(dim=-1)
+    assert_close(sums, torch.ones(4), ulps=64)
+
+
+def test_heads_that_share_keys_are_not_summed() -> None:
+    """The maximum over a group is none of the sums that attention gives."""
+    q, k = random_keys(4, heads=8), random_keys(5, heads=4)
+    assert torch.equal(importance(q, k, received=attention_received_by_sums), importance(q, k))
 
 
 def test_redundancy_head_by_head_equals_redundancy_at_once() -> None:

@@ -361,10 +361,10 @@ def simulate(
         offset = 0
         for chunk, step in tick.steps.items():
             if step == 0 or (computed is not None and computed.random() < 0.5):
-                put(cache, offset, [0.0] * sizes[chunk])
-                peak = max(peak, cache.filled)
                 if budget is not None and cache.clean > budget:
                     cache.keep(torch.arange(budget).unsqueeze(1))
+                put(cache, offset, [0.0] * sizes[chunk])
+                peak = max(peak, cache.filled)
             offset += sizes[chunk]
         for chunk in tick.finishing:
             cache.settle(sizes[chunk])
@@ -406,8 +406,11 @@ def test_the_capacity_of_the_published_run_is_that_worked_by_hand():
     assert peak_tokens(ticks, chunk_tokens=tokens, given=0, budget=10_200) == 51_000
     one_by_one = staggered(range(5), num_steps=50, lag=50)
     assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=None) == 51_000
-    # one kept, one newly clean, one active
-    assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=10_200) == 30_600
+    # one kept, and one newly clean or active
+    assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=10_200) == 20_400
+    two_by_two = staggered(range(5), num_steps=10, lag=5)
+    tokens = dict.fromkeys(range(5), 80)
+    assert peak_tokens(two_by_two, chunk_tokens=tokens, given=0, budget=80) == 240
 
 
 def test_the_newest_clean_tokens_are_forgotten_with_all_behind_them():

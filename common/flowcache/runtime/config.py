@@ -514,7 +514,7 @@ MAX_PASS_TOKENS = 2**20
 """Tokens that attend to each other in one pass; 97 frames of 4K are 810,000 in SkyReels-V2."""
 
 KernelName: TypeAlias = Literal[
-    "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch"
+    "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch", "sage"
 ]
 """What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
 QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]

@@ -297,16 +297,17 @@ class Block(nn.Module):
         out = attend_to_context(q, context, kernel=kernel)
         return parts.after(self, x, out, e0_BF6D).to(x_BSD.dtype)
 
-    def modulators(self, e0_BF6D: Tensor) -> tuple[Tensor, ...]:
-        """Return shift, scale and gate of attention, then of the MLP: `[B, F, 1, D]` each."""
-        return (self.modulation.float() + e0_BF6D).unsqueeze(3).unbind(2)
+    def modulators(self, e0_BF6D: Tensor, first: int, stop: int) -> tuple[Tensor, ...]:
+        """Return some of shift, scale and gate of attention, then of the MLP: `[B, F, 1, D]`."""
+        own = self.modulation[:, first:stop].float() + e0_BF6D[:, :, first:stop]
+        return own.unsqueeze(3).unbind(2)
 
 
 def before_attention(
     block: Block, x_BSD: Tensor, e0_BF6D: Tensor, rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make a block's queries, keys and values."""
-    shift, scale, *_ = block.modulators(e0_BF6D)
+    shift, scale = block.modulators(e0_BF6D, 0, 2)
     a = modulate(x_BSD, shift, scale, num_frames=e0_BF6D.shape[1], eps=block.eps)
     return block.self_attn.project(a.to(x_BSD.dtype), rope)
 
@@ -315,7 +316,7 @@ def between_attentions(
     block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add self-attention to the residual stream (float32); make queries for the context."""
-    gate = block.modulators(e0_BF6D)[2]
+    (gate,) = block.modulators(e0_BF6D, 2, 3)
     y = block.self_attn.o(out_BSHC.flatten(2))
     x = add_gated(x_BSD.float(), y, gate, num_frames=e0_BF6D.shape[1])
     return x, block.cross_attn.query(block.norm3(x).to(x_BSD.dtype))
@@ -323,7 +324,7 @@ def between_attentions(
 
 def after_attention(block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor) -> Tensor:
     """Add cross-attention and the MLP to the residual stream, float32."""
-    shift, scale, gate = block.modulators(e0_BF6D)[3:]
+    shift, scale, gate = block.modulators(e0_BF6D, 3, 6)
     num_frames = e0_BF6D.shape[1]
     x = x_BSD + block.cross_attn.o(out_BSHC.flatten(2)).float()
     a = modulate(x, shift, scale, num_frames=num_frames, eps=block.eps).to(out_BSHC.dtype)

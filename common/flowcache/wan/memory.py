@@ -27,15 +27,21 @@ from flowcache.wan.vae import SPATIAL_STRIDE
 SIZE_REMEDY = "lower height and width"
 
 
-def networks_of(folder: WanFolder | None, sizes: DiTConfig, *, dtype: torch.dtype) -> Networks:
+def networks_of(
+    folder: WanFolder | None,
+    sizes: DiTConfig,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Networks:
     """Build those of a model; None: those that all released models share."""
     if folder is None:
         vision = text.RELEASED_VISION_WEIGHTS if sizes.model_type == "i2v" else 0
-        encoder, codec = text.released_encoder(), vae.released()
+        encoder, codec = text.released_encoder(), vae.released(vae_dtype)
     else:
         part = folder.image_encoder
         vision = 0 if part is None else text.vision_weights(part)
-        encoder, codec = text.empty_encoder(folder.text_encoder), vae.empty(folder.vae)
+        encoder, codec = text.empty_encoder(folder.text_encoder), vae.empty(folder.vae, vae_dtype)
     return Networks(encoder, dtype, codec, vision * dtype.itemsize)
 
 
@@ -63,7 +69,7 @@ class Held:
 
 
 class WanMemory(Footprint):
-    """Counts what a run of a Wan model needs; the VAE is float32, all else in the run's type."""
+    """Counts what a run of a Wan model needs; all but the VAE in the run's type."""
 
     text_remedy = "set text_on_host=true"
 

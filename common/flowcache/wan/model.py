@@ -11,6 +11,7 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.compile import should_compile
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Source, VideoModel
 from flowcache.runtime.video import to_pixels
@@ -96,7 +97,9 @@ class WanModel(VideoModel):
             self.held(job),
             job.config,
             job.work,
-            networks=networks_of(job.source.files, sizes, dtype=job.dtype),
+            networks=networks_of(
+                job.source.files, sizes, dtype=job.dtype, vae_dtype=vae_dtype(job.config)
+            ),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
@@ -178,7 +181,15 @@ class WanModel(VideoModel):
         )
 
     def load_vae(self, job: Job) -> vae.VAE:
-        return vae.load(job.source.files.vae, device=job.device)
+        config, device = job.config, job.device
+        made = vae.load(job.source.files.vae, dtype=vae_dtype(config), device=device)
+        compiles = config.vae_compile and should_compile(True, device)
+        return made.quicken(compiles=compiles) if compiles or made.dtype != torch.float32 else made
+
+
+def vae_dtype(config: Any) -> torch.dtype:
+    """Return the type of the VAE's weights."""
+    return torch.bfloat16 if config.vae_dtype == "bfloat16" else torch.float32
 
 
 def source_of(found: WanFolder) -> Source:
