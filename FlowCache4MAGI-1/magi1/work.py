@@ -8,6 +8,7 @@ import torch
 from flowcache.attention import AttentionShape
 from flowcache.compress import ImportanceRedundancy, TokenLayout, strategy_of
 from flowcache.policies import ReusePolicy, guidance_of, stored_results
+from flowcache.quantization import format_of
 from flowcache.runtime import memory
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.config import check_pass, check_work
@@ -57,6 +58,7 @@ def loop_of(config: RunConfig) -> Sampling:
         prev_share=config.passes.prev_share,
         quantity=config.reuse.predict,
         budget=budget_of(config),
+        kv_format=format_of(config.kv, head_width=config.model_config.kv_channels),
     )
 
 
@@ -178,6 +180,8 @@ def clip_work(
             num_queries=_scoring_queries(budget),
             keeps_queries=True,
             itemsize=width,
+            kv=config.kv,
+            waits=True,
         ),
     )
 

@@ -14,7 +14,7 @@ from flowcache.bounds import (
     Seed,
     check_values,
 )
-from flowcache.compress import KVRule
+from flowcache.compress import QUANTIZATION_SETTINGS, KVRule
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule
 from flowcache.predict import Quantity
@@ -93,8 +93,11 @@ class RunConfig:
         check_values(self)
         check_prompt("prompt", self.prompt)
         parse_limit(self.memory_limit)
-        if self.reuse != ReuseConfig() or self.kv != KVRule():
-            raise UserError("settings of reuse and kv do not work with this model yet: leave them")
+        kept = KVRule(**{name: vars(self.kv)[name] for name in QUANTIZATION_SETTINGS})
+        if self.reuse != ReuseConfig() or self.kv != kept:
+            raise UserError(
+                "settings of reuse and KV compression do not work with this model yet: leave them"
+            )
         self._check_steps()
         self._check_window()
 

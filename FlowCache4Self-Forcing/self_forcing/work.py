@@ -93,6 +93,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         frame_tokens=frame_tokens,
         dtype=dtype,
         loop=sampling,
+        kv=config.kv,
     )
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import KVCache, caches_for
+from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.policies import Observe, Policies, guidance_of, store_of
+from flowcache.quantization import format_of
 from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.model import Progress, SegmentWork, Work
@@ -22,7 +24,7 @@ from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.wan.dit import ContextKV, DiT, context_flops
+from flowcache.wan.dit import ContextKV, DiT, context_flops, rotate
 from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
@@ -277,6 +279,7 @@ def _branches(
 ) -> dict[str, Branch]:
     """Return the guidance branches of a window; those of other processes have no caches."""
     branches: dict[str, Branch] = {}
+    layout = _kv_layout(run.dit, config, part)
     for branch, (name, context) in enumerate(contexts.items()):
         policy = policies(segment=number, branch=name)
         has_caches = config.attention == "causal" and run.ranks.computes(branch)
@@ -284,12 +287,30 @@ def _branches(
             context,
             run.ranks.decided_by(policy, branch=branch),
             run.new_store(),
-            _caches(run, config, part.kv_tokens) if has_caches else [],
+            _caches(run, config, part.kv_tokens, layout) if has_caches else [],
         )
     return branches
 
 
-def _caches(run: Run, config: RunConfig, capacity: int) -> list[KVCache]:
+def _kv_layout(dit: DiT, config: RunConfig, part: SegmentWork) -> KVLayout | None:
+    """Return what the quantised caches of a window have in common, if they are quantised."""
+    made, window = format_of(config.kv, head_width=dit.config.head_width), part.cut
+    if made is None:
+        return None
+    rope = dit.rope(
+        torch.arange(window.num_frames, device=dit.patch_embedding.weight.device),
+        latent_height=config.height // VAE_STRIDE,
+        latent_width=config.width // VAE_STRIDE,
+    )
+    frame_tokens = len(rope) // window.num_frames
+    return KVLayout(
+        KVSizes.of(made, part.ticks, part.tokens),
+        {number: chunk.start * frame_tokens for number, chunk in enumerate(window.chunks)},
+        Rotary(rope, rotate, has_neighbours=True),
+    )
+
+
+def _caches(run: Run, config: RunConfig, capacity: int, layout: KVLayout | None) -> list[KVCache]:
     dit = run.dit
     return caches_for(
         dit.config.num_layers,
@@ -299,6 +320,7 @@ def _caches(run: Run, config: RunConfig, capacity: int) -> list[KVCache]:
         dtype=dit.dtype,
         device=dit.patch_embedding.weight.device,
         storage=torch.device("cpu") if config.kv_on_host else None,
+        make=cache_maker(layout),
     )
 
 

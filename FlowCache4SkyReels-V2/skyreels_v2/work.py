@@ -217,6 +217,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
             num_queries=scored,
             keeps_queries=False,
             itemsize=width,
+            kv=config.kv,
         ),
     )
 

@@ -205,3 +205,26 @@ def test_every_launcher_names_its_preset(copy_launchers: Callable[..., Any]):
         assert "seed=7" in handed
     assert presets <= {path.stem for path in PRESETS.glob("*.yaml")}
     assert len(presets) == len(scripts)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("self_forcing", ()),
+        ("self_forcing", ("positions=relative", "window=6", "sink=1")),
+        ("long", ()),
+    ],
+)
+def test_keys_in_eight_bits_are_nearer_than_in_two(
+    make: Make, preset: str, settings: tuple[str, ...]
+):
+    """Rotated when they are put, or when they are read; with frames that leave."""
+    plain = make(*TINY, *settings, preset=preset)
+    quantized = ("kv.quantizer=kmeans", "kv.bias_correction=true", "kv.keep_last=true")
+    eight, two = (
+        make(*TINY, *settings, *quantized, f"kv.dtype={dtype}", preset=preset)
+        for dtype in ("int8", "int2")
+    )
+    near, far = (np.abs(made.frames.astype(float) - plain.frames).mean() for made in (eight, two))
+    # the video's compression adds to both
+    assert 0 < near < 0.9 * far

@@ -18,6 +18,7 @@ from flowcache.attention import check_available, choose_kernels, describe_choice
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
+from flowcache.quantization import read_width
 from flowcache.runtime.checks import Decoded, DegenerateCheck, Modules, NotFiniteError, all_finite
 from flowcache.runtime.cli import ProgressBar, choose_device
 from flowcache.runtime.compile import should_compile
@@ -355,11 +356,12 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
     """Load the transformer, choose its attention, compile its blocks, load the VAE."""
     set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
-        dit = job.model.load_dit(job)
+        dit, shape = job.model.load_dit(job), job.work.attention
+        width = read_width(job.config.kv, head_width=shape.head_width)
         dit.kernel, dit.cross_kernel = choose_kernels(
             job.device,
             dtype=job.dtype,
-            shape=job.work.attention,
+            shape=replace(shape, head_width=width),
             num_text=job.work.text_tokens,
             wanted=job.config.attention_kernel,
         )

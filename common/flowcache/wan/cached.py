@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
+from flowcache.kv_quantized import KVLayout, cache_maker
+from flowcache.quantization import attend_wide
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
@@ -71,6 +73,7 @@ def open_branches(
     ranks: Ranks,
     kv_tokens: int,
     on_host: bool,
+    layout: KVLayout | None = None,
 ) -> dict[str, Branch]:
     """Encode the prompts and allocate caches; branches of other processes have neither.
 
@@ -78,6 +81,7 @@ def open_branches(
         texts: branch -> text encoder output `[1, L, D]`.
         kv_tokens: that a cache holds at most.
         on_host: whether caches lie in the memory of the host.
+        layout: of quantised caches.
     """
     branches, device = dict[str, Branch](), dit.patch_embedding.weight.device
     with stats.stage("dit"):
@@ -95,6 +99,7 @@ def open_branches(
                 dtype=dit.dtype,
                 device=device,
                 storage=torch.device("cpu") if on_host else None,
+                make=cache_maker(layout),
             )
             branches[name] = Branch(dit.encode_context(text.to(device)), caches)
     return branches
@@ -181,6 +186,7 @@ class CachedDiT:
             self._run(branch, embedded, frames, view)
         for cache in self._caches:
             cache.settle(len(frames) * self.frame_tokens, chunk=chunk)
+            cache.pack()
 
     def keep(self, *, first: int, last: int) -> None:
         """Keep the first and the last clean frames and let those between leave."""
@@ -238,8 +244,12 @@ class CachedDiT:
             caches[layer].put(0, k[0], v[0])
             held = caches[layer].prefix(num_own)
             keys, values = (torch.cat([x[part] for part in rows]).unsqueeze(0) for x in held)
-            queries = rotate(q, rope[-num_own:]).to(q.dtype)
-            return self.dit.kernel(queries, rotate(keys, rope).to(k.dtype), values)
+            queries, width = rotate(q, rope[-num_own:]).to(q.dtype), q.shape[-1]
+            turned = rotate(keys[..., :width], rope).to(k.dtype)
+            if keys.shape[-1] > width:
+                turned = torch.cat([turned, keys[..., width:]], dim=-1)
+            groups = caches[layer].bias_groups
+            return attend_wide(self.dit.kernel, queries, turned, values, num_groups=groups)
 
         return attend
 

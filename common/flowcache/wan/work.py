@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from flowcache.attention import AttentionShape
+from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META, weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import TOKEN_COPIES, most_active
+from flowcache.runtime.plan import TOKEN_COPIES, kv_bytes, most_active
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
 from flowcache.wan.vae import SPATIAL_STRIDE
@@ -37,6 +38,7 @@ def chunk_work(
     frame_tokens: int,
     dtype: torch.dtype,
     loop: Any,
+    kv: KVRule,
 ) -> Work:
     """Work out what a video of one segment costs.
 
@@ -73,7 +75,13 @@ def chunk_work(
         attention=AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width),
         flops=flops,
         weight_bytes=weights,
-        kv_bytes=2 * segment.kv_tokens * sizes.dim * sizes.num_layers * num_branches * width,
+        **kv_bytes(
+            [segment],
+            AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width),
+            kv=kv,
+            num_caches=sizes.num_layers * num_branches,
+            itemsize=width,
+        ),
         scoring_bytes=0,
         query_bytes=0,
         stored_bytes=0,
