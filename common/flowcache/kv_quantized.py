@@ -13,9 +13,12 @@ read: channels with large numbers then stay the same in all tokens.
 Axes: as in `kv` and `quantization`; P positions in a video, X head width and extra channels.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from flowcache.kv import KVCache
 from flowcache.quantization import (
     ENCODING_BYTES,
     ENCODING_COPIES,
+    PLACE_BYTES,
     Codes,
     KVFormat,
     Table,
@@ -34,17 +38,25 @@ from flowcache.quantization import (
     key_channels,
     mapped,
     tensors_of,
+    token_variance,
     wide_width,
 )
 from flowcache.schedule import Tick
 
 DECODED_TOKENS, DECODING_COPIES = 1024, 12
 """Tokens that are decoded at once, and float32 copies of them meanwhile."""
-PLACE_BYTES = 6
-"""Of a token in a head: its table (int16) and its position (int32)."""
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
 """`(x [B, S, H, C], angles [S, n, 2]) -> [B, S, H, C]`."""
+
+
+@cache
+def unpack_kernel(device: torch.device) -> Any:
+    """Return the module `unpack_triton` where it runs; it reads what `decode` reads, faster."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    module = importlib.import_module("flowcache.unpack_triton")
+    return module if module.runs_on(device) else None
 
 
 @dataclass(frozen=True)
@@ -375,12 +387,20 @@ class QuantizedKVCache(KVCache):
     def _decode(self, start: int, stop: int, *, into: Tensor) -> None:
         assert self.tables is not None, "packed rows have tables"
         rows = self.rows.mapped(lambda x: x[start:stop].to(self.device, non_blocking=True))
-        slot_TG, made, width = rows.slot[..., 0], self.layout.made, self.kv.shape[-1]
-        keys, variance_TGN = decode(rows.keys, self.tables[0], slot_TG, made, is_key=True)
-        values, _ = decode(rows.values, self.tables[1], slot_TG, made, is_key=False)
-        if self.layout.rotary is not None:
-            keys = self.layout.rotary.turned(keys, rows.position[..., 0])
-        into[0, ..., :width], into[1, ..., :width] = keys, values
+        slot_TG, position_TG = rows.slot[..., 0], rows.position[..., 0]
+        made, rotary, width = self.layout.made, self.layout.rotary, self.kv.shape[-1]
+        of_keys, of_values = self.tables
+        if (kernel := unpack_kernel(self.device)) is not None and kernel.can_decode(made):
+            place = {"position_TG": position_TG, "made": made, "slot_TG": slot_TG}
+            kernel.decode_into(into[0], rows.keys, of_keys, is_key=True, rotary=rotary, **place)
+            kernel.decode_into(into[1], rows.values, of_values, is_key=False, **place)
+            groups = width // made.group_size
+            variance_TGN = token_variance(rows.keys, of_keys, slot_TG, num_groups=groups)
+        else:
+            keys, variance_TGN = decode(rows.keys, of_keys, slot_TG, made, is_key=True)
+            values, _ = decode(rows.values, of_values, slot_TG, made, is_key=False)
+            keys = keys if rotary is None else rotary.turned(keys, position_TG)
+            into[0, ..., :width], into[1, ..., :width] = keys, values
         if self.bias_groups:
             variance = variance_TGN.unflatten(-1, (self.bias_groups, -1)).mean(dim=-1)
             extra = key_channels(variance, head_width=width)

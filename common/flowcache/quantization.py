@@ -52,6 +52,8 @@ FIRST_LLOYD_STEPS, NEXT_LLOYD_STEPS = 10, 2
 """Of k-means, from tokens of the chunk, and from the centroids of the chunk before."""
 ENCODING_BYTES, ENCODING_COPIES = 256 * 2**20, 8
 """Scratch memory of encoding: float32 copies of the heads that are encoded at once."""
+PLACE_BYTES = 6
+"""Of a stored token in a head: its chunk's table (int16) and its position (int32)."""
 WIDTH_MULTIPLE = 8
 """Of head widths that attention kernels take."""
 
@@ -441,6 +443,20 @@ def decode(
     return x_TGC, noise_TG.unsqueeze(-1) * squares_TGN
 
 
+def token_steps(codes: Codes, table: Table, slot_TG: Tensor, *, num_groups: int) -> Tensor:
+    """Return the steps of tokens and groups of channels, `[T, G, N]`."""
+    head_G = torch.arange(slot_TG.shape[1], device=slot_TG.device)
+    scales = codes.scales[..., :num_groups].contiguous().view(SCALE_DTYPE).float()
+    return scales * table.base[slot_TG.long(), head_G].unsqueeze(-1)
+
+
+def token_variance(codes: Codes, table: Table, slot_TG: Tensor, *, num_groups: int) -> Tensor:
+    """Return the variance of the errors where steps belong to tokens, `[T, G, N]`."""
+    head_G = torch.arange(slot_TG.shape[1], device=slot_TG.device)
+    steps = token_steps(codes, table, slot_TG, num_groups=num_groups)
+    return table.noise[slot_TG.long(), head_G].unsqueeze(-1) * steps.square()
+
+
 def _residuals(
     codes: Codes, table: Table, slot_TG: Tensor, made: KVFormat, is_key: bool
 ) -> tuple[Tensor, Tensor]:
@@ -456,8 +472,7 @@ def _residuals(
         steps, zeros = (table.entries[slot_TG, head_G, part, index_TG].float() for part in (0, 1))
         return steps, (levels - zeros) * steps
     groups = levels.shape[-1] // made.group_size
-    base_TG1 = table.base[slot_TG, head_G].unsqueeze(-1)
-    steps = codes.scales[..., :groups].contiguous().view(SCALE_DTYPE).float() * base_TG1
+    steps = token_steps(codes, table, slot_TG, num_groups=groups)
     zeros = codes.scales[..., groups:].float() if is_range else None
     grouped = levels.unflatten(-1, (groups, -1))
     if zeros is not None:
