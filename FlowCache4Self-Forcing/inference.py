@@ -72,7 +72,8 @@ def settings_of(config: Mapping[str, Any], options: Namespace) -> Iterator[str]:
     yield f"first_chunk_step_list={json.dumps(config.get('denoising_step_list_first_chunk'))}"
     yield f"warp_steps={json.dumps(bool(config.get(WARPED, False)))}"
     yield f"shift={kwargs['timestep_shift'] if steps else config.get('timestep_shift', 5.0)}"
-    yield f"guidance={config.get('guidance_scale', 3.0)}"
+    if not steps:
+        yield f"guidance={config.get('guidance_scale', 3.0)}"
     if not steps and config.get("negative_prompt") is not None:
         yield f"negative_prompt={config['negative_prompt']}"
     yield f"chunk_frames={config['num_frame_per_block']}"

@@ -41,17 +41,17 @@ from flowcache.bench.methods import (
 )
 from flowcache.bench.reuse import claims, read_budgets, reuse_methods
 from flowcache.errors import UserError
-from flowcache.runtime.cli import run_command
+from flowcache.runtime.cli import add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable, write_json, write_text
-from flowcache.runtime.model import MODELS, load_model
+from flowcache.runtime.model import load_model
 from flowcache.runtime.stats import environment
 
 EXAMPLES = """examples:
-  python scripts/bench_demo.py --model skyreels_v2 --out result/bench num_frames=77
-  python scripts/bench_demo.py --model magi1 --part 1/2 --out result/bench
-  python scripts/bench_demo.py --model magi1 --prompts 64 --out result/judge --methods vanilla
-  python scripts/bench_demo.py --model magi1 --list-methods
-  python scripts/bench_demo.py --model skyreels_v2 --table reuse \\
+  python scripts/bench_demo.py --out result/bench num_frames=77
+  python scripts/bench_demo.py --architecture magi1 --part 1/2 --out result/bench
+  python scripts/bench_demo.py --model demo-base --out result/bench_base
+  python scripts/bench_demo.py --architecture magi1 --list-methods
+  python scripts/bench_demo.py --table reuse \\
       --profiles result/reuse_skyreels_v2 --prompts 64 --out result/bench_reuse num_frames=37
 """
 
@@ -61,10 +61,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
     )
-    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose methods")
-    parser.add_argument(
-        "--checkpoint", default="demo", help="as the model's own --model takes it (default: demo)"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--table", choices=("methods", "reuse"), default="methods", help="which (default: methods)"
     )
@@ -88,6 +85,7 @@ def parse_options() -> argparse.Namespace:
 
 def compare(options: argparse.Namespace) -> None:
     """Render what is missing, and write the table if nothing is missing any more."""
+    settle_checkpoint(options)
     comparison = chosen_comparison(options)
     names = [method.name for method in comparison.methods]
     if options.list_methods:
@@ -107,7 +105,7 @@ def compare(options: argparse.Namespace) -> None:
         methods,
         {i: prompt for i, prompt in prompts.items() if i % num_parts == part - 1},
         source=Source(
-            load_model(options.model), options.checkpoint, tuple(options.settings), options.out
+            load_model(options.architecture), options.model, tuple(options.settings), options.out
         ),
         log=options.out / f"rows-{part}.jsonl",
     )
@@ -121,10 +119,10 @@ def compare(options: argparse.Namespace) -> None:
 
 def chosen_comparison(options: argparse.Namespace) -> Comparison:
     """Return the model's comparison with the rows of the table that is asked for."""
-    comparison = comparison_of(options.model)
+    comparison = comparison_of(options.architecture)
     if options.table == "methods":
         return comparison
-    budgets = read_budgets(options.profiles, model=options.model, checkpoint=options.checkpoint)
+    budgets = read_budgets(options.profiles, model=options.architecture, checkpoint=options.model)
     return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
 
 

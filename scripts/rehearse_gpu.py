@@ -19,7 +19,7 @@ from flowcache.runtime.model import models_with
 
 EXAMPLES = """examples:
   python scripts/rehearse_gpu.py
-  python scripts/rehearse_gpu.py --model magi1 --methods vanilla
+  python scripts/rehearse_gpu.py --architecture magi1 --methods vanilla
 """
 HEAD = (
     "| method | ticks | host reads per tick, at most | launches per tick | moved, TB | PFLOPs "
@@ -96,12 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=models_with("gpu"), help="one model (default: both)")
+    parser.add_argument(
+        "--architecture", choices=models_with("gpu"), help="one model (default: both)"
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows (default: all)")
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        models = [options.model] if options.model else models_with("gpu")
+        models = [options.architecture] if options.architecture else models_with("gpu")
         known = {method.name for model in models for method in load_benchmark(model).methods}
         wanted = known if options.methods is None else set(options.methods)
         if unknown := wanted - known:

@@ -1,7 +1,7 @@
 """Train a demo checkpoint from nothing: draw clips, train a VAE, encode, train the transformer.
 
-    python scripts/train_demo.py --model skyreels_v2 --out build/demo            everything
-    python scripts/train_demo.py --model skyreels_v2 --out build/demo --stage vae   one stage
+    python scripts/train_demo.py --architecture skyreels_v2 --out build/demo            everything
+    python scripts/train_demo.py --architecture skyreels_v2 --out build/demo --stage vae   one stage
 
 Every stage saves what it has reached under --out and goes on from there when it is started again,
 also after a kill; a finished stage is a no-op. A longer --vae-steps or --dit-steps prolongs a
@@ -54,7 +54,7 @@ def recipe_of(model: str) -> Recipe:
 def train(options: argparse.Namespace) -> None:
     """Run the stages asked for."""
     torch.set_num_threads(options.threads)
-    recipe = recipe_of(options.model)
+    recipe = recipe_of(options.architecture)
     options.out.mkdir(parents=True, exist_ok=True)
     steps = {
         name: getattr(options, f"{name}_steps") or default
@@ -66,7 +66,9 @@ def train(options: argparse.Namespace) -> None:
         if stage == EXPORT:
             folder = options.export_to or recipe.shipped
             parts = recipe.export(training, folder)
-            write_record(training, folder, model=options.model, parts=parts, note=options.note)
+            write_record(
+                training, folder, model=options.architecture, parts=parts, note=options.note
+            )
         else:
             recipe.stages[stage](training)
 
@@ -76,7 +78,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS, required=True)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--architecture", choices=MODELS, help="package of the model")
+    # as the commands of the shipped demos name it
+    model.add_argument("--model", dest="architecture", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--stage", default=ALL, help="one stage of the model, export, or all")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the training's own files"
@@ -92,13 +97,15 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--note", default="", help="a remark that training.json keeps")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")
     options = parser.parse_args(argv)
-    recipe = recipe_of(options.model)
+    recipe = recipe_of(options.architecture)
     stages = (*recipe.stages, EXPORT, ALL)
     if options.stage not in stages:
         parser.error(f"--stage is {options.stage!r}, must be one of {', '.join(stages)}")
     for name in STEP_NAMES:
         if getattr(options, f"{name}_steps") is not None and name not in recipe.default_steps:
-            parser.error(f"--{name}-steps: {options.model} has no stage {name}; leave it out")
+            parser.error(
+                f"--{name}-steps: {options.architecture} has no stage {name}; leave it out"
+            )
     return options
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plan which steps to compute: calibrate, plan, write a profile, check it on unseen prompts.
 
-    python scripts/tune.py --model skyreels_v2 --preset flowcache_fast --target flops=0.35
+    python scripts/tune.py --model demo --architecture magi1 --target flops=0.35
 
 A few clips are made with every step computed, and the inner products of their velocities are kept.
 From these the error of any plan is known without making a clip, so the best plan for every number
@@ -13,7 +13,6 @@ Results are kept row by row under --work; a second start goes on where the first
 """
 
 import argparse
-import datetime
 import sys
 import time
 from collections.abc import Sequence
@@ -25,26 +24,17 @@ start_quietly(__name__)
 
 from flowcache.errors import UserError
 from flowcache.report.figures import draw_tuning
-from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable, write_json, write_text
-from flowcache.runtime.model import MODELS, load_model
-from flowcache.runtime.profile import (
-    VERSION,
-    Observed,
-    Prediction,
-    Profile,
-    Reuse,
-    Source,
-    write_profile,
-)
-from flowcache.tune.gram import distance_band, magnitude_ratios
-from flowcache.tune.methods import (
+from flowcache.runtime.model import load_model
+from flowcache.runtime.profile import write_profile
+from flowcache.tuning.gram import magnitude_ratios
+from flowcache.tuning.methods import (
     Method,
     adaptive,
     closest_magcache,
     closest_threshold,
     guarded,
-    guidance_steps,
     held,
     magcache,
     planned,
@@ -52,9 +42,9 @@ from flowcache.tune.methods import (
     strides,
     whole_window,
 )
-from flowcache.tune.plan import Constraints, Plan, choose, parse_target
-from flowcache.tune.runs import Prompt, Runs, choose_prompts
-from flowcache.tune.study import (
+from flowcache.tuning.plan import Constraints, Plan, choose, parse_target
+from flowcache.tuning.runs import Prompt, Runs, choose_prompts
+from flowcache.tuning.study import (
     MEASURED_SHARES,
     NUM_MEASURED_CLIPS,
     NUM_PROBES,
@@ -63,6 +53,7 @@ from flowcache.tune.study import (
     check_possible,
     investigate,
     kv_effect,
+    make_profile,
     markdown,
     measure,
     random_plans,
@@ -95,10 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose runs")
-    parser.add_argument(
-        "--checkpoint", default="demo", help="as the model's own --model takes it (default: demo)"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--preset", default="flowcache_fast", help="whose attention and KV cache are tuned for"
     )
@@ -150,6 +138,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def command(options: argparse.Namespace) -> None:
     """Do what the options ask for."""
+    settle_checkpoint(options)
     target = parse_target(options.target)
     constraints = Constraints(
         warmup_steps=options.warmup_steps,
@@ -157,8 +146,8 @@ def command(options: argparse.Namespace) -> None:
         most_reuses=options.most_reuses,
     )
     runs = Runs(
-        load_model(options.model),
-        options.checkpoint,
+        load_model(options.architecture),
+        options.model,
         options.preset,
         options.settings,
         folder=options.work,
@@ -173,15 +162,15 @@ def command(options: argparse.Namespace) -> None:
         raise UserError(f"{out} exists and is kept: choose another --out, or give --overwrite")
     calibrating, unseen = choose_prompts(
         options.prompts,
-        checkpoint=options.checkpoint,
+        checkpoint=options.model,
         num_clips=options.clips,
         num_checks=options.check_prompts,
     )
     check_writable(options.work)
     check_writable(out.parent)
     identity = {
-        "model": options.model,
-        "checkpoint": options.checkpoint,
+        "model": options.architecture,
+        "checkpoint": options.model,
         "preset": options.preset,
         "settings": list(options.settings),
         "prompts": None if options.prompts is None else options.prompts.name,
@@ -203,7 +192,8 @@ def command(options: argparse.Namespace) -> None:
         f"gentlest     {gentlest.cost:g} of {num_steps} steps: {gentlest.psnr:.1f} dB expected; "
         "no plan is better"
     )
-    write_profile(make_profile(runs, options, calibrating, found, plan), out)
+    name = f"{options.architecture} {options.model}"
+    write_profile(make_profile(runs, calibrating, found, plan, model=name), out)
     print(f"profile      {out}: {plan.num_computed} of {num_steps} steps are computed")
     print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
     if plan.conditional:
@@ -225,45 +215,6 @@ def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
         f"once, held {held_as}",
         f"memory       {size.calibration_bytes / GIGA:.3g} GB more than the run itself",
     ]
-
-
-def make_profile(
-    runs: Runs,
-    options: argparse.Namespace,
-    prompts: Sequence[Prompt],
-    found: Found,
-    plan: Plan,
-) -> Profile:
-    """Return what is written."""
-    forecast = found.forecast(plan)
-    low, high = distance_band(found.distances, num_steps=found.model.num_steps)
-    return Profile(
-        version=VERSION,
-        fingerprint=runs.fingerprint(),
-        setting=runs.setting(),
-        reuse=Reuse(
-            plans=[list(plan.steps)],
-            predict=plan.predictor.quantity,
-            order=plan.predictor.order,
-            factor=plan.predictor.factor,
-            guidance_steps=guidance_steps(plan),
-        ),
-        predicted=Prediction(
-            error=plan.error, psnr=forecast.psnr, flops=forecast.flops, pixel_scale=found.scale
-        ),
-        observed=Observed(
-            magnitude_ratios=magnitude_ratios(found.model.gram),
-            distance_low=low,
-            distance_high=high,
-        ),
-        source=Source(
-            model=f"{options.model} {options.checkpoint}",
-            preset=options.preset,
-            date=datetime.date.today().isoformat(),
-            prompts=[prompt.text for prompt in prompts],
-            seeds=[prompt.seed for prompt in prompts],
-        ),
-    )
 
 
 def check(
@@ -311,7 +262,7 @@ def check(
     write_text(work / "table.md", markdown(table))
     write_json(work / "table.json", {"command": ["python", *sys.argv], "table": table})
     front = [(forecast.flops, forecast.psnr) for forecast in found.forecasts()]
-    name = f"{options.model} {options.checkpoint}"
+    name = f"{options.architecture} {options.model}"
     write_text(work / PLOT, draw_tuning(table, front, model=name))
     print(f"wrote {work / PLOT}")
 

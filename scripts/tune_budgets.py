@@ -40,15 +40,15 @@ from flowcache.bench.reuse import (
     write_budgets,
 )
 from flowcache.errors import UserError
-from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable
-from flowcache.runtime.model import MODELS, load_model
+from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import Profile, read_profile
-from flowcache.tune.gap import ErrorModel
-from flowcache.tune.gram import Calibration, merge
-from flowcache.tune.methods import even_steps, published
-from flowcache.tune.runs import Runs, choose_prompts
-from flowcache.tune.study import Rows
+from flowcache.tuning.gap import ErrorModel
+from flowcache.tuning.gram import Calibration, merge
+from flowcache.tuning.methods import even_steps, published
+from flowcache.tuning.runs import Runs, choose_prompts
+from flowcache.tuning.study import Rows
 
 NUM_SEARCH_CLIPS = 2
 HALF_A_STEP = 0.55
@@ -56,8 +56,8 @@ HALF_A_STEP = 0.55
 STARTS = {"flowcache": 0.15, "content": 0.15, "teacache": 0.1, "magcache": 0.2}
 """Thresholds that the search begins with."""
 EXAMPLES = """examples:
-  python scripts/tune_budgets.py --model skyreels_v2 --out result/reuse_skyreels_v2
-  python scripts/tune_budgets.py --model magi1 --out result/reuse_magi1
+  python scripts/tune_budgets.py --out result/reuse_skyreels_v2
+  python scripts/tune_budgets.py --architecture magi1 --out result/reuse_magi1
 """
 
 
@@ -80,8 +80,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
     )
-    parser.add_argument("--model", choices=sorted(MODELS), required=True, help="whose rules")
-    parser.add_argument("--checkpoint", default="demo", help="as tune.py takes it (default: demo)")
+    add_checkpoint(parser)
     parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="folder of profiles and budgets")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all runs")
@@ -96,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
+    settle_checkpoint(options)
     check_writable(options.out)
     bench = open_bench(options)
     words, preset = bench.comparison.words, bench.comparison.preset
@@ -114,8 +114,8 @@ def command(options: argparse.Namespace) -> None:
     ]
     budgets = Budgets(
         command=shlex.join(["python", *sys.argv]),
-        model=options.model,
-        checkpoint=options.checkpoint,
+        model=options.architecture,
+        checkpoint=options.model,
         settings=list(options.settings),
         levels=levels,
         adaptive=adaptive,
@@ -125,18 +125,22 @@ def command(options: argparse.Namespace) -> None:
 
 def open_bench(options: argparse.Namespace) -> Bench:
     """Load the model and find what was measured before."""
-    comparison = comparison_of(options.model)
+    comparison = comparison_of(options.architecture)
     runs = Runs(
-        load_model(options.model),
-        options.checkpoint,
+        load_model(options.architecture),
+        options.model,
         comparison.preset,
         options.settings,
         folder=options.out,
     )
     prompts, _ = choose_prompts(
-        None, checkpoint=options.checkpoint, num_clips=options.clips, num_checks=0
+        None, checkpoint=options.model, num_clips=options.clips, num_checks=0
     )
-    identity = {key: getattr(options, key) for key in ("model", "checkpoint", "settings")}
+    identity = {
+        "model": options.architecture,
+        "checkpoint": options.model,
+        "settings": options.settings,
+    }
     rows = Rows(options.out / "search", identity=identity)
     runs.load()
     return Bench(comparison, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
@@ -148,7 +152,7 @@ def tuned(bench: Bench, flops: float) -> Path:
     path = options.out / f"flops_{flops:.2f}.yaml"
     if path.is_file():
         return path
-    line = ["--model", options.model, "--checkpoint", options.checkpoint]
+    line = ["--model", options.model, "--architecture", options.architecture]
     line += ["--preset", bench.comparison.preset, "--target", f"flops={flops:.4f}"]
     line += ["--clips", str(options.clips), "--check-prompts", "0"]
     line += ["--work", str(bench.work), "--out", str(path), *options.settings]

@@ -45,6 +45,7 @@ ELSEWHERE = {
     "scripts/setup.sh": ("tests/runtime/test_setup.py", "setup.sh"),
     "scripts/gpu_check.sh": ("tests/scripts/test_gpu_check.py", "gpu_check.sh"),
     "scripts/bench_gpu.py": ("tests/scripts/test_bench_gpu.py", "flowcache.gpu"),
+    "scripts/bench_peers.py": ("tests/scripts/test_bench_peers.py", "bench_peers"),
     "scripts/rehearse_gpu.py": ("tests/scripts/test_rehearsal.py", "rehearse_gpu"),
     "scripts/quantize_error.py": ("tests/scripts/test_quantize_error.py", "quantize_error"),
     "bash serve.sh": ("tests/serve/test_app.py", "serve.sh"),

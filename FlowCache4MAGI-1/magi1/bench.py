@@ -8,7 +8,7 @@ compression do; the second one shows reuse alone.
 from functools import partial
 
 from flowcache.bench.methods import REFERENCE, Comparison, Method, with_predictors
-from flowcache.tune.runs import Words
+from flowcache.tuning.runs import Words
 
 WORDS = Words(
     content=(),

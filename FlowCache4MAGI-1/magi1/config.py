@@ -331,6 +331,7 @@ class RunConfig(ReleaseConfig):
     special_tokens: Place = None
     tokens: TokenChoice = field(default_factory=TokenChoice)
     passes: PassConfig = field(default_factory=PassConfig)
+    guidance: Annotated[float | None, Bounds(1, 1000)] = None
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
     kv: KVConfig = field(default_factory=KVConfig)
     parallel: ParallelRule = field(default_factory=ParallelRule)
@@ -343,11 +344,20 @@ class RunConfig(ReleaseConfig):
     compile: bool | None = None
     overlap: bool | None = None
 
-    @classmethod
-    def lines(cls) -> list[str]:
-        """Return a line for every setting, with type, default and meaning."""
-        release = describe(ReleaseConfig, commented=FIELDS)
-        return [*release, *describe(cls, commented=PRESETS / "base.yaml")[len(release) :]]
+    @property
+    def text_scales(self) -> tuple[float, ...]:
+        """The scales of the text: `guidance` is the largest of them, the others keep their share.
+
+        Example: guidance 5 makes the release's 7.5, 7.5, 0 into 5, 5, 0.
+        """
+        scales = self.runtime_config.text_scales
+        if self.guidance is None:
+            return scales
+        return tuple(self.guidance * scale / max(scales) for scale in scales)
+
+    def lines(self) -> list[str]:
+        """Return a line for every setting, with type, value and meaning."""
+        return describe(self, commented=[FIELDS, PRESETS / "base.yaml"])
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -356,6 +366,7 @@ class RunConfig(ReleaseConfig):
         check_prompt("prompt", self.prompt)
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
         check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
+        self._check_scales()
         self._check_given()
         self._check_decoding()
         self._check_kv()
@@ -364,6 +375,19 @@ class RunConfig(ReleaseConfig):
             raise UserError(
                 f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
                 "leave dtype at auto"
+            )
+
+    def _check_scales(self) -> None:
+        if self.guidance is None:
+            return
+        if self.runtime_config.cfg_number == 1:
+            raise UserError(
+                f"guidance is {self.guidance:g}, but a distilled model makes one pass, which has "
+                "its guidance built in: leave guidance out"
+            )
+        if max(self.runtime_config.text_scales) <= 0:
+            raise UserError(
+                "guidance scales runtime_config.text_scales, of which none is above 0: set those"
             )
 
     def _check_decoding(self) -> None:

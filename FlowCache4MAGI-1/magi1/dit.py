@@ -24,7 +24,7 @@ from torch.nn import functional
 from flowcache.attention import SDPA, Kernel
 from flowcache.kv import Attend
 from flowcache.runtime.compile import Compilation, compiled
-from flowcache.runtime.ops import attention_flops, linear_flops, linear_in_float32
+from flowcache.runtime.ops import Linear, attention_flops, linear_flops, linear_in_float32
 from flowcache.runtime.parallel import TokenSplit
 from magi1.config import PROJECTION_GROUPS, ModelConfig
 from magi1.fp8 import Fp8Linear, SmoothFp8Linear
@@ -130,7 +130,7 @@ class F32Linear(nn.Linear):
 
 
 def _plain_linear(width_in: int, width_out: int) -> nn.Linear:
-    return nn.Linear(width_in, width_out, bias=False)
+    return Linear(width_in, width_out, bias=False)
 
 
 class ZeroCentredLayerNorm(nn.Module):
@@ -201,8 +201,10 @@ class MLP(nn.Module):
         width, inner = config.hidden_size, config.ffn_hidden_size
         self.is_gated = config.gated_linear_unit
         self.layer_norm = nn.LayerNorm(width, eps=config.layernorm_epsilon)
-        make = Fp8Linear if is_fp8 else _plain_linear
-        self.linear_fc1 = make(width, 2 * inner if self.is_gated else inner)
+        wide = 2 * inner if self.is_gated else inner
+        self.has_gelu = is_fp8 and not self.is_gated  # else it is part of the first layer
+        first = Linear(width, wide, bias=False, gelu=None if self.is_gated else "none")
+        self.linear_fc1 = Fp8Linear(width, wide) if is_fp8 else first
         self.linear_fc2 = (SmoothFp8Linear if is_fp8 else _plain_linear)(inner, width)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ class MLP(nn.Module):
         if self.is_gated:
             gate, value = y.chunk(2, dim=-1)
             y = functional.silu(gate) * value
-        else:
+        elif self.has_gelu:
             y = functional.gelu(y)
         return self.linear_fc2(y)
 

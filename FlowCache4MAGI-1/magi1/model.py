@@ -43,6 +43,7 @@ class Magi(VideoModel):
     keys: Mapping[str, str] = MappingProxyType(
         {
             **{key: key for key in ("prompt", "image", "video", "memory_limit", "embedding_cache")},
+            "guidance": "guidance",
             **RunConfig.FLAT_NAMES,
         }
     )

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from flowcache.attention import SDPA
 from flowcache.errors import UserError
+from flowcache.runtime.ops import Linear, conv3d
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import check_files, find_shards, load_files, read_model_config
 
@@ -104,8 +105,8 @@ class Attention(nn.Module):
         width = config.embed_dim
         self.num_heads = config.num_heads
         self.is_normed = config.ln_in_attn
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         qkv = self.qkv(x_BNE).unflatten(-1, (3, self.num_heads, -1))
@@ -128,11 +129,11 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, *, inner: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
+        self.fc1 = Linear(width, inner, gelu="none")
+        self.fc2 = Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):
@@ -192,7 +193,7 @@ class Encoder(Transformer):
         patch = (config.patch_length, config.patch_size, config.patch_size)
         proj = nn.Conv3d(config.in_chans, config.embed_dim, patch, stride=patch)
         self.patch_embed = nn.ModuleDict({"proj": proj})
-        self.last_layer = nn.Linear(config.embed_dim, 2 * config.z_chans)
+        self.last_layer = Linear(config.embed_dim, 2 * config.z_chans)
 
     def forward(self, x_B3THW: Tensor) -> Tensor:
         patches = self.patch_embed["proj"](x_B3THW)
@@ -206,10 +207,10 @@ class Decoder(Transformer):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__(config)
         channels = config.decoded_width // config.patch_volume
-        self.proj_in = nn.Linear(config.z_chans, config.embed_dim)
+        self.proj_in = Linear(config.z_chans, config.embed_dim)
         self.final_proj, self.final_norm = nn.Identity(), nn.Identity()
         if config.use_final_proj:
-            self.final_proj = nn.Linear(config.embed_dim, config.decoded_width)
+            self.final_proj = Linear(config.embed_dim, config.decoded_width)
             self.final_norm = nn.LayerNorm(config.decoded_width, eps=NORM_EPS)
         self.last_layer = nn.Conv3d(channels, config.in_chans, 3, padding=1)
 
@@ -227,7 +228,8 @@ class Decoder(Transformer):
             p=self.config.patch_size,
             q=self.config.patch_size,
         )
-        return self.last_layer(video)
+        last = self.last_layer
+        return conv3d(video, last.weight, last.bias, stride=(1, 1, 1), padding=(1, 1, 1))
 
 
 class ViTVAE(nn.Module):

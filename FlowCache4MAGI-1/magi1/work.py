@@ -51,8 +51,11 @@ def clip_of(config: RunConfig, *, num_prefix: int) -> Clip:
 
 def loop_of(config: RunConfig) -> Sampling:
     """Return the settings of the denoising loop."""
+    sampling = Sampling.of(config)
+    guidance = sampling.guidance
     return replace(
-        Sampling.of(config),
+        sampling,
+        guidance=guidance and replace(guidance, text_scales=config.text_scales),
         clean_pass=config.passes.clean_pass,
         nearly_clean_pass=config.passes.nearly_clean_pass,
         prev_share=config.passes.prev_share,

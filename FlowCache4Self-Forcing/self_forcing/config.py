@@ -61,7 +61,7 @@ class RunConfig:
     warp_steps: bool = True
     num_steps: Annotated[int | None, Bounds(1, MAX_STEPS)] = None
     shift: Annotated[float, Bounds(0, 1000, is_open=True)] = 5.0
-    guidance: Annotated[float, Bounds(0, 1000)] = 3.0
+    guidance: Annotated[float | None, Bounds(0, 1000)] = None
     chunk_frames: Annotated[int, Bounds(1, MAX_POSITIONS)] = 3
     first_frame_alone: bool = False
     context_noise: Annotated[int, Bounds(0, 1000)] = 0
@@ -84,10 +84,9 @@ class RunConfig:
     compile: bool | None = None
     overlap: bool | None = None
 
-    @classmethod
-    def lines(cls) -> list[str]:
-        """Return a line for every setting, with type, default and meaning."""
-        return describe(cls, commented=PRESETS / "base.yaml")
+    def lines(self) -> list[str]:
+        """Return a line for every setting, with type, value and meaning."""
+        return describe(self, commented=[PRESETS / "base.yaml"])
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -110,6 +109,11 @@ class RunConfig:
             raise UserError(
                 f"num_steps is {self.num_steps}, but step_list names {len(self.step_list)} steps: "
                 "leave one of them out"
+            )
+        if self.step_list and self.guidance is not None:
+            raise UserError(
+                f"guidance is {self.guidance:g}, but a few-step model (step_list) has its guidance "
+                "built in: leave guidance out"
             )
         if self.first_chunk_step_list and not self.step_list:
             raise UserError("first_chunk_step_list needs a step_list for the other chunks")

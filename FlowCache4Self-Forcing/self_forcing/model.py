@@ -11,16 +11,17 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Progress, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
-from flowcache.wan.dit import DiT
-from flowcache.wan.folder import WanFolder, is_whole
+from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.given import Conditioning, Media
-from flowcache.wan.model import WanModel
+from flowcache.wan.memory import Held
+from flowcache.wan.model import WanModel, source_of
+from flowcache.wan.rounded import RoundedDiT
 from flowcache.wan.vae import VAE
-from self_forcing import checkpoint as checkpoints
+from self_forcing.checkpoint import FOLDERS, SIZES, find_weights_download, with_weights
 from self_forcing.config import RunConfig
 from self_forcing.pipeline import generate
 from self_forcing.released import PRESETS, REAL_MODEL, RELEASED
-from self_forcing.work import work_of
+from self_forcing.work import held_of, work_of
 
 
 class SelfForcing(WanModel):
@@ -29,23 +30,16 @@ class SelfForcing(WanModel):
     name = "self_forcing"
     presets = PRESETS
     schema = RunConfig
+    folders = FOLDERS
     places: Collection[str] = ("checkpoint",)
 
     # Files and settings -----------------------------------------------------------------------
 
-    def folder(self, source: Source) -> WanFolder:
-        return source.files.base
-
     def knows(self, name: str) -> bool:
-        return name in (*RELEASED, REAL_MODEL) or is_whole(Path(name).expanduser())
+        return name in (*RELEASED, REAL_MODEL) or FOLDERS.is_whole(Path(name).expanduser())
 
-    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
-        if is_dry and name in RELEASED:
-            return Source(name, plans_by_sizes=True, sizes=checkpoints.SIZES)
-        place = checkpoints.choose(name)
-        if Path(place).exists():
-            return _source(checkpoints.find_base(place))
-        return Source(place, sizes=checkpoints.SIZES if place == REAL_MODEL else None)
+    def sizes_of(self, name: str) -> DiTConfig | None:
+        return SIZES if name in (*RELEASED, REAL_MODEL) else None
 
     def check(self, config: RunConfig, source: Source) -> RunConfig:
         num_steps = len(config.step_list or ()) or config.num_steps or 50
@@ -54,17 +48,11 @@ class SelfForcing(WanModel):
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
         if source.plans_by_sizes:
             return None
-        return checkpoints.find_download(config, source.name, source.files)
+        return super().missing(config, source) or find_weights_download(config, source.files)
 
     def fetch(self, config: RunConfig, source: Source) -> tuple[RunConfig, Source]:
-        base = source.files or checkpoints.find_base(source.name)
-        return config, _source(checkpoints.find_weights(config, base))
-
-    def check_files(self, config: RunConfig, source: Source) -> None:
-        source.files.check()
-
-    def fingerprint(self, source: Source) -> str:
-        return source.files.fingerprint()
+        config, source = super().fetch(config, source)
+        return config, source_of(with_weights(config, source.files))
 
     def identity(self, job: Job) -> str:
         return f"{job.source.files} {job.config.precision}"
@@ -83,7 +71,7 @@ class SelfForcing(WanModel):
         dtype = str(job.dtype).removeprefix("torch.")
         model = f"sizes of {job.source.name}, {dtype}; no files"
         if files is not None:
-            model = f"{job.source.name}, {files.weights.name}, {dtype} on {job.device}"
+            model = f"{job.source.name}, {files.dit.files[0].name}, {dtype} on {job.device}"
         loop = "rolling" if config.rolling else "few steps" if config.step_list else "many steps"
         return [
             f"model        {model}",
@@ -107,11 +95,14 @@ class SelfForcing(WanModel):
             ),
         ]
 
+    def held(self, job: Job) -> Held:
+        return held_of(job.config, job.work, job.source.sizes)
+
     # Running ----------------------------------------------------------------------------------
 
     def load_dit(self, job: Job) -> DiT:
-        is_rounded = job.config.precision == "reference"
-        return job.source.files.load_dit(is_rounded=is_rounded, dtype=job.dtype, device=job.device)
+        kind = RoundedDiT if job.config.precision == "reference" else DiT
+        return job.source.files.dit.load(dtype=job.dtype, device=job.device, kind=kind)
 
     def compile(self, job: Job, dit: DiT) -> None:
         if job.config.precision != "reference":  # its parts are others
@@ -124,8 +115,3 @@ class SelfForcing(WanModel):
 
 
 MODEL = SelfForcing()
-
-
-def _source(found: checkpoints.Checkpoint) -> Source:
-    base = found.base
-    return Source(base.folder.name, base.folder, files=found, sizes=base.config)

@@ -7,18 +7,16 @@ from collections.abc import Generator
 
 import torch
 
-from flowcache.kv_quantized import KVLayout, KVSizes, Rotary
 from flowcache.policies import Observe, Policies
-from flowcache.quantization import format_of
 from flowcache.runtime.memory import HostWeights
-from flowcache.runtime.model import Progress, SegmentWork, Work
+from flowcache.runtime.model import Progress, Work
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.cached import CachedDiT, add_flops_of_others, open_branches
+from flowcache.wan.cached import CachedDiT, add_flops_of_others, kv_layout, open_branches
 from flowcache.wan.codec import Codec
-from flowcache.wan.dit import DiT, rotate
+from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning
 from flowcache.wan.vae import SPATIAL_STRIDE, VAE
 from self_forcing.config import RunConfig
@@ -67,7 +65,15 @@ def generate(
             ranks=ranks,
             kv_tokens=part.kv_tokens,
             on_host=config.kv_on_host,
-            layout=_kv_layout(dit, config, part, size=size[1:]),
+            layout=kv_layout(
+                dit,
+                config.kv,
+                part,
+                chunks=chunks,
+                size=size[1:],
+                # a view rotates keys when it reads them
+                comes_rotated=config.positions == "absolute" and not config.rolling,
+            ),
         )
         cached = CachedDiT(
             dit, branches, stats=stats, ranks=ranks, size=size[1:], num_chunks=len(chunks)
@@ -86,26 +92,3 @@ def generate(
             else:
                 yield Progress(tick, None)
     add_flops_of_others(stats, ranks)
-
-
-def _kv_layout(
-    dit: DiT, config: RunConfig, part: SegmentWork, *, size: tuple[int, int]
-) -> KVLayout | None:
-    """Return what quantised caches have in common, if they are quantised.
-
-    Args:
-        size: rows and columns of a latent.
-    """
-    made, chunks = format_of(config.kv, head_width=dit.config.head_width), part.cut
-    if made is None:
-        return None
-    frames = torch.arange(chunks[-1].stop, device=dit.patch_embedding.weight.device)
-    frame_tokens = part.tokens[0] // len(chunks[0])
-    # a view rotates keys when it reads them
-    comes_rotated = config.positions == "absolute" and not config.rolling
-    rope = dit.rope(frames, latent_height=size[0], latent_width=size[1]) if comes_rotated else None
-    return KVLayout(
-        KVSizes.of(made, part.ticks, part.tokens),
-        {number: chunk.start * frame_tokens for number, chunk in enumerate(chunks)},
-        None if rope is None else Rotary(rope, rotate, has_neighbours=True),
-    )

@@ -9,10 +9,14 @@ from flowcache.runtime.config import check_work
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
-from flowcache.wan.vae import TEMPORAL_STRIDE
+from flowcache.wan.memory import Held
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from flowcache.wan.work import Call, chunk_work, tokens_per_frame
 from self_forcing.config import MAX_POSITIONS, RunConfig
 from self_forcing.sampler import Sampling
+
+LATENT_COPIES = 6
+"""Float32 arrays of the video's size or less: noise, latents, velocities, solver's history."""
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -28,7 +32,7 @@ def sampling_of(config: RunConfig) -> Sampling:
         first_steps=timesteps(config.first_chunk_step_list),
         num_steps=config.num_steps or 50,
         shift=config.shift,
-        guidance=config.guidance,
+        guidance=3.0 if config.guidance is None else config.guidance,
         context_noise=config.context_noise,
         window=config.window,
         sink=config.sink,
@@ -115,6 +119,22 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
         yield call(list(tick.steps), is_clean=False)
         for chunk in () if tick.is_last else tick.finishing:
             yield call([chunk], is_clean=True)
+
+
+def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
+    """Return what the loop keeps in memory."""
+    (part,) = work.segments
+    given = 1 if config.image is not None else (config.overlap_history or 0) * bool(config.video)
+    pixels = config.height * config.width
+    num_latents = part.cut[-1].stop * pixels // SPATIAL_STRIDE**2
+    return Held(
+        latent_bytes=LATENT_COPIES * 4 * sizes.out_dim * num_latents,
+        encoded_frames=given,
+        # given frames are decoded with the first chunk
+        shown_frames=TEMPORAL_STRIDE * max(map(len, part.cut)) + given,
+        kv_remedy="set window, or fewer num_frames",
+        chunk_key="chunk_frames",
+    )
 
 
 def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> SegmentWork:

@@ -3,7 +3,7 @@
 from functools import partial
 
 from flowcache.bench.methods import REFERENCE, Comparison, Method, with_predictors
-from flowcache.tune.runs import Words
+from flowcache.tuning.runs import Words
 
 WORDS = Words(
     content=("reuse.signal=content",),

@@ -21,7 +21,7 @@ from flowcache.runtime.model import Source
 from flowcache.wan import checkpoint as wan
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2 import checkpoint as checkpoints
+from skyreels_v2.checkpoint import FOLDERS
 from skyreels_v2.model import MODEL
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -52,9 +52,9 @@ def load_components(
     Raises:
         UserError: the model is not there, is damaged, or is no diffusion forcing model.
     """
-    found = checkpoints.find(checkpoints.choose(str(place)))
+    found = FOLDERS.find(FOLDERS.choose(str(place)))
     _check_kind(found.config)
-    checkpoints.check(found)
+    found.check()
     host = torch.device("cpu")
     own = vae.load(found.vae, device=host) if given_vae is None else vae.VAE(given_vae)
     folder = found.folder / "scheduler"
@@ -66,7 +66,7 @@ def load_components(
         )
     return Components(
         MODEL.find(str(found.folder)),
-        checkpoints.load_dit(found, dtype=dtype, device=host),
+        found.dit.load(dtype=dtype, device=host),
         own,
         text.load_encoder(
             found.text_encoder,

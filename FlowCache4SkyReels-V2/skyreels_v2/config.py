@@ -102,10 +102,9 @@ class RunConfig:
     quantize: QuantizeName | None = None
     overlap: bool | None = None
 
-    @classmethod
-    def lines(cls) -> list[str]:
-        """Return a line for every setting, with type, default and meaning."""
-        return describe(cls, commented=PRESETS / "base.yaml")
+    def lines(self) -> list[str]:
+        """Return a line for every setting, with type, value and meaning."""
+        return describe(self, commented=[PRESETS / "base.yaml"])
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -37,17 +37,17 @@ from flowcache.runtime.ops import Draw
 from flowcache.runtime.run import finished, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT
+from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.unipc import timestep_grid
-from flowcache.wan.vae import TEMPORAL_STRIDE, VAE
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE
 from skyreels_v2.calibration import rescale_for
 from skyreels_v2.components import Components, components_of, load_components
 from skyreels_v2.config import RunConfig
-from skyreels_v2.inputs import Media, check_mode
+from skyreels_v2.inputs import check_mode
 from skyreels_v2.model import SkyReels
-from skyreels_v2.pipeline import Conditioning, SegmentProgress, generate
+from skyreels_v2.pipeline import SegmentProgress, generate
 from skyreels_v2.sampler import WAITING_TIMESTEP
 from skyreels_v2.window import Window, latent_frames
-from skyreels_v2.work import VAE_STRIDE
 
 __all__ = [
     "SkyReelsV2FlowCacheImageToVideoPipeline",
@@ -254,7 +254,7 @@ class SkyReelsV2FlowCachePipeline:
         self._interrupt = False
         self._loaded: tuple[Any, Loaded] | None = None
         self._bar: dict[str, Any] = {}
-        self._processor = VideoProcessor(vae_scale_factor=VAE_STRIDE)
+        self._processor = VideoProcessor(vae_scale_factor=SPATIAL_STRIDE)
         self._check()
 
     @classmethod
@@ -508,7 +508,7 @@ class SkyReelsV2FlowCachePipeline:
         generator = call.generator
         if isinstance(generator, list) and len(generator) != num_videos:
             raise UserError(f"there are {len(generator)} generators for {num_videos} videos")
-        size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+        size = (config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
         shapes = [
             (num_videos, self.components.dit.config.out_dim, part.num_frames, *size)
             for part in job.work.loop.segments

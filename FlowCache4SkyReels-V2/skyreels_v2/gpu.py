@@ -28,11 +28,10 @@ from flowcache.runtime.ops import linear_flops, set_float32_precision
 from flowcache.runtime.parallel import Ranks
 from flowcache.wan import quantize
 from flowcache.wan.dit import DiT, DiTConfig, blocks_flops
-from flowcache.wan.vae import TEMPORAL_STRIDE, VAE, released
+from flowcache.wan.given import Conditioning
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE, released
 from skyreels_v2.checkpoint import released_sizes
 from skyreels_v2.model import MODEL
-from skyreels_v2.pipeline import Conditioning
-from skyreels_v2.work import VAE_STRIDE
 
 RELEASED = released_sizes("df-1.3b-540p")
 SIZES: dict[Size, DiTConfig] = {
@@ -63,7 +62,13 @@ class GreyVAE:
         """Return latents of zeros."""
         batch, _, num_frames, height, width = pixels_B3THW.shape
         num_latents = (num_frames - 1) // TEMPORAL_STRIDE + 1
-        shape = (batch, RELEASED.out_dim, num_latents, height // VAE_STRIDE, width // VAE_STRIDE)
+        shape = (
+            batch,
+            RELEASED.out_dim,
+            num_latents,
+            height // SPATIAL_STRIDE,
+            width // SPATIAL_STRIDE,
+        )
         return pixels_B3THW.new_zeros(shape)
 
     def stream(self, _ranks: Ranks, /) -> "GreyVAE":
@@ -77,7 +82,7 @@ class GreyVAE:
         if not self.has_begun:
             num_frames -= TEMPORAL_STRIDE - 1
         self.has_begun = True
-        shape = (batch, 3, num_frames, height * VAE_STRIDE, width * VAE_STRIDE)
+        shape = (batch, 3, num_frames, height * SPATIAL_STRIDE, width * SPATIAL_STRIDE)
         return latents_BCFhw.new_zeros(shape)
 
 

@@ -1,8 +1,8 @@
-"""Images and videos that a run starts from: read, cropped, scaled, as pixels in -1..1."""
+"""Images and videos that a run starts from: what fits a model, and how an image is cropped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,41 +11,12 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.runtime.video import image_size, probe, read_image, read_video, to_pixels
+from flowcache.runtime.video import image_size, probe, to_pixels
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2.config import RunConfig
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-@dataclass(frozen=True)
-class Media:
-    """The given pictures, as pixels of the final size."""
-
-    image: Tensor | None = None
-    """`[3, 1, H, W]` in -1..1."""
-    end_image: Tensor | None = None
-    """`[3, 1, H, W]` in -1..1."""
-    video: Tensor | None = None
-    """The whole video to extend, uint8 `[T, H, W, 3]`."""
-
-
-def read_media(config: RunConfig) -> Media:
-    """Read the pictures that the settings name."""
-    size = (config.height, config.width)
-    video = None
-    if config.video is not None:
-        # it goes on playing at the rate of the new frames
-        frames, _ = read_video(Path(config.video), fps=config.fps, size=size)
-        needed = config.overlap_history or 0
-        if len(frames) < needed:
-            raise UserError(
-                f"{config.video} has {len(frames)} frames at {config.fps} fps, fewer than "
-                f"overlap_history {needed}, which the new frames continue: give a longer video"
-            )
-        video = torch.from_numpy(frames)
-    return Media(_read_fitted(config.image, size), _read_fitted(config.end_image, size), video)
 
 
 def turn_to_fit(config: RunConfig) -> RunConfig:
@@ -105,9 +76,3 @@ def fit_image(image: Image.Image, *, height: int, width: int) -> Tensor:
     cut = image.crop((left, top, left + cut_width, top + cut_height))
     scaled = cut.resize((width, height), Image.Resampling.BICUBIC)
     return to_pixels(torch.from_numpy(np.array(scaled)).unsqueeze(0))
-
-
-def _read_fitted(path: str | None, size: tuple[int, int]) -> Tensor | None:
-    if path is None:
-        return None
-    return fit_image(read_image(Path(path)), height=size[0], width=size[1])

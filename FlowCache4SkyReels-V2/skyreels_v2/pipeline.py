@@ -7,68 +7,32 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flowcache.kv import KVCache, caches_for
-from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.policies import Observe, Policies, guidance_of, store_of
-from flowcache.quantization import format_of
-from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.memory import HostWeights, aside
+from flowcache.runtime.checks import Decoded
+from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, SegmentWork, Work
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.wan.dit import ContextKV, DiT, context_flops, rotate
+from flowcache.wan.cached import add_flops_of_others, encode_contexts, kv_layout, open_caches
+from flowcache.wan.codec import Codec, LatentCodec
+from flowcache.wan.dit import ContextKV, DiT
+from flowcache.wan.given import Conditioning
+from flowcache.wan.vae import SPATIAL_STRIDE
 from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames
-from skyreels_v2.work import VAE_STRIDE, work_of
+from skyreels_v2.work import work_of
 
 MASK_CHANNELS = 4
 """Channels that show an I2V model which latent frames are given."""
-
-
-class LatentDecoder(Protocol):
-    """Turns the latents of one segment into pixels `[B, 3, T, H, W]` in -1..1, bit by bit."""
-
-    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
-        """Return the pixels of the next latents."""
-        ...
-
-
-class LatentCodec(Protocol):
-    """What the pipeline needs of a VAE."""
-
-    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
-        """Return normalised latents `[B, C, F, h, w]`."""
-        ...
-
-    def stream(self, ranks: Ranks, /) -> LatentDecoder:
-        """Begin to decode one segment; the processes may divide the work."""
-        ...
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the video is made from, encoded or as pixels in -1..1 of the final size."""
-
-    text: Mapping[str, Tensor]
-    """Branch name -> text encoder output `[1, L, D]`; "uncond" only where guidance is on."""
-    image_features: Tensor | None = None
-    """CLIP features `[1, 257, 1280]`, I2V models only."""
-    image: Tensor | None = None
-    """Start image, `[3, 1, H, W]`."""
-    end_image: Tensor | None = None
-    """End image, `[3, 1, H, W]`."""
-    video: Tensor | None = None
-    """Last frames of the video to extend, `[3, T, H, W]`."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +75,9 @@ def generate(
         ranks=ranks or Ranks(),
     )
     dit_weights = HostWeights(dit, device) if config.offload else None
-    contexts = _encode_contexts(run, conditioning)
+    contexts = encode_contexts(
+        dit, conditioning.text, conditioning.image_features, stats=stats, ranks=run.ranks
+    )
     segments: Sequence[Segment] = work.loop.segments
     # before any that is blended into a prefix, which upstream takes from another source
     noises = [_draw_noise(draw, config, segment, dit=dit) for segment in segments]
@@ -120,8 +86,8 @@ def generate(
         config.overlap, device, takes_turns=config.offload or run.ranks.place.size > 1
     )
     with Worker("decode", device=device, is_concurrent=is_concurrent) as worker:
-        codec = _Codec(vae, run, worker, dit_weights)
         for segment, part, noise in zip(segments, work.segments, noises, strict=True):
+            codec = Codec(vae, vae.stream(run.ranks), stats, worker, device, dit_weights)
             window: Window = part.cut
             before = None if tail is None else tail.result()
             latents = _start_latents(
@@ -129,6 +95,7 @@ def generate(
             )
             # caches are made in the call: a name would keep them until the next ones are made
             made = _make_segment(
+                run,
                 codec,
                 latents,
                 window=window,
@@ -136,14 +103,14 @@ def generate(
                 branches=_branches(
                     run, config, contexts, policies, part=part, number=segment.index
                 ),
-                condition=_image_condition(codec, conditioning, segment),
+                condition=_image_condition(dit, codec, conditioning, segment),
             )
             for tick, frames in made:
                 yield SegmentProgress(tick, frames, segment, latents)
                 if frames is not None and config.overlap_history is not None:
                     last = partial(_last_frames, tail, frames, config.overlap_history)
                     tail = worker.submit(last, is_small=True)
-    _add_flops_of_others(stats, run.ranks)
+    add_flops_of_others(stats, run.ranks)
 
 
 # Before the first segment -------------------------------------------------------------------------
@@ -152,27 +119,6 @@ def generate(
 def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
     make_policy = policy_maker(config, dit.config)
     return lambda *, segment, branch: make_policy()  # noqa: ARG005
-
-
-def _encode_contexts(run: Run, conditioning: Conditioning) -> dict[str, list[ContextKV]]:
-    """Project every branch's prompt to cross-attention keys and values, once per video.
-
-    A branch that other processes compute gets none.
-    """
-    dit, image = run.dit, conditioning.image_features
-    device = dit.patch_embedding.weight.device
-    contexts: dict[str, list[ContextKV]] = {}
-    with run.stats.stage("dit"):
-        for number, (name, text) in enumerate(conditioning.text.items()):
-            contexts[name] = []
-            if not run.ranks.computes(number):
-                continue
-            cost = context_flops(dit.config)
-            run.stats.add_flops(computed=cost, without_reuse=cost)
-            contexts[name] = dit.encode_context(
-                text.to(device), None if image is None else image.to(device)
-            )
-    return contexts
 
 
 def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) -> Tensor:
@@ -184,7 +130,7 @@ def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) ->
     is_float32 = config.noise_dtype == "float32" or (
         config.noise_dtype == "auto" and dit.config.model_type == "i2v"
     )
-    size = (config.height // VAE_STRIDE, config.width // VAE_STRIDE)
+    size = (config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
     dtype = torch.float32 if is_float32 else dit.dtype
     return draw((dit.config.out_dim, segment.num_frames, *size), dtype)
 
@@ -192,40 +138,8 @@ def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) ->
 # One segment --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Codec:
-    """The VAE of a run, which may decode concurrently with the denoising."""
-
-    vae: LatentCodec
-    run: Run
-    worker: Worker
-    dit_weights: HostWeights | None
-    """On the host, if the transformer leaves the device while the VAE works."""
-
-    def encode(self, pixels_3THW: Tensor) -> Tensor:
-        """Encode pixels to latents `[C, F, h, w]`, float32."""
-        device = self.run.dit.patch_embedding.weight.device
-        with self.run.stats.stage("vae"), aside(self.dit_weights):
-            latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(device))
-        return latents[0].to(device=device, dtype=torch.float32)
-
-    def decode(
-        self, decoder: LatentDecoder, latents_CFhw: Tensor, *, skipped: int = 0
-    ) -> Future[Decoded]:
-        """Have latents decoded, without the first `skipped` frames; they may still change."""
-        is_concurrent = self.worker.is_concurrent
-        own = latents_CFhw.unsqueeze(0).clone() if is_concurrent else latents_CFhw[None]
-
-        def decode() -> Decoded:
-            with self.run.stats.stage("vae", is_concurrent=is_concurrent), aside(self.dit_weights):
-                frames = decoder.decode(own)[0].float()[:, skipped:]
-                return Decoded(frames, all_finite(own))
-
-        return self.worker.submit(decode)
-
-
 def _start_latents(
-    codec: _Codec,
+    codec: Codec,
     conditioning: Conditioning,
     noise: Tensor,
     *,
@@ -252,13 +166,15 @@ def _start_latents(
     return latents
 
 
-def _image_condition(codec: _Codec, conditioning: Conditioning, segment: Segment) -> Tensor | None:
+def _image_condition(
+    dit: DiT, codec: Codec, conditioning: Conditioning, segment: Segment
+) -> Tensor | None:
     """Return what an I2V model sees along with the noise: a mask and the encoded start image.
 
     The image is followed by mid-grey frames, as the model was trained.
     """
     image = conditioning.image
-    if codec.run.dit.config.model_type != "i2v" or image is None:
+    if dit.config.model_type != "i2v" or image is None:
         return None
     clip = torch.zeros(3, pixel_frames(segment.num_frames), *image.shape[-2:])
     clip[:, :1] = image
@@ -279,7 +195,13 @@ def _branches(
 ) -> dict[str, Branch]:
     """Return the guidance branches of a window; those of other processes have no caches."""
     branches: dict[str, Branch] = {}
-    layout = _kv_layout(run.dit, config, part)
+    layout = kv_layout(
+        run.dit,
+        config.kv,
+        part,
+        chunks=part.cut.chunks,
+        size=(config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE),
+    )
     for branch, (name, context) in enumerate(contexts.items()):
         policy = policies(segment=number, branch=name)
         has_caches = config.attention == "causal" and run.ranks.computes(branch)
@@ -287,45 +209,22 @@ def _branches(
             context,
             run.ranks.decided_by(policy, branch=branch),
             run.new_store(),
-            _caches(run, config, part.kv_tokens, layout) if has_caches else [],
+            open_caches(
+                run.dit,
+                ranks=run.ranks,
+                kv_tokens=part.kv_tokens,
+                on_host=config.kv_on_host,
+                layout=layout,
+            )
+            if has_caches
+            else [],
         )
     return branches
 
 
-def _kv_layout(dit: DiT, config: RunConfig, part: SegmentWork) -> KVLayout | None:
-    """Return what the quantised caches of a window have in common, if they are quantised."""
-    made, window = format_of(config.kv, head_width=dit.config.head_width), part.cut
-    if made is None:
-        return None
-    rope = dit.rope(
-        torch.arange(window.num_frames, device=dit.patch_embedding.weight.device),
-        latent_height=config.height // VAE_STRIDE,
-        latent_width=config.width // VAE_STRIDE,
-    )
-    frame_tokens = len(rope) // window.num_frames
-    return KVLayout(
-        KVSizes.of(made, part.ticks, part.tokens),
-        {number: chunk.start * frame_tokens for number, chunk in enumerate(window.chunks)},
-        Rotary(rope, rotate, has_neighbours=True),
-    )
-
-
-def _caches(run: Run, config: RunConfig, capacity: int, layout: KVLayout | None) -> list[KVCache]:
-    dit = run.dit
-    return caches_for(
-        dit.config.num_layers,
-        capacity=capacity,
-        num_heads=dit.config.num_heads // run.ranks.layout.sequence,
-        head_width=dit.config.head_width,
-        dtype=dit.dtype,
-        device=dit.patch_embedding.weight.device,
-        storage=torch.device("cpu") if config.kv_on_host else None,
-        make=cache_maker(layout),
-    )
-
-
 def _make_segment(
-    codec: _Codec,
+    run: Run,
+    codec: Codec,
     latents: Tensor,
     *,
     window: Window,
@@ -339,23 +238,22 @@ def _make_segment(
         latents: noise and given frames, `[C, F, h, w]`; changed in place.
     """
     sampler = WindowSampler(
-        codec.run,
+        run,
         latents,
         window=window,
         branches=branches,
         segment=segment.index,
         condition=condition,
     )
-    decoder = codec.vae.stream(codec.run.ranks)
     waiting: list[Future[Decoded]] = []
     if window.num_prefix:
         prefix = latents[:, : window.num_prefix]
         # what it repeats was shown before; the decoder needs it all the same
-        waiting.append(codec.decode(decoder, prefix, skipped=segment.prefix_pixels))
+        waiting.append(codec.decode([(prefix, segment.prefix_pixels)]))
     for tick, finished in sampler.denoise():
         for chunk in finished:
             own = window.chunks[chunk]
-            waiting.append(codec.decode(decoder, latents[:, own.start : own.stop]))
+            waiting.append(codec.decode([(latents[:, own.start : own.stop], 0)]))
         if finished:
             yield tick, codec.worker.submit(partial(_concatenated, waiting), is_small=True)
             waiting = []
@@ -371,13 +269,3 @@ def _last_frames(before: Future[Tensor] | None, new: Future[Decoded], count: int
     """Return the last pixel frames of a video so far, `[3, T, H, W]`."""
     parts = [] if before is None else [before.result()]
     return torch.cat([*parts, new.result().frames], dim=1)[:, -count:]
-
-
-def _add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
-    """Count what other processes did in the branches that this one does not compute.
-
-    Those that share a branch count it alike. The numbers are the host's: no device is asked.
-    """
-    own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
-    every = ranks.world.all_reduce(own) // ranks.sequence.size
-    stats.computed_flops, stats.flops_without_reuse = every.tolist()

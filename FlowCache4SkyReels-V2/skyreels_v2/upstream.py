@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import read_yaml
@@ -21,8 +20,8 @@ from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.runtime.run import describe, plan_without_files, prepare, run
 from flowcache.wan.dit import DiTConfig
-from skyreels_v2 import checkpoint as checkpoints
 from skyreels_v2.calibration import coefficients_for
+from skyreels_v2.checkpoint import FOLDERS, released_sizes
 from skyreels_v2.enhance import enhance
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import released_name
@@ -236,8 +235,8 @@ def request_of(script: Script, options: Namespace) -> Request:
     Raises:
         UserError: a flag is missing or not supported.
     """
-    model = checkpoints.choose(options.model_id)
-    own = _own_keys(given_path(str(model), name="model"))
+    model = FOLDERS.choose(options.model_id)
+    own = _own_keys(Path(model))
     seed = _seed_of(options)
     settings = [f"seed={seed}", *_given_settings(options), *_model_settings(options, own)]
     expname = None
@@ -248,7 +247,7 @@ def request_of(script: Script, options: Namespace) -> Request:
         settings += _one_window_settings(options, own)
         settings += _reuse_settings(options, policy=_policy(options))
     return Request(
-        model=str(model),
+        model=model,
         overrides=[*settings, *options.settings],
         folder=Path("result") / options.outdir,
         stem=_file_stem(options.prompt, seed=seed) if expname is None else f"{expname}-0",
@@ -358,7 +357,7 @@ def _flowcache_settings(options: Namespace, own: set[str]) -> Iterator[str]:
     yield from _reuse_settings(options, policy="flowcache" if is_on else "vanilla")
     yield "reuse.signal=timestep"
     if is_on and not options.use_ret_steps and "reuse.rescale" not in own:
-        model = _sizes_of(checkpoints.choose(options.model_id))
+        model = _sizes_of(FOLDERS.choose(options.model_id))
         name = coefficients_for(model, signal="timestep_embedding", height=0, width=0)
         if name is not None:
             yield f"reuse.rescale={name}"
@@ -368,8 +367,8 @@ def _sizes_of(model: str | Path) -> DiTConfig:
     """Return the sizes of a model; of a released one without a download."""
     name = released_name(str(model))
     if name is not None and not Path(model).expanduser().exists():
-        return checkpoints.released_sizes(name)
-    return checkpoints.find(model).config
+        return released_sizes(name)
+    return FOLDERS.find(model).config
 
 
 def _reuse_settings(options: Namespace, *, policy: str) -> Iterator[str]:

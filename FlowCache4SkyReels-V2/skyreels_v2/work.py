@@ -5,38 +5,18 @@ from functools import partial
 
 import torch
 
-from flowcache.attention import AttentionShape
 from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
-from flowcache.errors import UserError
 from flowcache.kv import Compression, peak_tokens
 from flowcache.policies import stored_results
 from flowcache.runtime.config import check_pass
-from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import (
-    Pass,
-    check_compression,
-    held_bytes,
-    most_active,
-    walk,
-)
+from flowcache.runtime.plan import Pass, check_compression, most_active, walk
 from flowcache.schedule import Tick
-from flowcache.wan.dit import (
-    PATCH,
-    DiT,
-    DiTConfig,
-    blocks_flops,
-    context_flops,
-    embed_flops,
-    head_flops,
-)
-from flowcache.wan.quantize import weight_bytes
+from flowcache.wan.dit import PATCH, DiTConfig, blocks_flops, embed_flops, head_flops
+from flowcache.wan.work import tokens_per_frame, wan_work
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import WHOLE_WINDOW, Sampling
 from skyreels_v2.window import Segment, latent_frames, pixel_frames, segments_of, window_of
-
-VAE_STRIDE = 8
-"""Pixels per latent, in both directions."""
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -63,7 +43,11 @@ def batches_branches(config: RunConfig) -> bool:
         return config.batch_branches
     is_full = config.attention == "full"
     frames = latent_frames(config.base_num_frames) if is_full else config.causal_block_size
-    tokens = len(branches_of(config)) * frames * tokens_per_frame(config)
+    tokens = (
+        len(branches_of(config))
+        * frames
+        * tokens_per_frame(height=config.height, width=config.width)
+    )
     return tokens <= config.together_tokens
 
 
@@ -89,19 +73,6 @@ def token_layout(config: RunConfig, *, frame_tokens: int) -> TokenLayout:
     )
 
 
-def tokens_per_frame(config: RunConfig) -> int:
-    """Return the DiT tokens of one latent frame."""
-    multiple = VAE_STRIDE * PATCH[1]
-    for name, value in (("height", config.height), ("width", config.width)):
-        if value < multiple or value % multiple:
-            below = max(value // multiple, 1) * multiple
-            raise UserError(
-                f"{name} must be a multiple of {multiple} pixels, not {value}; use {below} or "
-                f"{below + multiple}"
-            )
-    return (config.height // multiple) * (config.width // multiple)
-
-
 # What a run costs ---------------------------------------------------------------------------------
 
 
@@ -117,7 +88,7 @@ class Loop:
     @classmethod
     def of(cls, config: RunConfig) -> "Loop":
         """Derive it from the settings."""
-        frame_tokens = tokens_per_frame(config)
+        frame_tokens = tokens_per_frame(height=config.height, width=config.width)
         return cls(
             sampling_of(config),
             frame_tokens,
@@ -157,7 +128,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     """
     loop, passes = Loop.of(config), branches_of(config)
     per_frame, num_branches = loop.frame_tokens, len(passes)
-    is_whole, width = config.attention == "full", dtype.itemsize
+    is_whole = config.attention == "full"
     frames = max(segment.num_frames for segment in loop.segments)
     frames = frames if is_whole else min(frames, config.causal_block_size)
     check_pass(frames * per_frame, sizes="height, width, base_num_frames or causal_block_size")
@@ -167,19 +138,11 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         first += segment.new_pixels
     largest = max(segments, key=lambda part: part.cut.num_frames)
     window_tokens, queries = largest.cut.num_frames * per_frame, max(largest.tokens.values())
-    kv_tokens = max(part.kv_tokens for part in segments)
     queries = window_tokens if is_whole else queries
-    heads = sizes.num_heads
-    attention = AttentionShape(
-        queries, queries if is_whole else kv_tokens, heads, heads, sizes.head_width
-    )
     pass_tokens = queries
     if not is_whole:
         active = max(most_active(part.ticks, part.tokens) for part in segments)
         pass_tokens = max(queries, min(config.together_tokens, active))
-    with META:
-        weights = weight_bytes(DiT(sizes), config.quantize, dtype=dtype)
-    together = num_branches if loop.sampling.batch_branches else 1
     scored = 0  # only scoring by importance needs queries
     if config.kv.compress == "importance":
         seen = {"token": LAST_QUERY_TOKENS, "frame": per_frame, "chunk": queries}
@@ -187,38 +150,25 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     # results are stored whether a policy will ask for them or not
     stored = stored_results(config.reuse) * num_branches * window_tokens
     if loop.sampling.level == "tokens":
-        stored *= sizes.dim * width
+        stored *= sizes.dim * dtype.itemsize
     else:
         stored *= PATCH[1] * PATCH[2] * sizes.out_dim * 4
-    flops = context_flops(sizes) * num_branches
-    flops += sum(loop.flops(sizes, part, num_branches=num_branches) for part in segments)
-    return Work(
-        segments=tuple(segments),
+    return wan_work(
+        sizes,
+        segments,
         branches=passes,
-        passes=passes,
-        is_whole=is_whole,
-        num_caches=num_branches,
-        frame_tokens=per_frame,
-        divided_tokens=per_frame,
+        queries=queries,
         pass_tokens=pass_tokens,
-        text_tokens=sizes.text_len,
-        attention=attention,
-        flops=flops,
-        weight_bytes=weights,
-        stored_bytes=stored,
+        frame_tokens=per_frame,
+        flops=sum(loop.flops(sizes, part, num_branches=num_branches) for part in segments),
+        dtype=dtype,
         loop=loop,
-        **held_bytes(
-            segments,
-            attention,
-            num_layers=sizes.num_layers,
-            num_caches=num_branches,
-            ffn_width=sizes.ffn_dim,
-            pass_tokens=together * pass_tokens,
-            num_queries=scored,
-            keeps_queries=False,
-            itemsize=width,
-            kv=config.kv,
-        ),
+        kv=config.kv,
+        is_whole=is_whole,
+        batch=num_branches if loop.sampling.batch_branches else 1,
+        num_scored=scored,
+        stored_bytes=stored,
+        mode=config.quantize,
     )
 
 

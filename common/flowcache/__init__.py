@@ -8,9 +8,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowcache.api import Comparison, Part, Pipeline, Plan, Tick, Video, compare, load
+    from flowcache.api import (
+        Comparison,
+        Part,
+        Pipeline,
+        Plan,
+        Tick,
+        Tuned,
+        Video,
+        compare,
+        load,
+        tune,
+    )
 
-__all__ = ["Comparison", "Part", "Pipeline", "Plan", "Tick", "Video", "compare", "load"]
+__all__ = [
+    "Comparison",
+    "Part",
+    "Pipeline",
+    "Plan",
+    "Tick",
+    "Tuned",
+    "Video",
+    "compare",
+    "load",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@
     video.save("circle.mp4")
 
 Settings are those of the presets, under one flat vocabulary for all models: `num_frames`, `height`,
-`width`, `num_steps`, `seed`, `fps`, `prompt`, `image`, `video`. A section is a mapping, as in
-`reuse={"threshold": 0.2}`.
+`width`, `num_steps`, `seed`, `fps`, `guidance`, `prompt`, `image`, `video`. A section is a mapping,
+as in `reuse={"threshold": 0.2}`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,22 @@ from PIL import Image
 from torch import Tensor
 
 from flowcache.errors import UserError
+from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.cli import ProgressBar
-from flowcache.runtime.config import overrides_of
+from flowcache.runtime.config import check_prompt, overrides_of
+from flowcache.runtime.files import check_writable
 from flowcache.runtime.metrics import open_clip, psnr, ssim
-from flowcache.runtime.model import MODELS, Job, Loaded, Progress, Request, VideoModel, load_model
+from flowcache.runtime.model import (
+    MODELS,
+    Job,
+    Loaded,
+    Progress,
+    Request,
+    VideoModel,
+    architecture_of,
+    load_model,
+)
+from flowcache.runtime.profile import Profile, write_profile
 from flowcache.runtime.record import Record
 from flowcache.runtime.run import (
     KeptNetworks,
@@ -50,6 +62,9 @@ from flowcache.runtime.run import (
 )
 from flowcache.runtime.stats import Pass, RunStats
 from flowcache.runtime.video import LiveWriter, VideoWriter
+from flowcache.tuning.plan import Constraints, Forecast, choose, parse_target
+from flowcache.tuning.runs import Runs, numbered
+from flowcache.tuning.study import Rows, check_possible, investigate, make_profile
 
 Frames: TypeAlias = NDArray[np.uint8]
 """`[T, H, W, 3]`."""
@@ -218,10 +233,10 @@ def load(
         model: `demo`, `auto`, a released name, a folder or a hub id, as `--model` on the command
             line; a hub id is downloaded if it is not in the hub's cache.
         preset: its name, or a YAML file.
-        architecture: package of the model, `skyreels_v2` or `magi1`; None: the first one that
-            knows the name.
+        architecture: package of the model, as `magi1`; None: the first one that knows the name.
         progress_bar: whether a call shows one.
-        settings: of all videos; a call can change them again.
+        settings: of all videos; a call can change them again. `profile` is a file that `tune` has
+            saved, whose steps are computed.
 
     Raises:
         UserError: the model, the preset or a setting is wrong.
@@ -238,15 +253,82 @@ def load(
     return pipe
 
 
-def architecture_of(model: str) -> str:
-    """Return the package of the first model that knows a checkpoint by its name or place."""
-    for package in MODELS:
-        if load_model(package).knows(model):
-            return package
-    raise UserError(
-        f"model {model} is none of a released name, a checkpoint folder or a hub id of "
-        f"{' or '.join(MODELS)}: give architecture, too"
-    )
+@dataclass(frozen=True)
+class Tuned:
+    """Which steps to compute, for the model and the settings of one pipeline."""
+
+    profile: Profile
+    """What `save` writes."""
+    forecast: Forecast
+    """What is expected: `.speedup`, `.flops` (share), `.psnr` (dB), `.seconds`."""
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a YAML file, which `profile=` takes; return its path.
+
+        Raises:
+            UserError: the file exists and must not be replaced, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists and is kept: choose another name, or give overwrite")
+        check_writable(path.parent)
+        write_profile(self.profile, path)
+        return path
+
+
+def tune(
+    pipe: Pipeline,
+    prompts: str | Sequence[str],
+    *,
+    target: str = "speedup=2",
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Tuned:
+    """Find which steps a pipeline should compute; some clips of each prompt are made for it.
+
+    Args:
+        prompts: like those that will be used, some 8 of them.
+        target: `speedup=3`, `flops=0.35` (share), `psnr=32` (dB), each against every step computed
+            with the same preset, or `seconds=60` in the transformer.
+        folder: keeps what was measured, so that an interrupted call goes on; None: nothing is kept.
+        settings: of the clips, as in a call of the pipeline.
+
+    Raises:
+        UserError: the target, a prompt or a setting is wrong, or no plan meets the target.
+    """
+    wanted, constraints = parse_target(str(target)), Constraints()
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise UserError("prompts is empty: give some texts to calibrate on")
+    for text in texts:
+        _check_text("prompts", text)
+    model, request = pipe.model, pipe.request
+    with ExitStack() as stack:
+        given = {**pipe.settings, **settings}
+        given.pop("profile", None)  # of an earlier call
+        files = pipe._as_files(given, request)  # pyright: ignore[reportPrivateUsage]
+        named, shown = stack.enter_context(files)
+        work = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        overrides = list(overrides_of(named, keys=model.keys))
+        runs = Runs(model, request.model, request.preset, overrides, folder=work)
+        check_possible(wanted, runs.size(), constraints)
+        identity = {
+            "model": model.name,
+            "checkpoint": request.model,
+            "preset": request.preset,
+            "settings": list(overrides_of({**named, **shown}, keys=model.keys)),
+            "prompts": texts,
+        }
+        check_writable(work)
+        rows = Rows(work, identity=identity)
+        stack.enter_context(pipe._held())  # pyright: ignore[reportPrivateUsage]
+        runs.load(pipe.networks)
+        clips = numbered(texts, len(texts))
+        found = investigate(runs, rows, clips, constraints)
+        forecast = choose(wanted, found.forecasts())
+        name = f"{model.name} {request.model}"
+        plan = found.plans[forecast.cost]
+        return Tuned(make_profile(runs, clips, found, plan, model=name), forecast)
 
 
 def _known(architecture: str) -> str:
@@ -293,7 +375,7 @@ class Pipeline:
             record: whether the result has a `record`.
             on_tick: called after every pass over the active chunks; raising ends the run.
             on_part: called with frames as they become clean.
-            settings: `num_frames`, `seed`, `image`, ...; pictures as files or as pixels.
+            settings: `num_frames`, `seed`, `image`, `profile`, ...; pictures as files or as pixels.
 
         Raises:
             UserError: a setting is wrong; nothing large was loaded or computed.
@@ -363,26 +445,41 @@ class Pipeline:
     ) -> Job:
         given = {**self.settings, **settings}
         if prompt is not None:
-            given["prompt"] = prompt
+            given["prompt"] = _check_text("prompt", prompt)
+        profile = given.pop("profile", None)
+        if profile is not None:  # before settings of `reuse`, which may choose another policy
+            if not isinstance(profile, (str, Path)):
+                raise UserError(f"profile must be a file that tune has saved, not {profile!r:.80}")
+            given = {"reuse.policy": "planned", "reuse.profile": profile, **given}
         request = self.request if preset is None else replace(self.request, preset=preset)
-        with self._as_files(given, request) as named:
+        with self._as_files(given, request) as (named, shown):
             overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
-            return prepare(self.model, request, writes=False)
+            return prepare(self.model, request, writes=False).changed(**shown)
 
     @contextmanager
-    def _as_files(self, settings: Mapping[str, Any], request: Request) -> Generator[dict[str, Any]]:
-        """Write pixels among the settings to lossless files, which exist inside the context."""
+    def _as_files(
+        self, settings: Mapping[str, Any], request: Request
+    ) -> Generator[tuple[dict[str, Any], dict[str, str]]]:
+        """Write pixels among the settings to lossless files, which exist inside the context.
+
+        Returns:
+            the settings with files, and what reports say instead of the files' names.
+        """
         named = {
             name: value
             for name, value in settings.items()
             if name not in PICTURES or value is None or isinstance(value, (str, Path))
         }
+        shown: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as folder:
             for name, given in settings.items():
                 if name in named:
                     continue
                 pixels = _pixels(name, given, num_axes=4 if name == "video" else 3)
+                *num_frames, height, width, _ = pixels.shape
+                shown[name] = f"pixels {width}x{height}"
+                shown[name] += f", {num_frames[0]} frames" if num_frames else ""
                 if name == "video":
                     path = Path(folder) / "video.mp4"
                     fps = given.fps if isinstance(given, Video) else self._fps(named, request)
@@ -392,7 +489,7 @@ class Pipeline:
                     path = Path(folder) / f"{name}.png"
                     Image.fromarray(pixels).save(path)
                 named[name] = path
-            yield named
+            yield named, shown
 
     def _fps(self, settings: Mapping[str, Any], request: Request) -> int:
         """Return the frame rate of the run, which frames without one are taken to have."""
@@ -422,7 +519,9 @@ class _Run:
         self.on_tick = on_tick
         self.stats = RunStats(job.device, records=job.request.record)
         self.loaded: Loaded | None = None
+        self.check = DegenerateCheck()
         self.num_frames = 0
+        self.first_frames_seconds: float | None = None
 
     def parts(self) -> Generator[Part]:
         """Carry out the run; yield what is finished as soon as it is."""
@@ -478,8 +577,11 @@ class _Run:
 
     def _finished(self, progress: Progress) -> Part:
         assert self.loaded is not None
-        frames = finished(progress, modules=self.loaded.modules)
-        return self._part(frames.numpy(), progress.tick.finishing)
+        frames = finished(progress, modules=self.loaded.modules).numpy()
+        self.check.see(frames)
+        if self.first_frames_seconds is None:
+            self.first_frames_seconds = self.stats.elapsed_seconds()
+        return self._part(frames, progress.tick.finishing)
 
     def _part(self, frames: Frames, chunks: tuple[int, ...]) -> Part:
         part = Part(frames, self.num_frames, chunks)
@@ -492,6 +594,8 @@ class _Run:
         assert self.loaded is not None
         name = f"{job.preset}-{job.value('seed')}.mp4"
         report = report_of(job, self.loaded, stats, num_frames=len(frames), video=name)
+        report["alarms"] = self.check.alarms()
+        report["first_frames_seconds"] = self.first_frames_seconds
         record = None
         if stats.trace is not None:
             record = record_of(job, report, stats, stats.traced())
@@ -501,13 +605,21 @@ class _Run:
 # From Python values to settings -------------------------------------------------------------------
 
 
+def _check_text(name: str, given: Any) -> str:
+    if not isinstance(given, str):
+        raise UserError(f"{name} must be text, not {given!r:.80}")
+    check_prompt(name, given)
+    return given
+
+
 def _pixels(name: str, given: Any, *, num_axes: int) -> Frames:
     if isinstance(given, Video):
         given = given.frames
     if isinstance(given, Image.Image):
         given = given.convert("RGB")
-    pixels = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-    if pixels.dtype != np.uint8 or pixels.ndim != num_axes or pixels.shape[-1] != 3:
+    pixels = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    is_whole = pixels.ndim == num_axes and pixels.shape[-1] == 3 and pixels.size > 0
+    if pixels.dtype != np.uint8 or not is_whole:
         axes = "[H, W, 3]" if num_axes == 3 else "[T, H, W, 3]"
         raise UserError(
             f"{name} must be a file or uint8 pixels {axes}, got {pixels.dtype} {list(pixels.shape)}"

@@ -16,10 +16,11 @@ from flowcache.predict import ResultStore
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import PATCH, DiT, DiTConfig
+from flowcache.wan.given import Conditioning
 from golden.case import Case, Check, compare, compare_sets, known
 from skyreels_v2.calibration import COEFFICIENTS
 from skyreels_v2.config import KVConfig, ReuseConfig, RunConfig
-from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.pipeline import generate
 from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window, cut_window
 

@@ -27,7 +27,7 @@ from flowcache.policies import (
     relative_l1,
 )
 from flowcache.schedule import Tick, staggered
-from flowcache.tune.gram import distance_band, magnitude_ratios
+from flowcache.tuning.gram import distance_band, magnitude_ratios
 
 pytestmark = pytest.mark.numeric
 

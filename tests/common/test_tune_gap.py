@@ -8,7 +8,7 @@ import torch
 from closeness import assert_close
 
 from flowcache.predict import ResultStore, clean_estimate, velocity_to
-from flowcache.tune.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
+from flowcache.tuning.gap import ErrorModel, Predictor, gap_coefficients, interpolated_gains
 
 pytestmark = pytest.mark.numeric
 

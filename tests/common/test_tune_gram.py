@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError
-from flowcache.tune.gap import Predictor
-from flowcache.tune.gram import (
+from flowcache.tuning.gap import Predictor
+from flowcache.tuning.gram import (
     Calibration,
     GramCollector,
     Sketch,

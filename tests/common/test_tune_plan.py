@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flowcache.errors import UserError
-from flowcache.tune.gap import ErrorModel, Predictor, points_of
-from flowcache.tune.plan import (
+from flowcache.tuning.gap import ErrorModel, Predictor, points_of
+from flowcache.tuning.plan import (
     Constraints,
     Forecast,
     Target,

@@ -38,7 +38,7 @@ from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.model import Request, models_with
 from flowcache.runtime.run import Clip, config_layers, prepare
 from flowcache.runtime.stats import RunStats
-from flowcache.tune.methods import even_steps
+from flowcache.tuning.methods import even_steps
 from magi1 import demo
 from magi1.checkpoint import find_model
 from magi1.config import RunConfig
@@ -196,7 +196,7 @@ def test_magi1_is_compared_and_the_rows_are_kept(
 ):
     method = "stride (FlowCache-fast's FLOPs), velocity + KV compression"
     base = "vanilla, neither pass + KV compression"
-    line = ["--model", "magi1", "--checkpoint", untrained, "--prompts", "1"]
+    line = ["--architecture", "magi1", "--model", untrained, "--prompts", "1"]
     line += ["--methods", method, "--", *MAGI_SETTINGS]
     assert bench(*line) == 0
     rows = {row["method"]: row for row in rows_of(tmp_path)}
@@ -223,7 +223,7 @@ def test_skyreels_v2_is_compared_by_several_processes(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     settings = (*SHORT, "num_steps=4", "reuse.every=3")
-    line = ["--model", "skyreels_v2", "--prompts", "2", "--methods"]
+    line = ["--architecture", "skyreels_v2", "--prompts", "2", "--methods"]
     line += ["stride (FlowCache-fast's FLOPs), residual", "--part"]
     assert bench(*line, "2/2", *settings) == 0
     assert "3 of 6 clips" in capsys.readouterr().out
@@ -257,7 +257,7 @@ def write_profiles(folder: Path, *, model: str = "skyreels_v2") -> str:
 def test_plan_and_stride_are_compared_at_the_same_cost(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    line = ["--table", "reuse", "--model", "skyreels_v2", "--prompts", "1"]
+    line = ["--table", "reuse", "--architecture", "skyreels_v2", "--prompts", "1"]
     line += ["--profiles", write_profiles(tmp_path / "profiles"), "--methods"]
     line += ["FlowCache-fast, residual", "planned (mid), as tuned"]
     assert bench(*line, "stride (mid), velocity + trend", "--", *TINY) == 0
@@ -276,7 +276,7 @@ def test_plan_and_stride_are_compared_at_the_same_cost(
 def damaged_row(folder: Path) -> list[str]:
     (folder / "out").mkdir()
     (folder / "out/rows-1.jsonl").write_text('{"method": "vani')
-    return ["--model", "skyreels_v2", "--methods", "vanilla"]
+    return ["--architecture", "skyreels_v2", "--methods", "vanilla"]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def damaged_row(folder: Path) -> list[str]:
         (["--methods", "magic"], "'magic' is no row of the table: see --list-methods"),
         (["--prompts", "0"], "--prompts must be 1 or more, not 0"),
         (["--part", "3/2"], "--part is '3/2', but must be I/N"),
-        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--model", "nowhere"], "nowhere"),
         (
             ["--methods", "vanilla + KV compression", "--", "runtime_config.num_frames=96"],
             "nothing would be dropped, since the clip has 4 chunks and the KV cache holds 5: raise",
@@ -294,7 +294,7 @@ def damaged_row(folder: Path) -> list[str]:
         (["--table", "reuse", "--profiles", "none"], "none/budgets.yaml: no such file"),
         (
             lambda folder: [
-                *("--model", "skyreels_v2", "--table", "reuse"),
+                *("--architecture", "skyreels_v2", "--table", "reuse"),
                 *("--profiles", write_profiles(folder / "a", model="magi1")),
             ],
             "was made for magi1 demo, not for skyreels_v2 demo",
@@ -313,7 +313,7 @@ def test_what_is_given_wrong_is_one_line(
     if callable(arguments):
         given = arguments(tmp_path)
     else:
-        given = ["--model", "magi1", "--checkpoint", untrained, *arguments]
+        given = ["--architecture", "magi1", "--model", untrained, *arguments]
     assert bench(*given) == 2
     message = capsys.readouterr().err.strip()
     assert said in message
@@ -448,7 +448,7 @@ def test_even_steps_run_from_the_first_to_the_last():
 def test_budgets_are_made_on_the_demo_and_found_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    line = ["--model", "skyreels_v2", "--clips", "1", "--out", str(tmp_path), *TINY]
+    line = ["--architecture", "skyreels_v2", "--clips", "1", "--out", str(tmp_path), *TINY]
     line.append("reuse.warmup_steps=2")
     assert tune_budgets.main(line) == 0
     found = read_budgets(tmp_path, model="skyreels_v2", checkpoint="demo")

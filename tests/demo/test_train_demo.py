@@ -73,10 +73,10 @@ def test_the_other_parts_load_with_their_libraries(exported: Path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--model", "other"],
-        ["--model", "skyreels_v2", "--out", "x", "--vae-steps", "0"],
-        ["--model", "skyreels_v2", "--out", "x", "--distill-steps", "5"],
-        ["--model", "magi1", "--out", "x", "--stage", "scheduler"],
+        ["--architecture", "other"],
+        ["--architecture", "skyreels_v2", "--out", "x", "--vae-steps", "0"],
+        ["--architecture", "skyreels_v2", "--out", "x", "--distill-steps", "5"],
+        ["--architecture", "magi1", "--out", "x", "--stage", "scheduler"],
     ],
 )
 def test_wrong_options_end_with_code_2(load_script: Callable[[str], ModuleType], words: list[str]):

@@ -13,6 +13,7 @@ from flowcache.policies import POLICIES, FlowCache
 from magi1.checkpoint import find_model, find_path
 from magi1.config import ModelConfig, RunConfig, read_config
 from magi1.dit import DiT
+from magi1.model import MODEL
 from magi1.released import CONFIGS, DEMOS, PRESETS, RELEASED
 from magi1.work import budget_of, clip_of, dtype_of, layout_of, loop_of, policy_of
 
@@ -152,6 +153,45 @@ def test_every_preset_is_in_order_for_every_released_model(configure: Configure,
         if not config.reuse.needs_profile:  # a profile comes with its checkpoint
             assert isinstance(policy_of(config), POLICIES[config.reuse.policy])
         assert loop_of(config).guidance is None or "base" in model
+
+
+def test_guidance_is_the_largest_scale_of_the_text(configure: Configure, tmp_path: Path):
+    released = configure(model="4.5B_base")
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("guidance: 5.0")
+    for config in (
+        configure("base", "guidance=5", model="4.5B_base"),
+        configure(str(preset), model="4.5B_base"),
+    ):
+        was, now = loop_of(released).guidance, loop_of(config).guidance
+        assert was is not None
+        assert now is not None
+        assert was.text_scales == (7.5, 7.5, 7.5, 0, 0)
+        assert now.text_scales == (5, 5, 5, 0, 0)
+        assert now.prev_scales == was.prev_scales
+        assert MODEL.setting(config) != MODEL.setting(released)  # a profile is for one guidance
+    same = configure("base", "guidance=7.5", model="4.5B_base")
+    assert loop_of(same) == loop_of(released)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        ("4.5B_distill", ["guidance=5"], "guidance is 5, but a distilled model makes one pass"),
+        ("4.5B_base", ["guidance=0.5"], r"guidance must be in 1\.\.1000, not 0.5"),
+        ("4.5B_base", ["guidance=nan"], "guidance is 'nan', but must be float or null"),
+        (
+            "4.5B_base",
+            ["guidance=5", "runtime_config.text_scales=[0, 0, 0, 0, 0]"],
+            "of which none is above 0",
+        ),
+    ],
+)
+def test_guidance_that_a_model_cannot_have_is_refused(
+    configure: Configure, model: str, settings: list[str], words: str
+):
+    with pytest.raises(UserError, match=words):
+        configure("base", *settings, model=model)
 
 
 def test_the_published_values_are_set(configure: Configure):

@@ -13,7 +13,7 @@ from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.model import Request
 from flowcache.runtime.profile import read_profile
 from flowcache.runtime.run import prepare
-from flowcache.tune.gram import Calibration
+from flowcache.tuning.gram import Calibration
 from magi1.model import MODEL
 from magi1.schedule import Clock
 
@@ -31,7 +31,7 @@ def _tune(distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     prompts.write_text("a red circle moving right\na green square\na blue cat\n")
 
     def run(*arguments: str) -> int:
-        model = ["--model", "magi1", "--checkpoint", str(distilled)]
+        model = ["--architecture", "magi1", "--model", str(distilled)]
         given = ["--prompts", str(prompts), "--work", str(tmp_path / "work"), "--clips", "2"]
         return script.main([*model, *given, *arguments])
 

@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 
 import flowcache
-from flowcache.api import Pipeline, architecture_of
+from flowcache.api import Pipeline
 from flowcache.errors import UserError
-from flowcache.runtime.model import Request, load_model
+from flowcache.runtime.model import Request, architecture_of, load_model
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import describe, execute, prepare
-from flowcache.runtime.video import read_video
+from flowcache.runtime.video import read_video, to_uint8
 
 PROMPT = "a red circle moving right on a black background"
 NUM_FRAMES = {"skyreels_v2": 33, "magi1": 48}
+CONTENT = {"skyreels_v2": {"signal": "content"}, "magi1": {}}
 FOR_VIDEO = {"skyreels_v2": {"overlap_history": 9}, "magi1": {"prefix_frames": 24}}
 
 
@@ -186,6 +187,44 @@ def test_a_wrong_setting_is_one_line(pipe: Pipeline, settings: dict[str, Any], m
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prompt", [3, ["a cat"], b"a cat", "", " \n"])
+def test_a_prompt_is_text(pipe: Pipeline, prompt: Any):
+    for call in (pipe, pipe.stream, pipe.plan):
+        with pytest.raises(UserError, match=r"prompt (must be text, not|is empty)"):
+            call(prompt)
+
+
+def test_numbers_of_numpy_are_numbers_and_other_objects_are_named(pipe: Pipeline):
+    plan = pipe.plan(num_frames=np.int64(NUM_FRAMES[pipe.model.name]), seed=np.uint8(3))
+    assert plan.num_frames == NUM_FRAMES[pipe.model.name]
+    with pytest.raises(UserError, match=r"reuse.threshold must be a text, a number, a list"):
+        pipe.plan(reuse={"threshold": object()})
+
+
+def test_a_report_names_pixels_by_their_size_and_a_file_by_its_path(
+    pipe: Pipeline, video: flowcache.Video, tmp_path: Path
+):
+    more: dict[str, Any] = {"num_steps": 4, **FOR_VIDEO[pipe.model.name]}
+    picture = Image.new("RGB", (80, 48))
+    picture.save(tmp_path / "start.png")
+    for given, name, shown in (
+        ({"image": picture}, "image", "pixels 80x48"),
+        ({"video": video}, "video", f"pixels 64x64, {len(video.frames)} frames"),
+        ({"image": tmp_path / "start.png"}, "image", str(tmp_path / "start.png")),
+    ):
+        report = pipe(PROMPT, **given, **more).report
+        assert report["config"][name] == shown
+
+
+def test_a_report_says_when_frames_were_there_and_that_they_are_odd(
+    pipe: Pipeline, video: flowcache.Video, monkeypatch: pytest.MonkeyPatch
+):
+    assert 0 < video.report["first_frames_seconds"] < video.stats["total_seconds"]
+    assert video.report["alarms"] == []
+    monkeypatch.setattr("flowcache.runtime.run.to_uint8", lambda frames: to_uint8(frames) * 0)
+    assert pipe(PROMPT, num_steps=4).report["alarms"]
+
+
 def test_a_section_is_a_mapping(pipe: Pipeline):
     full = pipe(PROMPT, reuse={"policy": "vanilla"}, num_steps=4)
     assert full.stats["passes"]["reused"] == 0
@@ -214,6 +253,64 @@ def test_a_notebook_plays_a_video(video: flowcache.Video):
     assert html.startswith("<video controls")
     assert "data:video/mp4;base64," in html
     assert repr(dataclasses.replace(video)).startswith("Video(")
+
+
+def test_tuning_gives_a_profile_that_meets_the_target_and_is_followed(
+    pipe: Pipeline, tmp_path: Path
+):
+    networks = pipe.networks.load(prepare(pipe.model, as_command(pipe, None), writes=False))
+    tuned = flowcache.tune(pipe, PROMPT, target="flops=0.7", folder=tmp_path / "work")
+    assert tuned.forecast.flops <= 0.7
+    assert pipe.networks.load(prepare(pipe.model, as_command(pipe, None), writes=False)) is networks
+    path = tuned.save(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match=r"a.yaml exists and is kept"):
+        tuned.save(path)
+    (plan,) = tuned.profile.reuse.plans
+    planned = pipe(PROMPT, profile=path, record=True)
+    assert planned.record is not None
+    computed = {row["step"] for row in planned.record["decisions"] if row["computed"]}
+    assert computed == set(plan)
+    assert planned.stats["passes"]["reused"] > 0
+    guarded = pipe.plan(profile=path, reuse={"policy": "guarded", **CONTENT[pipe.model.name]})
+    assert "guarded reuse" in str(guarded)
+    before = sorted(tmp_path.rglob("work/*"))
+    assert flowcache.tune(pipe, PROMPT, target="flops=0.7", folder=tmp_path / "work") == tuned
+    assert sorted(tmp_path.rglob("work/*")) == before  # nothing was measured anew
+    loaded = flowcache.load(
+        "demo",
+        architecture=pipe.model.name,
+        progress_bar=False,
+        profile=path,
+        **pipe.settings,
+    )
+    assert np.array_equal(loaded(PROMPT).frames, planned.frames)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "target", "message"),
+    [
+        (PROMPT, "quality=3", "must be one of the kinds"),
+        (PROMPT, 3, "the target is '3'"),
+        (PROMPT, "speedup=1000", "cannot be reached"),
+        ([], "speedup=2", "prompts is empty"),
+        ([PROMPT, 7], "speedup=2", "prompts must be text, not 7"),
+        ([" "], "speedup=2", "prompts is empty"),
+    ],
+)
+def test_what_tuning_cannot_do_is_one_line(pipe: Pipeline, prompts: Any, target: Any, message: str):
+    with pytest.raises(UserError, match=message) as error:
+        flowcache.tune(pipe, prompts, target=target)
+    assert "\n" not in str(error.value)
+
+
+def test_a_profile_is_a_file_that_was_tuned_for_these_settings(pipe: Pipeline, tmp_path: Path):
+    with pytest.raises(UserError, match="profile must be a file"):
+        pipe.plan(profile=3)
+    with pytest.raises(UserError, match="no such profile"):
+        pipe.plan(profile=tmp_path / "none.yaml")
+    shipped = pipe.model.find("demo").folder / "profiles" / "flowcache_tuned.yaml"
+    with pytest.raises(UserError, match="was tuned with num_steps"):
+        pipe.plan(profile=shipped)
 
 
 @pytest.mark.parametrize(

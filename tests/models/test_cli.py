@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flowcache.runtime.config import load_config
+from flowcache.runtime.run import read_settings
 from flowcache.runtime.video import VideoWriter, probe
 
 Refused = Callable[..., str]
@@ -489,6 +490,29 @@ def test_help_and_the_list_of_settings_name_everything(
     text = capsys.readouterr().out
     for word in HELP[tiny.model.name]:
         assert word in text
+
+
+def test_the_list_of_settings_shows_the_values_of_preset_model_and_command_line(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("reuse: {policy: flowcache, threshold: 0.375}\nfps: 48\n")
+    where = ["--list-settings", "--preset", str(preset), "--model", str(tiny.folder)]
+    assert tiny.main(*where, "--seed", "77", f"num_frames={tiny.short.num_frames}") == 0
+    listed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    keys = tiny.model.keys
+    config = read_settings(tiny.model, tiny.request())
+    for key, value in (
+        ("reuse.threshold", "0.375"),
+        (keys["fps"], "48"),
+        (keys["seed"], "77"),
+        (keys["num_frames"], str(tiny.short.num_frames)),
+        (keys["height"], str(operator.attrgetter(keys["height"])(config))),
+        ("prompt", "..."),
+    ):
+        assert f" = {value}" in listed[key].partition("  #")[0], key
+    assert tiny.main(*where, "kv.mix=2") == 2
+    assert capsys.readouterr().err.startswith("error: kv.mix must be in 0..1")
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback(tiny: Any):

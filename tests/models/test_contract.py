@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from flowcache.runtime.config import describe
 from flowcache.runtime.model import MODELS, Job, Request, Residence, VideoModel, load_model
 from flowcache.runtime.run import plan_by_sizes, prepare
 
@@ -27,12 +26,17 @@ def job_of(model: VideoModel, folder: Path, *settings: str) -> Job:
     return prepare(model, Request("vanilla", "demo", overrides, str(folder), is_dry=True))
 
 
-def test_every_key_is_a_setting(model: VideoModel):
-    settings = {line.partition(":")[0] for line in describe(model.schema)}
+def test_every_key_is_a_setting(model: VideoModel, tmp_path: Path):
+    lines = job_of(model, tmp_path).config.lines()
+    settings = {line.partition(":")[0] for line in lines}
     assert {*model.keys.values(), *SHARED} <= settings
-    assert {"prompt", "seed", "num_steps", "num_frames", "height", "width", "fps"} <= {*model.keys}
-    lines = model.schema.lines()
     assert len(lines) == len(settings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_the_flat_names(name: str):
+    flat = {"prompt", "seed", "num_steps", "num_frames", "height", "width", "fps", "guidance"}
+    assert flat <= {*load_model(name).keys}
 
 
 def test_a_job_reads_settings_by_the_names_of_arguments(model: VideoModel, tmp_path: Path):

@@ -34,14 +34,15 @@ from flowcache.runtime.run import (
 from flowcache.runtime.stats import RunStats
 from flowcache.wan import vae as wan_vae
 from flowcache.wan.dit import DiT as WanDiT
+from flowcache.wan.given import Conditioning as SkyReelsInputs
+from flowcache.wan.memory import WanMemory, networks_of
 from magi1 import vae as magi_vae
 from magi1.dit import DiT as MagiDiT
 from magi1.dit import set_precision
 from magi1.memory import ClipMemory, TracedVAE
 from magi1.pipeline import Conditioning as MagiInputs
 from magi1.text import NULL_TOKENS, released
-from skyreels_v2.memory import WindowMemory, networks_of
-from skyreels_v2.pipeline import Conditioning as SkyReelsInputs
+from skyreels_v2.memory import held_of
 
 TOLERANCE = 0.15
 STEPS = {
@@ -75,7 +76,8 @@ def measured(model: Any, config: Any, dit: Any, vae: Any, inputs: Any, work: Wor
 
 def released_skyreels(config: Any, work: Work, sizes: Any) -> tuple[Footprint, Any, Any, Any]:
     networks = networks_of(None, sizes, dtype=BFLOAT16)
-    needs = WindowMemory(sizes, config, work, networks=networks, dtype=BFLOAT16)
+    held = held_of(config, work, sizes)
+    needs = WanMemory(sizes, held, config, work, networks=networks, dtype=BFLOAT16)
     with META:
         dit = WanDiT(sizes).to(BFLOAT16)
         text = {name: torch.empty(1, 512, 4096, dtype=BFLOAT16) for name in work.branches}

@@ -257,11 +257,7 @@ class Whole:
     part: Part
 
 
-def test_describe_shows_no_default_where_there_is_none():
-    assert describe(Whole) == ["size: int", "part.name: text"]
-
-
-def test_describe_shows_type_default_and_comment_of_every_key(layer: WriteLayer):
+def test_describe_shows_type_value_and_comment_of_every_key(layer: WriteLayer):
     path = layer(
         "reuse:  # the cache\n"
         "  threshold: 0.1  # change that is allowed (dimensionless)\n"
@@ -275,8 +271,11 @@ def test_describe_shows_type_default_and_comment_of_every_key(layer: WriteLayer)
         "reuse.steps": "own steps",
         "prompt": "what to show",
     }
-    lines = describe(Run, commented=path)
+    config = Run(reuse=Reuse(threshold=0.2, steps=(1, 3)), offload=True)
+    lines = describe(config, commented=[path])
     assert lines[0] == "reuse.policy: one of vanilla, flowcache = vanilla"
-    assert lines[1] == ("reuse.threshold: float = 0.0  # change that is allowed (dimensionless)")
+    assert lines[1] == ("reuse.threshold: float = 0.2  # change that is allowed (dimensionless)")
+    assert lines[2] == "reuse.steps: a list of int = [1, 3]  # own steps"
+    assert "offload: true or false = true" in lines
     assert "negative: text or null = null" in lines
     assert len(lines) == 13

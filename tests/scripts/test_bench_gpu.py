@@ -288,7 +288,7 @@ def test_blocks_are_compiled_where_a_run_compiles_them(model: str, monkeypatch: 
 def test_a_tiny_model_is_measured_and_a_second_start_measures_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, method: str
 ):
-    first = run(tmp_path, "--model", model, "--methods", "vanilla")["models"][model]
+    first = run(tmp_path, "--architecture", model, "--methods", "vanilla")["models"][model]
     assert list(first) == ["vanilla"]
     measured: list[str] = []
     row_of = bench.row_of
@@ -298,7 +298,7 @@ def test_a_tiny_model_is_measured_and_a_second_start_measures_only_what_is_missi
         return row_of(benchmark, models, method, trial)
 
     monkeypatch.setattr(bench, "row_of", watch)
-    rows = run(tmp_path, "--model", model, "--methods", method)["models"][model]
+    rows = run(tmp_path, "--architecture", model, "--methods", method)["models"][model]
     assert measured == [method]
     assert rows["vanilla"] == first["vanilla"]
     for found in rows.values():
@@ -339,7 +339,9 @@ def test_a_method_that_fails_is_named_and_the_others_go_on(
 
     monkeypatch.setattr(bench, "measure", fail)
     methods = ("FlowCache-slow", "vanilla causal")
-    found = run(tmp_path, "--model", "skyreels_v2", "--methods", *methods)["models"]["skyreels_v2"]
+    found = run(tmp_path, "--architecture", "skyreels_v2", "--methods", *methods)["models"][
+        "skyreels_v2"
+    ]
     assert found["FlowCache-slow"]["error"] == said
     assert found["vanilla causal"]["total_seconds"] == 10.0
     assert f"| {shown} |" in (tmp_path / "gpu_test.md").read_text()
@@ -349,11 +351,11 @@ def test_a_file_of_another_machine_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(bench, "measure", lambda *_, **__: row(10.0))
-    document = run(tmp_path, "--model", "magi1", "--methods", "vanilla")
+    document = run(tmp_path, "--architecture", "magi1", "--methods", "vanilla")
     document["same"]["device"] = "another"
     path = tmp_path / "gpu_test.json"
     path.write_text(json.dumps(document))
-    assert bench.main([*TINY, "--out", str(tmp_path), "--model", "magi1"]) == 2
+    assert bench.main([*TINY, "--out", str(tmp_path), "--architecture", "magi1"]) == 2
     error = capsys.readouterr().err.strip()
     assert "was measured with another device and is kept" in error
     assert "\n" not in error
@@ -409,7 +411,7 @@ def made_row(line: Line, num_frames: int) -> dict[str, Any]:
 
 
 def start(out: Path, option: str) -> int:
-    return bench.main([option, "--model", "magi1", "--out", str(out)])
+    return bench.main([option, "--architecture", "magi1", "--out", str(out)])
 
 
 def test_growth_is_written_once_and_drawn(

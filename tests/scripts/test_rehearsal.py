@@ -216,7 +216,9 @@ def test_a_row_has_the_counts_of_all_layers():
 
 def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]):
     assert (
-        importlib.import_module("rehearse_gpu").main(["--model", "magi1", "--methods", "faster"])
+        importlib.import_module("rehearse_gpu").main(
+            ["--architecture", "magi1", "--methods", "faster"]
+        )
         == 2
     )
     assert "'faster' is unknown: use FlowCache-fast" in capsys.readouterr().err

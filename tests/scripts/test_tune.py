@@ -19,10 +19,10 @@ from flowcache.predict import HeldGuidance, ResultStore, clean_estimate, velocit
 from flowcache.runtime.profile import Setting, read_profile
 from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
-from flowcache.tune.gap import ErrorModel, Predictor
-from flowcache.tune.gram import Calibration
-from flowcache.tune.methods import closest_magcache, closest_threshold
-from flowcache.tune.runs import Size, Words
+from flowcache.tuning.gap import ErrorModel, Predictor
+from flowcache.tuning.gram import Calibration
+from flowcache.tuning.methods import closest_magcache, closest_threshold
+from flowcache.tuning.runs import Size, Words
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tune"
 """Random plans measured on two clips of the demo; `tune.py --store-check` makes such files anew."""
@@ -157,7 +157,7 @@ def _tune(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Tune:
     assert toy.num_renders == 0
 
     def run(*arguments: str, code: int = 0) -> str:
-        given = ["--model", "skyreels_v2", "--work", str(tmp_path / "work"), "--clips", "3"]
+        given = ["--architecture", "skyreels_v2", "--work", str(tmp_path / "work"), "--clips", "3"]
         assert importlib.import_module("tune").main([*given, *arguments]) == code
         captured = capsys.readouterr()
         if code == 0:
@@ -250,7 +250,7 @@ def test_a_second_start_measures_nothing_again(tune: Tune, toy: Toy):
         (["--final-steps", "1000"], "nothing can be reused"),
         (["--hold-guidance"], "--hold-guidance needs a model with guidance, but this run has one"),
         (["--clips", "0"], "--clips must be 1 or more"),
-        (["--checkpoint", "some/model"], "--prompts FILE"),
+        (["--model", "some/model"], "--prompts FILE"),
         (["--prompts", "missing.txt"], "cannot be read"),
     ],
 )
@@ -264,17 +264,23 @@ def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "before"),
     [
-        "--model skyreels_v2 --checkpoint df-14b-720p height=720 width=1280",
-        "--model magi1 --checkpoint 24B_base",
+        ("--model df-14b-720p", "--model skyreels_v2 --checkpoint df-14b-720p"),
+        ("--model 24B_base", "--model magi1 --checkpoint 24B_base"),
+        ("--model demo", "--model skyreels_v2"),
+        ("--model demo --architecture magi1", "--model magi1"),
     ],
 )
-def test_the_dry_run_needs_no_weights_and_under_a_gigabyte_more(
-    arguments: str, capsys: pytest.CaptureFixture[str]
+def test_the_dry_run_needs_no_weights_and_takes_commands_as_they_were_recorded(
+    arguments: str, before: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert importlib.import_module("tune").main(["--dry-run", *arguments.split()]) == 0
-    found = re.search(r"memory +([\d.e-]+) GB", capsys.readouterr().out)
+    printed: list[str] = []
+    for line in (arguments, before):
+        assert importlib.import_module("tune").main(["--dry-run", *line.split()]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    found = re.search(r"memory +([\d.e-]+) GB", printed[0])
     assert found is not None
     assert 0 < float(found[1]) < 1
 

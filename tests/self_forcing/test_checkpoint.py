@@ -10,22 +10,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache.errors import UserError
-from self_forcing import checkpoint as checkpoints
+from flowcache.wan.dit import DiT
+from flowcache.wan.folder import WanFolder
+from flowcache.wan.rounded import RoundedDiT
+from self_forcing.checkpoint import FOLDERS, with_weights
 from self_forcing.config import RunConfig
 
 Weights = dict[str, Tensor]
 
 
-def found_in(folder: Path, file: Path | str, *, use_ema: bool = True) -> checkpoints.Checkpoint:
+def found_in(folder: Path, file: Path | str, *, use_ema: bool = True) -> WanFolder:
     config = RunConfig(prompt="a cat", checkpoint=str(file), use_ema=use_ema)
-    return checkpoints.find_weights(config, checkpoints.find_base(str(folder)))
+    return with_weights(config, FOLDERS.find(folder))
 
 
-def loaded(found: checkpoints.Checkpoint, *, is_rounded: bool = False) -> Weights:
+def loaded(found: WanFolder, *, is_rounded: bool = False) -> Weights:
     found.check()
-    cpu = torch.device("cpu")
-    dit = found.load_dit(is_rounded=is_rounded, dtype=torch.float32, device=cpu)
-    return dit.state_dict()
+    kind = RoundedDiT if is_rounded else DiT
+    return found.dit.load(dtype=torch.float32, device="cpu", kind=kind).state_dict()
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ def test_the_frames_of_a_chunk_follow_each_other():
         ("self_forcing", ["image=a.png"], "image is one latent frame, but chunks have 3"),
         ("self_forcing", ["video=a.mp4"], "video needs overlap_history"),
         ("self_forcing", ["num_steps=3"], "num_steps is 3, but step_list names 4"),
+        ("self_forcing", ["guidance=5"], "guidance is 5, but a few-step model .* leave guidance"),
         ("self_forcing", ["step_list=[250,1000]"], "must fall from the first step"),
         ("self_forcing", ["step_list=[]"], "must fall from the first step"),
         ("self_forcing", ["step_list=[2000]"], "step_list must be in 0..1000"),
@@ -104,6 +105,12 @@ def test_the_frames_of_a_chunk_follow_each_other():
 def test_what_does_not_fit_is_refused(preset: str, settings: list[str], words: str):
     with pytest.raises(UserError, match=words):
         planned(preset, *settings)
+
+
+def test_guidance_is_that_of_the_setting_and_three_by_default():
+    assert planned("ar_chunkwise").loop.guidance == 3
+    assert planned("ar_chunkwise", "guidance=4.5").loop.guidance == 4.5
+    assert planned("ar_chunkwise", "guidance=1").branches == ("cond",)
 
 
 def test_any_length_is_planned_with_relative_positions_and_a_window():

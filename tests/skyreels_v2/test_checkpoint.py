@@ -19,8 +19,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 from flowcache.wan import text, vae
 from flowcache.wan.checkpoint import diffusers_key, read_diffusers, read_original
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2.checkpoint import check, find, load_dit, released_sizes
+from skyreels_v2.checkpoint import FOLDERS, released_sizes
 
+find = FOLDERS.find
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 Copy = Callable[..., Path]
 """`copy(layout, is_i2v=False) -> folder`"""
@@ -58,7 +59,7 @@ def write_original(folder: Path, source: Path, *, is_i2v: bool) -> None:
     """Write a checkpoint of the `*-Diffusers` layout in the original one, in two shards."""
     found = find(source)
     folder.mkdir()
-    config, dit = found.config, load_dit(found, dtype=None, device="cpu")
+    config, dit = found.config, found.dit.load(dtype=None, device="cpu")
     if is_i2v:
         config = replace(config, image_dim=1280)
         dit = DiT(config)
@@ -146,13 +147,13 @@ def test_both_layouts_hold_the_same_transformer_and_pass_the_check(
     copy: Copy, small: Path, layout: str
 ):
     found, source = find(copy(layout)), find(small)
-    assert (found.layout, found.config, found.is_i2v) == (layout, source.config, False)
+    assert (found.dit.layout, found.config, found.image_encoder) == (layout, source.config, None)
     loaded, expected = (
-        load_dit(each, dtype=None, device="cpu").state_dict() for each in (found, source)
+        each.dit.load(dtype=None, device="cpu").state_dict() for each in (found, source)
     )
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-    check(found)
+    found.check()
 
 
 @pytest.mark.parametrize(
@@ -163,10 +164,9 @@ def test_an_i2v_checkpoint_is_checked_with_its_image_encoder(
 ):
     folder = copy(layout, is_i2v=True)
     found = find(folder)
-    assert found.is_i2v
     assert found.image_encoder == folder / image_encoder
-    check(found)
-    assert load_dit(found, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    found.check()
+    assert found.dit.load(dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
     (folder / image_encoder).rename(tmp_path / "elsewhere")
     refuses(lambda: find(folder), str(folder / image_encoder))
 
@@ -257,11 +257,11 @@ def test_weights_of_another_model_name_file_and_key(copy: Copy):
         (good | {"extra.weight": torch.ones(2, 32)}, "key extra.weight is unexpected"),
     ):
         save_file(weights, path)
-        refuses(lambda: check(find(folder)), str(path), part)
-        refuses(lambda: load_dit(find(folder), dtype=None, device="cpu"), str(path), part)
+        refuses(lambda: find(folder).check(), str(path), part)
+        refuses(lambda: find(folder).dit.load(dtype=None, device="cpu"), str(path), part)
     save_file(good, path)
     path.write_bytes(path.read_bytes()[:-1])
-    refuses(lambda: check(find(folder)), str(path), "cut short or corrupt")
+    refuses(lambda: find(folder).check(), str(path), "cut short or corrupt")
 
 
 @pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
@@ -269,7 +269,7 @@ def test_the_check_reads_every_part(copy: Copy, part: str):
     folder = copy("diffusers")
     path = folder / f"{part}.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    refuses(lambda: check(find(folder)), str(path), "cut short or corrupt")
+    refuses(lambda: find(folder).check(), str(path), "cut short or corrupt")
 
 
 def test_a_text_encoder_of_another_width_is_refused(copy: Copy):
@@ -277,4 +277,4 @@ def test_a_text_encoder_of_another_width_is_refused(copy: Copy):
     path = folder / "text_encoder"
     config = UMT5Config(vocab_size=20, d_model=96, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
     UMT5EncoderModel(config).save_pretrained(path)
-    refuses(lambda: check(find(folder)), f"{path}: width is 96, the transformer takes 64")
+    refuses(lambda: find(folder).check(), f"{path}: width is 96, the transformer takes 64")

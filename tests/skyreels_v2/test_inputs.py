@@ -11,8 +11,9 @@ from PIL import Image
 from flowcache.errors import UserError
 from flowcache.runtime.video import VideoWriter, to_pixels
 from flowcache.wan.dit import DiTConfig
+from flowcache.wan.given import read_media
 from skyreels_v2.config import RunConfig
-from skyreels_v2.inputs import check_mode, fit_image, read_media, turn_to_fit
+from skyreels_v2.inputs import check_mode, fit_image, turn_to_fit
 
 CONFIG = RunConfig(prompt="a red circle", height=16, width=32, num_frames=17, base_num_frames=17)
 DF = DiTConfig()
@@ -98,7 +99,7 @@ def test_a_given_video_is_read_at_the_rate_of_the_run(
         writer.append(frames)
     config = replace(CONFIG, video=str(tmp_path / "a.mp4"), overlap_history=9)
     with caplog.at_level(logging.INFO):
-        video = read_media(config).video
+        video = read_media(config, fit=fit_image).video
     assert video is not None
     # 1 s; every 2.5th frame, as ffmpeg -vf fps=24 counts them
     assert video.shape[0] == 24
@@ -108,7 +109,7 @@ def test_a_given_video_is_read_at_the_rate_of_the_run(
 
 def test_the_whole_video_is_read_at_the_size_of_the_run(clip: Path):
     config = replace(CONFIG, video=str(clip), overlap_history=9, height=32, width=48)
-    video = read_media(config).video
+    video = read_media(config, fit=fit_image).video
     assert video is not None
     assert video.dtype == torch.uint8
     assert video.shape == (20, 32, 48, 3)
@@ -116,7 +117,7 @@ def test_the_whole_video_is_read_at_the_size_of_the_run(clip: Path):
 
 def test_a_video_shorter_than_the_overlap_is_refused(clip: Path):
     with pytest.raises(UserError, match=r"has 20 frames at 24 fps, fewer than overlap_history 21"):
-        read_media(replace(CONFIG, video=str(clip), overlap_history=21))
+        read_media(replace(CONFIG, video=str(clip), overlap_history=21), fit=fit_image)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from torch import Tensor
 from flowcache.runtime.model import Job, Loaded, Request
 from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.wan.given import Conditioning
 from skyreels_v2.model import MODEL
-from skyreels_v2.pipeline import Conditioning, generate
+from skyreels_v2.pipeline import generate
 
 SEED = 3
 LONG = ("num_frames=57", "base_num_frames=25", "overlap_history=9", "addnoise_condition=20")

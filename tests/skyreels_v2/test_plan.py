@@ -13,7 +13,7 @@ from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import PRESETS
-from skyreels_v2.work import compression_of, tokens_per_frame, work_of
+from skyreels_v2.work import compression_of, work_of
 
 DF_13B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, inject_sample_info=True)
 """The 1.3B diffusion forcing model."""
@@ -112,7 +112,7 @@ def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
         assert plan.num_ticks == 135
         assert (plan.kv_bytes > 0) == (config.attention == "causal")
         assert plan.stored_bytes > 0  # also where none is asked for
-        compression = compression_of(config, frame_tokens=tokens_per_frame(config))
+        compression = compression_of(config, frame_tokens=plan.frame_tokens)
         assert (compression is None) == (config.kv.compress == "none")
         made = policy_maker(config, TWO_LAYERS)
         assert made() is not made()  # no state is shared

@@ -17,7 +17,7 @@ from flowcache.runtime.config import load_config
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import probe
-from skyreels_v2.checkpoint import find
+from skyreels_v2.checkpoint import FOLDERS
 from skyreels_v2.config import RunConfig
 from skyreels_v2.enhance import MAX_NEW_TOKENS, enhance
 from skyreels_v2.released import PRESETS
@@ -38,7 +38,7 @@ def config(script: Script, *arguments: str) -> RunConfig:
     """The settings that a command line means."""
     asked = request(script, *arguments)
     layers = config_layers(
-        PRESETS / "base.yaml", PRESETS / "base.yaml", checkpoint=find(asked.model).folder
+        PRESETS / "base.yaml", PRESETS / "base.yaml", checkpoint=FOLDERS.find(asked.model).folder
     )
     return load_config(RunConfig, layers, overrides=asked.overrides)
 

@@ -52,8 +52,8 @@ BENCHED = {
 }
 """Model -> a method without reuse and settings that make it take seconds."""
 LISTS = {
-    "methods_skyreels_v2": ("bench_demo.py", "--model", "skyreels_v2", "--list-methods"),
-    "methods_magi1": ("bench_demo.py", "--model", "magi1", "--list-methods"),
+    "methods_skyreels_v2": ("bench_demo.py", "--architecture", "skyreels_v2", "--list-methods"),
+    "methods_magi1": ("bench_demo.py", "--architecture", "magi1", "--list-methods"),
     "methods_gpu": ("bench_gpu.py", "--list-methods"),
     "flops_paper": ("flops.py", "--paper"),
     "flops": ("flops.py", "df-1.3b-540p", "--preset", "flowcache_slow"),
@@ -113,7 +113,7 @@ def test_the_help_of_a_command(name: str, run: Run, file_regression: FileRegress
 
 @pytest.mark.parametrize("model", FOLDERS)
 def test_the_settings_of_a_model(model: str, run: Run, file_regression: FileRegressionFixture):
-    file_regression.check(run(f"-m {model}", "--list-settings"))
+    file_regression.check(run(f"-m {model}", "--model", "demo", "--list-settings"))
 
 
 @pytest.mark.parametrize(("model", "preset"), PRESETS)
@@ -172,7 +172,7 @@ def test_the_table_of_all_methods(
     model: str, run: Run, tmp_path: Path, file_regression: FileRegressionFixture
 ):
     method, *settings = BENCHED[model]
-    where = ["--model", model, "--prompts", "1", "--out", str(tmp_path), "--methods", method]
+    where = ["--architecture", model, "--prompts", "1", "--out", str(tmp_path), "--methods", method]
     run("scripts/bench_demo.py", "device=cpu", *settings, *where)
     tables = sorted(tmp_path.rglob("*.md"))
     assert tables

@@ -13,10 +13,8 @@ from tiny_skyreels_v2 import diffusers_json
 from torch import Tensor
 
 from flowcache.wan.checkpoint import (
-    check_dit,
+    DiTFiles,
     diffusers_key,
-    fingerprint_dit,
-    load_dit,
     read_diffusers,
     read_original,
 )
@@ -71,11 +69,10 @@ def test_a_forward_equals_that_of_diffusers(tmp_path: Path):
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_both_layouts_hold_the_same_weights(tmp_path: Path, layout: Any):
     dit, files = write(tmp_path, layout=layout)
-    check_dit(TINY, files, layout=layout)
-    loaded = load_dit(TINY, files, layout=layout, dtype=None, device="cpu").state_dict()
+    stored = DiTFiles(TINY, files, layout)
+    stored.check()
+    loaded = stored.load(dtype=None, device="cpu").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
     (tmp_path / "original").mkdir()
     _, original = write(tmp_path / "original", layout="original")
-    assert fingerprint_dit(TINY, files, layout=layout) == fingerprint_dit(
-        TINY, original, layout="original"
-    )
+    assert stored.fingerprint() == DiTFiles(TINY, original, "original").fingerprint()

@@ -114,7 +114,7 @@ def test_statistics_come_from_the_folder_of_the_vae(
     )
     loaded = vae.load(tmp_path, device="cpu")
     with torch.no_grad():
-        mu = model.model.encode(golden["in.video"]).latent_dist.mean
+        mu = model.network.encode(golden["in.video"]).latent_dist.mean
     expected = (mu - mean.view(1, 16, 1, 1, 1)) / std.view(1, 16, 1, 1, 1)
     assert torch.equal(loaded.encode(golden["in.video"]), expected)
 

@@ -21,10 +21,10 @@ from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
 from flowcache.runtime.run import Clip
-from flowcache.tune.gap import ErrorModel
-from flowcache.tune.methods import AS_TUNED, VELOCITY, published
-from flowcache.tune.runs import Prompt, Runs, Words
-from flowcache.tune.study import Rows
+from flowcache.tuning.gap import ErrorModel
+from flowcache.tuning.methods import AS_TUNED, VELOCITY, published
+from flowcache.tuning.runs import Prompt, Runs, Words
+from flowcache.tuning.study import Rows
 
 BUDGETS_FILE = "budgets.yaml"
 LOW, MID, HIGH = "low", "mid", "high"

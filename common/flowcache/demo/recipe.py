@@ -195,8 +195,8 @@ def write_record(
     }
     steps = "".join(f" --{name}-steps {value}" for name, value in training.steps.items())
     record = {
-        "command": f"python scripts/train_demo.py --model {model} --out {training.out.name}{steps}"
-        f" --num-clips {training.num_clips} --threads {training.threads}",
+        "command": f"python scripts/train_demo.py --architecture {model} --out {training.out.name}"
+        f"{steps} --num-clips {training.num_clips} --threads {training.threads}",
         **parts,
         "note": note,
         "sha256": files,

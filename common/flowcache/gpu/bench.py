@@ -57,10 +57,10 @@ SAME = ("device", "torch", "commit", "size", "is_quick", "settings", "without")
 EXAMPLES = """examples:
   python scripts/bench_gpu.py
   python scripts/bench_gpu.py --quick --name try
-  python scripts/bench_gpu.py --model magi1 --methods vanilla "FlowCache-fast + KV compression"
+  python scripts/bench_gpu.py --architecture magi1 --methods vanilla "FlowCache-fast"
   python scripts/bench_gpu.py --device cpu --size tiny --out result/bench
   python scripts/bench_gpu.py --growth
-  OMP_NUM_THREADS=1 python scripts/bench_gpu.py --overhead --model skyreels_v2
+  OMP_NUM_THREADS=1 python scripts/bench_gpu.py --overhead --architecture skyreels_v2
 """
 
 
@@ -84,9 +84,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", choices=sorted(models_with("gpu")), help="one model (default: both)"
-    )
+    models = sorted(models_with("gpu"))
+    parser.add_argument("--architecture", choices=models, help="one model (default: both)")
+    # as it was named before
+    parser.add_argument("--model", dest="architecture", choices=models, help=argparse.SUPPRESS)
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table (all)")
     parser.add_argument("--list-methods", action="store_true", help="print their names and stop")
     parser.add_argument(
@@ -137,7 +138,7 @@ def find_device(name: str, size: Size) -> torch.device:
 
 def asked_models(options: argparse.Namespace) -> dict[str, Benchmark]:
     """Return the models that are measured."""
-    names = [options.model] if options.model else models_with("gpu")
+    names = [options.architecture] if options.architecture else models_with("gpu")
     return {name: load_benchmark(name) for name in names}
 
 
@@ -166,8 +167,10 @@ def read_choice(options: argparse.Namespace) -> Choice:
         raise UserError("--quick and --whole contradict each other: give one of them")
     trace = None
     if options.trace is not None:
-        if options.model is None or options.quick:
-            raise UserError("--trace is of one model and all its steps: give --model, no --quick")
+        if options.architecture is None or options.quick:
+            raise UserError(
+                "--trace is of one model and all its steps: give --architecture, no --quick"
+            )
         trace = read_record(options.trace)
     return Choice(
         options.size,

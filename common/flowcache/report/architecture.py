@@ -41,7 +41,7 @@ FLOORS: Sequence[Sequence[Room]] = (
     (
         Room("common/flowcache/report", "flowcache.report", "pages and figures"),
         Room("common/flowcache/demo", "flowcache.demo", "clips, judge, training"),
-        Room("common/flowcache/tune", "flowcache.tune", "planned steps"),
+        Room("common/flowcache/tuning", "flowcache.tuning", "planned steps"),
         Room("common/flowcache/bench", "flowcache.bench", "many videos, tables"),
         Room("common/flowcache/gpu", "flowcache.gpu", "speed, CUDA paths"),
         Room("common/flowcache/serve", "flowcache.serve", "HTTP, live page"),

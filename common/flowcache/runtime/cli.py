@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flowcache.errors import UserError, no_memory, one_line
 from flowcache.runtime.config import preset_names
 from flowcache.runtime.ending import EXIT_USER_ERROR, Ending, Place, Stopped, starter_of
+from flowcache.runtime.model import MODELS, architecture_of
 
 if TYPE_CHECKING:
     import torch
@@ -116,10 +117,38 @@ def run_parser(
         help="run the blocks as they are (default: compiled on CUDA)",
     )
     parser.add_argument(
-        "--list-settings", action="store_true", help="print every setting with type and default"
+        "--list-settings",
+        action="store_true",
+        help="print every setting with its type and its value under this preset and model",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
     return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which checkpoint a tool works on; see `settle_checkpoint`."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="checkpoint, as the model's own command takes it (default: demo)",
+    )
+    parser.add_argument(
+        "--architecture",
+        choices=sorted(MODELS),
+        help=f"package of the model (default: by its name; demo: {next(iter(MODELS))})",
+    )
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+
+
+def settle_checkpoint(options: argparse.Namespace) -> None:
+    """Put the checkpoint into `model` and its package into `architecture`.
+
+    Commands of published results say `--model magi1 --checkpoint demo`, which is read as before.
+    """
+    if options.architecture is None and options.model in MODELS:
+        options.architecture, options.model = options.model, options.checkpoint or "demo"
+    if options.architecture is None:
+        options.architecture = architecture_of(options.model)
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
+import operator
 import re
 import types
 import typing
@@ -113,7 +115,18 @@ def overrides_of(
             section = cast("Mapping[str, Any]", value)
             yield from overrides_of(section, keys=keys, prefix=f"{key}.")
         else:
-            yield f"{key}={value if isinstance(value, (str, Path)) else json.dumps(value)}"
+            yield f"{key}={value if isinstance(value, (str, Path)) else _as_yaml(key, value)}"
+
+
+def _as_yaml(key: str, value: Any) -> str:
+    def number(value: object) -> int | float:
+        if isinstance(value, numbers.Integral):  # of NumPy, for example
+            return int(value)
+        if isinstance(value, numbers.Real):
+            return float(value)
+        raise UserError(f"{key} must be a text, a number, a list or a mapping, not {_shown(value)}")
+
+    return json.dumps(value, default=number)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -439,26 +452,21 @@ def _shown(value: object) -> str:
     return text if len(text) <= VALUE_CHARACTERS else f"{text[:VALUE_CHARACTERS]}..."
 
 
-def describe(schema: type, *, commented: Path | None = None) -> list[str]:
-    """Return one line per key: `key: type = default`, and the comment behind it in a YAML file.
+def describe(config: Any, *, commented: Sequence[Path]) -> list[str]:
+    """Return one line per key: `key: type = value`, and the comment behind it in a YAML file.
 
     Args:
-        commented: a YAML file whose trailing `# comments` explain the keys.
+        commented: YAML files whose trailing `# comments` explain the keys.
     """
-    comments = {} if commented is None else yaml_comments(commented)
-    defaults = {field.name: _default(field) for field in dataclasses.fields(schema)}
+    comments = {key: text for path in commented for key, text in yaml_comments(path).items()}
     lines: list[str] = []
-    for key, hint in _leaves(schema):
-        line = f"{key}: {_expected(hint)}"
-        bounds = bounds_of(hint)
-        line += "" if bounds is None else f" {bounds.rule()}"
-        name, *inside = key.split(".")
-        default = defaults[name]
-        if default not in (dataclasses.MISSING, MISSING):
-            for each in inside:
-                default = getattr(default, each)
-            line += f" = {'null' if default is None else _plain(default)}"
-        lines.append(f"{line}  # {comments[key]}" if key in comments else line)
+    for key, hint in _leaves(type(config)):
+        bounds, value = bounds_of(hint), operator.attrgetter(key)(config)
+        rule = "" if bounds is None else f" {bounds.rule()}"
+        # as it is written on the command line
+        shown = value if isinstance(value, str) else json.dumps(_plain(value))
+        comment = f"  # {comments[key]}" if key in comments else ""
+        lines.append(f"{key}: {_expected(hint)}{rule} = {shown}{comment}")
     return lines
 
 

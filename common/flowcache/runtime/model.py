@@ -66,6 +66,17 @@ def load_model(name: str) -> VideoModel:
     return cast("VideoModel", importlib.import_module(MODELS[name]).MODEL)
 
 
+def architecture_of(model: str) -> str:
+    """Return the package of the first model that knows a checkpoint by its name or place."""
+    for package in MODELS:
+        if load_model(package).knows(model):
+            return package
+    raise UserError(
+        f"model {model} is none of a released name, a checkpoint folder or a hub id of "
+        f"{' or '.join(MODELS)}: give architecture, too"
+    )
+
+
 def models_with(module: str) -> list[str]:
     """Return the models that have what some tools ask for, such as `bench` or `gpu`."""
     return [name for name in MODELS if importlib.util.find_spec(f"{name}.{module}")]
@@ -328,7 +339,8 @@ class VideoModel(Protocol):
     schema: type
     """Dataclass of all settings."""
     keys: Mapping[str, str]
-    """Argument -> setting: those of the command line, num_steps, num_frames, height, width, fps.
+    """Argument -> setting: those of the command line, num_steps, num_frames, height, width, fps,
+    guidance.
 
     The seed, for example, is `seed` in one model and `runtime_config.seed` in another.
     """

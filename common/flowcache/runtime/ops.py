@@ -10,13 +10,15 @@ are left out, as in the published figures: at the real sizes they are below 0.1 
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """`(shape, dtype) -> standard normal noise` on the device of the run."""
@@ -25,6 +27,10 @@ ALLOCATOR = "expandable_segments:True"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # torch 2.8 has no shape rule for a product with `out_dtype`: it can't be compiled. 2.11 has one.
 HAS_WIDE_PRODUCT = torch.__version__ >= "2.11"
+Gelu = Literal["none", "tanh"]
+"""Exact, or by tanh, as PyTorch calls them."""
+ONEDNN_PRODUCTS = 2**20
+"""Multiplications from which oneDNN saves more than its start takes (10 microseconds)."""
 
 
 def seeded_noise(seed: int, *, device: torch.device) -> Draw:
@@ -49,6 +55,35 @@ def on_device(
     return host.to(device, non_blocking=True)
 
 
+class Linear(nn.Linear):
+    """A linear layer, and GELU behind it where asked; see `linear`."""
+
+    def __init__(
+        self, d_in: int, d_out: int, *, bias: bool = True, gelu: Gelu | None = None
+    ) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+        self.gelu: Gelu | None = gelu
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return linear(input, self.weight, self.bias, gelu=self.gelu)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: Gelu | None = None
+) -> Tensor:
+    """Apply a linear layer and, where asked, GELU; in float32 on a CPU with oneDNN.
+
+    PyTorch itself takes MKL, which on processors that are not Intel's does without AVX-512: half
+    the speed. oneDNN also applies GELU while it writes the product.
+    """
+    is_large = x.numel() // x.shape[-1] * weight.numel() >= ONEDNN_PRODUCTS
+    if is_large and _has_onednn(x, weight):
+        kind = "none" if gelu is None else "gelu"
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], gelu or "")
+    y = functional.linear(x, weight, bias)
+    return y if gelu is None else functional.gelu(y, approximate=gelu)
+
+
 def linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a linear layer to `x` in float32 and return float32.
 
@@ -60,10 +95,55 @@ def linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     wide_bias = None if bias is None else bias.float()
     is_half = x.dtype == layer.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     if not (HAS_WIDE_PRODUCT and x.is_cuda and is_half and x.ndim > 1):
-        return functional.linear(x.float(), layer.weight.float(), wide_bias)
+        return linear(x.float(), layer.weight.float(), wide_bias)
     y = torch.mm(x.flatten(0, -2), layer.weight.t(), out_dtype=torch.float32)
     y = y.unflatten(0, x.shape[:-1])
     return y if wide_bias is None else y + wide_bias
+
+
+def conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Convolve `[B, C, T, h, w]`, on a CPU with oneDNN.
+
+    PyTorch itself asks a rule made for pictures: it looks at the product of the first four axes,
+    so that a single video of few channels gets a kernel several times slower.
+    """
+    if _has_onednn(x, weight):
+        ones = [1] * len(stride)
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
+    return functional.conv3d(x, weight, bias, tuple(stride), tuple(padding))
+
+
+def _has_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether oneDNN can multiply plain float32 tensors of a CPU, without gradients."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        # subclasses (8-bit weights, tensors without values) have ways of their own
+        and {type(x), type(weight)} <= {Tensor, nn.Parameter}
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _count_linear(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """Tell PyTorch's counter what `linear` costs."""
+    return linear_flops(math.prod(x_shape[:-1]), d_in=weight_shape[1], d_out=weight_shape[0])
+
+
+@register_flop_formula(torch.ops.aten.mkldnn_convolution)
+def _count_conv3d(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *_: Any,
+    out_shape: Sequence[int],
+    **__: Any,
+) -> int:
+    """Tell PyTorch's counter what `conv3d` costs."""
+    return conv_flop_count(list(x_shape), list(weight_shape), list(out_shape))
 
 
 def set_float32_precision(dtype: torch.dtype) -> None:

@@ -107,6 +107,16 @@ def read_settings(model: VideoModel, request: Request, source: Source | None = N
     return model.check(config, source)
 
 
+def list_settings(model: VideoModel, request: Request) -> None:
+    """Print every setting, with its value under the request's model and preset."""
+    try:
+        config = read_settings(model, request)
+    except UserError:  # that there is no prompt, or another mistake, which is reported then
+        overrides = ["prompt=...", *request.overrides]
+        config = read_settings(model, replace(request, overrides=overrides))
+    print("\n".join(config.lines()), flush=True)
+
+
 def config_layers(
     base: Path, preset: Path, *, checkpoint: Path | None, model: Sequence[Path] = ()
 ) -> list[Path]:

@@ -18,9 +18,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from flowcache.compress import KVRule
 from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
-from flowcache.kv_quantized import KVLayout, cache_maker
-from flowcache.quantization import attend_wide
+from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
+from flowcache.quantization import attend_wide, format_of
+from flowcache.runtime.model import SegmentWork
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
@@ -65,6 +67,87 @@ class View:
     """Of the first, the last and the pass's own frames."""
 
 
+def encode_contexts(
+    dit: DiT,
+    texts: Mapping[str, Tensor],
+    image: Tensor | None = None,
+    *,
+    stats: RunStats,
+    ranks: Ranks,
+) -> dict[str, list[ContextKV]]:
+    """Project every branch's prompt to cross-attention keys and values, once per video.
+
+    A branch that other processes compute gets none.
+
+    Args:
+        texts: branch -> text encoder output `[1, L, D]`.
+        image: what CLIP sees in the start image, `[1, 257, 1280]`.
+    """
+    device, contexts = dit.patch_embedding.weight.device, dict[str, list[ContextKV]]()
+    with stats.stage("dit"):
+        for number, (name, text) in enumerate(texts.items()):
+            contexts[name] = []
+            if not ranks.computes(number):
+                continue
+            cost = context_flops(dit.config)
+            stats.add_flops(computed=cost, without_reuse=cost)
+            contexts[name] = dit.encode_context(
+                text.to(device), None if image is None else image.to(device)
+            )
+    return contexts
+
+
+def kv_layout(
+    dit: DiT,
+    rule: KVRule,
+    part: SegmentWork,
+    *,
+    chunks: Sequence[range],
+    size: tuple[int, int],
+    comes_rotated: bool = True,
+) -> KVLayout | None:
+    """Return what the quantised caches of a segment have in common, if they are quantised.
+
+    Args:
+        chunks: frames of each chunk.
+        size: rows and columns of a latent frame.
+        comes_rotated: whether keys are rotated before they are put, rather than when read.
+    """
+    made = format_of(rule, head_width=dit.config.head_width)
+    if made is None:
+        return None
+    frame_tokens, rotary = part.tokens[0] // len(chunks[0]), None
+    if comes_rotated:
+        last = max(chunk.stop for chunk in chunks)
+        frames = torch.arange(last, device=dit.patch_embedding.weight.device)
+        table = dit.rope(frames, latent_height=size[0], latent_width=size[1])
+        rotary = Rotary(table, rotate, has_neighbours=True)
+    starts = {number: chunk.start * frame_tokens for number, chunk in enumerate(chunks)}
+    return KVLayout(KVSizes.of(made, part.ticks, part.tokens), starts, rotary)
+
+
+def open_caches(
+    dit: DiT, *, ranks: Ranks, kv_tokens: int, on_host: bool, layout: KVLayout | None = None
+) -> list[KVCache]:
+    """Allocate the caches of all layers of a branch.
+
+    Args:
+        kv_tokens: that a cache holds at most.
+        on_host: whether caches lie in the memory of the host.
+        layout: of quantised caches, see `kv_layout`.
+    """
+    return caches_for(
+        dit.config.num_layers,
+        capacity=kv_tokens,
+        num_heads=dit.config.num_heads // ranks.layout.sequence,
+        head_width=dit.config.head_width,
+        dtype=dit.dtype,
+        device=dit.patch_embedding.weight.device,
+        storage=torch.device("cpu") if on_host else None,
+        make=cache_maker(layout),
+    )
+
+
 def open_branches(
     dit: DiT,
     texts: Mapping[str, Tensor],
@@ -77,31 +160,17 @@ def open_branches(
 ) -> dict[str, Branch]:
     """Encode the prompts and allocate caches; branches of other processes have neither.
 
-    Args:
-        texts: branch -> text encoder output `[1, L, D]`.
-        kv_tokens: that a cache holds at most.
-        on_host: whether caches lie in the memory of the host.
-        layout: of quantised caches.
+    See `encode_contexts` and `open_caches`.
     """
-    branches, device = dict[str, Branch](), dit.patch_embedding.weight.device
-    with stats.stage("dit"):
-        for number, (name, text) in enumerate(texts.items()):
-            branches[name] = Branch([], [])
-            if not ranks.computes(number):
-                continue
-            cost = context_flops(dit.config)
-            stats.add_flops(computed=cost, without_reuse=cost)
-            caches = caches_for(
-                dit.config.num_layers,
-                capacity=kv_tokens,
-                num_heads=dit.config.num_heads // ranks.layout.sequence,
-                head_width=dit.config.head_width,
-                dtype=dit.dtype,
-                device=device,
-                storage=torch.device("cpu") if on_host else None,
-                make=cache_maker(layout),
+    branches = dict[str, Branch]()
+    contexts = encode_contexts(dit, texts, stats=stats, ranks=ranks)
+    for number, (name, context) in enumerate(contexts.items()):
+        caches = list[KVCache]()
+        if ranks.computes(number):
+            caches = open_caches(
+                dit, ranks=ranks, kv_tokens=kv_tokens, on_host=on_host, layout=layout
             )
-            branches[name] = Branch(dit.encode_context(text.to(device)), caches)
+        branches[name] = Branch(context, caches)
     return branches
 
 
@@ -289,7 +358,10 @@ def pass_flops(
 
 
 def add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
-    """Count what other processes did in the branches that this one does not compute."""
+    """Count what other processes did in the branches that this one does not compute.
+
+    Those that share a branch count it alike. The numbers are the host's: no device is asked.
+    """
     own = torch.tensor([stats.computed_flops, stats.flops_without_reuse])
     every = ranks.world.all_reduce(own) // ranks.sequence.size
     stats.computed_flops, stats.flops_without_reuse = every.tolist()

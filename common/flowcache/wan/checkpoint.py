@@ -5,8 +5,8 @@ folder `transformer` next to one per other network, has names of its own. Settin
 `config.json`; one that no released model changes is refused if it differs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,50 +73,51 @@ def diffusers_key(key: str) -> str:
     return rename(key, _DIFFUSERS_KEYS)
 
 
-def _origin(layout: Layout) -> Callable[[str], Origin]:
-    return Origin if layout == "original" else lambda name: Origin(diffusers_key(name))
+@dataclass(frozen=True)
+class DiTFiles:
+    """The weights of a transformer on the disk; loading and checking keep nothing of them.
 
-
-def _empty(config: DiTConfig, kind: type[DiT] = DiT) -> DiT:
-    with torch.device("meta"):
-        return kind(config)
-
-
-def check_dit(
-    config: DiTConfig, files: Sequence[Path], *, layout: Layout, within: Sequence[str] = WITHIN
-) -> None:
-    """Check that the weights are there, whole, and fit; reads headers only; see `load_dit`."""
-    check_files(_empty(config), files, origin=_origin(layout), within=within)
-
-
-def fingerprint_dit(
-    config: DiTConfig, files: Sequence[Path], *, layout: Layout, within: Sequence[str] = WITHIN
-) -> str:
-    """Return a hash of a transformer, see `profile.fingerprint`; little of the files is read."""
-    weights = match(_empty(config), read(files, within=within), origin=_origin(layout))
-    return profile.fingerprint(asdict(config), ((names[0], tensor) for names, tensor in weights))
-
-
-def load_dit(
-    config: DiTConfig,
-    files: Sequence[Path],
-    *,
-    layout: Layout,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    within: Sequence[str] = WITHIN,
-    kind: type[DiT] = DiT,
-) -> DiT:
-    """Load a transformer, for inference.
-
-    Args:
-        dtype: type of the weights; None keeps each as stored.
-        within: see `weights.read`.
-        kind: of transformer that is made.
+    Attributes:
+        files: shards, or one file.
+        within: names under which a file may hold the weights, see `weights.read`.
     """
-    dit = _empty(config, kind)
-    load_files(dit, files, origin=_origin(layout), within=within, dtype=dtype, device=device)
-    return dit
+
+    config: DiTConfig
+    files: tuple[Path, ...]
+    layout: Layout
+    within: tuple[str, ...] = WITHIN
+
+    def check(self) -> None:
+        """Check that the weights are there, whole, and fit; reads headers only."""
+        check_files(self._empty(), self.files, origin=self._origin, within=self.within)
+
+    def fingerprint(self) -> str:
+        """Return a hash, see `profile.fingerprint`; little of the files is read."""
+        weights = match(self._empty(), read(self.files, within=self.within), origin=self._origin)
+        named = ((names[0], tensor) for names, tensor in weights)
+        return profile.fingerprint(asdict(self.config), named)
+
+    def load(
+        self, *, dtype: torch.dtype | None, device: torch.device | str, kind: type[DiT] = DiT
+    ) -> DiT:
+        """Load the transformer, for inference.
+
+        Args:
+            dtype: type of the weights; None keeps each as stored.
+            kind: of transformer that is made.
+        """
+        dit = self._empty(kind)
+        load_files(
+            dit, self.files, origin=self._origin, within=self.within, dtype=dtype, device=device
+        )
+        return dit
+
+    def _empty(self, kind: type[DiT] = DiT) -> DiT:
+        with torch.device("meta"):
+            return kind(self.config)
+
+    def _origin(self, name: str) -> Origin:
+        return Origin(name if self.layout == "original" else diffusers_key(name))
 
 
 # Settings -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns, T fr
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +14,37 @@ from torch import Tensor
 from flowcache.runtime.checks import Decoded, all_finite
 from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.overlap import Worker
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.vae import VAE, VAEStream
+
+
+class LatentDecoder(Protocol):
+    """Turns the latents of one segment into pixels `[B, 3, T, H, W]` in -1..1, bit by bit."""
+
+    def decode(self, latents_BCFhw: Tensor, /) -> Tensor:
+        """Return the pixels of the next latents."""
+        ...
+
+
+class LatentCodec(Protocol):
+    """What a pipeline needs of a VAE."""
+
+    def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
+        """Return normalised latents `[B, C, F, h, w]`."""
+        ...
+
+    def stream(self, ranks: Ranks, /) -> LatentDecoder:
+        """Begin to decode one segment; the processes may divide the work."""
+        ...
 
 
 @dataclass(frozen=True)
 class Codec:
     """The VAE of a run, which may decode concurrently with the denoising."""
 
-    vae: VAE
-    decoder: VAEStream
+    vae: LatentCodec
+    decoder: LatentDecoder
+    """Of the segment at work."""
     stats: RunStats
     worker: Worker
     device: torch.device
@@ -31,9 +53,10 @@ class Codec:
     """On the host, if the transformer leaves the device while the VAE works."""
 
     def encode(self, pixels_3THW: Tensor) -> Tensor:
-        """Encode pixels in -1..1 to latents `[C, F, h, w]`."""
+        """Encode pixels in -1..1 to latents `[C, F, h, w]`, float32."""
         with self.stats.stage("vae"), aside(self.dit_weights):
-            return self.vae.encode(pixels_3THW.unsqueeze(0).to(self.device))[0].to(self.device)
+            latents = self.vae.encode(pixels_3THW.unsqueeze(0).to(self.device))
+        return latents[0].to(device=self.device, dtype=torch.float32)
 
     def decode(self, parts: Sequence[tuple[Tensor, int]]) -> Future[Decoded]:
         """Have the next latents decoded to one piece of the video.
@@ -43,7 +66,10 @@ class Codec:
                 frames are not shown.
         """
         is_concurrent = self.worker.is_concurrent
-        own = [(latents.unsqueeze(0).clone(), skipped) for latents, skipped in parts]
+        own = [
+            (x.unsqueeze(0).clone() if is_concurrent else x.unsqueeze(0), skipped)
+            for x, skipped in parts
+        ]
 
         def decoded() -> Decoded:
             with self.stats.stage("vae", is_concurrent=is_concurrent), aside(self.dit_weights):

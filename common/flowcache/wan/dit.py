@@ -27,7 +27,7 @@ from torch.nn import functional
 from flowcache.attention import SDPA, Kernel
 from flowcache.runtime import ops
 from flowcache.runtime.compile import Compilation, compiled
-from flowcache.runtime.ops import linear_in_float32, on_device
+from flowcache.runtime.ops import Linear, linear_in_float32, on_device
 
 PATCH = (1, 2, 2)
 """Latent frames, rows and columns of one token."""
@@ -166,7 +166,12 @@ def rope_table(frames: Tensor, *, height: int, width: int, head_width: int) -> T
 
 def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs (2j, 2j+1) by the angles of `rope_table`, in float32."""
-    even, odd = x_BSHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x_BSHC.float().unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(rope).unsqueeze(1)
+        return torch.view_as_real(product).flatten(-2)
+    # the same written out: complex numbers would not be fused with what is around
+    even, odd = pairs.unbind(-1)
     cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
@@ -201,7 +206,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, *, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
 
     def split(self, x_BSD: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ class CrossAttention(SelfAttention):
     def __init__(self, dim: int, *, num_heads: int, eps: float, has_image: bool) -> None:
         super().__init__(dim, num_heads=num_heads, eps=eps)
         if has_image:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps=eps)
 
     def encode(self, text_BLD: Tensor, image_BLD: Tensor | None) -> ContextKV:
@@ -260,7 +265,10 @@ class Block(nn.Module):
         self.norm3 = LayerNormF32(dim, eps=eps)
         self.cross_attn = CrossAttention(dim, num_heads=num_heads, eps=eps, has_image=has_image)
         self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+            # the numbers in the keys of checkpoints count an activation
+            Linear(dim, ffn_dim, gelu="tanh"),
+            nn.Identity(),
+            Linear(ffn_dim, dim),
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -362,7 +370,7 @@ class Head(nn.Module):
     def __init__(self, dim: int, *, out_width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.head = nn.Linear(dim, out_width)
+        self.head = Linear(dim, out_width)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x_BSD: Tensor, e_BFD: Tensor) -> Tensor:
@@ -378,9 +386,9 @@ class ImageMLP(nn.Module):
         super().__init__()
         self.proj = nn.Sequential(
             nn.LayerNorm(image_dim, eps=IMAGE_MLP_EPS),
-            nn.Linear(image_dim, image_dim),
+            Linear(image_dim, image_dim),
             nn.GELU(),
-            nn.Linear(image_dim, dim),
+            Linear(image_dim, dim),
             nn.LayerNorm(dim, eps=IMAGE_MLP_EPS),
         )
 
@@ -399,17 +407,15 @@ class DiT(nn.Module):
         dim, has_image = config.dim, config.model_type == "i2v"
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim)
         )
         self.time_embedding = nn.Sequential(
-            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+            Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim)
         )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if config.inject_sample_info:
             self.fps_embedding = nn.Embedding(2, dim)
-            self.fps_projection = nn.Sequential(
-                nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim)
-            )
+            self.fps_projection = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
             Block(
                 dim,

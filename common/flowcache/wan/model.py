@@ -8,22 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
-from flowcache.runtime.memory import Footprint
+from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Source, VideoModel
+from flowcache.runtime.video import to_pixels
 from flowcache.wan import text, vae
-from flowcache.wan.dit import DiT, compiled_parts
-from flowcache.wan.folder import WanFolder
-from flowcache.wan.given import Conditioning, read_media
-from flowcache.wan.memory import ChunkMemory, networks_of
+from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
+from flowcache.wan.folder import Folders, WanFolder
+from flowcache.wan.given import Conditioning, Media, read_media
+from flowcache.wan.memory import Held, WanMemory, networks_of
 
 SAME_KEYS: Mapping[str, str] = MappingProxyType(
     {
         key: key
         for key in (
             *("prompt", "image", "video", "seed", "memory_limit", "embedding_cache"),
-            *("num_steps", "num_frames", "height", "width", "fps"),
+            *("num_steps", "num_frames", "height", "width", "fps", "guidance"),
         )
     }
 )
@@ -31,7 +33,7 @@ SAME_KEYS: Mapping[str, str] = MappingProxyType(
 
 
 class WanModel(VideoModel):
-    """Text encoder, VAE, compiling, and what may be kept on the host; settings as in Wan models."""
+    """Files, text encoder, VAE, memory, compiling; settings as in Wan models."""
 
     keys: Mapping[str, str] = SAME_KEYS
     on_host: Mapping[str, tuple[str, Any]] = MappingProxyType(
@@ -42,34 +44,73 @@ class WanModel(VideoModel):
         }
     )
 
-    def folder(self, source: Source) -> WanFolder:
-        """Return where the parts of a model are that was found."""
+    folders: Folders
+    """Where its checkpoints are found."""
+
+    # Files and settings -----------------------------------------------------------------------
+
+    def sizes_of(self, name: str) -> DiTConfig | None:
+        """Return the sizes of a released model, by its name or hub id; None: not known."""
         raise NotImplementedError
+
+    def held(self, job: Job) -> Held:
+        """Return what the model's loop keeps in memory."""
+        raise NotImplementedError
+
+    def find(self, name: str, *, is_dry: bool = False, download: bool = False) -> Source:
+        if is_dry and name in self.folders.released:
+            return Source(name, plans_by_sizes=True, sizes=self.sizes_of(name))
+        place = self.folders.choose(name)
+        if Path(place).exists():
+            return source_of(self.folders.find(place))
+        return Source(place, sizes=self.sizes_of(place))
+
+    def missing(self, config: Any, source: Source) -> Missing | None:
+        if source.folder is not None or source.plans_by_sizes:
+            return None
+        missing = self.folders.find_download(source.name)
+        if missing is not None and source.sizes is None:
+            raise UserError(
+                f"{missing.describe()}: is not downloaded in a dry run, and its sizes are not "
+                f"known: give --model as one of {', '.join(self.folders.released)}, or run without "
+                "--dry-run"
+            )
+        return missing
+
+    def fetch(self, config: Any, source: Source) -> tuple[Any, Source]:
+        return config, source if source.files else source_of(self.folders.find(source.name))
+
+    def check_files(self, config: Any, source: Source) -> None:
+        source.files.check()
+
+    def fingerprint(self, source: Source) -> str:
+        return source.files.dit.fingerprint()
 
     def dtype(self, config: Any, device: torch.device) -> torch.dtype:
         return choose_dtype(config.dtype, device)
 
-    def footprint(self, job: Job, *, overlaps: bool) -> Footprint:
-        """Count; `given` of the media is what is encoded, `[3, T, H, W]` or None."""
-        given = job.media.given
-        folder = None if job.source.files is None else self.folder(job.source)
-        return ChunkMemory(
-            job.source.sizes,
+    def footprint(self, job: Job, *, overlaps: bool) -> WanMemory:
+        sizes = job.source.sizes
+        return WanMemory(
+            sizes,
+            self.held(job),
             job.config,
             job.work,
-            given_pixels=0 if given is None else given.shape[1],
-            networks=networks_of(folder, dtype=job.dtype),
+            networks=networks_of(job.source.files, sizes, dtype=job.dtype),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
         )
 
     def ingredients(self, job: Job) -> dict[str, Path]:
-        folder = self.folder(job.source)
-        return {part: getattr(folder, part) for part in ("vae", "text_encoder", "tokenizer")}
+        files = job.source.files
+        parts = ("vae", "text_encoder", "tokenizer", "image_encoder")
+        return {name: path for name in parts if (path := getattr(files, name)) is not None}
+
+    # Running ----------------------------------------------------------------------------------
 
     def text_facts(self, job: Job) -> dict[str, Any]:
-        folder = self.folder(job.source)
+        folder = job.source.files
         return {
             "prompts": _prompts(job),
             "encoder": text.fingerprint(folder.text_encoder, tokenizer=folder.tokenizer),
@@ -78,7 +119,7 @@ class WanModel(VideoModel):
         }
 
     def load_text(self, job: Job) -> text.TextEncoder:
-        folder = self.folder(job.source)
+        folder = job.source.files
         return text.load_encoder(
             folder.text_encoder,
             tokenizer=folder.tokenizer,
@@ -100,18 +141,44 @@ class WanModel(VideoModel):
             batches=[1],
         )
 
-    def media(self, config: Any, source: Source) -> Any:
+    def media(self, config: Any, source: Source) -> Media:
         return read_media(config)
 
-    def before(self, media: Any) -> Tensor | None:
+    def before(self, media: Media) -> Tensor | None:
         return media.video
 
-    def inputs(self, job: Job, encoded: Tensor) -> Any:
+    def inputs(self, job: Job, encoded: Tensor) -> Conditioning:
+        media, history, video = job.media, job.config.overlap_history, None
+        if media.video is not None and history is not None:
+            video = to_pixels(media.video[-history:]).to(job.device)
         texts = zip(job.work.branches, encoded.split(1), strict=True)
-        return Conditioning(dict(texts), job.media.given)
+        return Conditioning(
+            dict(texts),
+            image_features=self._image_features(job),
+            image=media.image,
+            end_image=media.end_image,
+            video=video,
+        )
+
+    def _image_features(self, job: Job) -> Tensor | None:
+        """Return what CLIP sees in the start image; None for models without."""
+        path, image = job.source.files.image_encoder, job.media.image
+        if path is None or image is None:
+            return None
+        vision = text.load_vision(path, dtype=job.dtype, device=job.device)
+        return check_finite(
+            vision.encode(image.movedim(1, 0)),
+            "the features of the start image",
+            modules={"image encoder": vision.model},
+        )
 
     def load_vae(self, job: Job) -> vae.VAE:
-        return vae.load(self.folder(job.source).vae, device=job.device)
+        return vae.load(job.source.files.vae, device=job.device)
+
+
+def source_of(found: WanFolder) -> Source:
+    """Return a model that was found."""
+    return Source(found.folder.name, found.folder, files=found, sizes=found.config)
 
 
 def _prompts(job: Job) -> list[str]:

@@ -76,8 +76,12 @@ class VAE:
     """A Wan VAE with the statistics that normalise its latents."""
 
     def __init__(self, model: AutoencoderKLWan) -> None:
+        from flowcache.wan.vae_layers import with_own_layers
+
         # Any: diffusers types its config as a dict, and its methods as untyped wrappers
         self.model: Any = model
+        self.network: Any = with_own_layers(model)
+        """What is computed with: it has the parameters of `model`."""
         shape = (1, -1, 1, 1, 1)
         like = self.model.quant_conv.weight
         self.mean = like.new_tensor(self.model.config.latents_mean).view(shape)
@@ -114,7 +118,7 @@ class VAE:
         if height % stride or width % stride:
             raise ValueError(f"height and width must be multiples of {stride}: {height}x{width}")
         pixels = pixels_B3THW.to(device=self.device, dtype=self.dtype)
-        mu_BCFhw = self.model.encode(pixels).latent_dist.mode()
+        mu_BCFhw = self.network.encode(pixels).latent_dist.mode()
         return (mu_BCFhw - self.mean) / self.std
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class VAEStream:
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
         self._vae, self._ranks = vae, ranks
-        decoder = vae.model.decoder
+        decoder = vae.network.decoder
         num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
         self._seen: Seen = [None] * num_convs
 
@@ -155,7 +159,7 @@ class VAEStream:
         latents = latents_BCFhw.to(device=vae.device, dtype=vae.dtype)
         z_BCFhw = latents * vae.std + vae.mean
         parts = [
-            decode_latent(vae.model, z_BC1hw, self._seen, strip=strip).clamp(-1, 1)
+            decode_latent(vae.network, z_BC1hw, self._seen, strip=strip).clamp(-1, 1)
             for z_BC1hw in z_BCFhw.split(1, dim=2)
         ]
         pixels = torch.cat(parts, dim=2)

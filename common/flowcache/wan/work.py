@@ -1,6 +1,6 @@
-"""What a run of a Wan model costs that goes chunk by chunk through a KV cache."""
+"""What a run of a Wan model costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,80 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.runtime.config import check_pass
-from flowcache.runtime.memory import META, weight_bytes
+from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import TOKEN_COPIES, kv_bytes, most_active
+from flowcache.runtime.plan import held_bytes, most_active
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
+from flowcache.wan.quantize import weight_bytes
 from flowcache.wan.vae import SPATIAL_STRIDE
+
+
+def wan_work(
+    sizes: DiTConfig,
+    segments: Sequence[SegmentWork],
+    *,
+    branches: tuple[str, ...],
+    queries: int,
+    pass_tokens: int,
+    frame_tokens: int,
+    flops: int,
+    dtype: torch.dtype,
+    loop: Any,
+    kv: KVRule,
+    is_whole: bool = False,
+    batch: int = 1,
+    num_scored: int = 0,
+    stored_bytes: int = 0,
+    mode: Any = None,
+) -> Work:
+    """Put together what a run costs.
+
+    Args:
+        sizes: of the transformer.
+        queries: of the largest self-attention.
+        pass_tokens: see `Work`.
+        flops: of embeddings, blocks and heads; those of the prompts are added.
+        dtype: of the weights.
+        loop: see `Work`.
+        batch: branches that go through the blocks together.
+        num_scored: queries that score the keys when the KV cache is compressed.
+        mode: of quantised weights.
+    """
+    num_branches, heads = len(branches), sizes.num_heads
+    kv_tokens = max(part.kv_tokens for part in segments)
+    keys = queries if is_whole else kv_tokens
+    attention = AttentionShape(queries, keys, heads, heads, sizes.head_width)
+    with META:
+        weights = weight_bytes(DiT(sizes), mode, dtype=dtype)
+    return Work(
+        segments=tuple(segments),
+        branches=branches,
+        passes=branches,
+        is_whole=is_whole,
+        num_caches=num_branches,
+        frame_tokens=frame_tokens,
+        divided_tokens=frame_tokens,
+        pass_tokens=pass_tokens,
+        text_tokens=sizes.text_len,
+        attention=attention,
+        flops=num_branches * context_flops(sizes) + flops,
+        weight_bytes=weights,
+        stored_bytes=stored_bytes,
+        loop=loop,
+        **held_bytes(
+            segments,
+            attention,
+            num_layers=sizes.num_layers,
+            num_caches=num_branches,
+            ffn_width=sizes.ffn_dim,
+            pass_tokens=batch * pass_tokens,
+            num_queries=num_scored,
+            keeps_queries=False,
+            itemsize=dtype.itemsize,
+            kv=kv,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -40,53 +108,36 @@ def chunk_work(
     loop: Any,
     kv: KVRule,
 ) -> Work:
-    """Work out what a video of one segment costs.
+    """Work out what a video of one segment costs that goes chunk by chunk through a KV cache.
 
     Args:
         sizes: of the transformer.
         dtype: of its weights.
         loop: see `Work`.
     """
-    num_branches, width, heads = len(branches), dtype.itemsize, sizes.num_heads
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
     check_pass(queries, sizes="height, width or the frames of a chunk")
-    with META:
-        weights = weight_bytes(DiT(sizes).to(dtype))
-    flops = num_branches * context_flops(sizes)
+    flops = 0
     for call in calls:
         flops += embed_flops(sizes, num_frames=call.num_frames, frame_tokens=frame_tokens)
-        flops += num_branches * pass_flops(
+        flops += len(branches) * pass_flops(
             sizes,
             call.num_frames,
             seen=call.seen,
             frame_tokens=frame_tokens,
             is_clean=call.is_clean,
         )
-    return Work(
-        segments=(segment,),
+    return wan_work(
+        sizes,
+        [segment],
         branches=branches,
-        passes=branches,
-        is_whole=False,
-        num_caches=num_branches,
-        frame_tokens=frame_tokens,
-        divided_tokens=frame_tokens,
+        queries=queries,
         pass_tokens=queries,
-        text_tokens=sizes.text_len,
-        attention=AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width),
+        frame_tokens=frame_tokens,
         flops=flops,
-        weight_bytes=weights,
-        **kv_bytes(
-            [segment],
-            AttentionShape(queries, segment.kv_tokens, heads, heads, sizes.head_width),
-            kv=kv,
-            num_caches=sizes.num_layers * num_branches,
-            itemsize=width,
-        ),
-        scoring_bytes=0,
-        query_bytes=0,
-        stored_bytes=0,
-        activation_bytes=queries * (TOKEN_COPIES * 4 * sizes.dim + 2 * width * sizes.ffn_dim),
+        dtype=dtype,
         loop=loop,
+        kv=kv,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.files import ARRAY_ERRORS
-from flowcache.tune.gap import Array, ErrorModel
+from flowcache.tuning.gap import Array, ErrorModel
 
 BAND_MARGIN = 0.1
 """Share by which the calibrated band of distances is widened on both sides: few clips are seen."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from flowcache.errors import UserError
 from flowcache.runtime.metrics import PIXEL_MAX
-from flowcache.tune.gap import Array, ErrorModel, Parabola, Point, Predicted, Predictor
+from flowcache.tuning.gap import Array, ErrorModel, Parabola, Point, Predicted, Predictor
 
 FACTORS = {0: (0.0,), 1: (0.25, 0.5, 0.75, 1.0), 2: (0.5, 1.0)}
 """Factors, by order, that plans are made with before each plan's own is fitted."""

@@ -3,12 +3,13 @@
 Results are kept row by row, so that a second start goes on where the first one stopped.
 """
 
+import datetime
 import json
+import logging
 import math
 import os
 import random
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +17,29 @@ from typing import Any
 
 from flowcache.errors import UserError
 from flowcache.runtime.metrics import PIXEL_MAX
+from flowcache.runtime.profile import VERSION, Observed, Prediction, Profile, Reuse, Source
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped
-from flowcache.tune.gap import ErrorModel, Predictor, interpolated_gains
-from flowcache.tune.gram import Calibration, GramCollector, Sketch, merge
-from flowcache.tune.methods import (
+from flowcache.tuning.gap import ErrorModel, Predictor, interpolated_gains
+from flowcache.tuning.gram import (
+    Calibration,
+    GramCollector,
+    Sketch,
+    distance_band,
+    magnitude_ratios,
+    merge,
+)
+from flowcache.tuning.methods import (
     OWN_SIGNAL,
     REFERENCE,
     WHOLE_KV,
     Method,
+    guidance_steps,
     held,
     planned,
     whole_kv,
 )
-from flowcache.tune.plan import (
+from flowcache.tuning.plan import (
     Constraints,
     Costs,
     Forecast,
@@ -40,7 +50,9 @@ from flowcache.tune.plan import (
     least_error_plans,
     to_psnr,
 )
-from flowcache.tune.runs import CONDITIONAL, GUIDED, Prompt, Runs, Size
+from flowcache.tuning.runs import CONDITIONAL, GUIDED, Prompt, Runs, Size
+
+logger = logging.getLogger(__name__)
 
 MEASURED_SHARES = (1 / 3, 1 / 2)
 """Shares of the steps in the plans that show what steps cost and what an error means in dB."""
@@ -134,7 +146,7 @@ def _record(runs: Runs, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> No
     distances = [(row.step, row.distance) for row in clip.stats.passes if row.distance is not None]
     row = {"kind": "calibration", "index": prompt.index, "file": path.name, "distances": distances}
     rows.add(row)
-    sys.stderr.write(f"calibrated on clip {prompt.index + 1}: {prompt.text}\n")
+    logger.info("calibrated on clip %d: %s", prompt.index + 1, prompt.text)
 
 
 def measure(
@@ -164,7 +176,7 @@ def measure(
             psnr = _decibel(mse) if mse else None
             row = {"mse": mse, "psnr": psnr, **_costs(clip.stats, reference.stats)}
             rows.add({**where, "method": method.name, **row})
-        sys.stderr.write(f"{kind}: {len(missing)} methods on clip {prompt.index + 1}\n")
+        logger.info("%s: %d methods on clip %d", kind, len(missing), prompt.index + 1)
     wanted = {prompt.index for prompt in prompts}
     return {
         name: [row for row in rows.find(kind=kind, method=name) if row["index"] in wanted]
@@ -344,6 +356,46 @@ def random_plans(
             predictor = Predictor(1, 0.5) if len(plans) % 2 else Predictor(0)
             plans.append(Plan(steps, predictor, model.plan(steps, predictor)))
     return plans
+
+
+def make_profile(
+    runs: Runs, prompts: Sequence[Prompt], found: Found, plan: Plan, *, model: str
+) -> Profile:
+    """Return what a run needs to follow a plan.
+
+    Args:
+        prompts: that it was calibrated on.
+        model: its name, for messages.
+    """
+    forecast = found.forecast(plan)
+    low, high = distance_band(found.distances, num_steps=found.model.num_steps)
+    return Profile(
+        version=VERSION,
+        fingerprint=runs.fingerprint(),
+        setting=runs.setting(),
+        reuse=Reuse(
+            plans=[list(plan.steps)],
+            predict=plan.predictor.quantity,
+            order=plan.predictor.order,
+            factor=plan.predictor.factor,
+            guidance_steps=guidance_steps(plan),
+        ),
+        predicted=Prediction(
+            error=plan.error, psnr=forecast.psnr, flops=forecast.flops, pixel_scale=found.scale
+        ),
+        observed=Observed(
+            magnitude_ratios=magnitude_ratios(found.model.gram),
+            distance_low=low,
+            distance_high=high,
+        ),
+        source=Source(
+            model=model,
+            preset=runs.preset,
+            date=datetime.date.today().isoformat(),
+            prompts=[prompt.text for prompt in prompts],
+            seeds=[prompt.seed for prompt in prompts],
+        ),
+    )
 
 
 # The table ----------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from flowcache.policies import MagCache, ReuseRule
 from flowcache.schedule import staggered
-from flowcache.tune.plan import Plan
-from flowcache.tune.runs import Words
+from flowcache.tuning.plan import Plan
+from flowcache.tuning.runs import Words
 
 REFERENCE = "every step computed"
 NUM_THRESHOLDS = 400

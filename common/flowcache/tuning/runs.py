@@ -16,6 +16,7 @@ from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.run import (
     Clip,
+    KeptNetworks,
     collect,
     encode_inputs,
     load_networks,
@@ -24,7 +25,7 @@ from flowcache.runtime.run import (
 )
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import read_lines
-from flowcache.tune.gram import calibration_bytes
+from flowcache.tuning.gram import calibration_bytes
 
 DEMOS = ("demo", "demo-base")
 """Checkpoints that were trained on the captions of `flowcache.demo.clips`."""
@@ -136,6 +137,7 @@ class Runs:
         self.folder = folder
         self.holds_guidance = holds_guidance
         self._run: tuple[Job, Loaded] | None = None
+        self._encoder: Any = None
         self._inputs: dict[str, Any] = {}
 
     def size(self) -> Size:
@@ -161,15 +163,23 @@ class Runs:
             holds_guidance=self.holds_guidance,
         )
 
-    def load(self) -> None:
-        """Load transformer and VAE; nothing of them is needed before."""
+    def load(self, kept: KeptNetworks | None = None) -> None:
+        """Load transformer and VAE; nothing of them is needed before.
+
+        Args:
+            kept: where they may be loaded already.
+        """
         job = prepare(self.model, self._request([]))
         if job.work.is_whole:
             raise UserError(
                 f"preset {self.preset} has attention=full: chunks are reused one by one only with "
                 "attention=causal; choose such a preset, as flowcache_fast"
             )
-        self._run = job, load_networks(job, stats=RunStats(job.device))
+        if kept is None:
+            self._run = job, load_networks(job, stats=RunStats(job.device))
+            return
+        found = kept.load(job)
+        self._run, self._encoder = (job, found.networks), found.encoder
 
     def setting(self) -> Setting:
         """Return what a profile must fit."""
@@ -206,7 +216,8 @@ class Runs:
         """Return what a prompt's clips are made from; its text goes through the encoder once."""
         if prompt not in self._inputs:
             job = self._loaded()[0].changed(prompt=prompt)
-            self._inputs[prompt] = encode_inputs(job, stats=RunStats(job.device))
+            stats = RunStats(job.device)
+            self._inputs[prompt] = encode_inputs(job, stats=stats, encoder=self._encoder)
         return self._inputs[prompt]
 
     def _request(self, settings: Sequence[str], *, preset: str | None = None) -> Request:
@@ -258,9 +269,11 @@ def choose_prompts(
         raise UserError(
             f"{checkpoint} needs prompts to be tuned on: give --prompts FILE, one per line"
         )
-    return _numbered(seen, num_clips, CALIBRATION_SEED), _numbered(unseen, num_checks, CHECK_SEED)
+    return numbered(seen, num_clips), numbered(unseen, num_checks, first_seed=CHECK_SEED)
 
 
-def _numbered(texts: Sequence[str], count: int, first_seed: int) -> list[Prompt]:
+def numbered(
+    texts: Sequence[str], count: int, *, first_seed: int = CALIBRATION_SEED
+) -> list[Prompt]:
     """Return so many prompts, repeated with other seeds if there are fewer texts."""
     return [Prompt(i, texts[i % len(texts)], first_seed + i) for i in range(count)]
