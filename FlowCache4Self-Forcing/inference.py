@@ -20,6 +20,7 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import read_yaml
+from flowcache.runtime.files import prompt_stem
 from self_forcing.released import REAL_MODEL
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ CODE_DEFAULTS = {"num_frame_per_block": 1, "context_noise": 0}
 KWARGS_DEFAULTS = {"timestep_shift": 8.0, "local_attn_size": -1, "sink_size": 0}
 """What upstream takes where neither the config nor `configs/default_config.yaml` has a key."""
 WARPED = "warp_denoising_step"
-NAME_CHARACTERS, NAME_BYTES = 100, 180
-"""Of the prompt in a file name: upstream's limit, and what file systems allow, less the rest."""
 
 
 def parser_of() -> Parser:
@@ -121,8 +120,7 @@ def stem_of(name: str, *, number: int, sample: int, options: Namespace) -> str:
     """Name a video as upstream, without what no file name holds."""
     if options.save_with_index:
         return f"{number}-{sample}_{'ema' if options.use_ema else 'regular'}"
-    shown = "".join(c for c in name[:NAME_CHARACTERS] if c.isprintable() and c != "/").strip()
-    return f"{shown.encode()[:NAME_BYTES].decode(errors='ignore').lstrip('.')}-{sample}"
+    return f"{prompt_stem(name)}-{sample}"
 
 
 def make_all(options: Namespace) -> None:

@@ -53,7 +53,6 @@ EXAMPLES = """examples:
   python scripts/bench_demo.py --out result/bench num_frames=77
   python scripts/bench_demo.py --architecture magi1 --part 1/2 --out result/bench
   python scripts/bench_demo.py --model demo-base --out result/bench_base
-  python scripts/bench_demo.py --architecture magi1 --list-methods
   python scripts/bench_demo.py --table reuse \\
       --profiles result/reuse_skyreels_v2 --prompts 64 --out result/bench_reuse num_frames=37
 """
@@ -77,7 +76,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16, help="clips per method (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("result/bench_demo"), help="result folder")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table (all)")
-    parser.add_argument("--list-methods", action="store_true", help="print their names and stop")
     parser.add_argument(
         "--part",
         default="1/1",
@@ -94,14 +92,13 @@ def compare(options: argparse.Namespace) -> None:
     settle_checkpoint(options)
     comparison = chosen_comparison(options)
     names = [method.name for method in comparison.methods]
-    if options.list_methods:
-        print("\n".join(names))
-        return
     if options.prompts < 1:
         raise UserError(f"--prompts must be 1 or more, not {options.prompts}")
     unknown = set(options.methods or ()) - set(names)
     if unknown:
-        raise UserError(f"--methods: {unknown.pop()!r} is no row of the table: see --list-methods")
+        raise UserError(
+            f"--methods: {min(unknown)!r} is no row of the table: use some of {', '.join(names)}"
+        )
     part, num_parts = parse_part(options.part)
     check_writable(options.out)
     methods = comparison.chosen(options.methods or names)

@@ -52,8 +52,6 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 def execute(options: argparse.Namespace) -> int:
     """Compare, print, write; return the exit code."""
     metrics = parse_metrics(options.metrics)
-    if options.worst < 1:
-        raise UserError(f"--worst must be 1 or more, not {options.worst}")
     out: Path | None = options.out
     if out is not None:
         check_writable(out)
@@ -66,7 +64,6 @@ def execute(options: argparse.Namespace) -> int:
         options.b,
         metrics=metrics,
         weights=options.lpips_weights,
-        num_worst=options.worst,
         device=device,
     )
     print(text_table(found) if found.clips else "no clip could be compared")
@@ -92,7 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lpips-weights", type=Path, metavar="PATH", help="AlexNet's file, or its folder"
     )
-    parser.add_argument("--worst", type=int, default=3, metavar="N", help="worst frames named")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {', '.join(FILES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
     options = parser.parse_args(arguments)

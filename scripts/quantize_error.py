@@ -37,7 +37,7 @@ from flowcache.runtime.text_files import escaped, table_row
 from flowcache.wan.quantize import check, linears, quantize
 from skyreels_v2.model import MODEL
 
-CASE = Path("tests/golden/skyreels_v2/dit_t2v.safetensors")
+CASE = Path(__file__).resolve().parents[1] / "tests/golden/skyreels_v2/dit_t2v.safetensors"
 MODES: tuple[QuantizeName, ...] = get_args(QuantizeName)
 NUM_TOKENS = 256
 """That the single layer gets."""
@@ -126,10 +126,7 @@ def row(way: Way, made: Made, base: Made) -> str:
 
 def measure(options: argparse.Namespace) -> None:
     """Print the table, then what could not run."""
-    try:
-        case = read_case(options.case, folder=options.case.parent)
-    except ValueError as error:
-        raise UserError(f"--case {options.case}: {error}") from error
+    case = read_case(CASE, folder=CASE.parent)
     made: dict[str, Made] = {}
     reasons: dict[str, str] = {}
     print(f"{table_row(COLUMNS)}\n|---|---|---:|---:|---:|---:|")
@@ -156,13 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    root = Path(__file__).resolve().parents[1]
     parser.add_argument("--mode", choices=MODES, help="one setting of quantize (default: all)")
     parser.add_argument("--model", default="demo", help="makes the clip (default: demo)")
     parser.add_argument("--device", default="auto", help="cuda, cpu (default: cuda if there is)")
-    parser.add_argument(
-        "--case", type=Path, default=root / CASE, help=f"the transformer (default: {CASE})"
-    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the clip")
     options = parser.parse_intermixed_args(arguments)
     return run_command(lambda: measure(options))

@@ -15,4 +15,4 @@ OUT=${OUT:-$here/../result/reproduce_magi1} # result folder
 DEVICE=${DEVICE:-auto}         # of the metrics; auto: a GPU if there is one
 LPIPS_WEIGHTS=${LPIPS_WEIGHTS:-} # AlexNet's file; empty: torch's cache
 
-make_table
+make_table "$@"

@@ -1,19 +1,18 @@
 #!/usr/bin/env python
 """Make many videos, with any number of processes on any number of machines.
 
-Processes share the work through the output folder alone: each takes the next video that nobody has
-claimed, so fast ones make more. Models are loaded once per process. Every NAME.mp4 gets a receipt,
-NAME.json, written just before: settings, versions, statistics, the video's SHA-256. A second start
-makes only what has no valid receipt, whatever ended the first one; videos of another preset,
-model or setting are kept, and end it. A video that fails is recorded
-in NAME.error.json, the others go on; the next start tries it again.
+Models are loaded once per process. Processes of one launcher divide the videos in advance, by the
+FLOPs of their plans; --ray gives the next video to whoever is free, and starts processes that died
+again. Every NAME.mp4 gets a receipt, NAME.json, written just before: settings, versions,
+statistics, the video's SHA-256. A second start makes only what has no valid receipt, whatever ended
+the first one; videos of another preset, model or setting are kept, and end it. A video that fails
+is recorded in NAME.error.json, the others go on; the next start tries it again.
 """
 
 import argparse
-import math
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
@@ -22,6 +21,7 @@ start_quietly(__name__)
 
 import torch
 
+from flowcache.bench import actors
 from flowcache.bench.protocol import VIDEOS, keep_protocol, read_protocol
 from flowcache.bench.render import Renderer
 from flowcache.bench.tasks import (
@@ -36,16 +36,20 @@ from flowcache.bench.tasks import (
     from_physics_iq,
     from_vbench,
 )
-from flowcache.bench.worker import STALE_SECONDS, Worker, warned_once
+from flowcache.bench.worker import Worker, divide, warned_once
 from flowcache.bounds import MAX_SEED
 from flowcache.errors import UserError
-from flowcache.runtime.cli import Parser, choose_device, run_command
+from flowcache.runtime.cli import Parser, choose_device
+from flowcache.runtime.cluster import check_replicas, cluster
 from flowcache.runtime.ending import Place
 from flowcache.runtime.files import check_writable
 from flowcache.runtime.model import MODELS
+from flowcache.runtime.parallel import Ranks, run_in_ranks
 
 EXIT_SOME_FAILED = 1
 MAX_PER_PROMPT = 10_000
+PATIENCE = timedelta(days=30)
+"""How long a process that has made its share waits for the others."""
 
 DEFAULTS = {"preset": "flowcache_fast", "seed": 0, "per_prompt": 1}
 """What a protocol says itself."""
@@ -60,11 +64,12 @@ EXAMPLES = """examples:
   python scripts/sample.py --protocol scripts/protocols/skyreels_v2_demo.yaml \\
       --out result/reproduce_skyreels_v2
 
-Several machines: start the same command on each, with an output folder that all of them see.
-A video of VBench is named PROMPT-I.mp4, I = 0 .. per-prompt - 1, and made with the seed plus I.
+Several machines: --ray with RAY_ADDRESS, or accelerate launch on each, and an output folder that
+all of them see. A video of VBench is named PROMPT-I.mp4, I = 0 .. per-prompt - 1, and made
+with the seed plus I.
 
 Exit code: 0; 1 if a video failed; 2 if something given is wrong or the disk is full; 128 + N after
-signal N, with one line, and the claims given back.
+signal N, with one line.
 """
 
 
@@ -104,12 +109,13 @@ def make_parser() -> Parser:
         help="of VBench (default: the 11 of the published tables)",
     )
     parser.add_argument(
-        "--stale-after",
-        type=float,
-        default=STALE_SECONDS,
-        metavar="SECONDS",
-        help="after so long without a sign of life somebody else's video is made here "
-        f"(default: {STALE_SECONDS:g})",
+        "--ray", action="store_true", help="divide the videos by Ray, an optional package"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="models that --ray loads (default: one per GPU of the cluster; on CPUs 1)",
     )
     parser.set_defaults(**DEFAULTS)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change")
@@ -184,28 +190,43 @@ def check_kinds(
     }
 
 
-def execute(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace, ranks: Ranks) -> int:
     """Make everything; return the exit code."""
-    if not options.stale_after > 0 or math.isinf(options.stale_after):
-        raise UserError(f"--stale-after must be above 0 seconds, not {options.stale_after:g}")
+    check_replicas(options.replicas, is_wanted=options.ray)
+    if options.ray and ranks.place.size > 1:
+        raise UserError("--ray starts its processes itself: start one, without a launcher")
     tasks = list_tasks(options)
     out = prepare_folder(options)
-    place = Place.of(os.environ)
-    renderer = Renderer(_device(place))
+    renderer = Renderer(_device(ranks.place))
     origins = check_kinds(tasks, renderer, options.protocol)
-    worker = Worker(tasks, out, renderer.render, origins, stale_seconds=options.stale_after)
-    with warned_once(MODELS.values()):
-        failures = worker.run(first=place.rank * len(tasks) // place.size)
-    if place.rank != 0:
-        # all know all failures; one that ended with an error would make the launcher end the
-        # others before the main one has listed them
+    worker = Worker(out, renderer.render, origins)
+    failures: dict[str, str] = {}
+    if options.ray:
+        missing = [task for task in tasks if worker.flaw(task) is not None]
+        if missing:
+            with cluster(options.replicas) as found:
+                failures = actors.run(worker, missing, renderer.costs, found)
+        worker.tidy()
+    else:
+        shares = divide([renderer.costs[task.kind] for task in tasks], ranks.place.size)
+        with warned_once(MODELS.values()):
+            own = worker.run([tasks[index] for index in shares[ranks.place.rank]])
+        for each in ranks.world.all_gather(own):
+            failures |= each
+    if not ranks.is_first:
         return 0
+    return report(tasks, out, failures)
+
+
+def report(tasks: Sequence[Task], out: Path, failures: Mapping[str, str]) -> int:
+    """Say what is complete and what failed; return the exit code."""
     done = [task for task in tasks if task.label not in failures]
     print(f"{len(done)} of {len(tasks)} videos are complete in {out}")
     for line in alarms(done, out):
         sys.stderr.write(f"{line}\n")
-    for label, reason in failures.items():
-        sys.stderr.write(f"failed: {label}: {reason}\n")
+    for task in tasks:
+        if task.label in failures:
+            sys.stderr.write(f"failed: {task.label}: {failures[task.label]}\n")
     return EXIT_SOME_FAILED if failures else 0
 
 
@@ -221,8 +242,9 @@ def _device(place: Place) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = make_parser().parse_intermixed_args(arguments)
-    codes: list[int] = []
-    return run_command(lambda: codes.append(execute(options))) or codes[0]
+    codes = [0]
+    code = run_in_ranks(lambda ranks: codes.append(execute(options, ranks)), timeout=PATIENCE)
+    return code or codes[-1]
 
 
 if __name__ == "__main__":

@@ -109,18 +109,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="plans may also run the conditional guidance pass alone in some computed steps",
     )
     parser.add_argument(
-        "--most-reuses",
-        type=int,
-        default=8,
-        help="in a row; the longest gap between computed steps is one more (default: 8)",
-    )
-    parser.add_argument(
-        "--warmup-steps", type=int, default=1, help="first steps that are computed (default: 1)"
-    )
-    parser.add_argument(
-        "--final-steps", type=int, default=1, help="last steps that are computed (default: 1)"
-    )
-    parser.add_argument(
         "--work", type=Path, default=Path("result/tune"), help="folder of the measured rows"
     )
     parser.add_argument("--out", type=Path, help="profile to write (default: WORK/profile.yaml)")
@@ -140,11 +128,7 @@ def command(options: argparse.Namespace) -> None:
     """Do what the options ask for."""
     settle_checkpoint(options)
     target = parse_target(options.target)
-    constraints = Constraints(
-        warmup_steps=options.warmup_steps,
-        final_steps=options.final_steps,
-        most_reuses=options.most_reuses,
-    )
+    constraints = Constraints()
     runs = Runs(
         load_model(options.architecture),
         options.model,

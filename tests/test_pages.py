@@ -58,6 +58,7 @@ ELSEWHERE = {
     "scripts/tune_budgets.py": ("tests/demo/test_bench.py", "tune_budgets"),
     "scripts/tune.py": ("tests/scripts/test_tune.py", "tune"),
     "reuse.profile=profile.yaml": ("tests/models/test_tuned.py", "reuse.profile="),
+    "--ray": ("tests/serve/test_replicas.py", "--ray"),
     "MODEL=/data": ("tests/models/test_launchers.py", "MODEL="),
     "MODEL=Skywork": ("tests/runtime/test_hub.py", "snapshot"),
     "--download": ("tests/magi1/test_checkpoint.py", "download"),

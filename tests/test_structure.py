@@ -29,7 +29,10 @@ ASSEMBLIES = {"__main__", "model", "pipeline", "upstream", "work"}
 
 # Large or optional libraries, and the only files (of any package) that import them.
 OWNERS = {
-    "diffusers": {"components.py", "demo.py", "diffusers_pipeline.py", "vae.py", "wan_vae.py"},
+    "diffusers": {
+        *("components.py", "demo.py", "diffusers_pipeline.py"),
+        *("vae.py", "vae_layers.py", "wan_vae.py"),
+    },
     "transformers": {"enhance.py", "text.py", "embeddings.py"},
     "flash_attn": {"attention.py"},
     "flash_attn_interface": {"attention.py"},

@@ -14,7 +14,6 @@ from flowcache.gpu.benchmark import (
     Growth,
     Line,
     Method,
-    Picture,
     Size,
     Target,
 )
@@ -223,18 +222,6 @@ BENCHMARK = Benchmark(
         fewer_steps=("runtime_config.num_steps=16",),
         planned=(96, 192, 384, 768, 1152, 1536, 1920),
         measured=(96, 192, 288, 480),
-    ),
-    overhead=(
-        (
-            Line("vanilla", "vanilla", _clip),
-            Line("FlowCache-slow", "flowcache_slow_nocompress", _clip),
-            Line("FlowCache-fast", "flowcache_fast_nocompress", _clip),
-        ),
-        (
-            Picture("64x64", 144, (), rounds=3),
-            Picture("128x128", 144, _square(128), rounds=1),
-            Picture("256x256", 72, _square(256), rounds=1),
-        ),
     ),
     demo=Demo(
         title="MAGI-1",

@@ -21,8 +21,7 @@ from flowcache.runtime.model import Source
 from flowcache.wan import checkpoint as wan
 from flowcache.wan import text, vae
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2.checkpoint import FOLDERS
-from skyreels_v2.model import MODEL
+from skyreels_v2.model import FOLDERS, MODEL
 
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 

@@ -16,7 +16,6 @@ from flowcache.gpu.benchmark import (
     Growth,
     Line,
     Method,
-    Picture,
     Size,
     Target,
     is_installed,
@@ -30,8 +29,7 @@ from flowcache.wan import quantize
 from flowcache.wan.dit import DiT, DiTConfig, blocks_flops
 from flowcache.wan.given import Conditioning
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE, released
-from skyreels_v2.checkpoint import released_sizes
-from skyreels_v2.model import MODEL
+from skyreels_v2.model import MODEL, released_sizes
 
 RELEASED = released_sizes("df-1.3b-540p")
 SIZES: dict[Size, DiTConfig] = {
@@ -240,20 +238,6 @@ BENCHMARK = Benchmark(
         fewer_steps=("num_steps=10", "ar_step=2"),
         planned=(97, 177, 337, 657, 977, 1297, 1617, 1937),
         measured=(97, 177, 337, 497),
-    ),
-    overhead=(
-        (
-            Line("vanilla", "vanilla", _one_window),
-            Line("vanilla causal", "vanilla_causal", _one_window),
-            Line("FlowCache-slow", "flowcache_slow", _one_window),
-            Line("FlowCache-fast", "flowcache_fast", _one_window),
-            Line("FlowCache-slow + KV compression", "flowcache_kvcompress", _one_window),
-        ),
-        (
-            Picture("64x64", 77, (), rounds=5),
-            Picture("128x128", 77, ("height=128", "width=128"), rounds=3),
-            Picture("256x256", 77, ("height=256", "width=256"), rounds=1),
-        ),
     ),
     demo=Demo(
         title="SkyReels-V2",

@@ -1,6 +1,7 @@
 """SkyReels-V2 as a `flowcache.runtime.model.VideoModel`: files, settings, networks, generation."""
 
 from collections.abc import Collection, Generator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,19 +12,39 @@ from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.wan import quantize
 from flowcache.wan.codec import LatentCodec
-from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
+from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig, compiled_parts
+from flowcache.wan.folder import Folders
 from flowcache.wan.given import Conditioning, Media, read_media
 from flowcache.wan.memory import Held
 from flowcache.wan.model import SAME_KEYS, WanModel
 from skyreels_v2 import work as works
 from skyreels_v2.calibration import rescale_for
-from skyreels_v2.checkpoint import FOLDERS, is_checkpoint, released_sizes
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import check_mode, fit_image, turn_to_fit
-from skyreels_v2.memory import held_of
 from skyreels_v2.pipeline import SegmentProgress, generate
-from skyreels_v2.released import PRESETS, RELEASED, released_name
+from skyreels_v2.released import DEMO, PRESETS, REAL_MODEL, RELEASED, released_name
 from skyreels_v2.window import describe
+
+FOLDERS = Folders(
+    "SkyReels-V2 checkpoint",
+    demo=DEMO,
+    no_demo="the demo checkpoint is missing: restore it from the repository",
+    real=REAL_MODEL,
+    released=RELEASED,
+)
+
+
+def released_sizes(name: str) -> DiTConfig:
+    """Return the sizes of a released model, which plan a run without its files.
+
+    Source: the `config.json` files of the released checkpoints.
+    """
+    sizes = DiTConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+    if "-1.3b-" in name:
+        sizes = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+    if name.startswith("i2v-"):
+        return replace(sizes, model_type="i2v", in_dim=36, image_dim=CLIP_WIDTH)
+    return replace(sizes, inject_sample_info=name == "df-1.3b-540p")
 
 
 class SkyReels(WanModel):
@@ -38,7 +59,9 @@ class SkyReels(WanModel):
     # Files and settings -----------------------------------------------------------------------
 
     def knows(self, name: str) -> bool:
-        return name in ("demo", "auto", *RELEASED) or is_checkpoint(name)
+        if name in ("demo", "auto", *RELEASED):
+            return True
+        return FOLDERS.holds(name) or released_name(name) is not None
 
     def required(self, source: Source) -> Collection[str]:
         is_i2v = source.sizes is not None and source.sizes.model_type == "i2v"
@@ -117,7 +140,7 @@ class SkyReels(WanModel):
         ]
 
     def held(self, job: Job) -> Held:
-        return held_of(job.config, job.work, job.source.sizes)
+        return works.held_of(job.config, job.work, job.source.sizes)
 
     # Running ----------------------------------------------------------------------------------
 

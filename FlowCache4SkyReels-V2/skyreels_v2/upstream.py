@@ -16,14 +16,14 @@ from typing import Any, Literal, NamedTuple
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser
 from flowcache.runtime.config import read_yaml
+from flowcache.runtime.files import prompt_stem
 from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.runtime.run import describe, plan_without_files, prepare, run
 from flowcache.wan.dit import DiTConfig
 from skyreels_v2.calibration import coefficients_for
-from skyreels_v2.checkpoint import FOLDERS, released_sizes
 from skyreels_v2.enhance import enhance
-from skyreels_v2.model import MODEL
+from skyreels_v2.model import FOLDERS, MODEL, released_sizes
 from skyreels_v2.released import released_name
 from skyreels_v2.window import latent_frames
 
@@ -55,9 +55,6 @@ ENGLISH_NEGATIVE_PROMPT = (
 """What upstream's generate_video.py leads away from; generate_video_df.py has the Chinese text."""
 MAX_SEED = 4294967293
 """The largest seed that upstream draws."""
-NAME_CHARACTERS = 100
-NAME_BYTES = 180
-"""Of the prompt in a file name: upstream's limit, and what file systems allow, less the rest."""
 
 # Flags --------------------------------------------------------------------------------------------
 
@@ -380,9 +377,7 @@ def _reuse_settings(options: Namespace, *, policy: str) -> Iterator[str]:
 
 def _file_stem(prompt: str, *, seed: int) -> str:
     """Name a file after a prompt, its seed and the time; never longer than a file system allows."""
-    shown = "".join(c for c in prompt[:NAME_CHARACTERS] if c.isprintable() and c != "/").strip()
-    shown = shown.encode()[:NAME_BYTES].decode(errors="ignore").lstrip(".")
-    return f"{shown}_{seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    return f"{prompt_stem(prompt)}_{seed}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -436,7 +431,7 @@ def _request(script: Script, options: Namespace, ranks: Ranks) -> Request:
 def _prepare(script: Script, request: Request, ranks: Ranks) -> Job:
     """Prepare the run; the model must be of the script's kind, as far as its files show."""
     job = prepare(MODEL, request, ranks)
-    is_i2v = job.source.files.is_i2v
+    is_i2v = job.source.sizes.model_type == "i2v"
     if script == "generate_video_df.py" and is_i2v:
         raise UserError(f"{job.source.folder} is an image-to-video model: use generate_video.py")
     if script == "generate_video.py" and not is_i2v and job.config.image is not None:

@@ -241,16 +241,28 @@ def load(
     Raises:
         UserError: the model, the preset or a setting is wrong.
     """
+    given = {"preset": preset, "architecture": architecture, "progress_bar": progress_bar}
+    pipe = unloaded(model, **given, **settings)
+    pipe.load()
+    return pipe
+
+
+def unloaded(
+    model: str | Path,
+    *,
+    preset: str,
+    architecture: str | None,
+    progress_bar: bool,
+    **settings: Any,
+) -> Pipeline:
+    """Return a pipeline that has loaded nothing yet; see `load`."""
     name = str(model)
-    request = Request(preset=preset, model=name)
-    pipe = Pipeline(
+    return Pipeline(
         load_model(architecture_of(name) if architecture is None else _known(architecture)),
-        request,
+        Request(preset=preset, model=name),
         settings,
         progress_bar=progress_bar,
     )
-    pipe.load()
-    return pipe
 
 
 @dataclass(frozen=True)

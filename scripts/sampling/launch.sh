@@ -3,12 +3,10 @@
 #   sample_videos ARGUMENTS...              scripts/sample.py in $GPUS processes
 #   sample_vbench MODEL ARGUMENTS...        the same with VBench's prompts
 #   sample_physics_iq MODEL ARGUMENTS...    the same with Physics-IQ's clips
-#   make_table                              the videos of a protocol, then its table
+#   make_table ARGUMENTS...                 the videos of a protocol, then its table
 #
-# All take the variables of the launcher; samples go into the folder of its model.
-#
-# On several machines the same launcher is started on each, with one OUT that all of them see: the
-# work is shared by that folder alone.
+# All take the variables of the launcher; samples go into the folder of its model. With --ray among
+# the arguments, one process gives the videos to the GPUs of all machines of a Ray cluster.
 
 flowcache_scripts="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 flowcache_model="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[1]}")/../.." && pwd)"
@@ -23,7 +21,7 @@ sample_videos() {
         echo "error: GPUS=$count must be a whole number of processes, 1 to 999" >&2
         return 2
     fi
-    if [[ $count == 1 ]]; then
+    if [[ $count == 1 || " $* " == *" --ray "* ]]; then
         python "$flowcache_scripts/sample.py" "$@"
     else
         python -m flowcache.launch "$count" "$flowcache_scripts/sample.py" "$@"
@@ -44,7 +42,7 @@ sample_physics_iq() {
 make_table() {
     local given=(--protocol "$PROTOCOL" --out "$OUT" ${MODEL:+--model "$MODEL"}
         ${NUM_PROMPTS:+--num-prompts "$NUM_PROMPTS"})
-    sample_videos "${given[@]}"
+    sample_videos "${given[@]}" "$@"
     python "$flowcache_scripts/reproduce.py" "${given[@]}" \
         --device "$DEVICE" ${LPIPS_WEIGHTS:+--lpips-weights "$LPIPS_WEIGHTS"}
 }

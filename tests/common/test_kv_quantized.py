@@ -212,7 +212,9 @@ def test_quantising_and_then_evicting_stores_what_evicting_and_then_quantising_d
 def test_tables_without_tokens_make_room_for_others():
     (cache,) = caches(made("int2", "kmeans"))
     for chunk in range(6):
+        before = cache.prefix(0)[0].clone()
         fill(cache, 1, first=chunk)
+        assert torch.equal(cache.prefix(0)[0][: len(before)], before)
         if cache.clean > 2 * CHUNK:
             last = torch.arange(cache.clean - CHUNK, cache.clean)
             cache.keep(last.unsqueeze(1).expand(-1, HEADS))

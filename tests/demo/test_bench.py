@@ -304,7 +304,7 @@ def damaged_row(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--methods", "magic"], "'magic' is no row of the table: see --list-methods"),
+        (["--methods", "magic"], "'magic' is no row of the table: use some of vanilla"),
         (["--prompts", "0"], "--prompts must be 1 or more, not 0"),
         (["--part", "3/2"], "--part is '3/2', but must be I/N"),
         (["--model", "nowhere"], "nowhere"),

@@ -42,7 +42,7 @@ from magi1.dit import set_precision
 from magi1.memory import ClipMemory, TracedVAE
 from magi1.pipeline import Conditioning as MagiInputs
 from magi1.text import NULL_TOKENS, released
-from skyreels_v2.memory import held_of
+from skyreels_v2.work import held_of
 
 TOLERANCE = 0.15
 STEPS = {

@@ -51,8 +51,12 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Task]:
         made.append(task)
         return make_file(task, folder)
 
+    def check(self: Renderer, task: Task, **_: Any) -> dict[str, str]:
+        self.costs[task.kind] = 1.0
+        return {}
+
     monkeypatch.setattr(Renderer, "render", render)
-    monkeypatch.setattr(Renderer, "check", lambda _self, _task, **_: {})
+    monkeypatch.setattr(Renderer, "check", check)
     monkeypatch.chdir(tmp_path)
     write_vbench(Path("VBench/prompts"))
     for dimension in VBENCH_DIMENSIONS:

@@ -35,7 +35,7 @@ from magi1 import dit as magi_dit
 from magi1.config import read_config
 from magi1.dit import is_float32
 from magi1.released import CONFIGS
-from skyreels_v2.checkpoint import released_sizes
+from skyreels_v2.model import released_sizes
 
 H100 = SimpleNamespace(
     name="H100",

@@ -11,7 +11,6 @@ import numpy as np
 import yaml
 
 from flowcache.bench.tasks import Task
-from flowcache.bench.worker import Worker
 from flowcache.runtime.video import VideoWriter
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,7 +32,7 @@ import resource, sys, time
 from pathlib import Path
 from flowcache.errors import UserError
 from flowcache.bench.tasks import Task
-from flowcache.bench.worker import Worker
+from flowcache.bench.worker import Worker, divide
 
 def render(task, folder):
     path = folder / f"{{task.name}}.mp4"
@@ -48,9 +47,10 @@ if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 family = ("skyreels_v2", "demo", "vanilla", "-")
 tasks = [Task(f"{{n:02d}}", *family, n, folder="a") for n in range(12)]
-worker = Worker(tasks, Path(sys.argv[1]), render, poll_seconds=0.01)
+rank, size = map(int, sys.argv[2:])
+share = divide([1] * len(tasks), size)[rank]
 try:
-    failures = worker.run(first=int(sys.argv[2]))
+    failures = Worker(Path(sys.argv[1]), render).run(tasks[index] for index in share)
 except UserError as error:
     sys.stderr.write(f"error: {{error}}\\n")
     sys.exit(2)
@@ -96,11 +96,19 @@ PROTOCOL: dict[str, Any] = {
 }
 
 
-def drive(out: Path, *, first: int = 0, pause: float = 0.0, repeat: int = 20, limit: int = 0):
-    """Start a process that makes twelve files, each larger than the one before."""
+def drive(
+    out: Path,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    pause: float = 0.0,
+    repeat: int = 20,
+    limit: int = 0,
+):
+    """Start a process that makes its share of twelve files, each larger than the one before."""
     code = DRIVER.format(pause=pause, repeat=repeat, limit=limit)
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(out), str(first)],
+        [sys.executable, "-c", code, str(out), str(rank), str(size)],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "common")},
@@ -127,10 +135,6 @@ def make_task(name: str, **changes: Any) -> Task:
 def make_file(task: Task, folder: Path) -> dict[str, Any]:
     (folder / f"{task.name}.mp4").write_bytes(task.name.encode())
     return {"video": f"{task.name}.mp4"}
-
-
-def make_worker(tasks: list[Task], out: Path, render: Any = make_file, **changes: Any) -> Worker:
-    return Worker(tasks, out, render, poll_seconds=0.01, **changes)
 
 
 def write_vbench(folder: Path) -> Path:

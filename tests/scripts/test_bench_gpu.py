@@ -387,7 +387,7 @@ def test_a_mistake_is_one_line(
     assert "\n" not in error
 
 
-# Growth and overhead ------------------------------------------------------------------------------
+# Growth -------------------------------------------------------------------------------------------
 
 
 def test_planned_memory_is_flat_with_compression_and_grows_without():
@@ -432,33 +432,3 @@ def test_growth_is_written_once_and_drawn(
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match="no result of python scripts"):
         draw_growth(tmp_path / "broken.json")
-
-
-def test_time_saved_is_compared_with_flops_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(demos, "open_demo", lambda _: made_row)
-    monkeypatch.setattr(demos, "WHOLE", ((Path(__file__).name, "made_row"),))
-    assert start(tmp_path, "--overhead") == 0
-    found = json.loads((tmp_path / demos.OVERHEAD).read_text())["models"]["magi1"]["64x64"]
-    fast = found["rows"]["FlowCache-fast"]
-    assert (fast["fewer_flops"], fast["speedup"]) == pytest.approx((4.0, 3.2))
-    assert "| FlowCache-fast | 4.00x | 3.20x | 0.80 |" in capsys.readouterr().out
-    assert start(tmp_path, "--overhead") == 2
-
-
-def test_a_part_of_a_profile_has_the_time_of_its_functions_and_what_they_call():
-    profile: Any = SimpleNamespace(
-        stats={
-            ("gpu/demos.py", 1, "make_video"): (1, 1, 0.5, 10.0, {}),
-            ("gpu/demos.py", 2, "make"): (1, 1, 0.5, 30.0, {}),
-            ("a/dit.py", 1, "run_blocks"): (4, 4, 1.0, 6.0, {}),
-            ("a/layers.py", 1, "forward"): (4, 4, 5.0, 5.0, {}),
-            ("b/policies.py", 1, "plan"): (2, 2, 0.2, 0.5, {}),
-        }
-    )
-    shares = demos.shares(profile)
-    assert shares["transformer blocks"] == pytest.approx(0.6)
-    assert shares["decisions"] == pytest.approx(0.05)
-    assert shares["the rest"] == pytest.approx(0.35)
-    assert sum(shares.values()) == pytest.approx(1)

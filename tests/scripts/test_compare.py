@@ -204,7 +204,6 @@ def test_a_folder_is_compared_as_far_as_it_can_be_and_the_rest_is_named(compare:
         ("full.npy full.npy --metrics lpips", "download https://"),
         ("full.npy full.npy --lpips-weights gone", "gone/alexnet"),
         ("full.npy full.npy --device tpu", "device=tpu"),
-        ("full.npy full.npy --worst 0", "--worst must be 1 or more"),
     ],
 )
 def test_a_pair_that_cannot_be_compared_is_one_line_and_exit_code_2(

@@ -18,7 +18,7 @@ from flowcache.bench.tasks import sketch_of
 from flowcache.runtime.model import load_model
 from flowcache.runtime.run import read_settings
 from magi1.checkpoint import Checkpoint
-from skyreels_v2.checkpoint import FOLDERS as CHECKPOINTS
+from skyreels_v2.model import FOLDERS as CHECKPOINTS
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sample
 from sampling_cases import FOLDERS, PROMPTS, SCRIPTS, SHORT, receipts, videos, write_physics_iq
 from torch import Tensor
 
-from flowcache.bench.render import Renderer
 from flowcache.bench.tasks import Task
 from flowcache.runtime.config import find_preset
 from flowcache.runtime.model import load_model
@@ -65,7 +63,7 @@ def test_two_processes_with_a_model_make_bitwise_what_one_makes(
     assert "2 of 2 videos are complete" in run.stdout
     assert videos(one) == videos(two)
     assert len(set(videos(one).values())) == 2
-    assert not (two / ".claims").exists()
+    assert not (two / ".unfinished").exists()
     for receipt in (*receipts(one).values(), *receipts(two).values()):
         assert receipt["task"]["preset"].startswith("flowcache_fast")
         assert receipt["kv_cache_bytes"] > 0
@@ -115,19 +113,20 @@ def test_a_video_that_is_not_finite_is_an_error_entry_and_the_others_go_on(
     assert list(videos(tmp_path / "out")) == ["0001-0.mp4"]
 
 
-def test_only_the_main_process_ends_with_the_code_of_failures(
-    fake: list[Task], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_every_process_makes_its_share_and_the_main_one_lists_all_failures(
+    prompts: Path, tmp_path: Path
 ):
-    def fail(*_: Any) -> dict[str, Any]:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(Renderer, "render", fail)
-    for rank, code in ((0, 1), (1, 0)):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert sample.main(["magi1", "--prompts", "prompts.txt", "--out", "out"]) == code
-        assert ("0 of 1 videos are complete" in capfd.readouterr().out) == (rank == 0)
-    assert fake == []
+    """One video of each process fails: a folder is where its file should be."""
+    out = tmp_path / "out"
+    for name in ("0000-0", "0001-0"):
+        (out / f"{name}.mp4" / "in the way").mkdir(parents=True)
+    run = launch_two(demo(prompts, out))
+    assert run.returncode == 1
+    assert "0 of 2 videos are complete" in run.stdout
+    lines = [line for line in run.stderr.splitlines() if line.startswith("failed: ")]
+    for name in ("0000-0", "0001-0"):
+        said = f"failed: {name}: IsADirectoryError: "
+        assert sum(line.startswith(said) for line in lines) == 2  # when it failed, and at the end
 
 
 def test_every_example_runs(fake: list[Task], tmp_path: Path):

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from flowcache.errors import UserError
 from flowcache.policies import Decision, Observe
 from flowcache.predict import HeldGuidance, ResultStore, clean_estimate, velocity_to
 from flowcache.runtime.profile import Setting, read_profile
@@ -22,7 +24,9 @@ from flowcache.runtime.stats import RunStats
 from flowcache.tuning.gap import ErrorModel, Predictor
 from flowcache.tuning.gram import Calibration
 from flowcache.tuning.methods import closest_magcache, closest_threshold
+from flowcache.tuning.plan import Constraints, parse_target
 from flowcache.tuning.runs import Size, Words
+from flowcache.tuning.study import check_possible
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tune"
 """Random plans measured on two clips of the demo; `tune.py --store-check` makes such files anew."""
@@ -245,9 +249,6 @@ def test_a_second_start_measures_nothing_again(tune: Tune, toy: Toy):
         (["--target", "flops=0.001", "--dry-run"], "cannot be reached: at least "),
         (["--target", "speedup=300", "--dry-run"], "cannot be reached: at least "),
         (["--target", "quality=3"], "must be one of the kinds"),
-        (["--most-reuses", "0"], "nothing can be reused"),
-        (["--warmup-steps", "0"], "warmup_steps must be 1 or more, not 0"),
-        (["--final-steps", "1000"], "nothing can be reused"),
         (["--hold-guidance"], "--hold-guidance needs a model with guidance, but this run has one"),
         (["--clips", "0"], "--clips must be 1 or more"),
         (["--model", "some/model"], "--prompts FILE"),
@@ -256,6 +257,12 @@ def test_a_second_start_measures_nothing_again(tune: Tune, toy: Toy):
 )
 def test_what_cannot_be_done_is_one_line(tune: Tune, arguments: list[str], words: str):
     assert words in tune("--check-prompts", "0", *arguments, code=2)
+
+
+def test_a_run_of_two_steps_leaves_nothing_to_reuse(toy: Toy):
+    size = replace(toy.size(), num_steps=2)
+    with pytest.raises(UserError, match="nothing can be reused in 2 steps"):
+        check_possible(parse_target("flops=0.5"), size, Constraints())
 
 
 def test_random_plans_are_kept_for_the_test(tune: Tune, tmp_path: Path):

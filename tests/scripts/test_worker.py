@@ -1,22 +1,24 @@
-"""Many videos by many processes: shared by a folder, resumable, never half a result."""
+"""Many videos by many processes: divided in advance, resumable, never half a result."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import random
 import signal
-import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sampling_cases import drive, make_file, make_task, make_worker, receipts, videos
+from hypothesis import given
+from hypothesis import strategies as st
+from sampling_cases import drive, make_file, make_task, receipts, videos
 
+from flowcache.bench import worker as worker_module
 from flowcache.bench.tasks import Task
-from flowcache.bench.worker import DiskFullError, Lock, Locks, warned_once
+from flowcache.bench.worker import DiskFullError, Worker, divide, warned_once
 
 # Several processes
 
@@ -31,11 +33,11 @@ def whole(repeat: int = 20) -> dict[str, bytes]:
     }
 
 
-def test_two_processes_share_the_work_and_a_second_start_makes_nothing_again(tmp_path: Path):
-    processes = [drive(tmp_path, first=first, pause=0.002) for first in (0, 6)]
+def test_two_processes_divide_the_work_and_a_second_start_makes_nothing_again(tmp_path: Path):
+    processes = [drive(tmp_path, rank=rank, size=2, pause=0.002) for rank in (0, 1)]
     assert [process.wait() for process in processes] == [0, 0]
     assert videos(tmp_path) == whole()
-    assert not (tmp_path / ".claims").exists()
+    assert not (tmp_path / ".unfinished").exists()
     before = receipts(tmp_path)
     assert drive(tmp_path).wait() == 0
     assert receipts(tmp_path) == before
@@ -44,7 +46,7 @@ def test_two_processes_share_the_work_and_a_second_start_makes_nothing_again(tmp
 def test_after_kills_at_random_moments_the_set_is_that_of_an_undisturbed_run(tmp_path: Path):
     dice, interrupted = random.Random(7), 0
     for _ in range(12):
-        processes = [drive(tmp_path, first=first, pause=0.004) for first in (0, 5)]
+        processes = [drive(tmp_path, rank=rank, size=2, pause=0.004) for rank in (0, 1)]
         time.sleep(dice.uniform(0.05, 0.5))
         for process in processes:
             process.kill()
@@ -73,7 +75,46 @@ def test_a_full_disk_ends_with_one_line_and_keeps_what_is_complete(tmp_path: Pat
     assert {name: receipts(tmp_path)[name] for name in done} == done
 
 
+@pytest.mark.parametrize(
+    ("costs", "num_shares", "expected"),
+    [
+        pytest.param([3, 3, 5, 4, 3], 2, [[2, 1], [3, 0, 4]], id="by hand"),
+        pytest.param([1] * 5, 2, [[0, 2, 4], [1, 3]], id="equal costs"),
+        pytest.param([1, 9], 3, [[1], [0], []], id="fewer than shares"),
+        pytest.param([], 2, [[], []], id="nothing"),
+    ],
+)
+def test_the_most_expensive_is_given_first_to_the_share_that_costs_least(
+    costs: list[float], num_shares: int, expected: list[list[int]]
+):
+    assert divide(costs, num_shares) == expected
+
+
+@given(st.lists(st.floats(0.0, 1e15), max_size=40), st.integers(1, 8))
+def test_shares_hold_everything_once_and_differ_by_one_video_at_most(
+    costs: list[float], num_shares: int
+):
+    shares = divide(costs, num_shares)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    # relative: sums of floats
+    assert max(loads) - min(loads) <= max(costs, default=0.0) * (1 + 1e-9)
+
+
 # One process
+
+
+def test_a_start_removes_what_killed_processes_left_and_nothing_else(tmp_path: Path):
+    left, used = (tmp_path / ".unfinished" / f"flowcache-unpacked-{name}" for name in "ab")
+    for folder in (left, used):
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+    with (used / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert Worker(tmp_path, make_file).run([make_task("a")]) == {}
+        assert list(left.parent.iterdir()) == [used]
+    assert Worker(tmp_path, make_file).run([make_task("a")]) == {}
+    assert not left.parent.exists()
 
 
 def test_a_receipt_is_there_before_the_video_has_its_name(
@@ -88,21 +129,21 @@ def test_a_receipt_is_there_before_the_video_has_its_name(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            make_worker([make_task("a")], tmp_path).run()
+            Worker(tmp_path, make_file).run([make_task("a")])
     assert videos(tmp_path) == {}
-    assert make_worker([make_task("a")], tmp_path).run() == {}
+    assert Worker(tmp_path, make_file).run([make_task("a")]) == {}
     assert videos(tmp_path) == {"a.mp4": b"a"}
 
 
-def test_an_interruption_leaves_no_lock_and_no_half_file(tmp_path: Path):
+def test_an_interruption_leaves_no_half_file(tmp_path: Path):
     def interrupt(task: Task, folder: Path) -> dict[str, Any]:
         (folder / f"{task.name}.mp4").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_worker([make_task("a")], tmp_path, interrupt).run()
+        Worker(tmp_path, interrupt).run([make_task("a")])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert make_worker([make_task("a")], tmp_path).run() == {}
+    assert Worker(tmp_path, make_file).run([make_task("a")]) == {}
 
 
 @pytest.mark.parametrize(
@@ -125,13 +166,13 @@ def test_a_damaged_or_missing_file_is_made_again_and_no_other(
         made.append(task.name)
         return make_file(task, folder)
 
-    make_worker(tasks, tmp_path).run()
+    Worker(tmp_path, make_file).run(tasks)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     if content is None:
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_bytes(content)
-    assert make_worker(tasks, tmp_path, render).run() == {}
+    assert Worker(tmp_path, render).run(tasks) == {}
     assert made == ["b"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -156,14 +197,14 @@ def test_results_that_were_made_otherwise_are_kept_and_refused(
 ):
     first = {"resolved_settings": "1", "checkpoint": "2"}
     made, task = make_task("a"), make_task(name, seed=seed)
-    make_worker([made], tmp_path, origins={made.kind: first}).run()
+    Worker(tmp_path, make_file, {made.kind: first}).run([made])
     (tmp_path / "b.json").write_text("{}")
-    worker = make_worker([task], tmp_path, origins={task.kind: first | origin})
+    worker = Worker(tmp_path, make_file, {task.kind: first | origin})
     if said is None:
-        assert worker.run() == {}
+        assert worker.run([task]) == {}
     else:
         with pytest.raises(ValueError, match=said):
-            worker.run()
+            worker.run([task])
     assert videos(tmp_path) == {"a.mp4": b"a"}
 
 
@@ -174,12 +215,12 @@ def test_a_failing_video_is_recorded_and_the_others_go_on(tmp_path: Path):
         return make_file(task, folder)
 
     tasks = [make_task(name) for name in "abc"]
-    assert make_worker(tasks, tmp_path, render).run() == {"b": "RuntimeError: out of memory"}
+    assert Worker(tmp_path, render).run(tasks) == {"b": "RuntimeError: out of memory"}
     assert sorted(videos(tmp_path)) == ["a.mp4", "c.mp4"]
     record = json.loads((tmp_path / "b.error.json").read_text())
     assert record["task"]["name"] == "b"
     assert "Traceback" in record["traceback"][0]
-    assert make_worker(tasks, tmp_path).run() == {}
+    assert Worker(tmp_path, make_file).run(tasks) == {}
     assert not (tmp_path / "b.error.json").exists()
 
 
@@ -189,12 +230,12 @@ def test_a_failing_video_is_recorded_and_the_others_go_on(tmp_path: Path):
 def test_only_a_full_disk_is_reported_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
 ):
-    def refuse(_self: Locks, _label: str) -> None:
+    def refuse(_place: Path) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Locks, "take", refuse)
+    monkeypatch.setattr(worker_module, "temporary_folder", refuse)
     with pytest.raises(kind):
-        make_worker([make_task("a")], tmp_path).run()
+        Worker(tmp_path, make_file).run([make_task("a")])
 
 
 def test_a_warning_is_shown_once_per_process_and_every_message(caplog: pytest.LogCaptureFixture):
@@ -210,103 +251,3 @@ def test_a_warning_is_shown_once_per_process_and_every_message(caplog: pytest.Lo
         *("no special tokens", "of a", "wrote a video", "of b", "wrote a video"),
         "no special tokens",
     ]
-
-
-# Locks
-
-
-def take(out: Path, label: str = "a", **changes: Any) -> Lock:
-    """Take a lock, and change what it says of its owner."""
-    lock = Locks(out).take(label)
-    assert lock is not None
-    lock.path.write_text(json.dumps({**json.loads(lock.owner), **changes}))
-    return lock
-
-
-def test_of_many_threads_exactly_one_gets_a_lock(tmp_path: Path):
-    for round_ in range(20):
-        found: list[Any] = []
-        barrier = threading.Barrier(8)
-
-        def compete(label: str = f"{round_}", barrier: Any = barrier, found: Any = found) -> None:
-            barrier.wait()
-            found.append(Locks(tmp_path).take(label))
-
-        threads = [threading.Thread(target=compete) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(lock is not None for lock in found) == 1
-
-
-@pytest.mark.parametrize(
-    ("other", "is_taken_over"),
-    [
-        pytest.param("{host} {boot} {names}", True, id="of this machine"),
-        pytest.param("{host} {boot} pid:[1]", False, id="of a container with this hostname"),
-        pytest.param("{host} another-boot {names}", False, id="of an earlier start"),
-    ],
-)
-def test_a_lock_of_a_process_that_is_gone_is_taken_over_where_its_number_means_something(
-    tmp_path: Path, other: str, is_taken_over: bool
-):
-    host, boot, names = json.loads(take(tmp_path, "b").owner)["place"].split()
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    place = other.format(host=host, boot=boot, names=names)
-    first = take(tmp_path, place=place, pid=ended.pid)
-    second = Locks(tmp_path).take("a")
-    assert (second is not None) == is_taken_over
-    if second is not None:
-        assert second.generation == 1
-        assert second.is_valid()
-        assert not first.is_valid()
-
-
-def test_a_lock_of_another_machine_is_stale_only_without_a_heartbeat(tmp_path: Path):
-    first = take(tmp_path, place="elsewhere", pid=1)
-    waiting = Locks(tmp_path, stale_seconds=0.2)
-    assert waiting.take("a") is None
-    time.sleep(0.15)
-    os.utime(first.path)
-    assert waiting.take("a") is None
-    time.sleep(0.15)
-    assert waiting.take("a") is None  # the heartbeat began the count anew
-    time.sleep(0.15)
-    second = waiting.take("a")
-    assert second is not None
-    assert second.generation == 1
-
-
-def test_who_lost_its_lock_drops_what_it_made(tmp_path: Path):
-    def slow(task: Task, folder: Path) -> dict[str, Any]:
-        (folder.parent / "7").write_text("{}")  # somebody took over
-        return make_file(task, folder)
-
-    worker = make_worker([make_task("a")], tmp_path, slow)
-    lock = worker.locks.take("a")
-    assert lock is not None
-    with lock.held():
-        worker._make(make_task("a"), lock)
-    assert not (tmp_path / "a.mp4").exists()
-
-
-def test_who_lost_its_lock_and_its_folder_goes_on_without_a_failure(tmp_path: Path):
-    first, second = (make_worker([make_task("a")], tmp_path) for _ in range(2))
-    later = []
-
-    def suspended(task: Task, folder: Path) -> dict[str, Any]:
-        owner = json.loads((folder.parent / "0").read_text())
-        (folder.parent / "0").write_text(json.dumps({**owner, "place": "elsewhere"}))
-        second.locks.stale_seconds = -1.0  # as if the process had been suspended for long
-        assert second.run() == {}
-        later.append(second.locks.take("a"))  # a lock of the same generation
-        return make_file(task, folder)  # the folder is gone
-
-    first.render = suspended
-    assert first.run() == {}
-    assert videos(tmp_path) == {"a.mp4": b"a"}
-    assert not (tmp_path / "a.error.json").exists()
-    assert later[0].generation == 0
-    assert later[0].is_valid()  # the lock of somebody else was left alone

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny_skyreels_v2 import diffusers_json
 from transformers import UMT5Config, UMT5EncoderModel
 
+from flowcache.runtime.hub import Hub, Missing
+from flowcache.runtime.model import load_model
 from flowcache.wan import text, vae
 from flowcache.wan.checkpoint import diffusers_key, read_diffusers, read_original
 from flowcache.wan.dit import DiT, DiTConfig
-from skyreels_v2.checkpoint import FOLDERS, released_sizes
+from flowcache.wan.folder import Folders
+from skyreels_v2.model import FOLDERS, released_sizes
 
 find = FOLDERS.find
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -189,6 +192,36 @@ def test_neither_a_folder_nor_a_hub_id_is_refused(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").touch()
     refuses(lambda: find(tmp_path / "file"), "is a file")
     refuses(lambda: find(tmp_path), str(tmp_path), "no SkyReels-V2 checkpoint")
+
+
+def test_a_base_model_needs_no_weights_of_its_transformer_and_fetches_none(copy: Copy):
+    folder, asked = copy("original"), list[Any]()
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    base = replace(FOLDERS, has_dit=False, real="org/base", files=("config.json", "Wan2.1_VAE.pth"))
+    assert base.is_whole(folder)
+    assert not FOLDERS.is_whole(folder)
+    assert base.find(folder).dit.files == ()
+
+    def snapshot(_: str, *, allow_patterns: Any, **__: Any) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    for place in ("org/base", "org/other"):
+        assert base.find(place, hub=Hub(snapshot=snapshot)).folder == folder
+    assert asked == [["config.json", "Wan2.1_VAE.pth"], None]
+
+
+@pytest.mark.parametrize("name", ["skyreels_v2", "self_forcing"])
+def test_a_dry_run_says_that_the_sizes_of_a_model_are_not_known(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    model = load_model(name)
+    lacking = Missing("org/name", num_files=3, num_bytes=10**9, cache=tmp_path)
+    monkeypatch.setattr(Folders, "find_download", lambda *_: lacking)
+    source = model.find("org/name")
+    assert source.sizes is None
+    refuses(lambda: model.missing(None, source), "org/name, 3 files", "its sizes are not known")
 
 
 @pytest.mark.parametrize(

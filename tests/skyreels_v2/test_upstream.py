@@ -17,9 +17,9 @@ from flowcache.runtime.config import load_config
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import config_layers
 from flowcache.runtime.video import probe
-from skyreels_v2.checkpoint import FOLDERS
 from skyreels_v2.config import RunConfig
 from skyreels_v2.enhance import MAX_NEW_TOKENS, enhance
+from skyreels_v2.model import FOLDERS
 from skyreels_v2.released import PRESETS
 from skyreels_v2.upstream import Script, main, parser_of, request_of
 

@@ -52,9 +52,6 @@ BENCHED = {
 }
 """Model -> a method without reuse and settings that make it take seconds."""
 LISTS = {
-    "methods_skyreels_v2": ("bench_demo.py", "--architecture", "skyreels_v2", "--list-methods"),
-    "methods_magi1": ("bench_demo.py", "--architecture", "magi1", "--list-methods"),
-    "methods_gpu": ("bench_gpu.py", "--list-methods"),
     "flops_paper": ("flops.py", "--paper"),
     "flops": ("flops.py", "df-1.3b-540p", "--preset", "flowcache_slow"),
 }

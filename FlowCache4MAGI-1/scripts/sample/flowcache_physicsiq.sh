@@ -3,7 +3,7 @@
 # The videos hold the new frames only, as the evaluation wants them.
 # Edit the variables, or set them:      DATA=physics-IQ GPUS=8 bash scripts/sample/flowcache_physicsiq.sh
 # Settings follow as key=value. Start it again after whatever ended it: it makes what is missing.
-# On several machines start it on each, with one OUT that all of them see.
+# --ray behind it: on all GPUs of a Ray cluster, with an OUT that its machines see.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../../scripts/sampling/launch.sh" # enters the Python environment
 

@@ -2,7 +2,7 @@
 # VBench's videos with FlowCache: every chunk decides for itself.
 # Edit the variables, or set them:      PROMPTS=VBench/prompts GPUS=8 bash scripts/sample/flowcache_vbench.sh
 # Settings follow as key=value. Start it again after whatever ended it: it makes what is missing.
-# On several machines start it on each, with one OUT that all of them see.
+# --ray behind it: on all GPUs of a Ray cluster, with an OUT that its machines see.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../../scripts/sampling/launch.sh" # enters the Python environment
 

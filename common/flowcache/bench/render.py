@@ -41,6 +41,8 @@ class Renderer:
     """As the setting `device`; settings of a task come after it."""
     networks: KeptNetworks = field(default_factory=KeptNetworks)
     origins: dict[Kind, Origin] = field(default_factory=dict)
+    costs: dict[Kind, float] = field(default_factory=dict)
+    """FLOPs of a video by its plan; reuse saves about the same share of each."""
     _hashes: dict[Hashable, str] = field(default_factory=dict)
 
     def check(self, task: Task, *, pins: Mapping[str, Any] | None = None) -> Origin:
@@ -63,6 +65,7 @@ class Renderer:
             )
         origin = {SETTINGS: hash_settings(job), **self._hashes_of(job)}
         self.origins[task.kind] = origin
+        self.costs[task.kind] = job.work.flops
         return origin
 
     def _hashes_of(self, job: Job) -> dict[str, str]:

@@ -6,9 +6,8 @@ FlowCache's rule computes the published share of the FLOPs, or from a record (--
 to assets/bench/gpu_NAME.json and .md after each method; a second start goes on with the methods
 that are missing.
 
-Two other measurements need no GPU and use the demos: --growth plans (for the released sizes) and
-measures time and memory against the length of the video, --overhead compares the time that the
-methods save with the FLOPs that they save, and says where the rest goes.
+Another measurement needs no GPU and uses the demos: --growth plans (for the released sizes) and
+measures time and memory against the length of the video.
 """
 
 import argparse
@@ -60,7 +59,6 @@ EXAMPLES = """examples:
   python scripts/bench_gpu.py --architecture magi1 --methods vanilla "FlowCache-fast"
   python scripts/bench_gpu.py --device cpu --size tiny --out result/bench
   python scripts/bench_gpu.py --growth
-  OMP_NUM_THREADS=1 python scripts/bench_gpu.py --overhead --architecture skyreels_v2
 """
 
 
@@ -89,7 +87,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # as it was named before
     parser.add_argument("--model", dest="architecture", choices=models, help=argparse.SUPPRESS)
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table (all)")
-    parser.add_argument("--list-methods", action="store_true", help="print their names and stop")
     parser.add_argument(
         "--quick", action="store_true", help="few steps per method, scaled up: a look, no result"
     )
@@ -112,9 +109,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--growth", action="store_true", help="cost against length instead; needs no GPU"
-    )
-    parser.add_argument(
-        "--overhead", action="store_true", help="time against FLOPs instead; needs no GPU"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all methods")
     return parser.parse_intermixed_args(arguments)
@@ -149,8 +143,10 @@ def chosen(
     wanted = set[str](options.methods or ())
     known = {method.name for benchmark in benchmarks.values() for method in benchmark.methods}
     if wanted - known:
-        unknown = min(wanted - known)
-        raise UserError(f"--methods: {unknown!r} is no row of the table: see --list-methods")
+        raise UserError(
+            f"--methods: {min(wanted - known)!r} is no row of the table: use some of "
+            f"{', '.join(sorted(known))}"
+        )
     return {
         model: [
             method
@@ -296,9 +292,6 @@ def bench(options: argparse.Namespace) -> None:
     """Measure, write the files, print the table and the targets."""
     benchmarks = asked_models(options)
     methods = chosen(options, benchmarks)
-    if options.list_methods:
-        print("\n".join(f"{model}: {m.name}" for model, own in methods.items() for m in own))
-        return
     choice = read_choice(options)
     device = find_device(options.device, options.size)
     facts = machine(device)
@@ -338,14 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
 
     def command() -> None:
-        if options.growth or options.overhead:
-            demos.measure_demos(
-                options.out,
-                demos.GROWTH if options.growth else demos.OVERHEAD,
-                demos.grow if options.growth else demos.weigh,
-                overwrite=options.overwrite,
-                benchmarks=load_benchmarks() if options.growth else asked_models(options),
-            )
+        if options.growth:
+            benchmarks = load_benchmarks()
+            demos.measure_growth(options.out, overwrite=options.overwrite, benchmarks=benchmarks)
         else:
             bench(options)
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from flowcache.attention import Kernel, choose_kernels
 from flowcache.gpu.traces import Curve, Pattern, fit_pattern
 from flowcache.policies import Policies
 from flowcache.runtime.compile import Compilation, should_compile
@@ -95,17 +94,6 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture size at which the overhead of all lines is measured."""
-
-    name: str
-    num_frames: int
-    settings: tuple[str, ...]
-    rounds: int
-    """How often all methods are run, in turn; the least time of each counts."""
-
-
-@dataclass(frozen=True)
 class Demo:
     """How the demo is run to check a device; see `flowcache.gpu.paths`."""
 
@@ -168,8 +156,6 @@ class Benchmark:
     make_inputs: Callable[[Job, torch.Generator], Any]
     """Random numbers in place of encoded prompts."""
     growth: Growth
-    overhead: tuple[tuple[Line, ...], tuple[Picture, ...]]
-    """Lines, of which all are compared with the first, and picture sizes."""
     demo: Demo
     checks: Callable[[torch.device], Sequence[Any]]
     """Further paths to check, see `flowcache.gpu.paths.Check`."""
@@ -260,18 +246,6 @@ def load_benchmark(name: str) -> Benchmark:
 def load_benchmarks() -> dict[str, Benchmark]:
     """Import the parts of all models."""
     return {name: load_benchmark(name) for name in models_with("gpu")}
-
-
-def choose(dit: Any, job: Job) -> tuple[Kernel, Kernel]:
-    """Take the fastest attention kernels for a run, the second of attention to the prompt."""
-    dit.kernel, dit.cross_kernel = choose_kernels(
-        job.device,
-        dtype=job.dtype,
-        shape=job.work.attention,
-        num_text=job.work.text_tokens,
-        wanted=job.config.attention_kernel,
-    )
-    return dit.kernel, dit.cross_kernel
 
 
 def compilation_of(models: Models) -> Compilation | None:

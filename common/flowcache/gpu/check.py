@@ -32,7 +32,6 @@ from flowcache.gpu.benchmark import (
     Method,
     Models,
     Size,
-    choose,
     compilation_of,
     load_benchmarks,
     random_weights,
@@ -41,6 +40,7 @@ from flowcache.gpu.measure import Trial, matrix_rate, shares_of_kinds
 from flowcache.gpu.report import markdown
 from flowcache.runtime.cli import EXIT_INTERRUPTED, Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable, fresh_path, write_json, write_text
+from flowcache.runtime.run import choose_attention
 
 MINUTES = 8.0
 GRACE_SECONDS = 60
@@ -295,7 +295,7 @@ def _look_first(report: Report, benchmark: Benchmark, models: Models, trial: Tri
     """Write what is known before any row: the probes of attention, the kinds of kernels."""
     name = benchmark.model.name
     report.now = f"{name}: probe and profile"
-    kernels = own, cross = choose(models.dit, trial.job)
+    kernels = own, cross = choose_attention(models.dit, trial.job)
     found: dict[str, Any] = {
         "attention": [{"kernel": kernel.name, "probe": dict(kernel.probed)} for kernel in kernels]
     }

@@ -1,18 +1,12 @@
-"""What the demos cost: against the length of a video, and in time against FLOPs; needs no GPU.
+"""What videos cost against their length; needs no GPU.
 
-Growth is planned for the released sizes and measured on the demos. Every step is computed, so that
-only the length and the KV cache make a difference.
-
-Overhead is what everything around the matrix products costs. A demo's chunk has 80 or 96 tokens, a
-real one 10,200 or 12,150, and an operation has a fixed cost. So the comparison is made at the
-demo's own size and at a larger picture, where products dominate.
+It is planned for the released sizes and measured on the demos. Every step is computed, so that only
+the length and the KV cache make a difference.
 """
 
-import cProfile
-import pstats
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +14,19 @@ import torch
 from tqdm import tqdm
 
 from flowcache.errors import UserError
-from flowcache.gpu.benchmark import Benchmark, Line, NoVAE, Picture
+from flowcache.gpu.benchmark import Benchmark, Line, NoVAE
 from flowcache.runtime.files import check_writable, write_json
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats, environment
-from flowcache.runtime.text_files import escaped
 
-GROWTH, OVERHEAD = "growth.json", "overhead.json"
+GROWTH = "growth.json"
 PROMPT = "a red circle moving right on a black background"
 GROWTH_NOTE = (
     "planned: by arithmetic, at the released sizes; measured: the transformer of the demo, seconds "
     "of processor time. Every step is computed; the demos take 10 (SkyReels-V2) and 16 (MAGI-1) "
     "steps."
 )
-OVERHEAD_NOTE = "least seconds of processor time of the demos' transformer, without VAE and text"
-PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "transformer blocks": (("dit.py", "run_blocks"),),
-    "embedding and head": (("dit.py", "embed"), ("dit.py", "velocity")),
-    "decisions": (("policies.py", "plan"),),
-    "stored results": (("predict.py", "put"), ("predict.py", "predict")),
-    "solver": (("unipc.py", "advance_"), ("unipc.py", "skip")),
-}
-"""Functions of which each part's time is, inner calls included; none calls another."""
-WHOLE = (("demos.py", "make_video"),)
 TIME = "seconds_per_chunk"
 Make = Callable[[Line, int], dict[str, Any]]
 """Makes a video of so many frames and returns what that takes."""
@@ -84,34 +67,24 @@ def make_video(
     }
 
 
-def measure_demos(
-    out: Path,
-    name: str,
-    one: Callable[[Benchmark], dict[str, Any]],
-    *,
-    overwrite: bool,
-    benchmarks: Mapping[str, Benchmark],
+def measure_growth(
+    out: Path, *, overwrite: bool, benchmarks: Mapping[str, Benchmark]
 ) -> dict[str, Any]:
-    """Measure all models in one way, write the result, return it by model."""
-    path = out / name
+    """Measure all models, write the result, return it by model."""
+    path = out / GROWTH
     check_writable(out)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists and is kept: give another --out, or --overwrite")
-    found = {model: one(benchmark) for model, benchmark in benchmarks.items()}
+    found = {model: grow(benchmark) for model, benchmark in benchmarks.items()}
     document = {
-        "note": GROWTH_NOTE if name == GROWTH else OVERHEAD_NOTE,
-        "command": f"python scripts/bench_gpu.py --{path.stem}",
+        "note": GROWTH_NOTE,
+        "command": "python scripts/bench_gpu.py --growth",
         "environment": environment(torch.device("cpu")),
         "models": found,
     }
     write_json(path, document)
-    if name == OVERHEAD:
-        print(table(found))
     print(f"wrote {path}")
     return found
-
-
-# Growth -------------------------------------------------------------------------------------------
 
 
 def grow(benchmark: Benchmark) -> dict[str, Any]:
@@ -145,70 +118,3 @@ def plan_video(benchmark: Benchmark, line: Line, num_frames: int) -> dict[str, A
         "flops_per_chunk": work.flops / work.num_chunks,
         "kv_bytes": work.kv_bytes,
     }
-
-
-# Overhead -----------------------------------------------------------------------------------------
-
-
-def weigh(benchmark: Benchmark) -> dict[str, Any]:
-    """Measure a demo at all picture sizes."""
-    make = open_demo(benchmark)
-    lines, pictures = benchmark.overhead
-    return {picture.name: _compare(lines, picture, make) for picture in pictures}
-
-
-def _compare(given: Sequence[Line], picture: Picture, make: Make) -> dict[str, Any]:
-    lines = [line.plus(picture.settings) for line in given]
-    num_frames = picture.num_frames
-    make(lines[-1], num_frames)
-    rounds = [{line.name: make(line, num_frames) for line in lines} for _ in range(picture.rounds)]
-    rows = {
-        line.name: min((rows[line.name] for rows in rounds), key=lambda row: row[TIME])
-        for line in lines
-    }
-    first = rows[lines[0].name]
-    for row in rows.values():
-        row["fewer_flops"] = first["flops"] / row["flops"]
-        row["speedup"] = first[TIME] / row[TIME]
-    fast = next(line for line in lines if line.name == "FlowCache-fast")
-    # profiling makes Python look dearer
-    profiler = cProfile.Profile()
-    profiler.runcall(make, fast, num_frames)
-    return {"rows": rows, "profile_of_flowcache_fast": shares(pstats.Stats(profiler))}
-
-
-def shares(stats: pstats.Stats) -> dict[str, float]:
-    """Return the share of each part in the time in which a video was made, and of all else."""
-    times: Mapping[Any, Any] = stats.stats  # type: ignore[attr-defined]
-
-    def seconds(functions: Collection[tuple[str, str]]) -> float:
-        return sum(
-            cumulative
-            for (file, _, name), (_, _, _, cumulative, _) in times.items()
-            if (Path(file).name, name) in functions
-        )
-
-    total = seconds(WHOLE)
-    found = {part: seconds(functions) / total for part, functions in PARTS.items()}
-    return found | {"the rest": 1 - sum(found.values())}
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """Return all rows and profiles as Markdown."""
-    lines = [
-        "| demo | size | method | fewer FLOPs | less time | time / FLOPs |",
-        "|---|---|---|---|---|---|",
-    ]
-    profiles = ["| demo | size | part of FlowCache-fast's time | share |", "|---|---|---|---|"]
-    for name, sizes in found.items():
-        for size, one in sizes.items():
-            lines += [
-                f"| {escaped(name)} | {size} | {escaped(method)} | {row['fewer_flops']:.2f}x "
-                f"| {row['speedup']:.2f}x | {row['speedup'] / row['fewer_flops']:.2f} |"
-                for method, row in one["rows"].items()
-            ]
-            profiles += [
-                f"| {escaped(name)} | {size} | {escaped(part)} | {100 * share:.1f} % |"
-                for part, share in one["profile_of_flowcache_fast"].items()
-            ]
-    return "\n".join([*lines, "", *profiles])

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flowcache.gpu.benchmark import Benchmark, Models, Speed, choose, compilation_of
+from flowcache.gpu.benchmark import Benchmark, Models, Speed, compilation_of
 from flowcache.gpu.traces import CACHING, policies_at
 from flowcache.policies import Policies, ReusePolicy, Vanilla
 from flowcache.predict import ResultStore
@@ -26,6 +26,7 @@ from flowcache.runtime.checks import Decoded
 from flowcache.runtime.model import Job, Progress
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.record import Record
+from flowcache.runtime.run import choose_attention
 from flowcache.runtime.stats import PassId, RunStats, TickId, Trace, elapsed_seconds, now
 from flowcache.runtime.video import to_uint8
 from flowcache.schedule import Tick
@@ -187,7 +188,7 @@ def measure(
     Args:
         is_profiled: whether a tick is looked into first; else two ticks serve as warm-up."""
     job, device = trial.job, trial.job.device
-    rate, (kernel, cross_kernel) = matrix_rate(device), choose(models.dit, job)
+    rate, (kernel, cross_kernel) = matrix_rate(device), choose_attention(models.dit, job)
     start = time.perf_counter()
     kinds = None
     if is_profiled:

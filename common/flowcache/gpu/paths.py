@@ -14,12 +14,12 @@ from torch import Tensor
 
 from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels
 from flowcache.errors import UserError
-from flowcache.gpu.benchmark import Benchmark, NoVAE, choose, load_benchmark, load_benchmarks
+from flowcache.gpu.benchmark import Benchmark, NoVAE, load_benchmark, load_benchmarks
 from flowcache.runtime.compile import should_compile
 from flowcache.runtime.model import Job, Progress, Request
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
-from flowcache.runtime.run import job_of, read_settings
+from flowcache.runtime.run import choose_attention, job_of, read_settings
 from flowcache.runtime.stats import RunStats
 
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def make(benchmark: Benchmark, way: Way, device: torch.device, *, num_steps: int
     set_float32_precision(way.dtype)
     dit = model.load_dit(job)
     if device.type == "cuda":
-        choose(dit, job)
+        choose_attention(dit, job)
     if way.is_compiled:
         try:
             should_compile(True, device)

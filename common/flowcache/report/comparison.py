@@ -27,6 +27,8 @@ from flowcache.runtime.stats import environment
 from flowcache.runtime.text_files import escaped, table_row
 
 FILES = ("compare.json", "compare.csv", "compare.md")
+NUM_WORST = 3
+"""Frames that are named of each metric."""
 UNITS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
 
@@ -49,7 +51,6 @@ class Comparison:
     failures: dict[str, str]
     """Clip -> why it could not be compared."""
     network: Network
-    num_worst: int
 
     @property
     def measured(self) -> list[str]:
@@ -63,14 +64,12 @@ def compare(
     *,
     metrics: tuple[str, ...],
     weights: Path | None,
-    num_worst: int,
     device: torch.device,
 ) -> Comparison:
     """Compare two clips, or the clips of two folders by name, where some may fail.
 
     Args:
         weights: of AlexNet; None: where torch keeps them, and LPIPS is left out without them.
-        num_worst: frames to name of each metric.
     """
     pairs, failures = match(ours, reference)
     network = make_network(metrics, weights, device=device)
@@ -86,7 +85,7 @@ def compare(
             if not ours.is_dir() or is_clip(ours):
                 raise
             failures[name] = str(error)
-    return Comparison(metrics, clips, failures, network, num_worst)
+    return Comparison(metrics, clips, failures, network)
 
 
 def match(ours: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, str]]:
@@ -158,7 +157,7 @@ def notes(found: Comparison) -> list[str]:
             )
     lines += dict.fromkeys(f"ALARM {alarm}" for clip in found.clips for alarm in clip.alarms)
     for metric in found.measured:
-        worst = worst_frames(found.clips, metric, count=found.num_worst)
+        worst = worst_frames(found.clips, metric, count=NUM_WORST)
         frames = ", ".join(f"{f.clip} #{f.index} {_cell(f.value, metric)}" for f in worst)
         lines.append(f"worst {UNITS[metric]}: {frames}")
     return lines
@@ -214,7 +213,7 @@ def to_dict(found: Comparison, inputs: Sequence[Path], *, device: torch.device) 
     for metric in found.measured:
         over = average(clip.clip[metric] for clip in found.clips)
         averages[metric] = {**vars(over), "method": f"Student's t, {CONFIDENCE:.0%}"}
-        frames = worst_frames(found.clips, metric, count=found.num_worst)
+        frames = worst_frames(found.clips, metric, count=NUM_WORST)
         worst[metric] = [[frame.clip, frame.index, _finite(frame.value)] for frame in frames]
     return {
         "schema_version": 1,

@@ -394,18 +394,19 @@ def undisturbed() -> Generator[None, None, None]:
 
 
 @contextlib.contextmanager
-def temporary_folder() -> Generator[Path, None, None]:
+def temporary_folder(place: Path | None = None) -> Generator[Path, None, None]:
     """Make a folder for large temporary files, of which none outlives the next run.
 
     It is gone at the end, and when a signal or an error ends the command. What a killed process
     left is removed by the next one that makes such a folder: the system has dropped its lock.
+
+    Args:
+        place: where; made if it is missing. None: where the system keeps temporary files.
     """
-    place = Path(tempfile.gettempdir())
-    for left in place.glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-    made, ending = Path(tempfile.mkdtemp(prefix=f"new-{TEMPORARY}")), current()
+    place = Path(tempfile.gettempdir()) if place is None else place
+    place.mkdir(parents=True, exist_ok=True)
+    remove_left(place)
+    made, ending = Path(tempfile.mkdtemp(prefix=f"new-{TEMPORARY}", dir=place)), current()
     folder = made.with_name(made.name.removeprefix("new-"))
     try:
         with (made / "lock").open("wb") as lock:
@@ -419,6 +420,15 @@ def temporary_folder() -> Generator[Path, None, None]:
             shutil.rmtree(path, ignore_errors=True)
         if ending is not None:
             ending.finish(folder)
+
+
+def remove_left(place: Path) -> None:
+    """Remove the temporary folders of killed processes."""
+    for left in place.glob(f"{TEMPORARY}*"):
+        # for writing: network file systems lock nothing else
+        with contextlib.suppress(OSError), (left / "lock").open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
 
 
 def start_quietly(name: str) -> None:

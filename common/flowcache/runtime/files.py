@@ -32,8 +32,16 @@ ARRAY_ERRORS = (
     *(SyntaxError, tokenize.TokenError),  # of a header, which is a Python literal
 )
 """What NumPy raises for damaged `.npy` and `.npz` files."""
+STEM_CHARACTERS, STEM_BYTES = 100, 180
+"""Of the prompt in a file name: upstream's limit, and what file systems allow, less the rest."""
 STALE_SECONDS = 24 * 3600
 """After so long without a write an unfinished file may be removed."""
+
+
+def prompt_stem(prompt: str) -> str:
+    """Name a file after the start of a prompt, in what a file name may hold."""
+    shown = "".join(c for c in prompt[:STEM_CHARACTERS] if c.isprintable() and c != "/").strip()
+    return shown.encode()[:STEM_BYTES].decode(errors="ignore").lstrip(".")
 
 
 def fresh_path(folder: Path, stem: str, suffix: str) -> Path:

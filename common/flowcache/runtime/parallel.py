@@ -532,13 +532,16 @@ def _listen(host: str, port: int) -> int:
         ) from None
 
 
-def run_in_ranks(command: Callable[[Ranks], None]) -> int:
+def run_in_ranks(command: Callable[[Ranks], None], *, timeout: timedelta = TIMEOUT) -> int:
     """Run a command in each process that torchrun started; return the exit code.
 
     The first process speaks for all.
+
+    Args:
+        timeout: how long one of them waits for the others.
     """
     codes: list[int] = []
-    code = run_command(lambda: codes.append(_join_and_run(command, Place.of(os.environ))))
+    code = run_command(lambda: codes.append(_join_and_run(command, Place.of(os.environ), timeout)))
     code = code or codes[0]
     if dist.is_initialized():  # it ended early, with a code or because another process says why
         sys.stdout.flush()
@@ -548,14 +551,14 @@ def run_in_ranks(command: Callable[[Ranks], None]) -> int:
     return code
 
 
-def _join_and_run(command: Callable[[Ranks], None], place: Place) -> int:
+def _join_and_run(command: Callable[[Ranks], None], place: Place, timeout: timedelta) -> int:
     if place.size == 1:
         command(Ranks())
         return 0
     if place.rank:
         logging.disable(logging.WARNING)
     try:
-        with process_group(place) as ranks:
+        with process_group(place, timeout=timeout) as ranks:
             command(ranks)
     except ReportedElsewhereError:
         return 0

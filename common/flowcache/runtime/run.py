@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowcache.attention import check_available, choose_kernels, describe_choice
+from flowcache.attention import Kernel, check_available, choose_kernels, describe_choice
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
@@ -366,20 +366,26 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
     """Load the transformer, choose its attention, compile its blocks, load the VAE."""
     set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
-        dit, shape = job.model.load_dit(job), job.work.attention
-        width = read_width(job.config.kv, head_width=shape.head_width)
-        dit.kernel, dit.cross_kernel = choose_kernels(
-            job.device,
-            dtype=job.dtype,
-            shape=replace(shape, head_width=width),
-            num_text=job.work.text_tokens,
-            wanted=job.config.attention_kernel,
-        )
-        logger.info("%s", describe_choice(dit.kernel, dit.cross_kernel))
+        dit = job.model.load_dit(job)
+        logger.info("%s", describe_choice(*choose_attention(dit, job)))
         if should_compile(job.config.compile, job.device):
             # here, where processes may differ by minutes; in the first tick they may not
             job.model.compile(job, dit)
         return Loaded(dit, job.model.load_vae(job))
+
+
+def choose_attention(dit: Any, job: Job) -> tuple[Kernel, Kernel]:
+    """Take the fastest attention kernels for a run, the second of attention to the prompt."""
+    shape = job.work.attention
+    width = read_width(job.config.kv, head_width=shape.head_width)
+    dit.kernel, dit.cross_kernel = choose_kernels(
+        job.device,
+        dtype=job.dtype,
+        shape=replace(shape, head_width=width),
+        num_text=job.work.text_tokens,
+        wanted=job.config.attention_kernel,
+    )
+    return dit.kernel, dit.cross_kernel
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flowcache.runtime.ending import start_quietly
 
@@ -11,12 +14,17 @@ start_quietly(__name__)
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
+from flowcache.runtime.cluster import check_replicas
+
+if TYPE_CHECKING:
+    from flowcache.serve.jobs import Jobs
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXAMPLES = """examples:
   python -m flowcache.serve --model demo
   python -m flowcache.serve --model Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers \\
       --preset flowcache_fast num_frames=97
+  python -m flowcache.serve --model demo --ray --replicas 2
   curl http://127.0.0.1:8000/v1/videos -H 'content-type: application/json' \\
       -d '{"prompt": "a red circle moving right on a black background"}'
 
@@ -44,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queue", type=int, default=64, help="videos that wait at most")
     parser.add_argument("--disk-gb", type=float, default=20.0, help="space for kept videos")
     parser.add_argument("--upload-mb", type=float, default=100.0, help="of one request at most")
+    parser.add_argument(
+        "--ray", action="store_true", help="replicas of the model by Ray, an optional package"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="at most (default: one per GPU of the cluster; on CPUs 1)",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of all videos")
     options = parser.parse_intermixed_args(arguments)
     return run_command(lambda: serve(options))
@@ -59,6 +76,7 @@ def serve(options: argparse.Namespace) -> None:
     pairs = [text.partition("=") for text in options.settings]
     if not all(equals for _, equals, _ in pairs):
         raise UserError("settings are given as key=value, as in num_frames=97")
+    check_replicas(options.replicas, is_wanted=options.ray)
     try:
         import uvicorn
 
@@ -69,32 +87,42 @@ def serve(options: argparse.Namespace) -> None:
             f"{error.name} is not installed: pip install 'flowcache[serve]', or in the repository "
             "pip install -e '.[serve]'"
         ) from None
-    from flowcache.api import load
-    from flowcache.serve.jobs import Jobs
-
-    pipe = load(
-        options.model,
-        preset=options.preset,
-        architecture=options.architecture,
-        progress_bar=False,
+    given = {
+        "model": options.model,
+        "preset": options.preset,
+        "architecture": options.architecture,
+        "progress_bar": False,
         **{key: value for key, _, value in pairs},
-    )
-    jobs = Jobs(
-        pipe, options.folder, max_waiting=options.queue, max_bytes=int(options.disk_gb * 1e9)
-    )
-    max_upload_bytes = int(options.upload_mb * 1e6)
-    app = make_app(
-        jobs,
-        max_upload_bytes=max_upload_bytes,
-        token=options.token,
-        is_local=options.host in LOOPBACK,
-    )
-    sys.stderr.write(f"page and service at http://{options.host}:{options.port}/\n")
-    try:
+    }
+    with ExitStack() as stack:
+        jobs = start_jobs(options, given, stack)
+        stack.callback(jobs.close)
+        max_upload_bytes = int(options.upload_mb * 1e6)
+        app = make_app(
+            jobs,
+            max_upload_bytes=max_upload_bytes,
+            token=options.token,
+            is_local=options.host in LOOPBACK,
+        )
+        sys.stderr.write(f"page and service at http://{options.host}:{options.port}/\n")
         mount_page(app, jobs, max_upload_bytes=max_upload_bytes)
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
-    finally:
-        jobs.close()
+
+
+def start_jobs(options: argparse.Namespace, given: dict[str, Any], stack: ExitStack) -> "Jobs":
+    """Load the model, here or in replicas that end with the stack, and start the queue."""
+    from flowcache.api import load, unloaded
+    from flowcache.serve.jobs import Jobs
+
+    limits: dict[str, Any] = {"max_waiting": options.queue, "max_bytes": int(options.disk_gb * 1e9)}
+    if not options.ray:
+        return Jobs(load(**given), options.folder, **limits)
+    from flowcache.serve.replicas import replicas
+
+    pipe = unloaded(**given)
+    pipe.plan()  # what is wrong with the settings is known before anything starts
+    found = stack.enter_context(replicas(partial(load, **given), options.replicas))
+    return Jobs(pipe, options.folder, make=found.make, num_at_once=found.num_replicas, **limits)
 
 
 if __name__ == "__main__":

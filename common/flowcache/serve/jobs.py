@@ -1,4 +1,4 @@
-"""The queue of a service: jobs on the disk, one model that makes them one after the other.
+"""The queue of a service: jobs on the disk, and one or more models that make them in order.
 
 A job is a folder with `job.json`; when it is done with `video.mp4`, its JSON and its record, too.
 While it is made, `live.mp4` grows by every finished chunk. A restarted service lists finished jobs
@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from flowcache.api import Part, Pipeline, Tick
 from flowcache.errors import UserError, first_line
@@ -29,7 +30,7 @@ QUEUED, RUNNING, DONE, FAILED, CANCELLED = (
     *("queued", "in_progress", "completed", "failed", "cancelled"),
 )
 WAITING = (QUEUED, RUNNING)
-VIDEO, LIVE, JOB = "video.mp4", "live.mp4", "job.json"
+VIDEO, LIVE, JOB, INPUT = "video.mp4", "live.mp4", "job.json", "input"
 RESULTS = {"mp4": "video.mp4", "json": "video.json", "record": "video.record.json"}
 
 
@@ -98,28 +99,97 @@ class Job:
         }
 
 
-class Jobs:
-    """All jobs of a service, and the thread that carries them out."""
+# The work -----------------------------------------------------------------------------------------
 
-    def __init__(self, pipe: Pipeline, folder: Path, *, max_waiting: int, max_bytes: int) -> None:
+
+@dataclass(frozen=True)
+class Shown:
+    """Frames can be watched."""
+
+    num_frames: int
+    first_part_seconds: float | None
+    """As of a `Job`; None: given frames that the video begins with."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The video is finished."""
+
+    total_seconds: float
+    saving_factor: float
+
+
+@dataclass(frozen=True)
+class BegunAgain:
+    """The process that made the video died; another one begins."""
+
+
+Event: TypeAlias = Tick | Shown | Made | BegunAgain
+Report: TypeAlias = Callable[[Event], None]
+"""Takes what happens to a job; raises `CancelledError` if its end is wanted."""
+Make: TypeAlias = Callable[[Job, Path, Report], None]
+"""Makes a job's video in the job's folder."""
+
+
+def make_video(pipe: Pipeline, job: Job, folder: Path, report: Report) -> None:
+    """Make a job's video in a folder."""
+    start = time.perf_counter()
+    with LiveWriter(folder / LIVE, fps=job.fps) as live:
+
+        def on_part(part: Part) -> None:
+            live.append(part.frames)
+            report(Shown(len(part.frames), time.perf_counter() - start if part.chunks else None))
+
+        video = pipe(
+            job.prompt,
+            preset=job.preset,
+            record=True,
+            on_tick=report,
+            on_part=on_part,
+            **job.settings,
+        )
+    video.save(folder / VIDEO, overwrite=True)
+    report(Made(time.perf_counter() - start, video.stats["flops"]["saving_factor"]))
+
+
+class Jobs:
+    """All jobs of a service, and the threads that carry them out."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        folder: Path,
+        *,
+        max_waiting: int,
+        max_bytes: int,
+        make: Make | None = None,
+        num_at_once: int = 1,
+    ) -> None:
         """Read the jobs of earlier services, and start.
 
         Args:
-            pipe: makes the videos.
+            pipe: plans the videos.
             folder: where jobs are kept; made if it is missing.
             max_waiting: jobs that wait or run at most.
             max_bytes: space that all jobs may take.
+            make: makes a video; None: `pipe` does.
+            num_at_once: videos that are made concurrently.
         """
         self.pipe = pipe
-        self.folder = folder
+        self.folder = folder.resolve()  # processes that make videos have folders of their own
+        self.make = partial(make_video, pipe) if make is None else make
         self.max_waiting = max_waiting
         self.max_bytes = max_bytes
         self.jobs = _read_jobs(folder)
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_stopped = False
-        self._thread = threading.Thread(target=self._work, name="flowcache-jobs", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name="flowcache-jobs", daemon=True)
+            for _ in range(num_at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # What clients ask for -----------------------------------------------------------------------
 
@@ -146,7 +216,7 @@ class Jobs:
         folder = self.folder / job_id
         folder.mkdir()
         try:
-            paths = {name: folder / f"input.{name}" for name in files}
+            paths = {name: folder / f"{INPUT}.{name}" for name in files}
             for name, path in paths.items():
                 path.write_bytes(files[name])
             given = {**settings, **{name: str(path) for name, path in paths.items()}}
@@ -214,15 +284,16 @@ class Jobs:
         return self.folder / job.id / name
 
     def close(self) -> None:
-        """Stop taking jobs, end the one at work, wait for the thread."""
+        """Stop taking jobs, end those at work, wait for the threads."""
         with self._changed:
             self._is_stopped = True
             for job in self.jobs.values():
                 job.is_cancelled = job.is_cancelled or job.status in WAITING
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    # The work -----------------------------------------------------------------------------------
+    # What the threads do ------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
@@ -235,7 +306,7 @@ class Jobs:
                 self._keep(job)
                 self._changed.notify_all()
             try:
-                self._make(job)
+                self.make(job, self.folder / job.id, partial(self._note, job))
             except CancelledError:
                 if self._is_stopped:
                     self._end(job, FAILED, "the service was stopped before the video was done")
@@ -249,38 +320,23 @@ class Jobs:
             else:
                 self._end(job, DONE)
 
-    def _make(self, job: Job) -> None:
-        start = time.perf_counter()
-
-        def on_tick(tick: Tick) -> None:
-            if job.is_cancelled:
-                raise CancelledError
-            with self._changed:
-                job.ticks.append(tick)
-                job.num_ticks = tick.num_ticks
-                self._changed.notify_all()
-
-        with LiveWriter(self.path(job, LIVE), fps=job.fps) as live:
-
-            def on_part(part: Part) -> None:
-                live.append(part.frames)
-                with self._changed:
-                    job.num_frames += len(part.frames)
-                    if job.first_part_seconds is None and part.chunks:
-                        job.first_part_seconds = time.perf_counter() - start
-                    self._changed.notify_all()
-
-            video = self.pipe(
-                job.prompt,
-                preset=job.preset,
-                record=True,
-                on_tick=on_tick,
-                on_part=on_part,
-                **job.settings,
-            )
-        video.save(self.path(job, VIDEO), overwrite=True)
-        job.saving_factor = video.stats["flops"]["saving_factor"]
-        job.total_seconds = time.perf_counter() - start
+    def _note(self, job: Job, event: Event) -> None:
+        with self._changed:
+            if isinstance(event, Tick):
+                if job.is_cancelled:
+                    raise CancelledError
+                job.ticks.append(event)
+                job.num_ticks = event.num_ticks
+            elif isinstance(event, Shown):
+                job.num_frames += event.num_frames
+                if job.first_part_seconds is None:
+                    job.first_part_seconds = event.first_part_seconds
+            elif isinstance(event, Made):
+                job.total_seconds = event.total_seconds
+                job.saving_factor = event.saving_factor
+            else:
+                job.ticks, job.num_frames, job.first_part_seconds = [], 0, None
+            self._changed.notify_all()
 
     def _end(self, job: Job, status: str, error: str | None = None) -> None:
         with self._changed:

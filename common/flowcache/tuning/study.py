@@ -299,11 +299,10 @@ def probe_plans(model: ErrorModel) -> dict[str, tuple[float, Plan]]:
 def check_possible(target: Target, size: Size, constraints: Constraints) -> None:
     """Refuse, before anything is measured, what no plan can do."""
     num_steps = size.num_steps
-    if len(constraints.forced(num_steps)) == num_steps or not constraints.most_reuses:
+    if len(constraints.forced(num_steps)) == num_steps:
         raise UserError(
-            f"nothing can be reused in {num_steps} steps: the first and the last one are always "
-            "computed, --most-reuses must be 1 or more, and --warmup-steps and --final-steps must "
-            "leave some"
+            f"nothing can be reused in {num_steps} steps, of which the first and the last are "
+            "always computed: use more steps"
         )
     # in steps that run all passes
     least_cost = 1 / size.num_passes if size.holds_guidance else 1
@@ -315,7 +314,7 @@ def check_possible(target: Target, size: Size, constraints: Constraints) -> None
         raise UserError(
             f"the target {target.name}={target.value:g} cannot be reached: at least {fewest} of "
             f"{num_steps} steps are computed, as at most {constraints.most_reuses} in a row are "
-            "reused: ask for less, or raise --most-reuses"
+            "reused: ask for less"
         )
     if size.holds_guidance and size.num_passes == 1:
         raise UserError(

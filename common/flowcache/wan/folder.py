@@ -144,6 +144,14 @@ class Folders:
             "or config.json (original layout)"
         )
 
+    def holds(self, name: str) -> bool:
+        """Return whether there is a folder of that name that holds a model."""
+        try:
+            self.find_in(Path(name).expanduser())
+        except UserError:
+            return False
+        return True
+
     def is_whole(self, folder: Path) -> bool:
         """Return whether no file of a model is missing."""
         try:

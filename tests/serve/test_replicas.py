@@ -1,0 +1,239 @@
+"""Replicas of the model: jobs that begin again, cancelling, a replica that is killed."""
+
+import asyncio
+import importlib.util
+import json
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from flowcache.api import Pipeline, Tick
+from flowcache.errors import UserError
+from flowcache.runtime.video import read_video
+from flowcache.serve.__main__ import main
+from flowcache.serve.jobs import (
+    CANCELLED,
+    DONE,
+    RUNNING,
+    WAITING,
+    BegunAgain,
+    CancelledError,
+    Event,
+    Job,
+    Jobs,
+    Made,
+    Report,
+    Shown,
+)
+from flowcache.serve.replicas import Replica, Replicas
+
+PROMPT = "a red circle moving right on a black background"
+TICK = Tick(0, 4, (), (), 0.5)
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs Ray: pip install -e '.[ray]'"
+)
+
+
+class DiedError(Exception):
+    """As Ray's `RayActorError`."""
+
+
+class FailedError(Exception):
+    """As Ray's `RayTaskError`."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class Response:
+    """What a handle returns: events, then an exception if there is one."""
+
+    def __init__(self, events: list[Event], end: Exception | None) -> None:
+        self.events = self._events(events, end)
+        self.is_cancelled = False
+
+    async def _events(self, events: list[Event], end: Exception | None) -> AsyncIterator[Event]:
+        for event in events:
+            yield event
+        if isinstance(end, CancelledError):  # nothing more happens
+            await asyncio.Event().wait()
+        if end is not None:
+            raise end
+
+    def __aiter__(self) -> "Response":
+        return self
+
+    def __anext__(self) -> Any:
+        return self.events.__anext__()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def replicas_of(*responses: Response) -> Replicas:
+    """Return replicas that answer one call after the other."""
+    left = list(responses)
+    handle = SimpleNamespace(make=SimpleNamespace(remote=lambda _job, _folder: left.pop(0)))
+    exceptions = SimpleNamespace(RayActorError=DiedError, RayTaskError=FailedError)
+    return Replicas(handle, exceptions, 2)
+
+
+def make_job(folder: Path) -> Job:
+    for name in ("job.json", "input.image", "live.mp4", ".video.mp4.1.part"):
+        (folder / name).touch()
+    return Job("a", PROMPT, "vanilla", {}, 24, "64x64", 0)
+
+
+def test_a_job_whose_replica_died_begins_again_without_what_was_unfinished(tmp_path: Path):
+    job, events = make_job(tmp_path), list[Event]()
+    died, good = Response([TICK], DiedError()), Response([TICK, Made(1.0, 2.0)], None)
+    replicas_of(died, good).make(job, tmp_path, events.append)
+    assert events == [TICK, BegunAgain(), TICK, Made(1.0, 2.0)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input.image", "job.json"]
+
+
+def test_a_job_whose_replicas_die_again_and_again_fails(tmp_path: Path):
+    calls = [Response([], DiedError()) for _ in range(3)]
+    with pytest.raises(UserError, match="the replica that made the video died 3 times"):
+        replicas_of(*calls).make(make_job(tmp_path), tmp_path, lambda _: None)
+
+
+def test_an_error_of_a_replica_is_that_of_the_job(tmp_path: Path):
+    call = Response([], FailedError(UserError("num_frames must be 4 n + 1")))
+    with pytest.raises(UserError, match="num_frames must be 4 n"):
+        replicas_of(call).make(make_job(tmp_path), tmp_path, lambda _: None)
+
+
+@pytest.mark.parametrize("events", [[], [TICK]], ids=["no replica yet", "at work"])
+def test_a_cancelled_job_ends_the_call(events: list[Event], tmp_path: Path):
+    job, call = make_job(tmp_path), Response(events, CancelledError())
+    threading.Timer(0.1, lambda: setattr(job, "is_cancelled", True)).start()
+    with pytest.raises(CancelledError):
+        replicas_of(call).make(job, tmp_path, lambda _: None)
+    assert call.is_cancelled
+
+
+def test_the_queue_gives_jobs_to_as_many_replicas_and_forgets_what_was_lost(
+    pipe: Pipeline, tmp_path: Path
+):
+    at_work, go_on = threading.Semaphore(0), threading.Event()
+
+    def make(_job: Job, _folder: Path, report: Report) -> None:
+        for event in (TICK, Shown(9, 0.5), BegunAgain(), TICK, Shown(5, 0.7)):
+            report(event)
+        at_work.release()
+        assert go_on.wait(60)
+        report(Made(2.0, 3.0))
+
+    jobs = Jobs(pipe, tmp_path, max_waiting=9, max_bytes=10**9, make=make, num_at_once=2)
+    made = [jobs.add(PROMPT, preset=None, settings={}, files={}) for _ in range(3)]
+    for _ in range(2):
+        assert at_work.acquire(timeout=60)
+    assert [job.status for job in made] == [RUNNING, RUNNING, "queued"]
+    assert [(len(job.ticks), job.num_frames, job.first_part_seconds) for job in made[:2]] == [
+        (1, 5, 0.7)
+    ] * 2
+    go_on.set()
+    assert jobs.wait(lambda: all(job.status == DONE for job in made), timeout_seconds=60)
+    jobs.close()
+
+
+def test_a_replica_ends_a_video_that_nobody_wants_before_it_takes_the_next(
+    pipe: Pipeline, tmp_path: Path
+):
+    replica = Replica(lambda: pipe)
+    job = Job("a", PROMPT, "flowcache_fast", {"num_frames": 177}, 24, "64x64", 0)
+
+    async def leave() -> int:
+        events = replica.make(job, tmp_path)
+        found = [await anext(events) for _ in range(3)]
+        await events.aclose()
+        return sum(isinstance(event, Tick) for event in found)
+
+    assert asyncio.run(leave()) > 0
+    assert not (tmp_path / "video.mp4").exists()
+    assert pipe._lock.acquire(timeout=0)
+    pipe._lock.release()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replicas", "2"], "--replicas is how many models --ray loads: give --ray, too"),
+        (["--ray", "--replicas", "0"], "--replicas must be 1 to 10000, not 0"),
+        (["--ray"], "ray is not installed: pip install 'flowcache[ray]', or in the repository"),
+    ],
+)
+def test_what_is_wrong_with_replicas_is_one_line(
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    assert main(["--model", "demo", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def ask(address: str, path: str, fields: dict[str, Any] | None = None) -> Any:
+    data = None if fields is None else json.dumps(fields).encode()
+    request = urllib.request.Request(
+        f"{address}{path}", data=data, headers={"content-type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_service_with_a_killed_replica_loses_no_job_and_makes_what_one_model_makes(
+    pipe: Pipeline, service: Callable[..., str], tmp_path: Path
+):
+    address = service("num_frames=177", "num_steps=8", "--ray", "--replicas", "2")
+    ids = [ask(address, "/v1/videos", {"prompt": PROMPT, "seed": n})["id"] for n in range(5)]
+    killed: list[int] = []
+    states: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        states = [ask(address, f"/v1/videos/{each}") for each in ids]
+        if not killed and sum(state["progress"] > 5 for state in states) >= 2:
+            # two have worked; the first one at work now dies
+            at_work = [state for state in states if state["status"] == RUNNING]
+            replicas = [
+                each
+                for each in psutil.Process().children(recursive=True)
+                if "ServeReplica" in "".join(each.cmdline())
+            ]
+            if len(replicas) == 2 and len(at_work) == 2:
+                replicas[0].kill()
+                killed.append(replicas[0].pid)
+        if all(state["status"] not in WAITING for state in states):
+            break
+        time.sleep(0.1)
+    assert killed
+    assert [state["status"] for state in states] == [DONE] * 5, states
+    for number, video_id in enumerate(ids):
+        folder = tmp_path / "jobs" / video_id
+        expected = pipe(PROMPT, seed=number, num_frames=177).save(tmp_path / f"{number}.mp4")
+        assert (folder / "video.mp4").read_bytes() == expected.read_bytes()
+        live, _ = read_video(folder / "live.mp4")
+        whole, _ = read_video(expected)
+        # of 255; two encoders' noise
+        assert np.abs(live.astype(float) - whole).mean() < 8
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    waiting = ask(address, "/v1/videos", {"prompt": PROMPT})["id"]
+    ask(address, f"/v1/videos/{waiting}/cancel", {})
+    while (state := ask(address, f"/v1/videos/{waiting}"))["status"] in WAITING:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert state["status"] == CANCELLED
