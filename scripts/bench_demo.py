@@ -32,6 +32,7 @@ from flowcache.bench.methods import (
     Comparison,
     Source,
     comparison_of,
+    csv_text,
     markdown,
     parse_part,
     prepare_method,
@@ -144,7 +145,7 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
 def write_table(
     options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, text: str, **more: Any
 ) -> None:
-    """Write the table as JSON, with what follows from it, and as Markdown, and print it."""
+    """Write the table as JSON, CSV and Markdown, and print it with what follows from it."""
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
@@ -152,6 +153,7 @@ def write_table(
         **more,
     }
     write_json(options.out / "table.json", report)
+    write_text(options.out / "table.csv", csv_text(table))
     write_text(options.out / "table.md", text.rstrip("\n") + "\n")
     print(text)
 

@@ -6,6 +6,10 @@ video, an .npy or .npz of uint8 pixels [T, H, W, 3], or a folder of PNG files. P
 are of decoded mp4 files, so they hold the codec's noise; compare arrays or PNG files to leave it
 out.
 
+If both clips have their reports, NAME.json of NAME.mp4, a warning names every setting apart from
+the cache's in which the runs differ (attention, steps, seed, guidance, size, ...), and what to
+compare with instead.
+
 Per frame and per clip: PSNR of one mean squared error over the whole clip, SSIM with data range 1,
 LPIPS as the mean of AlexNet's spatial map. Over clips: the mean and its 95 % confidence interval
 by Student's t.

@@ -190,15 +190,22 @@ def check_kinds(
     }
 
 
-def execute(options: argparse.Namespace, ranks: Ranks) -> int:
-    """Make everything; return the exit code."""
-    check_replicas(options.replicas, is_wanted=options.ray)
-    if options.ray and ranks.place.size > 1:
+def prepare(
+    options: argparse.Namespace, place: Place
+) -> tuple[list[Task], Path, Renderer, dict[Kind, Origin]]:
+    """Check everything; return the videos, their folder, what makes them, and from what."""
+    if options.ray and place.size > 1:
         raise UserError("--ray starts its processes itself: start one, without a launcher")
+    check_replicas(options.replicas, is_wanted=options.ray)
     tasks = list_tasks(options)
     out = prepare_folder(options)
-    renderer = Renderer(_device(ranks.place))
-    origins = check_kinds(tasks, renderer, options.protocol)
+    renderer = Renderer(_device(place))
+    return tasks, out, renderer, check_kinds(tasks, renderer, options.protocol)
+
+
+def execute(options: argparse.Namespace, ranks: Ranks) -> int:
+    """Make everything; return the exit code."""
+    tasks, out, renderer, origins = ranks.together(lambda: prepare(options, ranks.place))
     worker = Worker(out, renderer.render, origins)
     failures: dict[str, str] = {}
     if options.ray:

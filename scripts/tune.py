@@ -28,6 +28,7 @@ from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_ch
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import write_profile
+from flowcache.runtime.stats import scaled
 from flowcache.tuning.gram import magnitude_ratios
 from flowcache.tuning.methods import (
     Method,
@@ -66,7 +67,6 @@ PLOT = "pareto.svg"
 """The table as a drawing, in the folder of the measured rows."""
 NUM_CHECK_PLANS = 24
 CHECK_PLANS_SEED = 0
-GIGA = 1e9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,10 +194,10 @@ def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     return [
         f"clips        {options.clips} to calibrate on, {num_measured} to measure what an error "
         f"means, {options.check_prompts} with every method to compare",
-        f"FLOPs        {size.flops / 1e15:.4g} PFLOPs per clip with every step computed",
+        f"FLOPs        {scaled(size.flops, 'FLOP')} per clip with every step computed",
         f"velocities   {size.num_elements} numbers per chunk and step, {size.num_active} chunks at "
         f"once, held {held_as}",
-        f"memory       {size.calibration_bytes / GIGA:.3g} GB more than the run itself",
+        f"memory       {scaled(size.calibration_bytes, 'B')} more than the run itself",
     ]
 
 

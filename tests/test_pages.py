@@ -18,9 +18,23 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 MODELS = {"FlowCache4SkyReels-V2": "skyreels_v2", "FlowCache4MAGI-1": "magi1"}
 """Folder of a model -> its Python package."""
-MAX_WORDS = {"README.md": 1500} | {f"{folder}/README.md": 1200 for folder in MODELS}
+FRONT_PAGES = sorted(path.parent.name for path in REPOSITORY.glob("FlowCache4*/README.md"))
+MAX_WORDS = {"README.md": 1500} | {f"{folder}/README.md": 1200 for folder in FRONT_PAGES}
+MAX_PROSE = 2000
+"""Words of a page of docs/, blocks of code and tables left out."""
+ALL_PAGES = sorted(
+    str(path.relative_to(REPOSITORY))
+    for pattern in ("*.md", "FlowCache4*/*.md", "docs/*.md", "integrations/**/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+"""Whose links lead somewhere."""
 DOCS = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
-PAGES = [*MAX_WORDS, *DOCS]
+PAGES = [
+    "README.md",
+    *(f"{folder}/README.md" for folder in MODELS),
+    *DOCS,
+]
+"""Whose commands are checked."""
 MAX_COLUMNS = 10
 DRY = {"--dry-run", "--paper"}
 """Flags of commands that read no weights and write nothing."""
@@ -30,10 +44,8 @@ OPENED = (*MODELS, "scripts")
 """Folders in which something is written, or that hold what enters the environment."""
 NOTHING_HERE = {
     *(f"docs/{name}.md" for name in ("architecture", "development", "glossary", "install")),
-    *(
-        f"docs/{name}.md"
-        for name in ("output", "python", "results", "serving", "skyreels_v2", "speed")
-    ),
+    *(f"docs/{name}.md" for name in ("magi1", "output", "python", "reproduction", "results")),
+    *(f"docs/{name}.md" for name in ("serving", "skyreels_v2", "speed")),
 }
 """Pages whose commands, if any, are all run elsewhere."""
 SHORT = (
@@ -52,6 +64,7 @@ ELSEWHERE = {
     "scripts/test.sh": (".ci/run", "test.sh"),
     "scripts/reproduce": ("tests/scripts/test_table.py", "reproduce_"),
     "scripts/bench_demo.py": ("tests/demo/test_bench.py", "bench_demo"),
+    "scripts/make_tables.py": ("tests/scripts/test_make_tables.py", "make_tables"),
     "scripts/make_figures.py": ("tests/scripts/test_make_figures.py", "make_figures"),
     "scripts/train_demo.py": ("tests/demo/test_train_demo.py", "recipe"),
     "scripts/check_golden.py": ("tests/test_check_golden.py", "check_golden"),
@@ -113,7 +126,7 @@ def commands(page: str) -> Iterator[tuple[Path, list[str]]]:
 COMMANDS = [(folder, words) for page in PAGES for folder, words in commands(page)]
 LINKS = [
     (page, link)
-    for page in PAGES
+    for page in ALL_PAGES
     for link in sorted(set(re.findall(r"\]\(((?!https?:)[^)]+)\)", prose_of(page))))
 ]
 
@@ -126,9 +139,15 @@ def test_a_front_page_is_short(page: str, most: int):
     assert len(text_of(page).split()) <= most
 
 
+@pytest.mark.parametrize("page", DOCS)
+def test_a_page_of_the_docs_is_not_a_book(page: str):
+    lines = [line for line in prose_of(page).splitlines() if not line.lstrip().startswith("|")]
+    assert len(" ".join(lines).split()) <= MAX_PROSE
+
+
 def test_the_first_screen_says_shows_and_runs_something():
     screen = "\n".join(text_of("README.md").splitlines()[:30])
-    assert re.search(r"!\[[^\]]+\]\(assets/[^)]+\)", screen)
+    assert re.search(r"!\[[^\]]+\]\(assets/moving_[^)]+\)", screen)
     for words in (*(f"bash {folder}/" for folder in MODELS), "chunk passes"):
         assert words in screen
 

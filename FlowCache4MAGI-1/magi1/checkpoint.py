@@ -16,12 +16,12 @@ import torch
 from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.runtime import profile
-from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.embeddings import tokenizer_files
 from flowcache.runtime.ending import temporary_folder
 from flowcache.runtime.files import parse_json, read_json
 from flowcache.runtime.hub import HUB, Hub, Missing, fetch, find_missing, local_copy
 from flowcache.runtime.model import Source
+from flowcache.runtime.stats import scaled
 from flowcache.runtime.weights import (
     StoredTensor,
     find_shards,
@@ -153,8 +153,8 @@ def _unpack(path: Path, target: Path) -> None:
             wanted = zstandard.frame_content_size(packed.read(_FRAME_HEADER_BYTES))
             if wanted > free:
                 raise UserError(
-                    f"{path}: unpacks to {gigabytes(wanted)}, but {target.parent} has "
-                    f"{gigabytes(free)} free: set TMPDIR to a larger disk, or unpack it once "
+                    f"{path}: unpacks to {scaled(wanted, 'B')}, but {target.parent} has "
+                    f"{scaled(free, 'B')} free: set TMPDIR to a larger disk, or unpack it once "
                     f"(zstd -d {path.name})"
                 )
             packed.seek(0)

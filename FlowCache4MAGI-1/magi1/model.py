@@ -16,6 +16,7 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Progress, Source, VideoModel, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import scaled
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
@@ -178,7 +179,7 @@ class Magi(VideoModel):
             f"{len(work.passes)}",
             f"tokens       {work.frame_tokens} per latent frame, "
             f"{work.frame_tokens * run.chunk_width} per chunk, text {work.text_tokens}",
-            f"compute      {work.flops / 1e15:.4g} PFLOPs if every step is computed",
+            f"compute      {scaled(work.flops, 'FLOP', digits=4)} if every step is computed",
             *cost_lines(
                 work,
                 cache=f"{kv_chunks} chunks per layer and branch{place}",

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowcache.compress import CompressionStrategy, ImportanceRedundancy, TokenLayout
+from flowcache.compress import SCORED, CompressionStrategy, TokenLayout
 from flowcache.kv import (
     Attend,
     KVCache,
@@ -76,7 +76,7 @@ class KVBudget:
 
     def seen_queries(self, q_SHC: Tensor) -> Tensor:
         """Return a copy of the queries that the strategy looks at (none, if it looks at none)."""
-        if isinstance(self.strategy, ImportanceRedundancy):
+        if isinstance(self.strategy, SCORED):
             return self.strategy.seen_queries(q_SHC, self.layout).clone()
         return q_SHC[:0]
 

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import ImportanceRedundancy, TokenLayout, strategy_of
+from flowcache.compress import TokenLayout, scoring_queries, strategy_of
 from flowcache.policies import ReusePolicy, guidance_of, stored_results
 from flowcache.quantization import format_of
 from flowcache.runtime import memory
@@ -180,7 +180,7 @@ def clip_work(
             num_caches=num_caches,
             ffn_width=model.ffn_hidden_size,
             pass_tokens=chunk_tokens,
-            num_queries=_scoring_queries(budget),
+            num_queries=0 if budget is None else scoring_queries(budget.strategy, budget.layout),
             keeps_queries=True,
             itemsize=width,
             kv=config.kv,
@@ -261,14 +261,6 @@ def _weight_bytes(config: RunConfig, dtype: torch.dtype) -> int:
         dit = DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)
     set_precision(dit, dtype)
     return memory.weight_bytes(dit)
-
-
-def _scoring_queries(budget: KVBudget | None) -> int:
-    """Return how many queries score the keys; 0 without scores."""
-    if budget is None or not isinstance(budget.strategy, ImportanceRedundancy):
-        return 0
-    sample = torch.empty(budget.layout.chunk_tokens, 1, 1, device=META)
-    return len(budget.strategy.seen_queries(sample, budget.layout))
 
 
 def _stored_bytes(config: RunConfig, signals: int, *, num_chunks: int) -> int:

@@ -1,7 +1,7 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from flowcache.bounds import (
     MAX_FRAMES,
@@ -14,30 +14,30 @@ from flowcache.bounds import (
     Seed,
     check_values,
 )
-from flowcache.compress import QUANTIZATION_SETTINGS, KVRule
+from flowcache.compress import STRATEGIES, Density, KVRule
 from flowcache.errors import UserError
-from flowcache.policies import ReuseRule
-from flowcache.predict import Quantity
+from flowcache.head_classes import HeadClasses
+from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
     ParallelRule,
-    check_prompt,
     describe,
     parse_limit,
 )
+from flowcache.wan.calibration import ReuseConfig, check_rule
+from flowcache.wan.scenes import Scenes, check_scenes, scenes_of
 from self_forcing.released import PRESETS
 
 MAX_POSITIONS = 1024
 """Latent frames for which the models have positions. Source: table of rotations upstream."""
 
+CleanPass: TypeAlias = Literal["separate", "merged", "skipped", "refined"]
+"""What makes the final keys of a chunk in few steps: a clean pass of its own; one that is made
+together with the first step of the next chunk, with the same result; the chunk's last step, which
+saves the pass; or a pass on the slightly noised chunk, whose velocity moves the chunk once more.
+
+Source: of the last, UnStep (arXiv 2609.32518)."""
 Entries = Annotated[list[int] | None, Bounds(0, 1000)]
-
-
-@dataclass(frozen=True)
-class ReuseConfig(ReuseRule):
-    """When a chunk is recomputed, and what it gets when it is not."""
-
-    predict: Quantity = "velocity"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class RunConfig:
     """One video."""
 
     prompt: str = ""
+    prompts: Scenes | None = None
+    recache: bool = False
     negative_prompt: str = ""
     image: Place = None
     video: Place = None
@@ -65,6 +67,9 @@ class RunConfig:
     chunk_frames: Annotated[int, Bounds(1, MAX_POSITIONS)] = 3
     first_frame_alone: bool = False
     context_noise: Annotated[int, Bounds(0, 1000)] = 0
+    clean_pass: CleanPass = "separate"
+    refine_noise: Annotated[float, Bounds(0, 1, is_open=True)] = 0.05
+    reuse_blocks: bool = False
     window: Annotated[int | None, Bounds(1, MAX_POSITIONS)] = None
     sink: Annotated[int, Bounds(0, MAX_FRAMES)] = 0
     positions: Literal["absolute", "relative"] = "absolute"
@@ -82,6 +87,8 @@ class RunConfig:
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_compile: bool = False
     overlap: bool | None = None
 
     def lines(self) -> list[str]:
@@ -90,15 +97,32 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        check_prompt("prompt", self.prompt)
+        self._check_prompts()
         parse_limit(self.memory_limit)
-        kept = KVRule(**{name: vars(self.kv)[name] for name in QUANTIZATION_SETTINGS})
-        if self.reuse != ReuseConfig() or self.kv != kept:
-            raise UserError(
-                "settings of reuse and KV compression do not work with this model yet: leave them"
-            )
         self._check_steps()
+        self._check_reuse()
+        self._check_clean_pass()
         self._check_window()
+
+    @property
+    def scale(self) -> float:
+        """Of guidance in many steps."""
+        return 3.0 if self.guidance is None else self.guidance
+
+    @property
+    def scenes(self) -> Scenes:
+        """Prompts, each with the latent frame from which on it holds; the first one with 0."""
+        return scenes_of(self.prompt) if self.prompts is None else self.prompts
+
+    def _check_prompts(self) -> None:
+        check_scenes(self.scenes)
+        if len(self.scenes) > 1 and self.rolling:
+            raise UserError("prompts for later frames do not work with rolling: give one prompt")
+        if self.recache and (len(self.scenes) == 1 or self.kv.compress != "none"):
+            raise UserError(
+                "recache makes the keys of the newest frames anew where a prompt begins: it needs "
+                "prompts for later frames, and kv.compress=none, which keeps whole frames"
+            )
 
     def _check_steps(self) -> None:
         for name in ("step_list", "first_chunk_step_list"):
@@ -118,9 +142,44 @@ class RunConfig:
         if self.first_chunk_step_list and not self.step_list:
             raise UserError("first_chunk_step_list needs a step_list for the other chunks")
 
+    def _check_reuse(self) -> None:
+        if self.step_list is None:
+            num_passes = 2 if self.scale > 1 else 1
+            check_rule(self.reuse, num_steps=self.num_steps or 50, num_passes=num_passes)
+        elif self.reuse.policy != "vanilla" or guidance_of(self.reuse).is_on:
+            raise UserError(
+                f"reuse.policy={self.reuse.policy} and guidance_every save where there are many "
+                "steps: set step_list=null (a model before distillation), or leave them out"
+            )
+
+    def _check_clean_pass(self) -> None:
+        how = self.clean_pass
+        if self.reuse_blocks and (
+            not self.step_list
+            or self.rolling
+            or how in ("merged", "skipped")
+            or self.kv.compress != "none"
+        ):
+            raise UserError(
+                "reuse_blocks works with a step_list, without rolling and kv.compress, and where "
+                "keys come from a pass of their own: clean_pass=separate or refined"
+            )
+        if how == "separate":
+            return
+        if not self.step_list or self.rolling or self.kv.compress != "none":
+            raise UserError(
+                f"clean_pass={how} works with a step_list, without rolling and kv.compress"
+            )
+        if how == "merged" and self.positions == "relative":
+            raise UserError("clean_pass=merged needs positions=absolute")
+        if how != "merged" and self.context_noise:
+            raise UserError(f"clean_pass={how} makes no pass to which context_noise could apply")
+
     def _check_window(self) -> None:
         if self.window is None and (self.rolling or self.sink):
             raise UserError("sink and rolling need a window: set window, in latent frames")
+        if self.kv.compress != "none":
+            self._check_compression()
         if self.rolling:
             if not self.step_list or self.first_chunk_step_list or self.first_frame_alone:
                 raise UserError("rolling needs one step_list for all chunks, which are of one size")
@@ -133,4 +192,26 @@ class RunConfig:
             raise UserError(
                 f"window is {self.window} latent frames, fewer than the {needed} of the chunks "
                 "that are denoised and of the first frames that stay (sink)"
+            )
+
+    def _check_compression(self) -> None:
+        name, kind = self.kv.compress, STRATEGIES[self.kv.compress]
+        sorts = kind is not None and issubclass(kind, HeadClasses)
+        if self.rolling or self.sink:
+            raise UserError(
+                f"kv.compress={name} says what stays of all chunks before: leave out rolling, and "
+                "sink (kv.sink_frames goes with it)"
+            )
+        if sorts and self.window is not None:
+            raise UserError(f"kv.compress={name} says itself how much stays: leave out window")
+        if sorts and self.kv.dtype != "model":
+            raise UserError(
+                f"kv.compress={name} gives each class of heads a cache of its own, which holds no "
+                f"quantised keys: set kv.dtype=model, not {self.kv.dtype}, or another kv.compress"
+            )
+        if not sorts and self.window is None:
+            raise UserError(f"kv.compress={name} needs a window: set window, in latent frames")
+        if kind is Density and self.positions != "relative":
+            raise UserError(
+                "kv.compress=density compares keys before rotation: set positions=relative"
             )

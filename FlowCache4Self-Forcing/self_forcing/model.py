@@ -11,11 +11,14 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Progress, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import scaled
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT, DiTConfig
 from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.memory import Held
 from flowcache.wan.model import WanModel, source_of
 from flowcache.wan.rounded import RoundedDiT
+from flowcache.wan.scenes import scene_lines
 from flowcache.wan.vae import VAE
 from self_forcing.checkpoint import FOLDERS, SIZES, find_weights_download, with_weights
 from self_forcing.config import RunConfig
@@ -43,6 +46,8 @@ class SelfForcing(WanModel):
 
     def check(self, config: RunConfig, source: Source) -> RunConfig:
         num_steps = len(config.step_list or ()) or config.num_steps or 50
+        if source.sizes is not None and config.reuse.kind.takes("rescale"):
+            rescale_for(config, source.sizes)
         return replace(config, num_steps=num_steps)
 
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
@@ -55,11 +60,18 @@ class SelfForcing(WanModel):
         return config, source_of(with_weights(config, source.files))
 
     def identity(self, job: Job) -> str:
-        return f"{job.source.files} {job.config.precision}"
+        config = job.config
+        return f"{job.source.files} {config.precision} {config.vae_dtype} {config.vae_compile}"
 
     def setting(self, config: RunConfig) -> Setting:
         num_steps = config.num_steps or 50
-        return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=[])
+        guidance = [config.scale] if config.step_list is None and config.scale > 1 else []
+        return Setting(num_steps=num_steps, shift=config.shift, lag=num_steps, guidance=guidance)
+
+    def prompts(self, job: Job) -> list[str]:
+        (_, first), *later = job.config.scenes
+        branches = [first, job.config.negative_prompt][: len(job.work.branches)]
+        return [*branches, *(text for _, text in later)]
 
     # Planning ---------------------------------------------------------------------------------
 
@@ -76,20 +88,23 @@ class SelfForcing(WanModel):
         return [
             f"model        {model}",
             f"preset       {job.preset}: {loop}, chunks of {config.chunk_frames} latent frames, "
-            f"{config.precision} precision",
+            f"{config.precision} precision, {config.reuse.policy} reuse",
         ]
 
     def lines(self, config: RunConfig, work: Work) -> list[str]:
         (part,) = work.segments
         seen = "all" if config.window is None else f"{config.window}, the first {config.sink} stay"
+        if config.kv.compress != "none":
+            seen = f"tokens kept by {config.kv.compress}, window {config.window or 'its own'}"
         calls = (work.num_ticks + len(part.tokens) - 1) * len(work.branches)
         return [
             f"video        {config.num_frames} frames of {config.width}x{config.height} at "
             f"{config.fps} fps, seed {config.seed}",
             f"chunks       {len(part.tokens)}, {len(part.given)} given; latent frames seen: {seen}",
+            *scene_lines(config.scenes, recaches=config.recache),
             f"ticks        {work.num_ticks}, {len(work.branches)} branches",
             f"tokens       {work.frame_tokens} per latent frame",
-            f"forwards     {calls} with clean passes, {work.flops / 1e15:.4g} PFLOPs",
+            f"forwards     {calls} with clean passes, {scaled(work.flops, 'FLOP', digits=4)}",
             *cost_lines(
                 work, cache=f"{part.kv_tokens} tokens per layer and branch", stored="results"
             ),

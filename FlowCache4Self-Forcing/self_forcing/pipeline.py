@@ -7,6 +7,7 @@ from collections.abc import Generator
 
 import torch
 
+from flowcache.errors import UserError
 from flowcache.policies import Observe, Policies
 from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, Work
@@ -18,6 +19,7 @@ from flowcache.wan.cached import CachedDiT, add_flops_of_others, kv_layout, open
 from flowcache.wan.codec import Codec
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning
+from flowcache.wan.reuse import StepReuse
 from flowcache.wan.vae import SPATIAL_STRIDE, VAE
 from self_forcing.config import RunConfig
 from self_forcing.sampler import Sampler
@@ -34,12 +36,17 @@ def generate(
     stats: RunStats,
     work: Work | None = None,
     draw: Draw | None = None,
-    observe: Observe | None = None,  # noqa: ARG001
-    policies: Policies | None = None,  # noqa: ARG001
+    observe: Observe | None = None,
+    policies: Policies | None = None,
     ranks: Ranks | None = None,
 ) -> Generator[Progress, None, None]:
-    """Make a video; see `VideoModel.generate`. Every step is computed, whatever policies say."""
+    """Make a video; see `VideoModel.generate`. All of few steps are computed."""
     device, ranks = dit.patch_embedding.weight.device, ranks or Ranks()
+    if config.reuse_blocks and ranks.layout.sequence > 1:
+        raise UserError(
+            f"reuse_blocks compares all tokens of a chunk, but {ranks.layout.sequence} processes "
+            "divide them: set parallel.sequence=1"
+        )
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     work = work or work_of(config, dit.config, dtype=dit.dtype)
     (part,) = work.segments
@@ -73,13 +80,29 @@ def generate(
                 size=size[1:],
                 # a view rotates keys when it reads them
                 comes_rotated=config.positions == "absolute" and not config.rolling,
+                waits=config.clean_pass == "merged",
             ),
         )
         cached = CachedDiT(
-            dit, branches, stats=stats, ranks=ranks, size=size[1:], num_chunks=len(chunks)
+            dit,
+            branches,
+            stats=stats,
+            ranks=ranks,
+            size=size[1:],
+            num_chunks=len(chunks),
+            budget=work.loop.budget,
         )
         sampler = Sampler(
-            cached, work.loop, latents, chunks=chunks, num_given=len(part.given), draw=draw
+            cached,
+            work.loop,
+            latents,
+            chunks=chunks,
+            num_given=len(part.given),
+            draw=draw,
+            reuse=StepReuse.of(
+                config, cached, guidance=config.scale, policies=policies, observe=observe
+            ),
+            scenes=conditioning.scenes,
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
         hidden = 0 if config.video is None else config.overlap_history or 0

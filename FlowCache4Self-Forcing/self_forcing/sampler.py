@@ -18,13 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowcache.block_reuse import BlockReuse
 from flowcache.policies import Decision
 from flowcache.runtime.ops import Draw
 from flowcache.runtime.stats import PassId
 from flowcache.schedule import Tick, staggered
 from flowcache.wan.cached import CachedDiT, View
-from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
+from flowcache.wan.flow_match import NUM_LEVELS, add_noise, estimate_clean, levels_of
+from flowcache.wan.kept import Budget
+from flowcache.wan.reuse import StepReuse
+from flowcache.wan.scenes import recached
 from flowcache.wan.unipc import UniPC, timestep_grid
+from self_forcing.config import CleanPass
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,17 @@ class Sampling:
     is_relative: bool = False
     """Whether positions count from the start of the window, so that a video may have any length."""
     is_rolling: bool = False
+    budget: Budget | None = None
+    """By which clean tokens stay; None: whole frames, the last ones and the sink."""
+    switches: tuple[int, ...] = ()
+    """Chunks with which another prompt begins."""
+    recaches: bool = False
+    """Whether the keys of the newest frames are then made anew."""
+    clean_pass: CleanPass = "separate"
+    reuses_blocks: bool = False
+    """Whether blocks add what they added in the chunk before where their inputs are alike."""
+    refine_noise: float = 0.05
+    """Noise level of a refining clean pass."""
 
     def ticks(self, chunks: Sequence[int]) -> list[Tick]:
         """Return the passes that denoise some chunks."""
@@ -67,10 +83,18 @@ class Sampling:
 
         Example: window 6, sink 1, chunks of 3: of the clean frames 0..5 three stay, 0, 4, 5.
         """
+        if self.budget is not None:
+            return self.budget.room(clean)
         if self.window is None:
             return clean
         # a clean pass of the rolling loop sees all of the window, and the first chunk is kept, too
         return min(clean, self.window if self.is_rolling else self.window - num_frames)
+
+    def recached(self, chunk: int, *, chunks: Sequence[range], clean: int) -> Sequence[int]:
+        """Return the chunks whose keys are made anew before one, if another prompt begins there."""
+        if not self.recaches or chunk not in self.switches:
+            return ()
+        return recached(chunk, chunks=chunks, whole=clean - self.sink)
 
     def reach(self, num_frames: int, clean: int, *, sink: int, is_clean: bool) -> tuple[int, int]:
         """Return how many of the first and of the last clean frames a pass sees.
@@ -96,6 +120,8 @@ class Sampler:
         chunks: latent frames of each chunk.
         num_given: chunks that are clean from the start.
         draw: makes the noise between steps.
+        reuse: decides which of many steps are computed.
+        scenes: text encoder output of the prompts that begin with `sampling.switches`.
     """
 
     def __init__(
@@ -107,8 +133,14 @@ class Sampler:
         chunks: Sequence[range],
         num_given: int,
         draw: Draw,
+        reuse: StepReuse,
+        scenes: Sequence[Tensor] = (),
     ) -> None:
-        self.cached, self.sampling, self.draw = cached, sampling, draw
+        self.blocks = BlockReuse() if sampling.reuses_blocks else None
+        self.unfed: int | None = None
+        """A clean chunk whose pass is that of the next step."""
+        self.scenes = dict(zip(sampling.switches, scenes, strict=True))
+        self.cached, self.sampling, self.draw, self.reuse = cached, sampling, draw, reuse
         self.latents, self.chunks, self.num_given = latents, chunks, num_given
         self.levels = levels_of(sampling.shift)
         self.solver = UniPC(sampling.num_steps, shift=sampling.shift)
@@ -121,14 +153,54 @@ class Sampler:
                 self.feed_clean(chunk, timestep=0)
         for tick in sampling.ticks(range(self.num_given, len(self.chunks))):
             with stats.timed_tick(0, tick.index), stats.stage("dit"):
+                for chunk in tick.entering:
+                    self._begin_scene(chunk)
                 if sampling.steps:
                     self._take_few(tick)
                 else:
                     self._take_many(tick)
-                # upstream feeds the last chunk, too, whose keys nobody sees
-                for chunk in () if tick.is_last else tick.finishing:
-                    self.feed_clean(chunk, timestep=sampling.context_noise if sampling.steps else 0)
+                for chunk in tick.finishing:
+                    self._finish(chunk, is_last=tick.is_last)
             yield tick, tick.finishing
+
+    def _begin_scene(self, chunk: int) -> None:
+        """Take the prompt that begins with a chunk, if one does."""
+        if chunk not in self.scenes:
+            return
+        self.cached.switch("cond", self.scenes[chunk])
+        if self.blocks is not None:  # what they added depends on the prompt
+            self.blocks = BlockReuse()
+        clean = self.cached.clean_frames if self.sampling.recaches else 0
+        anew = self.sampling.recached(chunk, chunks=self.chunks, clean=clean)
+        self.cached.rewind(sum(len(self.chunks[each]) for each in anew))
+        for each in anew:
+            self.feed_clean(each, timestep=0)
+
+    def _finish(self, chunk: int, *, is_last: bool) -> None:
+        """Make a clean chunk's keys final; upstream does so for the last one, that nobody sees."""
+        sampling, own = self.sampling, self.chunks[chunk]
+        if sampling.clean_pass == "refined":
+            self._refine(chunk)
+        elif is_last:
+            return
+        elif sampling.clean_pass == "skipped":
+            self.cached.settle(len(own), chunk=chunk)
+        elif sampling.clean_pass == "merged" and chunk + 1 not in self.scenes:
+            self.unfed = chunk
+        else:
+            self.feed_clean(chunk, timestep=sampling.context_noise if sampling.steps else 0)
+
+    def _refine(self, chunk: int) -> None:
+        """Noise a chunk slightly, and let the pass that makes its keys clean it again."""
+        own, x = self.chunks[chunk], self.latents[:, self._frames([chunk])]
+        timestep = self.sampling.refine_noise * NUM_LEVELS
+        sigma = self.sampling.refine_noise
+        noisy = add_noise(x, self._noise_like(x), sigma=sigma)
+        velocity = self.cached.velocities(
+            noisy, [timestep] * len(own), frames=own, view=self._view(own, is_clean=True)
+        )["cond"]
+        x.copy_(estimate_clean(noisy, velocity, sigma=sigma))
+        self.cached.settle(len(own), chunk=chunk)
 
     # Steps and clean passes -------------------------------------------------------------------
 
@@ -153,18 +225,29 @@ class Sampler:
             active[:, own].copy_(clean)
 
     def _take_many(self, tick: Tick) -> None:
-        """Take a solver step with the guided velocity."""
+        """Take a solver step with the guided velocity, or the update of an earlier one."""
         ((chunk, step),) = tick.steps.items()
         if step == 0:
             self.solver = UniPC(self.sampling.num_steps, shift=self.sampling.shift)
-        timesteps = self.sampling.timesteps(is_first=False)
-        velocities = self._velocities(tick, {chunk: timesteps[step]})
-        guided = velocities["cond"]
-        if "uncond" in velocities:
-            uncond = velocities["uncond"]
-            guided = uncond + self.sampling.guidance * (guided - uncond)
+        frames, sigma = self.chunks[chunk], self.solver.grid.sigmas[step]
         x = self.latents[:, self._frames([chunk])]
-        x.copy_(self.solver.step(guided.to(x.dtype), sample=x.clone()))
+        velocity = self.reuse.velocity(
+            tick,
+            x,
+            timestep=self.solver.grid.timesteps[step],
+            sigma=sigma,
+            frames=frames,
+            view=self._view(frames, is_clean=False),
+        )
+        if velocity is None:
+            x += self.reuse.predicted_update(chunk, sigma=sigma, like=x)
+            self.solver.skip()
+        else:
+            before = x.clone()
+            x.copy_(self.solver.step(velocity.to(x.dtype), sample=before))
+            self.reuse.put_update(chunk, x - before, sigma=sigma)
+        if chunk in tick.finishing:
+            self.reuse.drop(chunk)
 
     def feed_clean(self, chunk: int, *, timestep: float) -> None:
         """Send a clean chunk through the blocks for the sake of its keys, which become final."""
@@ -190,12 +273,35 @@ class Sampler:
             for chunk, step in tick.steps.items():
                 place = {"segment": 0, "tick": tick.index, "chunk": chunk, "step": step}
                 self.cached.stats.record(**place, branch=name, decision=computed)
+        if self.unfed is not None:
+            return self._with_clean_pass(self.unfed, tick, times)
         return self.cached.velocities(
             self.latents[:, own],
             [times[chunk] for chunk in times for _ in self.chunks[chunk]],
             frames=range(own.start, own.stop),
             view=self._view(range(own.start, own.stop), is_clean=False),
             passes=lambda name: [PassId(0, tick.index, chunk, name) for chunk in times],
+            blocks=self.blocks,
+        )
+
+    def _with_clean_pass(
+        self, chunk: int, tick: Tick, times: dict[int, float]
+    ) -> dict[str, Tensor]:
+        """Compute a chunk's first step and the clean pass of the chunk before in one pass."""
+        ((new, timestep),) = times.items()
+        fed, own = self.chunks[chunk], self.chunks[new]
+        clean = self.cached.clean_frames + len(fed)
+        room = self.sampling.room(len(own), clean)
+        first = min(self.sampling.sink, room) if room < clean else 0
+        self.unfed = None
+        return self.cached.velocities_after(
+            self.latents[:, self._frames([chunk, new])],
+            [self.sampling.context_noise] * len(fed) + [timestep] * len(own),
+            frames=own,
+            fed=fed,
+            chunk=chunk,
+            seen=(first, room - first),
+            passes=lambda name: [PassId(0, tick.index, new, name)],
         )
 
     def _view(self, own: range, *, is_clean: bool) -> View | None:
@@ -206,6 +312,8 @@ class Sampler:
         its place in the video.
         """
         sampling, cached, first_chunk = self.sampling, self.cached, len(self.chunks[0])
+        if sampling.budget is not None:
+            return None  # the caches see to it
         room = sampling.room(len(own), cached.clean_frames)
         stays = first_chunk if sampling.is_rolling else min(sampling.sink, room)
         if room < cached.clean_frames:

@@ -1,15 +1,19 @@
 """What a run does, derived once from its settings: chunks, ticks, FLOPs, bytes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
+from flowcache.compress import TokenLayout
 from flowcache.errors import UserError
 from flowcache.runtime.config import check_work
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
+from flowcache.wan.kept import Budget
 from flowcache.wan.memory import Held
+from flowcache.wan.scenes import switches_of
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from flowcache.wan.work import Call, chunk_work, tokens_per_frame
 from self_forcing.config import MAX_POSITIONS, RunConfig
@@ -27,17 +31,28 @@ def sampling_of(config: RunConfig) -> Sampling:
             return levels_of(config.shift).warped(entries or ())
         return tuple(map(float, entries or ()))
 
+    per_frame = tokens_per_frame(height=config.height, width=config.width)
+    is_relative = config.positions == "relative"
     return Sampling(
         steps=timesteps(config.step_list),
         first_steps=timesteps(config.first_chunk_step_list),
         num_steps=config.num_steps or 50,
         shift=config.shift,
-        guidance=3.0 if config.guidance is None else config.guidance,
+        guidance=config.scale,
         context_noise=config.context_noise,
         window=config.window,
         sink=config.sink,
-        is_relative=config.positions == "relative",
+        is_relative=is_relative,
         is_rolling=config.rolling,
+        clean_pass=config.clean_pass,
+        refine_noise=config.refine_noise,
+        reuses_blocks=config.reuse_blocks,
+        budget=Budget.of(
+            config.kv,
+            window=config.window,
+            layout=TokenLayout(per_frame, per_frame * config.chunk_frames),
+            rotates=is_relative,
+        ),
     )
 
 
@@ -89,6 +104,8 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     sampling = sampling_of(config)
     frame_tokens = tokens_per_frame(height=config.height, width=config.width)
     segment = _segment(config, sampling, frame_tokens)
+    switches = switches_of(config.scenes, chunks=segment.cut, generated=segment.generated)
+    sampling = replace(sampling, switches=switches, recaches=config.recache)
     return chunk_work(
         sizes,
         segment,
@@ -98,6 +115,11 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         dtype=dtype,
         loop=sampling,
         kv=config.kv,
+        waits=sampling.clean_pass == "merged",
+        reuse=None if sampling.steps else config.reuse,
+        stored_steps=len({*sampling.steps, *sampling.first_steps}) * sampling.reuses_blocks,
+        num_prompts=1 + len(switches),
+        num_scoring=0 if sampling.budget is None else sampling.budget.num_scoring,
     )
 
 
@@ -105,20 +127,30 @@ def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
     """Yield all calls of a run."""
     chunks, clean, sink = segment.cut, 0, len(segment.cut[0])
 
-    def call(active: list[int], *, is_clean: bool) -> Call:
+    def call(active: list[int], *, is_clean: bool, has_head: bool = False) -> Call:
         nonlocal clean
         size = sum(len(chunks[chunk]) for chunk in active)
         clean = sampling.room(size, clean)
         seen = sum(sampling.reach(size, clean, sink=sink, is_clean=is_clean))
         clean += size if is_clean else 0
-        return Call(size, seen, is_clean)
+        return Call(size, seen, is_clean and not has_head)
 
     for chunk in segment.given:
         yield call([chunk], is_clean=True)
     for tick in segment.ticks:
+        for entering in tick.entering:
+            anew = sampling.recached(entering, chunks=chunks, clean=clean)
+            clean -= sum(len(chunks[chunk]) for chunk in anew)
+            for chunk in anew:
+                yield call([chunk], is_clean=True)
         yield call(list(tick.steps), is_clean=False)
-        for chunk in () if tick.is_last else tick.finishing:
-            yield call([chunk], is_clean=True)
+        for chunk in tick.finishing:
+            if sampling.clean_pass == "skipped":
+                clean += len(chunks[chunk])
+            elif sampling.clean_pass == "refined":
+                yield call([chunk], is_clean=True, has_head=True)
+            elif not tick.is_last:
+                yield call([chunk], is_clean=True)
 
 
 def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
@@ -141,7 +173,12 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
     """Return the ticks and chunks of a video."""
     num_frames = latent_frames(config, "num_frames", config.num_frames)
     given = given_frames(config)
-    limit = min(num_frames, sampling.window or num_frames) if sampling.is_relative else num_frames
+    limit = num_frames
+    if sampling.is_relative:
+        limit = sampling.window or limit
+        if sampling.budget is not None:
+            limit = sampling.budget.held_tokens // frame_tokens
+        limit = min(num_frames, limit)
     if limit > MAX_POSITIONS:
         remedy = "set window" if sampling.is_relative else "set positions=relative and window"
         raise UserError(
@@ -156,7 +193,10 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
     num_given, held = sum(chunk.stop <= given for chunk in chunks), num_frames
     if sampling.window is not None:  # rolling: the window's own frames come on top
         own = len(sampling.steps) * size if sampling.is_rolling else 0
+        own = size if sampling.clean_pass == "merged" else own  # two chunks in a pass
         held = min(num_frames, sampling.window + own)
+    if sampling.budget is not None:
+        held = min(num_frames, -(-sampling.budget.held_tokens // frame_tokens))
     hidden = config.overlap_history or 0 if config.video else 0
 
     def shown(latent: int) -> int:

@@ -1,7 +1,7 @@
 """Every setting of a run, with its type and default; presets and the command line change them."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from flowcache.bounds import (
     MAX_FRAMES,
@@ -17,8 +17,7 @@ from flowcache.bounds import (
 )
 from flowcache.compress import KVRule
 from flowcache.errors import UserError
-from flowcache.policies import ReuseRule, check_guidance, check_reuse, guidance_of
-from flowcache.predict import PREDICTORS, Quantity
+from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
     ParallelRule,
@@ -27,6 +26,7 @@ from flowcache.runtime.config import (
     describe,
     parse_limit,
 )
+from flowcache.wan.calibration import ReuseConfig, check_rule
 from skyreels_v2.released import PRESETS
 
 NEGATIVE_PROMPT = (
@@ -36,21 +36,9 @@ NEGATIVE_PROMPT = (
 )
 """The negative prompt of Wan 2.1, with which SkyReels-V2 is used."""
 
-Signal: TypeAlias = Literal["timestep", "timestep_embedding", "content"]
-"""What a reuse policy compares: a tick's timestep, its embedding, or the noisy chunk itself."""
-
 MAX_ADDNOISE = 60
 MAX_SCALE = 1000
 """Of shift and guidance, far above what makes a picture."""
-
-
-@dataclass(frozen=True)
-class ReuseConfig(ReuseRule):
-    """When a chunk is recomputed, and what it gets when it is not."""
-
-    signal: Signal = "timestep"
-    rescale: str = "auto"
-    predict: Quantity = "residual"
 
 
 @dataclass(frozen=True)
@@ -99,6 +87,8 @@ class RunConfig:
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_compile: bool = False
     quantize: QuantizeName | None = None
     overlap: bool | None = None
 
@@ -109,41 +99,28 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check_prompt("prompt", self.prompt)
-        check_reuse(self.reuse, num_steps=self.num_steps, least_warmup=1)
-        if self.reuse.kind.takes("distance_low") and self.reuse.signal != "content":
-            raise UserError(
-                f"reuse.policy={self.reuse.policy} compares what profiles are calibrated with: set "
-                f"reuse.signal=content, not {self.reuse.signal}"
-            )
+        num_passes = 2 if self.guidance > 1 else 1
+        check_rule(self.reuse, num_steps=self.num_steps, num_passes=num_passes)
         parse_limit(self.memory_limit)
-        self._check_guidance()
-        self._check_kv()
+        self._check_causal()
 
-    def _check_guidance(self) -> None:
-        check_guidance(self.reuse, num_passes=2 if self.guidance > 1 else 1)
-        if not guidance_of(self.reuse).is_on:
+    def _check_causal(self) -> None:
+        if self.attention == "causal":
             return
-        if self.attention != "causal":
+        if guidance_of(self.reuse).is_on:
             raise UserError(
                 "reuse.guidance_every and reuse.guidance_steps work chunk by chunk: set "
                 "attention=causal, or leave them out"
             )
-        if PREDICTORS[self.reuse.predict].level == "tokens":
-            raise UserError(
-                "reuse.guidance_every and reuse.guidance_steps hold a difference of velocities: "
-                "set reuse.predict to velocity, clean or latent_update, not residual"
-            )
-
-    def _check_kv(self) -> None:
-        if self.kv.compress != "none" and self.attention != "causal":
+        if self.kv.compress != "none":
             raise UserError(
                 f"kv.compress={self.kv.compress} needs a KV cache, which attention=full does not "
                 "have: set attention=causal"
             )
-        if self.kv.dtype != "model" and self.attention != "causal":
+        if self.kv.dtype != "model":
             raise UserError(
                 f"kv.dtype={self.kv.dtype} needs a KV cache, which attention=full does not have: "
                 "set attention=causal"
             )
-        if self.clean_pass and self.attention != "causal":
+        if self.clean_pass:
             raise UserError("clean_pass=true needs a KV cache: set attention=causal")

@@ -31,16 +31,16 @@ from tqdm.auto import tqdm
 
 from flowcache.errors import UserError
 from flowcache.runtime import profile
-from flowcache.runtime.config import overrides_of
+from flowcache.runtime.config import from_python, overrides_of
 from flowcache.runtime.model import Job, Loaded, Request, Source
 from flowcache.runtime.ops import Draw
 from flowcache.runtime.run import finished, load_networks, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.unipc import timestep_grid
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE
-from skyreels_v2.calibration import rescale_for
 from skyreels_v2.components import Components, components_of, load_components
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import check_mode
@@ -128,12 +128,21 @@ class Call:
             given, encoded = getattr(call, name), getattr(call, embeds)
             if given is not None and encoded is not None:
                 raise UserError(f"give {name} or {embeds}, not both")
-            if not isinstance(given, (str, list, tuple, type(None))):
-                raise UserError(f"{name} must be a text or a list of texts, not {given!r}")
+            texts: Any = given if isinstance(given, (list, tuple)) else [given or ""]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{name} must be a text or a list of texts, not {given!r:.80}")
         if call.prompt is None and call.prompt_embeds is None:
             raise UserError("give prompt or prompt_embeds")
         if call.output_type not in OUTPUTS:
             raise UserError(f"output_type {call.output_type!r} is none of {', '.join(OUTPUTS)}")
+        for name, kind in (*((name, Tensor) for name in TENSORS), ("generator", torch.Generator)):
+            given = getattr(call, name)
+            if not all(isinstance(each, kind) for each in _listed(given)):
+                raise UserError(f"{name} must be a {kind.__name__}, not {given!r:.80}")
+        if call.num_videos_per_prompt is not None and call.num_videos_per_prompt < 1:
+            raise UserError(
+                f"num_videos_per_prompt must be 1 or more, not {call.num_videos_per_prompt}"
+            )
         if call.attention_kwargs:
             raise UserError("attention_kwargs are not supported: fuse a LoRA before from_pipe")
         unknown = [name for name in call.tensor_inputs if name not in TENSORS]
@@ -165,6 +174,10 @@ class Call:
         if isinstance(noised, float) and noised.is_integer():
             given["addnoise_condition"] = int(noised)
         return given
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def _check_names(arguments: Iterable[str], known: Sequence[str]) -> None:
@@ -427,7 +440,8 @@ class SkyReelsV2FlowCachePipeline:
         settings |= {"device": str(self._device), "prompt": "given"}
         model = _Given(self.components, pictures)
         request = Request(preset=self.preset, overrides=list(overrides_of(settings)))
-        job = prepare(model, request, writes=False)
+        with from_python():
+            job = prepare(model, request, writes=False)
         text_len = self.components.dit.config.text_len
         if call.max_sequence_length not in (None, text_len):
             raise UserError(
@@ -710,7 +724,7 @@ class _Made:
         return times.to(progress.latents.device)
 
 
-def _continued(shown: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
+def _continued(shown: Mapping[str, Tensor], job: Job) -> dict[str, Any]:
     """Return the pictures of a run; of a video what its first window repeats."""
     pictures = {name: value.to(job.device) for name, value in shown.items()}
     if "video" in pictures:

@@ -249,6 +249,7 @@ BENCHMARK = Benchmark(
             "overlap_history=null",
         ),
         keys_on_host=("kv_on_host=true",),
+        half_vae=("vae_dtype=bfloat16",),
         half_tolerance=0.06,
     ),
     checks=wan_checks,

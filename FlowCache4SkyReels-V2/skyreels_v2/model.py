@@ -10,7 +10,9 @@ import torch
 from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.stats import scaled
 from flowcache.wan import quantize
+from flowcache.wan.calibration import rescale_for
 from flowcache.wan.codec import LatentCodec
 from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig, compiled_parts
 from flowcache.wan.folder import Folders
@@ -18,7 +20,6 @@ from flowcache.wan.given import Conditioning, Media, read_media
 from flowcache.wan.memory import Held
 from flowcache.wan.model import SAME_KEYS, WanModel
 from skyreels_v2 import work as works
-from skyreels_v2.calibration import rescale_for
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import check_mode, fit_image, turn_to_fit
 from skyreels_v2.pipeline import SegmentProgress, generate
@@ -85,8 +86,9 @@ class SkyReels(WanModel):
     ) -> None:
         quantize.check(config.quantize, source.sizes, device=device, dtype=dtype)
 
-    def identity(self, job: Job) -> tuple[str, str | None]:
-        return str(job.source.files), job.config.quantize
+    def identity(self, job: Job) -> tuple[object, ...]:
+        config = job.config
+        return str(job.source.files), config.quantize, config.vae_dtype, config.vae_compile
 
     def setting(self, config: RunConfig) -> Setting:
         return Setting(
@@ -135,7 +137,7 @@ class SkyReels(WanModel):
             f"{config.attention} attention, lag {config.ar_step}, {num_branches} branches",
             f"tokens       {work.frame_tokens} per latent frame, {in_first} in the first window",
             f"forwards     {ticks * num_branches}, "
-            f"{work.flops / 1e15:.4g} PFLOPs if every step is computed",
+            f"{scaled(work.flops, 'FLOP', digits=4)} if every step is computed",
             *cost_lines(work, cache=f"{kv_tokens} tokens per layer and branch", stored="results"),
         ]
 

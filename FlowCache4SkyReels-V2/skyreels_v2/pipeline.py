@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded
+from flowcache.runtime.compile import compiled_scoring
 from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, SegmentWork, Work
 from flowcache.runtime.ops import Draw, seeded_noise
@@ -21,15 +22,15 @@ from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.wan.cached import add_flops_of_others, encode_contexts, kv_layout, open_caches
+from flowcache.wan.calibration import policy_maker
 from flowcache.wan.codec import Codec, LatentCodec
 from flowcache.wan.dit import ContextKV, DiT
 from flowcache.wan.given import Conditioning
 from flowcache.wan.vae import SPATIAL_STRIDE
-from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
 from skyreels_v2.window import Segment, Window, pixel_frames
-from skyreels_v2.work import work_of
+from skyreels_v2.work import compression_of, work_of
 
 MASK_CHANNELS = 4
 """Channels that show an I2V model which latent frames are given."""
@@ -63,11 +64,15 @@ def generate(
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
     policies = policies or _settings_policies(config, dit)
     work = work or work_of(config, dit.config, dtype=dit.dtype)
+    compression = work.loop.compression
+    if device.type == "cuda" and dit.parts.compilation is not None:
+        received = compiled_scoring()
+        compression = compression_of(config, frame_tokens=work.frame_tokens, received=received)
     run = Run(
         dit,
         work.loop.sampling,
         stats,
-        compression=work.loop.compression,
+        compression=compression,
         new_store=partial(store_of, config.reuse),
         new_guidance=partial(guidance_of, config.reuse),
         draw_noise=lambda like: draw(tuple(like.shape), like.dtype),

@@ -24,6 +24,7 @@ from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick, staggered
+from flowcache.wan.calibration import Signal
 from flowcache.wan.dit import (
     ContextKV,
     DiT,
@@ -35,7 +36,6 @@ from flowcache.wan.dit import (
     whole_window,
 )
 from flowcache.wan.unipc import UniPC, timestep_grid
-from skyreels_v2.config import Signal
 from skyreels_v2.window import Window
 
 WAITING_TIMESTEP = 999

@@ -20,8 +20,8 @@ from flowcache.runtime.files import prompt_stem
 from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.runtime.run import describe, plan_without_files, prepare, run
+from flowcache.wan.calibration import coefficients_for
 from flowcache.wan.dit import DiTConfig
-from skyreels_v2.calibration import coefficients_for
 from skyreels_v2.enhance import enhance
 from skyreels_v2.model import FOLDERS, MODEL, released_sizes
 from skyreels_v2.released import released_name

@@ -5,18 +5,17 @@ from functools import partial
 
 import torch
 
-from flowcache.compress import LAST_QUERY_TOKENS, TokenLayout, strategy_of
+from flowcache.compress import Received, TokenLayout, scoring_queries, strategy_of
 from flowcache.kv import Compression, peak_tokens
-from flowcache.policies import stored_results
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import PIXEL_BYTES
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import Pass, check_compression, most_active, walk
 from flowcache.schedule import Tick
-from flowcache.wan.dit import PATCH, DiTConfig, blocks_flops, embed_flops, head_flops
+from flowcache.wan.dit import DiTConfig, blocks_flops, embed_flops, head_flops
 from flowcache.wan.memory import Held
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from flowcache.wan.work import tokens_per_frame, wan_work
+from flowcache.wan.work import result_bytes, tokens_per_frame, wan_work
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import WHOLE_WINDOW, Sampling
 from skyreels_v2.window import Segment, latent_frames, pixel_frames, segments_of, window_of
@@ -59,9 +58,15 @@ def branches_of(config: RunConfig) -> tuple[str, ...]:
     return ("cond", "uncond") if config.guidance > 1 else ("cond",)
 
 
-def compression_of(config: RunConfig, *, frame_tokens: int) -> Compression | None:
-    """Return the KV budget in tokens and the rule that picks what stays, or None."""
-    strategy = strategy_of(config.kv)
+def compression_of(
+    config: RunConfig, *, frame_tokens: int, received: Received | None = None
+) -> Compression | None:
+    """Return the KV budget in tokens and the rule that picks what stays, or None.
+
+    Args:
+        received: how importance is summed, see `flowcache.compress.ImportanceRedundancy`.
+    """
+    strategy = strategy_of(config.kv, received=received)
     if strategy is None:
         return None
     layout = token_layout(config, frame_tokens=frame_tokens)
@@ -146,16 +151,10 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     if not is_whole:
         active = max(most_active(part.ticks, part.tokens) for part in segments)
         pass_tokens = max(queries, min(config.together_tokens, active))
-    scored = 0  # only scoring by importance needs queries
-    if config.kv.compress == "importance":
-        seen = {"token": LAST_QUERY_TOKENS, "frame": per_frame, "chunk": queries}
-        scored = min(seen[config.kv.queries], queries)
+    layout = token_layout(config, frame_tokens=per_frame)
+    scored = min(scoring_queries(strategy_of(config.kv), layout), queries)
     # results are stored whether a policy will ask for them or not
-    stored = stored_results(config.reuse) * num_branches * window_tokens
-    if loop.sampling.level == "tokens":
-        stored *= sizes.dim * dtype.itemsize
-    else:
-        stored *= PATCH[1] * PATCH[2] * sizes.out_dim * 4
+    stored = num_branches * result_bytes(sizes, config.reuse, window_tokens, dtype)
     return wan_work(
         sizes,
         segments,
@@ -236,7 +235,6 @@ def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
         chunk_key="causal_block_size",
         window_frames=num_frames,
         is_batched=work.loop.sampling.batch_branches,
-        keeps_residual=True,
     )
 
 

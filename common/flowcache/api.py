@@ -33,7 +33,7 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.cli import ProgressBar
-from flowcache.runtime.config import check_prompt, overrides_of
+from flowcache.runtime.config import check_prompt, from_python, overrides_of
 from flowcache.runtime.files import check_writable
 from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import (
@@ -467,7 +467,8 @@ class Pipeline:
         with self._as_files(given, request) as (named, shown):
             overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
-            return prepare(self.model, request, writes=False).changed(**shown)
+            with from_python():
+                return prepare(self.model, request, writes=False).changed(**shown)
 
     @contextmanager
     def _as_files(

@@ -23,6 +23,8 @@ from flowcache.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
+COARSE = ("sage",)
+"""Kernels that are less exact than their inputs: only taken where they are asked for."""
 PROBE_RUNS = 5
 """Timed runs of a kernel, of which the median counts; two more warm it up."""
 
@@ -137,6 +139,14 @@ def _flash_attn() -> dict[str, Kernel]:
     return found
 
 
+def _sage() -> dict[str, Kernel]:
+    """Return SageAttention, whose products of queries and keys are 8-bit, where it is installed."""
+    if importlib.util.find_spec("sageattention") is None:
+        return {}
+    run = importlib.import_module("sageattention").sageattn
+    return {"sage": Kernel("SageAttention", partial(run, tensor_layout="NHD"))}
+
+
 def _output_of(run: Callable[..., Any], *qkv: Tensor) -> Tensor:
     """Attend; some flash-attn 3 releases also return the log-sum-exp."""
     result = run(*qkv)
@@ -152,7 +162,8 @@ def available_kernels(device: torch.device, *, dtype: torch.dtype) -> dict[str, 
         return {"torch": SDPA}
     # flash-attn needs 16-bit inputs, laid out as ours
     is_half = dtype in (torch.bfloat16, torch.float16)
-    return (_flash_attn() if is_half else {}) | {"torch": SDPA} | _backends()
+    installed = _flash_attn() | _sage() if is_half else {}
+    return installed | {"torch": SDPA} | _backends()
 
 
 def check_available(wanted: str, device: torch.device, *, dtype: torch.dtype) -> None:
@@ -209,7 +220,11 @@ def choose_kernel(
     kernels = available_kernels(device, dtype=dtype)
     if wanted != "auto":
         check_available(wanted, device, dtype=dtype)
-        kernels = {wanted: kernels[wanted]}
+    kernels = {
+        name: kernel
+        for name, kernel in kernels.items()
+        if name == wanted or (wanted == "auto" and name not in COARSE)
+    }
     first, *_ = kernels.values()
     if device.type != "cuda" or shape is None or wanted == "torch":
         return first
@@ -238,13 +253,33 @@ def choose_kernels(
     wanted: str = "auto",
     seconds: Seconds = measure,
 ) -> tuple[Kernel, Kernel]:
-    """Pick the fastest kernel for self-attention of a shape, and for attention to the prompt."""
-    to_text = replace(shape, num_keys=max(num_text, 1))
-    own, cross = (
-        choose_kernel(device, dtype=dtype, shape=each, wanted=wanted, seconds=seconds)
-        for each in (shape, to_text)
-    )
-    return own, cross
+    """Pick the fastest kernels for self-attention and for attention to the prompt.
+
+    Self-attention is probed at its largest shape and, where chunks see earlier ones, at the first
+    chunk's, which sees itself alone.
+    """
+
+    def choose(num_keys: int) -> Kernel:
+        at = replace(shape, num_keys=num_keys)
+        return choose_kernel(device, dtype=dtype, shape=at, wanted=wanted, seconds=seconds)
+
+    most, least = shape.num_keys, min(shape.num_queries, shape.num_keys)
+    own = choose(most)
+    if least < most:
+        own = by_length(choose(least), own, limit=math.isqrt(least * most))
+    return own, choose(max(num_text, 1))
+
+
+def by_length(few: Kernel, many: Kernel, *, limit: int) -> Kernel:
+    """Return a kernel that is one of two by the number of keys, up to a limit and above it."""
+    if few.name == many.name:
+        return many
+
+    def run(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor) -> Tensor:
+        return (few if k_BKGD.shape[1] <= limit else many)(q_BQHD, k_BKGD, v_BKGD)
+
+    name = f"{few.name} up to {limit} keys, {many.name} above"
+    return Kernel(name, run, probed=many.probed)
 
 
 def describe_choice(kernel: Kernel, cross_kernel: Kernel) -> str:

@@ -18,13 +18,14 @@ Source: FlowCache, arXiv 2602.10825, section on KV cache compression; R-KV, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 
 from flowcache.bounds import MAX_FRAMES, Bounds, OneOf, Share, made_of
 from flowcache.errors import UserError
+from flowcache.head_classes import DummyForcing, ForcingKV, HeadClasses
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # torch is imported where tensors are made: a wrong setting is refused before torch is loaded
 
+Received: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
+"""`(q [Q, G, D], k [L, G, D]) -> attention that each key receives on average [G, L]`."""
 Granularity: TypeAlias = Literal["token", "frame", "chunk"]
 Order: TypeAlias = Literal["position", "score"]
 
@@ -39,6 +42,8 @@ LAST_QUERY_TOKENS = 50
 """Queries looked at when ``queries="token"``. Source: the published FlowCache compressor."""
 SCORING_BLOCK_BYTES = 256 * 2**20
 """Largest scratch memory of one block of attention logits."""
+LEAST_VALUE_WIDTH = 16
+"""Of the values of PyTorch's flexible attention."""
 EXCLUDED_SCORE = -1e6
 """Score of a token that ``weighting="hard"`` rules out. Source: the published compressor."""
 
@@ -141,6 +146,8 @@ class ImportanceRedundancy:
     """Of the kept tokens: by age, or, as published, the best first. It matters to the next
     compression only, which pools importance over neighbours."""
     max_bytes: int = SCORING_BLOCK_BYTES
+    received: Received | None = None
+    """Sums attention over queries where every query head has a key head; None: block by block."""
 
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
@@ -161,9 +168,14 @@ class ImportanceRedundancy:
 
     def score(self, q_QHD: Tensor, k_LGD: Tensor, /, *, layout: TokenLayout) -> Tensor:
         """Return the score that is ranked, float32 [G, N], one per token, frame or chunk."""
-        seen_QHD, max_bytes = self.seen_queries(q_QHD, layout), self.max_bytes
-        score_GL = redundancy(k_LGD, max_bytes=max_bytes) * (self.mix - 1)
-        score_GL += self.mix * importance(seen_QHD, k_LGD, kernel=self.kernel, max_bytes=max_bytes)
+        score_GL = redundancy(k_LGD, max_bytes=self.max_bytes) * (self.mix - 1)
+        score_GL += self.mix * importance(
+            self.seen_queries(q_QHD, layout),
+            k_LGD,
+            kernel=self.kernel,
+            max_bytes=self.max_bytes,
+            received=self.received,
+        )
         if canonical_weighting(self.weighting) != "none":
             return weigh(
                 score_GL, self.weighting, chunk_tokens=layout.chunk_tokens, power=self.power
@@ -184,6 +196,50 @@ class ImportanceRedundancy:
         count = _whole_groups(budget, group_tokens, what=self.granularity)
         score_GN = self.score(q_QHD, k_LGD, layout=layout)
         return best(score_GN, count, group_tokens=group_tokens, order=self.order)
+
+
+@dataclass(frozen=True)
+class DeepForcing:
+    """Keep a sink of first frames, the newest frames, and the tokens between that queries want.
+
+    ``phi_j = sum over queries of q . k_j`` without a softmax, for every KV head; its heads' queries
+    add up. As ``phi_j = (sum of q) . k_j`` time and memory are linear in L.
+
+    Example with D = 1, one token per frame, queries 1 and 2, keys 5 1 -1 2 0 9, one sink and one
+    recent frame and a budget of 4: between the ends phi is 3 -3 6 0, so that 0 1 3 5 stay.
+
+    Source: Deep Forcing, arXiv 2512.05081: a window of 16 to 21 frames, sink 10, recent 4.
+    """
+
+    sink_frames: int = 1
+    """Latent frames kept from the start of the clean tokens."""
+    recent_frames: int = 4
+    """Newest latent frames that are kept."""
+
+    def seen_queries(self, q_QHD: Tensor, _layout: TokenLayout, /) -> Tensor:
+        """Return the queries that the score looks at: all."""
+        return q_QHD
+
+    def keep(self, q_QHD: Tensor, k_LGD: Tensor, /, *, budget: int, layout: TokenLayout) -> Tensor:
+        """Return sink, wanted and newest tokens, int64 [K, G]; see `CompressionStrategy.keep`."""
+        import torch
+
+        num_keys, kv_heads, _ = k_LGD.shape
+        if budget >= num_keys:
+            return _rows(range(num_keys), like=k_LGD)
+        sink, recent = (n * layout.frame_tokens for n in (self.sink_frames, self.recent_frames))
+        count = budget - sink - recent
+        if count < 0:
+            raise UserError(
+                f"a budget of {budget} tokens does not hold {self.sink_frames} sink and "
+                f"{self.recent_frames} recent frames of {layout.frame_tokens} tokens each; raise "
+                "the budget, or lower sink_frames or recent_frames"
+            )
+        first = num_keys - recent
+        wanted_GD = q_QHD.float().sum(dim=0).unflatten(0, (kv_heads, -1)).sum(dim=1)
+        phi_GL = (k_LGD[sink:first].float() * wanted_GD).sum(dim=-1).transpose(0, 1)
+        ends = [_rows(range(sink), like=k_LGD), _rows(range(first, num_keys), like=k_LGD)]
+        return torch.cat([ends[0], sink + best(phi_GL, count, order="position"), ends[1]])
 
 
 @dataclass(frozen=True)
@@ -232,6 +288,154 @@ class SinkRecent:
         return _rows(range(sink), range(num_keys - recent, num_keys), like=k_LGD)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Keep the newest whole frames.
+
+    Example: of 25 clean tokens, 5 per frame, a budget of 12 keeps 15 to 24.
+
+    Source: the sliding window of Self-Forcing, arXiv 2506.08009.
+    """
+
+    def keep(self, q_QHD: Tensor, k_LGD: Tensor, /, *, budget: int, layout: TokenLayout) -> Tensor:
+        """Return the newest tokens, int64 [K, G]; see `CompressionStrategy.keep`."""
+        return SinkRecent(0).keep(q_QHD, k_LGD, budget=budget, layout=layout)
+
+
+DENSITY_FLOOR = 1e-6
+"""Least density at insertion. Source: DensityKV."""
+
+
+@dataclass
+class Density:
+    """Keep the newest frames, and a bank of older tokens in which none is crowded.
+
+    The kernel of two keys is ``(1 + |a - b|^2 / sigma^2)^-2`` with ``sigma^2 = D / 2``, and the
+    density of a key the sum of its kernels with all keys of the bank, itself included. Keys are
+    compared as if all were in one frame. Each token remembers its density at insertion.
+
+    Tokens that leave the newest frames come into the bank, the ones first that are least like it:
+    by ``max_j kernel / density_j``. Free places are taken; beyond them as many come, the same
+    number in all heads, as leave room for evicting all that have become twice as dense as when they
+    were inserted. Evicted are those, then the densest.
+
+    It is stateful: one instance per cache.
+
+    Source: DensityKV, arXiv 2608.27922: a bank of 9,360 tokens, five recent frames.
+    """
+
+    recent_frames: int = 4
+    """Newest latent frames that are kept."""
+    inserted_GB: Tensor | None = field(default=None, init=False, compare=False)
+    """Density at insertion of the bank's tokens, the first ones of the cache."""
+
+    def keep(self, _q_QHD: Tensor, k_LGD: Tensor, /, *, budget: int, layout: TokenLayout) -> Tensor:
+        """Return bank and newest tokens, int64 [K, G]; see `CompressionStrategy.keep`."""
+        import torch
+
+        num_keys, recent = len(k_LGD), self.recent_frames * layout.frame_tokens
+        if budget >= num_keys:
+            return _rows(range(num_keys), like=k_LGD)
+        self.check(budget, layout)
+        k_GLD = k_LGD.transpose(0, 1)[:, : num_keys - recent].float()
+        bank_GB = self._bank(k_GLD, budget - recent)
+        index_BG = bank_GB.transpose(0, 1)
+        newest = _rows(range(num_keys - recent, num_keys), like=k_LGD)
+        return torch.cat([index_BG, newest])
+
+    def check(self, budget: int, layout: TokenLayout) -> None:
+        """Check that a budget holds the newest frames."""
+        if budget < self.recent_frames * layout.frame_tokens:
+            raise UserError(
+                f"a budget of {budget} tokens does not hold {self.recent_frames} recent frames of "
+                f"{layout.frame_tokens} tokens each; raise the budget or lower recent_frames"
+            )
+
+    def _bank(self, k_GLD: Tensor, capacity: int) -> Tensor:
+        """Return the places of the tokens that are in the bank from now on, [G, B]."""
+        import torch
+
+        heads, old_GB = len(k_GLD), self.inserted_GB
+        old_GB = k_GLD.new_zeros(heads, 0) if old_GB is None else old_GB
+        size = old_GB.shape[1]
+        order_GN = self._novel_first(k_GLD, old_GB)
+        new_GND = k_GLD[:, size:].gather(1, _wide(order_GN, k_GLD))
+        count, out_GE = self._admitted(k_GLD[:, :size], new_GND, old_GB, capacity)
+        stays_GB = torch.ones(heads, size, dtype=torch.bool, device=k_GLD.device)
+        stays_GB.scatter_(1, out_GE, value=False)
+        kept_GB = stays_GB.nonzero()[:, 1].view(heads, -1)
+        new_GN = (size + order_GN[:, :count]).sort(dim=-1).values
+        place_GB = torch.cat([kept_GB, new_GN], dim=1)
+        bank_GBD = k_GLD.gather(1, _wide(place_GB, k_GLD))
+        fresh = [_kernel(bank[kept_GB.shape[1] :], bank).sum(dim=-1) for bank in bank_GBD]
+        fresh_GN = torch.stack(fresh).clamp(min=DENSITY_FLOOR)
+        self.inserted_GB = torch.cat([old_GB.gather(1, kept_GB), fresh_GN], dim=1)
+        return place_GB
+
+    def _novel_first(self, k_GLD: Tensor, old_GB: Tensor) -> Tensor:
+        """Return the tokens that want into the bank, the ones first that are least like it."""
+        import torch
+
+        size = old_GB.shape[1]
+        if not size:
+            return torch.arange(k_GLD.shape[1], device=k_GLD.device).expand(len(k_GLD), -1)
+        pairs = zip(k_GLD, old_GB, strict=True)  # head by head: pairs of tokens take much memory
+        like = [(_kernel(k[size:], k[:size]) / old).amax(dim=-1) for k, old in pairs]
+        return torch.stack(like).argsort(dim=-1, stable=True)
+
+    def _admitted(
+        self, bank_GBD: Tensor, new_GND: Tensor, old_GB: Tensor, capacity: int
+    ) -> tuple[int, Tensor]:
+        """Return how many of the ordered tokens come in, and the places [G, E] of those evicted."""
+        import torch
+
+        new_GND = new_GND[:, :capacity]
+        size, wanting = old_GB.shape[1], new_GND.shape[1]
+        free = min(wanting, capacity - size)
+        none_GE = old_GB.new_zeros(len(old_GB), 0, dtype=torch.int64)
+        if not size or free == wanting:
+            return free, none_GE
+        density_GB = torch.stack([_kernel(bank, bank).sum(dim=-1) for bank in bank_GBD])
+        rows = [*zip(bank_GBD, new_GND, density_GB, old_GB, strict=True)]
+        crowded = [
+            (density + _kernel(new, bank).cumsum(dim=0) >= 2 * old).sum(dim=-1)
+            for bank, new, density, old in rows
+        ]
+        room_N = torch.arange(1, wanting + 1, device=old_GB.device) - (capacity - size)
+        fits_N = (torch.stack(crowded) <= room_N).all(dim=0) & (room_N > 0)
+        count = max([free, *(fits_N.nonzero().flatten() + 1).tolist()[-1:]])
+        if count == free:
+            return free, none_GE
+        last = [d + _kernel(new[:count], bank).sum(dim=0) for bank, new, d, _ in rows]
+        last_GB = torch.stack(last)
+        # the crowded ones first, then the densest
+        rank_GB = last_GB + (last_GB >= 2 * old_GB) * (last_GB.amax() + 1)
+        evicted = count - (capacity - size)
+        return count, rank_GB.argsort(dim=-1, descending=True, stable=True)[:, :evicted]
+
+
+def _wide(index_GN: Tensor, like_GLD: Tensor) -> Tensor:
+    return index_GN.unsqueeze(-1).expand(-1, -1, like_GLD.shape[-1])
+
+
+def _kernel(a_ND: Tensor, b_MD: Tensor) -> Tensor:
+    """Return the kernel of all pairs of keys of one head, [N, M]; see `Density`."""
+    import torch
+
+    square = torch.cdist(a_ND, b_MD, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return (1 + square * (2 / a_ND.shape[-1])) ** -2
+
+
+def scoring_queries(strategy: CompressionStrategy | HeadClasses | None, layout: TokenLayout) -> int:
+    """Return how many queries of a chunk score the keys; 0 without scores."""
+    import torch
+
+    if not isinstance(strategy, SCORED):
+        return 0
+    sample = torch.empty(layout.chunk_tokens, 1, 1, device="meta")
+    return len(strategy.seen_queries(sample, layout))
+
+
 def _whole_groups(budget: int, group_tokens: int, *, what: str) -> int:
     if budget < 0 or 0 < budget < group_tokens:
         raise UserError(
@@ -251,12 +455,19 @@ def _rows(*spans: range, like: Tensor) -> Tensor:
 
 # Settings -----------------------------------------------------------------------------------------
 
-STRATEGIES: Mapping[str, type[CompressionStrategy] | None] = MappingProxyType(
+SCORED = (ImportanceRedundancy, DeepForcing)
+"""The strategies that look at queries."""
+STRATEGIES: Mapping[str, type[CompressionStrategy] | type[HeadClasses] | None] = MappingProxyType(
     {
         "none": None,
         "importance": ImportanceRedundancy,
         "recent": Recent,
         "sink_recent": SinkRecent,
+        "window": Window,
+        "deep_forcing": DeepForcing,
+        "density": Density,
+        "dummy_forcing": DummyForcing,
+        "forcing_kv": ForcingKV,
     }
 )
 """What `kv.compress` names."""
@@ -284,6 +495,7 @@ class KVRule:
     power: Annotated[float, Bounds(0, 100, is_open=True)] = 3.0
     order: Order = "position"
     sink_frames: Annotated[int, Bounds(1, MAX_FRAMES)] = 1
+    recent_frames: Annotated[int, Bounds(1, MAX_FRAMES)] = 4
     dtype: Annotated[str, OneOf(KV_DTYPES)] = "model"
     quantizer: Annotated[str, OneOf(QUANTIZERS)] = "token"
     group_size: Annotated[int | None, Bounds(4, 1024)] = None
@@ -294,8 +506,30 @@ class KVRule:
     bias_correction: bool = False
 
 
-def strategy_of(rule: KVRule) -> CompressionStrategy | None:
-    """Return what picks the clean tokens that stay, or None where all do."""
+def strategy_of(rule: KVRule, *, received: Received | None = None) -> CompressionStrategy | None:
+    """Return what picks the clean tokens that stay, or None where all do.
+
+    Args:
+        received: see `ImportanceRedundancy`.
+
+    Raises:
+        UserError: the strategy needs more of a cache than keys and queries.
+    """
+    strategy = STRATEGIES[rule.compress]
+    if strategy is None:
+        return None
+    if strategy is Density or issubclass(strategy, HeadClasses):
+        raise UserError(
+            f"kv.compress={rule.compress} needs a cache that holds keys before rotation, or that "
+            "of each class of heads, which this model has not: choose another one"
+        )
+    made = made_of(strategy, rule)
+    is_scored = isinstance(made, ImportanceRedundancy)
+    return replace(made, received=received) if is_scored else made
+
+
+def any_strategy_of(rule: KVRule) -> CompressionStrategy | HeadClasses | None:
+    """Return a new strategy, or None, for a cache that has what all of them need."""
     strategy = STRATEGIES[rule.compress]
     return None if strategy is None else made_of(strategy, rule)
 
@@ -330,7 +564,12 @@ def _redundancy_blocks(
 
 
 def importance(
-    q_QHD: Tensor, k_LGD: Tensor, *, kernel: int = 7, max_bytes: int = SCORING_BLOCK_BYTES
+    q_QHD: Tensor,
+    k_LGD: Tensor,
+    *,
+    kernel: int = 7,
+    max_bytes: int = SCORING_BLOCK_BYTES,
+    received: Received | None = None,
 ) -> Tensor:
     """Score every clean key by the attention it receives, float32 [G, L].
 
@@ -345,8 +584,20 @@ def importance(
     Source: arXiv 2602.10825, KV compression; the maximum over a group is R-KV's rule for
     grouped-query attention.
     """
-    import torch
     from torch.nn.functional import max_pool1d
+
+    if received is not None and q_QHD.shape[1] == k_LGD.shape[1]:
+        received_GL = received(q_QHD, k_LGD)
+    else:
+        received_GL = attention_received(q_QHD, k_LGD, max_bytes=max_bytes)
+    return max_pool1d(received_GL, kernel, stride=1, padding=kernel // 2)
+
+
+def attention_received(
+    q_QHD: Tensor, k_LGD: Tensor, *, max_bytes: int = SCORING_BLOCK_BYTES
+) -> Tensor:
+    """Return the attention each key receives from a query on average, float32 [G, L], in blocks."""
+    import torch
 
     (num_queries, num_heads, head_dim), (num_keys, kv_heads, _) = q_QHD.shape, k_LGD.shape
     group = num_heads // kv_heads
@@ -355,16 +606,43 @@ def importance(
     heads, queries, _ = _importance_blocks(num_queries, num_keys, **sizes, max_bytes=max_bytes)
     received_GL = torch.empty(kv_heads, num_keys, dtype=torch.float32, device=k_LGD.device)
     for g in range(0, kv_heads, heads):
-        received_GL[g : g + heads] = _attention_received(
+        received_GL[g : g + heads] = _received_by_heads(
             q_QHD[:, g * group : (g + heads) * group],
             k_LGD[:, g : g + heads],
             queries_per_block=queries,
         )
-    return max_pool1d(received_GL, kernel, stride=1, padding=kernel // 2)
+    return received_GL
 
 
-def _attention_received(q_QHD: Tensor, k_LGD: Tensor, *, queries_per_block: int) -> Tensor:
-    """Return the attention each key receives from a query on average, [G, L]."""
+def attention_received_by_sums(q_QHD: Tensor, k_LGD: Tensor) -> Tensor:
+    """Return what `attention_received` does, by two attentions of which only the sums are wanted.
+
+    With ``Z_q = sum_j exp(l_qj)`` a key receives ``sum_q exp(l_qj - log Z_q)``: the sums of an
+    attention of keys to queries, whose logits are lowered by what the first attention summed to.
+    Once this is compiled no logit reaches memory, products of 16-bit numbers are summed in float32,
+    and there are two and a quarter products of queries and keys: the values nobody asks for have
+    the least width that there is, an eighth of 128.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    q_1GQD, k_1GLD = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHD, k_LGD))
+    unused_q, unused_k = (x.new_zeros(*x.shape[:3], LEAST_VALUE_WIDTH) for x in (q_1GQD, k_1GLD))
+    only_sums = AuxRequest(lse=True)
+    _, by_query = flex_attention(q_1GQD, k_1GLD, unused_k, return_aux=only_sums)
+
+    assert by_query.lse is not None
+    log_sum_GQ = by_query.lse[0]
+
+    def lowered(score: Tensor, _batch: Tensor, head: Tensor, _key: Tensor, query: Tensor) -> Tensor:
+        return score - log_sum_GQ[head, query]
+
+    _, by_key = flex_attention(k_1GLD, q_1GQD, unused_q, score_mod=lowered, return_aux=only_sums)
+    assert by_key.lse is not None
+    return by_key.lse[0].exp() / len(q_QHD)
+
+
+def _received_by_heads(q_QHD: Tensor, k_LGD: Tensor, *, queries_per_block: int) -> Tensor:
+    """Return the attention that the keys of some heads receive, [G, L]."""
     (num_queries, num_heads, head_dim), (num_keys, kv_heads, _) = q_QHD.shape, k_LGD.shape
     k_GDL = k_LGD.permute(1, 2, 0).float()
     total_GL = k_GDL.new_zeros(kv_heads, num_keys)

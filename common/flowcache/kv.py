@@ -42,6 +42,11 @@ class TokenOrigins:
         self.chunk_TG[start:stop] = chunk
         self.count_GN[:, chunk] += stop - start
 
+    def rewind(self, start: int, stop: int) -> None:
+        """Note that the tokens from one row to another are gone."""
+        gone_GT = self.chunk_TG[start:stop].transpose(0, 1)
+        self.count_GN.scatter_add_(1, gone_GT, -torch.ones_like(gone_GT))
+
     def keep(self, indices_KG: Tensor) -> None:
         """Note which tokens of each head stay."""
         kept_KG = self.chunk_TG.gather(0, indices_KG)
@@ -146,6 +151,13 @@ class KVCache:
             assert chunk is not None, "origins are tracked, but the chunk is not named"
             self.origins.settle(self.clean - num_tokens, self.clean, chunk=chunk)
 
+    def rewind(self, num_tokens: int) -> None:
+        """Drop the newest clean tokens, and all active ones."""
+        self.clean -= num_tokens
+        self.filled = self.clean
+        if self.origins is not None:
+            self.origins.rewind(self.clean, self.clean + num_tokens)
+
     def pack(self) -> None:
         """Quantise what is clean, where a cache does that; its keys must be final."""
 
@@ -161,6 +173,10 @@ class KVCache:
         self.clean, self.filled = kept, kept + active
         if self.origins is not None:
             self.origins.keep(indices_KG)
+
+    def num_bytes(self) -> int:
+        """Return the bytes of what is held."""
+        return self.kv.nbytes
 
     def compress(self, q_SHC: Tensor, keep: Keep) -> None:
         """Keep the clean tokens that a rule picks by these queries."""
@@ -330,10 +346,10 @@ def cached_attention(
         ]
         outputs: list[Tensor] = []
         for number, ((cache, own), (q, k, v)) in enumerate(zip(reads, parts, strict=True)):
-            cache.put(own.start, k[0], v[0])
             if compression is not None and is_full(cache):
-                with timing():
+                with timing():  # first: the tokens that leave make room for the new ones
                     cache.compress(q[0], compression.keep)
+            cache.put(own.start, k[0], v[0])
             seen_k, seen_v = read(cache, own, (k[0], v[0]), then=upcoming[number + 1 :])
             seen = seen_k.unsqueeze(0), seen_v.unsqueeze(0)
             outputs.append(attend_wide(kernel, q, *seen, num_groups=cache.bias_groups))
@@ -351,7 +367,9 @@ def peak_tokens(
 ) -> int:
     """Return how many tokens a cache must hold at most: clean (or kept) and active ones.
 
-    Compression counts only where it surely happens, in a tick in which a chunk enters.
+    Compression counts only where it surely happens: before a chunk that enters puts its keys.
+    Example: chunks of 80 tokens, budget 80, two active. When a third one enters, behind 80 kept
+    tokens, 80 that just became clean and 80 active ones, 80 leave first: 240, not 320.
 
     Args:
         given: tokens of the given clean chunks (prefix, end image).
@@ -359,8 +377,10 @@ def peak_tokens(
     """
     clean = peak = given
     for tick in ticks:
-        peak = max(peak, clean + sum(chunk_tokens[chunk] for chunk in tick.steps))
+        active = sum(chunk_tokens[chunk] for chunk in tick.steps)
         if budget is not None and tick.entering:
-            clean = min(clean, budget)
+            entering = sum(chunk_tokens[chunk] for chunk in tick.entering)
+            peak, clean = max(peak, clean + active - entering), min(clean, budget)
+        peak = max(peak, clean + active)
         clean += sum(chunk_tokens[chunk] for chunk in tick.finishing)
     return peak

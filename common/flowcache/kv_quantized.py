@@ -286,13 +286,36 @@ class QuantizedKVCache(KVCache):
             stored[:kept] = gather(stored[: self.packed], places)
         self.filled -= self.clean - kept
         self.clean = self.packed = kept
-        self.version += 1
-        if self.tables is not None:
-            # the host waits: a table whose tokens have all left makes room for another
-            used = {*self.rows.slot[:kept].unique().tolist(), self.slot}
-            self.free_slots = [s for s in range(len(self.tables[0].base)) if s not in used]
+        self._free_tables()
         if self.origins is not None:
             self.origins.keep(indices_KG)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Drop the newest clean tokens, quantised or not, and all active ones."""
+        super().rewind(num_tokens)
+        room, waiting = self.clean - self.packed, self.waiting
+        self.waiting = []
+        for count, chunk in waiting:
+            if (left := min(count, room)) > 0:
+                self.waiting.append((left, chunk))
+                room -= left
+        if self.packed > self.clean:
+            self.packed = self.clean
+            if self.packed:
+                # the tables of the newest chunk that stays are those that the next one begins with
+                self.slot = int(self.rows.slot[self.packed - 1, 0])
+            else:
+                self.tables, self.slot = None, 0
+            self._free_tables()
+
+    def _free_tables(self) -> None:
+        """Make room in place of the tables whose tokens have all left; packed rows have changed."""
+        self.version += 1
+        self.free_slots = []
+        if self.tables is not None:
+            # the host waits
+            used = {*self.rows.slot[: self.packed].unique().tolist(), self.slot}
+            self.free_slots = [s for s in range(len(self.tables[0].base)) if s not in used]
 
     def _pack(self, num_chunks: int) -> None:
         for _ in range(num_chunks):

@@ -15,8 +15,10 @@ from comfy_api.util import VideoComponents
 from PIL import Image
 
 import flowcache
+from flowcache.runtime.model import MODELS
 
 CATEGORY = "FlowCache"
+BY_NAME = "by name"
 PREVIEW_PIXELS = 512
 """Longest side of a preview."""
 
@@ -38,7 +40,7 @@ class FlowCacheLoad:
                 "preset": ("STRING", {"default": "flowcache_fast"}),
             },
             "optional": {
-                "architecture": (["by name", "skyreels_v2", "magi1"],),
+                "architecture": ([BY_NAME, *MODELS],),
                 "memory_limit": ("STRING", {"default": "auto"}),
             },
         }
@@ -47,7 +49,7 @@ class FlowCacheLoad:
         self,
         model: str,
         preset: str,
-        architecture: str = "by name",
+        architecture: str = BY_NAME,
         memory_limit: str = "auto",
     ) -> tuple[Any]:
         """Return the pipeline."""
@@ -56,7 +58,7 @@ class FlowCacheLoad:
             flowcache.load(
                 model,
                 preset=preset,
-                architecture=None if architecture == "by name" else architecture,
+                architecture=None if architecture == BY_NAME else architecture,
                 progress_bar=False,
                 memory_limit=memory_limit,
             ),
@@ -78,7 +80,10 @@ class FlowCacheVideo:
             "required": {
                 "pipe": ("FLOWCACHE",),
                 "prompt": ("STRING", {"multiline": True}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**32 - 1}),
+                "seed": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 2**32 - 1, "control_after_generate": True},
+                ),
             },
             "optional": {
                 "num_frames": ("INT", {"default": 0, "min": 0, "max": 100_000}),

@@ -14,12 +14,15 @@ from torch.nn import functional
 
 from flowcache.attention import SDPA, Kernel
 from flowcache.kv import cached_attention, caches_for
+from flowcache.policies import Vanilla
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan import vae
 from flowcache.wan.cached import CachedDiT, open_branches
+from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import DiT, DiTConfig, Embedded
 from flowcache.wan.flow_match import add_noise, estimate_clean, levels_of
+from flowcache.wan.reuse import StepReuse
 from flowcache.wan.rounded import RoundedDiT
 from flowcache.wan.unipc import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, compare
@@ -411,15 +414,18 @@ def denoise(
         on_host=False,
     )
     height, width = latents.shape[-2:]
+    cached = CachedDiT(
+        dit, branches, stats=stats, ranks=ranks, size=(height, width), num_chunks=len(chunks)
+    )
+    every = {name: Vanilla() for name in branches}
     sampler = Sampler(
-        CachedDiT(
-            dit, branches, stats=stats, ranks=ranks, size=(height, width), num_chunks=len(chunks)
-        ),
+        cached,
         sampling,
         latents,
         chunks=chunks,
         num_given=sum(chunk.stop <= num_given for chunk in chunks),
         draw=draw,
+        reuse=StepReuse(cached, ReuseConfig(), policies=every, guidance=sampling.guidance),
     )
     for _ in sampler.denoise():
         pass

@@ -15,10 +15,10 @@ from flowcache.policies import Decision, FlowCache, ReusePolicy, TeaCache, Vanil
 from flowcache.predict import ResultStore
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
+from flowcache.wan.calibration import COEFFICIENTS
 from flowcache.wan.dit import PATCH, DiT, DiTConfig
 from flowcache.wan.given import Conditioning
 from golden.case import Case, Check, compare, compare_sets, known
-from skyreels_v2.calibration import COEFFICIENTS
 from skyreels_v2.config import KVConfig, ReuseConfig, RunConfig
 from skyreels_v2.pipeline import generate
 from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler

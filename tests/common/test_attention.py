@@ -126,13 +126,53 @@ def test_attention_to_the_prompt_is_probed_at_its_own_shape():
         if not kernel.name.endswith(("flash", "cudnn")):
             return math.inf
         is_flash = kernel.name.endswith("flash")
-        return 1.0 if is_flash == (shape.num_keys > 100) else 2.0
+        return 1.0 if is_flash == (shape.num_keys > 10) else 2.0
 
     own, cross = choose_kernels(CUDA, dtype=HALF, shape=SHAPE, num_text=7, seconds=seconds)
     assert own.name == "torch SDPA, flash"
     assert cross.name == "torch SDPA, cudnn"
     assert dict(own.probed)["torch SDPA, cudnn"] == 2.0
     assert dict(cross.probed)["torch SDPA, flash"] == 2.0
+
+
+@pytest.mark.parametrize(("num_keys", "name"), [(128, "cudnn"), (129, "flash")])
+def test_self_attention_is_probed_for_few_and_for_many_keys(
+    num_keys: int, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Between 64 keys and 256 the border is their geometric mean."""
+
+    def seconds(kernel: Kernel, shape: AttentionShape, *_: object) -> float:
+        faster = "cudnn" if shape.num_keys == 64 else "flash"
+        return 1.0 if kernel.name.endswith(faster) else 2.0
+
+    ran: list[str] = []
+    monkeypatch.setattr(Kernel, "__call__", lambda self, *_: ran.append(self.name))
+    own, _ = choose_kernels(CUDA, dtype=HALF, shape=SHAPE, num_text=7, seconds=seconds)
+    assert own.name == "torch SDPA, cudnn up to 128 keys, torch SDPA, flash above"
+    own.run(torch.zeros(1), torch.zeros(1, num_keys), torch.zeros(1))
+    assert ran == [f"torch SDPA, {name}"]
+
+
+def test_a_coarse_kernel_is_taken_where_it_is_asked_for_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "sageattention.py").write_text(
+        "def sageattn(q, k, v, tensor_layout):\n    return {'NHD': 2}[tensor_layout] * q\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(importlib.import_module("sys").modules, "sageattention", raising=False)
+    assert "sage" in available_kernels(CUDA, dtype=HALF)
+    assert "sage" not in available_kernels(CUDA, dtype=torch.float32)
+
+    def seconds(kernel: Kernel, *_: object) -> float:
+        return 1.0 if kernel.name == "SageAttention" else 2.0
+
+    auto = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, seconds=seconds)
+    assert auto.name != "SageAttention"
+    asked = choose_kernel(CUDA, dtype=HALF, shape=SHAPE, wanted="sage", seconds=seconds)
+    assert asked.name == "SageAttention"
+    x = torch.ones(1, 2, 1, 4)
+    assert torch.equal(asked(x, x, x), 2 * x)
 
 
 def test_without_cuda_both_attentions_are_the_same_function():

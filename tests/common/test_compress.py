@@ -14,12 +14,18 @@ from torch import Tensor
 
 from flowcache.compress import (
     EXCLUDED_SCORE,
+    STRATEGIES,
     WEIGHTINGS,
     CompressionStrategy,
+    DeepForcing,
+    Density,
     ImportanceRedundancy,
+    KVRule,
     Recent,
     SinkRecent,
     TokenLayout,
+    Window,
+    attention_received_by_sums,
     best,
     gather,
     importance,
@@ -27,6 +33,8 @@ from flowcache.compress import (
     position_weights,
     redundancy,
     scoring_bytes,
+    scoring_queries,
+    strategy_of,
     weigh,
 )
 from flowcache.errors import UserError
@@ -40,7 +48,9 @@ SMALLEST_ORDERED_GAP = 32
 LAYOUT = TokenLayout(frame_tokens=6, chunk_tokens=12)
 
 
-def golden_outputs(case: dict[str, Any], tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def golden_outputs(
+    case: dict[str, Any], tensors: Callable[[str], Tensor], *, received: Any = None
+) -> dict[str, Tensor]:
     """Return all that a case of the golden file can hold, computed by our code."""
     k, v, q = (tensors(f"{case['inputs']}.{name}") for name in "kvq")
     num_clean, is_token = case["clean_tokens"], case["strategy"] == "token"
@@ -54,6 +64,7 @@ def golden_outputs(case: dict[str, Any], tensors: Callable[[str], Tensor]) -> di
         weighting=case["weighting"] if is_token else "none",
         power=case.get("power", 3),
         order="score",
+        received=received,
     )
     clean_k = k[:num_clean]
     seen_q = strategy.seen_queries(q, layout)
@@ -99,10 +110,14 @@ def peak_extra_bytes(call: Callable[[], object], trace: Path) -> int:
     return peak
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("received", [None, attention_received_by_sums], ids=["blocks", "sums"])
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["name"])
-def test_reference_scores_and_kept_tokens_are_reproduced(case: dict[str, Any]) -> None:
+def test_reference_scores_and_kept_tokens_are_reproduced(
+    case: dict[str, Any], received: Any
+) -> None:
     with safe_open(GOLDEN, "pt") as file:
-        ours = golden_outputs(case, file.get_tensor)
+        ours = golden_outputs(case, file.get_tensor, received=received)
         stored = {
             key.split(".")[1]: file.get_tensor(key)
             for key in file.keys()  # noqa: SIM118
@@ -176,6 +191,21 @@ def test_importance_in_blocks_equals_importance_at_once(query_heads: int, max_by
     q, k = random_keys(4, num_tokens=37, heads=query_heads), random_keys(5, heads=4)
     blocked = importance(q, k, max_bytes=max_bytes)
     assert_close(blocked, importance(q, k), ulps=64)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_importance_by_sums_equals_importance_in_blocks() -> None:
+    q, k = 2 * random_keys(4, num_tokens=37, heads=4), 2 * random_keys(5, heads=4)
+    by_sums = importance(q, k, received=attention_received_by_sums)
+    assert_close(by_sums, importance(q, k), ulps=64)
+    sums = attention_received_by_sums(q, k).sum(dim=-1)
+    assert_close(sums, torch.ones(4), ulps=64)
+
+
+def test_heads_that_share_keys_are_not_summed() -> None:
+    """The maximum over a group is none of the sums that attention gives."""
+    q, k = random_keys(4, heads=8), random_keys(5, heads=4)
+    assert torch.equal(importance(q, k, received=attention_received_by_sums), importance(q, k))
 
 
 def test_redundancy_head_by_head_equals_redundancy_at_once() -> None:
@@ -357,3 +387,128 @@ def test_how_many_tokens_stay_is_known_without_keys(strategy: CompressionStrateg
     torch.manual_seed(0)
     kept = strategy.keep(torch.randn(10, 2, 8), torch.randn(30, 2, 8), budget=budget, layout=layout)
     assert kept_tokens(strategy, num_keys=30, budget=budget, layout=layout) == len(kept)
+
+
+# Rivals -------------------------------------------------------------------------------------------
+
+ONE_EACH = TokenLayout(frame_tokens=1, chunk_tokens=1)
+
+
+def column(*values: float) -> Tensor:
+    """Return tokens of one head of width one, [L, 1, 1]."""
+    return torch.tensor(values).view(-1, 1, 1)
+
+
+def test_a_window_keeps_the_newest_whole_frames():
+    keys = torch.zeros(25, 2, 1)
+    layout = TokenLayout(frame_tokens=5, chunk_tokens=10)
+    kept = Window().keep(keys, keys, budget=12, layout=layout)
+    assert kept[:, 0].tolist() == [*range(15, 25)]
+    assert kept_tokens(Window(), num_keys=25, budget=12, layout=layout) == 10
+
+
+def test_deep_forcing_keeps_the_tokens_worked_by_hand():
+    strategy = DeepForcing(sink_frames=1, recent_frames=1)
+    keys = column(5, 1, -1, 2, 0, 9)
+    kept = strategy.keep(column(1, 2), keys, budget=4, layout=ONE_EACH)
+    assert kept[:, 0].tolist() == [0, 1, 3, 5]
+    both = torch.cat([keys, -keys], dim=1)  # the second head wants what the first does not
+    kept = strategy.keep(column(1, 2).expand(-1, 2, -1), both, budget=3, layout=ONE_EACH)
+    assert kept.transpose(0, 1).tolist() == [[0, 3, 5], [0, 2, 5]]
+
+
+def test_query_heads_of_a_group_want_together():
+    """Sums over the queries of two heads are 3 and -4: together they want the least key."""
+    queries = torch.cat([column(1, 2), column(-4, 0)], dim=1)
+    strategy = DeepForcing(sink_frames=1, recent_frames=1)
+    kept = strategy.keep(queries, column(0, 1, -1, 2, 0), budget=3, layout=ONE_EACH)
+    assert kept[:, 0].tolist() == [0, 2, 4]
+
+
+def test_density_fills_its_bank_then_lets_leave_what_is_crowded():
+    """Width 2: sigma is 1, and keys at distance 1 have the kernel 1/4, at distance 0 one.
+
+    The bank holds keys at 0, 10, 20, alone: densities 1. Of a copy of the first, of one at 30 and
+    of one between, those least like it come first: 30, then 11 (1/4 like the second), then the
+    copy. A bank of three takes 30 if one leaves: none is crowded, so the densest, the oldest of
+    equals. 11 makes nobody crowded, either: two more leave.
+    """
+    strategy = Density(recent_frames=1)
+
+    def keys(*places: float) -> Tensor:
+        return torch.tensor([[place, 0.0] for place in places]).unsqueeze(1)
+
+    def keep(*places: float, budget: int) -> list[int]:
+        made = strategy.keep(keys(0), keys(*places), budget=budget, layout=ONE_EACH)
+        return made[:, 0].tolist()
+
+    assert keep(0, 10, 20, 99, budget=4) == [0, 1, 2, 3]
+    assert strategy.inserted_GB is None  # nothing had to leave
+    assert keep(0, 10, 20, 0, 99, budget=4) == [0, 1, 2, 4]
+    assert strategy.inserted_GB is not None
+    assert_close(strategy.inserted_GB, torch.ones(1, 3), ulps=1 << 12)
+
+
+def test_density_evicts_a_key_that_became_twice_as_dense():
+    """A copy of the key at 10 doubles its density, 1 to 2: that key leaves, not an older one."""
+    strategy = Density(recent_frames=1)
+    strategy.inserted_GB = torch.ones(1, 3)
+    places = torch.tensor([[0.0, 0], [10, 0], [20, 0], [10, 0], [99, 0]]).unsqueeze(1)
+    kept = strategy.keep(places, places, budget=4, layout=ONE_EACH)
+    assert kept[:, 0].tolist() == [0, 2, 3, 4]
+
+
+def test_density_takes_no_more_than_leave_room_for_the_crowded():
+    """Both new keys are copies; the one of two crowds two of the bank, more than one may evict.
+
+    Bank: 0, 0, 20 with densities at insertion 2, 2 and 1. A copy of 20 alone evicts the one at 20;
+    with copies of 0 (2 + 1 of 2 is not twice) nobody else is crowded, so both come in.
+    """
+    strategy = Density(recent_frames=1)
+    strategy.inserted_GB = torch.tensor([[1.0, 1.0, 1.0]])
+    places = torch.tensor([[0.0, 0], [0, 0], [20, 0], [0, 0], [99, 0]]).unsqueeze(1)
+    kept = strategy.keep(places, places, budget=4, layout=ONE_EACH)
+    # both at 0 are three times as dense as alone: one new key has room for one eviction only
+    assert kept[:, 0].tolist() == [0, 1, 2, 4]
+
+
+def test_density_takes_those_first_that_are_least_like_its_bank():
+    """Three keys at 0, each 3 dense, at 1.6 when they came. A fourth one would crowd all three.
+
+    The one at 50 comes first, though it is younger, and crowds nobody: the oldest one leaves for
+    it. With the copy as well three would have to leave, but only two may.
+    """
+    strategy = Density(recent_frames=1)
+    strategy.inserted_GB = torch.full((1, 3), 1.6)
+    places = torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, 0], [50, 0], [99, 0]]).unsqueeze(1)
+    kept = strategy.keep(places, places, budget=4, layout=ONE_EACH)
+    assert kept[:, 0].tolist() == [1, 2, 4, 5]
+
+
+def test_more_new_keys_than_the_bank_holds_replace_it_at_most():
+    strategy = Density(recent_frames=1)
+    places = torch.arange(8.0).mul(10).view(-1, 1, 1)
+    for _ in range(2):
+        kept = strategy.keep(places, places, budget=3, layout=ONE_EACH)
+        assert len(kept) == 3
+    assert kept[-1].item() == 7
+    assert strategy.inserted_GB is not None
+    assert strategy.inserted_GB.shape == (1, 2)
+
+
+def test_what_needs_more_of_a_cache_than_keys_is_refused_where_it_is_not_there():
+    for name in ("density", "dummy_forcing", "forcing_kv"):
+        with pytest.raises(UserError, match=f"kv.compress={name} needs a cache"):
+            strategy_of(KVRule(compress=name))
+    plain = [name for name in STRATEGIES if name not in ("density", "dummy_forcing", "forcing_kv")]
+    assert [scoring_queries(strategy_of(KVRule(compress=n)), LAYOUT) for n in plain] == [
+        *(0, 12, 0, 0, 0, 12)
+    ]
+
+
+def test_a_budget_that_does_not_hold_what_always_stays_is_refused():
+    keys = column(*range(9))
+    with pytest.raises(UserError, match="does not hold 1 sink and 4 recent frames"):
+        DeepForcing().keep(keys, keys, budget=4, layout=ONE_EACH)
+    with pytest.raises(UserError, match="does not hold 4 recent frames"):
+        Density().keep(keys, keys, budget=3, layout=ONE_EACH)

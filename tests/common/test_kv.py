@@ -361,10 +361,10 @@ def simulate(
         offset = 0
         for chunk, step in tick.steps.items():
             if step == 0 or (computed is not None and computed.random() < 0.5):
-                put(cache, offset, [0.0] * sizes[chunk])
-                peak = max(peak, cache.filled)
                 if budget is not None and cache.clean > budget:
                     cache.keep(torch.arange(budget).unsqueeze(1))
+                put(cache, offset, [0.0] * sizes[chunk])
+                peak = max(peak, cache.filled)
             offset += sizes[chunk]
         for chunk in tick.finishing:
             cache.settle(sizes[chunk])
@@ -406,5 +406,24 @@ def test_the_capacity_of_the_published_run_is_that_worked_by_hand():
     assert peak_tokens(ticks, chunk_tokens=tokens, given=0, budget=10_200) == 51_000
     one_by_one = staggered(range(5), num_steps=50, lag=50)
     assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=None) == 51_000
-    # one kept, one newly clean, one active
-    assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=10_200) == 30_600
+    # one kept, and one newly clean or active
+    assert peak_tokens(one_by_one, chunk_tokens=tokens, given=0, budget=10_200) == 20_400
+    two_by_two = staggered(range(5), num_steps=10, lag=5)
+    tokens = dict.fromkeys(range(5), 80)
+    assert peak_tokens(two_by_two, chunk_tokens=tokens, given=0, budget=80) == 240
+
+
+def test_the_newest_clean_tokens_are_forgotten_with_all_behind_them():
+    cache = KVCache(8, num_heads=1, head_width=1, dtype=torch.float32, device=torch.device("cpu"))
+    cache.track(3)
+    for chunk, value in enumerate((1.0, 2.0)):
+        rows = torch.full((3, 1, 1), value)
+        cache.put(0, rows, rows)
+        cache.settle(3, chunk=chunk)
+    cache.put(0, torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
+    cache.rewind(3)
+    assert (cache.clean, cache.filled) == (3, 3)
+    assert cache.origins is not None
+    assert cache.origins.count_GN.tolist() == [[3, 0, 0]]
+    cache.put(0, torch.full((3, 1, 1), 5.0), torch.zeros(3, 1, 1))
+    assert cache.prefix(3)[0].flatten().tolist() == [1, 1, 1, 5, 5, 5]

@@ -240,6 +240,40 @@ def test_a_compression_sees_the_keys_as_they_are_read():
     assert cache.prefix(0)[0].shape == (50, HEADS, 40)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("keep_last", [False, True])
+@pytest.mark.parametrize("num_gone", [1, 2, 3])
+def test_chunks_that_are_dropped_leave_no_trace(quantizer: str, keep_last: bool, num_gone: int):
+    form = made("int2", quantizer, keep_last=keep_last, bias_correction=True)
+    (cache,), (wanted,) = caches(form), caches(form)
+    for each in (cache, wanted):
+        each.track(6)
+    fill(cache, 3)
+    cache.put(0, *drawn(9))
+    cache.prefix(CHUNK)
+    cache.rewind(num_gone * CHUNK)
+    fill(wanted, 3 - num_gone)
+    for each in (cache, wanted):
+        assert each.clean == each.filled == (3 - num_gone) * CHUNK
+        fill(each, 2, first=3)
+        each.put(0, *drawn(8))
+    assert (cache.packed, cache.waiting) == (wanted.packed, wanted.waiting)
+    assert torch.equal(cache.origins.count_GN, wanted.origins.count_GN)
+    for own, other in zip(cache.prefix(CHUNK), wanted.prefix(CHUNK), strict=True):
+        assert torch.equal(own, other)
+    # their tables make room for those of the new chunks
+    assert len(cache.tables[0].base) == len(wanted.tables[0].base)
+
+
+def test_a_part_of_a_chunk_that_waits_may_be_dropped():
+    (cache,) = caches(made(keep_last=True))
+    fill(cache, 2)
+    cache.rewind(10)
+    assert torch.equal(cache.prefix(0)[1][CHUNK:], drawn(1)[1][:-10])
+    fill(cache, 1, first=2)
+    assert (cache.packed, cache.clean) == (2 * CHUNK - 10, 3 * CHUNK - 10)
+
+
 def test_keys_on_the_host_are_those_on_the_device():
     (here,), (there,) = caches(made("int2", "kmeans")), caches(made("int2", "kmeans"), storage=CPU)
     for cache in (here, there):

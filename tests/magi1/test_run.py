@@ -36,6 +36,12 @@ def test_a_run_says_once_what_missing_special_tokens_leave_out(
     assert "special tokens" not in caplog.text
 
 
+@pytest.mark.parametrize("rule", ["window", "deep_forcing"])
+def test_tokens_kept_by_another_rule_cost_what_was_planned(make: Make, rule: str):
+    bound = ("kv.total_chunks=5", "kv.recent_frames=1", "runtime_config.num_frames=168")
+    make(f"kv.compress={rule}", *bound).check_costs()
+
+
 # Checkpoints that do not fit ----------------------------------------------------------------
 
 

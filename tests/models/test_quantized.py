@@ -1,6 +1,7 @@
 """Runs whose keys and values are quantised."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from flowcache.runtime.video import read_video
 pytestmark = pytest.mark.numeric
 
 INT4 = ("kv.dtype=int4", "kv.quantizer=kmeans", "kv.bias_correction=true", "kv.group_size=4")
-COMPRESSED = {
-    "skyreels_v2": ("kv.compress=importance", "kv.kernel=3"),
-    "magi1": ("kv.compress=importance", "kv.total_chunks=3", "kv.kernel=3"),
-}
+BUDGET = {"skyreels_v2": (), "magi1": ("kv.total_chunks=3",)}
+KINDS = [
+    (),
+    ("kv.compress=importance", "kv.kernel=3"),
+    ("kv.compress=window",),
+    ("kv.compress=recent",),
+    ("kv.compress=sink_recent",),
+    ("kv.compress=deep_forcing", "kv.recent_frames=1"),
+]
 
 
 def start(tiny: Any, out: Path, *rest: str, preset: str | None = None) -> Any:
@@ -38,10 +44,12 @@ def test_the_dtype_of_the_model_is_the_run_without_quantisation_bit_by_bit(
     assert np.array_equal(plain, same)
 
 
-def test_fewer_bits_are_further_from_sixteen(tiny: Any, tmp_path: Path):
-    plain = start(tiny, tmp_path / "plain.mp4")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "".join(kind[:1]))
+def test_fewer_bits_are_further_from_sixteen(tiny: Any, tmp_path: Path, kind: Sequence[str]):
+    kept = (*kind, *BUDGET[tiny.model.name]) if kind else ()
+    plain = start(tiny, tmp_path / "plain.mp4", *kept)
     eight, two = (
-        start(tiny, tmp_path / f"{dtype}.mp4", f"kv.dtype={dtype}", "kv.group_size=4")
+        start(tiny, tmp_path / f"{dtype}.mp4", f"kv.dtype={dtype}", "kv.group_size=4", *kept)
         for dtype in ("int8", "int2")
     )
     near, far = (np.abs(frames - plain).mean() for frames in (eight, two))
@@ -59,7 +67,7 @@ def test_keys_on_the_host_change_nothing(tiny: Any, tmp_path: Path):
 
 def test_a_record_of_quantised_keys_is_replayed_bit_by_bit(tiny: Any, tmp_path: Path):
     reuse = ("reuse.policy=flowcache", "reuse.warmup_steps=1", "reuse.threshold=0.05")
-    settings = (*INT4, *reuse, *COMPRESSED[tiny.model.name], "kv.keep_last=true")
+    settings = (*INT4, *reuse, *KINDS[1], *BUDGET[tiny.model.name], "kv.keep_last=true")
     first = start(tiny, tmp_path / "first.mp4", "--record", *settings)
     replay = ("--replay", str(tmp_path / "first.record.json"))
     assert np.array_equal(start(tiny, tmp_path / "again.mp4", *settings, *replay), first)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from closeness import assert_close
 from torch import Tensor, nn
 
+from flowcache.compress import attention_received
 from flowcache.errors import UserError
-from flowcache.runtime.compile import Compilation, compiled, should_compile
+from flowcache.runtime.compile import Compilation, compiled, compiled_scoring, should_compile
 
 pytestmark = pytest.mark.numeric
 
@@ -139,3 +141,25 @@ def test_a_missing_compiler_is_an_error_only_where_compiling_is_asked_for(
         should_compile(True, torch.device("cpu"))
     assert not should_compile(None, torch.device("cuda"))
     assert "a C++ compiler is missing" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_scores_of_a_cache_are_traced_as_one_graph_for_all_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Code for a CPU has no sums of attention: the graph is run as traced, not compiled."""
+    graphs: list[str] = []
+    torch.compiler.reset()
+
+    def as_traced(module: torch.fx.GraphModule, _example: object) -> object:
+        graphs.append(module.print_readable(print_output=False))
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_traced))
+    received = compiled_scoring()
+    torch.manual_seed(0)
+    for num_queries, num_keys in ((24, 48), (30, 96), (12, 66)):
+        q, k = torch.randn(num_queries, 3, 16), torch.randn(num_keys, 3, 16)
+        assert_close(received(q, k), attention_received(q, k), ulps=64)
+    (graph,) = graphs
+    assert graph.count("flex_attention(") >= 2

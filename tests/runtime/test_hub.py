@@ -79,9 +79,9 @@ def test_what_is_downloaded_is_announced_with_size_and_place(
         folder = fetch(REPOSITORY, is_whole=lambda _folder: False, hub=hub)
     assert (folder, snapshots.downloads) == (tmp_path, 1)
     (line,) = caplog.messages
-    start = f"downloading  someone/model, 2 files, 0.007 GB, to {constants.HF_HUB_CACHE} ("
+    start = f"downloading  someone/model, 2 files, 7 MB, to {constants.HF_HUB_CACHE} ("
     assert line.startswith(start)
-    assert line.endswith(" GB free)")
+    assert line.endswith("B free)")
 
 
 def test_only_wanted_files_count(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_only_wanted_files_count(tmp_path: Path):
 
 def test_a_disk_without_room_is_refused_before_the_download(tmp_path: Path):
     snapshots = Snapshots(tmp_path)
-    with pytest.raises(UserError, match=r"1e\+09 GB are to be downloaded, but .* free: set HF_H"):
+    with pytest.raises(UserError, match=r"1 EB are to be downloaded, but .* free: set HF_H"):
         fetch(REPOSITORY, is_whole=always, hub=Hub(info_of(a=10**18), snapshots))
     assert snapshots.downloads == 0
     assert Missing(REPOSITORY, 1, 1, tmp_path / "not" / "there").free_bytes > 0
@@ -299,7 +299,7 @@ def test_auto_downloads_once_where_there_is_cuda_in_both_models(tmp_path: Path):
     make = [[*run, *to_file[run[0]], "--overwrite"] for run in (skyreels, magi)]
     codes, told = run_auto(tmp_path, server, *dry, make[0], *make, *dry)
     assert codes == [0, 0, 2, 0, 0, 0, 0], told
-    announced = [re.findall(r"downloading  (\S+), (\d+) files, .* GB, to .*hub", t) for t in told]
+    announced = [re.findall(r"downloading  (\S+), (\d+) files, .*B, to .*hub", t) for t in told]
     # of MAGI-1 one model of many
     wanted = {name: [f for f in files if "base/" not in f] for name, files in repositories.items()}
     num_files = {name: str(len(files)) for name, files in wanted.items()}

@@ -189,3 +189,54 @@ def test_attention_equals_torchs_counter(queries: int, keys: int):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         SDPA(q, k, v)
     assert attention_flops(queries, keys=keys, width=3 * 8) == counter.get_total_flops()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@pytest.mark.parametrize("rows", [3, 64])
+def test_a_large_product_on_a_cpu_is_that_of_pytorch(rows: int, gelu: Any):
+    torch.manual_seed(0)
+    layer = ops.Linear(128, 256, gelu=gelu)
+    x = torch.randn(2, rows, 128)
+    wanted = functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    if gelu is not None:
+        wanted = functional.gelu(wanted, approximate=gelu)
+    with FlopCounterMode(display=False) as counter:
+        found = layer(x)
+    assert_close(found, wanted, ulps=16)
+    assert counter.get_total_flops() == linear_flops(2 * rows, d_in=128, d_out=256)
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_own"),
+    [
+        pytest.param({}, True, id="float32"),
+        pytest.param({"dtype": torch.bfloat16}, False, id="16 bits"),
+        pytest.param({"requires_grad": True}, False, id="gradients"),
+        pytest.param({"device": "meta"}, False, id="no values"),
+    ],
+)
+def test_only_plain_float32_products_take_the_other_library(changed: dict[str, Any], is_own: bool):
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    options = {"dtype": torch.float32, "device": "cpu", **changed}
+    needs_grad = options.pop("requires_grad", False)
+    x, weight = torch.zeros(64, 256, **options), torch.zeros(128, 256, **options)
+    with torch.set_grad_enabled(needs_grad), Watch():
+        ops.linear(x, weight)
+        ops.conv3d(
+            torch.zeros(1, 2, 3, 4, 4, **options),
+            torch.zeros(2, 2, 3, 3, 3, **options),
+            None,
+            stride=(1, 1, 1),
+            padding=(0, 1, 1),
+        )
+    found = [name for name in made if "linear_pointwise" in name or "mkldnn_conv" in name]
+    assert len(found) == (2 if is_own and torch.backends.mkldnn.is_available() else 0)

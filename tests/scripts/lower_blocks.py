@@ -187,6 +187,8 @@ def main(model: str) -> None:
         stack.enter_context(patch.multiple(CudaInterface.Worker, **worker))
         stack.enter_context(patch.multiple(CudaInterface, **interface))
         stack.enter_context(config.patch({"fx_graph_cache": False}))
+        # what is traced here is what torch.compile sees
+        stack.enter_context(patch("torch.compiler.is_compiling", return_value=True))
         stack.enter_context(torch.no_grad())
         stack.enter_context(fake)
         block, parts = (skyreels_parts if model == "skyreels_v2" else magi1_parts)()

@@ -93,6 +93,90 @@ def test_a_clip_that_shows_nothing_is_named_below_its_figures(compare: Compare):
     assert "- ALARM " + alarm.replace("|", "\\|") in lines
 
 
+def write_run(name: str, frames: Pixels, **changes: object) -> None:
+    """Write a clip and its report; `reuse__policy=...` changes a nested setting."""
+    write(f"{name}.mp4", frames)
+    config: dict[str, object] = {"attention": "causal", "num_steps": 30, "seed": 7, "height": 32}
+    config |= {"guidance": 4.0, "prompt": "a swan", "device": "auto", "compile": None}
+    config |= {
+        "reuse": {"policy": "vanilla"},
+        "kv": {"compress": "none"},
+        "parallel": {"branch": 1},
+    }
+    model = changes.pop("model", "demo")
+    for key, value in changes.items():
+        section, _, inner = key.partition("__")
+        config[section] = {inner: value} if inner else value
+    Path(f"{name}.json").write_text(json.dumps({"model": model, "config": config}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"attention": "full"}, "attention causal, not full"),
+        ({"num_steps": 50}, "num_steps 30, not 50"),
+        ({"seed": 8}, "seed 7, not 8"),
+        ({"guidance": 6.0}, "guidance 4.0, not 6.0"),
+        ({"height": 64}, "height 32, not 64"),
+        ({"model": "another"}, "model demo, not another"),
+        ({"passes__clean_pass": True}, "passes.clean_pass –, not True"),
+        ({"prompt": "a" * 50}, f"prompt a swan, not {'a' * 40}..."),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_cache_are_named_with_what_to_compare(
+    compare: Compare, changes: dict[str, object], difference: str
+):
+    write_run("fast", noisy(clip(), 20), reuse__policy="flowcache")
+    write_run("vanilla", clip(), **changes)
+    ended = compare("fast.mp4", "vanilla.mp4", "--metrics", "psnr", "--out", "out")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert f"WARNING the runs differ in more than the cache: {difference}" in lines
+    (advice,) = (line for line in lines if "its own command" in line)
+    assert "compare fast with" in advice
+    assert "reuse.policy=vanilla kv.compress=none" in advice
+    assert json.loads(Path("out/compare.json").read_text())["unlike"] == {difference: ["fast"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reuse__policy": "teacache"},
+        {"kv__compress": "importance"},
+        {"device": "cuda", "compile": True, "parallel__branch": 2, "engine_config__kv_offload": 1},
+    ],
+)
+def test_runs_that_differ_in_the_cache_or_in_where_they_ran_are_alike(
+    compare: Compare, changes: dict[str, object]
+):
+    write_run("fast", noisy(clip(), 20), reuse__policy="flowcache")
+    write_run("vanilla", clip(), **changes)
+    assert "WARNING" not in compare("fast.mp4", "vanilla.mp4", "--metrics", "psnr").out
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 1}', '{"config": 3, "model": ""}'])
+def test_without_readable_reports_nothing_is_said_of_settings(
+    compare: Compare, content: str | None
+):
+    write_run("fast", clip())
+    write_run("vanilla", clip(), attention="full")
+    Path("vanilla.json").unlink()
+    if content is not None:
+        Path("vanilla.json").write_text(content)
+    ended = compare("fast.mp4", "vanilla.mp4", "--metrics", "psnr")
+    assert (ended.code, "WARNING" in ended.out) == (0, False)
+
+
+def test_of_folders_the_warning_counts_the_clips(compare: Compare):
+    for folder, attention in (("a", "causal"), ("b", "full")):
+        for name in ("one", "two"):
+            own = attention if name == "one" else "causal"
+            write_run(f"{folder}/{name}", clip(), attention=own)
+    out = compare("a", "b", "--metrics", "psnr").out
+    assert "cache: attention causal, not full (in 1 of 2 clips)" in out
+
+
 def test_a_pair_of_videos_has_the_figures_of_their_decoded_frames(compare: Compare):
     write("ours.mp4", noisy(clip(), 20))
     write("vanilla.mp4", clip())

@@ -13,12 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 from sampling_cases import SCRIPTS
 
+from flowcache.report import charts
+from flowcache.report.drawing import vertical
+from flowcache.report.page import TERMS
 from flowcache.runtime.video import VideoWriter
 
 NUM_FRAMES = 177
 VOID = {"meta", "link", "img", "input", "br"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 
 
@@ -224,6 +229,59 @@ def test_a_page_needs_nothing_from_outside(explain: Explain, tmp_path: Path):
     for _, attributes in page.elements:
         for name in ("src", "href"):
             assert (attributes.get(name) or "data:").startswith("data:")
+
+
+def test_the_words_of_the_notes_are_explained_as_in_the_glossary(explain: Explain, tmp_path: Path):
+    page = page_of(explain, write_run(tmp_path))
+    explained = {
+        str(attributes["title"]).partition(": ")[0]: attributes
+        for tag, attributes in page.elements
+        if tag == "dfn"
+    }
+    assert {"chunk", "tick", "signal", "threshold", "clean", "stage"} <= explained.keys()
+    assert all(attributes["tabindex"] == "0" for attributes in explained.values())
+    glossary = (SCRIPTS.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in glossary.splitlines() if line[:1] == "|"]
+    for term, meaning in TERMS.items():
+        assert any(term in row[0].split(", ") and row[1].startswith(meaning) for row in rows), term
+
+
+def test_curves_on_one_another_are_dashed_and_others_are_not():
+    y = vertical("distance", 1.0, height=250)
+    same = [[None, 0.1, 0.5, 0.9], [None, 0.1001, 0.5, 0.9]]
+    assert charts.coincide(same, y)
+    assert not charts.coincide([[0.1, 0.5, 0.9], [0.2, 0.6, 0.8]], y)
+    assert not charts.coincide([[0.1, 0.5]], y), "one curve has nothing to lie on"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium of the system's packages")
+def test_on_a_phone_the_page_fits_and_explains_a_word_that_is_touched_or_focused(
+    explain: Explain, tmp_path: Path
+):
+    video = write_run(tmp_path)
+    explain(video)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(video.with_suffix(".html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        chart = page.locator("figure svg").first
+        size = chart.evaluate(
+            "svg => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width"
+        )
+        assert size == pytest.approx(1, abs=0.01), "text keeps its size, the figure is moved"
+        tip = page.locator("#tip")
+        for act in ("focus", "hover"):
+            word = page.locator("dfn", has_text="tick").first
+            getattr(word, act)()
+            assert tip.inner_text().startswith("tick: one pass over the active chunks")
+            box = tip.bounding_box()
+            assert box is not None
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 390
+            page.keyboard.press("Escape")
+            assert tip.is_hidden()
+        browser.close()
 
 
 def test_a_cache_whose_branch_decides_nothing_is_drawn(explain: Explain, tmp_path: Path):

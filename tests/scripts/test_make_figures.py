@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from flowcache.errors import UserError
-from flowcache.report import figures
+from flowcache.report import clips, figures
+from flowcache.report.decisions import draw_decisions
+from flowcache.report.drawing import DASH, interleaved
 from flowcache.report.figures import draw_distances, widest_spread
 from flowcache.report.run import load_run
 from flowcache.runtime.run import Clip
@@ -25,7 +27,14 @@ REPOSITORY = Path(__file__).parents[2]
 ASSETS = REPOSITORY / "assets"
 MAX_FIGURE_BYTES = 500_000
 SVG = "{http://www.w3.org/2000/svg}"
-DRAWN = ("framework", "distances_skyreels_v2", "tradeoff_skyreels_v2")
+MAX_MOVING_BYTES = 3_000_000
+README_WIDTH, MIN_TEXT = 830, 11.0
+"""CSS pixels: of a README on GitHub, and of the smallest text at that width."""
+DRAWN = (
+    *("mark", "framework", "growth"),
+    *("distances_skyreels_v2", "decisions_skyreels_v2", "decisions_magi1"),
+    *("tradeoff_skyreels_v2", "reuse_magi1"),
+)
 """Figures without a model's run."""
 
 
@@ -83,7 +92,23 @@ def test_every_figure_is_shown_on_a_page_and_small(script: ModuleType):
     shown = figures_of_the_pages()
     assert shown == set(script.FIGURES)
     for name in shown:
-        assert (ASSETS / name).stat().st_size < MAX_FIGURE_BYTES
+        most = MAX_MOVING_BYTES if name.endswith(".webp") else MAX_FIGURE_BYTES
+        assert (ASSETS / name).stat().st_size < most
+
+
+@pytest.mark.parametrize("path", sorted(ASSETS.glob("*.svg")), ids=lambda path: path.name)
+def test_the_text_of_a_drawing_is_legible_where_pages_show_it(path: Path):
+    drawing = path.read_text(encoding="utf-8")
+    width = float(ElementTree.fromstring(drawing).get("width", ""))
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?:(?:\d+ )?([\d.]+)px", drawing)]
+    assert min(sizes) * min(1.0, README_WIDTH / width) >= MIN_TEXT
+
+
+def test_the_moving_picture_in_the_repository_moves_and_fits_a_page():
+    for path in ASSETS.glob("*.webp"):
+        with Image.open(path) as moving:
+            assert getattr(moving, "n_frames", 1) > 24
+            assert moving.width <= README_WIDTH
 
 
 def check_colours(drawing: str) -> None:
@@ -198,18 +223,79 @@ def test_reuse_rules_are_marked_where_the_table_says_in_both_colours(tmp_path: P
 def test_strips_show_first_and_last_frame_of_every_clip():
     stats = RunStats(torch.device("cpu"))
     ramp = torch.linspace(0, 240, 9).to(torch.uint8)
-    clips = [ramp[:, None, None, None].expand(9, 8, 8, 3), 255 - ramp[:, None, None, None]]
+    stats.num_computed = 1
+    shades = [ramp[:, None, None, None].expand(9, 8, 8, 3), 255 - ramp[:, None, None, None]]
     rows = [
-        figures.Strip(str(index), [], Clip(clip.expand(9, 8, 8, 3), stats))
-        for index, clip in enumerate(clips)
+        clips.Strip(str(index), Clip(frames.expand(9, 8, 8, 3), stats), 1.0, None)
+        for index, frames in enumerate(shades)
     ]
-    page = np.asarray(Image.open(io.BytesIO(figures.draw_strips(rows, title="a"))))
-    first = figures.EDGE + figures.LABEL_WIDTH + figures.FRAME // 2
-    last = page.shape[1] - figures.EDGE - figures.FRAME // 2
-    below = figures.FRAME + figures.GAP
-    top = figures.TITLE_HEIGHT + figures.FRAME // 2
+    page = np.asarray(Image.open(io.BytesIO(clips.draw_strips(rows, title="a"))))
+    first = clips.EDGE + clips.LABEL_WIDTH + clips.FRAME // 2
+    last = page.shape[1] - clips.EDGE - clips.FRAME // 2
+    below = clips.FRAME + clips.GAP
+    top = clips.TITLE_HEIGHT + clips.FRAME // 2
     assert [page[top, first, 0], page[top, last, 0]] == [0, 240]
     assert [page[top + below, first, 0], page[top + below, last, 0]] == [255, 15]
+
+
+def test_the_moving_picture_shows_all_clips_at_once_frame_by_frame():
+    ramp = torch.linspace(0, 240, 5).to(torch.uint8)[:, None, None, None].expand(5, 8, 8, 3)
+    stats = RunStats(torch.device("cpu"))
+    stats.num_computed, stats.num_reused = 3, 1
+    strips = [
+        clips.strip_of("a", first := Clip(ramp, stats), first, seconds=2.0),
+        clips.strip_of("b", Clip(255 - ramp, stats), first, seconds=1.0),
+    ]
+    assert strips[0].notes == ["DiT 2.0 s", "75 % computed"]
+    assert len(strips[1].notes) == 3
+    moving = Image.open(io.BytesIO(clips.draw_moving(strips, title="t", fps=10)))
+    assert getattr(moving, "n_frames", 1) == 5
+    for index in (0, 4):
+        moving.seek(index)
+        page = np.asarray(moving.convert("RGB")).astype(int)
+        row = clips.MOVING_HEAD + clips.MOVING_FRAME // 2
+        left = clips.MOVING_EDGE + clips.MOVING_FRAME // 2
+        right = left + clips.MOVING_FRAME + clips.MOVING_GAP
+        expected = int(ramp[index, 0, 0, 0])
+        assert page[row, left, 0] == pytest.approx(expected, abs=6)
+        assert page[row, right, 0] == pytest.approx(255 - expected, abs=6)
+        bar = clips.MOVING_HEAD + clips.MOVING_FRAME + 9
+        assert page[bar, left + 80, 2] > 150, "the whole width for the longest time"
+        assert page[bar, right + 80, 2] < 60, "half of it for half the time"
+
+
+def test_a_label_keeps_clear_of_marks_lines_and_other_labels():
+    inside = figures.Box(0, 0, 400, 400)
+    at = (200.0, 200.0)
+    taken = [figures.around(*at, 8), *figures.along([(0, 150), (200, 200), (400, 250)])]
+    for name in ("slow", "fast", "neither pass"):
+        left, base, box = figures.label_place(name, at, taken, inside=inside)
+        assert box.left == left
+        assert box.top < base < box.bottom
+        assert not any(box.overlaps(other) for other in taken)
+        taken.append(box)
+    *_, box = figures.label_place("at the edge", (395.0, 5.0), [], inside=inside)
+    assert box.right <= 400
+    assert box.top >= 0
+
+
+def test_curves_on_one_another_share_their_dashes():
+    styles = [interleaved(index, 3) for index in range(3)]
+    assert len(set(styles)) == 3
+    assert all(f"stroke-dasharray:{DASH} {2 * DASH}" in style for style in styles)
+    assert interleaved(0, 1) == ""
+
+
+def test_the_decisions_are_drawn_as_the_record_has_them():
+    record = ASSETS / "records" / "skyreels_v2_decisions.record.json"
+    run = load_run(record, "A")
+    root = ElementTree.fromstring(draw_decisions(record, model="A"))
+    cells = [cell.get("class") for cell in root.iter(f"{SVG}rect")]
+    rows = run.of(run.panels[0])
+    in_legend = 1
+    assert cells.count("computed") == sum(row.computed for row in rows) + in_legend
+    assert cells.count("reused") == sum(not row.computed for row in rows) + in_legend
+    assert root.find(f".//{SVG}title") is None
 
 
 @pytest.mark.parametrize(
@@ -235,11 +321,11 @@ def test_a_broken_table_is_one_line(tmp_path: Path, table: str, content: str | N
 def test_an_unknown_figure_is_refused_with_the_known_ones(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ):
-    assert script.choose([]) == list(script.FIGURES)
+    assert script.choose([]) == [*script.RECORDS, *script.FIGURES]
     assert script.main(["frame"]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
-    assert "framework, architecture, distances_skyreels_v2" in error
+    assert "mark, framework, architecture, distances_skyreels_v2" in error
 
 
 def test_a_figure_that_is_too_large_is_not_written(

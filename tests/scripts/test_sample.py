@@ -64,6 +64,7 @@ def test_two_processes_with_a_model_make_bitwise_what_one_makes(
     assert videos(one) == videos(two)
     assert len(set(videos(one).values())) == 2
     assert not (two / ".unfinished").exists()
+    assert ".unfinished" not in run.stderr, "no path that is gone"
     for receipt in (*receipts(one).values(), *receipts(two).values()):
         assert receipt["task"]["preset"].startswith("flowcache_fast")
         assert receipt["kv_cache_bytes"] > 0
@@ -127,6 +128,16 @@ def test_every_process_makes_its_share_and_the_main_one_lists_all_failures(
     for name in ("0000-0", "0001-0"):
         said = f"failed: {name}: IsADirectoryError: "
         assert sum(line.startswith(said) for line in lines) == 2  # when it failed, and at the end
+
+
+def test_of_two_processes_one_says_what_is_wrong(prompts: Path, tmp_path: Path):
+    script = [str(SCRIPTS / "sample.py"), *demo(prompts, tmp_path / "out")]
+    for given, said in (("num_step=3", "unknown key 'num_step'"), ("--ray", "--ray starts its")):
+        command = [sys.executable, "-m", "flowcache.launch", "2", *script, given]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 2
+        (line,) = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+        assert said in line
 
 
 def test_every_example_runs(fake: list[Task], tmp_path: Path):

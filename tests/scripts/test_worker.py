@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,23 @@ def test_only_a_full_disk_is_reported_as_one(
     monkeypatch.setattr(worker_module, "temporary_folder", refuse)
     with pytest.raises(kind):
         Worker(tmp_path, make_file).run([make_task("a")])
+
+
+def test_the_log_names_each_video_and_where_it_lies_afterwards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    tasks = [replace(make_task(name), folder="flowcache_fast") for name in "ab"]
+    with caplog.at_level(logging.INFO):
+        Worker(tmp_path, make_file).run(tasks)
+    assert caplog.messages == [
+        line
+        for name in "ab"
+        for line in (
+            f"video         flowcache_fast/{name}, {tasks[0].preset}",
+            f"wrote         {tmp_path / 'flowcache_fast' / name}.mp4",
+        )
+    ]
+    assert all(Path(line.split()[1]).is_file() for line in caplog.messages[1::2])
 
 
 def test_a_warning_is_shown_once_per_process_and_every_message(caplog: pytest.LogCaptureFixture):

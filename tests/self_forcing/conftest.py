@@ -1,6 +1,6 @@
 """A tiny seeded transformer, videos denoised with it, and a tiny checkpoint."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,15 @@ import torch
 from tiny_self_forcing import write_checkpoint
 from torch import Tensor
 
+from flowcache.policies import Observe
+from flowcache.runtime import profile
 from flowcache.runtime.ops import seeded_noise
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.cached import CachedDiT, open_branches
+from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import DiT
+from flowcache.wan.reuse import StepReuse
 from self_forcing.model import MODEL
 from self_forcing.sampler import Sampler, Sampling
 from self_forcing.work import chunks_of
@@ -48,6 +52,9 @@ def sampler_of(
     kv_frames: int | None = None,
     given: Tensor | None = None,
     stats: RunStats | None = None,
+    rule: ReuseConfig | None = None,
+    observe: Observe | None = None,
+    scenes: Sequence[Tensor] = (),
 ) -> Sampler:
     """Return what denoises random latents of 4 x 6 with random prompts."""
     stats, ranks, config = stats or RunStats(CPU), Ranks(), dit.config
@@ -70,13 +77,28 @@ def sampler_of(
         on_host=False,
     )
     chunks = chunks_of(num_frames, size=size)
+    cached = CachedDiT(
+        dit,
+        branches,
+        stats=stats,
+        ranks=ranks,
+        size=(4, 6),
+        num_chunks=len(chunks),
+        budget=sampling.budget,
+    )
+    rule = rule or ReuseConfig()
+    policies = {name: profile.policy_maker(rule)() for name in branches}
     return Sampler(
-        CachedDiT(dit, branches, stats=stats, ranks=ranks, size=(4, 6), num_chunks=len(chunks)),
+        cached,
         sampling,
         latents,
         chunks=chunks,
         num_given=num_given // size,
         draw=draw,
+        reuse=StepReuse(
+            cached, rule, policies=policies, guidance=sampling.guidance, observe=observe
+        ),
+        scenes=scenes,
     )
 
 

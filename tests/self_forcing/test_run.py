@@ -10,10 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from flowcache.errors import UserError
 from flowcache.runtime.ending import EXIT_USER_ERROR
+from flowcache.runtime.model import Request
+from flowcache.runtime.parallel import Ranks
+from flowcache.runtime.run import encode_inputs, load_networks, prepare, run
+from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video
+from flowcache.wan.vae import VAE, VAEStream
 from self_forcing.__main__ import main
+from self_forcing.model import MODEL
+from self_forcing.pipeline import generate
 from self_forcing.released import FOLDER, PRESETS
 
 pytestmark = pytest.mark.numeric
@@ -24,6 +33,8 @@ RUNS = {
     "self_forcing": (),
     "causal_forcing_2step": ("num_frames=17",),
     "ar_chunkwise": ("num_steps=3",),
+    "ar_flowcache_fast": ("num_steps=8", "reuse.rescale=none"),
+    "ar_teacache": ("num_steps=8", "reuse.rescale=none"),
     "long": (),
 }
 
@@ -34,6 +45,98 @@ def test_a_run_makes_a_video_that_costs_what_was_planned(make: Make, preset: str
     made.check_costs()
     assert len(made.frames) == made.job.config.num_frames
     assert made.report["config"]["precision"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("window", ("window=6",)),
+        ("importance", ("window=6",)),
+        ("deep_forcing", ("window=9", "positions=relative", "kv.recent_frames=2")),
+        ("density", ("window=9", "positions=relative")),
+    ],
+)
+def test_what_a_strategy_keeps_costs_what_was_planned(
+    make: Make, name: str, settings: tuple[str, ...]
+):
+    given = (*TINY, "num_frames=69", f"kv.compress={name}", *settings)
+    make(*given, preset="self_forcing").check_costs()
+
+
+def test_blocks_are_reused_in_a_whole_run(make: Make):
+    given = (*TINY, "num_frames=45", "reuse_blocks=true", "prompt=a cat || 9: a dog")
+    made = make(*given, preset="self_forcing")
+    made.check_costs()
+    assert made.report["stats"]["flops"]["saving_factor"] >= 1
+
+
+@pytest.mark.parametrize("how", ["merged", "skipped", "refined"])
+def test_another_clean_pass_costs_what_was_planned(make: Make, how: str):
+    settings = ("num_frames=45", "window=6", "sink=1", f"clean_pass={how}")
+    make(*TINY, *settings, preset="self_forcing").check_costs()
+
+
+@pytest.mark.parametrize("window", [(), ("window=6", "sink=1", "positions=relative")])
+def test_a_switch_of_prompts_changes_what_follows_and_costs_what_was_planned(
+    make: Make, window: tuple[str, ...]
+):
+    given = (*TINY, "num_frames=45", *window)
+    alone = make(*given, preset="self_forcing").frames
+    prompt = "prompts=[[0, a red circle moving right], [6, a blue square]]"
+    switched = make(*given, prompt, preset="self_forcing")
+    switched.check_costs()
+    assert np.array_equal(switched.frames[:18], alone[:18])
+    assert not np.array_equal(switched.frames[24:], alone[24:])
+    anew = make(*given, prompt, "recache=true", preset="self_forcing")
+    anew.check_costs()
+    assert not np.array_equal(anew.frames[24:], switched.frames[24:])
+
+
+def test_what_is_shown_while_it_is_made_equals_decoding_all_at_the_end(make: Make):
+    job = make(*TINY, preset="self_forcing").job
+    stats = RunStats(job.device)
+    networks, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
+    decoded = list[torch.Tensor]()
+
+    class Listening(VAE):
+        """Keeps the latents that are decoded."""
+
+        def stream(self, ranks: Ranks | None = None) -> VAEStream:
+            stream = super().stream(ranks)
+            decode = stream.decode
+            stream.decode = lambda latents: decode(decoded.append(latents) or latents)
+            return stream
+
+    networks.vae.__class__ = Listening
+    shown = [
+        progress.frames
+        for progress in generate(networks.dit, networks.vae, job.config, inputs, stats=stats)
+        if progress.frames is not None
+    ]
+    assert [part.shape[1] for part in shown] == [9, 12, 12]
+    whole = networks.vae.decode(torch.cat(decoded, dim=2))[0]
+    assert torch.equal(torch.cat(shown, dim=1), whole)
+
+
+def test_a_record_replays_to_the_same_video_with_what_it_reused(make: Make, replica: Path):
+    settings = (*TINY, "num_steps=8", "reuse.rescale=none", "reuse.threshold=0.4")
+    preset, prompt = "ar_flowcache_fast", ["prompt=a cat"]
+    out = str(make(*TINY, preset="self_forcing").path.parent)
+    first = prepare(
+        MODEL, Request(preset, str(replica), [*prompt, *settings], out, stem="first", record=True)
+    )
+    made = run(first)
+    passes = made["stats"]["passes"]
+    assert 0 < passes["reused"] < passes["computed"]
+    assert made["stats"]["flops"]["saving_factor"] > 1.1
+    record = str(Path(out) / "first.record.json")
+    given = [*prompt, *TINY, "num_steps=8"]
+    second = prepare(
+        MODEL, Request("ar_chunkwise", str(replica), given, out, stem="second", replay=record)
+    )
+    assert run(second)["stats"]["passes"] == passes
+    videos = [read_video(Path(out) / f"{name}.mp4")[0] for name in ("first", "second")]
+    assert np.array_equal(*videos)
 
 
 def test_the_same_seed_makes_the_same_video_whatever_ran_before(make: Make):
@@ -65,7 +168,14 @@ def test_a_video_starts_from_an_image_or_goes_on_from_a_video(make: Make, pictur
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "settings"),
-    [("ar_chunkwise", ("num_steps=3",)), ("self_forcing", ("window=6",)), ("long", ())],
+    [
+        ("ar_chunkwise", ("num_steps=3",)),
+        ("ar_flowcache_fast", ("num_steps=8", "reuse.rescale=none")),
+        ("self_forcing", ("window=6",)),
+        ("self_forcing", ("window=6", "clean_pass=merged", "prompt=a cat || 6: a dog")),
+        ("self_forcing", ("window=6", "kv.compress=window", "positions=relative")),
+        ("long", ()),
+    ],
 )
 def test_two_processes_make_the_video_of_one(
     replica: Path, tmp_path: Path, preset: str, settings: tuple[str, ...]
@@ -213,12 +323,30 @@ def test_every_launcher_names_its_preset(copy_launchers: Callable[..., Any]):
         ("self_forcing", ()),
         ("self_forcing", ("positions=relative", "window=6", "sink=1")),
         ("long", ()),
+        ("self_forcing", ("clean_pass=merged", "window=6", "sink=1")),
+        ("self_forcing", ("clean_pass=skipped",)),
+        ("self_forcing", ("clean_pass=refined", "window=6")),
+        ("self_forcing", ("reuse_blocks=true",)),
+        ("self_forcing", ("recache=true", "prompt=a cat || 6: a dog", "window=6", "sink=1")),
+        *(
+            ("self_forcing", (f"kv.compress={name}", "window=6", f"positions={positions}", *rest))
+            for name, *rest in (
+                ("window",),
+                ("recent",),
+                ("sink_recent",),
+                ("importance", "kv.kernel=3"),
+                ("deep_forcing", "kv.recent_frames=1"),
+                ("density", "kv.recent_frames=1"),
+            )
+            for positions in ("absolute", "relative")
+            if name != "density" or positions == "relative"
+        ),
     ],
 )
 def test_keys_in_eight_bits_are_nearer_than_in_two(
     make: Make, preset: str, settings: tuple[str, ...]
 ):
-    """Rotated when they are put, or when they are read; with frames that leave."""
+    """Rotated when they are put, or when they are read; with frames and tokens that leave."""
     plain = make(*TINY, *settings, preset=preset)
     quantized = ("kv.quantizer=kmeans", "kv.bias_correction=true", "kv.keep_last=true")
     eight, two = (
@@ -226,5 +354,12 @@ def test_keys_in_eight_bits_are_nearer_than_in_two(
         for dtype in ("int8", "int2")
     )
     near, far = (np.abs(made.frames.astype(float) - plain.frames).mean() for made in (eight, two))
+    eight.check_costs()
     # the video's compression adds to both
     assert 0 < near < 0.9 * far
+
+
+@pytest.mark.parametrize("name", ["dummy_forcing", "forcing_kv"])
+def test_classes_of_heads_hold_no_quantised_keys(make: Make, name: str):
+    with pytest.raises(UserError, match=f"kv.compress={name} gives each class .* not int4"):
+        make(*TINY, f"kv.compress={name}", "kv.dtype=int4", preset="self_forcing")

@@ -94,7 +94,43 @@ def test_the_frames_of_a_chunk_follow_each_other():
         ("self_forcing", ["num_frames=12009"], "positions for 1024: set positions=relative"),
         ("self_forcing", ["num_frames=12009", "positions=relative"], "for 1024: set window"),
         ("self_forcing", ["height=488"], "height must be a multiple of 16"),
-        ("self_forcing", ["reuse.policy=flowcache"], "do not work with this model yet"),
+        ("self_forcing", ["reuse.policy=flowcache"], "save where there are many steps"),
+        ("self_forcing", ["reuse.guidance_every=2"], "save where there are many steps"),
+        ("ar_chunkwise", ["reuse.warmup_steps=0"], "warmup_steps must be 1 or more"),
+        ("ar_chunkwise", ["reuse.guidance_every=2"], "set reuse.predict to velocity"),
+        ("ar_chunkwise", ["reuse.guidance_every=2", "guidance=1"], "has that one pass only"),
+        ("ar_chunkwise", ["reuse.steps=[50]"], "own steps of a chunk, 0..49: 50 is none"),
+        ("self_forcing", ["kv.compress=importance"], "needs a window"),
+        ("self_forcing", ["kv.compress=forcing_kv", "window=9"], "leave out window"),
+        (
+            "self_forcing",
+            ["kv.compress=window", "window=9", "sink=1"],
+            "leave out rolling, and sink",
+        ),
+        ("self_forcing", ["kv.compress=density", "window=9"], "set positions=relative"),
+        ("self_forcing", ["kv.compress=deep_forcing", "window=7"], "1 sink and 4 recent frames"),
+        (
+            "self_forcing",
+            ["kv.compress=density", "window=6", "positions=relative"],
+            "does not hold 4 recent",
+        ),
+        ("long", ["kv.compress=window"], "leave out rolling"),
+        ("long", ["clean_pass=merged"], "without rolling"),
+        ("long", ["reuse_blocks=true"], "without rolling"),
+        ("ar_chunkwise", ["reuse_blocks=true"], "works with a step_list"),
+        ("self_forcing", ["reuse_blocks=true", "clean_pass=skipped"], "separate or refined"),
+        ("ar_chunkwise", ["clean_pass=skipped"], "works with a step_list"),
+        ("self_forcing", ["clean_pass=merged", "positions=relative"], "positions=absolute"),
+        ("self_forcing", ["clean_pass=skipped", "context_noise=9"], "could apply"),
+        ("self_forcing", ["clean_pass=refined", "refine_noise=0"], "above 0"),
+        ("long", ["prompt=a cat || 9: a dog"], "do not work with rolling"),
+        ("self_forcing", ["prompts=[[3, a dog]]"], "the first must begin at 0"),
+        ("self_forcing", ["prompts=[[0, a cat], [6, a], [6, b]]"], "later than the one before"),
+        ("self_forcing", ["prompts=[]"], "the first must begin at 0"),
+        ("self_forcing", ["prompt=a cat || 9:"], "prompt of latent frame 9 is empty"),
+        ("self_forcing", ["prompt=a cat || 19: a dog"], "19 begins with no chunk of its own"),
+        ("self_forcing", ["prompt=a || 4: b || 5: c"], "5 begins with no chunk of its own"),
+        ("self_forcing", ["recache=true"], "recache makes the keys"),
         ("ar_chunkwise", ["first_chunk_step_list=[1000]"], "needs a step_list"),
         ("long", ["window=12"], "fewer than the 15"),
         ("long", ["step_list=null"], "rolling needs one step_list"),
@@ -117,6 +153,23 @@ def test_any_length_is_planned_with_relative_positions_and_a_window():
     config = config_of("self_forcing", "num_frames=8001", "positions=relative", "window=12")
     work = work_of(replace(config, num_frames=7941), SIZES, dtype=torch.bfloat16)
     assert work.kv_bytes == planned("self_forcing", "window=12").kv_bytes
+
+
+@pytest.mark.parametrize("name", ["window", "importance", "deep_forcing", "forcing_kv"])
+def test_a_strategy_bounds_memory_at_any_length(name: str):
+    window = [] if name == "forcing_kv" else ["window=12"]
+    settings = [f"kv.compress={name}", *window, "positions=relative"]
+    short, long = (planned("self_forcing", f"num_frames={n}", *settings) for n in (177, 7941))
+    assert short.kv_bytes == long.kv_bytes <= planned("self_forcing", "window=12").kv_bytes
+    assert (short.scoring_bytes > 0) == (name in ("importance", "deep_forcing"))
+
+
+def test_a_prompt_begins_with_the_next_chunk():
+    work = planned("self_forcing", "prompt=a cat || 4: a dog || 18: a bird")
+    assert work.loop.switches == (2, 6)
+    config = config_of("self_forcing", "prompt=a cat|| 120:  a dog: big | small")
+    assert config.scenes == [(0, "a cat"), (120, "a dog: big | small")]
+    assert config_of("self_forcing", "prompts=[[0, a], [7, b]]").scenes == [(0, "a"), (7, "b")]
 
 
 def test_every_preset_is_planned():

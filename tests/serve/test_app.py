@@ -83,7 +83,7 @@ def test_an_uploaded_picture_is_the_start(pipe: Pipeline, start: Start, client_o
     ("fields", "status", "message"),
     [
         pytest.param({}, 400, "prompt is missing", id="no prompt"),
-        pytest.param({"prompt": 3}, 400, "prompt is missing", id="a number as prompt"),
+        pytest.param({"prompt": 3}, 400, "prompt must be text, not 3", id="a number as prompt"),
         pytest.param({"prompt": "x" * 10_001}, 400, "more than 10000", id="a long prompt"),
         pytest.param({"num_frames": 98}, 400, "num_frames must be 4 n + 1", id="odd frames"),
         pytest.param({"num_frames": 10**15}, 400, "num_frames", id="endless frames"),
@@ -92,7 +92,9 @@ def test_an_uploaded_picture_is_the_start(pipe: Pipeline, start: Start, client_o
         pytest.param({"seconds": "x"}, 400, "seconds must be a number", id="seconds in words"),
         pytest.param({"seconds": -1}, 400, "seconds must be a number", id="negative seconds"),
         pytest.param({"model": "sora-2"}, 404, "has the model demo", id="another model"),
-        pytest.param({"preset": "/etc/x.yaml"}, 400, "preset must be one of", id="a file"),
+        pytest.param(
+            {"preset": "/etc/x.yaml"}, 400, "preset '/etc/x.yaml' is unknown", id="a file"
+        ),
         pytest.param({"image": "/etc/passwd"}, 400, "'image' is unknown", id="a path"),
         pytest.param({"embedding_cache": "/tmp"}, 400, "is unknown; known", id="a folder"),
         pytest.param({"device": "cuda"}, 400, "is unknown; known", id="a device"),
@@ -264,5 +266,5 @@ def test_the_client_of_openai_gets_a_video(service: Callable[..., str], tmp_path
     assert len(frames) == 97
     assert [each.id for each in client.videos.list()] == [video.id]
     assert client.videos.delete(video.id).deleted
-    with pytest.raises(openai.BadRequestError, match="prompt is missing"):
+    with pytest.raises(openai.BadRequestError, match="prompt is empty"):
         client.videos.create(model="demo", prompt=" ")

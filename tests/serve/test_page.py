@@ -1,8 +1,11 @@
 """The page in a headless Chromium: what a visitor sees and does."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -74,7 +77,7 @@ def test_the_first_chunk_plays_while_later_ones_are_made(visit: Callable[..., Pa
         "document.querySelector('#live video')?.currentTime > 0.05"
         " && document.querySelector('#state').innerText"
     )
-    assert "in_progress" in playing.json_value()
+    assert "in progress" in playing.json_value()
     assert page.locator("#map rect").count() > 0
     page.wait_for_function("document.querySelector('#state').innerText.includes('completed')")
     state = page.inner_text("#state")
@@ -111,9 +114,49 @@ def test_a_wrong_number_is_said_and_markup_is_shown_as_text(visit: Callable[...,
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("colours", ["light", "dark"])
-def test_nothing_is_wider_than_the_screen(visit: Callable[..., Page], width: int, colours: str):
+def test_nothing_is_wider_than_the_screen_and_the_map_is_readable(
+    visit: Callable[..., Page], width: int, colours: str
+):
     page = visit(width=width, colours=colours)
     page.locator("input[type=number]").first.fill("17")
     page.click("#generate")
     page.wait_for_selector("#live video")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    labels = page.locator("#map-of-decisions > div")
+    drawn = page.locator("#map-of-decisions svg").bounding_box()
+    assert drawn is not None
+    assert float(labels.evaluate("e => parseFloat(getComputedStyle(e).fontSize)")) >= 12
+    assert labels.evaluate("e => e.getBoundingClientRect().height") == drawn["height"]
+    assert drawn["width"] > width / 3
+
+
+def test_the_screenshots_of_the_documentation(visit: Callable[..., Page], tmp_path: Path):
+    """Take them into the folder that SCREENSHOTS names."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    options: Any = {"type": "jpeg", "quality": 80, "full_page": True}
+
+    def wait_for(page: Page, words: str) -> None:
+        page.wait_for_function(f"document.querySelector('#state').innerText.includes('{words}')")
+
+    page = visit(width=1120)
+    page.click("#generate")
+    wait_for(page, "completed")
+    page.click("#compare")
+    page.wait_for_selector("#reference video")
+    wait_for(page, "in progress")
+    wait_for(page, "completed")
+    page.wait_for_function("document.querySelector('#live video')?.currentTime > 0.5")
+    page.screenshot(path=folder / "page_desktop.jpg", **options)
+    for name, width, colours in (("phone", 390, "light"), ("dark", 1120, "dark")):
+        page = visit(width=width, colours=colours)
+        wait_for(page, "completed")  # the last one, which the page shows first
+        page.click("#generate")
+        wait_for(page, "in progress")
+        page.wait_for_selector("#live video")
+        if name == "phone":
+            wait_for(page, "completed")
+        page.wait_for_function("document.querySelector('#live video')?.currentTime > 0.2")
+        page.screenshot(path=folder / f"page_{name}.jpg", **options)
+    sizes = [path.stat().st_size for path in folder.glob("page_*.jpg")]
+    assert len(sizes) == 3
+    assert sum(sizes) < 300_000

@@ -8,12 +8,12 @@ from flowcache.policies import FlowCache
 from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.model import Work
+from flowcache.wan.calibration import policy_maker
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
-from skyreels_v2.calibration import policy_maker
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
 from skyreels_v2.released import PRESETS
-from skyreels_v2.work import compression_of, work_of
+from skyreels_v2.work import compression_of, held_of, work_of
 
 DF_13B = DiTConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, inject_sample_info=True)
 """The 1.3B diffusion forcing model."""
@@ -51,8 +51,8 @@ def test_a_kv_cache_never_holds_more_than_clean_and_active_chunks():
         "vanilla_causal",
         *("num_frames=97", "num_steps=2", "ar_step=2", "kv.compress=recent", "kv.budget_chunks=1"),
     )
-    # a chunk enters while the budget's chunk and the one that just became clean are still there
-    assert kept.segments[0].kv_tokens == 3 * 5 * FRAME
+    # before a chunk enters, one of the budget's chunk and the one that just became clean leaves
+    assert kept.segments[0].kv_tokens == 2 * 5 * FRAME
 
 
 def test_full_attention_has_no_kv_cache_and_weights_are_in_the_dtype_of_the_run():
@@ -91,6 +91,24 @@ def test_a_long_video_is_planned_in_segments():
     assert [segment.cut.num_frames for segment in plan.segments] == [25, 25]
     # 50 steps, 5 and 4 chunks to denoise, each 5 steps behind the one before: the published 70, 65
     assert [len(segment.ticks) for segment in plan.segments] == [70, 65]
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown", "encoded"),
+    [
+        # one chunk of five latent frames becomes clean at a time; the second window is given 17
+        (("num_frames=177", "overlap_history=17"), 4 * 5, 17),
+        # all but the given frame become clean together
+        (("num_frames=97", "ar_step=0", "image=a.png"), 4 * 24, 1),
+    ],
+)
+def test_memory_holds_the_pixels_that_are_made_and_given_at_once(
+    settings: tuple[str, ...], shown: int, encoded: int
+):
+    config = config_of("vanilla_causal", *settings)
+    plan = work_of(config, TWO_LAYERS, dtype=torch.bfloat16)
+    held = held_of(config, plan, TWO_LAYERS)
+    assert (held.shown_frames, held.encoded_frames) == (shown, encoded)
 
 
 def test_a_second_branch_doubles_all_but_the_embedding():

@@ -56,6 +56,12 @@ def test_a_video_is_extended_by_new_frames_only(make: Make, clip: Path):
     assert np.abs(before - after).mean() < 16  # encoded once more, but the same frames
 
 
+@pytest.mark.parametrize("rule", ["window", "deep_forcing"])
+def test_tokens_kept_by_another_rule_cost_what_was_planned(make: Make, rule: str):
+    budget = ("kv.budget_chunks=2", "kv.recent_frames=1")
+    make(f"kv.compress={rule}", *budget, *LONG, "attention=causal").check_costs()
+
+
 # What it holds ------------------------------------------------------------------------------
 
 

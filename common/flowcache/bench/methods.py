@@ -1,5 +1,7 @@
 """Compare methods on clips: render those that are missing, measure them, average, write tables."""
 
+import csv
+import io
 import json
 import math
 import statistics
@@ -328,7 +330,7 @@ def _average(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
 def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
     """Return the averages as a Markdown table."""
     lines = [
-        "| method | GFLOPs | computed | DiT s | speed-up | judge | PSNR | SSIM "
+        "| method | GFLOP | computed | DiT s | DiT speed-up | judge | PSNR, dB | SSIM "
         f"| PSNR ({base_label}) | SSIM ({base_label}) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -350,14 +352,13 @@ def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
 
 
 def reuse_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Return the averages of the table of reuse rules, for the README.
+    """Return the averages of the table of reuse rules for people.
 
     FLOPs share, speed-up, PSNR and SSIM are against the row of the same attention and passes that
     computes every step; the last column is against vanilla.
     """
-    attributes = list(table[0]["judge"])
-    head = ["method", "FLOPs", "GFLOPs", "DiT s", "speed-up", "judge", *attributes]
-    head += ["PSNR", "SSIM", "PSNR (vanilla)"]
+    head = ["method", "FLOPs", "GFLOP", "DiT s", "DiT speed-up", "judge"]
+    head += ["PSNR, dB", "SSIM", "PSNR (vanilla)"]
     lines = [table_row(head), "|" + "---|" * len(head)]
     for row in table:
         is_equal = row["num_equal_base"] == row["num_clips"]
@@ -369,16 +370,31 @@ def reuse_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             f"{row['gflops']:.1f}",
             f"{row['dit_seconds']:.2f}",
             f"{row['speedup_base']:.2f}x",
-            *(
-                f"{100 * share:.0f} %"
-                for share in (row["judge_accuracy"], *(row["judge"][key] for key in attributes))
-            ),
+            f"{100 * row['judge_accuracy']:.0f} %",
             "equal" if is_equal else decibel,
             shown(row["ssim_base"], ".3f"),
             shown(row["psnr"], ".2f"),
         ]
         lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def csv_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return every figure of the averages, a row per method, numbers in full."""
+    rows = [
+        {
+            **{key: value for key, value in row.items() if key not in ("group", "judge")},
+            "overrides": " ".join(row.get("overrides", ())),
+            **{f"judge_{key}": share for key, share in row["judge"].items()},
+        }
+        for row in table
+    ]
+    stream = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def shown(value: float | None, spec: str) -> str:

@@ -31,15 +31,18 @@ from flowcache.errors import UserError
 from flowcache.runtime.files import read_json, write_json, write_text
 from flowcache.runtime.lpips import LPIPS
 from flowcache.runtime.metrics import METRICS, average, compare_clips
-from flowcache.runtime.stats import environment
+from flowcache.runtime.stats import environment, scaled
 from flowcache.runtime.text_files import escaped, table_row
 
 SCHEMA_VERSION = 2
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
 VBENCH_FILE = "vbench.json"
 """Written by scripts/vbench/evaluate.sh into the folder of a method's videos."""
-DEVICE_TOLERANCE = 1e-3
-"""Share by which a metric may differ between devices, which round differently."""
+TOLERANCES = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
+"""By how much a metric may differ where another machine computes it, which rounds differently: dB
+for PSNR. On a machine of the same kind all figures but times are the same to the last digit."""
+MACHINE = ("device", "cpu", "num_threads", "packages.torch")
+"""What of an environment decides how sums are rounded."""
 INFINITE = "inf"
 MISSING = "-"
 
@@ -58,12 +61,30 @@ class Column:
     """Whether the paper has it, too: then a column with its figures follows."""
     is_time: bool = False
     """Whether it differs from run to run."""
+    published_spec: str = ""
+    """How the paper writes it; empty: as `spec`."""
+
+    def written(self, value: float | None, *, is_published: bool = False) -> str:
+        """Return a figure for people; a published one as the paper has it."""
+        if value is None:
+            return MISSING
+        if self.key == "pflops":  # of a demo they are GFLOP
+            return scaled(value * 1e15, "FLOP")
+        spec = self.published_spec if is_published and self.published_spec else self.spec
+        return format(value if is_published else value * self.scale, spec)
 
 
 COLUMNS = (
-    Column("pflops", "PFLOPs", ".4g", is_published=True),
-    Column("speedup", "speed-up", ".2f", is_published=True, is_time=True),
-    Column("latency_seconds", "latency s", ".2f", is_published=True, is_time=True),
+    Column("pflops", "FLOPs", "", is_published=True),
+    Column("speedup", "latency speed-up", ".2f", is_published=True, is_time=True),
+    Column(
+        "latency_seconds",
+        "latency s",
+        ".2f",
+        is_published=True,
+        is_time=True,
+        published_spec=".0f",
+    ),
     Column("vbench", "VBench", ".2f", is_published=True),
     Column("lpips", "LPIPS", ".4f", is_published=True),
     Column("ssim", "SSIM", ".4f", is_published=True),
@@ -75,22 +96,28 @@ COLUMNS = (
     Column("text_seconds", "text s", ".2f", is_time=True),
     Column("compression_seconds", "compression s", ".3f", is_time=True),
     Column("first_frames_seconds", "first chunk s", ".2f", is_time=True),
-    Column("kv_cache_bytes", "KV cache MB", ".4g", scale=1e-6),
-    Column("peak_memory_bytes", "peak GB", ".2f", scale=1e-9),
+    Column("kv_cache_bytes", "KV cache, bytes", ".0f"),
+    Column("peak_memory_bytes", "peak memory, bytes", ".0f"),
 )
 PARTS = {
     "paper": "Rows of the paper",
     "ingredient": "One ingredient after the other",
-    "baseline": "Baselines beside them",
+    "baseline": "Baselines",
 }
+TABLES = {
+    "Cost": ("pflops", "latency_seconds", "speedup", "dit_speedup", "reused_share"),
+    "Quality": ("vbench", "lpips", "ssim", "psnr"),
+}
+"""Heading -> its columns; the others are in the CSV file."""
 NOTES = (
     "published: figures of the paper, of another model, size and machine than ours wherever the "
     "protocol differs from",
-    "PFLOPs: counted by closed forms while the run decides; the published count takes "
+    "FLOPs: counted by closed forms while the run decides; the published count takes "
     "SkyReels-V2's full attention as if it were causal",
     "latency: texts, denoising, decoding and writing of one video with loaded models; times are "
     "medians over videos; speed-up: the reference's latency by the row's",
     "LPIPS, SSIM, PSNR: of the mp4 files against the reference's, mean over videos",
+    f"{CSV_FILE} has all figures, with seconds of each stage, KV cache and memory in bytes",
     "KV cache: what is reserved for all layers and branches; peak: tensors on the GPU, the "
     "text encoder included where it stays there (without offload), which one run frees after the "
     "prompt; empty on a CPU",
@@ -281,17 +308,9 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of a JSON report as Markdown, with notes for its readers."""
-    heads = ["method"]
-    for column in COLUMNS:
-        heads += [column.head, "published"] if column.is_published else [column.head]
-    lines = [f"# {escaped(report['title'])}", "", table_row(heads)]
-    lines.append(table_row(["---"] + ["---:"] * (len(heads) - 1)))
-    for part, title in PARTS.items():
-        own = [row for row in report["rows"] if row["part"] == part]
-        if own:
-            lines.append(table_row([f"*{title}*", *[""] * (len(heads) - 1)]))
-            lines += [table_row(_cells(row)) for row in own]
-    lines.append("")
+    lines = [f"# {escaped(report['title'])}", ""]
+    for heading, keys in TABLES.items():
+        lines += [f"## {heading}", "", *table_lines(report["rows"], keys), ""]
     notes = [f"{NOTES[0]} {report['published_setting']}", *NOTES[1:], *report["notes"]]
     lines += [f"- {escaped(note)}" for note in notes]
     lines.append(
@@ -300,14 +319,27 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def table_lines(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return columns of the rows as a Markdown table, each with the published figures if any."""
+    columns = [next(column for column in COLUMNS if column.key == key) for key in keys]
+    heads = ["method"]
+    for column in columns:
+        heads += [column.head, "published"] if column.is_published else [column.head]
+    lines = [table_row(heads), table_row(["---"] + ["---:"] * (len(heads) - 1))]
+    for part, title in PARTS.items():
+        own = [row for row in rows if row["part"] == part]
+        if own:
+            lines.append(table_row([f"*{title}*", *[""] * (len(heads) - 1)]))
+            lines += [table_row(_cells(row, columns)) for row in own]
+    return lines
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
     cells = [escaped(row["method"])]
-    for column in COLUMNS:
-        value = row["figures"][column.key]
-        cells.append(MISSING if value is None else format(value * column.scale, column.spec))
+    for column in columns:
+        cells.append(column.written(row["figures"][column.key]))
         if column.is_published:
-            value = row["published"][column.key]
-            cells.append(MISSING if value is None else f"{value:g}")
+            cells.append(column.written(row["published"][column.key], is_published=True))
     return cells
 
 
@@ -491,12 +523,20 @@ def verify(out: Path, report: Mapping[str, Any], *, judge: Judge) -> list[str]:
         rows = rows_of(protocol, tasks, out, judge=judge, is_fresh=True)
     except UserError as error:  # of a video or a receipt
         return [str(error)]
-    is_same_device = report["environment"].get("device") == environment(judge.device)["device"]
     return _contradictions(
         without_times(report["rows"]),
         without_times(rows),
-        tolerance=0.0 if is_same_device else DEVICE_TOLERANCE,
+        tolerances={} if is_same_machine(report, judge) else TOLERANCES,
     )
+
+
+def is_same_machine(report: Mapping[str, Any], judge: Judge) -> bool:
+    """Tell whether a table was computed on a machine of the kind of this one."""
+    kinds = (report["environment"], environment(judge.device))
+    first, second = (
+        {**kind, "packages.torch": (kind.get("packages") or {}).get("torch")} for kind in kinds
+    )
+    return all(first.get(key) == second.get(key) for key in MACHINE)
 
 
 def _incomplete(tasks: Sequence[Task], videos: Path) -> list[str]:
@@ -528,24 +568,27 @@ def _contradictions(
     stored: Sequence[Mapping[str, Any]],
     computed: Sequence[Mapping[str, Any]],
     *,
-    tolerance: float,
+    tolerances: Mapping[str, float],
 ) -> list[str]:
-    """Name every figure that differs by more than a share of it."""
+    """Name every figure that differs by more than its tolerance, 0 where none is given."""
     if [row["folder"] for row in stored] != [row["folder"] for row in computed]:
         return [f"{JSON_FILE}: its rows are not the protocol's methods"]
     return [
         f"{JSON_FILE}: {key} of {row['method']} is {row.get(key)}, computed anew {again.get(key)}"
         for row, again in zip(stored, computed, strict=True)
         for key in {**row, **again}
-        if not _agree(row.get(key), again.get(key), tolerance=tolerance)
+        if not _agree(row.get(key), again.get(key), tolerances=tolerances)
     ]
 
 
-def _agree(one: Any, other: Any, *, tolerance: float) -> bool:
+def _agree(
+    one: Any, other: Any, *, tolerances: Mapping[str, float], tolerance: float = 0.0
+) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(
-            _agree(one[key], other[key], tolerance=tolerance) for key in one
+            _agree(one[key], other[key], tolerances=tolerances, tolerance=tolerances.get(key, 0.0))
+            for key in one
         )
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=tolerance)
+        return math.isclose(one, other, rel_tol=0.0, abs_tol=tolerance)
     return one == other

@@ -109,6 +109,7 @@ class Worker:
         if flaw != MISSING:
             logger.warning("%s: it is made again", flaw)
             task.path(self.out, ".json").unlink()
+        logger.info("video         %s, %s", task.label, task.preset)
         try:
             with temporary_folder(self.out / UNFINISHED) as work:
                 try:
@@ -119,6 +120,7 @@ class Worker:
                     check_disk(work)
                     return self.record(task, error)
             task.path(self.out, ERROR_SUFFIX).unlink(missing_ok=True)
+            logger.info("wrote         %s", task.path(self.out, ".mp4"))
         except OSError as error:
             if error.errno not in FULL:
                 raise

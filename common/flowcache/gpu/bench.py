@@ -35,7 +35,7 @@ from flowcache.gpu.benchmark import (
     random_weights,
 )
 from flowcache.gpu.measure import Trial, matrix_rate, measure
-from flowcache.gpu.report import judged, markdown
+from flowcache.gpu.report import csv_text, judged, markdown
 from flowcache.runtime import files
 from flowcache.runtime.cli import Parser, choose_device, run_command
 from flowcache.runtime.files import check_writable, write_json, write_text
@@ -268,6 +268,7 @@ def measure_model(
         rows[method.name] = row
         document["targets"][model] = judged(benchmark, rows)
         write_json(path, document)
+        write_text(path.with_suffix(".csv"), csv_text(document))
         write_text(path.with_suffix(".md"), markdown(document))
         gc.collect()
 

@@ -105,6 +105,8 @@ class Demo:
     short: tuple[str, ...]
     """Settings of a short video."""
     keys_on_host: tuple[str, ...]
+    half_vae: tuple[str, ...]
+    """Settings of a VAE in 16 bits; none: it is always that of the run."""
     half_tolerance: float
     """Twice the error that bfloat16 makes on a CPU in the same runs."""
 

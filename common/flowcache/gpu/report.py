@@ -1,17 +1,18 @@
 """The table of all methods, and which of the project's targets they meet."""
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowcache.gpu.benchmark import Benchmark, Target, load_benchmark
+from flowcache.runtime.stats import scaled
 from flowcache.runtime.text_files import escaped, table_row
 
 Row = Mapping[str, Any]
 HEAD = (
-    *("method", "PFLOPs", "s end to end", "speed-up", "s per tick", "s per chunk forward"),
-    *("TFLOP/s", "of matrix product", "attention / linears / other", "caching", "compression"),
-    *("outside DiT", "VAE s", "peak GB", "reserved GB", "attention kernel", "of the prompt"),
-    *("warm-up s", "measured"),
+    *("method", "FLOPs", "s end to end", "latency speed-up", "of matrix product"),
+    *("attention / linears / other", "caching", "outside DiT", "peak memory", "measured"),
 )
 KINDS = ("attention", "linears", "other")
 
@@ -136,25 +137,36 @@ def _cells(name: str, row: Row) -> Sequence[str]:
         how += f", decisions of {row['trace']}"
     return (
         name,
-        f"{row['flops'] / 1e15:.3g}",
+        scaled(row["flops"], "FLOP"),
         f"{row['total_seconds']:.3g}",
         "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-        f"{row['seconds_per_tick']:.3g}",
-        f"{row['seconds_per_forward']:.3g}",
-        f"{row['rate'] / 1e12:.3g}",
         _percent(row["rate_share"]),
         "-" if kinds is None else " / ".join(f"{100 * kinds[k]:.0f}" for k in KINDS) + " %",
         _percent(row["caching_share"]),
-        _percent(row["compression_share"]),
         _percent(row["exposed_share"]),
-        "-" if row["vae_seconds"] is None else f"{row['vae_seconds']:.3g}",
-        f"{row['peak_bytes'] / 1e9:.1f}",
-        "-" if row["reserved_bytes"] is None else f"{row['reserved_bytes'] / 1e9:.1f}",
-        row["attention_kernel"],
-        row["cross_attention_kernel"],
-        f"{row['warm_up_seconds']:.3g}",
+        scaled(row["peak_bytes"], "B"),
         how,
     )
+
+
+def csv_text(document: Mapping[str, Any]) -> str:
+    """Return every figure that is a number or a word, a row per model and method."""
+    rows = [
+        {"model": model, "method": method, **row}
+        for model, methods in document["models"].items()
+        for method, row in _with_speedups(load_benchmark(model), methods).items()
+    ]
+    names = dict.fromkeys(
+        name
+        for row in rows
+        for name, value in row.items()
+        if value is None or isinstance(value, (str, int, float))
+    )
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(names), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def _percent(share: float | None) -> str:

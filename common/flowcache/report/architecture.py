@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 from flowcache.report.drawing import circle, document, element, rectangle, text
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-WIDTH, MARGIN, GAP = 900.0, 16.0, 12.0
+WIDTH, MARGIN, GAP = 830.0, 12.0, 10.0
 HEAD, CHIP_HEIGHT, CHIP_GAP = 46.0, 24.0, 6.0
 LETTER_WIDTH = 7.2
 """Mean width of a letter of 12 CSS pixels, for boxes that are as wide as their text."""
@@ -36,12 +36,14 @@ FLOORS: Sequence[Sequence[Room]] = (
     (
         Room("FlowCache4SkyReels-V2/skyreels_v2", "skyreels_v2", "a model: its sampling algorithm"),
         Room("FlowCache4Self-Forcing/self_forcing", "self_forcing", "a model: its three loops"),
-        Room("FlowCache4MAGI-1/magi1", "magi1", "a model: its sampling algorithm, DiT, VAE, text"),
+        Room("FlowCache4MAGI-1/magi1", "magi1", "a model: sampling, DiT, VAE, text"),
     ),
     (
         Room("common/flowcache/report", "flowcache.report", "pages and figures"),
         Room("common/flowcache/demo", "flowcache.demo", "clips, judge, training"),
         Room("common/flowcache/tuning", "flowcache.tuning", "planned steps"),
+    ),
+    (
         Room("common/flowcache/bench", "flowcache.bench", "many videos, tables"),
         Room("common/flowcache/gpu", "flowcache.gpu", "speed, CUDA paths"),
         Room("common/flowcache/serve", "flowcache.serve", "HTTP, live page"),

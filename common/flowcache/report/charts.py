@@ -19,6 +19,7 @@ from flowcache.report.drawing import (
     cross,
     curve,
     horizontal,
+    interleaved,
     line,
     number,
     path,
@@ -39,6 +40,9 @@ SHARE_WIDTH = 52.0
 MAX_CELL_WIDTH, CELL_HEIGHT = 26.0, 20.0
 BAR_HEIGHT = 22.0
 STAGE_NAME_WIDTH, STAGE_NUMBER_WIDTH, LANE_NAME_WIDTH = 150.0, 110.0, 90.0
+PEN_WIDTH = 2.0
+DOT, RINGS = 2.0, 3.5
+"""Radius of the smallest dot, and by how much that of the first chunk is larger."""
 MAX_TIPS = 12_000
 """Cells with a text of their own on one page; it would get too large with more."""
 
@@ -125,17 +129,19 @@ def accumulated_chart(run: Run, panel: Panel, *, limits: Limits, width: float) -
     """Draw the accumulated distance over own steps, the threshold, and a dot where computed."""
     x = _own_steps(limits, width=width)
     y = vertical("accumulated distance", limits.accumulated, height=PLOT_HEIGHT)
+    chunks = sorted({row.chunk for row in run.of(panel)})
+    rings = [DOT + RINGS * (1 - chunks.index(chunk) / len(chunks)) for chunk in chunks]
     marks = [
         circle(
             x(row.step),
             y(row.accumulated),
-            3,
+            rings[chunks.index(row.chunk)],  # those of one place are rings
             class_="chunk",
             style=colour_of(row.chunk),
             data_chunk=str(row.chunk),
             tip=describe(row),
         )
-        for row in run.of(panel)
+        for row in sorted(run.of(panel), key=lambda row: row.chunk)
         if row.computed and _is_number(row.accumulated)
     ]
     if run.threshold is not None:
@@ -287,7 +293,9 @@ def _curves(
     if all(value(row) is None for row in rows):
         return None
     curves: list[Element] = []
-    for chunk in sorted({row.chunk for row in rows}):
+    chunks = sorted({row.chunk for row in rows})
+    shares = coincide([[value(row) for row in rows if row.chunk == chunk] for chunk in chunks], y)
+    for index, chunk in enumerate(chunks):
         points: list[tuple[float, float]] = []
         for row in (row for row in rows if row.chunk == chunk):
             found = value(row)
@@ -299,13 +307,23 @@ def _curves(
             path(
                 curve(points, x, y),
                 class_="curve",
-                style=colour_of(chunk),
+                style=colour_of(chunk) + (interleaved(index, len(chunks)) if shares else ""),
                 data_chunk=str(chunk),
                 tip=f"chunk {chunk}",
             )
         )
     label = f"{y.name} of {_name_of(run, panel)} over own steps, a line per chunk"
     return plot(x, y, marks=[*curves, *marks], label=label)
+
+
+def coincide(curves: Sequence[Sequence[float | None]], y: Axis) -> bool:
+    """Tell whether curves lie on one another: at most own steps closer than the pen is wide."""
+    spreads = [
+        max(map(y, found)) - min(map(y, found))
+        for values in zip(*curves, strict=False)
+        if len(found := [value for value in values if _is_number(value)]) == len(curves) > 1
+    ]
+    return sum(spread < PEN_WIDTH for spread in spreads) > len(spreads) / 2
 
 
 def _own_steps(limits: Limits, *, width: float) -> Axis:

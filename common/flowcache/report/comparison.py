@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from flowcache.errors import UserError
-from flowcache.runtime.files import write_json, write_text
+from flowcache.report.run import NOTHING, dotted
+from flowcache.runtime.files import read_json, write_json, write_text
 from flowcache.runtime.lpips import BACKBONE_DIGEST, LPIPS, find_weights, load_lpips
 from flowcache.runtime.metrics import (
     CONFIDENCE,
@@ -33,6 +35,18 @@ UNITS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
 
 
+CACHE = ("reuse.", "kv.")
+"""Settings that two runs may differ in when the cache is judged."""
+WHERE = re.compile(
+    r"(.+\.)?(device|offload|text_on_host|kv_on_host|kv_offload|memory_limit|embedding_cache"
+    r"|attention_kernel|compile|overlap|batch_branches|together_tokens|enable_cuda_graph|load"
+    r"|t5_device|\w+_pretrained|distributed_\w+|[cp]p_size|cp_strategy|ulysses_\w+)|parallel\..*"
+)
+"""Settings that say where and how fast a run computes, not what."""
+LONGEST_VALUE = 40
+NO_REUSE = "reuse.policy=vanilla kv.compress=none"
+
+
 @dataclass(frozen=True)
 class Network:
     """What computes LPIPS, or why there is none: a note of one line, or empty."""
@@ -51,6 +65,8 @@ class Comparison:
     failures: dict[str, str]
     """Clip -> why it could not be compared."""
     network: Network
+    unlike: dict[str, list[str]]
+    """What two runs differ in apart from the cache -> the clips of which that is so."""
 
     @property
     def measured(self) -> list[str]:
@@ -75,17 +91,50 @@ def compare(
     network = make_network(metrics, weights, device=device)
     computed = [m for m in metrics if m != "lpips" or network.network is not None]
     clips: list[ClipFigures] = []
+    unlike: dict[str, list[str]] = {}
     for name, paths in tqdm(pairs.items(), unit="clip", disable=None):
         try:
             found = compare_clips(
                 *paths, name=name, metrics=computed, network=network.network, device=device
             )
             clips.append(found)
+            for difference in differences(*paths):
+                unlike.setdefault(difference, []).append(name)
         except UserError as error:
             if not ours.is_dir() or is_clip(ours):
                 raise
             failures[name] = str(error)
-    return Comparison(metrics, clips, failures, network)
+    return Comparison(metrics, clips, failures, network, unlike)
+
+
+def differences(ours: Path, reference: Path) -> list[str]:
+    """Name each setting apart from the cache's in which the runs of two clips differ.
+
+    None where a clip has no report next to it, as NAME.json of NAME.mp4: nothing is known then.
+    """
+    first, second = settings_of(ours), settings_of(reference)
+    if not first or not second:
+        return []
+    return [
+        f"{name} {_short(first.get(name, NOTHING))}, not {_short(second.get(name, NOTHING))}"
+        for name in first | second
+        if not name.startswith(CACHE)
+        and not WHERE.fullmatch(name)
+        and first.get(name) != second.get(name)
+    ]
+
+
+def settings_of(clip: Path) -> dict[str, str]:
+    """Return the model and the settings of a clip's run; {} without a report of it."""
+    try:
+        report = read_json(clip.with_suffix(".json"))
+        return {"model": str(report["model"]), **dotted(report["config"])}
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
 
 
 def match(ours: Path, reference: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, str]]:
@@ -148,6 +197,12 @@ def _cell(value: float | None, metric: str) -> str:
 def notes(found: Comparison) -> list[str]:
     """Return what people should know about the table."""
     lines = [f"note: {found.network.note}"] if found.network.note else []
+    for difference, clips in found.unlike.items():
+        of = "" if len(found.clips) == 1 else f" (in {len(clips)} of {len(found.clips)} clips)"
+        lines.append(f"WARNING the runs differ in more than the cache: {difference}{of}")
+    if found.unlike:
+        name = found.clips[0].name if len(found.clips) == 1 else "each"
+        lines.append(f"to see the cache alone, compare {name} with its own command and {NO_REUSE}")
     if "psnr" in found.metrics:
         num_equal = average(clip.clip["psnr"] for clip in found.clips).num_infinite
         if num_equal:
@@ -231,6 +286,7 @@ def to_dict(found: Comparison, inputs: Sequence[Path], *, device: torch.device) 
             for clip in found.clips
         },
         "failures": found.failures,
+        "unlike": found.unlike,
         "lpips": {"sha256": found.network.digests, "note": found.network.note},
         "environment": environment(device),
     }

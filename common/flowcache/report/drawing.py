@@ -13,6 +13,8 @@ Pair = tuple[str, str]
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 10.0, 42.0
 """Room around a plot for numbers and names of the axes."""
 PIXELS_PER_NUMBER_ACROSS, PIXELS_PER_NUMBER_UP = 55.0, 38.0
+DASH = 7
+"""Length of a dash among curves that lie on one another."""
 MARK = 3.5
 """Half the size of a cross."""
 LIGHT_CHUNKS = ("#3b1c6b", "#31688e", "#1f9e89", "#7ba428", "#d98a00")
@@ -28,6 +30,8 @@ COLOURS: Mapping[str, Pair] = MappingProxyType(
         "grid": ("#e6e9ec", "#282d32"),
         "ground": ("#f3f5f7", "#1f2429"),
         "noise": ("#8c959e", "#7d8790"),
+        "computed": ("#0a5c99", "#3f93d6"),
+        "reused": ("#f0b84a", "#f3cf7a"),
         # blue, vermilion and green of Okabe and Ito's palette, dark enough for white
         "flowcache": ("#0072b2", "#56b4e9"),
         "teacache": ("#c04f00", "#ff9d57"),
@@ -39,11 +43,13 @@ text{{font:13px {FONT};fill:var(--soft)}}
 .middle{{text-anchor:middle}}.end{{text-anchor:end}}
 .name,.strong,.title{{fill:var(--ink)}}.strong,.title{{font-weight:600}}.title{{font-size:16px}}
 .page{{fill:var(--page)}}.ground{{fill:var(--ground)}}
+.computed{{fill:var(--computed)}}.reused{{fill:var(--reused)}}.touch{{fill:none}}
 .grid{{stroke:var(--grid)}}.axis{{stroke:var(--line)}}
 .chunk{{fill:var(--c)}}.curve{{fill:none;stroke:var(--c);stroke-width:2.2;
 stroke-linecap:round;stroke-linejoin:round}}
 .arrow{{fill:none;stroke:var(--soft);stroke-width:1.6}}
 .dashed{{stroke-dasharray:4 4}}
+.halo{{paint-order:stroke;stroke:var(--page);stroke-width:4px;stroke-linejoin:round}}
 """
 NO_COLOURS: Mapping[str, Pair] = MappingProxyType({})
 
@@ -294,6 +300,13 @@ def cross(x: float, y: float, *, tip: str) -> Element:
 def colour_of(chunk: int) -> str:
     """Return the style that gives an element of class `chunk` or `curve` its colour."""
     return f"--c:var(--chunk-{chunk})"
+
+
+def interleaved(index: int, count: int) -> str:
+    """Return the dashes of a curve among others that lie on it: each fills gaps of the others."""
+    if count == 1:
+        return ""
+    return f";stroke-dasharray:{DASH} {DASH * (count - 1)};stroke-dashoffset:{-DASH * index}"
 
 
 def chunk_styles(num_chunks: int) -> str:

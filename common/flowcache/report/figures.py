@@ -1,20 +1,17 @@
-"""The pages' figures that are drawn from results: distances, growth, frames, quality against cost.
+"""The pages' figures that are drawn from results: distances, growth, quality against cost.
 
 Drawings have colours for light and for dark pages.
 """
 
-import io
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element
-
-from PIL import Image, ImageDraw, ImageFont
 
 from flowcache.errors import UserError
 from flowcache.report.drawing import (
@@ -29,6 +26,7 @@ from flowcache.report.drawing import (
     curve,
     document,
     horizontal,
+    interleaved,
     line,
     number,
     path,
@@ -41,8 +39,6 @@ from flowcache.report.drawing import (
 )
 from flowcache.report.run import Row, Run, load_run
 from flowcache.runtime.files import read_json
-from flowcache.runtime.metrics import psnr
-from flowcache.runtime.run import Clip
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -75,8 +71,8 @@ def draw_distances(record: Path, *, model: str) -> str:
     y = vertical("relative change", max(run.distances), height=DISTANCES_HEIGHT)
     title = f"{model} demo: change of each chunk's signal since the last tick"
     finding = (
-        f"At tick {spread.tick} the active chunks change by {spread.smallest:.3f} to "
-        f"{spread.largest:.3f}: {spread.ratio:.0f} times as much"
+        f"At tick {spread.tick} the active chunks change by {spread.smallest:.2g} to "
+        f"{spread.largest:.2g}: {spread.ratio:.0f} times as much"
     )
     width = 2 * PANEL_WIDTH + 2 * MARGIN
     by_tick = _distance_panel(curves, y, "tick", spread)
@@ -125,13 +121,17 @@ def _distance_panel(
         name, 0, max(at for each in points.values() for at, _ in each), width=PANEL_WIDTH
     )
     marks: list[Element] = []
+    words: list[Element] = []
     if marked is not None:
         at = x(marked.tick)
         marks.append(line(at, at, y.start, y.stop, class_="axis dashed"))
-        marks.append(text(f"tick {marked.tick}", x=at - 6, y=y.stop + 12, class_="end"))
-    for chunk, own in points.items():
-        marks.append(path(curve(own, x, y), class_="curve", style=colour_of(chunk)))
-    return plot(x, y, marks=marks, label=f"distances by {name}")
+        words.append(text(f"tick {marked.tick}", x=at - 6, y=y.stop + 12, class_="end halo"))
+    for index, (chunk, own) in enumerate(points.items()):
+        style = colour_of(chunk)
+        if marked is None:  # the curves lie on one another
+            style += interleaved(index, len(points))
+        marks.append(path(curve(own, x, y), class_="curve", style=style))
+    return plot(x, y, marks=[*marks, *words], label=f"distances by {name}")
 
 
 def _chunk_keys(chunks: Sequence[int], *, stop: float) -> list[Element]:
@@ -146,7 +146,7 @@ def _chunk_keys(chunks: Sequence[int], *, stop: float) -> list[Element]:
 
 # Growth -------------------------------------------------------------------------------------------
 
-GROWTH_HEIGHT, GROWTH_HEAD, GROWTH_TITLE = 240.0, 84.0, 30.0
+GROWTH_HEIGHT, GROWTH_HEAD, GROWTH_TITLE = 210.0, 84.0, 34.0
 GROWTH_STYLES = {
     "all keys and values": "--c:var(--teacache)",
     "KV compression": "--c:var(--flowcache)",
@@ -168,7 +168,7 @@ class Panel(NamedTuple):
 
 GROWTH_PANELS = (
     Panel("planned", "KV cache, GB", "kv_bytes", 1e9),
-    Panel("planned", "TFLOPs per chunk", "flops_per_chunk", 1e12),
+    Panel("planned", "PFLOP per chunk", "flops_per_chunk", 1e15),
     Panel("measured", "CPU s per chunk", "seconds_per_chunk", 1.0),
 )
 
@@ -176,18 +176,16 @@ GROWTH_PANELS = (
 def draw_growth(file: Path) -> str:
     """Return the drawing of a file of `bench_gpu.py --growth`."""
     found = read_json(file, advice="measure anew with --overwrite")
-    row_height = GROWTH_TITLE + GROWTH_HEIGHT
     drawn: list[Element] = []
     titles: list[Element] = []
     try:
         models = list(found["models"].values())
         for index, model in enumerate(models):
-            top = GROWTH_HEAD + index * row_height
-            title = text(model["title"], x=MARGIN + 12, y=top + 18, class_="strong")
-            titles.append(title)
+            left, top = MARGIN + index * PANEL_WIDTH, GROWTH_HEAD + GROWTH_TITLE
+            titles.append(text(model["title"], x=left + 12, y=top - 12, class_="strong"))
             for place, panel in enumerate(GROWTH_PANELS):
                 chart = _growth_chart(model[panel.part], panel)
-                drawn.append(placed(chart, MARGIN + place * PANEL_WIDTH, top + GROWTH_TITLE))
+                drawn.append(placed(chart, left, top + place * GROWTH_HEIGHT))
         names = list(models[0]["planned"])
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{file}: no result of {GROWTH_COMMAND}: make it again") from None
@@ -205,8 +203,8 @@ def draw_growth(file: Path) -> str:
         *keys,
         *drawn,
         *titles,
-        width=len(GROWTH_PANELS) * PANEL_WIDTH + 2 * MARGIN,
-        height=GROWTH_HEAD + len(models) * row_height + MARGIN,
+        width=len(models) * PANEL_WIDTH + 2 * MARGIN,
+        height=GROWTH_HEAD + GROWTH_TITLE + len(GROWTH_PANELS) * GROWTH_HEIGHT + MARGIN,
         label="Memory and time per chunk against the number of frames: flat with KV compression",
     )
 
@@ -227,66 +225,15 @@ def _growth_chart(lines: Mapping[str, Rows], panel: Panel) -> Element:
     return plot(x, y, marks=marks, label=f"{panel.name} by frames")
 
 
-# Frames -------------------------------------------------------------------------------------------
-
-NUM_COLUMNS = 7
-"""Frames of each clip in the picture."""
-FRAME = 112
-"""Width and height of a frame in the picture, pixels."""
-GAP, EDGE, LABEL_WIDTH, TITLE_HEIGHT = 6, 16, 172, 44
-INK, SOFT, PAGE = "#1c1e21", "#545b63", "#ffffff"
-NAME_SIZE, NOTE_SIZE = 18, 15
-
-
-@dataclass(frozen=True)
-class Strip:
-    """A row of the picture: frames of a clip, their name and notes at the left."""
-
-    name: str
-    notes: Sequence[str]
-    clip: Clip
-
-
-def strip_of(name: str, clip: Clip, reference: Clip) -> Strip:
-    """Note the share of computed chunk passes, and the PSNR against the reference."""
-    stats = clip.stats
-    share = stats.num_computed / (stats.num_computed + stats.num_reused)
-    notes = [f"{100 * share:.0f} % computed"]
-    if clip is not reference:
-        notes.append(f"{psnr(clip.frames, reference.frames):.1f} dB")
-    return Strip(name, notes, clip)
-
-
-def draw_strips(strips: Sequence[Strip], *, title: str) -> bytes:
-    """Return an opaque PNG with a row of frames per clip, from the first frame to the last."""
-    width = EDGE + LABEL_WIDTH + NUM_COLUMNS * (FRAME + GAP) - GAP + EDGE
-    height = TITLE_HEIGHT + len(strips) * (FRAME + GAP) - GAP + EDGE
-    page = Image.new("RGB", (width, height), PAGE)
-    pen = ImageDraw.Draw(page)
-    name_font, note_font = ImageFont.load_default(NAME_SIZE), ImageFont.load_default(NOTE_SIZE)
-    pen.text((EDGE, 13), title, fill=INK, font=name_font)
-    for index, strip in enumerate(strips):
-        top = TITLE_HEIGHT + index * (FRAME + GAP)
-        pen.text((EDGE, top + 22), strip.name, fill=INK, font=name_font)
-        for row, note in enumerate(strip.notes):
-            pen.text((EDGE, top + 48 + 20 * row), note, fill=SOFT, font=note_font)
-        last = len(strip.clip.frames) - 1
-        for column in range(NUM_COLUMNS):
-            frame = strip.clip.frames[round(last * column / (NUM_COLUMNS - 1))].numpy()
-            picture = Image.fromarray(frame).resize((FRAME, FRAME), Image.Resampling.BICUBIC)
-            page.paste(picture, (EDGE + LABEL_WIDTH + column * (FRAME + GAP), top))
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
 # Quality against computation ----------------------------------------------------------------------
 
 HEAD, LEGEND_WIDTH, LINE = 62.0, 250.0, 24.0
 SIZE = 6.0
 """Half the size of a mark in CSS pixels."""
-LABEL_GAP = 15.0
-"""Least distance of two labels, CSS pixels."""
+LETTER_WIDTH, TEXT_HEIGHT = 6.9, 13.0
+"""Of a label, CSS pixels; the width is a mean."""
+LINE_PIECE = 5.0
+"""Distance of the points of a line that labels keep clear of, CSS pixels."""
 METHOD = re.compile(
     r"(FlowCache|TeaCache|stride)(?:-(slow|fast)|, (causal|neither pass))?(?![-\w])"
 )
@@ -417,6 +364,72 @@ def _underline(look: Look, at: tuple[float, float]) -> Element:
     return line(x - SIZE, x + SIZE, y + SIZE + 4, y + SIZE + 4, style=style)
 
 
+class Box(NamedTuple):
+    """A part of a drawing, CSS pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: "Box") -> bool:
+        """Tell whether two boxes share a point."""
+        return (
+            self.left < other.right
+            and other.left < self.right
+            and self.top < other.bottom
+            and other.top < self.bottom
+        )
+
+
+def around(x: float, y: float, size: float) -> Box:
+    """Return the box around a mark or a piece of a line."""
+    return Box(x - size, y - size, x + size, y + size)
+
+
+def along(points: Sequence[tuple[float, float]]) -> list[Box]:
+    """Return small boxes along lines between points, one after the other."""
+    found: list[Box] = []
+    for (x, y), (right, below) in pairwise(points):
+        count = max(1, round(math.hypot(right - x, below - y) / LINE_PIECE))
+        for index in range(count + 1):
+            share = index / count
+            found.append(around(x + share * (right - x), y + share * (below - y), 2.0))
+    return found
+
+
+def label_place(
+    name: str, at: tuple[float, float], taken: Sequence[Box], *, inside: Box
+) -> tuple[float, float, Box]:
+    """Return where the text of a mark starts, on its base line, and the box that it takes.
+
+    Of the places around the mark it is the nearest that is free, or that covers least.
+    """
+    (x, y), width = at, LETTER_WIDTH * len(name)
+    places: list[tuple[int, int, float, float, Box]] = []
+    for far in range(4):
+        off = SIZE + 5 + 13 * far
+        for order, (left, middle) in enumerate(
+            (
+                (x + off, y),
+                (x - off - width, y),
+                (x - width / 2, y - off - 5),
+                (x - width / 2, y + off + 5),
+                (x + off, y - off),
+                (x + off, y + off),
+                (x - off - width, y - off),
+                (x - off - width, y + off),
+            )
+        ):
+            box = Box(left, middle - TEXT_HEIGHT / 2, left + width, middle + TEXT_HEIGHT / 2)
+            covered = sum(box.overlaps(other) for other in taken)
+            outside = box.left < inside.left or box.right > inside.right
+            outside = outside or box.top < inside.top or box.bottom > inside.bottom
+            places.append((covered + 100 * outside, 8 * far + order, left, middle + 4, box))
+    *_, left, base, box = min(places)
+    return left, base, box
+
+
 class _Chart:
     """Marks between axes; at the right a legend: the policies drawn, then meanings of marks."""
 
@@ -429,6 +442,9 @@ class _Chart:
         low, high = math.floor(min(ends)) - 1, math.ceil(max(ends)) + 1
         self.axes = x, Axis("PSNR, dB", low, high, self.height - BOTTOM, TOP)
         self.marks: list[Element] = []
+        self._labels: list[tuple[str, tuple[float, float]]] = []
+        self.taken: list[Box] = []
+        """Where no label may be."""
         self._legend: list[Element] = []
         self.place = (self.width - LEGEND_WIDTH + 20, HEAD + 30)
         """Of the next line of the legend."""
@@ -448,8 +464,18 @@ class _Chart:
 
     def add(self, point: Point, *, tip: str) -> None:
         """Draw a point; the tip shows when it is pointed at."""
-        look = self.table.looks[point.policy]
-        self.marks.append(_mark(look, self.at(point), is_filled=point.is_filled, tip=tip))
+        look, at = self.table.looks[point.policy], self.at(point)
+        self.marks.append(_mark(look, at, is_filled=point.is_filled, tip=tip))
+        self.taken.append(around(*at, SIZE + 2))
+
+    def join(self, points: Sequence[tuple[float, float]], *, style: str) -> None:
+        """Draw lines between points, behind the marks that are added later."""
+        self.marks.append(path(polyline(points), style=style))
+        self.taken += along(points)
+
+    def label(self, name: str, at: tuple[float, float]) -> None:
+        """Write a text next to a mark, where it covers nothing."""
+        self._labels.append((name, at))
 
     def explain(self, name: str, *marks: Element, class_: str | None = None) -> None:
         """Add a line to the legend with marks that were drawn at `place`."""
@@ -459,6 +485,12 @@ class _Chart:
 
     def drawing(self, *, title: str, subtitle: str, label: str) -> str:
         """Return the whole drawing, with the title above the chart."""
+        x, y = self.axes
+        inside, taken = Box(x.start, y.stop - 8, x.stop + RIGHT, y.start), list(self.taken)
+        for name, at in self._labels:
+            left, base, box = label_place(name, at, taken, inside=inside)
+            taken.append(box)
+            self.marks.append(text(name, x=left, y=base, class_="halo"))
         return document(
             text(title, x=24, y=28, class_="title"),
             text(subtitle, x=24, y=50),
@@ -481,9 +513,9 @@ def draw_tradeoff(file: Path, *, model: str) -> str:
         look, (x, y) = METHODS.looks[point.policy], chart.at(point)
         if point.is_compressed:
             chart.marks.append(_underline(look, (x, y)))
-        else:
-            y += -SIZE - 5 if point.is_filled else SIZE + 13
-            chart.marks.append(text(point.label, x=x, y=y, class_="middle"))
+            chart.taken.append(around(x, y + SIZE + 4, 3))
+        elif point.label:
+            chart.label(point.label, (x, y))
     if any(point.is_compressed for point in points):
         look, at = METHODS.looks["FlowCache"], chart.place
         chart.explain("with KV compression", _mark(look, at, is_filled=False), _underline(look, at))
@@ -510,22 +542,22 @@ def read_methods(file: Path) -> list[Point]:
                 is_compressed="KV compression" in row["method"],
             )
             for row, name in found
-            if name is not None and row[base := _base_column(row)] is not None
+            if name is not None and row[base := base_column(row)] is not None
         ]
 
     return _read_table(file, METHODS, points_of)
 
 
-def _base_column(row: Mapping[str, object]) -> str:
-    """Name the column of the PSNR against the same attention and passes without reuse.
+def base_column(row: Mapping[str, object], metric: str = "psnr") -> str:
+    """Name the column of a metric against the same attention and passes without reuse.
 
     A table of SkyReels-V2 may name the columns by method: there TeaCache-slow and -fast have full
     attention, as vanilla has, and all others causal attention.
     """
-    if "psnr_base" in row:
-        return "psnr_base"
+    if f"{metric}_base" in row:
+        return f"{metric}_base"
     is_full = str(row["method"]).startswith("TeaCache-")
-    return "psnr_vanilla" if is_full else "psnr_vanilla-causal"
+    return f"{metric}_vanilla" if is_full else f"{metric}_vanilla-causal"
 
 
 def read_rules(file: Path) -> list[Point]:
@@ -589,7 +621,7 @@ def _draw_rules(
     if seen:
         key = f"M{chart.place[0] - 8} {chart.place[1]}h16"
         chart.explain("plans, as calibration expects", path(key, class_="dashed", style=FRONT))
-    chart.marks += _budget_lines(chart, points)
+    _join_budgets(chart, points)
     for point in points:
         at, style = x(point.share), f"stroke:var(--{RULES.looks[point.policy].colour});opacity:.55"
         low, high = y(point.decibel - point.error), y(point.decibel + point.error)
@@ -597,7 +629,9 @@ def _draw_rules(
     for point in points:
         decibel = f"{point.decibel:.2f} ± {point.error:.2f} dB"
         chart.add(point, tip=f"{point.name}: {point.share:.1f} % of the FLOPs, {decibel}")
-    chart.marks += _predictors(chart, points)
+    for point in points:
+        if point.policy == TUNED and not point.is_filled:
+            chart.label(point.label, chart.at(point))
     bars = "; bars: its standard error" if any(point.error for point in points) else ""
     return chart.drawing(
         title=title,
@@ -606,29 +640,15 @@ def _draw_rules(
     )
 
 
-def _budget_lines(chart: _Chart, points: Sequence[Point]) -> list[Element]:
+def _join_budgets(chart: _Chart, points: Sequence[Point]) -> None:
     """Join the budgets of a policy with the same predictor."""
 
     def rule(point: Point) -> tuple[str, str]:
         return point.policy, point.label
 
-    drawn: list[Element] = []
     for (policy, _), group in groupby(sorted(points, key=rule), key=rule):
         style = f"stroke:var(--{RULES.looks[policy].colour});fill:none;stroke-width:1.5;opacity:.55"
-        drawn.append(path(polyline(sorted(map(chart.at, group))), style=style))
-    return drawn
-
-
-def _predictors(chart: _Chart, points: Sequence[Point]) -> list[Element]:
-    """Name the predictors of plans that are not as tuned, none over another one."""
-    drawn: list[Element] = []
-    last = -math.inf
-    named = [point for point in points if point.policy == TUNED and not point.is_filled]
-    for point in sorted(named, key=lambda point: chart.at(point)[1]):
-        x, y = chart.at(point)
-        last = max(y, last + LABEL_GAP)
-        drawn.append(text(point.label, x=x + SIZE + 8, y=last + 4))
-    return drawn
+        chart.join(sorted(map(chart.at, group)), style=style)
 
 
 def _read_table(file: Path, table: Table, points_of: Callable[[Rows], list[Point]]) -> list[Point]:

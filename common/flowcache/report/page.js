@@ -7,20 +7,36 @@ for (const title of document.querySelectorAll("svg title")) {
   texts.set(title.parentNode, title.textContent);
   title.remove();
 }
-document.addEventListener("pointermove", (event) => {
-  const content = texts.get(event.target);
+for (const term of document.querySelectorAll("dfn")) {
+  texts.set(term, term.title);
+  term.removeAttribute("title");
+  term.setAttribute("aria-label", texts.get(term));
+}
+const explain = (target, x, y) => {
+  const content = texts.get(target);
   tip.hidden = content === undefined;
   if (tip.hidden) return;
   tip.textContent = content;
   const room = 14;
   const { width, height } = tip.getBoundingClientRect();
-  const left = Math.min(event.clientX + room, window.innerWidth - width - room);
-  const below = event.clientY + room;
-  const fits = below + height < window.innerHeight;
+  const left = Math.min(x + room, window.innerWidth - width - room);
+  const fits = y + room + height < window.innerHeight;
   tip.style.left = `${Math.max(left, 0)}px`;
-  tip.style.top = `${fits ? below : event.clientY - height - room}px`;
+  tip.style.top = `${fits ? y + room : y - height - room}px`;
+};
+for (const name of ["pointermove", "pointerdown"]) {
+  document.addEventListener(name, (event) => explain(event.target, event.clientX, event.clientY));
+}
+document.addEventListener("focusin", (event) => {
+  const { left, bottom } = event.target.getBoundingClientRect();
+  explain(event.target, left, bottom);
 });
-document.addEventListener("pointerleave", () => { tip.hidden = true; });
+for (const name of ["pointerleave", "focusout"]) {
+  document.addEventListener(name, () => { tip.hidden = true; });
+}
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") tip.hidden = true;
+});
 
 // Pointing at a chunk in a legend brings its marks forward in the same section.
 for (const key of document.querySelectorAll(".key[data-chunk]")) {

@@ -3,10 +3,10 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -24,7 +24,7 @@ from flowcache.report.drawing import (
     percent,
     seconds_text,
 )
-from flowcache.report.run import ChunkFrames, Panel, Run
+from flowcache.report.run import NOTHING, ChunkFrames, Panel, Run, dotted
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.metrics import psnr, psnr_per_frame, ssim_per_frame
 from flowcache.runtime.stats import scaled
@@ -34,12 +34,26 @@ FOLDER = Path(__file__).parent
 FULL_WIDTH, HALF_WIDTH = 1120.0, 545.0
 """Of a chart in CSS pixels, alone in its row or one of two."""
 POSITIONS = ("first", "middle", "last")
-NOTHING = "–"
 WIDTHS = (320, 240, 160, 112, 80)
 """Pixels; the widest is taken whose pictures all fit into the page."""
 JPEG_QUALITY = 82
 MAX_BYTES = 2_500_000
 """Of all pictures of a page, as text."""
+
+TERMS = {
+    "chunk": "latent frames that are denoised together, at one noise level",
+    "tick": "one pass over the active chunks, each at its own step",
+    "step": "one denoising step of a chunk; each chunk counts its own, from 0",
+    "pass": "one chunk through the transformer at one step, for one branch: computed or reused",
+    "segment": "one window of a long SkyReels-V2 video; segments share some frames",
+    "branch": "a guidance pass, by name: with the prompt, without it",
+    "signal": "what a policy compares from tick to tick",
+    "threshold": "the accumulated distance from which a chunk is computed",
+    "clean": "denoised",
+    "stage": "a part of the run that is timed: texts, denoising, decoding, writing",
+}
+"""Words of the notes that are explained where they are pointed at; as in docs/glossary.md."""
+PLURAL = r"(?:es|s)?"
 
 Draw = Callable[..., Element | None]
 
@@ -161,7 +175,7 @@ def _ratio(reference: float | None, value: float | None) -> str:
 
 def settings_of(run: Run) -> dict[str, str]:
     """Return every setting and the environment of a run by dotted names."""
-    return _flat({name: run.record[name] for name in ("model", "preset", "config", "environment")})
+    return dotted({name: run.record[name] for name in ("model", "preset", "config", "environment")})
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -169,16 +183,6 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     first, second = (settings_of(run) for run in runs)
     rows = [(name, first.get(name, NOTHING), second.get(name, NOTHING)) for name in first | second]
     return [row for row in rows if row[1] != row[2]]
-
-
-def _flat(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, prefix=f"{prefix}{name}.")
-        else:
-            found[prefix + name] = NOTHING if value is None else str(value)
-    return found
 
 
 def pictures(clips: Sequence[Pixels], wanted: Sequence[int]) -> list[dict[int, str]]:
@@ -238,6 +242,22 @@ def write_page(runs: Sequence[Run], clips: Sequence[Clip], metrics: Metrics | st
     )
     root = element("html", head, body, lang="en")
     return "<!DOCTYPE html>\n" + ElementTree.tostring(root, encoding="unicode", method="html")
+
+
+def _note(words: str) -> Element:
+    """Write a paragraph; each of `TERMS` is explained at its first place, on hover and on focus."""
+    pattern = re.compile(rf"\b({'|'.join(TERMS)}){PLURAL}\b", re.IGNORECASE)
+    made, end, seen = element("p"), 0, set[str]()
+    for found in pattern.finditer(words):
+        term = found[1].lower()
+        if term not in seen:
+            seen.add(term)
+            append(made, words[end : found.start()])
+            explained = element("dfn", found[0], tabindex="0", title=f"{term}: {TERMS[term]}")
+            append(made, explained)
+            end = found.end()
+    append(made, words[end:])
+    return made
 
 
 def _header(runs: Sequence[Run]) -> Element:
@@ -307,22 +327,22 @@ def _decisions(runs: Sequence[Run], limits: charts.Limits) -> Element:
     if not limits.has_tips:
         note += f" There are more than {charts.MAX_TIPS} passes: the cells have no texts."
     grid = _grid(runs, charts.heat_map, limits=limits, num_columns=len(runs))
-    return _section("Decisions", element("p", note), legend, grid)
+    return _section("Decisions", _note(note), legend, grid)
 
 
 def _distances(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) -> Element:
     if not any(row.distance is not None for run in runs for row in run.rows):
         policies = " and ".join(run.record["policy"] for run in runs)
         return _section("Distances", element("p", f"The policy {policies} measured none."))
-    one, other = ("Left", "Right") if len(runs) == 1 else ("Above", "Below")
     note = (
-        f"{one}, how much each chunk's signal changed since the tick before. {other}, the sum "
-        "since the chunk was last computed, which is compared with the threshold; a dot where the "
-        "chunk was computed. A cross marks a value that is infinite or not a number."
+        "Distance: how much each chunk's signal changed since the tick before. Accumulated "
+        "distance: the sum since the chunk was last computed, which is compared with the "
+        "threshold; a dot where the chunk was computed. Dashes of several colours are curves that "
+        "lie on one another. A cross marks a value that is infinite or not a number."
     )
     draws = charts.distance_chart, charts.accumulated_chart
     grid = _grid(runs, *draws, limits=limits, num_columns=2)
-    return _section("Distances", element("p", note), _chunk_legend(chunks), grid)
+    return _section("Distances", _note(note), _chunk_legend(chunks), grid)
 
 
 def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) -> Element:
@@ -333,7 +353,7 @@ def _cache(runs: Sequence[Run], limits: charts.Limits, chunks: Sequence[int]) ->
         "bottom; mean over layers and heads."
     )
     grid = _grid(runs, charts.cache_chart, limits=limits, num_columns=2, of_cache=True)
-    return _section("KV cache", element("p", note), _chunk_legend(chunks), grid)
+    return _section("KV cache", _note(note), _chunk_legend(chunks), grid)
 
 
 def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
@@ -345,7 +365,7 @@ def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
         for run in runs
     ]
     note = "Seconds of each stage; a pale bar is part of the stage above it. Seconds of each tick."
-    parts = [element("p", note), element("div", *cells, class_="grid two")]
+    parts = [_note(note), element("div", *cells, class_="grid two")]
     lanes = [
         _figure(charts.timeline_chart(run, limits=limits, width=FULL_WIDTH), _caption(run, runs))
         for run in runs
@@ -354,7 +374,7 @@ def _times(runs: Sequence[Run], limits: charts.Limits) -> Element:
     if lanes:
         note = "When each stage was at work; bars above each other were at work together."
         keys = ("bar", "the run itself"), ("concurrent", "concurrent with the denoising")
-        parts += [element("p", note), _legend(*keys), element("div", *lanes, class_="grid")]
+        parts += [_note(note), _legend(*keys), element("div", *lanes, class_="grid")]
     return _section("Time", *parts)
 
 
@@ -371,7 +391,7 @@ def _key_frames(runs: Sequence[Run], clips: Sequence[Clip]) -> Element:
     if not chunks:
         chunks = [ChunkFrames(0, -1, 0, min(len(frames) for _, frames in present))]
         note = "The record does not say which frames a chunk shows; these are of the whole video."
-        notes.append(element("p", note))
+        notes.append(_note(note))
     wanted = [at for each in chunks for at in each.key_frames]
     uris = pictures([frames for _, frames in present], wanted)
     has_segments = len({each.segment for each in chunks}) > 1
@@ -416,7 +436,7 @@ def _metrics(metrics: Metrics | str | None) -> Element | None:
         for name, values in (("PSNR in dB", metrics.psnr_T), ("SSIM", metrics.ssim_T))
     ]
     grid = element("div", *drawn, class_="grid two")
-    return _section("Pixels of B against A", element("p", note), grid)
+    return _section("Pixels of B against A", _note(note), grid)
 
 
 def _settings(runs: Sequence[Run]) -> Element:

@@ -13,6 +13,8 @@ from flowcache.runtime.record import alarms, read_record
 from flowcache.runtime.stats import Period
 
 SUFFIX = ".record.json"
+NOTHING = "–"
+"""Written where there is no value."""
 
 
 class Row(NamedTuple):
@@ -144,6 +146,17 @@ class Run:
     def of(self, panel: Panel) -> list[Row]:
         """Return the rows of a panel."""
         return [row for row in self.rows if (row.segment, row.branch) == panel]
+
+
+def dotted(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
+    """Return nested settings as texts by dotted names, as in `reuse.threshold`."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= dotted(value, prefix=f"{prefix}{name}.")
+        else:
+            found[prefix + name] = NOTHING if value is None else str(value)
+    return found
 
 
 def find_record(path: Path) -> Path:

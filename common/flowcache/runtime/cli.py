@@ -249,11 +249,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def gigabytes(num_bytes: int) -> str:
-    """Write bytes in GB (10^9)."""
-    return f"{num_bytes / 1e9:.3g} GB"
-
-
 class ProgressBar:
     """A line that counts ticks and says how many chunks are clean and how many passes reused."""
 

@@ -14,11 +14,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flowcache.compress import Received, attention_received, attention_received_by_sums
 from flowcache.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def compiled(
     *,
     lengths: Sequence[int | None],
     together: Compilation | None = None,
+    name: str = "the blocks",
 ) -> Callable[..., T]:
     """Return a function that is compiled at its first call, once for all lengths; no gradients.
 
@@ -50,6 +53,7 @@ def compiled(
         function: takes a module and tensors; calling it twice does no harm.
         lengths: of each tensor the axis that differs from call to call, None: all stay the same.
         together: shared with other functions; where one can't be compiled, none is run compiled.
+        name: of what is compiled, for a warning.
     """
     # this takes seconds to import, and nothing else needs it
     from torch._dynamo import maybe_mark_dynamic
@@ -79,12 +83,25 @@ def compiled(
         ) as error:
             state.failure = first_line(error)
             logger.warning(
-                "the blocks can't be compiled and run as they are, which is slower: %s",
+                "%s can't be compiled and run as they are, which is slower: %s",
+                name,
                 state.failure,
             )
             return function(module, *tensors)
 
     return call
+
+
+def compiled_scoring() -> Received:
+    """Return how a KV cache's importance is summed, compiled; elsewhere it goes block by block."""
+    call = compiled(_received, lengths=(0, 0), name="the scores of the KV cache")
+    return partial(call, nn.Identity())
+
+
+def _received(_module: nn.Module, q_QHD: Tensor, k_LGD: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return attention_received_by_sums(q_QHD, k_LGD)
+    return attention_received(q_QHD, k_LGD)
 
 
 def _in_one_form(tensor: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
@@ -95,6 +96,18 @@ def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[s
         for name in reversed(key.split(".")):
             value = {name: value}
         _merge_(values, schema, cast("dict[str, Any]", value), source=COMMAND_LINE)
+
+
+@contextmanager
+def from_python() -> Generator[None, None, None]:
+    """Say of wrong values from Python nothing of a command line."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        if text == str(error):
+            raise
+        raise UserError(text) from None
 
 
 def overrides_of(
@@ -501,7 +514,7 @@ MAX_PASS_TOKENS = 2**20
 """Tokens that attend to each other in one pass; 97 frames of 4K are 810,000 in SkyReels-V2."""
 
 KernelName: TypeAlias = Literal[
-    "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch"
+    "auto", "flash_attn_3", "flash_attn_2", "cudnn", "flash", "efficient", "math", "torch", "sage"
 ]
 """What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
 QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from flowcache.errors import UserError, first_line
-from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.ending import Place
+from flowcache.runtime.stats import scaled
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +63,17 @@ class Missing:
     def describe(self) -> str:
         """Say what is to be downloaded, how large it is, and where to."""
         return (
-            f"{self.repository}, {self.num_files} files, {gigabytes(self.num_bytes)}, "
-            f"to {self.cache} ({gigabytes(self.free_bytes)} free)"
+            f"{self.repository}, {self.num_files} files, {scaled(self.num_bytes, 'B')}, "
+            f"to {self.cache} ({scaled(self.free_bytes, 'B')} free)"
         )
 
     def check_room(self) -> None:
         """Check that the disk has room for the files."""
         if self.num_bytes > self.free_bytes:
             raise UserError(
-                f"{self.repository}: {gigabytes(self.num_bytes)} are to be downloaded, but "
-                f"{self.cache} has {gigabytes(self.free_bytes)} free: set HF_HOME to a folder on a "
-                "larger disk"
+                f"{self.repository}: {scaled(self.num_bytes, 'B')} are to be downloaded, but "
+                f"{self.cache} has {scaled(self.free_bytes, 'B')} free: set HF_HOME to a folder on "
+                "a larger disk"
             )
 
 

@@ -236,7 +236,8 @@ class Job:
     path: Path | None = None
     """Of the video; None: sizes alone are planned."""
     keeps_partial: bool = True
-    """Whether the frames of an unfinished video are kept."""
+    """Whether the frames of an unfinished video are kept, and where it lies is said; False: it is
+    made in a folder that will be gone."""
 
     @property
     def placed(self) -> Any:

@@ -7,9 +7,9 @@ from flowcache.attention import AttentionShape
 from flowcache.compress import CompressionStrategy, KVRule, TokenLayout, kept_tokens, scoring_bytes
 from flowcache.kv_quantized import KVSizes
 from flowcache.quantization import format_of
-from flowcache.runtime.cli import gigabytes
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.parallel import Layout, bytes_per_process
+from flowcache.runtime.stats import scaled
 from flowcache.schedule import Tick
 
 TOKEN_COPIES = 6
@@ -200,13 +200,13 @@ def kv_bytes(
 
 def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
     """Describe what a run holds."""
-    read = f"; {gigabytes(work.kv_read_bytes)} to read a layer" if work.kv_read_bytes else ""
+    read = f"; {scaled(work.kv_read_bytes, 'B')} to read a layer" if work.kv_read_bytes else ""
     return [
-        f"weights      {gigabytes(work.weight_bytes)} (transformer)",
-        f"KV cache     {gigabytes(work.kv_bytes)}, {cache}{read}",
-        f"KV scoring   {gigabytes(work.scoring_bytes)} extra while compressing",
-        f"stored       {gigabytes(work.stored_bytes)} of {stored} for reuse",
-        f"activations  {gigabytes(work.activation_bytes)} (estimate, one forward)",
+        f"weights      {scaled(work.weight_bytes, 'B')} (transformer)",
+        f"KV cache     {scaled(work.kv_bytes, 'B')}, {cache}{read}",
+        f"KV scoring   {scaled(work.scoring_bytes, 'B')} extra while compressing",
+        f"stored       {scaled(work.stored_bytes, 'B')} of {stored} for reuse",
+        f"activations  {scaled(work.activation_bytes, 'B')} (estimate, one forward)",
     ]
 
 

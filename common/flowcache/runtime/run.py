@@ -491,15 +491,16 @@ def write_run(
     logger.info("%s", stats.summary())
     for alarm in check.alarms():
         logger.warning("ALARM         %s", alarm)
-    logger.info(
-        "wrote         %s: %d frames of %dx%d at %d fps, and %s",
-        writer.path,
-        writer.num_frames,
-        job.value("width"),
-        job.value("height"),
-        job.value("fps"),
-        writer.path.with_suffix(".json").name,
-    )
+    if job.keeps_partial:
+        logger.info(
+            "wrote         %s: %d frames of %dx%d at %d fps, and %s",
+            writer.path,
+            writer.num_frames,
+            job.value("width"),
+            job.value("height"),
+            job.value("fps"),
+            writer.path.with_suffix(".json").name,
+        )
     return report
 
 

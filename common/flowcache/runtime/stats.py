@@ -29,6 +29,7 @@ from flowcache.policies import Decision
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
 GIT_TIMEOUT_SECONDS = 5
+CPU_FILE = Path("/proc/cpuinfo")
 MIN_GAP_SECONDS = 0.001
 MIN_GAP_SHARE = 0.001
 """Of the timeline's length. A shorter gap between two uses of a stage is left out of it."""
@@ -37,13 +38,13 @@ ROUNDED_TO_NEXT = 999.5
 """From here three digits show 1000 of a unit, which is 1 of the next."""
 
 
-def scaled(value: float, unit: str) -> str:
+def scaled(value: float, unit: str, *, digits: int = 3) -> str:
     """Write a count with a decimal prefix: `scaled(1.13e17, "FLOP")` is `113 PFLOP`."""
     power = 0
     while abs(value) >= ROUNDED_TO_NEXT and power < len(PREFIXES) - 1:
         value /= 1000
         power += 1
-    return f"{value:.3g} {PREFIXES[power]}{unit}"
+    return f"{value:.{digits}g} {PREFIXES[power]}{unit}"
 
 
 # Time ---------------------------------------------------------------------------------------------
@@ -544,10 +545,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": versions,
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.version.cuda if is_cuda else None,
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
     }
+
+
+def _cpu_model() -> str:
+    """Return the processor's model as the system names it; its architecture where it does not."""
+    try:
+        lines = CPU_FILE.read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has the file
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _commit(file: Path) -> str | None:

@@ -8,8 +8,10 @@ import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
@@ -37,7 +39,7 @@ TOKEN_COOKIE = "flowcache_token"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 POLL_SECONDS = 0.05
 """Between two looks at a file that grows."""
-MAX_PROMPT_CHARACTERS = 10_000
+MAX_LENGTH_DIGITS = 15
 MAX_FRAMES_AWAY = 12
 """Of the frames of `seconds`: half a chunk of MAGI-1."""
 
@@ -74,11 +76,15 @@ def make_app(
     async def guard(  # pyright: ignore[reportUnusedFunction]
         request: Request, go_on: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        length = request.headers.get("content-length", "")
-        if request.method in ("POST", "PUT") and request.url.path.startswith("/v1"):
-            if not length.isdecimal():
+        length, origin = (request.headers.get(name) for name in ("content-length", "origin"))
+        is_of_api = request.url.path.startswith("/v1")
+        if is_of_api and is_local and origin and urlsplit(origin).netloc != request.url.netloc:
+            return _error("a page of another origin may not ask for this", status=403)
+        if is_of_api and request.method in ("POST", "PUT"):
+            if length is None or not length.isdecimal():
                 return _error("the request must say its Content-Length", status=411)
-            if int(length) > max_upload_bytes:
+            # digits first: Python refuses to read thousands of them
+            if len(length) > MAX_LENGTH_DIGITS or int(length) > max_upload_bytes:
                 most = f"{max_upload_bytes / 1e6:g} MB"
                 return _error(f"a request may have at most {most}", status=413)
         if token is None or request.url.path == "/health":
@@ -99,6 +105,24 @@ def make_app(
         _request: Request, error: RequestError
     ) -> JSONResponse:
         return _error(str(error), status=error.status, code=error.code)
+
+    async def refuse_form(_request: Request, error: Exception) -> JSONResponse:
+        return _error(in_one_line(str(error)), status=400)
+
+    app.add_exception_handler(400, refuse_form)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_query(  # pyright: ignore[reportUnusedFunction]
+        _request: Request, error: RequestValidationError
+    ) -> JSONResponse:
+        first = error.errors()[0]
+        return _error(in_one_line(f"{first['loc'][-1]}: {first['msg']}"), status=400)
+
+    @app.exception_handler(Exception)
+    async def fail(  # pyright: ignore[reportUnusedFunction]
+        _request: Request, error: Exception
+    ) -> JSONResponse:
+        return _error(f"internal error: {type(error).__name__}", status=500)
 
     return app
 
@@ -122,7 +146,7 @@ def _routes(jobs: Jobs) -> APIRouter:
     async def create(request: Request) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         """Put a video into the queue: JSON or a form, pictures as `input_reference`."""
         fields, files = await _read_request(request)
-        prompt, preset, settings = settings_of(fields, jobs)
+        prompt, preset, settings = await asyncio.to_thread(settings_of, fields, jobs)
         job = await asyncio.to_thread(
             add_job, jobs, prompt, preset=preset, settings=settings, files=files
         )
@@ -228,7 +252,9 @@ def add_job(jobs: Jobs, prompt: str, **given: Any) -> Job:
     except DiskFullError as error:
         raise RequestError(str(error), status=507, code="disk_full") from None
     except UserError as error:
-        raise RequestError(str(error)) from None
+        # of an upload its kind, not its place here
+        place = rf"{re.escape(str(jobs.folder))}/\w+/input\.(\w+)"
+        raise RequestError(re.sub(place, r"\1", str(error))) from None
 
 
 # Requests -----------------------------------------------------------------------------------------
@@ -271,12 +297,10 @@ def settings_of(fields: Mapping[str, Any], jobs: Jobs) -> tuple[str, str | None,
     """Return prompt, preset and settings of a request; refuse what clients may not set."""
     given = dict(fields)
     prompt, preset = given.pop("prompt", None), given.pop("preset", None)
-    if not isinstance(prompt, str) or not prompt.strip():
+    if prompt is None:
         raise RequestError("prompt is missing: say what the video shows")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise RequestError(f"prompt has more than {MAX_PROMPT_CHARACTERS} characters")
     if preset is not None and preset not in presets(jobs):
-        raise RequestError(f"preset must be one of {', '.join(presets(jobs))}, not {preset!r:.80}")
+        raise RequestError(f"preset {preset!r:.80} is unknown: use {', '.join(presets(jobs))}")
     model = given.pop("model", None)
     if model not in (None, jobs.pipe.request.model):
         raise RequestError(

@@ -1,6 +1,7 @@
 """The page of a service: prompt, settings, the decisions of the cache, chunks that play early."""
 
 import html
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -13,23 +14,31 @@ import gradio as gr
 from fastapi import FastAPI
 
 from flowcache.serve.app import RequestError, add_job, presets, settings_of
-from flowcache.serve.jobs import DONE, RESULTS, WAITING, Job, Jobs
+from flowcache.serve.jobs import DONE, QUEUED, RESULTS, RUNNING, WAITING, Job, Jobs
 
 UPDATE_SECONDS = 0.25
 MAX_MAP_COLUMNS = 400
 """Ticks drawn one by one; of more, neighbours share a column."""
+MAX_LISTED = 10
+UPLOADS_KEPT = (600, 3600)
+"""Every so many seconds, uploads of the page older than so many are removed; jobs have copies."""
 EXAMPLE = "a red circle moving right on a black background"
 VANILLA = "vanilla"
 CSS = """
-.flowcache video { width: 100%; max-height: 60vh; background: #000; object-fit: contain }
-.flowcache table { border-collapse: collapse; display: block; overflow-x: auto }
 .flowcache figure { margin: 0 }
-.flowcache svg { width: 100%; height: auto; display: block }
-.flowcache .computed { fill: #d9480f } .flowcache .reused { fill: #4dabf7 }
-.flowcache .idle { fill: color-mix(in srgb, currentColor 12%, transparent) }
-.flowcache .label { fill: currentColor; font: 11px system-ui, sans-serif }
-.flowcache progress { width: 100% }
+.flowcache video { width: 100%; max-height: 60vh; background: #000; object-fit: contain }
+.flowcache progress { width: 100%; height: 8px; accent-color: #1c7ed6; display: block }
+.flowcache ul { list-style: none; margin: 8px 0; padding: 0 }
+.flowcache .facts { display: flex; flex-wrap: wrap; column-gap: 20px }
+.flowcache #map-of-decisions { display: flex; gap: 8px; font-size: 12px; line-height: 16px }
+.flowcache #map-of-decisions svg { flex: 1; min-width: 0 }
+.flowcache .legend { font-size: 12px; margin-top: 4px }
+.flowcache .legend i { display: inline-block; width: 10px; height: 10px; margin: 0 2px 0 8px }
+.flowcache .computed { fill: #d9480f; background: #d9480f }
+.flowcache .reused { fill: #4dabf7; background: #4dabf7 }
+.flowcache li { overflow-wrap: anywhere; padding: 4px 0; border-top: 1px solid #8884 }
 """
+ROW_PIXELS = 16
 
 
 def mount_page(app: FastAPI, jobs: Jobs, *, max_upload_bytes: int) -> FastAPI:
@@ -50,23 +59,22 @@ def mount_page(app: FastAPI, jobs: Jobs, *, max_upload_bytes: int) -> FastAPI:
 def make_page(jobs: Jobs) -> gr.Blocks:
     """Return the page."""
     plan = jobs.pipe.plan()
-    with gr.Blocks(title="FlowCache", analytics_enabled=False) as page:
+    with gr.Blocks(title="FlowCache", analytics_enabled=False, delete_cache=UPLOADS_KEPT) as page:
         gr.Markdown(f"# FlowCache\n{_escaped(jobs.pipe.request.model)}: chunks play as they finish")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(EXAMPLE, label="Prompt", lines=2, elem_id="prompt")
+                preset = gr.Dropdown(presets(jobs), value=jobs.pipe.request.preset, label="Preset")
                 with gr.Row():
-                    preset = gr.Dropdown(
-                        presets(jobs), value=jobs.pipe.request.preset, label="Preset"
-                    )
                     num_frames = gr.Number(plan.num_frames, label="Frames", precision=0)
                     seed = gr.Number(0, label="Seed", precision=0)
                 with gr.Accordion("More", open=False):
                     threshold = gr.Textbox(label="reuse.threshold (empty: as in the preset)")
                     num_steps = gr.Textbox(label="num_steps (empty: as in the preset)")
-                    image = gr.Image(label="Start picture", type="filepath", height=160)
+                    # gr.Image, given a path without Gradio's mark of an upload, would read it
+                    image = gr.File(label="Start picture", file_types=["image"], height=120)
+                make = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Row():
-                    make = gr.Button("Generate", variant="primary", elem_id="generate")
                     compare = gr.Button("Compare with vanilla", elem_id="compare")
                     cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=3):
@@ -95,6 +103,7 @@ def make_page(jobs: Jobs) -> gr.Blocks:
             }  # fmt: skip
             fields = {key: value for key, value in fields.items() if value not in (None, "")}
             files = {} if picture is None else {"image": Path(picture).read_bytes()}
+            fields.setdefault("prompt", "")
             try:
                 wanted, chosen, settings = settings_of(fields, jobs)
                 job = add_job(jobs, wanted, preset=chosen, settings=settings, files=files)
@@ -133,7 +142,7 @@ def make_page(jobs: Jobs) -> gr.Blocks:
                 return
             while True:
                 is_over = job.status not in WAITING
-                yield player(job), state_of(job), map_of(job), list_of(jobs)
+                yield player(job), state_of(job, jobs), map_of(job), list_of(jobs)
                 if is_over:
                     return
                 time.sleep(UPDATE_SECONDS)
@@ -144,14 +153,16 @@ def make_page(jobs: Jobs) -> gr.Blocks:
 
         fields = [prompt, preset, num_frames, seed, threshold, num_steps, image]
         views = [shown, state, chart, recent]
-        make.click(start, fields, current).then(hide, None, reference).then(watch, current, views)
         pair: Any = gr.State(None)
-        compare.click(start_pair, current, [current, pair]).then(show, pair, reference).then(
-            watch, current, views
-        )
+        for event in (
+            make.click(start, fields, current).success(hide, None, reference),
+            compare.click(start_pair, current, [current, pair]).success(show, pair, reference),
+            page.load(reload, None, [current, recent]),
+        ):
+            event.success(watch, current, views, show_progress="hidden")
         cancel.click(stop, current)
-        page.load(reload, None, [current, recent]).then(watch, current, views)
     page.queue(default_concurrency_limit=None)
+    page.has_launched = True  # a mounted page would else copy whatever file a client names
     return page
 
 
@@ -163,37 +174,40 @@ def player(job: Job) -> str:
     """Return what plays a job: while it is made what is there, then the finished video."""
     name = "stream" if job.status != DONE else "content"
     # the same element while the job goes on: it is not started again
-    part = job.num_frames > 0
-    if not part:
-        return "<p>the first chunk is being made</p>" if job.status in WAITING else ""
+    if job.num_frames == 0:
+        return "<p>the first chunk is being made</p>" if job.status == RUNNING else ""
     caption = f"{_escaped(job.preset)}: {_escaped(job.prompt[:120])}"
     return (
-        f'<figure><video controls autoplay muted loop playsinline src="v1/videos/{job.id}/{name}">'
-        f"</video><figcaption>{caption}</figcaption></figure>"
+        f'<figure><video controls autoplay muted loop playsinline src="v1/videos/{job.id}/{name}" '
+        f'style="aspect-ratio: {_escaped(job.size.replace("x", " / "))}"></video>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def state_of(job: Job) -> str:
+def state_of(job: Job, jobs: Jobs) -> str:
     """Return progress, times and downloads of a job."""
-    rows = [f"<b>{job.status}</b>"]
+    facts = [f"<b>{job.status.replace('_', ' ')}</b>"]
+    if job.status == QUEUED:
+        earlier = itertools.takewhile(lambda other: other is not job, list(jobs.jobs.values()))
+        facts.append(f"{sum(other.status in WAITING for other in earlier)} before it")
     if job.error:
-        rows.append(_escaped(job.error))
-    if job.status in WAITING:
-        rows.append(f'<progress max="100" value="{job.progress}"></progress>')
+        facts.append(_escaped(job.error))
     if job.seconds_left is not None:
-        rows.append(f"about {job.seconds_left:.0f} s left")
+        facts.append(f"about {job.seconds_left:.0f} s left")
     if job.first_part_seconds is not None:
-        rows.append(f"first chunk after {job.first_part_seconds:.1f} s")
+        facts.append(f"first chunk after {job.first_part_seconds:.1f} s")
     if job.total_seconds is not None:
-        rows.append(f"{job.num_frames} frames in {job.total_seconds:.1f} s")
-    if job.saving_factor is not None:
-        rows.append(f"{job.saving_factor:.2f}x fewer FLOPs than without reuse")
+        facts.append(f"{job.num_frames} frames in {job.total_seconds:.1f} s")
+    if job.saving_factor is not None and job.saving_factor > 1:
+        facts.append(f"{job.saving_factor:.2f}x fewer FLOPs than without reuse")
     if job.status == DONE:
-        rows += [
+        facts += [
             f'<a href="v1/videos/{job.id}/content?file={name}" download>{name}</a>'
             for name in RESULTS
         ]
-    return f"<p>{' &middot; '.join(rows)}</p>"
+    shown = "".join(f"<span>{fact}</span>" for fact in facts)
+    bar = f'<progress max="100" value="{job.progress}"></progress>' if job.status in WAITING else ""
+    return f'<div class="facts">{shown}</div>{bar}'
 
 
 def map_of(job: Job) -> str:
@@ -203,40 +217,36 @@ def map_of(job: Job) -> str:
         return ""
     cells: dict[tuple[int, int], bool] = {}
     share = max(1, -(-job.num_ticks // MAX_MAP_COLUMNS))
-    keys: dict[tuple[int, int], int] = {}
+    rows: dict[tuple[int, int], int] = {}
     for tick in ticks:
         for decision in tick.decisions:
-            row = keys.setdefault((decision.segment, decision.chunk), len(keys))
+            row = rows.setdefault((decision.segment, decision.chunk), len(rows))
             place = (row, tick.index // share)
             cells[place] = cells.get(place, False) or decision.is_computed
-    num_columns, left, height = -(-job.num_ticks // share), 40, 14
-    width = 600 / num_columns
-    shapes = [
-        f'<rect class="{"computed" if is_computed else "reused"}" x="{left + column * width:.2f}" '
-        f'y="{row * height}" width="{max(width - 0.4, 0.4):.2f}" height="{height - 2}"/>'
+    shapes = "".join(
+        f'<rect class="{"computed" if is_computed else "reused"}" x="{column}" y="{row}" '
+        'width=".94" height=".86"/>'
         for (row, column), is_computed in cells.items()
-    ]
-    labels = [
-        f'<text class="label" x="0" y="{row * height + 11}">{chunk}</text>'
-        for (_, chunk), row in keys.items()
-    ]
-    size = f"0 0 {left + 600} {len(keys) * height + 22}"
-    base = len(keys) * height + 16
-    legend = (
-        f'<text class="label" x="{left}" y="{base}">chunk by tick: orange computed, blue reused '
-        f"(tick {len(ticks)} of {job.num_ticks})</text>"
     )
-    drawn = "".join((*shapes, *labels, legend))
-    return f'<svg viewBox="{size}" role="img" aria-label="decisions of the cache">{drawn}</svg>'
+    # the drawing is stretched to the page's width, its labels are text next to it
+    labels = "<br>".join(map(str, rows.values()))
+    size = f"0 0 {-(-job.num_ticks // share)} {len(rows)}"
+    return (
+        f'<div id="map-of-decisions"><div>{labels}</div><svg viewBox="{size}" role="img" '
+        'preserveAspectRatio="none" aria-label="decisions of the cache" '
+        f'style="height: {ROW_PIXELS * len(rows)}px">{shapes}</svg></div>'
+        '<p class="legend">a row per chunk, a column per tick:<i class="computed"></i> computed'
+        f'<i class="reused"></i> reused (tick {len(ticks)} of {job.num_ticks})</p>'
+    )
 
 
 def list_of(jobs: Jobs) -> str:
     """Return the newest jobs, with links to what they made."""
     rows = [
-        f"<tr><td>{job.status}</td><td>{_escaped(job.preset)}</td>"
-        f"<td>{_escaped(job.prompt[:80])}</td><td>"
-        + (f'<a href="v1/videos/{job.id}/content">mp4</a>' if job.status == DONE else "")
-        + "</td></tr>"
-        for job in list(reversed(jobs.jobs.values()))[:10]
+        f"<li>{job.status.replace('_', ' ')} &middot; {_escaped(job.preset)} &middot; "
+        f"{_escaped(job.prompt[:80])}"
+        + (f' &middot; <a href="v1/videos/{job.id}/content">mp4</a>' if job.status == DONE else "")
+        + "</li>"
+        for job in list(reversed(jobs.jobs.values()))[:MAX_LISTED]
     ]
-    return f"<table>{''.join(rows)}</table>" if rows else ""
+    return f"<ul>{''.join(rows)}</ul>" if rows else ""

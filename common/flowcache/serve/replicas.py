@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.api import Pipeline
-from flowcache.errors import UserError, first_line
+from flowcache.errors import UserError
 from flowcache.runtime.cluster import MAX_RETRIES, cluster, import_ray
 from flowcache.serve.jobs import INPUT, JOB, BegunAgain, CancelledError, Event, Job, Report
 from flowcache.serve.jobs import make_video as make_here
@@ -137,8 +137,10 @@ def replicas(
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         try:
             handle = serve.run(deployment.bind(load), name=name, route_prefix=None)
-        except RuntimeError as error:
-            raise UserError(f"no replica could load the model: {first_line(error)}") from None
+        except RuntimeError:
+            state = serve.status().applications[name].deployments["model"]
+            reason = state.message.rstrip().rpartition("\n")[2]  # the last line of a traceback
+            raise UserError(f"no replica could load the model: {reason}") from None
         try:
             yield Replicas(handle.options(stream=True), found.ray.exceptions, most)
         finally:

@@ -17,6 +17,7 @@ Source: Wan 2.1 (arXiv 2503.20314) and its released code. Some models add the fr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,6 +41,9 @@ ROPE_THETA = 10000.0
 
 SelfAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q, k, v) -> out`, all `[B, S, H, C]`: what a chunk may see is the caller's choice."""
+
+Around = Callable[[int, Tensor, Callable[[], Tensor]], Tensor]
+"""`(layer, x [B, S, D], compute) -> [B, S, D]`: what a block makes of x, computed or not."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +169,18 @@ def rope_table(frames: Tensor, *, height: int, width: int, head_width: int) -> T
 
 
 def rotate(x_BSHC: Tensor, rope: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs (2j, 2j+1) by the angles of `rope_table`, in float32."""
-    pairs = x_BSHC.float().unflatten(-1, (-1, 2))
+    """Rotate neighbouring channel pairs (2j, 2j+1) by the angles of `rope_table`, in float32.
+
+    Args:
+        rope: of every token, `[S, C/2, 2]`, or of every token and head, `[S, H, C/2, 2]`.
+    """
+    pairs, turns = x_BSHC.float().unflatten(-1, (-1, 2)), rope if rope.ndim == 4 else rope[:, None]
     if not torch.compiler.is_compiling():
-        product = torch.view_as_complex(pairs) * torch.view_as_complex(rope).unsqueeze(1)
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
         return torch.view_as_real(product).flatten(-2)
     # the same written out: complex numbers would not be fused with what is around
     even, odd = pairs.unbind(-1)
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
+    cos, sin = turns.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
@@ -289,16 +297,17 @@ class Block(nn.Module):
         out = attend_to_context(q, context, kernel=kernel)
         return parts.after(self, x, out, e0_BF6D).to(x_BSD.dtype)
 
-    def modulators(self, e0_BF6D: Tensor) -> tuple[Tensor, ...]:
-        """Return shift, scale and gate of attention, then of the MLP: `[B, F, 1, D]` each."""
-        return (self.modulation.float() + e0_BF6D).unsqueeze(3).unbind(2)
+    def modulators(self, e0_BF6D: Tensor, first: int, stop: int) -> tuple[Tensor, ...]:
+        """Return some of shift, scale and gate of attention, then of the MLP: `[B, F, 1, D]`."""
+        own = self.modulation[:, first:stop].float() + e0_BF6D[:, :, first:stop]
+        return own.unsqueeze(3).unbind(2)
 
 
 def before_attention(
     block: Block, x_BSD: Tensor, e0_BF6D: Tensor, rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make a block's queries, keys and values."""
-    shift, scale, *_ = block.modulators(e0_BF6D)
+    shift, scale = block.modulators(e0_BF6D, 0, 2)
     a = modulate(x_BSD, shift, scale, num_frames=e0_BF6D.shape[1], eps=block.eps)
     return block.self_attn.project(a.to(x_BSD.dtype), rope)
 
@@ -307,7 +316,7 @@ def between_attentions(
     block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add self-attention to the residual stream (float32); make queries for the context."""
-    gate = block.modulators(e0_BF6D)[2]
+    (gate,) = block.modulators(e0_BF6D, 2, 3)
     y = block.self_attn.o(out_BSHC.flatten(2))
     x = add_gated(x_BSD.float(), y, gate, num_frames=e0_BF6D.shape[1])
     return x, block.cross_attn.query(block.norm3(x).to(x_BSD.dtype))
@@ -315,7 +324,7 @@ def between_attentions(
 
 def after_attention(block: Block, x_BSD: Tensor, out_BSHC: Tensor, e0_BF6D: Tensor) -> Tensor:
     """Add cross-attention and the MLP to the residual stream, float32."""
-    shift, scale, gate = block.modulators(e0_BF6D)[3:]
+    shift, scale, gate = block.modulators(e0_BF6D, 3, 6)
     num_frames = e0_BF6D.shape[1]
     x = x_BSD + block.cross_attn.o(out_BSHC.flatten(2)).float()
     a = modulate(x, shift, scale, num_frames=num_frames, eps=block.eps).to(out_BSHC.dtype)
@@ -498,14 +507,20 @@ class DiT(nn.Module):
         context: Sequence[ContextKV],
         *,
         self_attend: SelfAttend,
+        around: Around | None = None,
     ) -> Tensor:
-        """Run all blocks on the tokens: `[B, S, D]`."""
+        """Run all blocks on the tokens: `[B, S, D]`.
+
+        Args:
+            around: is asked for what each block makes of its input; None: all are computed.
+        """
         x, modulation = embedded.tokens, embedded.modulation
         if modulation.shape[1] == 1 and x.shape[1] % 2 == 0:
             # code is compiled apart for lengths of 1: a single frame counts as two halves
             modulation = modulation.expand(-1, 2, -1, -1)
         for layer, block in enumerate(self.blocks):
-            x = block(
+            compute = partial(
+                block,
                 x,
                 modulation,
                 rope,
@@ -515,6 +530,7 @@ class DiT(nn.Module):
                 kernel=self.cross_kernel,
                 parts=self.parts,
             )
+            x = compute() if around is None else around(layer, x, compute)
         return x
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,6 +47,8 @@ class Conditioning:
     """End image, `[3, 1, H, W]`."""
     video: Tensor | None = None
     """Last frames of the video to extend, `[3, T, H, W]`."""
+    scenes: Sequence[Tensor] = ()
+    """Text encoder output of the prompts that follow the first one."""
 
     @property
     def given(self) -> Tensor | None:

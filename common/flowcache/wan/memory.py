@@ -27,15 +27,21 @@ from flowcache.wan.vae import SPATIAL_STRIDE
 SIZE_REMEDY = "lower height and width"
 
 
-def networks_of(folder: WanFolder | None, sizes: DiTConfig, *, dtype: torch.dtype) -> Networks:
+def networks_of(
+    folder: WanFolder | None,
+    sizes: DiTConfig,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Networks:
     """Build those of a model; None: those that all released models share."""
     if folder is None:
         vision = text.RELEASED_VISION_WEIGHTS if sizes.model_type == "i2v" else 0
-        encoder, codec = text.released_encoder(), vae.released()
+        encoder, codec = text.released_encoder(), vae.released(vae_dtype)
     else:
         part = folder.image_encoder
         vision = 0 if part is None else text.vision_weights(part)
-        encoder, codec = text.empty_encoder(folder.text_encoder), vae.empty(folder.vae)
+        encoder, codec = text.empty_encoder(folder.text_encoder), vae.empty(folder.vae, vae_dtype)
     return Networks(encoder, dtype, codec, vision * dtype.itemsize)
 
 
@@ -49,7 +55,6 @@ class Held:
         shown_frames: pixel frames that are decoded at once, at most.
         window_frames: latent frames whose tokens are embedded together with those of a pass.
         is_batched: whether guidance branches go through the blocks in one batch.
-        keeps_residual: whether a pass returns what reuse stores, too.
         kv_remedy: what makes the KV cache smaller.
         chunk_key: setting that says how large a chunk is.
     """
@@ -61,11 +66,10 @@ class Held:
     chunk_key: str
     window_frames: int = 0
     is_batched: bool = False
-    keeps_residual: bool = False
 
 
 class WanMemory(Footprint):
-    """Counts what a run of a Wan model needs; the VAE is float32, all else in the run's type."""
+    """Counts what a run of a Wan model needs; all but the VAE in the run's type."""
 
     text_remedy = "set text_on_host=true"
 
@@ -189,7 +193,6 @@ class WanMemory(Footprint):
                     own, split.scatter(rope, axis=0), contexts, self_attend=split.over_heads(attend)
                 )
             )
-            velocity = model.velocity(hidden, embedded, latent_height=height, latent_width=width)
-            return (velocity, hidden - embedded.tokens) if self.held.keeps_residual else velocity
+            return model.velocity(hidden, embedded, latent_height=height, latent_width=width)
 
         return scratch_bytes(forward)

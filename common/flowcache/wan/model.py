@@ -11,6 +11,7 @@ from torch import Tensor
 from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
 from flowcache.runtime.cli import choose_dtype
+from flowcache.runtime.compile import should_compile
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Source, VideoModel
 from flowcache.runtime.video import to_pixels
@@ -96,7 +97,9 @@ class WanModel(VideoModel):
             self.held(job),
             job.config,
             job.work,
-            networks=networks_of(job.source.files, sizes, dtype=job.dtype),
+            networks=networks_of(
+                job.source.files, sizes, dtype=job.dtype, vae_dtype=vae_dtype(job.config)
+            ),
             dtype=job.dtype,
             layout=job.ranks.layout,
             overlaps=overlaps,
@@ -109,10 +112,14 @@ class WanModel(VideoModel):
 
     # Running ----------------------------------------------------------------------------------
 
+    def prompts(self, job: Job) -> list[str]:
+        """Return the texts that are encoded: those of the branches, then others."""
+        return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]
+
     def text_facts(self, job: Job) -> dict[str, Any]:
         folder = job.source.files
         return {
-            "prompts": _prompts(job),
+            "prompts": self.prompts(job),
             "encoder": text.fingerprint(folder.text_encoder, tokenizer=folder.tokenizer),
             "text_len": folder.config.text_len,
             "dtype": str(job.dtype),
@@ -129,7 +136,7 @@ class WanModel(VideoModel):
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
-        made = encoder.encode(_prompts(job))
+        made = encoder.encode(self.prompts(job))
         modules = {"text encoder": encoder.model}
         return check_finite(made, "the embeddings of the prompts", modules=modules)
 
@@ -151,13 +158,14 @@ class WanModel(VideoModel):
         media, history, video = job.media, job.config.overlap_history, None
         if media.video is not None and history is not None:
             video = to_pixels(media.video[-history:]).to(job.device)
-        texts = zip(job.work.branches, encoded.split(1), strict=True)
+        texts, count = encoded.split(1), len(job.work.branches)
         return Conditioning(
-            dict(texts),
+            dict(zip(job.work.branches, texts[:count], strict=True)),
             image_features=self._image_features(job),
             image=media.image,
             end_image=media.end_image,
             video=video,
+            scenes=texts[count:],
         )
 
     def _image_features(self, job: Job) -> Tensor | None:
@@ -173,13 +181,17 @@ class WanModel(VideoModel):
         )
 
     def load_vae(self, job: Job) -> vae.VAE:
-        return vae.load(job.source.files.vae, device=job.device)
+        config, device = job.config, job.device
+        made = vae.load(job.source.files.vae, dtype=vae_dtype(config), device=device)
+        compiles = config.vae_compile and should_compile(True, device)
+        return made.quicken(compiles=compiles) if compiles or made.dtype != torch.float32 else made
+
+
+def vae_dtype(config: Any) -> torch.dtype:
+    """Return the type of the VAE's weights."""
+    return torch.bfloat16 if config.vae_dtype == "bfloat16" else torch.float32
 
 
 def source_of(found: WanFolder) -> Source:
     """Return a model that was found."""
     return Source(found.folder.name, found.folder, files=found, sizes=found.config)
-
-
-def _prompts(job: Job) -> list[str]:
-    return [job.config.prompt, job.config.negative_prompt][: len(job.work.branches)]

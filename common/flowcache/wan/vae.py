@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flowcache.errors import UserError, first_line
+from flowcache.runtime.compile import compiled
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import (
     Origin,
@@ -102,10 +103,22 @@ class VAE:
         """Pixels per latent, in both directions."""
         return 2 ** (len(self.model.config.dim_mult) - 1)
 
-    def to(self, device: torch.device | str) -> VAE:
-        """Move the weights; returns the VAE itself."""
-        self.model.to(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+    def to(
+        self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None
+    ) -> VAE:
+        """Move or convert the weights; returns the VAE itself."""
+        self.model.to(device=device, dtype=dtype)
+        self.mean, self.std = (x.to(device=device, dtype=dtype) for x in (self.mean, self.std))
+        return self
+
+    def quicken(self, *, compiles: bool) -> VAE:
+        """Lay channels next to each other and, if asked, compile norms; returns the VAE itself."""
+        from flowcache.wan.vae_layers import channels_last, normed_rows
+
+        of_rows = None
+        if compiles:
+            of_rows = compiled(normed_rows, lengths=(0,), name="the norms of the VAE")
+        channels_last(self.network, of_rows=of_rows)
         return self
 
     @torch.no_grad()
@@ -385,17 +398,17 @@ def _empty(path: Path, settings: dict[str, Any]) -> AutoencoderKLWan:
     return model
 
 
-def released() -> VAE:
-    """Build an empty VAE of the released size, float32 on the meta device."""
+def released(dtype: torch.dtype = torch.float32) -> VAE:
+    """Build an empty VAE of the released size, on the meta device."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with torch.device("meta"):
-        return VAE(AutoencoderKLWan())
+        return VAE(AutoencoderKLWan()).to(dtype=dtype)
 
 
-def empty(path: Path) -> VAE:
-    """Build an empty VAE for a folder or an original file, float32 on the meta device."""
-    return VAE(_build(path)[0])
+def empty(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
+    """Build an empty VAE for a folder or an original file, on the meta device."""
+    return VAE(_build(path)[0]).to(dtype=dtype)
 
 
 def check(path: Path) -> None:

@@ -9,6 +9,7 @@ Axes: B batch, C channels, T frames, h/w rows/columns.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,14 +40,45 @@ class ChannelNorm(nn.Module):
         assert norm.channel_first, "no norm of Wan 2.1"
         assert not isinstance(norm.bias, Tensor), "no norm of Wan 2.1"
         self.gamma, self.is_activated = norm.gamma, is_activated
+        self.of_rows: Callable[..., Tensor] | None = None
+        """`normed_rows`, compiled: for activations whose channels lie next to each other."""
 
     def forward(self, x_BCThw: Tensor) -> Tensor:
-        x = x_BCThw.float()
-        squares = x.square().sum(dim=1, keepdim=True)
-        # in place: what is overwritten was made here
-        inverse = squares.clamp_(min=LEAST_SQUARES).rsqrt_().mul_(len(self.gamma) ** 0.5)
-        y = (x * inverse).mul_(self.gamma)
-        return (functional.silu(y, inplace=True) if self.is_activated else y).to(x_BCThw.dtype)
+        if self.of_rows is None:
+            return normed(self, x_BCThw, self.gamma, axis=1)
+        rows = x_BCThw.movedim(1, -1)
+        return self.of_rows(self, rows.flatten(0, -2)).view(rows.shape).movedim(-1, 1)
+
+
+def normed(norm: ChannelNorm, x: Tensor, gamma: Tensor, *, axis: int) -> Tensor:
+    """Apply a norm, and SiLU if it has one, to channels along an axis."""
+    wide = x.float()
+    squares = wide.square().sum(dim=axis, keepdim=True)
+    # in place: what is overwritten was made here
+    inverse = squares.clamp_(min=LEAST_SQUARES).rsqrt_().mul_(gamma.numel() ** 0.5)
+    y = (wide * inverse).mul_(gamma)
+    return (functional.silu(y, inplace=True) if norm.is_activated else y).to(x.dtype)
+
+
+def normed_rows(norm: nn.Module, x_NC: Tensor) -> Tensor:
+    """Apply a norm to rows of channels; the form that is compiled, once per number of channels."""
+    assert isinstance(norm, ChannelNorm)
+    return normed(norm, x_NC, norm.gamma.flatten(), axis=-1)
+
+
+def channels_last(model: nn.Module, *, of_rows: Callable[..., Tensor] | None) -> None:
+    """Have a VAE keep channels next to each other, in place: tensor cores read them so.
+
+    Args:
+        of_rows: `normed_rows`, compiled; None: norms are not.
+    """
+    for part in model.modules():
+        if isinstance(part, CausalConv3d):
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(part, nn.Conv2d):
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(part, ChannelNorm):
+            part.of_rows = of_rows
 
 
 class CausalConv3d(WanCausalConv3d):

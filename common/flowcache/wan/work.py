@@ -9,11 +9,14 @@ import torch
 from flowcache.attention import AttentionShape
 from flowcache.compress import KVRule
 from flowcache.errors import UserError
+from flowcache.policies import stored_results
+from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import held_bytes, most_active
 from flowcache.wan.cached import pass_flops
+from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
 from flowcache.wan.quantize import weight_bytes
 from flowcache.wan.vae import SPATIAL_STRIDE
@@ -36,6 +39,7 @@ def wan_work(
     num_scored: int = 0,
     stored_bytes: int = 0,
     mode: Any = None,
+    waits: bool = False,
 ) -> Work:
     """Put together what a run costs.
 
@@ -49,6 +53,7 @@ def wan_work(
         batch: branches that go through the blocks together.
         num_scored: queries that score the keys when the KV cache is compressed.
         mode: of quantised weights.
+        waits: see `plan.kv_bytes`.
     """
     num_branches, heads = len(branches), sizes.num_heads
     kv_tokens = max(part.kv_tokens for part in segments)
@@ -82,6 +87,7 @@ def wan_work(
             keeps_queries=False,
             itemsize=dtype.itemsize,
             kv=kv,
+            waits=waits,
         ),
     )
 
@@ -107,6 +113,11 @@ def chunk_work(
     dtype: torch.dtype,
     loop: Any,
     kv: KVRule,
+    reuse: ReuseConfig | None = None,
+    num_scoring: int = 0,
+    num_prompts: int = 1,
+    stored_steps: int = 0,
+    waits: bool = False,
 ) -> Work:
     """Work out what a video of one segment costs that goes chunk by chunk through a KV cache.
 
@@ -114,10 +125,15 @@ def chunk_work(
         sizes: of the transformer.
         dtype: of its weights.
         loop: see `Work`.
+        reuse: of whose steps results are stored; None: none are.
+        num_scoring: queries that score keys when some of these leave.
+        num_prompts: that follow each other in the first branch.
+        stored_steps: of a chunk, at which what every block changes is stored.
+        waits: see `plan.kv_bytes`.
     """
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
     check_pass(queries, sizes="height, width or the frames of a chunk")
-    flops = 0
+    flops = (num_prompts - 1) * context_flops(sizes)
     for call in calls:
         flops += embed_flops(sizes, num_frames=call.num_frames, frame_tokens=frame_tokens)
         flops += len(branches) * pass_flops(
@@ -127,6 +143,9 @@ def chunk_work(
             frame_tokens=frame_tokens,
             is_clean=call.is_clean,
         )
+    stored = stored_steps * sizes.num_layers * queries * sizes.dim * dtype.itemsize
+    if reuse is not None:
+        stored += len(branches) * result_bytes(sizes, reuse, queries, dtype)
     return wan_work(
         sizes,
         [segment],
@@ -136,9 +155,19 @@ def chunk_work(
         frame_tokens=frame_tokens,
         flops=flops,
         dtype=dtype,
+        num_scored=num_scoring,
+        stored_bytes=stored,
         loop=loop,
         kv=kv,
+        waits=waits,
     )
+
+
+def result_bytes(sizes: DiTConfig, reuse: ReuseConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Return what the results of some tokens take that one branch's reused steps are made from."""
+    is_tokens = PREDICTORS[reuse.predict].level == "tokens"
+    width = sizes.dim * dtype.itemsize if is_tokens else PATCH[1] * PATCH[2] * sizes.out_dim * 4
+    return stored_results(reuse) * tokens * width
 
 
 def tokens_per_frame(*, height: int, width: int) -> int:

@@ -3,9 +3,8 @@ import itertools
 import pytest
 
 from flowcache.policies import polynomial
+from flowcache.wan.calibration import COEFFICIENTS, Signal, coefficients_for
 from flowcache.wan.dit import DiTConfig
-from skyreels_v2.calibration import COEFFICIENTS, coefficients_for
-from skyreels_v2.config import Signal
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,62 @@
-"""TeaCache's calibrated polynomials for the released models.
+"""What Wan models compare to decide on reuse, and TeaCache's calibrated polynomials for them.
 
 A polynomial maps the relative change of a signal to the change of the model's output to expect.
 They were fitted on Wan 2.1, whose T2V polynomials the diffusion forcing and T2V models
-of SkyReels-V2 share.
+of SkyReels-V2 share, and the many-step models of Causal-Forcing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flowcache.errors import UserError
-from flowcache.policies import Rescale, ReusePolicy, identity, polynomial
+from flowcache.policies import (
+    Rescale,
+    ReusePolicy,
+    ReuseRule,
+    check_guidance,
+    check_reuse,
+    guidance_of,
+    identity,
+    polynomial,
+)
+from flowcache.predict import PREDICTORS, Quantity
 from flowcache.runtime import profile
-from flowcache.wan.dit import DiTConfig
-from skyreels_v2.config import RunConfig, Signal
+
+if TYPE_CHECKING:
+    from flowcache.wan.dit import DiTConfig
+
+Signal: TypeAlias = Literal["timestep", "timestep_embedding", "content"]
+"""What a reuse policy compares: a tick's timestep, its embedding, or the noisy chunk itself."""
+
+
+@dataclass(frozen=True)
+class ReuseConfig(ReuseRule):
+    """When a chunk is recomputed, and what it gets when it is not."""
+
+    signal: Signal = "timestep"
+    rescale: str = "auto"
+    predict: Quantity = "residual"
+
+
+def check_rule(rule: ReuseConfig, *, num_steps: int, num_passes: int) -> None:
+    """Check that what a rule asks for fits the run and itself."""
+    check_reuse(rule, num_steps=num_steps, least_warmup=1)
+    if rule.kind.takes("distance_low") and rule.signal != "content":
+        raise UserError(
+            f"reuse.policy={rule.policy} compares what profiles are calibrated with: set "
+            f"reuse.signal=content, not {rule.signal}"
+        )
+    check_guidance(rule, num_passes=num_passes)
+    if guidance_of(rule).is_on and PREDICTORS[rule.predict].level == "tokens":
+        raise UserError(
+            "reuse.guidance_every and reuse.guidance_steps hold a difference of velocities: "
+            "set reuse.predict to velocity, clean or latent_update, not residual"
+        )
+
 
 COEFFICIENTS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
@@ -52,8 +96,12 @@ def coefficients_for(config: DiTConfig, *, signal: Signal, height: int, width: i
     return f"i2v-{nearest}{ending}"
 
 
-def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
-    """Return the name and the function that turn a distance into what is accumulated."""
+def rescale_for(config: Any, dit: DiTConfig) -> tuple[str, Rescale]:
+    """Return the name and the function that turn a distance into what is accumulated.
+
+    Args:
+        config: settings with `reuse`, `height` and `width`.
+    """
     name = config.reuse.rescale
     if name == "none" or (name == "auto" and config.reuse.signal == "content"):
         return "none", identity
@@ -74,8 +122,8 @@ def rescale_for(config: RunConfig, dit: DiTConfig) -> tuple[str, Rescale]:
     return name, polynomial(COEFFICIENTS[name])
 
 
-def policy_maker(config: RunConfig, dit: DiTConfig) -> Callable[[], ReusePolicy]:
-    """Return what makes the reuse policy of one branch of one window."""
+def policy_maker(config: Any, dit: DiTConfig) -> Callable[[], ReusePolicy]:
+    """Return what makes the reuse policy of a guidance branch; see `rescale_for`."""
     if not config.reuse.kind.takes("rescale"):
         return profile.policy_maker(config.reuse)
     _, rescale = rescale_for(config, dit)
