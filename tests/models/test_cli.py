@@ -459,7 +459,7 @@ def test_released_models_are_planned_without_files(tiny: Any, capsys: pytest.Cap
     assert tiny.main("--model", "4.5B_distill", *asked) == 0
     out = capsys.readouterr().out
     assert "240 frames of 720x720" in out
-    assert "310.1 PFLOPs" in out
+    assert "310.1 PFLOP" in out
     assert tiny.main("--model", "24B_base", *asked) == 0
     assert "1280x720" in capsys.readouterr().out
 

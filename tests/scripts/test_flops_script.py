@@ -53,7 +53,7 @@ def test_a_released_model_is_counted_without_its_files(
     script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], pflops: float
 ):
     assert script.main(arguments) == 0
-    found = re.search(r"([\d.]+) PFLOPs if every step is computed", capsys.readouterr().out)
+    found = re.search(r"([\d.]+) PFLOP if every step is computed", capsys.readouterr().out)
     assert found is not None
     assert float(found[1]) == pytest.approx(pflops, rel=0.003)
 

@@ -90,7 +90,7 @@ def test_what_a_video_is_made_from_is_known_by_contents_not_by_names(tmp_path: P
     edited = origin()
     assert edited["resolved_settings"] != first["resolved_settings"]
     assert edited == {**first, "resolved_settings": edited["resolved_settings"]}
-    path = CHECKPOINTS.find(str(moved)).dit_files[0]
+    path = CHECKPOINTS.find(str(moved)).dit.files[0]
     weights = load_file(path)
     next(iter(weights.values())).view(-1)[0] += 1  # as training does
     save_file(weights, path)

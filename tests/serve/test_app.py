@@ -84,7 +84,7 @@ def test_an_uploaded_picture_is_the_start(pipe: Pipeline, start: Start, client_o
     [
         pytest.param({}, 400, "prompt is missing", id="no prompt"),
         pytest.param({"prompt": 3}, 400, "prompt must be text, not 3", id="a number as prompt"),
-        pytest.param({"prompt": "x" * 10_001}, 400, "more than 10000", id="a long prompt"),
+        pytest.param({"prompt": "x" * 10_001}, 400, "at most 10000", id="a long prompt"),
         pytest.param({"num_frames": 98}, 400, "num_frames must be 4 n + 1", id="odd frames"),
         pytest.param({"num_frames": 10**15}, 400, "num_frames", id="endless frames"),
         pytest.param({"size": "big"}, 400, "size must be WIDTHxHEIGHT", id="size in words"),

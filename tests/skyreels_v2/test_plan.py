@@ -152,6 +152,6 @@ def test_the_plan_is_told_in_lines(preset: str):
     assert "177 frames of 960x544 at 24 fps, seed 1024" in text
     assert "2: 5 chunks (5 of 5 latent frames), 4 chunks (4 of 5 latent frames)" in text
     assert "2040 per latent frame, 51000 in the first window" in text
-    for word in ("ticks", "PFLOPs", "weights", "KV cache", "KV scoring", "stored", "activations"):
+    for word in ("ticks", "PFLOP", "weights", "KV cache", "KV scoring", "stored", "activations"):
         assert word in text
-    assert f"{plan.flops / 1e15:.4g} PFLOPs" in text
+    assert f"{plan.flops / 1e15:.4g} PFLOP" in text
