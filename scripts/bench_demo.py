@@ -11,7 +11,8 @@ it with a second method, so that what reuse does is not mixed with what else dif
 
 `--table methods` has the published methods. `--table reuse` has every reuse policy with the
 predictors that make sense at three budgets, from what scripts/tune_budgets.py made, and says
-whether a tuned plan keeps what is claimed of it.
+whether a tuned plan keeps what is claimed of it. `--table quantized` has KV caches in 8, 4 and 2
+bits, whole and compressed, compared with the same caches in the dtype of the model.
 """
 
 import argparse
@@ -34,12 +35,14 @@ from flowcache.bench.methods import (
     csv_text,
     markdown,
     parse_part,
+    prepare_method,
     read_rows,
     render_missing,
     reuse_markdown,
     summarize,
     unseen_prompts,
 )
+from flowcache.bench.quantized import quantized_markdown, quantized_methods
 from flowcache.bench.reuse import claims, read_budgets, reuse_methods
 from flowcache.errors import UserError
 from flowcache.runtime.cli import add_checkpoint, run_command, settle_checkpoint
@@ -63,7 +66,10 @@ def parse_options() -> argparse.Namespace:
     )
     add_checkpoint(parser)
     parser.add_argument(
-        "--table", choices=("methods", "reuse"), default="methods", help="which (default: methods)"
+        "--table",
+        choices=("methods", "reuse", "quantized"),
+        default="methods",
+        help="which (default: methods)",
     )
     parser.add_argument(
         "--profiles", type=Path, metavar="DIR", help="of --table reuse: tune_budgets.py's folder"
@@ -98,13 +104,14 @@ def compare(options: argparse.Namespace) -> None:
     check_writable(options.out)
     methods = comparison.chosen(options.methods or names)
     prompts = unseen_prompts(options.prompts)
+    source = Source(
+        load_model(options.architecture), options.model, tuple(options.settings), options.out
+    )
     render_missing(
         comparison,
         methods,
         {i: prompt for i, prompt in prompts.items() if i % num_parts == part - 1},
-        source=Source(
-            load_model(options.architecture), options.model, tuple(options.settings), options.out
-        ),
+        source=source,
         log=options.out / f"rows-{part}.jsonl",
     )
     chosen = {(method.name, index) for method in methods for index in prompts}
@@ -112,7 +119,16 @@ def compare(options: argparse.Namespace) -> None:
     if len(rows) < len(chosen):
         print(f"{len(rows)} of {len(chosen)} clips are there: other parts are still at work")
         return
-    write_table(options, summarize(rows, methods), base_label=comparison.base_label)
+    table = summarize(rows, methods)
+    if options.table == "quantized":
+        kv_bytes = {m.name: prepare_method(m, source).work.kv_bytes for m in methods}
+        write_table(options, table, text=quantized_markdown(table, kv_bytes), kv_bytes=kv_bytes)
+    elif options.table == "reuse":
+        lines = claims(table)
+        text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in lines)])
+        write_table(options, table, text=text, claims=lines)
+    else:
+        write_table(options, table, text=markdown(table, base_label=comparison.base_label))
 
 
 def chosen_comparison(options: argparse.Namespace) -> Comparison:
@@ -120,23 +136,22 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
     comparison = comparison_of(options.architecture)
     if options.table == "methods":
         return comparison
+    if options.table == "quantized":
+        return replace(comparison, methods=quantized_methods(comparison), base_label="16 bits")
     budgets = read_budgets(options.profiles, model=options.architecture, checkpoint=options.model)
     return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
 
 
 def write_table(
-    options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, base_label: str
+    options: argparse.Namespace, table: Sequence[Mapping[str, Any]], *, text: str, **more: Any
 ) -> None:
     """Write the table as JSON, CSV and Markdown, and print it with what follows from it."""
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(torch.device("cpu")),
         "table": table,
+        **more,
     }
-    text = markdown(table, base_label=base_label)
-    if options.table == "reuse":
-        report["claims"] = claims(table)
-        text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in report["claims"])])
     write_json(options.out / "table.json", report)
     write_text(options.out / "table.csv", csv_text(table))
     write_text(options.out / "table.md", text.rstrip("\n") + "\n")

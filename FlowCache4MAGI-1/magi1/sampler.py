@@ -24,13 +24,15 @@ from flowcache.kv import (
     prefetcher_for,
     tokens_per_chunk,
 )
+from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.policies import Decision, Observe, ReusePolicy
 from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
+from flowcache.quantization import KVFormat
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
 from magi1.config import Quantity, ReleaseConfig
-from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops
+from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops, rotate
 from magi1.schedule import Clip, Clock
 
 ALL_BRANCHES = "all"
@@ -96,6 +98,7 @@ class Sampling:
             saw none.
         quantity: what a reused chunk gets again.
         budget: bound of the KV cache; None: all chunks stay.
+        kv_format: how clean keys and values are quantised; None: they stay as they are.
         kv_storage: where the KV cache lies; None: on the device.
     """
 
@@ -108,6 +111,7 @@ class Sampling:
     prev_share: float = 0.7
     quantity: Quantity = "latent_update"
     budget: KVBudget | None = None
+    kv_format: KVFormat | None = None
     kv_storage: torch.device | None = None
 
     @classmethod
@@ -230,6 +234,7 @@ class ClipSampler:
         """Key/value heads of this process."""
         self.null_context = self._context(inputs.null_caption)
         self.contexts: dict[int, list[ContextKV]] = {}
+        self.kv_layout = self._kv_layout()
         owned = self.ranks.local_branches(sampling.passes)
         self.branches = {
             name: CachedPass(name == "prev", caches=self._caches() if name in owned else [])
@@ -404,6 +409,7 @@ class ClipSampler:
                     cache.put(0, *source.prefix(tokens, reach_tokens=tokens))
                 branch.queries.update(fed.queries)
             self._settle(chunk)
+            self._pack()
 
     def _settle_waiting(self, tick: Tick) -> None:
         """Give the chunks that became clean in the last tick their final keys."""
@@ -453,8 +459,18 @@ class ClipSampler:
         """
         tokens = self.num_unshared * self.chunk_tokens
         self.num_unshared = 0
-        if not tokens or len(self.branches) == 1:
-            return
+        if tokens and len(self.branches) > 1:
+            self._copy_last_clean(tokens)
+        self._pack()
+
+    def _pack(self) -> None:
+        """Have the keys of clean chunks quantised; no other keys take their place any more."""
+        for branch in self.own.values():
+            for cache in branch.caches:
+                cache.pack()
+
+    def _copy_last_clean(self, tokens: int) -> None:
+        """Copy the last clean keys of the pass without text to the other one."""
         name, last = list(self.branches.items())[-1]
         source = self.ranks.rank_of(self.sampling.passes, name)
         shape = (2, tokens, self.num_kv_heads, self.dit.config.kv_channels)
@@ -587,11 +603,30 @@ class ClipSampler:
             dtype=self.dit.dtype,
             device=self.latents.device,
             storage=self.sampling.kv_storage,
+            make=cache_maker(self.kv_layout),
         )
         if self.stats.trace is not None:
             for cache in caches:
                 cache.track(self.clip.num_chunks)
         return caches
+
+    def _kv_layout(self) -> KVLayout | None:
+        """Return what quantised caches have in common, if they are quantised."""
+        clip, made = self.clip, self.sampling.kv_format
+        if made is None:
+            return None
+        tokens = dict.fromkeys(range(clip.num_chunks), self.chunk_tokens)
+        rope = self.dit.rope_table(
+            first_frame=0,
+            num_frames=clip.num_chunks * clip.chunk_width,
+            latent_height=self.size[0],
+            latent_width=self.size[1],
+        )
+        return KVLayout(
+            KVSizes.of(made, self.clock.ticks(clip), tokens, waits=True),
+            {chunk: chunk * self.chunk_tokens for chunk in tokens},
+            Rotary(rope, rotate, has_neighbours=False),
+        )
 
     def _context(self, text_LC: Tensor) -> list[ContextKV]:
         """Project a text to every layer's cross-attention keys and values."""

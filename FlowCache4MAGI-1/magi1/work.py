@@ -8,6 +8,7 @@ import torch
 from flowcache.attention import AttentionShape
 from flowcache.compress import TokenLayout, scoring_queries, strategy_of
 from flowcache.policies import ReusePolicy, guidance_of, stored_results
+from flowcache.quantization import format_of
 from flowcache.runtime import memory
 from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.config import check_pass, check_work
@@ -60,6 +61,7 @@ def loop_of(config: RunConfig) -> Sampling:
         prev_share=config.passes.prev_share,
         quantity=config.reuse.predict,
         budget=budget_of(config),
+        kv_format=format_of(config.kv, head_width=config.model_config.kv_channels),
     )
 
 
@@ -181,6 +183,8 @@ def clip_work(
             num_queries=0 if budget is None else scoring_queries(budget.strategy, budget.layout),
             keeps_queries=True,
             itemsize=width,
+            kv=config.kv,
+            waits=True,
         ),
     )
 

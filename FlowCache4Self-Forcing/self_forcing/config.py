@@ -204,6 +204,11 @@ class RunConfig:
             )
         if sorts and self.window is not None:
             raise UserError(f"kv.compress={name} says itself how much stays: leave out window")
+        if sorts and self.kv.dtype != "model":
+            raise UserError(
+                f"kv.compress={name} gives each class of heads a cache of its own, which holds no "
+                f"quantised keys: set kv.dtype=model, not {self.kv.dtype}, or another kv.compress"
+            )
         if not sorts and self.window is None:
             raise UserError(f"kv.compress={name} needs a window: set window, in latent frames")
         if kind is Density and self.positions != "relative":

@@ -15,7 +15,7 @@ from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
-from flowcache.wan.cached import CachedDiT, add_flops_of_others, open_branches
+from flowcache.wan.cached import CachedDiT, add_flops_of_others, kv_layout, open_branches
 from flowcache.wan.codec import Codec
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning
@@ -72,6 +72,16 @@ def generate(
             ranks=ranks,
             kv_tokens=part.kv_tokens,
             on_host=config.kv_on_host,
+            layout=kv_layout(
+                dit,
+                config.kv,
+                part,
+                chunks=chunks,
+                size=size[1:],
+                # a view rotates keys when it reads them
+                comes_rotated=config.positions == "absolute" and not config.rolling,
+                waits=config.clean_pass == "merged",
+            ),
         )
         cached = CachedDiT(
             dit,

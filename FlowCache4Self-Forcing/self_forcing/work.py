@@ -114,6 +114,8 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         frame_tokens=frame_tokens,
         dtype=dtype,
         loop=sampling,
+        kv=config.kv,
+        waits=sampling.clean_pass == "merged",
         reuse=None if sampling.steps else config.reuse,
         stored_steps=len({*sampling.steps, *sampling.first_steps}) * sampling.reuses_blocks,
         num_prompts=1 + len(switches),

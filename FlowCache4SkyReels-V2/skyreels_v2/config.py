@@ -117,5 +117,10 @@ class RunConfig:
                 f"kv.compress={self.kv.compress} needs a KV cache, which attention=full does not "
                 "have: set attention=causal"
             )
+        if self.kv.dtype != "model":
+            raise UserError(
+                f"kv.dtype={self.kv.dtype} needs a KV cache, which attention=full does not have: "
+                "set attention=causal"
+            )
         if self.clean_pass:
             raise UserError("clean_pass=true needs a KV cache: set attention=causal")

@@ -21,7 +21,7 @@ from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
-from flowcache.wan.cached import add_flops_of_others, encode_contexts, open_caches
+from flowcache.wan.cached import add_flops_of_others, encode_contexts, kv_layout, open_caches
 from flowcache.wan.calibration import policy_maker
 from flowcache.wan.codec import Codec, LatentCodec
 from flowcache.wan.dit import ContextKV, DiT
@@ -200,6 +200,13 @@ def _branches(
 ) -> dict[str, Branch]:
     """Return the guidance branches of a window; those of other processes have no caches."""
     branches: dict[str, Branch] = {}
+    layout = kv_layout(
+        run.dit,
+        config.kv,
+        part,
+        chunks=part.cut.chunks,
+        size=(config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE),
+    )
     for branch, (name, context) in enumerate(contexts.items()):
         policy = policies(segment=number, branch=name)
         has_caches = config.attention == "causal" and run.ranks.computes(branch)
@@ -208,7 +215,11 @@ def _branches(
             run.ranks.decided_by(policy, branch=branch),
             run.new_store(),
             open_caches(
-                run.dit, ranks=run.ranks, kv_tokens=part.kv_tokens, on_host=config.kv_on_host
+                run.dit,
+                ranks=run.ranks,
+                kv_tokens=part.kv_tokens,
+                on_host=config.kv_on_host,
+                layout=layout,
             )
             if has_caches
             else [],

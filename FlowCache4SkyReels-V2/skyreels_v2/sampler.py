@@ -588,6 +588,7 @@ class WindowSampler:
         for branch in self.own.values():
             for cache in branch.caches:
                 cache.settle(num_tokens, chunk=chunk)
+                cache.pack()
 
     # What is recorded and shown ---------------------------------------------------------------
 

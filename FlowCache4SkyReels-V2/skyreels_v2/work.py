@@ -165,6 +165,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         flops=sum(loop.flops(sizes, part, num_branches=num_branches) for part in segments),
         dtype=dtype,
         loop=loop,
+        kv=config.kv,
         is_whole=is_whole,
         batch=num_branches if loop.sampling.batch_branches else 1,
         num_scored=scored,

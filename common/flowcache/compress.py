@@ -472,10 +472,19 @@ STRATEGIES: Mapping[str, type[CompressionStrategy] | type[HeadClasses] | None] =
 )
 """What `kv.compress` names."""
 
+KV_DTYPES = ("model", "fp8", "int8", "int4", "int2")
+QUANTIZERS = ("token", "kivi", "hadamard", "kmeans")
+"""What `kv.dtype` and `kv.quantizer` name, see `quantization`."""
+QUANTIZATION_SETTINGS = (
+    *("dtype", "quantizer", "group_size", "centroids", "stages", "centred", "keep_last"),
+    "bias_correction",
+)
+"""Of `KVRule`: how the tokens that stay are quantised."""
+
 
 @dataclass(frozen=True)
 class KVRule:
-    """Which clean tokens the KV cache keeps; each model adds how many."""
+    """Which clean tokens the KV cache keeps, and in how many bits; each model adds how many."""
 
     compress: Annotated[str, OneOf(tuple(STRATEGIES))] = "none"
     mix: Share = 0.07
@@ -487,6 +496,14 @@ class KVRule:
     order: Order = "position"
     sink_frames: Annotated[int, Bounds(1, MAX_FRAMES)] = 1
     recent_frames: Annotated[int, Bounds(1, MAX_FRAMES)] = 4
+    dtype: Annotated[str, OneOf(KV_DTYPES)] = "model"
+    quantizer: Annotated[str, OneOf(QUANTIZERS)] = "token"
+    group_size: Annotated[int | None, Bounds(4, 1024)] = None
+    centroids: Annotated[int, Bounds(1, 256)] = 256
+    stages: Annotated[int, Bounds(1, 8)] = 1
+    centred: bool = True
+    keep_last: bool = False
+    bias_correction: bool = False
 
 
 def strategy_of(rule: KVRule, *, received: Received | None = None) -> CompressionStrategy | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowcache.attention import Kernel
 from flowcache.compress import gather
+from flowcache.quantization import attend_wide
 from flowcache.schedule import Tick
 
 PREFETCHED_LAYERS = 2
@@ -67,6 +68,9 @@ class KVCache:
     rows 2 and 4; chunk 2 attends to rows 0..5, chunk 1 to rows 0..3.
     """
 
+    bias_groups = 0
+    """Groups of channels whose errors bias logits; see `quantization.attend_wide`."""
+
     def __init__(
         self,
         capacity: int,
@@ -77,7 +81,7 @@ class KVCache:
         device: torch.device,
         storage: torch.device | None = None,
     ) -> None:
-        self.device, self.storage = device, storage
+        self.device, self.storage, self.capacity = device, storage, capacity
         self.kv = torch.empty(
             2,
             capacity,
@@ -94,9 +98,11 @@ class KVCache:
     def track(self, num_chunks: int) -> None:
         """Follow from now on which chunk each clean token comes from."""
         assert self.clean == 0, "clean tokens of unknown chunks"
-        _, capacity, num_heads, _ = self.kv.shape
         self.origins = TokenOrigins(
-            capacity, num_heads=num_heads, num_chunks=num_chunks, device=self.device
+            self.capacity,
+            num_heads=self.kv.shape[2],
+            num_chunks=num_chunks,
+            device=self.device,
         )
 
     def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor) -> None:
@@ -152,6 +158,9 @@ class KVCache:
         if self.origins is not None:
             self.origins.rewind(self.clean, self.clean + num_tokens)
 
+    def pack(self) -> None:
+        """Quantise what is clean, where a cache does that; its keys must be final."""
+
     def keep(self, indices_KG: Tensor) -> None:
         """Keep these clean tokens of each head and drop the other clean ones."""
         kept = len(indices_KG)
@@ -164,6 +173,10 @@ class KVCache:
         self.clean, self.filled = kept, kept + active
         if self.origins is not None:
             self.origins.keep(indices_KG)
+
+    def num_bytes(self) -> int:
+        """Return the bytes of what is held."""
+        return self.kv.nbytes
 
     def compress(self, q_SHC: Tensor, keep: Keep) -> None:
         """Keep the clean tokens that a rule picks by these queries."""
@@ -254,10 +267,11 @@ def caches_for(
     dtype: torch.dtype,
     device: torch.device,
     storage: torch.device | None = None,
+    make: Callable[..., KVCache] = KVCache,
 ) -> list[KVCache]:
     """Allocate the caches of all layers of one branch, `capacity` tokens each; see `KVCache`."""
     return [
-        KVCache(
+        make(
             capacity,
             num_heads=num_heads,
             head_width=head_width,
@@ -337,7 +351,8 @@ def cached_attention(
                     cache.compress(q[0], compression.keep)
             cache.put(own.start, k[0], v[0])
             seen_k, seen_v = read(cache, own, (k[0], v[0]), then=upcoming[number + 1 :])
-            outputs.append(kernel(q, seen_k.unsqueeze(0), seen_v.unsqueeze(0)))
+            seen = seen_k.unsqueeze(0), seen_v.unsqueeze(0)
+            outputs.append(attend_wide(kernel, q, *seen, num_groups=cache.bias_groups))
         if len(outputs) == 1:
             return outputs[0]
         size = len(active)

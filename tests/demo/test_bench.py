@@ -20,6 +20,7 @@ from flowcache.bench.methods import (
     reuse_markdown,
     summarize,
 )
+from flowcache.bench.quantized import quantized_methods
 from flowcache.bench.reuse import (
     LEVELS,
     Adaptive,
@@ -119,13 +120,15 @@ def methods_of(model: str, table: str) -> tuple[Method, ...]:
     comparison = comparison_of(model)
     if table == "methods":
         return comparison.methods
+    if table == "quantized":
+        return quantized_methods(comparison)
     return reuse_methods(comparison, budgets_of(model), Path("profiles"))
 
 
 # Rows
 
 
-@pytest.mark.parametrize("table", ["methods", "reuse"])
+@pytest.mark.parametrize("table", ["methods", "reuse", "quantized"])
 @pytest.mark.parametrize("model", models_with("bench"))
 def test_methods_have_own_names_and_stand_below_what_they_are_compared_with(model: str, table: str):
     methods = methods_of(model, table)
@@ -219,6 +222,25 @@ def test_magi1_is_compared_and_the_rows_are_kept(
     assert rows_of(tmp_path) == before, "a second start found all rows"
     assert bench(*line, "reuse.every=2") == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_quantised_caches_are_compared_with_the_caches_of_the_model(
+    bench: Bench, untrained: str, tmp_path: Path
+):
+    methods = ["noise + 0.001", "int8", "int2, rounding", "int2, k-means, bias corrected"]
+    line = ["--architecture", "magi1", "--model", untrained, "--prompts", "1"]
+    line += ["--table", "quantized", "--methods", *methods, "--", *MAGI_SETTINGS]
+    assert bench(*line) == 0
+    rows = {row["method"]: row for row in rows_of(tmp_path)}
+    assert list(rows) == ["vanilla", "16 bits", *methods]
+    assert rows["int8"]["psnr_base"] > rows["int2, rounding"]["psnr_base"]
+    assert rows["noise + 0.001"]["psnr_base"] > 20, "the same run, little disturbed"
+    report = json.loads((tmp_path / "out/table.json").read_text())
+    sizes = report["kv_bytes"]
+    assert sizes["16 bits"] > sizes["int8"] > sizes["int2, rounding"]
+    assert sizes["noise + 0.001"] == sizes["16 bits"]
+    table = (tmp_path / "out/table.md").read_text().splitlines()
+    assert len(table) == 2 + len(rows)
 
 
 def test_skyreels_v2_is_compared_by_several_processes(

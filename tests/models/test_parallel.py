@@ -55,6 +55,10 @@ SKYREELS = {
             *(*SKYREELS_FLOWCACHE, "reuse.threshold=0.3", "reuse.extrapolate=0.5"),
             *("batch_branches=true", "num_frames=29", "base_num_frames=17", "overlap_history=5"),
         ],
+        "quantized": [
+            *("attention=causal", "kv.dtype=int4", "kv.quantizer=kmeans", "kv.keep_last=true"),
+            "kv.bias_correction=true",
+        ],
         "wide": ["num_frames=9", "base_num_frames=9", "width=528", "num_steps=2"],
     },
     "recorded": "compression",
@@ -81,6 +85,7 @@ DISTILLED = {
             *("kv.queries=frame", "passes.clean_pass=false"),
         ],
         "frames": [*MAGI_COMPRESSED, "kv.granularity=frame", "reuse.policy=stride"],
+        "quantized": [*MAGI_COMPRESSED, "kv.dtype=int4", "kv.bias_correction=true"],
         "wide": ["runtime_config.num_frames=36", "runtime_config.video_size_w=448"],
     },
     "recorded": None,

@@ -101,7 +101,11 @@ def test_every_number_of_the_settings_has_bounds_and_they_are_listed(family: str
     model = load_model(family)
     config = read_settings(model, Request("vanilla", "demo", ["prompt=x"], None, is_dry=True))
     listed = {line.partition(":")[0]: line for line in config.lines()}
-    found = [(key, hint) for key, hint in numbers(model.schema) if "Literal" not in str(hint)]
+    found = [
+        (key, hint)
+        for key, hint in numbers(model.schema)
+        if "Literal" not in str(hint) and "OneOf" not in str(hint)  # int8 is a name
+    ]
     assert len(found) > 20
     for key, hint in found:
         bounds = bounds_of(hint)

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.compress import STRATEGIES, KVRule, TokenLayout
 from flowcache.kv import caches_for
+from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
+from flowcache.quantization import KVFormat
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.wan.dit import DiT, rotate
@@ -138,6 +140,54 @@ def test_both_branches_of_guidance_keep_tokens_of_their_own(
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "rotates"),
+    [
+        (name, rotates)
+        for name in CHOOSING
+        for rotates in (False, True)
+        if name not in CLASSES and (rotates or name != "density")
+    ],
+)
+def test_attention_to_kept_keys_in_eight_bits_is_nearly_that_in_thirty_two(
+    make_dit: MakeDiT, name: str, rotates: bool
+):
+    dit, budget = make_dit(), kept_by(name, rotates=rotates, recent_frames=2).budget
+    assert budget is not None
+    table = dit.rope(torch.arange(15), latent_height=4, latent_width=6)
+
+    def outputs(dtype: str | None) -> Tensor:
+        made = None if dtype is None else KVFormat(dtype, "token", 16, bias_correction=True)
+        sizes = None if made is None else KVSizes(made, 18, 18, 5)
+        starts = {chunk: 18 * chunk for chunk in range(5)}
+        rotary = None if rotates else Rotary(table, rotate, has_neighbours=True)
+        caches = caches_for(
+            1,
+            capacity=budget.held_tokens,
+            num_heads=2,
+            head_width=16,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            make=cache_maker(None if sizes is None else KVLayout(sizes, starts, rotary)),
+        )
+        kept = KeptKeys(dit, budget, caches=caches, ranks=Ranks(), size=(4, 6))
+        draw, seen = torch.Generator().manual_seed(0), list[Tensor]()
+        for chunk in range(5):
+            q, k, v = torch.randn(3, 1, 18, 2, 16, generator=draw)
+            k[..., 2:4] += 3
+            if not rotates:
+                rope = table[18 * chunk : 18 * (chunk + 1)]
+                q, k = rotate(q, rope), rotate(k, rope)
+            seen.append(kept.attend(18, is_clean=True)(0, q, k, v))
+            kept.settle(18, chunk=chunk)
+        return torch.cat(seen)
+
+    plain = outputs(None)
+    # the mean: scores that are nearly equal may let another token stay
+    near, far = ((outputs(dtype) - plain).abs().mean() for dtype in ("int8", "int2"))
+    assert 0 < near < 0.02 * plain.abs().mean() < far
+
+
 def test_kept_tokens_stand_one_behind_the_other_at_their_own_row_and_column(make_dit: MakeDiT):
     """Of two frames head 0 keeps the first three tokens of each, head 1 every second token."""
     dit, size = make_dit(), (4, 6)
@@ -155,7 +205,7 @@ def test_kept_tokens_stand_one_behind_the_other_at_their_own_row_and_column(make
     (heads,) = kept.layers[0]
     k = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0))
     heads.cache.put(0, k, k)
-    kept.settle(12)
+    kept.settle(12, chunk=0)
     chosen = torch.tensor([[0, 1, 2, 6, 7, 8], [0, 2, 4, 6, 8, 10]]).transpose(0, 1)
     kept._keep(heads, chosen)
     _, found = kept._rotated(heads, torch.zeros(6, 2, 16), heads.cache.prefix(0)[0])

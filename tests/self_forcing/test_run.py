@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowcache.errors import UserError
 from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.model import Request
 from flowcache.runtime.parallel import Ranks
@@ -314,3 +315,51 @@ def test_every_launcher_names_its_preset(copy_launchers: Callable[..., Any]):
         assert "seed=7" in handed
     assert presets <= {path.stem for path in PRESETS.glob("*.yaml")}
     assert len(presets) == len(scripts)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("self_forcing", ()),
+        ("self_forcing", ("positions=relative", "window=6", "sink=1")),
+        ("long", ()),
+        ("self_forcing", ("clean_pass=merged", "window=6", "sink=1")),
+        ("self_forcing", ("clean_pass=skipped",)),
+        ("self_forcing", ("clean_pass=refined", "window=6")),
+        ("self_forcing", ("reuse_blocks=true",)),
+        ("self_forcing", ("recache=true", "prompt=a cat || 6: a dog", "window=6", "sink=1")),
+        *(
+            ("self_forcing", (f"kv.compress={name}", "window=6", f"positions={positions}", *rest))
+            for name, *rest in (
+                ("window",),
+                ("recent",),
+                ("sink_recent",),
+                ("importance", "kv.kernel=3"),
+                ("deep_forcing", "kv.recent_frames=1"),
+                ("density", "kv.recent_frames=1"),
+            )
+            for positions in ("absolute", "relative")
+            if name != "density" or positions == "relative"
+        ),
+    ],
+)
+def test_keys_in_eight_bits_are_nearer_than_in_two(
+    make: Make, preset: str, settings: tuple[str, ...]
+):
+    """Rotated when they are put, or when they are read; with frames and tokens that leave."""
+    plain = make(*TINY, *settings, preset=preset)
+    quantized = ("kv.quantizer=kmeans", "kv.bias_correction=true", "kv.keep_last=true")
+    eight, two = (
+        make(*TINY, *settings, *quantized, f"kv.dtype={dtype}", preset=preset)
+        for dtype in ("int8", "int2")
+    )
+    near, far = (np.abs(made.frames.astype(float) - plain.frames).mean() for made in (eight, two))
+    eight.check_costs()
+    # the video's compression adds to both
+    assert 0 < near < 0.9 * far
+
+
+@pytest.mark.parametrize("name", ["dummy_forcing", "forcing_kv"])
+def test_classes_of_heads_hold_no_quantised_keys(make: Make, name: str):
+    with pytest.raises(UserError, match=f"kv.compress={name} gives each class .* not int4"):
+        make(*TINY, f"kv.compress={name}", "kv.dtype=int4", preset="self_forcing")

@@ -175,3 +175,14 @@ def test_a_prompt_begins_with_the_next_chunk():
 def test_every_preset_is_planned():
     plans: dict[str, Any] = {path.stem: planned(path.stem) for path in PRESETS.glob("*.yaml")}
     assert all(work.flops > 0 for work in plans.values())
+
+
+def test_a_merged_clean_pass_holds_one_more_chunk_that_is_not_quantised():
+    separate, merged = (
+        planned("self_forcing", "kv.dtype=int4", f"clean_pass={how}")
+        for how in ("separate", "merged")
+    )
+    chunk_bytes = 2 * 3 * FRAME_TOKENS * SIZES.dim * SIZES.num_layers * torch.bfloat16.itemsize
+    assert merged.kv_bytes - separate.kv_bytes == chunk_bytes
+    assert merged.kv_device_bytes - separate.kv_device_bytes == chunk_bytes
+    assert merged.kv_read_bytes == separate.kv_read_bytes

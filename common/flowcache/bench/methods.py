@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from flowcache.demo.clips import Attributes, split_attributes
@@ -19,6 +20,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.config import to_dict
 from flowcache.runtime.metrics import psnr, ssim
 from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
+from flowcache.runtime.ops import seeded_noise
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped, table_row
@@ -48,6 +50,8 @@ class Method:
     base: str | None = None
     """A second method that this one is compared with."""
     group: Group | None = None
+    noise: float = 0.0
+    """Standard deviation of what is added to the noise of its runs."""
 
 
 def with_predictors(
@@ -130,12 +134,28 @@ def load(job: Job) -> Loaded:
     return load_networks(job, stats=RunStats(job.device))
 
 
-def render(job: Job, networks: Loaded, prompt: str, seed: int) -> Clip:
-    """Make a clip in memory."""
+def render(job: Job, networks: Loaded, prompt: str, seed: int, *, noise: float = 0.0) -> Clip:
+    """Make a clip in memory.
+
+    Args:
+        noise: standard deviation of what is added to the run's noise, from the next seed.
+    """
     job, stats = job.changed(prompt=prompt, seed=seed), RunStats(job.device)
     inputs = encode_inputs(job, stats=stats)
+    draws = [seeded_noise(number, device=job.device) for number in (seed, seed + 1)]
+
+    def disturbed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        own, other = (draw(shape, dtype) for draw in draws)
+        return own + noise * other
+
     shown = job.model.generate(
-        networks.dit, networks.vae, job.config, inputs, stats=stats, work=job.work
+        networks.dit,
+        networks.vae,
+        job.config,
+        inputs,
+        stats=stats,
+        work=job.work,
+        draw=disturbed if noise else None,
     )
     return collect(shown, stats)
 
@@ -235,7 +255,9 @@ def render_missing(
             for method in methods:
                 if method not in missing and method.name not in needed:
                     continue
-                clip = render(jobs[method.name], networks, attributes.caption, seed)
+                clip = render(
+                    jobs[method.name], networks, attributes.caption, seed, noise=method.noise
+                )
                 if method in missing:
                     figures = measure(
                         clip,
@@ -323,8 +345,8 @@ def markdown(table: Sequence[Mapping[str, Any]], *, base_label: str) -> str:
         ]
         for of in ("", "_base"):
             is_equal = row[f"num_equal{of}"] == row["num_clips"]
-            cells.append("equal" if is_equal else _shown(row[f"psnr{of}"], ".2f"))
-            cells.append(_shown(row[f"ssim{of}"], ".3f"))
+            cells.append("equal" if is_equal else shown(row[f"psnr{of}"], ".2f"))
+            cells.append(shown(row[f"ssim{of}"], ".3f"))
         lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
@@ -350,8 +372,8 @@ def reuse_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             f"{row['speedup_base']:.2f}x",
             f"{100 * row['judge_accuracy']:.0f} %",
             "equal" if is_equal else decibel,
-            _shown(row["ssim_base"], ".3f"),
-            _shown(row["psnr"], ".2f"),
+            shown(row["ssim_base"], ".3f"),
+            shown(row["psnr"], ".2f"),
         ]
         lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
@@ -375,5 +397,6 @@ def csv_text(table: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def _shown(value: float | None, spec: str) -> str:
+def shown(value: float | None, spec: str) -> str:
+    """Return a number as a cell, or a dash where there is none."""
     return "-" if value is None else format(value, spec)

@@ -296,8 +296,12 @@ class Footprint(ABC):
 
     def kv_part(self, residence: Residence) -> Part:
         """Return the keys and values; of those on the host, two layers are read at a time."""
+        work = self.work
         if not residence.kv_on_host:
-            return Part("the KV cache", self.work.kv_bytes, self.kv_remedy)
+            return Part("the KV cache", work.kv_bytes + work.kv_read_bytes, self.kv_remedy)
+        if work.kv_read_bytes:
+            name = "what is read of the KV cache"
+            return Part(name, work.kv_device_bytes + work.kv_read_bytes, self.kv_remedy)
         # the buffers stay from the first tick to the last
         name = f"{PREFETCHED_LAYERS} layers of the KV cache"
         return Part(name, PREFETCHED_LAYERS * self.layer_bytes, self.kv_remedy)

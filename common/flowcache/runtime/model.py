@@ -193,6 +193,10 @@ class Work:
     """Estimate of what one forward needs in addition to weights and caches."""
     loop: Any
     """What the model's own denoising loop takes of the settings."""
+    kv_device_bytes: int = 0
+    """Of quantised KV caches: what stays on the device where keys are on the host."""
+    kv_read_bytes: int = 0
+    """Of quantised KV caches: the layer that is read, and the scratch of quantising."""
 
     @property
     def num_ticks(self) -> int:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import CompressionStrategy, TokenLayout, kept_tokens, scoring_bytes
+from flowcache.compress import CompressionStrategy, KVRule, TokenLayout, kept_tokens, scoring_bytes
+from flowcache.kv_quantized import KVSizes
+from flowcache.quantization import format_of
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.parallel import Layout, bytes_per_process
 from flowcache.runtime.stats import scaled
@@ -128,6 +130,8 @@ def held_bytes(
     num_queries: int,
     keeps_queries: bool,
     itemsize: int,
+    kv: KVRule,
+    waits: bool = False,
 ) -> dict[str, int]:
     """Return the fields of `Work` that count bytes in the same way in all transformers.
 
@@ -137,13 +141,21 @@ def held_bytes(
         num_queries: that score the keys when the KV cache is compressed.
         keeps_queries: whether those of all layers and caches are kept from one to the next.
         itemsize: bytes of a number inside the blocks.
+        waits: see `kv_bytes`.
     """
     kv_tokens, width = max(part.kv_tokens for part in segments), attention.head_width
     num_kept, model_width = num_layers * num_caches * itemsize, attention.num_heads * width
     query_bytes = num_queries * num_kept * model_width * keeps_queries
     scored = scored_bytes(replace(attention, num_keys=kv_tokens), num_queries=num_queries)
     return {
-        "kv_bytes": 2 * kv_tokens * attention.kv_heads * width * num_kept,
+        **kv_bytes(
+            segments,
+            attention,
+            kv=kv,
+            num_caches=num_layers * num_caches,
+            itemsize=itemsize,
+            waits=waits,
+        ),
         "scoring_bytes": query_bytes + scored,
         "query_bytes": query_bytes,
         "activation_bytes": pass_tokens
@@ -151,11 +163,47 @@ def held_bytes(
     }
 
 
+def kv_bytes(
+    segments: Sequence[SegmentWork],
+    attention: AttentionShape,
+    *,
+    kv: KVRule,
+    num_caches: int,
+    itemsize: int,
+    waits: bool = False,
+) -> dict[str, int]:
+    """Return the fields of `Work` that count the bytes of KV caches.
+
+    Args:
+        attention: whose heads the caches have.
+        num_caches: of all layers and branches.
+        waits: whether a clean chunk is quantised at the end of the tick after it became clean.
+    """
+    num_heads, width = attention.kv_heads, attention.head_width
+    kv_tokens = max(part.kv_tokens for part in segments)
+    made = format_of(kv, head_width=width)
+    if made is None or not kv_tokens:
+        return {"kv_bytes": 2 * kv_tokens * num_heads * width * num_caches * itemsize}
+    counted: list[dict[str, int]] = []
+    for part in segments:
+        sizes, capacity = KVSizes.of(made, part.ticks, part.tokens, waits=waits), part.kv_tokens
+        rest = sizes.rest_bytes(capacity, width, itemsize=itemsize) * num_heads * num_caches
+        counted.append(
+            {
+                "kv_bytes": capacity * sizes.row_bytes(width) * num_heads * num_caches + rest,
+                "kv_device_bytes": rest,
+                "kv_read_bytes": sizes.read_bytes(capacity, num_heads, width, itemsize=itemsize),
+            }
+        )
+    return max(counted, key=lambda fields: fields["kv_bytes"])
+
+
 def cost_lines(work: Work, *, cache: str, stored: str) -> list[str]:
     """Describe what a run holds."""
+    read = f"; {scaled(work.kv_read_bytes, 'B')} to read a layer" if work.kv_read_bytes else ""
     return [
         f"weights      {scaled(work.weight_bytes, 'B')} (transformer)",
-        f"KV cache     {scaled(work.kv_bytes, 'B')}, {cache}",
+        f"KV cache     {scaled(work.kv_bytes, 'B')}, {cache}{read}",
         f"KV scoring   {scaled(work.scoring_bytes, 'B')} extra while compressing",
         f"stored       {scaled(work.stored_bytes, 'B')} of {stored} for reuse",
         f"activations  {scaled(work.activation_bytes, 'B')} (estimate, one forward)",
@@ -173,6 +221,8 @@ def per_process(work: Work, layout: Layout) -> Work:
     return replace(
         work,
         kv_bytes=bytes_per_process(work.kv_bytes, layout, num_branches=num_caches),
+        kv_device_bytes=bytes_per_process(work.kv_device_bytes, layout, num_branches=num_caches),
+        kv_read_bytes=bytes_per_process(work.kv_read_bytes, layout, num_branches=1),
         scoring_bytes=bytes_per_process(work.scoring_bytes, layout, num_branches=num_scored),
         query_bytes=bytes_per_process(work.query_bytes, layout, num_branches=num_caches),
     )

@@ -18,6 +18,7 @@ from flowcache.attention import Kernel, check_available, choose_kernels, describ
 from flowcache.bounds import MAX_NAME_BYTES, MAX_PATH_BYTES, path_fault
 from flowcache.errors import UserError
 from flowcache.policies import threshold_of
+from flowcache.quantization import read_width
 from flowcache.runtime.checks import Decoded, DegenerateCheck, Modules, NotFiniteError, all_finite
 from flowcache.runtime.cli import ProgressBar, choose_device
 from flowcache.runtime.compile import should_compile
@@ -375,10 +376,12 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
 
 def choose_attention(dit: Any, job: Job) -> tuple[Kernel, Kernel]:
     """Take the fastest attention kernels for a run, the second of attention to the prompt."""
+    shape = job.work.attention
+    width = read_width(job.config.kv, head_width=shape.head_width)
     dit.kernel, dit.cross_kernel = choose_kernels(
         job.device,
         dtype=job.dtype,
-        shape=job.work.attention,
+        shape=replace(shape, head_width=width),
         num_text=job.work.text_tokens,
         wanted=job.config.attention_kernel,
     )

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from flowcache.block_reuse import BlockReuse
+from flowcache.compress import KVRule
 from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
+from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
+from flowcache.quantization import attend_wide, format_of
+from flowcache.runtime.model import SegmentWork
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
@@ -36,7 +40,7 @@ from flowcache.wan.dit import (
     head_flops,
     rotate,
 )
-from flowcache.wan.kept import Budget, KeptKeys
+from flowcache.wan.kept import Budget, KeptKeys, rotate_keys
 
 NO_RATE = [16]
 """Frames per second, for models whose transformer is not told."""
@@ -96,12 +100,46 @@ def encode_contexts(
     return contexts
 
 
-def open_caches(dit: DiT, *, ranks: Ranks, kv_tokens: int, on_host: bool) -> list[KVCache]:
+def kv_layout(
+    dit: DiT,
+    rule: KVRule,
+    part: SegmentWork,
+    *,
+    chunks: Sequence[range],
+    size: tuple[int, int],
+    comes_rotated: bool = True,
+    waits: bool = False,
+) -> KVLayout | None:
+    """Return what the quantised caches of a segment have in common, if they are quantised.
+
+    Args:
+        chunks: frames of each chunk.
+        size: rows and columns of a latent frame.
+        comes_rotated: whether keys are rotated before they are put, rather than when read.
+        waits: whether the clean pass of a chunk is made with the first step of the next one.
+    """
+    made = format_of(rule, head_width=dit.config.head_width)
+    if made is None:
+        return None
+    frame_tokens, rotary = part.tokens[0] // len(chunks[0]), None
+    if comes_rotated:
+        last = max(chunk.stop for chunk in chunks)
+        frames = torch.arange(last, device=dit.patch_embedding.weight.device)
+        table = dit.rope(frames, latent_height=size[0], latent_width=size[1])
+        rotary = Rotary(table, rotate, has_neighbours=True)
+    starts = {number: chunk.start * frame_tokens for number, chunk in enumerate(chunks)}
+    return KVLayout(KVSizes.of(made, part.ticks, part.tokens, waits=waits), starts, rotary)
+
+
+def open_caches(
+    dit: DiT, *, ranks: Ranks, kv_tokens: int, on_host: bool, layout: KVLayout | None = None
+) -> list[KVCache]:
     """Allocate the caches of all layers of a branch.
 
     Args:
         kv_tokens: that a cache holds at most.
         on_host: whether caches lie in the memory of the host.
+        layout: of quantised caches, see `kv_layout`.
     """
     return caches_for(
         dit.config.num_layers,
@@ -111,6 +149,7 @@ def open_caches(dit: DiT, *, ranks: Ranks, kv_tokens: int, on_host: bool) -> lis
         dtype=dit.dtype,
         device=dit.patch_embedding.weight.device,
         storage=torch.device("cpu") if on_host else None,
+        make=cache_maker(layout),
     )
 
 
@@ -122,6 +161,7 @@ def open_branches(
     ranks: Ranks,
     kv_tokens: int,
     on_host: bool,
+    layout: KVLayout | None = None,
 ) -> dict[str, Branch]:
     """Encode the prompts and allocate caches; branches of other processes have neither.
 
@@ -132,7 +172,9 @@ def open_branches(
     for number, (name, context) in enumerate(contexts.items()):
         caches = list[KVCache]()
         if ranks.computes(number):
-            caches = open_caches(dit, ranks=ranks, kv_tokens=kv_tokens, on_host=on_host)
+            caches = open_caches(
+                dit, ranks=ranks, kv_tokens=kv_tokens, on_host=on_host, layout=layout
+            )
         branches[name] = Branch(context, caches)
     return branches
 
@@ -184,7 +226,7 @@ class CachedDiT:
     def kv_bytes(self) -> int:
         """Bytes of the caches of this process."""
         kept = sum(each.num_bytes for each in self.kept.values())
-        return kept + sum(cache.kv.nbytes for cache in self._caches)
+        return kept + sum(cache.num_bytes() for cache in self._caches)
 
     @property
     def clean_frames(self) -> int:
@@ -260,9 +302,11 @@ class CachedDiT:
                 cache.put(0, k[0], v[0])
                 all_rows = [x.unsqueeze(0) for x in cache.prefix(k.shape[1])]
                 stop = cache.clean + num_fed
-                outputs.append(kernel(q[:, :num_fed], *(x[:, :stop] for x in all_rows)))
+                groups = cache.bias_groups
+                whole = (x[:, :stop] for x in all_rows)
+                outputs.append(attend_wide(kernel, q[:, :num_fed], *whole, num_groups=groups))
                 own = [torch.cat([x[:, :first], x[:, stop - last :]], dim=1) for x in all_rows]
-                outputs.append(kernel(q[:, num_fed:], *own))
+                outputs.append(attend_wide(kernel, q[:, num_fed:], *own, num_groups=groups))
                 return torch.cat(outputs, dim=1)
 
             self.count(name, fed, None, head=False)
@@ -301,8 +345,9 @@ class CachedDiT:
         """Declare the keys of a chunk final, which were put last."""
         for cache in self._caches:
             cache.settle(num_frames * self.frame_tokens, chunk=chunk)
+            cache.pack()
         for kept in self.kept.values():
-            kept.settle(num_frames * self.frame_tokens)
+            kept.settle(num_frames * self.frame_tokens, chunk=chunk)
 
     def switch(self, name: str, text_1LD: Tensor) -> None:
         """Give a branch another prompt from now on; keys that were made stay."""
@@ -402,7 +447,9 @@ class CachedDiT:
             held = caches[layer].prefix(num_own)
             keys, values = (torch.cat([x[part] for part in rows]).unsqueeze(0) for x in held)
             queries = rotate(q, rope[-num_own:]).to(q.dtype)
-            return self.dit.kernel(queries, rotate(keys, rope).to(k.dtype), values)
+            turned = rotate_keys(keys, rope, width=q.shape[-1])
+            groups = caches[layer].bias_groups
+            return attend_wide(self.dit.kernel, queries, turned, values, num_groups=groups)
 
         return attend
 

@@ -2,7 +2,7 @@
 
     kept = KeptKeys(dit, num_frames=6, rule=rule, ...)   # 6 frames: own and clean ones together
     hidden = dit.run_blocks(..., self_attend=kept.attend(num_own))
-    kept.settle(num_own)                                 # what was put last is clean
+    kept.settle(num_own, chunk=chunk)                    # what was put last is clean
 
 Clean tokens are chosen when a chunk is first denoised that has no room next to all of them, by its
 queries; in classes of heads, when a chunk has become clean. So a cache never holds more than the
@@ -39,6 +39,7 @@ from flowcache.head_classes import (
     frame_mass,
 )
 from flowcache.kv import Attend, KVCache
+from flowcache.quantization import attend_wide
 from flowcache.runtime.ops import attention_flops, on_device
 from flowcache.runtime.parallel import Ranks
 from flowcache.wan.dit import DiT, rotate
@@ -160,7 +161,7 @@ class KeptKeys:
     @property
     def num_bytes(self) -> int:
         """Bytes of all caches."""
-        return sum(each.cache.kv.nbytes for heads in self.layers for each in heads)
+        return sum(each.cache.num_bytes() for heads in self.layers for each in heads)
 
     def flops(self, num_own: int) -> int:
         """Return the FLOPs of a pass's self-attention to its own tokens and to what then stays."""
@@ -186,7 +187,8 @@ class KeptKeys:
                 if sorts:
                     per_frame = self.layout.frame_tokens
                     self.mass.append(frame_mass(queries, keys, frame_tokens=per_frame))
-                out = self.dit.kernel(*(x.unsqueeze(0) for x in (queries, keys, values)))
+                seen = (x.unsqueeze(0) for x in (queries, keys, values))
+                out = attend_wide(self.dit.kernel, *seen, num_groups=each.cache.bias_groups)
                 outputs.append((each, out))
             if len(outputs) == 1 and outputs[0][0].index is None:
                 return outputs[0][1]
@@ -197,11 +199,12 @@ class KeptKeys:
 
         return attend
 
-    def settle(self, num_own: int) -> None:
+    def settle(self, num_own: int, *, chunk: int) -> None:
         """Declare the chunk clean whose keys were put last; sort heads, and let tokens leave."""
         for heads in self.layers:
             for each in heads:
-                each.cache.settle(num_own)
+                each.cache.settle(num_own, chunk=chunk)
+                each.cache.pack()
                 if self.budget.rotates:
                     own = torch.arange(num_own, device=each.cache.device)
                     own_TH = own.unsqueeze(1).expand(-1, each.place_TH.shape[1])
@@ -242,7 +245,7 @@ class KeptKeys:
             rows_TH = torch.cat([rows_TH, own_S.unsqueeze(1).expand(-1, rows_TH.shape[1])])
         return (
             rotate(q[None], rope[own_S])[0].to(q.dtype),
-            rotate(keys[None], rope[rows_TH])[0].to(keys.dtype),
+            rotate_keys(keys[None], rope[rows_TH], width=q.shape[-1])[0],
         )
 
     def _compress(self, heads: _Heads, strategy: CompressionStrategy, q_SHC: Tensor) -> None:
@@ -251,7 +254,7 @@ class KeptKeys:
         It compares keys as they are read; density, which looks at no queries, compares them as
         if all were in one frame.
         """
-        keys, _ = heads.cache.prefix(0)
+        keys = heads.cache.prefix(0)[0][..., : q_SHC.shape[-1]]
         if isinstance(strategy, Density):
             keys = rotate(keys[None], self._rope(1)[heads.place_TH])[0]
         elif self.budget.rotates:
@@ -326,6 +329,14 @@ class KeptKeys:
         spans = classes.kept(kind, recent_THD, num_keys=num_keys, layout=self.layout)
         rows = [row for span in spans for row in span]
         return on_device(rows, dtype=torch.int64, device=recent_THD.device)
+
+
+def rotate_keys(k_BTGX: Tensor, rope: Tensor, *, width: int) -> Tensor:
+    """Rotate the channels of keys, but for those behind them that bias logits."""
+    turned = rotate(k_BTGX[..., :width], rope).to(k_BTGX.dtype)
+    if k_BTGX.shape[-1] == width:
+        return turned
+    return torch.cat([turned, k_BTGX[..., width:]], dim=-1)
 
 
 def _no_places(cache: KVCache) -> Tensor:

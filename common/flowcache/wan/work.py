@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flowcache.attention import AttentionShape
+from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import stored_results
 from flowcache.predict import PREDICTORS
@@ -32,11 +33,13 @@ def wan_work(
     flops: int,
     dtype: torch.dtype,
     loop: Any,
+    kv: KVRule,
     is_whole: bool = False,
     batch: int = 1,
     num_scored: int = 0,
     stored_bytes: int = 0,
     mode: Any = None,
+    waits: bool = False,
 ) -> Work:
     """Put together what a run costs.
 
@@ -50,6 +53,7 @@ def wan_work(
         batch: branches that go through the blocks together.
         num_scored: queries that score the keys when the KV cache is compressed.
         mode: of quantised weights.
+        waits: see `plan.kv_bytes`.
     """
     num_branches, heads = len(branches), sizes.num_heads
     kv_tokens = max(part.kv_tokens for part in segments)
@@ -82,6 +86,8 @@ def wan_work(
             num_queries=num_scored,
             keeps_queries=False,
             itemsize=dtype.itemsize,
+            kv=kv,
+            waits=waits,
         ),
     )
 
@@ -106,10 +112,12 @@ def chunk_work(
     frame_tokens: int,
     dtype: torch.dtype,
     loop: Any,
+    kv: KVRule,
     reuse: ReuseConfig | None = None,
     num_scoring: int = 0,
     num_prompts: int = 1,
     stored_steps: int = 0,
+    waits: bool = False,
 ) -> Work:
     """Work out what a video of one segment costs that goes chunk by chunk through a KV cache.
 
@@ -121,6 +129,7 @@ def chunk_work(
         num_scoring: queries that score keys when some of these leave.
         num_prompts: that follow each other in the first branch.
         stored_steps: of a chunk, at which what every block changes is stored.
+        waits: see `plan.kv_bytes`.
     """
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
     check_pass(queries, sizes="height, width or the frames of a chunk")
@@ -149,6 +158,8 @@ def chunk_work(
         num_scored=num_scoring,
         stored_bytes=stored,
         loop=loop,
+        kv=kv,
+        waits=waits,
     )
 
 
