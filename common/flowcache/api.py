@@ -203,7 +203,7 @@ def compare(
     """Compare a video with a reference of the same prompt, seed and size.
 
     Raises:
-        UserError: the clips differ in length or size, or a file cannot be read.
+        UserError: the clips differ in length or size, a file cannot be read, or one is no clip.
     """
     clip, other = _clip(video), _clip(reference)
     times = flops = None
@@ -216,7 +216,11 @@ def compare(
 def _clip(given: Video | Frames | str | Path) -> Tensor:
     if isinstance(given, (str, Path)):
         return torch.from_numpy(np.stack(list(open_clip(Path(given)).frames)))
-    return torch.from_numpy(given.frames if isinstance(given, Video) else given)
+    frames = given.frames if isinstance(given, Video) else given
+    if not isinstance(frames, np.ndarray):
+        kind = type(frames).__name__
+        raise UserError(f"a clip must be a Video, an array [T, H, W, 3] or a file, not {kind}")
+    return torch.from_numpy(frames)
 
 
 def load(

@@ -366,3 +366,8 @@ def test_the_page_names_everything_public():
     text = PAGE.read_text(encoding="utf-8")
     for name in flowcache.__all__:
         assert f"`{name}`" in text or f"flowcache.{name}(" in text, name
+
+
+def test_comparing_what_is_no_clip_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"a clip must be a Video, an array .* not int"):
+        flowcache.compare(3, 4)  # type: ignore[arg-type]
