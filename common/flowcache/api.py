@@ -213,7 +213,7 @@ def compare(
     return Comparison(psnr(clip, other), ssim(clip, other), times, flops)
 
 
-def _clip(given: Video | Frames | str | Path) -> Tensor:
+def _clip(given: Any) -> Tensor:
     if isinstance(given, (str, Path)):
         return torch.from_numpy(np.stack(list(open_clip(Path(given)).frames)))
     frames = given.frames if isinstance(given, Video) else given
@@ -226,7 +226,7 @@ def _clip(given: Video | Frames | str | Path) -> Tensor:
 def load(
     model: str | Path = "auto",
     *,
-    preset: str = "flowcache_fast",
+    preset: str | Path = "flowcache_fast",
     architecture: str | None = None,
     progress_bar: bool = True,
     **settings: Any,
@@ -254,7 +254,7 @@ def load(
 def unloaded(
     model: str | Path,
     *,
-    preset: str,
+    preset: str | Path,
     architecture: str | None,
     progress_bar: bool,
     **settings: Any,
@@ -263,7 +263,7 @@ def unloaded(
     name = str(model)
     return Pipeline(
         load_model(architecture_of(name) if architecture is None else _known(architecture)),
-        Request(preset=preset, model=name),
+        Request(preset=_preset(preset), model=name),
         settings,
         progress_bar=progress_bar,
     )
@@ -620,6 +620,12 @@ class _Run:
 
 
 # From Python values to settings -------------------------------------------------------------------
+
+
+def _preset(given: Any) -> str:
+    if not isinstance(given, (str, Path)):
+        raise UserError(f"preset must be a name or a YAML file, not {given!r:.80}")
+    return str(given)
 
 
 def _check_text(name: str, given: Any) -> str:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias, TypeGuard
 
 from flowcache.bounds import MAX_FRAMES, Bounds, OneOf, Share, made_of
 from flowcache.errors import UserError
@@ -506,6 +506,11 @@ class KVRule:
     bias_correction: bool = False
 
 
+def _is_plain(strategy: type[object]) -> TypeGuard[type[CompressionStrategy]]:
+    """Tell whether keys and queries are all that a strategy needs of a cache."""
+    return strategy is not Density and not issubclass(strategy, HeadClasses)
+
+
 def strategy_of(rule: KVRule, *, received: Received | None = None) -> CompressionStrategy | None:
     """Return what picks the clean tokens that stay, or None where all do.
 
@@ -518,10 +523,11 @@ def strategy_of(rule: KVRule, *, received: Received | None = None) -> Compressio
     strategy = STRATEGIES[rule.compress]
     if strategy is None:
         return None
-    if strategy is Density or issubclass(strategy, HeadClasses):
+    if not _is_plain(strategy):
+        others = [name for name, made in STRATEGIES.items() if made is None or _is_plain(made)]
         raise UserError(
-            f"kv.compress={rule.compress} needs a cache that holds keys before rotation, or that "
-            "of each class of heads, which this model has not: choose another one"
+            f"kv.compress={rule.compress} needs more than this model's cache holds (keys before "
+            f"rotation, or a cache per class of heads): use one of {', '.join(others)}"
         )
     made = made_of(strategy, rule)
     is_scored = isinstance(made, ImportanceRedundancy)

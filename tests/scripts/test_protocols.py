@@ -101,7 +101,7 @@ def test_every_method_of_a_shipped_protocol_can_be_planned(path: Path):
         settings = [*task.settings, f"prompt={task.prompt}"]
         request = Request(task.preset, SIZES[protocol.family], settings)
         plan = plan_by_sizes(load_model(protocol.family), request)
-        assert "PFLOP if every step is computed" in plan
+        assert "FLOP if every step is computed" in plan
     parts = [method.part for method in protocol.methods]
     assert parts.count("paper") == 5
     assert parts.count("ingredient") >= 4
