@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +81,15 @@ class Replicas:
     async def _make(self, job: Job, folder: Path, report: Report) -> None:
         for _ in range(MAX_RETRIES + 1):
             try:
-                return await self._try(job, folder, report)
+                await self._try(job, folder, report)
+                # a dead replica's encoder may have begun its file after the removal below
+                _remove(folder.glob(".*.part.mp4"))
+                return
             except self.exceptions.RayTaskError as error:
                 raise error.cause from None
             except self.exceptions.RayActorError:
                 logger.warning("job %s: its replica died, so that it begins again", job.id)
-            for path in folder.iterdir():  # unfinished files
-                if path.name != JOB and path.stem != INPUT:
-                    path.unlink()
+            _remove(path for path in folder.iterdir() if path.name != JOB and path.stem != INPUT)
             report(BegunAgain())
         raise UserError(f"the replica that made the video died {MAX_RETRIES + 1} times")
 
@@ -106,6 +107,11 @@ class Replicas:
         except CancelledError:
             response.cancel()
             raise
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
