@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import contextlib
 import json
 import sys
 import threading
@@ -193,6 +194,15 @@ def ask(address: str, path: str, fields: dict[str, Any] | None = None) -> Any:
     return json.load(urllib.request.urlopen(request, timeout=60))
 
 
+def running_replicas() -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since
+            if "ServeReplica" in "".join(each.cmdline()):
+                found.append(each)
+    return found
+
+
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
@@ -215,11 +225,7 @@ def test_a_service_with_a_killed_replica_loses_no_job_and_makes_what_one_model_m
         if not killed and sum(state["progress"] > 5 for state in states) >= 2:
             # two have worked; the first one at work now dies
             at_work = [state for state in states if state["status"] == RUNNING]
-            replicas = [
-                each
-                for each in psutil.Process().children(recursive=True)
-                if "ServeReplica" in "".join(each.cmdline())
-            ]
+            replicas = running_replicas()
             if len(replicas) == 2 and len(at_work) == 2:
                 replicas[0].kill()
                 killed.append(replicas[0].pid)
