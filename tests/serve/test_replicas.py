@@ -1,8 +1,8 @@
 """Replicas of the model: jobs that begin again, cancelling, a replica that is killed."""
 
 import asyncio
-import importlib.util
 import contextlib
+import importlib.util
 import json
 import sys
 import threading
