@@ -498,7 +498,7 @@ def test_more_new_keys_than_the_bank_holds_replace_it_at_most():
 
 def test_what_needs_more_of_a_cache_than_keys_is_refused_where_it_is_not_there():
     for name in ("density", "dummy_forcing", "forcing_kv"):
-        with pytest.raises(UserError, match=f"kv.compress={name} needs a cache"):
+        with pytest.raises(UserError, match=f"kv.compress={name} needs more than"):
             strategy_of(KVRule(compress=name))
     plain = [name for name in STRATEGIES if name not in ("density", "dummy_forcing", "forcing_kv")]
     assert [scoring_queries(strategy_of(KVRule(compress=n)), LAYOUT) for n in plain] == [
