@@ -62,7 +62,8 @@ def test_clean_and_active_chunks_are_prefixes_and_settling_moves_no_data():
     assert keys(cache, 2) == [1, 2]
     before = cache.kv.clone()
     cache.settle(2)
-    assert torch.equal(cache.kv, before)
+    # as bits: what nobody has written may be no number
+    assert torch.equal(cache.kv.view(torch.int32), before.view(torch.int32))
     put(cache, 0, [0, 0])
     put(cache, 2, [5, 6])
     put(cache, 0, [3, 4])  # a computed step overwrites the keys of the last one
