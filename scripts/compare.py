@@ -27,7 +27,7 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.report.comparison import FILES, compare, text_table, write_files
 from flowcache.runtime.cli import Parser, choose_device, run_command
-from flowcache.runtime.files import check_writable
+from flowcache.runtime.files import check_free, check_writable
 from flowcache.runtime.metrics import METRICS
 
 EXIT_SOME_FAILED = 1
@@ -59,9 +59,9 @@ def execute(options: argparse.Namespace) -> int:
     out: Path | None = options.out
     if out is not None:
         check_writable(out)
-        there = [out / name for name in FILES if (out / name).exists()]
-        if there and not options.overwrite:
-            raise UserError(f"{there[0]} exists and is kept: choose another --out, or --overwrite")
+        for name in FILES:
+            advice = "choose another --out, or --overwrite"
+            check_free(out / name, overwrite=options.overwrite, advice=advice)
     device = choose_device(options.device)
     found = compare(
         options.a,

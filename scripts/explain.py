@@ -25,7 +25,7 @@ from flowcache.errors import UserError
 from flowcache.report.page import measure, read_clip, summary, with_video_alarms, write_page
 from flowcache.report.run import SUFFIX, find_record, load_run
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.files import check_writable, fresh_path, write_text
+from flowcache.runtime.files import check_free, check_writable, fresh_path, write_text
 
 EXIT_ALARM = 1
 MAX_PAGE_BYTES = 5_000_000
@@ -46,8 +46,7 @@ def choose_page(out: Path | None, records: Sequence[Path], *, overwrite: bool) -
         return fresh_path(records[0].parent, "-and-".join(names), ".html")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: the page is written as .html: change the name")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} exists and is kept: choose another name, or give --overwrite")
+    check_free(out, overwrite=overwrite and not out.is_dir())
     check_writable(out.parent)
     return out
 

@@ -22,10 +22,9 @@ from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
-from flowcache.errors import UserError
 from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
-from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.files import check_free, check_writable, write_json, write_text
 from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import write_profile
 from flowcache.runtime.stats import scaled
@@ -142,8 +141,8 @@ def command(options: argparse.Namespace) -> None:
     if options.dry_run:
         print("\n".join(describe(runs, options)))
         return
-    if out.exists() and not options.overwrite:
-        raise UserError(f"{out} exists and is kept: choose another --out, or give --overwrite")
+    advice = "choose another --out, or give --overwrite"
+    check_free(out, overwrite=options.overwrite, advice=advice)
     calibrating, unseen = choose_prompts(
         options.prompts,
         checkpoint=options.model,

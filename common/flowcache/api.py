@@ -34,7 +34,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.cli import ProgressBar
 from flowcache.runtime.config import check_prompt, from_python, overrides_of
-from flowcache.runtime.files import check_writable
+from flowcache.runtime.files import check_free, check_writable
 from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import (
     MODELS,
@@ -285,8 +285,7 @@ class Tuned:
             UserError: the file exists and must not be replaced, or cannot be written.
         """
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists and is kept: choose another name, or give overwrite")
+        check_free(path, overwrite=overwrite, advice="choose another name, or give overwrite")
         check_writable(path.parent)
         write_profile(self.profile, path)
         return path

@@ -102,8 +102,8 @@ def _decode(
     is_near = (j >= num_pairs) | has_neighbours
     first = tl.where(inside, tl.where(is_near, 2 * j, j), 0)
     second = tl.where(inside, tl.where(is_near, 2 * j + 1, j + num_pairs), 0)
-    a = _values(
-        first,
+    both = _values(
+        tl.join(first, second),
         token_head,
         head,
         slot,
@@ -121,25 +121,7 @@ def _decode(
         num_stages,
         num_entries,
     )
-    b = _values(
-        second,
-        token_head,
-        head,
-        slot,
-        packed,
-        scales,
-        indices,
-        base,
-        mean,
-        entries,
-        num_heads,
-        width,
-        group_size,
-        bits,
-        is_fp8,
-        num_stages,
-        num_entries,
-    )
+    a, b = tl.split(both)
     if num_pairs > 0:
         place = tl.load(positions + token_head).to(tl.int64) * (2 * num_pairs) + 2 * j
         cos = tl.load(angles + place, mask=is_rotated, other=1.0)

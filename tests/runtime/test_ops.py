@@ -41,34 +41,37 @@ def test_a_linear_layer_of_coarse_weights_computes_in_float32(has_bias: bool):
     assert layer.weight.dtype == torch.bfloat16
 
 
+class Watch(TorchDispatchMode):
+    """Notes the operations that are called while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("dtype", "is_narrow"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_on_cuda_16_bit_numbers_are_not_made_wider_first(
     has_bias: bool, dtype: torch.dtype, is_narrow: bool
 ):
-    made: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            made.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     # tensors without values: no device is needed
-    with FakeTensorMode(), torch.no_grad(), Watch():
+    with FakeTensorMode(), torch.no_grad(), Watch() as watch:
         layer = nn.Linear(64, 8, bias=has_bias, device="meta")
         layer.weight = nn.Parameter(torch.empty(8, 64, device="cuda", dtype=dtype))
         if has_bias:
             layer.bias = nn.Parameter(torch.empty(8, device="cuda", dtype=dtype))
         x = torch.empty(2, 5, 64, device="cuda", dtype=dtype)
-        made.clear()
+        watch.made.clear()
         found = linear_in_float32(layer, x)
     assert found.shape == (2, 5, 8)
     assert found.dtype == torch.float32
-    assert ("aten.mm.dtype" in made) == (is_narrow and HAS_WIDE_PRODUCT)
+    assert ("aten.mm.dtype" in watch.made) == (is_narrow and HAS_WIDE_PRODUCT)
     is_widened = has_bias or not HAS_WIDE_PRODUCT  # the bias alone, or all
-    assert ("aten._to_copy.default" in made) == (is_narrow and is_widened)
+    assert ("aten._to_copy.default" in watch.made) == (is_narrow and is_widened)
 
 
 @pytest.mark.gpu
@@ -217,19 +220,10 @@ def test_a_large_product_on_a_cpu_is_that_of_pytorch(rows: int, gelu: Any):
     ],
 )
 def test_only_plain_float32_products_take_the_other_library(changed: dict[str, Any], is_own: bool):
-    made: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            made.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     options = {"dtype": torch.float32, "device": "cpu", **changed}
     needs_grad = options.pop("requires_grad", False)
     x, weight = torch.zeros(64, 256, **options), torch.zeros(128, 256, **options)
-    with torch.set_grad_enabled(needs_grad), Watch():
+    with torch.set_grad_enabled(needs_grad), Watch() as watch:
         ops.linear(x, weight)
         ops.conv3d(
             torch.zeros(1, 2, 3, 4, 4, **options),
@@ -238,5 +232,5 @@ def test_only_plain_float32_products_take_the_other_library(changed: dict[str, A
             stride=(1, 1, 1),
             padding=(0, 1, 1),
         )
-    found = [name for name in made if "linear_pointwise" in name or "mkldnn_conv" in name]
+    found = [name for name in watch.made if "linear_pointwise" in name or "mkldnn_conv" in name]
     assert len(found) == (2 if is_own and torch.backends.mkldnn.is_available() else 0)

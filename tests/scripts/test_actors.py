@@ -16,7 +16,7 @@ import psutil
 import pytest
 import sample
 from sampling_cases import REPOSITORY, SCRIPTS, SHORT, make_file, make_task, receipts, videos
-from signals import heed_signals
+from signals import MARK, heed_signals, living
 
 from flowcache.bench import actors
 from flowcache.bench.tasks import Task
@@ -24,7 +24,6 @@ from flowcache.bench.worker import DiskFullError, Worker
 from flowcache.errors import UserError
 from flowcache.runtime.cluster import Cluster, cluster
 
-MARK = "FLOWCACHE_TEST_OF_RAY"
 END_SECONDS = 60
 """Within which nothing of an ended command is left."""
 RAY = ("--ray", "--replicas", "2")
@@ -201,15 +200,7 @@ class Command:
 
     def living(self, name: str = "") -> list[psutil.Process]:
         """Return its processes whose command lines hold a name."""
-        found: list[psutil.Process] = []
-        for process in psutil.process_iter():
-            try:
-                is_own = process.environ().get(MARK) == str(self.out)
-                if is_own and process.status() != psutil.STATUS_ZOMBIE:
-                    found += [process] if name in " ".join(process.cmdline()) else []
-            except psutil.Error:  # it has just ended, or is another user's
-                continue
-        return found
+        return living(str(self.out), name=name)
 
     def text(self) -> str:
         self.said.seek(0)

@@ -24,12 +24,10 @@ from pathlib import Path
 import psutil
 import pytest
 from sampling_cases import REPOSITORY, SCRIPTS, SHORT, videos
-from signals import ASKED, heed_signals
+from signals import ASKED, MARK, heed_signals, living
 
 from flowcache.runtime.video import probe
 
-MARK = "FLOWCACHE_TEST_OF_KILLS"
-"""Variable by which every process of a run is found, whoever started it."""
 END_SECONDS = 60
 INTERPRETER_SECONDS = 0.15
 """Processor time of Python's own start: there Ctrl-C is a traceback before a line of ours runs."""
@@ -101,15 +99,7 @@ class Run:
 
     def living(self) -> list[psutil.Process]:
         """Return all its processes."""
-        found: list[psutil.Process] = []
-        for process in psutil.process_iter():
-            try:
-                is_own = process.environ().get(MARK) == self.mark
-                if is_own and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:  # it has just ended, or is another user's
-                continue
-        return found
+        return living(self.mark)
 
     def text(self) -> str:
         self.said.seek(0)

@@ -1,7 +1,5 @@
 """Compare methods on clips: render those that are missing, measure them, average, write tables."""
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -23,7 +21,7 @@ from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
 from flowcache.runtime.ops import seeded_noise
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
-from flowcache.runtime.text_files import escaped, table_row
+from flowcache.runtime.text_files import csv_of, escaped, table_row
 from flowcache.tuning.runs import Words
 
 REFERENCE = "vanilla"
@@ -389,12 +387,8 @@ def csv_text(table: Sequence[Mapping[str, Any]]) -> str:
         }
         for row in table
     ]
-    stream = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_of([names, *([row.get(name) for name in names] for row in rows)])
 
 
 def shown(value: float | None, spec: str) -> str:

@@ -3,8 +3,6 @@
 table.json holds everything, table.csv plain numbers, table.md is for people.
 """
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -32,7 +30,7 @@ from flowcache.runtime.files import read_json, write_json, write_text
 from flowcache.runtime.lpips import LPIPS
 from flowcache.runtime.metrics import METRICS, average, compare_clips
 from flowcache.runtime.stats import environment, scaled
-from flowcache.runtime.text_files import escaped, table_row
+from flowcache.runtime.text_files import csv_of, escaped, table_row
 
 SCHEMA_VERSION = 2
 JSON_FILE, CSV_FILE, MARKDOWN_FILE = "table.json", "table.csv", "table.md"
@@ -283,27 +281,24 @@ def without_times(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a line per row of JSON, numbers in full."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     published = [column.key for column in COLUMNS if column.is_published]
     metrics = sorted({metric for row in rows for metric in row["half_widths"]})
-    writer.writerow(
+    head = [
+        *("method", "part", "num_videos"),
+        *(column.key for column in COLUMNS),
+        *(f"{metric}_half_width" for metric in metrics),
+        *(f"published_{key}" for key in published),
+    ]
+    lines = [
         [
-            *("method", "part", "num_videos"),
-            *(column.key for column in COLUMNS),
-            *(f"{metric}_half_width" for metric in metrics),
-            *(f"published_{key}" for key in published),
-        ]
-    )
-    for row in rows:
-        values = [
+            *(row["method"], row["part"], row["num_videos"]),
             *(row["figures"][column.key] for column in COLUMNS),
             *(row["half_widths"].get(metric) for metric in metrics),
             *(row["published"][key] for key in published),
         ]
-        cells = ["" if value is None else value for value in values]
-        writer.writerow([row["method"], row["part"], row["num_videos"], *cells])
-    return stream.getvalue()
+        for row in rows
+    ]
+    return csv_of([head, *lines])
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flowcache.errors import UserError
 from flowcache.gpu.benchmark import Benchmark, Line, NoVAE
-from flowcache.runtime.files import check_writable, write_json
+from flowcache.runtime.files import check_free, check_writable, write_json
 from flowcache.runtime.model import Request
 from flowcache.runtime.run import encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats, environment
@@ -73,8 +72,7 @@ def measure_growth(
     """Measure all models, write the result, return it by model."""
     path = out / GROWTH
     check_writable(out)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists and is kept: give another --out, or --overwrite")
+    check_free(path, overwrite=overwrite, advice="give another --out, or --overwrite")
     found = {model: grow(benchmark) for model, benchmark in benchmarks.items()}
     document = {
         "note": GROWTH_NOTE,

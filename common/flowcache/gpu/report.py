@@ -1,13 +1,11 @@
 """The table of all methods, and which of the project's targets they meet."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowcache.gpu.benchmark import Benchmark, Target, load_benchmark
 from flowcache.runtime.stats import scaled
-from flowcache.runtime.text_files import escaped, table_row
+from flowcache.runtime.text_files import csv_of, escaped, table_row
 
 Row = Mapping[str, Any]
 HEAD = (
@@ -162,11 +160,7 @@ def csv_text(document: Mapping[str, Any]) -> str:
         for name, value in row.items()
         if value is None or isinstance(value, (str, int, float))
     )
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(names), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_of([names, *([row.get(name) for name in names] for row in rows)])
 
 
 def _percent(share: float | None) -> str:

@@ -1,7 +1,5 @@
 """Compare clips with their references, one pair or two folders, and write what was measured."""
 
-import csv
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ from flowcache.runtime.metrics import (
     worst_frames,
 )
 from flowcache.runtime.stats import environment
-from flowcache.runtime.text_files import escaped, table_row
+from flowcache.runtime.text_files import csv_of, escaped, table_row
 
 FILES = ("compare.json", "compare.csv", "compare.md")
 NUM_WORST = 3
@@ -250,15 +248,13 @@ def markdown(found: Comparison) -> str:
 
 def csv_text(found: Comparison) -> str:
     """Return a row per frame, and one per clip whose frame is "all"."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["clip", "frame", *found.metrics])
+    rows: list[list[object]] = [["clip", "frame", *found.metrics]]
     for clip in found.clips:
         for index in range(clip.num_frames):
-            values = [clip.frames[m][index] if m in clip.frames else "" for m in found.metrics]
-            writer.writerow([clip.name, index, *values])
-        writer.writerow([clip.name, "all", *(clip.clip.get(m, "") for m in found.metrics)])
-    return stream.getvalue()
+            values = [clip.frames[m][index] if m in clip.frames else None for m in found.metrics]
+            rows.append([clip.name, index, *values])
+        rows.append([clip.name, "all", *(clip.clip.get(m) for m in found.metrics)])
+    return csv_of(rows)
 
 
 def to_dict(found: Comparison, inputs: Sequence[Path], *, device: torch.device) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def overrides_of(
         prefix: of the keys.
     """
     for name, value in settings.items():
-        key = (keys or {}).get(f"{prefix}{name}", f"{prefix}{name}")
+        key = f"{prefix}{name}"
+        key = keys.get(key, key)
         if isinstance(value, Mapping):
             section = cast("Mapping[str, Any]", value)
             yield from overrides_of(section, keys=keys, prefix=f"{key}.")

@@ -56,6 +56,14 @@ def fresh_path(folder: Path, stem: str, suffix: str) -> Path:
     raise UserError(f"{folder} holds {MAX_FRESH_NAMES} files named {stem}: empty it")
 
 
+def check_free(
+    path: Path, *, overwrite: bool, advice: str = "choose another name, or give --overwrite"
+) -> None:
+    """Check that a file is not there yet, or may be replaced."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists and is kept: {advice}")
+
+
 def check_writable(folder: Path) -> None:
     """Make a folder if necessary and try to write a file there."""
     try:

@@ -25,7 +25,7 @@ from flowcache.runtime.compile import should_compile
 from flowcache.runtime.config import find_preset, load_config, parse_limit, to_dict
 from flowcache.runtime.embeddings import cached_embedding, check_cache
 from flowcache.runtime.ending import check_stopped, undisturbed
-from flowcache.runtime.files import check_writable, fresh_path, write_json
+from flowcache.runtime.files import check_free, check_writable, fresh_path, write_json
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
 from flowcache.runtime.ops import release_cache, set_float32_precision
@@ -320,9 +320,7 @@ def claim_output(request: Request, *, stem: str) -> Path:
     elif path.suffix.lower() != ".mp4":
         raise UserError(f"{path}: the video is written as .mp4, not {path.suffix}: change the name")
     for suffix in (path.suffix, ".json", *([RECORD_SUFFIX] if request.record else [])):
-        taken = path.with_suffix(suffix)
-        if taken.exists() and not request.overwrite:
-            raise UserError(f"{taken} exists and is kept: choose another name, or give --overwrite")
+        check_free(path.with_suffix(suffix), overwrite=request.overwrite)
     check_writable(path.parent)
     return path
 

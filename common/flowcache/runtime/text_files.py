@@ -6,6 +6,7 @@ its row (the first is 1) and, in a table, its column.
 
 import codecs
 import csv
+import io
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,6 +190,13 @@ def escaped(text: str) -> str:
     plain = " ".join(text.split())
     marked = SPECIAL.sub(lambda found: "\\" + found[0], plain)
     return "".join(HTML.get(character, character) for character in marked)
+
+
+def csv_of(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as a CSV table, numbers in full; None is an empty cell."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
 
 
 def table_row(cells: Iterable[str]) -> str:

@@ -15,8 +15,9 @@ its own row and column.
 Axes: S own tokens, T tokens in the cache, K kept tokens, H heads, C head width, F frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -153,6 +154,8 @@ class KeptKeys:
         self.mass: list[Tensor] = []
         """Attention that each frame receives, by layer, while heads are sorted."""
         self.num_settled = 0
+        self._table = self._angles(0)
+        """Of as many frames as were asked for so far: those of fewer are its start."""
 
     @property
     def layout(self) -> TokenLayout:
@@ -275,7 +278,14 @@ class KeptKeys:
         return (rank // per_frame * per_frame).unsqueeze(1) + heads.place_TH
 
     def _rope(self, num_frames: int) -> Tensor:
-        positions = torch.arange(num_frames, device=self.dit.patch_embedding.weight.device)
+        """Return the rotary angles of frames at the positions 0, 1, ..., by frame and token."""
+        num_rows = num_frames * self.layout.frame_tokens
+        if num_rows > len(self._table):
+            self._table = self._angles(num_frames)
+        return self._table[:num_rows]
+
+    def _angles(self, num_frames: int) -> Tensor:
+        positions = torch.arange(num_frames, device=self.layers[0][0].cache.device)
         return self.dit.rope(positions, latent_height=self.size[0], latent_width=self.size[1])
 
     # Classes of heads -------------------------------------------------------------------------
@@ -284,14 +294,14 @@ class KeptKeys:
         """Give each class of heads a cache of its own; that of all heads is freed."""
         kinds_NH = classes.sort(torch.stack(self.mass), own_frames=own_frames)
         self.mass, chunk = [], self.layout.chunk_tokens
-        recent_THD = self._recent()
+        rows_of = self._rows_of(classes)
         for number, kinds_H in enumerate(kinds_NH):
             (whole,) = self.layers[number]
             keys, values = whole.cache.prefix(0)
             made = list[_Heads]()
             for kind in kinds_H.unique().tolist():
                 index = (kinds_H == kind).nonzero().flatten()
-                rows = self._kept_rows(classes, kind, recent_THD, num_keys=len(keys))
+                rows = rows_of(kind, len(keys))
                 frames = classes.frames(kind, chunk_frames=chunk // self.layout.frame_tokens)
                 cache = KVCache(
                     frames * self.layout.frame_tokens + chunk,
@@ -309,11 +319,10 @@ class KeptKeys:
 
     def _keep_by_class(self, classes: HeadClasses) -> None:
         """Keep of every class what its heads look at."""
-        recent_THD = self._recent()
+        rows_of = self._rows_of(classes)
         for heads in self.layers:
             for each in heads:
-                num_keys = each.cache.clean
-                rows = self._kept_rows(classes, each.kind, recent_THD, num_keys=num_keys)
+                rows = rows_of(each.kind, each.cache.clean)
                 self._keep(each, rows.unsqueeze(1).expand(-1, each.cache.kv.shape[2]))
 
     def _recent(self) -> Tensor:
@@ -323,12 +332,17 @@ class KeptKeys:
         count = min(SCORING_FRAMES * self.layout.frame_tokens, *(len(part) for part in parts))
         return torch.cat([part[-count:] for part in parts], dim=1)
 
-    def _kept_rows(
-        self, classes: HeadClasses, kind: int, recent_THD: Tensor, *, num_keys: int
-    ) -> Tensor:
-        spans = classes.kept(kind, recent_THD, num_keys=num_keys, layout=self.layout)
-        rows = [row for span in spans for row in span]
-        return on_device(rows, dtype=torch.int64, device=recent_THD.device)
+    def _rows_of(self, classes: HeadClasses) -> Callable[[int, int], Tensor]:
+        """Return what tells the rows, of so many keys, that a class keeps; all layers keep them."""
+        recent_THD = self._recent()
+
+        @cache
+        def rows(kind: int, num_keys: int) -> Tensor:
+            spans = classes.kept(kind, recent_THD, num_keys=num_keys, layout=self.layout)
+            kept = [row for span in spans for row in span]
+            return on_device(kept, dtype=torch.int64, device=recent_THD.device)
+
+        return rows
 
 
 def rotate_keys(k_BTGX: Tensor, rope: Tensor, *, width: int) -> Tensor:
