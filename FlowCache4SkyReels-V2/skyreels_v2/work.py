@@ -5,13 +5,20 @@ from functools import partial
 
 import torch
 
-from flowcache.compress import Received, TokenLayout, scoring_queries, strategy_of
+from flowcache.compress import (
+    TokenLayout,
+    scoring_queries,
+    strategy_of,
+)
 from flowcache.kv import Compression, peak_tokens
 from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import PIXEL_BYTES
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import Pass, check_compression, most_active, walk
 from flowcache.schedule import Tick
+from flowcache.scores import (
+    Received,
+)
 from flowcache.wan.dit import DiTConfig, blocks_flops, embed_flops, head_flops
 from flowcache.wan.memory import Held
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE

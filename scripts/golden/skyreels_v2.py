@@ -13,8 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from flowcache.compress import ImportanceRedundancy, TokenLayout, gather, importance, redundancy
+from flowcache.compress import (
+    ImportanceRedundancy,
+    TokenLayout,
+    gather,
+)
 from flowcache.schedule import Tick, staggered
+from flowcache.scores import (
+    importance,
+    redundancy,
+)
 from flowcache.wan import text, vae
 from flowcache.wan.unipc import UniPC, timestep_grid
 from golden.case import Case, Check, Kind, by_head, compare, compare_sets

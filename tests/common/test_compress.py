@@ -13,9 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flowcache.compress import (
-    EXCLUDED_SCORE,
     STRATEGIES,
-    WEIGHTINGS,
     CompressionStrategy,
     DeepForcing,
     Density,
@@ -25,19 +23,23 @@ from flowcache.compress import (
     SinkRecent,
     TokenLayout,
     Window,
-    attention_received_by_sums,
     best,
     gather,
-    importance,
     kept_tokens,
+    scoring_queries,
+    strategy_of,
+)
+from flowcache.errors import UserError
+from flowcache.scores import (
+    EXCLUDED_SCORE,
+    WEIGHTINGS,
+    attention_received_by_sums,
+    importance,
     position_weights,
     redundancy,
     scoring_bytes,
-    scoring_queries,
-    strategy_of,
     weigh,
 )
-from flowcache.errors import UserError
 
 pytestmark = pytest.mark.numeric
 

@@ -13,9 +13,11 @@ import torch
 from closeness import assert_close
 from torch import Tensor, nn
 
-from flowcache.compress import attention_received
 from flowcache.errors import UserError
 from flowcache.runtime.compile import Compilation, compiled, compiled_scoring, should_compile
+from flowcache.scores import (
+    attention_received,
+)
 
 pytestmark = pytest.mark.numeric
 

@@ -20,8 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flowcache.compress import Received, attention_received, attention_received_by_sums
 from flowcache.errors import UserError, first_line
+from flowcache.scores import (
+    Received,
+    attention_received,
+    attention_received_by_sums,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flowcache.attention import AttentionShape
-from flowcache.compress import CompressionStrategy, KVRule, TokenLayout, kept_tokens, scoring_bytes
+from flowcache.compress import (
+    CompressionStrategy,
+    KVRule,
+    TokenLayout,
+    kept_tokens,
+)
 from flowcache.kv_quantized import KVSizes
 from flowcache.quantization import format_of
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.parallel import Layout, bytes_per_process
 from flowcache.runtime.stats import scaled
 from flowcache.schedule import Tick
+from flowcache.scores import (
+    scoring_bytes,
+)
 
 TOKEN_COPIES = 6
 """Token-wide float32 arrays alive at once inside a block (stream, norms, their rotations)."""
