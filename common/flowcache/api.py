@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,6 +46,7 @@ from flowcache.runtime.model import (
     architecture_of,
     load_model,
 )
+from flowcache.runtime.parallel import Layout, Ranks, ReportedElsewhereError
 from flowcache.runtime.profile import Profile, write_profile
 from flowcache.runtime.record import Record
 from flowcache.runtime.run import (
@@ -59,8 +60,9 @@ from flowcache.runtime.run import (
     read_settings,
     record_of,
     report_of,
+    traced_by_all,
 )
-from flowcache.runtime.stats import Pass, RunStats
+from flowcache.runtime.stats import Pass, RunStats, Traced
 from flowcache.runtime.video import LiveWriter, VideoWriter
 from flowcache.tuning.plan import Constraints, Forecast, choose, parse_target
 from flowcache.tuning.runs import Runs, numbered
@@ -257,15 +259,17 @@ def unloaded(
     preset: str | Path,
     architecture: str | None,
     progress_bar: bool,
+    ranks: Ranks | None = None,
     **settings: Any,
 ) -> Pipeline:
-    """Return a pipeline that has loaded nothing yet; see `load`."""
+    """Return a pipeline that has loaded nothing yet; see `load` and `Pipeline`."""
     name = str(model)
     return Pipeline(
         load_model(architecture_of(name) if architecture is None else _known(architecture)),
         Request(preset=_preset(preset), model=name),
         settings,
         progress_bar=progress_bar,
+        ranks=ranks,
     )
 
 
@@ -362,12 +366,20 @@ class Pipeline:
         settings: Mapping[str, Any],
         *,
         progress_bar: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Keep what the calls share; see `load`."""
+        """Keep what the calls share; see `load`.
+
+        Args:
+            ranks: the processes that make each video; None: this one. The first one is called, the
+                others `follow`. Those that have not met yet can `plan`.
+        """
         self.model = model
         self.request = request
         self.settings = dict(settings)
         self.progress_bar = progress_bar
+        self.ranks = Ranks() if ranks is None else ranks
+        self._divided: dict[tuple[Layout, torch.device], Ranks] = {}
         self.networks = KeptNetworks()
         self._lock = threading.Lock()
         self._holder: int | None = None
@@ -395,13 +407,14 @@ class Pipeline:
         Raises:
             UserError: a setting is wrong; nothing large was loaded or computed.
         """
-        run = _Run(self, self._job(prompt, settings, preset=preset, record=record), on_tick)
-        parts: list[Frames] = []
-        for part in run.parts():
-            parts.append(part.frames)
-            if on_part is not None:
-                on_part(part)
-        return run.video(np.concatenate(parts))
+        run = self._run(prompt, settings, preset=preset, record=record, on_tick=on_tick)
+        frames: list[Frames] = []
+        with closing(run.parts()) as parts:
+            for part in parts:
+                frames.append(part.frames)
+                if on_part is not None:
+                    on_part(part)
+        return run.video(np.concatenate(frames))
 
     def stream(
         self,
@@ -415,7 +428,20 @@ class Pipeline:
 
         See `__call__` for the arguments, which are checked at once.
         """
-        return _Run(self, self._job(prompt, settings, preset=preset), on_tick).parts()
+        return self._run(prompt, settings, preset=preset, on_tick=on_tick).parts()
+
+    def follow(
+        self,
+        prompt: str | None = None,
+        *,
+        preset: str | None = None,
+        record: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Take part in a call of the first of several processes; what is wrong is said there."""
+        with suppress(UserError, ReportedElsewhereError):
+            for _ in self._run(prompt, settings, preset=preset, record=record).parts():
+                pass
 
     def plan(
         self, prompt: str | None = None, *, preset: str | None = None, **settings: Any
@@ -441,7 +467,8 @@ class Pipeline:
     def load(self) -> None:
         """Load the networks now; a call does it if need be."""
         with self._held():
-            self.networks.load(self._job("any", self._placeholders()))
+            load, given = self.networks.load, self._placeholders()
+            self.ranks.together(lambda: load(self._job("any", given)))
 
     def _placeholders(self) -> dict[str, Image.Image]:
         """Return grey pictures in place of those that a call must give."""
@@ -449,6 +476,21 @@ class Pipeline:
         return {name: _GREY for name in required if name not in self.settings}
 
     # What a run needs --------------------------------------------------------------------------
+
+    def _run(
+        self,
+        prompt: str | None,
+        settings: Mapping[str, Any],
+        *,
+        preset: str | None,
+        record: bool = False,
+        on_tick: Callable[[Tick], None] | None = None,
+    ) -> _Run:
+        job = self.ranks.together(lambda: self._job(prompt, settings, preset=preset, record=record))
+        key = job.ranks.layout, job.device
+        if key not in self._divided:  # groups of processes are made once
+            self._divided[key] = job.ranks.divided(job.device)
+        return _Run(self, replace(job, ranks=self._divided[key]), on_tick)
 
     def _job(
         self,
@@ -471,7 +513,7 @@ class Pipeline:
             overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
             with from_python():
-                return prepare(self.model, request, writes=False).changed(**shown)
+                return prepare(self.model, request, self.ranks, writes=False).changed(**shown)
 
     @contextmanager
     def _as_files(
@@ -538,25 +580,32 @@ class _Run:
         self.check = DegenerateCheck()
         self.num_frames = 0
         self.first_frames_seconds: float | None = None
+        self.traced: Traced | None = None
 
     def parts(self) -> Generator[Part]:
         """Carry out the run; yield what is finished as soon as it is."""
         with self.pipe._held():  # pyright: ignore[reportPrivateUsage]
-            kept = self.pipe.networks.load(self.job)
+            job = self.job
+            kept = job.ranks.together(lambda: self.pipe.networks.load(job))
             self.loaded = kept.networks
-            self.stats = RunStats(self.job.device, records=self.job.request.record)
-            inputs = encode_inputs(self.job, stats=self.stats, encoder=kept.encoder)
-            if self.job.before is not None:
-                yield self._part(self.job.before.numpy(), ())
-            waiting: deque[Progress] = deque()
-            for progress in self._ticks(inputs):
-                if progress.later is not None:
-                    waiting.append(progress)
-                # a decoder that runs concurrently is not waited for while there is more to denoise
-                while waiting and waiting[0].later is not None and waiting[0].later.done():
+            self.stats = RunStats(job.device, records=job.request.record)
+            with job.ranks.in_step() as end_step:
+                inputs = encode_inputs(job, stats=self.stats, encoder=kept.encoder)
+                if job.before is not None:
+                    yield self._part(job.before.numpy(), ())
+                end_step()
+                waiting: deque[Progress] = deque()
+                for progress in self._ticks(inputs):
+                    if progress.later is not None:
+                        waiting.append(progress)
+                    # a decoder that runs concurrently is not waited for while there is more to do
+                    while waiting and waiting[0].later is not None and waiting[0].later.done():
+                        yield self._finished(waiting.popleft())
+                    end_step()
+                while waiting:
                     yield self._finished(waiting.popleft())
-            while waiting:
-                yield self._finished(waiting.popleft())
+                end_step()
+                self.traced = traced_by_all(self.stats, job.ranks)
 
     def _ticks(self, inputs: Any) -> Iterator[Progress]:
         job, work = self.job, self.job.work
@@ -613,8 +662,8 @@ class _Run:
         report["alarms"] = self.check.alarms()
         report["first_frames_seconds"] = self.first_frames_seconds
         record = None
-        if stats.trace is not None:
-            record = record_of(job, report, stats, stats.traced())
+        if self.traced is not None:
+            record = record_of(job, report, stats, self.traced)
         return Video(frames, job.value("fps"), report, record)
 
 

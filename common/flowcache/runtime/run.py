@@ -407,12 +407,14 @@ class KeptNetworks:
     def load(self, job: Job) -> Kept:
         """Return what the job needs, loaded now unless the last job needed the same."""
         model, config, offload = job.model, job.config, job.config.offload
-        choices = (offload, config.attention_kernel, config.compile)
+        # several processes compile for the tokens that each of them has
+        choices = (offload, config.attention_kernel, config.compile, job.ranks.layout)
         identity = (model.name, job.device, job.dtype, choices, model.identity(job))
         if self._kept is None or self._kept.identity != identity:
             self._kept = None  # frees the memory first
             networks = load_networks(job, stats=RunStats(job.device))
-            self._kept = Kept(identity, networks, None if offload else model.load_text(job))
+            keeps_text = job.ranks.is_first and not offload
+            self._kept = Kept(identity, networks, model.load_text(job) if keeps_text else None)
         return self._kept
 
 
