@@ -28,7 +28,7 @@ from flowcache.bounds import (
     Threshold,
     check_values,
 )
-from flowcache.compress import KVRule, strategy_of
+from flowcache.compress import KVRule, PlainStrategy, strategy_of
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse
 from flowcache.runtime.config import (
@@ -309,6 +309,7 @@ class ReuseConfig(ReuseRule):
 class KVConfig(KVRule):
     """How many chunks the KV cache holds, and which clean tokens stay."""
 
+    compress: PlainStrategy = "none"
     total_chunks: Annotated[int, Bounds(1, MAX_FRAMES)] = 5
 
 

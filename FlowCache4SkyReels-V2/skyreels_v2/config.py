@@ -15,7 +15,7 @@ from flowcache.bounds import (
     Seed,
     check_values,
 )
-from flowcache.compress import KVRule
+from flowcache.compress import KVRule, PlainStrategy
 from flowcache.errors import UserError
 from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
@@ -45,6 +45,7 @@ MAX_SCALE = 1000
 class KVConfig(KVRule):
     """How many clean tokens the KV cache keeps, and which."""
 
+    compress: PlainStrategy = "none"
     budget_chunks: Annotated[float, Bounds(0, MAX_FRAMES)] = 1.0
 
 

@@ -149,6 +149,7 @@ class Video:
         """Decisions, FLOPs and seconds of the run."""
         return self.report["stats"]
 
+    @from_python()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the mp4, its JSON, and its record if there is one; return the path of the mp4.
 
@@ -158,6 +159,8 @@ class Video:
         Raises:
             UserError: a file exists and must not be replaced, or cannot be written.
         """
+        _check_path("path", path)
+        _check_flag("overwrite", overwrite)
         _, height, width, _ = self.frames.shape
         request = Request(out=str(path), overwrite=overwrite, record=self.record is not None)
         target = claim_output(request, stem=Path(self.report["video"]).stem)
@@ -199,6 +202,7 @@ class Comparison:
     """FLOPs of the reference / FLOPs of the video; None where one is a file."""
 
 
+@from_python()
 def compare(
     video: Video | Frames | str | Path, reference: Video | Frames | str | Path
 ) -> Comparison:
@@ -225,6 +229,7 @@ def _clip(given: Any) -> Tensor:
     return torch.from_numpy(frames)
 
 
+@from_python()
 def load(
     model: str | Path = "auto",
     *,
@@ -264,6 +269,7 @@ def unloaded(
 ) -> Pipeline:
     """Return a pipeline that has loaded nothing yet; see `load` and `Pipeline`."""
     name = str(model)
+    _check_flag("progress_bar", progress_bar)
     return Pipeline(
         load_model(architecture_of(name) if architecture is None else _known(architecture)),
         Request(preset=_preset(preset), model=name),
@@ -282,19 +288,22 @@ class Tuned:
     forecast: Forecast
     """What is expected: `.speedup`, `.flops` (share), `.psnr` (dB), `.seconds`."""
 
+    @from_python()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a YAML file, which `profile=` takes; return its path.
 
         Raises:
             UserError: the file exists and must not be replaced, or cannot be written.
         """
-        path = Path(path)
-        check_free(path, overwrite=overwrite, advice="choose another name, or give overwrite")
+        path = _check_path("path", path)
+        _check_flag("overwrite", overwrite)
+        check_free(path, overwrite=overwrite)
         check_writable(path.parent)
         write_profile(self.profile, path)
         return path
 
 
+@from_python()
 def tune(
     pipe: Pipeline,
     prompts: str | Sequence[str],
@@ -315,7 +324,13 @@ def tune(
     Raises:
         UserError: the target, a prompt or a setting is wrong, or no plan meets the target.
     """
+    if not isinstance(pipe, Pipeline):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"pipe must be what flowcache.load returns, not {pipe!r:.80}")
     wanted, constraints = parse_target(str(target)), Constraints()
+    if folder is not None:
+        folder = _check_path("folder", folder)
+    if not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"prompts must be a text or a list of texts, not {prompts!r:.80}")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise UserError("prompts is empty: give some texts to calibrate on")
@@ -384,6 +399,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._holder: int | None = None
 
+    @from_python()
     def __call__(
         self,
         prompt: str | None = None,
@@ -407,6 +423,7 @@ class Pipeline:
         Raises:
             UserError: a setting is wrong; nothing large was loaded or computed.
         """
+        _check_callable("on_part", on_part)
         run = self._run(prompt, settings, preset=preset, record=record, on_tick=on_tick)
         frames: list[Frames] = []
         with closing(run.parts()) as parts:
@@ -416,6 +433,7 @@ class Pipeline:
                     on_part(part)
         return run.video(np.concatenate(frames))
 
+    @from_python()
     def stream(
         self,
         prompt: str | None = None,
@@ -443,6 +461,7 @@ class Pipeline:
             for _ in self._run(prompt, settings, preset=preset, record=record).parts():
                 pass
 
+    @from_python()
     def plan(
         self, prompt: str | None = None, *, preset: str | None = None, **settings: Any
     ) -> Plan:
@@ -464,6 +483,7 @@ class Pipeline:
             activation_bytes=work.activation_bytes,
         )
 
+    @from_python()
     def load(self) -> None:
         """Load the networks now; a call does it if need be."""
         with self._held():
@@ -486,6 +506,8 @@ class Pipeline:
         record: bool = False,
         on_tick: Callable[[Tick], None] | None = None,
     ) -> _Run:
+        _check_callable("on_tick", on_tick)
+        _check_flag("record", record)
         job = self.ranks.together(lambda: self._job(prompt, settings, preset=preset, record=record))
         key = job.ranks.layout, job.device
         if key not in self._divided:  # groups of processes are made once
@@ -508,12 +530,13 @@ class Pipeline:
             if not isinstance(profile, (str, Path)):
                 raise UserError(f"profile must be a file that tune has saved, not {profile!r:.80}")
             given = {"reuse.policy": "planned", "reuse.profile": profile, **given}
-        request = self.request if preset is None else replace(self.request, preset=preset)
+        request = self.request
+        if preset is not None:
+            request = replace(request, preset=_preset(preset))
         with self._as_files(given, request) as (named, shown):
             overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
-            with from_python():
-                return prepare(self.model, request, self.ranks, writes=False).changed(**shown)
+            return prepare(self.model, request, self.ranks, writes=False).changed(**shown)
 
     @contextmanager
     def _as_files(
@@ -584,7 +607,7 @@ class _Run:
 
     def parts(self) -> Generator[Part]:
         """Carry out the run; yield what is finished as soon as it is."""
-        with self.pipe._held():  # pyright: ignore[reportPrivateUsage]
+        with from_python(), self.pipe._held():  # pyright: ignore[reportPrivateUsage]
             job = self.job
             kept = job.ranks.together(lambda: self.pipe.networks.load(job))
             self.loaded = kept.networks
@@ -674,6 +697,22 @@ def _preset(given: Any) -> str:
     if not isinstance(given, (str, Path)):
         raise UserError(f"preset must be a name or a YAML file, not {given!r:.80}")
     return str(given)
+
+
+def _check_callable(name: str, given: Any) -> None:
+    if given is not None and not callable(given):
+        raise UserError(f"{name} must be a function of one argument, not {given!r:.80}")
+
+
+def _check_flag(name: str, given: Any) -> None:
+    if not isinstance(given, (bool, np.bool_)):
+        raise UserError(f"{name} must be True or False, not {given!r:.80}")
+
+
+def _check_path(name: str, given: Any) -> Path:
+    if not isinstance(given, (str, Path)):
+        raise UserError(f"{name} must be a path, not {given!r:.80}")
+    return Path(given)
 
 
 def _check_text(name: str, given: Any) -> str:

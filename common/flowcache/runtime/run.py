@@ -28,7 +28,7 @@ from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import check_free, check_writable, fresh_path, write_json
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
-from flowcache.runtime.ops import release_cache, set_float32_precision
+from flowcache.runtime.ops import release_cache, set_float32_precision, usable_bytes
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
 from flowcache.runtime.plan import per_process
@@ -170,7 +170,7 @@ def prepare(
         check_tuned_for(config.reuse, partial(model.fingerprint, found))
     limit = parse_limit(config.memory_limit)
     if config.memory_limit.lower() == "auto" and device.type == "cuda":
-        limit = torch.cuda.mem_get_info(device)[0]  # what is free
+        limit = usable_bytes(device)
     if config.memory_limit == "none" or not (limit or request.is_dry):
         return job
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
