@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
-from flowcache.runtime.files import parse_json, read_json
+from flowcache.runtime.files import parse_json, read_json, write_json
 from flowcache.runtime.text_files import TableRow, read_lines, read_table
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,8 @@ VBENCH_DIMENSIONS = (
     "appearance_style",
 )
 """Those of the published tables. Each has a prompt file of its own."""
+VBENCH_PROMPTS_FILE = "vbench_prompts.json"
+"""{dimension: [prompt, ...]}, read by scripts/vbench/score.py."""
 VBENCH_PLACES = ("prompts_per_dimension", "prompts/prompts_per_dimension")
 VBENCH_ADVICE = (
     "download VBench with: git clone https://github.com/Vchitect/VBench, and give the folder "
@@ -209,16 +211,19 @@ def from_lines(path: Path, run: Run) -> list[Task]:
     return [task for n, prompt in enumerate(prompts) for task in run.tasks(f"{n:04d}", prompt)]
 
 
-def from_vbench(folder: Path, run: Run, *, dimensions: Sequence[str]) -> list[Task]:
-    """Return the tasks of VBench: `PROMPT-0`, ...; a prompt of two dimensions is made once.
+def read_vbench_prompts(
+    folder: Path, dimensions: Sequence[str], *, num_prompts: int | None = None
+) -> dict[str, list[str]]:
+    """Return the prompts of each dimension of VBench.
 
     Args:
         folder: holds `prompts_per_dimension/DIMENSION.txt`, or `prompts/` with that.
+        num_prompts: of each dimension, evenly spread over its list; None: all.
     """
     places = [folder / place for place in VBENCH_PLACES if (folder / place).is_dir()]
     if not places:
         raise UserError(f"{folder}: holds no {VBENCH_PLACES[0]} folder: {VBENCH_ADVICE}")
-    prompts: dict[str, None] = {}
+    prompts: dict[str, list[str]] = {}
     for dimension in dimensions:
         path = places[0] / f"{dimension}.txt"
         if not path.is_file():
@@ -226,8 +231,31 @@ def from_vbench(folder: Path, run: Run, *, dimensions: Sequence[str]) -> list[Ta
             raise UserError(
                 f"{dimension!r} is no dimension of VBench here; there are: {known or 'none'}"
             )
-        prompts |= dict.fromkeys(read_lines(path))
-    return [task for prompt in prompts for task in run.tasks(prompt, prompt)]
+        lines = read_lines(path)
+        wanted = len(lines) if num_prompts is None else num_prompts
+        if not 1 <= wanted <= len(lines):
+            raise UserError(
+                f"--num-prompts must be 1 to {len(lines)}, the prompts of {dimension}, not {wanted}"
+            )
+        prompts[dimension] = [lines[n * len(lines) // wanted] for n in range(wanted)]
+    return prompts
+
+
+def from_vbench(prompts: Mapping[str, Sequence[str]], run: Run) -> list[Task]:
+    """Return the tasks of VBench: `PROMPT-0`, ...; a prompt of two dimensions is made once."""
+    unique = dict.fromkeys(prompt for each in prompts.values() for prompt in each)
+    return [task for prompt in unique for task in run.tasks(prompt, prompt)]
+
+
+def keep_vbench_prompts(prompts: Mapping[str, Sequence[str]], out: Path, *, is_part: bool) -> None:
+    """Note beside the videos which prompts count, where they are a part of a dimension's."""
+    path = out / VBENCH_PROMPTS_FILE
+    kept = dict(read_json(path)) if path.is_file() else {}
+    for dimension in prompts:
+        kept.pop(dimension, None)
+    kept |= {key: list(each) for key, each in prompts.items()} if is_part else {}
+    if kept or path.is_file():
+        write_json(path, kept)
 
 
 def from_physics_iq(folder: Path, run: Run) -> list[Task]:
