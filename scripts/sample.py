@@ -35,7 +35,9 @@ from flowcache.bench.tasks import (
     from_lines,
     from_physics_iq,
     from_vbench,
+    keep_descriptions,
     keep_vbench_prompts,
+    physics_iq_table,
     read_vbench_prompts,
 )
 from flowcache.bench.worker import Worker, divide, warned_once
@@ -90,6 +92,13 @@ def make_parser() -> Parser:
     source.add_argument("--physics-iq", type=Path, metavar="DIR", help="Physics-IQ's data")
     source.add_argument("--protocol", type=Path, metavar="FILE", help="all videos of a table")
     parser.add_argument(
+        "--descriptions",
+        type=Path,
+        metavar="CSV",
+        help="of Physics-IQ, as descriptions/best_practice/descriptions_base.csv of its repository "
+        "for Physics-IQ Verified (default: those in its data)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
@@ -142,6 +151,8 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
         return protocol.tasks(options.model, num_prompts=options.num_prompts)
     if options.num_prompts is not None and options.vbench is None:
         raise UserError("--num-prompts is of a protocol's or VBench's prompts: leave it out")
+    if options.descriptions is not None and options.physics_iq is None:
+        raise UserError("--descriptions are of Physics-IQ: give --physics-iq, too")
     if family not in MODELS:
         raise UserError(f"the first argument must be {' or '.join(MODELS)}, not {family}")
     check_numbers(options.per_prompt, options.seed)
@@ -153,7 +164,7 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
     elif options.vbench is not None:
         tasks = from_vbench(vbench_prompts(options), run)
     else:
-        tasks = from_physics_iq(options.physics_iq, run)
+        tasks = from_physics_iq(options.physics_iq, run, table=options.descriptions)
     check_names(tasks)
     return tasks
 
@@ -184,6 +195,8 @@ def prepare_folder(options: argparse.Namespace) -> Path:
     if options.vbench is not None:
         is_part = options.num_prompts is not None
         keep_vbench_prompts(vbench_prompts(options), options.out, is_part=is_part)
+    if options.physics_iq is not None:  # which benchmark it is; a submission needs it
+        keep_descriptions(options.descriptions or physics_iq_table(options.physics_iq), options.out)
     if options.protocol is None:
         return options.out
     keep_protocol(options.protocol, options.out)

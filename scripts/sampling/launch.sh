@@ -36,6 +36,7 @@ sample_vbench() {
 
 sample_physics_iq() {
     sample_videos "$1" --preset "$PRESET" --model "$MODEL" --physics-iq "$DATA" \
+        ${DESCRIPTIONS:+--descriptions "$DESCRIPTIONS"} \
         --out "${OUT:-$flowcache_model/result/physicsiq/$PRESET}" --seed "$SEED" "${@:2}"
 }
 
