@@ -1,8 +1,8 @@
 """Make videos by a group of two processes: `python group_run.py FOLDER VICTIM`.
 
-In FOLDER: `first`, `after` (the same video, after two that were cancelled) and `wrong.txt`, what
-was said of a wrong setting. `pid.txt` names the other process. At last VICTIM, `first` or `other`,
-is killed in the middle of a video.
+In FOLDER: `first`, `after` (the same video, after two that were cancelled), `tokens` (the same,
+divided otherwise) and `wrong.txt`, what was said of a wrong setting. `pid.txt` names the other
+process. At last VICTIM, `first` or `other`, is killed in the middle of a video.
 """
 
 import multiprocessing
@@ -52,6 +52,7 @@ def main(folder: Path, victim: str) -> None:
     except UserError as error:
         (folder / "wrong.txt").write_text(str(error))
     make("after")
+    make("tokens", **{"parallel.branch": "1"})
     pid = os.getpid() if victim == "first" else other.pid
     make("killed", partial(kill, pid))
 
