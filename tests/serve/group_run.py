@@ -1,14 +1,15 @@
-"""Make videos by a group of two processes: `python group_run.py FOLDER VICTIM`.
+"""Make videos by a group of two processes: `python group_run.py FOLDER VICTIM WHEN`.
 
 In FOLDER: `first`, `after` (the same video, after two that were cancelled), `tokens` (the same,
 divided otherwise) and `wrong.txt`, what was said of a wrong setting. `pid.txt` names the other
-process. At last VICTIM, `first` or `other`, is killed in the middle of a video.
+process. At last VICTIM, `first` or `other`, is killed: WHEN is `idle` or `at work`.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ GIVEN = {
 PROMPT = "a red circle moving right on a black background"
 
 
-def main(folder: Path, victim: str) -> None:
+def main(folder: Path, victim: str, when: str) -> None:
     group = Group(partial(load_in, given=GIVEN), 2)
     (other,) = multiprocessing.active_children()
     assert other.pid is not None
@@ -54,7 +55,11 @@ def main(folder: Path, victim: str) -> None:
     make("after")
     make("tokens", **{"parallel.branch": "1"})
     pid = os.getpid() if victim == "first" else other.pid
-    make("killed", partial(kill, pid))
+    if when == "idle":
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(60)  # the end comes first
+    else:
+        make("killed", partial(kill, pid))
 
 
 def cancel(kind: type, event: Event) -> None:
@@ -68,4 +73,4 @@ def kill(pid: int, event: Event) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

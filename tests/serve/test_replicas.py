@@ -216,12 +216,20 @@ def test_a_model_that_a_group_cannot_divide_is_refused_before_anything_starts(
     assert line.startswith("error: parallel.sequence=5 does not divide the ")
 
 
-@pytest.mark.parametrize("victim", ["other", pytest.param("first", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("victim", "when"),
+    [
+        ("other", "idle"),
+        pytest.param("first", "idle", marks=pytest.mark.slow),
+        pytest.param("other", "at work", marks=pytest.mark.slow),
+        pytest.param("first", "at work", marks=pytest.mark.slow),
+    ],
+)
 def test_a_group_makes_what_one_process_makes_stays_in_step_and_ends_as_a_whole(
-    victim: str, pipe: Pipeline, tmp_path: Path
+    victim: str, when: str, pipe: Pipeline, tmp_path: Path
 ):
     script = Path(__file__).with_name("group_run.py")
-    command = [sys.executable, str(script), str(tmp_path), victim]
+    command = [sys.executable, str(script), str(tmp_path), victim, when]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     expected = EXIT_LOST if victim == "other" else -signal.SIGKILL
     assert ended.returncode == expected, ended.stderr
