@@ -251,6 +251,7 @@ BENCHMARK = Benchmark(
             "overlap_history=null",
         ),
         keys_on_host=("kv_on_host=true",),
+        strips=("vae_strips=3",),
         half_vae=("vae_dtype=bfloat16",),
         half_tolerance=0.06,
     ),

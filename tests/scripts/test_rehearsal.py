@@ -336,7 +336,7 @@ def test_nothing_is_pretended_after_an_error():
 LIMITS = {
     "skyreels fast": (case(SKYREELS, "FlowCache-fast", num_layers=30), "7.1GB", 4),
     "magi fast": (
-        case(MAGI, "FlowCache-fast + KV compression", SIX_CHUNKS, num_layers=34),
+        case(MAGI, "FlowCache-fast", num_layers=34),
         "8GB",
         None,
     ),
@@ -372,9 +372,9 @@ def test_a_limit_holds_for_self_forcing():
     settings = ("prompt=-", "num_frames=129", "overlap=false", "compile=false", "dtype=bfloat16")
     request = Request("long", "wan2.1-t2v-1.3b", settings)
     config = read_settings(model, request, source)
-    job = job_of(
-        model, request, config, source, None, device=CUDA, dtype=torch.bfloat16, ranks=Ranks()
-    )  # fmt: skip
+    media = model.media(config, source)
+    dtype, ranks = torch.bfloat16, Ranks()
+    job = job_of(model, request, config, source, media, device=CUDA, dtype=dtype, ranks=ranks)
     job = replace(job, memory=plan_memory(job, limit=6 * 10**9))
     assert job.residence.blocks_on_device is not None
     with pretended_cuda() as ledger:

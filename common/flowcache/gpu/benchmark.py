@@ -110,6 +110,8 @@ class Demo:
     """Settings of a VAE in 16 bits; none: it is always that of the run."""
     half_tolerance: float
     """Twice the error that bfloat16 makes on a CPU in the same runs."""
+    strips: tuple[str, ...] = ()
+    """Settings with which pictures are decoded in strips; empty: there are none."""
 
 
 @dataclass(frozen=True)

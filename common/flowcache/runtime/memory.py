@@ -265,7 +265,9 @@ class MemoryPlan:
     def _cost_lines(self) -> list[str]:
         """Say what it costs that something is not on the device."""
         cost, rows = self.cost, list[str]()
-        if not self.residence.moved:
+        amounts = (self.residence.blocks_on_device, self.residence.vae_strips)
+        is_chosen = self.limit_bytes is not None or amounts != (None, None)
+        if not (is_chosen and self.residence.moved):
             return rows
         rows.append(
             f"  host       {_size(cost.host_bytes)} pinned, or of the text encoder, in each process"
