@@ -334,14 +334,11 @@ def test_nothing_is_pretended_after_an_error():
 # Limits -------------------------------------------------------------------------------------------
 
 LIMITS = {
-    "skyreels fast": (case(SKYREELS, "FlowCache-fast", num_layers=30), "7.1GB", 4),
-    "magi fast": (
-        case(MAGI, "FlowCache-fast", num_layers=34),
-        "8GB",
-        None,
-    ),
+    "skyreels fast": (case(SKYREELS, "FlowCache-fast", num_layers=8), "5.2GB", 4),
+    "magi fast": (case(MAGI, "FlowCache-fast", num_layers=8), "4.6GB", None),
 }
-"""Runs with all layers, a limit, and the strips in which pictures are then decoded."""
+"""Runs of some layers, a limit, and the strips in which pictures are then decoded."""
+LIMIT_OF_SELF_FORCING = 3_800_000_000
 
 
 @pytest.mark.slow
@@ -352,7 +349,7 @@ def test_a_limit_holds(name: str):
     assert limit_bytes is not None
     run = rehearse(made, limit_bytes=limit_bytes)
     residence = run.memory.residence
-    assert (residence.kv_on_host, residence.vae_strips) == (True, num_strips)
+    assert residence.vae_strips == num_strips
     assert 0 < residence.blocks_on_device < made.benchmark.num_layers(made.job)
     assert run.planned_bytes <= run.memory.peak_bytes <= limit_bytes
     assert run.ledger.peak_bytes <= limit_bytes
@@ -366,16 +363,17 @@ def test_a_limit_holds(name: str):
 
 @pytest.mark.slow
 def test_a_limit_holds_for_self_forcing():
-    """Half a minute by Rolling Forcing at the released size, without FlowCache's benchmark."""
+    """Some layers of Rolling Forcing at the released size, without FlowCache's benchmark."""
     model = load_model("self_forcing")
     source = model.find("wan2.1-t2v-1.3b", is_dry=True)
-    settings = ("prompt=-", "num_frames=129", "overlap=false", "compile=false", "dtype=bfloat16")
+    source = replace(source, sizes=replace(source.sizes, num_layers=8))
+    settings = ("prompt=-", "num_frames=33", "overlap=false", "compile=false", "dtype=bfloat16")
     request = Request("long", "wan2.1-t2v-1.3b", settings)
     config = read_settings(model, request, source)
     media = model.media(config, source)
     dtype, ranks = torch.bfloat16, Ranks()
     job = job_of(model, request, config, source, media, device=CUDA, dtype=dtype, ranks=ranks)
-    job = replace(job, memory=plan_memory(job, limit=6 * 10**9))
+    job = replace(job, memory=plan_memory(job, limit=LIMIT_OF_SELF_FORCING))
     assert job.residence.blocks_on_device is not None
     with pretended_cuda() as ledger:
         with torch.device("meta"):
@@ -393,6 +391,6 @@ def test_a_limit_holds_for_self_forcing():
         for shown in model.generate(dit, vae, job.placed, inputs, stats=stats, work=job.work):
             if shown.later is not None:
                 to_uint8(shown.later.result().frames).cpu()
-    assert 0.85 * 6e9 <= ledger.peak_bytes <= 6e9
+    assert 0.85 * LIMIT_OF_SELF_FORCING <= ledger.peak_bytes <= LIMIT_OF_SELF_FORCING
     planned = max(stage.peak_bytes for stage in job.memory.stages if stage.name != "text")
     assert planned == pytest.approx(ledger.peak_bytes, rel=TOLERANCE)

@@ -421,7 +421,10 @@ class KeptNetworks:
     def load(self, job: Job) -> Kept:
         """Return what the job needs, loaded now unless the last job needed the same."""
         model, config, offload = job.model, job.config, job.config.offload
-        choices = (offload, config.attention_kernel, config.compile, job.residence)
+        # what is free, without an explicit limit, depends on what is kept
+        asked = job.residence if parse_limit(config.memory_limit) else model.residence(config)
+        amounts = (asked.blocks_on_device, asked.vae_strips)
+        choices = (offload, config.attention_kernel, config.compile, amounts)
         identity = (model.name, job.device, job.dtype, choices, model.identity(job))
         if self._kept is None or self._kept.identity != identity:
             self._kept = None  # frees the memory first
