@@ -98,6 +98,22 @@ def test_quantised_linears_stream(make_deep: Callable[..., Any], mode: str):
     assert streamed.path.read_bytes() == plain.path.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skyreels_v2", "magi1"])
+def test_compiled_blocks_stream_and_are_compiled_once(make_deep: Callable[..., Any], name: str):
+    from torch._dynamo.utils import counters
+
+    def made(*settings: str) -> tuple[bytes, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        found = make_deep(name, "compile=true", *settings)
+        assert found.report["compilation"]["failure"] is None
+        return found.path.read_bytes(), counters["stats"]["unique_graphs"]
+
+    plain, num_graphs = made()
+    assert made("blocks_on_device=1") == (plain, num_graphs)
+
+
 @pytest.mark.parametrize("name", WAN)
 def test_pictures_decoded_in_strips_are_those_decoded_whole(
     make_deep: Callable[..., Any], name: str
