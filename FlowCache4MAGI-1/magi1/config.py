@@ -34,6 +34,7 @@ from flowcache.policies import ReuseRule, check_guidance, check_reuse
 from flowcache.runtime.config import (
     MAX_PROCESSES,
     KernelName,
+    NumBlocks,
     ParallelRule,
     check_prompt,
     describe,
@@ -340,6 +341,7 @@ class RunConfig(ReleaseConfig):
     device: str = "auto"
     offload: bool = False
     memory_limit: str = "auto"
+    blocks_on_device: NumBlocks = None
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None

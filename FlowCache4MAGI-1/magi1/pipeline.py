@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.model import Progress, Work
+from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
@@ -118,8 +118,10 @@ class _Codec:
     ) -> None:
         self.vae, self.stats, self.ranks = vae, stats, ranks
         self.device = dit.x_embedder.weight.device
-        self.dit_weights = HostWeights(dit, self.device) if takes_turns else None
-        self.vae_weights = HostWeights(vae.model, self.device) if takes_turns else None
+        self.dit_weights = self.vae_weights = None
+        if takes_turns:
+            self.dit_weights = HostWeights(dit, self.device, stream=dit.stream)
+            self.vae_weights = HostWeights(vae.model, self.device)
 
     def encode(self, pixels_3THW: Tensor) -> Tensor:
         """Return float32 latents `[C, F, h, w]`."""

@@ -20,6 +20,8 @@ from flowcache.head_classes import HeadClasses
 from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
+    NumBlocks,
+    NumStrips,
     ParallelRule,
     describe,
     parse_limit,
@@ -83,6 +85,8 @@ class RunConfig:
     offload: bool = False
     text_on_host: bool = False
     kv_on_host: bool = False
+    blocks_on_device: NumBlocks = None
+    vae_strips: NumStrips = None
     memory_limit: str = "auto"
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"

@@ -14,8 +14,8 @@ from torch import Tensor
 from flowcache.policies import Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded
 from flowcache.runtime.compile import compiled_scoring
-from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, SegmentWork, Work
+from flowcache.runtime.offload import HostWeights
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks
@@ -79,7 +79,7 @@ def generate(
         observe=observe,
         ranks=ranks or Ranks(),
     )
-    dit_weights = HostWeights(dit, device) if config.offload else None
+    dit_weights = HostWeights(dit, device, stream=dit.stream) if config.offload else None
     contexts = encode_contexts(
         dit, conditioning.text, conditioning.image_features, stats=stats, ranks=run.ranks
     )

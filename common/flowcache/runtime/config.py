@@ -50,6 +50,10 @@ MAX_YAML_CHARACTERS = 1_000_000
 """Of a file; the longest that is read here, a profile of many clips, has some ten thousand."""
 MAX_YAML_DEPTH = 20
 """Nested lists and mappings; none that is read here has more than 5."""
+MAX_BLOCKS = 1000
+"""Of a transformer; released ones have 48 at most."""
+MAX_STRIPS = 64
+"""Of a picture; from about 16 on neighbours repeat more than they save."""
 MISSING = "???"
 """A default that is none: a value must be given."""
 
@@ -550,6 +554,11 @@ KernelName: TypeAlias = Literal[
 """What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
 QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]
 """weight: 8-bit weights, widened for each product; dynamic: 8-bit activations and products, too."""
+
+NumBlocks: TypeAlias = Annotated[int | None, Bounds(0, MAX_BLOCKS)]
+"""Of a transformer."""
+NumStrips: TypeAlias = Annotated[int | None, Bounds(1, MAX_STRIPS)]
+"""Of a picture."""
 
 MEMORY_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 _LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)

@@ -28,6 +28,7 @@ from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import check_free, check_writable, fresh_path, write_json
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
+from flowcache.runtime.offload import stream_blocks
 from flowcache.runtime.ops import release_cache, set_float32_precision, usable_bytes
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
@@ -189,6 +190,11 @@ def job_of(
 ) -> Job:
     """Derive what the run does, and how the processes divide it."""
     work = model.work(config, source, media, dtype)
+    if (config.blocks_on_device or 0) > len(work.block_bytes):
+        raise UserError(
+            f"blocks_on_device is {config.blocks_on_device}, but the transformer has "
+            f"{len(work.block_bytes)} blocks: lower it, or leave it out to keep all on the GPU"
+        )
     layout = process_layout(
         config.parallel,
         ranks.place.size,
@@ -231,7 +237,7 @@ def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> Memory
     wanted = has_host if job.config.overlap is None else job.config.overlap
     footprint = job.model.footprint(job, overlaps=wanted and job.ranks.layout.size == 1)
     return make_memory_plan(
-        footprint.stages,
+        footprint,
         wanted=job.model.residence(job.config),
         limit_bytes=limit,
         has_host=has_host,
@@ -365,11 +371,19 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
     set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
         dit = job.model.load_dit(job)
+        stream_if_asked(job, dit)
         logger.info("%s", describe_choice(*choose_attention(dit, job)))
         if should_compile(job.config.compile, job.device):
             # here, where processes may differ by minutes; in the first tick they may not
             job.model.compile(job, dit)
         return Loaded(dit, job.model.load_vae(job))
+
+
+def stream_if_asked(job: Job, dit: Any) -> None:
+    """Bring a transformer that was loaded to the host to its device, but for what stays there."""
+    num_resident, blocks = job.residence.blocks_on_device, job.model.blocks(dit)
+    if num_resident is not None and dit.stream is None:
+        dit.stream = stream_blocks(dit, blocks, job.device, num_resident=num_resident)
 
 
 def choose_attention(dit: Any, job: Job) -> tuple[Kernel, Kernel]:
@@ -407,8 +421,12 @@ class KeptNetworks:
     def load(self, job: Job) -> Kept:
         """Return what the job needs, loaded now unless the last job needed the same."""
         model, config, offload = job.model, job.config, job.config.offload
+        # what is free, without an explicit limit, depends on what is kept
+        asked = job.residence if parse_limit(config.memory_limit) else model.residence(config)
+        amounts = (asked.blocks_on_device, asked.vae_strips)
         # several processes compile for the tokens that each of them has
-        choices = (offload, config.attention_kernel, config.compile, job.ranks.layout)
+        layout = job.ranks.layout
+        choices = (offload, config.attention_kernel, config.compile, amounts, layout)
         identity = (model.name, job.device, job.dtype, choices, model.identity(job))
         if self._kept is None or self._kept.identity != identity:
             self._kept = None  # frees the memory first
