@@ -323,18 +323,21 @@ RULES = Table(
     size=(920.0, 460.0),
     looks={
         TUNED: Look("planned", "star"),
+        "searched": Look("planned", "circle"),
         "guarded": Look("planned", "diamond"),
         "stride": Look("stride", "square"),
         "MagCache": Look("magcache", "down"),
         "TeaCache": Look("teacache", "up"),
         "FlowCache": Look("flowcache", "circle"),
         "FlowCache, content signal": Look("content", "diamond"),
+        "MotionCache": Look("motion", "square"),
     },
     stride="even spacing",
     meanings={"velocity along its trend": True, "as published, or as named": False},
     colours={
         "content": ("#4a6572", "#9fb6c1"),
         "magcache": ("#7a6400", "#e3cf57"),
+        "motion": ("#1d6b52", "#7fd3b4"),
         "planned": ("#a0337f", "#f08bcf"),
     },
 )
@@ -590,23 +593,35 @@ def draw_reuse(file: Path, *, model: str) -> str:
     return _draw_rules(read_rules(file), title=f"{model} demo: reuse rules at three budgets")
 
 
-def draw_tuning(table: Rows, front: Sequence[tuple[float, float]], *, model: str) -> str:
-    """Return the drawing of the table with which `tune.py` checks a plan.
+def draw_tuning(
+    table: Rows,
+    front: Sequence[tuple[float, float]],
+    *,
+    model: str,
+    front_name: str = "plans, as calibration expects",
+) -> str:
+    """Return the drawing of the table with which `tune.py` checks a plan, or of rivals.
 
     Args:
-        front: what the calibration expects of each number of computed steps, as (share of the
-            FLOPs, PSNR in dB).
+        front: a line through (share of the FLOPs, PSNR in dB): what the calibration expects of
+            each number of computed steps.
+        front_name: what it is called.
     """
     measured = [row for row in table if row["psnr"] is not None]
     if not measured:
         raise UserError("all methods make the same frames: nothing to draw")
     points = [_rule(row, row, row["flops"], row["psnr"]) for row in measured]
     expected = [(100 * share, decibel) for share, decibel in front]
-    return _draw_rules(points, title=f"{model}: quality against computation", front=expected)
+    title = f"{model}: quality against computation"
+    return _draw_rules(points, title=title, front=expected, front_name=front_name)
 
 
 def _draw_rules(
-    points: Sequence[Point], *, title: str, front: Sequence[tuple[float, float]] = ()
+    points: Sequence[Point],
+    *,
+    title: str,
+    front: Sequence[tuple[float, float]] = (),
+    front_name: str = "",
 ) -> str:
     """Draw rules; of the front, a line behind the points, what lies beyond them is left out."""
     chart = _Chart(RULES, points)
@@ -620,7 +635,7 @@ def _draw_rules(
         chart.marks.append(path(polyline(seen), class_="dashed", style=FRONT))
     if seen:
         key = f"M{chart.place[0] - 8} {chart.place[1]}h16"
-        chart.explain("plans, as calibration expects", path(key, class_="dashed", style=FRONT))
+        chart.explain(front_name, path(key, class_="dashed", style=FRONT))
     _join_budgets(chart, points)
     for point in points:
         at, style = x(point.share), f"stroke:var(--{RULES.looks[point.policy].colour});opacity:.55"
