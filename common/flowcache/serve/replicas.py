@@ -3,7 +3,7 @@
 HTTP, page and the queue of jobs stay in one process, as without Ray. A replica holds one model,
 on a GPU of its own where there is one, and makes one video at a time in the folder of its job; what
 happens comes back as a stream of events. Ray starts replicas while jobs wait, ends idle ones, and
-replaces those that died; a job whose replica died begins again in another one.
+replaces those that died; a job whose replica failed begins again in another one.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.api import Pipeline
-from flowcache.errors import UserError
-from flowcache.runtime.cluster import MAX_RETRIES, cluster, import_ray
-from flowcache.serve.jobs import INPUT, JOB, BegunAgain, CancelledError, Event, Job, Report
+from flowcache.errors import UserError, first_line
+from flowcache.runtime.cluster import cluster, import_ray
+from flowcache.serve.jobs import INPUT, JOB, BegunAgain, CancelledError, Event, Job, Made, Report
 from flowcache.serve.jobs import make_video as make_here
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ SCALING = {"upscale_delay_s": 1.0, "downscale_delay_s": 600.0, "target_ongoing_r
 """A model takes long to load, so that one without work stays for ten minutes."""
 HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 120.0}
 """Soon, as a replica may have died; patient, as one that compiles may not answer."""
+RETRY_SECONDS = (1.0, 10.0)
+"""Before a job begins again: Ray may need so long to see that a replica died."""
 MAX_LOADS = 3
 """How often a replica that can't be loaded is tried."""
 
@@ -69,8 +71,6 @@ class Replicas:
 
     handle: Any
     """Of the deployment, for streams."""
-    exceptions: Any
-    """The module of Ray."""
     num_replicas: int
     """At most."""
 
@@ -79,31 +79,43 @@ class Replicas:
         asyncio.run(self._make(job, folder, report))
 
     async def _make(self, job: Job, folder: Path, report: Report) -> None:
-        for _ in range(MAX_RETRIES + 1):
+        reason: Exception = UserError("the stream of its events ended early")
+        for seconds in (*RETRY_SECONDS, None):
             try:
-                await self._try(job, folder, report)
-                # a dead replica's encoder may have begun its file after the removal below
-                _remove(folder.glob(".*.part.mp4"))
-                return
-            except self.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except self.exceptions.RayActorError:
-                logger.warning("job %s: its replica died, so that it begins again", job.id)
+                if await self._try(job, folder, report):
+                    # a dead replica's encoder may have begun its file after the removal below
+                    _remove(folder.glob(".*.part.mp4"))
+                    return
+            except CancelledError:
+                raise
+            except Exception as error:  # what Ray reports of a lost replica has many types
+                reason = getattr(error, "cause", error)
+                if isinstance(reason, UserError):
+                    raise reason from None
+                logger.warning("job %s: its replica failed", job.id, exc_info=True)
             _remove(path for path in folder.iterdir() if path.name != JOB and path.stem != INPUT)
             report(BegunAgain())
-        raise UserError(f"the replica that made the video died {MAX_RETRIES + 1} times")
+            if seconds is not None:
+                await asyncio.sleep(seconds)
+        raise UserError(
+            f"the replica that made the video failed {len(RETRY_SECONDS) + 1} times, at last with: "
+            f"{first_line(reason)}"
+        )
 
-    async def _try(self, job: Job, folder: Path, report: Report) -> None:
+    async def _try(self, job: Job, folder: Path, report: Report) -> bool:
+        """Return whether the video is finished."""
         response = self.handle.make.remote(job, folder)
+        is_made = False
         try:
             while True:
                 event = asyncio.ensure_future(anext(response))
                 while not (await asyncio.wait([event], timeout=POLL_SECONDS))[0]:
                     if job.is_cancelled:
                         raise CancelledError
+                is_made = isinstance(event.result(), Made)
                 report(event.result())
         except StopAsyncIteration:
-            return
+            return is_made
         except CancelledError:
             response.cancel()
             raise
@@ -148,7 +160,7 @@ def replicas(
             reason = state.message.rstrip().rpartition("\n")[2]  # the last line of a traceback
             raise UserError(f"no replica could load the model: {reason}") from None
         try:
-            yield Replicas(handle.options(stream=True), found.ray.exceptions, most)
+            yield Replicas(handle.options(stream=True), most)
         finally:
             if not found.is_own:
                 serve.delete(name)
