@@ -58,7 +58,7 @@ from flowcache.bench.rivals import (
     rival_table,
 )
 from flowcache.errors import UserError
-from flowcache.report.figures import draw_tuning
+from flowcache.report.figures import draw_rivals
 from flowcache.runtime.cli import add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import load_model
@@ -174,9 +174,7 @@ def write_rivals(options: argparse.Namespace, table: Sequence[dict[str, Any]]) -
     text = rival_markdown(table, published) + "".join(f"- {line}\n" for line in lines)
     write_table(options, table, text=text, claims=lines)
     name = f"{options.architecture} {options.model}"
-    figure = draw_tuning(
-        figure_rows(table), frontier(table), model=name, front_name="frontier of all rules"
-    )
+    figure = draw_rivals(figure_rows(table), frontier(table), model=name)
     write_text(options.out / "rivals.svg", figure)
     print(f"wrote {options.out / 'rivals.svg'}")
 

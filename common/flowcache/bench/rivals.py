@@ -203,7 +203,7 @@ def rival_claims(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def figure_rows(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rules of a table as `flowcache.report.figures.draw_tuning` takes them."""
+    """Return the rules of a table as `flowcache.report.figures.draw_rivals` takes them."""
     return [
         {
             **{key: row["group"][key] for key in ("policy", "predictor")},

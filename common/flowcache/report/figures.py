@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -323,23 +323,30 @@ RULES = Table(
     size=(920.0, 460.0),
     looks={
         TUNED: Look("planned", "star"),
-        "searched": Look("planned", "circle"),
         "guarded": Look("planned", "diamond"),
         "stride": Look("stride", "square"),
         "MagCache": Look("magcache", "down"),
         "TeaCache": Look("teacache", "up"),
         "FlowCache": Look("flowcache", "circle"),
         "FlowCache, content signal": Look("content", "diamond"),
-        "MotionCache": Look("motion", "square"),
     },
     stride="even spacing",
     meanings={"velocity along its trend": True, "as published, or as named": False},
     colours={
         "content": ("#4a6572", "#9fb6c1"),
         "magcache": ("#7a6400", "#e3cf57"),
-        "motion": ("#1d6b52", "#7fd3b4"),
         "planned": ("#a0337f", "#f08bcf"),
     },
+)
+RIVALS = replace(
+    RULES,
+    command="bash scripts/rivals.sh",
+    looks={
+        **RULES.looks,
+        "searched": Look("planned", "circle"),
+        "MotionCache": Look("motion", "square"),
+    },
+    colours={**RULES.colours, "motion": ("#1d6b52", "#7fd3b4")},
 )
 
 
@@ -593,38 +600,47 @@ def draw_reuse(file: Path, *, model: str) -> str:
     return _draw_rules(read_rules(file), title=f"{model} demo: reuse rules at three budgets")
 
 
-def draw_tuning(
-    table: Rows,
-    front: Sequence[tuple[float, float]],
-    *,
-    model: str,
-    front_name: str = "plans, as calibration expects",
-) -> str:
-    """Return the drawing of the table with which `tune.py` checks a plan, or of rivals.
+def draw_tuning(table: Rows, front: Sequence[tuple[float, float]], *, model: str) -> str:
+    """Return the drawing of the table with which `tune.py` checks a plan.
 
     Args:
-        front: a line through (share of the FLOPs, PSNR in dB): what the calibration expects of
-            each number of computed steps.
-        front_name: what it is called.
+        front: what the calibration expects of each number of computed steps, as (share of the
+            FLOPs, PSNR in dB).
     """
+    return _draw_measured(RULES, table, front, model=model, name="plans, as calibration expects")
+
+
+def draw_rivals(table: Rows, front: Sequence[tuple[float, float]], *, model: str) -> str:
+    """Return the drawing of every rule at three budgets.
+
+    Args:
+        front: the rules that no cheaper one beats, as (share of the FLOPs, PSNR in dB).
+    """
+    return _draw_measured(RIVALS, table, front, model=model, name="frontier of all rules")
+
+
+def _draw_measured(
+    kind: Table, table: Rows, front: Sequence[tuple[float, float]], *, model: str, name: str
+) -> str:
     measured = [row for row in table if row["psnr"] is not None]
     if not measured:
         raise UserError("all methods make the same frames: nothing to draw")
     points = [_rule(row, row, row["flops"], row["psnr"]) for row in measured]
     expected = [(100 * share, decibel) for share, decibel in front]
     title = f"{model}: quality against computation"
-    return _draw_rules(points, title=title, front=expected, front_name=front_name)
+    return _draw_rules(points, kind, title=title, front=expected, front_name=name)
 
 
 def _draw_rules(
     points: Sequence[Point],
+    table: Table = RULES,
     *,
     title: str,
     front: Sequence[tuple[float, float]] = (),
     front_name: str = "",
 ) -> str:
     """Draw rules; of the front, a line behind the points, what lies beyond them is left out."""
-    chart = _Chart(RULES, points)
+    chart = _Chart(table, points)
     x, y = chart.axes
     seen = [
         (x(share), y(decibel))
@@ -638,7 +654,7 @@ def _draw_rules(
         chart.explain(front_name, path(key, class_="dashed", style=FRONT))
     _join_budgets(chart, points)
     for point in points:
-        at, style = x(point.share), f"stroke:var(--{RULES.looks[point.policy].colour});opacity:.55"
+        at, style = x(point.share), f"stroke:var(--{table.looks[point.policy].colour});opacity:.55"
         low, high = y(point.decibel - point.error), y(point.decibel + point.error)
         chart.marks.append(line(at, at, low, high, style=style))
     for point in points:
@@ -662,7 +678,8 @@ def _join_budgets(chart: _Chart, points: Sequence[Point]) -> None:
         return point.policy, point.label
 
     for (policy, _), group in groupby(sorted(points, key=rule), key=rule):
-        style = f"stroke:var(--{RULES.looks[policy].colour});fill:none;stroke-width:1.5;opacity:.55"
+        colour = chart.table.looks[policy].colour
+        style = f"stroke:var(--{colour});fill:none;stroke-width:1.5;opacity:.55"
         chart.join(sorted(map(chart.at, group)), style=style)
 
 
