@@ -171,7 +171,8 @@ def write_rivals(options: argparse.Namespace, table: Sequence[dict[str, Any]]) -
     """Write the table of rivals and its drawing."""
     lines = rival_claims(table)
     published = PUBLISHED.get(options.architecture, ())
-    text = rival_markdown(table, published) + "".join(f"- {line}\n" for line in lines)
+    said = "".join(f"- {line}\n" for line in lines)
+    text = f"{rival_markdown(table, published)}\n{said}"
     write_table(options, table, text=text, claims=lines)
     name = f"{options.architecture} {options.model}"
     figure = draw_rivals(figure_rows(table), frontier(table), model=name)

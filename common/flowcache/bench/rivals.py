@@ -16,6 +16,7 @@ from flowcache.bench.methods import Comparison, Method, shown, summarize
 from flowcache.bench.quantized import NOISE
 from flowcache.bench.reuse import (
     SAME_FLOPS,
+    TREND,
     TUNED,
     Budgets,
     RowMaker,
@@ -154,14 +155,12 @@ def rival_claims(table: Sequence[Mapping[str, Any]]) -> list[str]:
     A rule has FlowCache-fast's FLOPs if it has no more than half a per cent above them.
     """
     rules = [row for row in table if row["group"] is not None and row["psnr_base"] is not None]
-    groups = {row["method"]: row["group"] for row in rules}
+    is_fast = {"policy": "FlowCache", "level": FAST}.items()
     fast = next(
         (
             row
             for row in rules
-            if (groups[row["method"]]["policy"], groups[row["method"]]["level"])
-            == ("FlowCache", FAST)
-            and groups[row["method"]]["predictor"] not in (AS_TUNED, "velocity + trend")
+            if is_fast <= row["group"].items() and row["group"]["predictor"] != TREND
         ),
         None,
     )
@@ -172,8 +171,7 @@ def rival_claims(table: Sequence[Mapping[str, Any]]) -> list[str]:
         chosen = [
             row
             for row in rules
-            if row["gflops"] <= limit * SAME_FLOPS
-            and (groups[row["method"]]["policy"] in OWN) == is_ours
+            if row["gflops"] <= limit * SAME_FLOPS and (row["group"]["policy"] in OWN) == is_ours
         ]
         return max(chosen, key=lambda row: row["psnr_base"], default=None)
 
