@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowcache.bench.continuity import borders_of, drift, seams
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
 from flowcache.errors import UserError
@@ -85,6 +86,11 @@ class Comparison:
     """Whether a step has a pass without text, which can be left out."""
     longer: str | None = None
     """What to change where a clip is too short to be compressed; None: such rows are allowed."""
+
+    @property
+    def slow_preset(self) -> str:
+        """FlowCache-slow of the same attention and passes."""
+        return self.preset.replace("_fast", "_slow")
 
     def chosen(self, names: Iterable[str]) -> list[Method]:
         """Return methods by name and those that they are compared with, in the table's order."""
@@ -195,13 +201,19 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(
-    clip: Clip, attributes: Attributes, *, reference: Tensor | None, base: Tensor | None
+    clip: Clip,
+    attributes: Attributes,
+    *,
+    reference: Tensor | None,
+    base: Tensor | None,
+    borders: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the figures of one clip.
 
     Args:
         reference: frames of the method that all are compared with; None: this is it.
         base: frames of the second method that this one is compared with, if there is one.
+        borders: the first frame of each chunk but the first.
     """
     stats, agrees = clip.stats, judge(clip.frames.numpy()).agrees(attributes)
     times = stats.stage_times()
@@ -220,6 +232,11 @@ def measure(
             value = psnr(clip.frames, other)
             row[f"psnr{suffix}"] = value if math.isfinite(value) else None
             row[f"ssim{suffix}"] = ssim(clip.frames, other)
+    if base is not None:
+        row["drift"] = drift(clip.frames, base)
+        row["seams"] = seams(clip.frames, base, borders=borders)
+    if stats.device.type == "cuda":  # a process's own peak would be that of all methods so far
+        row["peak_bytes"] = stats.peak_memory_bytes()
     return row
 
 
@@ -262,6 +279,7 @@ def render_missing(
                         attributes,
                         reference=frames.get(REFERENCE),
                         base=None if method.base is None else frames[method.base],
+                        borders=borders_of(jobs[method.name].work.segments),
                     )
                     row = {"method": method.name, "index": index, "seed": seed, **figures}
                     stream.write(json.dumps({**row, "settings": settings[method.name]}) + "\n")

@@ -207,6 +207,7 @@ def job_of(
         replay = read_record(Path(request.replay))
         check_replay(
             replay,
+            chooses_tokens=config.reuse.tokens.is_on,
             ticks={number: segment.ticks for number, segment in enumerate(work.segments)},
             branches=work.branches,
             is_whole_window=work.is_whole,
