@@ -28,14 +28,14 @@ from flowcache.demo.recipe import Recipe, Training, write_record
 from flowcache.runtime.cli import run_command
 
 logger = logging.getLogger("train_demo")
-MODELS = ("magi1", "skyreels_v2")
+MODELS = ("magi1", "self_forcing", "skyreels_v2")
 EXPORT, ALL = "export", "all"
 STEP_NAMES = {
     "vae": "steps of the VAE",
     "decoder": "further steps of its decoder alone",
     "dit": "steps of the transformer",
     "refine": "further steps of it on smaller batches",
-    "distill": "steps that distil guidance into the transformer",
+    "distill": "steps of the distilled transformer",
 }
 
 

@@ -348,6 +348,7 @@ class CachedDiT:
             cache.pack()
         for kept in self.kept.values():
             kept.settle(num_frames * self.frame_tokens, chunk=chunk)
+        self.stats.kv_bytes = self.kv_bytes
 
     def switch(self, name: str, text_1LD: Tensor) -> None:
         """Give a branch another prompt from now on; keys that were made stay."""
