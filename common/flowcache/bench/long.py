@@ -121,7 +121,7 @@ def drift(frames_THW3: NDArray[np.uint8], attributes: Attributes) -> dict[str, A
         drift_levels: the change of the mean colour, in grey levels.
         judge_end: whether the end alone agrees with the caption.
     """
-    count = max(round(END_SHARE * len(frames_THW3)), 2)
+    count = max(round(END_SHARE * len(frames_THW3)), TEMPORAL_STRIDE + 1)
     first, last = frames_THW3[:count], frames_THW3[-count:]
     kept = [judge_steadiness(part).kept_share for part in (first, last)]
     colors = [part.mean(axis=(0, 1, 2), dtype=np.float64) for part in (first, last)]
