@@ -104,13 +104,15 @@ class LongProbe:
 def growth(values: Sequence[float]) -> float | None:
     """Return how the last values compare with those once the cache is full; None: too few.
 
-    The median of the last 15 % is divided by that of the 15 % from a quarter on. Example: with 160
-    chunks, chunks 136 to 159 and chunks 40 to 63.
+    The last 15 % are divided by the 15 % from a quarter on; of each the lowest tenth is left out
+    and the next value taken, which other work on the machine disturbs least. Example: of 160
+    chunks the third lowest of chunks 136 to 159 over that of chunks 40 to 63.
     """
     count, first = round(END_SHARE * len(values)), round(FILLED_SHARE * len(values))
     if count < MIN_CHUNKS:
         return None
-    return statistics.median(values[-count:]) / statistics.median(values[first : first + count])
+    last, full = (sorted(part)[count // 10] for part in (values[-count:], values[first:][:count]))
+    return last / full
 
 
 def drift(frames_THW3: NDArray[np.uint8], attributes: Attributes) -> dict[str, Any]:
@@ -183,8 +185,9 @@ def _average(method: Method, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
         "judge": {
             key: statistics.fmean(row["judge"][key] for row in rows) for key in rows[0]["judge"]
         },
-        "steady": {
-            key: statistics.fmean(row["steady"][key] for row in rows) for key in rows[0]["steady"]
+        **{
+            f"steady_{key}": statistics.fmean(row["steady"][key] for row in rows)
+            for key in rows[0]["steady"]
         },
     }
 
@@ -202,7 +205,7 @@ def long_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             f"{row['kv_bytes'] / 1e6:.2f}",
             f"{100 * row['judge_all']:.0f} %",
             f"{100 * row['judge_end']:.0f} %",
-            *(f"{100 * row['steady'][name]:.0f} %" for name in ("smooth", "whole")),
+            *(f"{100 * row[f'steady_{name}']:.0f} %" for name in ("smooth", "whole")),
             f"{100 * row['kept_share']:.0f} %",
             f"{100 * row['drift_kept']:+.0f} %",
             f"{row['drift_levels']:.1f}",
