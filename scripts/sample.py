@@ -35,6 +35,10 @@ from flowcache.bench.tasks import (
     from_lines,
     from_physics_iq,
     from_vbench,
+    keep_descriptions,
+    keep_vbench_prompts,
+    physics_iq_table,
+    read_vbench_prompts,
 )
 from flowcache.bench.worker import Worker, divide, warned_once
 from flowcache.bounds import MAX_SEED
@@ -88,6 +92,13 @@ def make_parser() -> Parser:
     source.add_argument("--physics-iq", type=Path, metavar="DIR", help="Physics-IQ's data")
     source.add_argument("--protocol", type=Path, metavar="FILE", help="all videos of a table")
     parser.add_argument(
+        "--descriptions",
+        type=Path,
+        metavar="CSV",
+        help="of Physics-IQ, as descriptions/best_practice/descriptions_base.csv of its repository "
+        "for Physics-IQ Verified (default: those in its data)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
@@ -101,7 +112,10 @@ def make_parser() -> Parser:
         "--per-prompt", type=int, metavar="N", help="videos per prompt (default: 1)"
     )
     parser.add_argument(
-        "--num-prompts", type=int, metavar="N", help="only the first N of a protocol (default: all)"
+        "--num-prompts",
+        type=int,
+        metavar="N",
+        help="the first N of a protocol, or N of each dimension of VBench (default: all)",
     )
     parser.add_argument(
         "--dimensions",
@@ -135,8 +149,10 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
                 raise UserError(f"--protocol says the {name}: leave out --{option}")
         protocol = read_protocol(options.protocol)
         return protocol.tasks(options.model, num_prompts=options.num_prompts)
-    if options.num_prompts is not None:
-        raise UserError("--num-prompts is of a protocol's prompts: leave it out")
+    if options.num_prompts is not None and options.vbench is None:
+        raise UserError("--num-prompts is of a protocol's or VBench's prompts: leave it out")
+    if options.descriptions is not None and options.physics_iq is None:
+        raise UserError("--descriptions are of Physics-IQ: give --physics-iq, too")
     if family not in MODELS:
         raise UserError(f"the first argument must be {' or '.join(MODELS)}, not {family}")
     check_numbers(options.per_prompt, options.seed)
@@ -146,11 +162,17 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
     if options.prompts is not None:
         tasks = from_lines(options.prompts, run)
     elif options.vbench is not None:
-        tasks = from_vbench(options.vbench, run, dimensions=options.dimensions.split(","))
+        tasks = from_vbench(vbench_prompts(options), run)
     else:
-        tasks = from_physics_iq(options.physics_iq, run)
+        tasks = from_physics_iq(options.physics_iq, run, table=options.descriptions)
     check_names(tasks)
     return tasks
+
+
+def vbench_prompts(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the prompts of each of VBench's dimensions that count."""
+    dimensions = options.dimensions.split(",")
+    return read_vbench_prompts(options.vbench, dimensions, num_prompts=options.num_prompts)
 
 
 def check_numbers(per_prompt: int, seed: int) -> None:
@@ -170,6 +192,11 @@ def check_numbers(per_prompt: int, seed: int) -> None:
 def prepare_folder(options: argparse.Namespace) -> Path:
     """Return the folder of the videos; that of a protocol gets its copy first."""
     check_writable(options.out)
+    if options.vbench is not None:
+        is_part = options.num_prompts is not None
+        keep_vbench_prompts(vbench_prompts(options), options.out, is_part=is_part)
+    if options.physics_iq is not None:  # which benchmark it is; a submission needs it
+        keep_descriptions(options.descriptions or physics_iq_table(options.physics_iq), options.out)
     if options.protocol is None:
         return options.out
     keep_protocol(options.protocol, options.out)

@@ -31,11 +31,12 @@ sample_videos() {
 sample_vbench() {
     sample_videos "$1" --preset "$PRESET" --model "$MODEL" --vbench "$PROMPTS" \
         --out "${OUT:-$flowcache_model/result/vbench/$PRESET}" --seed "$SEED" --per-prompt "$PER_PROMPT" \
-        ${DIMENSIONS:+--dimensions "$DIMENSIONS"} "${@:2}"
+        ${DIMENSIONS:+--dimensions "$DIMENSIONS"} ${NUM_PROMPTS:+--num-prompts "$NUM_PROMPTS"} "${@:2}"
 }
 
 sample_physics_iq() {
     sample_videos "$1" --preset "$PRESET" --model "$MODEL" --physics-iq "$DATA" \
+        ${DESCRIPTIONS:+--descriptions "$DESCRIPTIONS"} \
         --out "${OUT:-$flowcache_model/result/physicsiq/$PRESET}" --seed "$SEED" "${@:2}"
 }
 

@@ -5,8 +5,11 @@
 #     bash scripts/vbench/evaluate.sh result/vbench/flowcache_slow result/table/videos/flowcache_slow
 #
 # The second form puts the file where a table of reproduce_*.sh looks for it. The videos are those of
-# scripts/sample/*_vbench.sh: PROMPT-I.mp4, of all prompts of a dimension, I from 0 to at most 4.
-# Not run by the authors: it needs a GPU and VBench's models, which VBench itself downloads.
+# scripts/sample/*_vbench.sh: PROMPT-I.mp4, of all prompts of a dimension or of as many as
+# NUM_PROMPTS said there, I from 0 to at most 4. Dimensions with a model need a GPU, and VBench
+# downloads the model; temporal_flickering has none and is scored on a CPU, too:
+#
+#     DIMENSIONS=temporal_flickering bash scripts/vbench/evaluate.sh result/vbench/flowcache_slow
 #
 #   VBENCH_VENV   folder of VBench's environment, made by setup.sh (default: .venv-vbench)
 #   DIMENSIONS    space-separated (default: the 11 of the published tables)
@@ -35,17 +38,21 @@ results="$folder/vbench"
 mkdir -p "$results"
 
 # VBench takes the suffix of whichever file it lists first for that of all videos, so it gets a
-# folder that holds nothing but videos.
-videos="$(mktemp -d)"
-trap 'rm -rf "$videos"' EXIT
-find "$folder" -maxdepth 1 -name '*.mp4' -exec ln -s -t "$videos" {} +
+# folder that holds nothing but videos; the prompts are beside that folder.
+given="$(mktemp -d)"
+trap 'rm -rf "$given"' EXIT
+mkdir "$given/videos"
+find "$folder" -maxdepth 1 -name '*.mp4' -exec ln -s -t "$given/videos" {} +
+if [[ -f $folder/vbench_prompts.json ]]; then
+    ln -s "$folder/vbench_prompts.json" "$given"
+fi
 
-# VBench's command of its own starts whatever `python` is found, breaks paths with spaces apart and
-# ends with 0 when the evaluation failed: hence the module that it starts.
+run=("$VBENCH_VENV/bin/python")
+if [[ $GPUS != 1 ]]; then
+    run+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+fi
 for dimension in $DIMENSIONS; do
-    "$VBENCH_VENV/bin/python" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" \
-        -m vbench.launch.evaluate --videos_path "$videos" --dimension "$dimension" \
-        --output_path "$results/$dimension"
+    "${run[@]}" "$here/score.py" "$given" "$results/$dimension" "$dimension"
 done
 # shellcheck disable=SC2086 # DIMENSIONS holds several words
 "$VBENCH_VENV/bin/python" "$here/collect.py" "$results" "$folder/vbench.json" $DIMENSIONS

@@ -42,6 +42,29 @@ def test_clips_of_physics_iq_are_continued_under_the_names_of_its_evaluation(tmp
     assert from_physics_iq(tmp_path, Run(template)) == tasks
 
 
+def test_other_descriptions_of_physics_iq_are_used_and_kept_with_the_videos(
+    fake: list[Task], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    table, out = tmp_path / "verified.csv", tmp_path / "out"
+    given = ["magi1", "--out", str(out)]
+    original = Path("physics-IQ/descriptions.csv").read_text()
+    table.write_text(original.replace("A ball", "Static shot. A ball"))
+    arguments = [*given, "--physics-iq", "physics-IQ", "--descriptions", str(table)]
+    assert sample.main(arguments) == 0
+    prompts = [task.prompt for task in fake]
+    assert prompts == ["Static shot. A ball, left.", "Static shot. A ball, right."]
+    assert (out / "descriptions.csv").read_text() == table.read_text()
+    assert sample.main(arguments) == 0
+    assert len(fake) == 2
+    capfd.readouterr()
+    assert sample.main(arguments[:-2]) == 2
+    said = "descriptions.csv differs from physics-IQ/descriptions.csv and is kept: choose another"
+    assert said in capfd.readouterr().err
+    assert (out / "descriptions.csv").read_text() == table.read_text()
+    assert sample.main([*given, "--prompts", "prompts.txt", "--descriptions", str(table)]) == 2
+    assert "--descriptions are of Physics-IQ: give --physics-iq, too" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["scenario", "names", "clips"])
 @pytest.mark.parametrize("place", ["descriptions.csv", "descriptions/descriptions_original.csv"])
 def test_of_two_takes_of_a_scene_the_first_is_generated(

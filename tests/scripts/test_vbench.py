@@ -1,7 +1,8 @@
 """VBench: its videos' names, its environment, its results in the table.
 
-VBench itself is replaced by a program that reads and writes files as VBench 0.1.5 does: names from
-`{prompt}-{i}` with the suffix of the first file it lists, results and prompts in one folder.
+VBench itself is replaced by a package that reads and writes files as VBench 0.1.5 does (names from
+`{prompt}-{i}` with the suffix of the first file it lists, results and prompts in one folder), but
+for one slow test.
 """
 
 import json
@@ -11,39 +12,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reproduce
 import sample
-from sampling_cases import SCRIPTS
+from sampling_cases import REPOSITORY, SCRIPTS
 
 from flowcache.bench.tasks import Task
+from flowcache.runtime.video import read_video
 
-FAKE_VBENCH = """#!{python}
-import json, os, subprocess, sys
-words = sys.argv[1:]
-if "vbench.launch.evaluate" not in words:
-    sys.exit(subprocess.run([{python!r}, *words]).returncode)
-assert words[:3] == ["-m", "torch.distributed.run", "--standalone"]
-words = words[words.index("vbench.launch.evaluate") + 1:]
-given = dict(zip(words[::2], words[1::2]))
-folder, dimension = given["--videos_path"], given["--dimension"]
-out = given["--output_path"]
-if dimension == "broken":
-    sys.exit(1)
-names = os.listdir(folder)
-suffix = os.path.splitext(names[0])[1]
-found = []
-for prompt in json.load(open({prompts!r}))[dimension]:
-    wanted = [f"{{prompt}}-{{i}}{{suffix}}" for i in range(5)]
-    paths = [os.path.join(folder, name) for name in wanted if name in names]
-    assert all(open(path, "rb").read() for path in paths)
-    found.append({{"prompt_en": prompt, "dimension": [dimension], "video_list": paths}})
-os.makedirs(out, exist_ok=True)
-start = os.path.join(out, "results_2026-01-02-03:04:05")
-each = [{{"video_path": path, "video_results": 0.5}} for one in found for path in one["video_list"]]
-score = {{"color": 0.9, "scene": 0.5}}[dimension]
-json.dump({{dimension: [score, each]}}, open(start + "_eval_results.json", "w"))
-json.dump(found, open(start + "_full_info.json", "w"))
+FAKE_VBENCH = """import json, os
+class VBench:
+    def __init__(self, device, full_info, out):
+        assert device.type in ("cpu", "cuda")
+        self.full_info, self.out = full_info, out
+        os.makedirs(out, exist_ok=True)
+    def evaluate(self, *, videos_path, name, dimension_list, **_):
+        (dimension,) = dimension_list
+        if dimension == "broken":
+            raise NotImplementedError(dimension)
+        names = os.listdir(videos_path)
+        suffix = os.path.splitext(names[0])[1]
+        found = [each for each in json.load(open(self.full_info)) if dimension in each["dimension"]]
+        for each in found:
+            wanted = [each["prompt_en"] + f"-{i}{suffix}" for i in range(5)]
+            paths = [os.path.join(videos_path, one) for one in wanted if one in names]
+            assert all(open(path, "rb").read() for path in paths)
+            each["video_list"] = paths
+        start = os.path.join(self.out, name)
+        value = lambda n: {"color": 0.9, "scene": 0.3 + 0.4 * bool(n)}[dimension]
+        results = [
+            {"video_path": path, "video_results": value(n)}
+            for n, each in enumerate(found) for path in each["video_list"]
+        ]
+        score = {"color": 0.9, "scene": 0.5}[dimension]
+        json.dump({dimension: [score, results]}, open(start + "_eval_results.json", "w"))
+        json.dump(found, open(start + "_full_info.json", "w"))
 """
 
 PROMPTS = {
@@ -59,17 +63,26 @@ PROMPTS = {
 @pytest.fixture(name="environment")
 def _environment(tmp_path: Path) -> dict[str, str]:
     """The variables of an environment in which VBench is there."""
-    venv, prompts = tmp_path / "a venv", tmp_path / "prompts.json"
+    venv, package = tmp_path / "a venv", tmp_path / "packages" / "vbench"
     (venv / "bin").mkdir(parents=True)
-    prompts.write_text(
-        json.dumps({key: [text.strip() for text in texts] for key, texts in PROMPTS.items()})
-    )
+    package.mkdir(parents=True)
+    rows: dict[str, list[str]] = {}
+    for dimension, texts in PROMPTS.items():
+        for text in texts:
+            rows.setdefault(text.strip(), []).append(dimension)
+    content = [{"prompt_en": text, "dimension": dimensions} for text, dimensions in rows.items()]
+    (package / "VBench_full_info.json").write_text(json.dumps(content))
+    (package / "__init__.py").write_text(FAKE_VBENCH)
+    (package / "distributed.py").write_text("def dist_init(): raise AssertionError\n")
     (venv / "bin" / "vbench").write_text("#!/bin/sh\nexit 1\n")
-    code = FAKE_VBENCH.format(python=sys.executable, prompts=str(prompts))
-    (venv / "bin" / "python").write_text(code)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     for program in (venv / "bin").iterdir():
         program.chmod(0o755)
-    return dict(os.environ) | {"VBENCH_VENV": str(venv), "DIMENSIONS": "color scene"}
+    return dict(os.environ) | {
+        "VBENCH_VENV": str(venv),
+        "DIMENSIONS": "color scene",
+        "PYTHONPATH": str(package.parent),
+    }
 
 
 @pytest.fixture(name="sampled")
@@ -105,9 +118,17 @@ def test_what_sample_names_vbench_finds_and_its_score_gets_into_the_table(
     content = json.loads((sampled / "vbench.json").read_text())
     assert content["mean_percent"] == pytest.approx(70)
     assert content["dimensions"] == {
-        "color": {"score": 0.9, "num_prompts": 3, "num_videos": 6},
-        "scene": {"score": 0.5, "num_prompts": 2, "num_videos": 4},
+        "color": {"score": 0.9, "half_interval_95": 0.0, "num_prompts": 3, "num_videos": 6},
+        # of .3 and .7: 1.95996 times their deviation .2828 / sqrt 2
+        "scene": {
+            "score": 0.5,
+            "half_interval_95": pytest.approx(0.391993, abs=1e-6),
+            "num_prompts": 2,
+            "num_videos": 4,
+        },
     }
+    assert content["half_interval_95_percent"] == pytest.approx(39.1993 / 2, abs=1e-3)
+    assert "scene: 50.00 +- 39.20 % (2 prompts)" in run.stdout
     arguments = ["--protocol", str(copy / "small.yaml"), "--out", str(copy / "out")]
     assert reproduce.main(arguments) == 0
     rows = json.loads((copy / "out" / "table.json").read_text())["rows"]
@@ -117,6 +138,76 @@ def test_what_sample_names_vbench_finds_and_its_score_gets_into_the_table(
         "the same | again": None,
     }
     assert reproduce.main(["--verify", str(copy / "out")]) == 0
+
+
+def test_a_part_of_the_prompts_is_scored_alone_and_keeps_to_them(
+    fake: list[Task], environment: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    for dimension, texts in PROMPTS.items():
+        path = Path(f"VBench/prompts/prompts_per_dimension/{dimension}.txt")
+        path.write_text("\n".join(texts) + "\n")
+    out = tmp_path / "part"
+    arguments = ["magi1", "--vbench", "VBench/prompts", "--out", str(out), "--dimensions"]
+    assert sample.main([*arguments, "color", "--num-prompts", "2"]) == 0
+    assert sample.main([*arguments, "scene", "--num-prompts", "1"]) == 0
+    first, second, third = (text.strip() for text in PROMPTS["color"])
+    kept = {"color": [first, second], "scene": [third]}
+    assert json.loads((out / "vbench_prompts.json").read_text()) == kept
+    assert len(fake) == 3
+    run = evaluate(out, variables=environment)
+    assert run.returncode == 0, run.stderr
+    dimensions = json.loads((out / "vbench.json").read_text())["dimensions"]
+    assert {key: each["num_prompts"] for key, each in dimensions.items()} == {
+        "color": 2,
+        "scene": 1,
+    }
+    assert dimensions["scene"]["half_interval_95"] is None
+    (out / f"{second}-0.mp4").unlink()
+    run = evaluate(out, variables=environment)
+    assert run.returncode == 2
+    assert "1 of 2 prompts of color have no video" in run.stderr
+    # all prompts again: the note goes
+    assert sample.main([*arguments, "color,scene"]) == 0
+    assert json.loads((out / "vbench_prompts.json").read_text()) == {}
+    capfd.readouterr()
+    assert sample.main([*arguments, "color", "--num-prompts", "4"]) == 2
+    said = "--num-prompts must be 1 to 3, the prompts of color, not 4"
+    assert said in capfd.readouterr().err
+
+
+VENV = Path(os.environ.get("VBENCH_VENV", REPOSITORY / ".venv-vbench"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (VENV / "vbench.stamp").is_file(),
+    reason="needs VBench: DETECTRON2= bash scripts/vbench/setup.sh",
+)
+def test_vbench_itself_scores_clips_of_the_demo(tmp_path: Path):
+    """Its dimension without a model: 1 - the mean absolute change between frames / 255."""
+    (package,) = VENV.glob("lib/python*/site-packages/vbench")
+    rows = json.loads((package / "VBench_full_info.json").read_text())
+    folder = tmp_path / "prompts" / "prompts_per_dimension"
+    folder.mkdir(parents=True)
+    texts = [row["prompt_en"] for row in rows if "temporal_flickering" in row["dimension"]]
+    (folder / "temporal_flickering.txt").write_text("\n".join(texts) + "\n")
+    out = tmp_path / "videos"
+    given = ["--dimensions", "temporal_flickering", "--num-prompts", "3", "--out", str(out)]
+    given += ["--vbench", str(folder.parent), "--model", "demo", "num_frames=33", "num_steps=8"]
+    assert sample.main(["skyreels_v2", *given]) == 0
+    variables = dict(os.environ) | {"DIMENSIONS": "temporal_flickering"}
+    run = evaluate(out, variables=variables | {"VBENCH_VENV": str(VENV), "PYTHONPATH": ""})
+    assert run.returncode == 0, run.stderr
+    expected: list[float] = []
+    for path in out.glob("*.mp4"):
+        frames_THW3 = read_video(path)[0].astype(np.float64)
+        expected.append(1 - np.abs(np.diff(frames_THW3, axis=0)).mean() / 255)
+    content = json.loads((out / "vbench.json").read_text())
+    assert len(expected) == 3
+    # another decoder's colours
+    assert content["mean_percent"] == pytest.approx(100 * np.mean(expected), abs=0.05)
+    half = 100 * 1.95996 * np.std(expected, ddof=1) / np.sqrt(3)
+    assert content["half_interval_95_percent"] == pytest.approx(half, abs=0.05)
 
 
 def test_an_evaluation_that_fails_or_lacks_a_video_leaves_no_score(

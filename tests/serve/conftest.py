@@ -51,7 +51,7 @@ def client_of() -> Callable[..., TestClient]:
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Return what starts `python -m flowcache.serve` and returns its address."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
     def run(*arguments: str) -> str:
         with socket.socket() as probe:
@@ -59,12 +59,14 @@ def service(tmp_path: Path) -> Iterator[Callable[..., str]]:
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "flowcache.serve", "--model", "demo", "device=cpu"]
         command += ["--port", str(port), "--folder", str(tmp_path / "jobs"), *arguments]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said = tmp_path / "said"
+        with said.open("w") as file:  # a pipe that nobody reads would stop the service
+            process = subprocess.Popen(command, stderr=file)
         processes.append(process)
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert process.poll() is None, said.read_text()
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 return address

@@ -84,8 +84,12 @@ def replicas_of(*responses: Response) -> Replicas:
     """Return replicas that answer one call after the other."""
     left = list(responses)
     handle = SimpleNamespace(make=SimpleNamespace(remote=lambda _job, _folder: left.pop(0)))
-    exceptions = SimpleNamespace(RayActorError=DiedError, RayTaskError=FailedError)
-    return Replicas(handle, exceptions, 2)
+    return Replicas(handle, FailedError, (DiedError,), 2)
+
+
+@pytest.fixture(name="no_waits")
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowcache.serve.replicas.RETRY_SECONDS", (0.0, 0.0))
 
 
 def make_job(folder: Path) -> Job:
@@ -94,14 +98,19 @@ def make_job(folder: Path) -> Job:
     return Job("a", PROMPT, "vanilla", {}, 24, "64x64", 0)
 
 
-def test_a_job_whose_replica_died_begins_again_without_what_was_unfinished(tmp_path: Path):
+@pytest.mark.usefixtures("no_waits")
+@pytest.mark.parametrize("end", [DiedError(), FailedError(DiedError())], ids=["it", "a part"])
+def test_a_job_whose_replica_died_begins_again_without_what_was_unfinished(
+    end: Exception, tmp_path: Path
+):
     job, events = make_job(tmp_path), list[Event]()
-    died, good = Response([TICK], DiedError()), Response([TICK, Made(1.0, 2.0)], None)
+    died, good = Response([TICK], end), Response([TICK, Made(1.0, 2.0)], None)
     replicas_of(died, good).make(job, tmp_path, events.append)
     assert events == [TICK, BegunAgain(), TICK, Made(1.0, 2.0)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["input.image", "job.json"]
 
 
+@pytest.mark.usefixtures("no_waits")
 def test_a_job_whose_replicas_die_again_and_again_fails(tmp_path: Path):
     calls = [Response([], DiedError()) for _ in range(3)]
     with pytest.raises(UserError, match="the replica that made the video died 3 times"):
@@ -233,7 +242,10 @@ def test_a_service_with_a_killed_replica_loses_no_job_and_makes_what_one_model_m
             break
         time.sleep(0.1)
     assert killed
-    assert [state["status"] for state in states] == [DONE] * len(ids), states
+    assert [state["status"] for state in states] == [DONE] * len(ids), (
+        [state["error"] for state in states],
+        (tmp_path / "said").read_text(),
+    )
     for number, video_id in enumerate(ids):
         folder = tmp_path / "jobs" / video_id
         expected = pipe(PROMPT, seed=number, num_frames=177, num_steps=20).save(

@@ -8,6 +8,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../../scripts/sampling/launch.sh" # enters the Python environment
 
 DATA=${DATA:-physics-IQ}       # holds descriptions.csv and the conditioning clips, see --help
+DESCRIPTIONS=${DESCRIPTIONS:-} # a CSV, as that of Physics-IQ Verified; empty: that in DATA
 OUT=${OUT:-}                   # empty: result/physicsiq/PRESET in the model's folder
 PRESET=${PRESET:-flowcache_slow} # flowcache_slow, flowcache_fast, or another of configs/
 MODEL=${MODEL:-auto}           # auto: 4.5B_distill on CUDA, else the demo; or a name, folder, config

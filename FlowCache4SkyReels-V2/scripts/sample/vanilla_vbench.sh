@@ -11,6 +11,7 @@ OUT=${OUT:-}                   # empty: result/vbench/PRESET in the model's fold
 PRESET=${PRESET:-vanilla} # every step of every chunk
 MODEL=${MODEL:-auto}           # auto: the 1.3B model on CUDA, else the demo; or a folder, or a hub id
 DIMENSIONS=${DIMENSIONS:-}     # as in color,scene; empty: the 11 of the published tables
+NUM_PROMPTS=${NUM_PROMPTS:-}   # of each dimension, evenly spread; empty: all
 PER_PROMPT=${PER_PROMPT:-1}    # videos per prompt: 1 as in the paper, 5 as VBench asks for
 SEED=${SEED:-0} GPUS=${GPUS:-} # seed of the first video of a prompt; processes, empty: one per GPU
 

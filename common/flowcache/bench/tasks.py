@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.errors import UserError
-from flowcache.runtime.files import parse_json, read_json
+from flowcache.runtime.files import parse_json, read_json, write_json, write_text
 from flowcache.runtime.text_files import TableRow, read_lines, read_table
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,8 @@ VBENCH_DIMENSIONS = (
     "appearance_style",
 )
 """Those of the published tables. Each has a prompt file of its own."""
+VBENCH_PROMPTS_FILE = "vbench_prompts.json"
+"""{dimension: [prompt, ...]}, read by scripts/vbench/score.py."""
 VBENCH_PLACES = ("prompts_per_dimension", "prompts/prompts_per_dimension")
 VBENCH_ADVICE = (
     "download VBench with: git clone https://github.com/Vchitect/VBench, and give the folder "
@@ -181,6 +183,7 @@ PHYSICS_IQ_ADVICE = (
     "download Physics-IQ with the script of https://github.com/google-deepmind/"
     "physics-IQ-benchmark, and give the folder that holds descriptions.csv and split-videos"
 )
+DESCRIPTIONS_FILE = "descriptions.csv"
 TAKE = re.compile(r"take-?(\d+)", re.IGNORECASE)
 FIRST_TAKE = 1
 CONDITIONING = "conditioning"
@@ -209,16 +212,19 @@ def from_lines(path: Path, run: Run) -> list[Task]:
     return [task for n, prompt in enumerate(prompts) for task in run.tasks(f"{n:04d}", prompt)]
 
 
-def from_vbench(folder: Path, run: Run, *, dimensions: Sequence[str]) -> list[Task]:
-    """Return the tasks of VBench: `PROMPT-0`, ...; a prompt of two dimensions is made once.
+def read_vbench_prompts(
+    folder: Path, dimensions: Sequence[str], *, num_prompts: int | None = None
+) -> dict[str, list[str]]:
+    """Return the prompts of each dimension of VBench.
 
     Args:
         folder: holds `prompts_per_dimension/DIMENSION.txt`, or `prompts/` with that.
+        num_prompts: of each dimension, evenly spread over its list; None: all.
     """
     places = [folder / place for place in VBENCH_PLACES if (folder / place).is_dir()]
     if not places:
         raise UserError(f"{folder}: holds no {VBENCH_PLACES[0]} folder: {VBENCH_ADVICE}")
-    prompts: dict[str, None] = {}
+    prompts: dict[str, list[str]] = {}
     for dimension in dimensions:
         path = places[0] / f"{dimension}.txt"
         if not path.is_file():
@@ -226,37 +232,69 @@ def from_vbench(folder: Path, run: Run, *, dimensions: Sequence[str]) -> list[Ta
             raise UserError(
                 f"{dimension!r} is no dimension of VBench here; there are: {known or 'none'}"
             )
-        prompts |= dict.fromkeys(read_lines(path))
-    return [task for prompt in prompts for task in run.tasks(prompt, prompt)]
+        lines = read_lines(path)
+        wanted = len(lines) if num_prompts is None else num_prompts
+        if not 1 <= wanted <= len(lines):
+            raise UserError(
+                f"--num-prompts must be 1 to {len(lines)}, the prompts of {dimension}, not {wanted}"
+            )
+        prompts[dimension] = [lines[n * len(lines) // wanted] for n in range(wanted)]
+    return prompts
 
 
-def from_physics_iq(folder: Path, run: Run) -> list[Task]:
+def from_vbench(prompts: Mapping[str, Sequence[str]], run: Run) -> list[Task]:
+    """Return the tasks of VBench: `PROMPT-0`, ...; a prompt of two dimensions is made once."""
+    unique = dict.fromkeys(prompt for each in prompts.values() for prompt in each)
+    return [task for prompt in unique for task in run.tasks(prompt, prompt)]
+
+
+def keep_vbench_prompts(prompts: Mapping[str, Sequence[str]], out: Path, *, is_part: bool) -> None:
+    """Note beside the videos which prompts count, where they are a part of a dimension's."""
+    path = out / VBENCH_PROMPTS_FILE
+    kept = dict(read_json(path)) if path.is_file() else {}
+    for dimension in prompts:
+        kept.pop(dimension, None)
+    kept |= {key: list(each) for key, each in prompts.items()} if is_part else {}
+    if kept or path.is_file():
+        write_json(path, kept)
+
+
+def physics_iq_table(folder: Path) -> Path:
+    """Return the descriptions in a folder of Physics-IQ's data."""
+    tables = [folder / place for place in PHYSICS_IQ_TABLES if (folder / place).is_file()]
+    if not tables:
+        raise UserError(f"{folder}: holds no {PHYSICS_IQ_TABLES[0]}: {PHYSICS_IQ_ADVICE}")
+    return tables[0]
+
+
+def from_physics_iq(folder: Path, run: Run, *, table: Path | None = None) -> list[Task]:
     """Return the tasks of Physics-IQ: clips to be continued, named as its evaluation wants them.
 
     Every scene was filmed twice, and only the first take is to be generated; the second shows how
     much two takes differ. The clip that belongs to a description begins with the same four digits.
+
+    Args:
+        table: descriptions, as those of Physics-IQ Verified; None: those in the folder.
     """
-    tables = [folder / place for place in PHYSICS_IQ_TABLES if (folder / place).is_file()]
-    if not tables:
-        raise UserError(f"{folder}: holds no {PHYSICS_IQ_TABLES[0]}: {PHYSICS_IQ_ADVICE}")
-    rows = read_table(tables[0], columns=("description", "generated_video_name"))
+    table = table or physics_iq_table(folder)
+    rows = read_table(table, columns=("description", "generated_video_name"))
     if run.per_prompt != 1:
         raise UserError(f"Physics-IQ has one video per clip: per-prompt is {run.per_prompt}, not 1")
     clips = _conditioning_clips(folder)
     first = [row for row in rows if _take(row, clips) == FIRST_TAKE]
     if not first:
-        raise UserError(f"{tables[0]}: has no row of take-{FIRST_TAKE}, which alone is generated")
+        raise UserError(f"{table}: has no row of take-{FIRST_TAKE}, which alone is generated")
     if len(first) < len(rows):
         logger.info(
             "%s: %d of %d rows are left out: Physics-IQ generates take-%d only",
-            *(tables[0], len(rows) - len(first), len(rows), FIRST_TAKE),
+            *(table, len(rows) - len(first), len(rows), FIRST_TAKE),
         )
     tasks: dict[str, Task] = {}
     for row in first:
         name = Path(row.cells["generated_video_name"]).stem
         if name in tasks:
             raise UserError(
-                f"{tables[0]}: row {row.number}, column generated_video_name: {name} is there "
+                f"{table}: row {row.number}, column generated_video_name: {name} is there "
                 "twice: leave one out"
             )
         if name[:4] not in clips:
@@ -265,6 +303,14 @@ def from_physics_iq(folder: Path, run: Run) -> list[Task]:
             run.template, name=name, prompt=row.cells["description"], video=str(clips[name[:4]])
         )
     return list(tasks.values())
+
+
+def keep_descriptions(table: Path, out: Path) -> None:
+    """Copy Physics-IQ's descriptions beside the videos: a submission needs those that were used."""
+    path, text = out / DESCRIPTIONS_FILE, table.read_text(encoding="utf-8-sig")
+    if path.is_file() and path.read_text(encoding="utf-8-sig") != text:
+        raise UserError(f"{path} differs from {table} and is kept: choose another output folder")
+    write_text(path, text)
 
 
 def _take(row: TableRow, clips: Mapping[str, Path]) -> int:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.api import Pipeline
-from flowcache.errors import UserError
-from flowcache.runtime.cluster import MAX_RETRIES, cluster, import_ray
+from flowcache.errors import UserError, first_line
+from flowcache.runtime.cluster import cluster, import_ray
 from flowcache.serve.jobs import INPUT, JOB, BegunAgain, CancelledError, Event, Job, Report
 from flowcache.serve.jobs import make_video as make_here
 
@@ -30,6 +30,8 @@ SCALING = {"upscale_delay_s": 1.0, "downscale_delay_s": 600.0, "target_ongoing_r
 """A model takes long to load, so that one without work stays for ten minutes."""
 HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 120.0}
 """Soon, as a replica may have died; patient, as one that compiles may not answer."""
+RETRY_SECONDS = (1.0, 10.0)
+"""Before a job begins again: Ray may need so long to see that a replica died."""
 MAX_LOADS = 3
 """How often a replica that can't be loaded is tried."""
 
@@ -69,8 +71,10 @@ class Replicas:
 
     handle: Any
     """Of the deployment, for streams."""
-    exceptions: Any
-    """The module of Ray."""
+    failed: type[Exception]
+    """Holds as its `cause` what a replica raised."""
+    died: tuple[type[Exception], ...]
+    """What Ray raises where a replica did not end the job."""
     num_replicas: int
     """At most."""
 
@@ -79,19 +83,25 @@ class Replicas:
         asyncio.run(self._make(job, folder, report))
 
     async def _make(self, job: Job, folder: Path, report: Report) -> None:
-        for _ in range(MAX_RETRIES + 1):
+        for seconds in (*RETRY_SECONDS, None):
             try:
                 await self._try(job, folder, report)
                 # a dead replica's encoder may have begun its file after the removal below
                 _remove(folder.glob(".*.part.mp4"))
                 return
-            except self.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except self.exceptions.RayActorError:
-                logger.warning("job %s: its replica died, so that it begins again", job.id)
+            except self.failed as error:
+                cause: Exception = getattr(error, "cause", error)
+                if not isinstance(cause, self.died):
+                    raise cause from None
+                reason = cause
+            except self.died as error:
+                reason = error
+            logger.warning("job %s: its replica died (%s)", job.id, first_line(reason))
             _remove(path for path in folder.iterdir() if path.name != JOB and path.stem != INPUT)
             report(BegunAgain())
-        raise UserError(f"the replica that made the video died {MAX_RETRIES + 1} times")
+            if seconds is not None:
+                await asyncio.sleep(seconds)
+        raise UserError(f"the replica that made the video died {len(RETRY_SECONDS) + 1} times")
 
     async def _try(self, job: Job, folder: Path, report: Report) -> None:
         response = self.handle.make.remote(job, folder)
@@ -148,7 +158,9 @@ def replicas(
             reason = state.message.rstrip().rpartition("\n")[2]  # the last line of a traceback
             raise UserError(f"no replica could load the model: {reason}") from None
         try:
-            yield Replicas(handle.options(stream=True), found.ray.exceptions, most)
+            errors = found.ray.exceptions
+            died = (errors.RayError, serve.exceptions.RayServeException)
+            yield Replicas(handle.options(stream=True), errors.RayTaskError, died, most)
         finally:
             if not found.is_own:
                 serve.delete(name)
