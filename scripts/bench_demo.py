@@ -8,6 +8,7 @@ it with a second method, so that what reuse does is not mixed with what else dif
 
     skyreels_v2   vanilla with causal attention
     magi1         the same passes and the same KV cache with every step computed
+    self_forcing  vanilla, for many steps; few steps as published, for few steps
 
 `--table methods` has the published methods. `--table reuse` has every reuse policy with the
 predictors that make sense at three budgets, from what scripts/tune_budgets.py made, and says
@@ -15,6 +16,8 @@ whether a tuned plan keeps what is claimed of it. `--table rivals` has every rul
 FlowCache-slow, FlowCache-fast and half of the latter (scripts/rivals.sh makes all that it needs),
 with intervals, drift, seams, published figures, and a drawing. `--table quantized` has KV caches in
 8, 4 and 2 bits, whole and compressed, compared with the same caches in the dtype of the model.
+`--table long` has ways to bound the KV cache of long videos (self_forcing) at several lengths,
+without references.
 """
 
 import argparse
@@ -30,6 +33,14 @@ start_quietly(__name__)
 
 import torch
 
+from flowcache.bench.long import (
+    EXPLAINED,
+    LENGTHS,
+    LongProbe,
+    long_markdown,
+    long_methods,
+    summarize_long,
+)
 from flowcache.bench.methods import (
     Comparison,
     Source,
@@ -70,6 +81,7 @@ EXAMPLES = """examples:
   python scripts/bench_demo.py --model demo-base --out result/bench_base
   python scripts/bench_demo.py --table reuse \\
       --profiles result/reuse_skyreels_v2 --prompts 64 --out result/bench_reuse num_frames=37
+  python scripts/bench_demo.py --architecture self_forcing --table long --out result/bench_long
 """
 
 
@@ -81,7 +93,7 @@ def parse_options() -> argparse.Namespace:
     add_checkpoint(parser)
     parser.add_argument(
         "--table",
-        choices=("methods", "reuse", "quantized", "rivals"),
+        choices=("methods", "reuse", "quantized", "rivals", "long"),
         default="methods",
         help="which (default: methods)",
     )
@@ -90,6 +102,14 @@ def parse_options() -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="of --table reuse and rivals: tune_budgets.py's folder",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=LENGTHS,
+        metavar="N",
+        help=f"of --table long: latent frames (default: {' '.join(map(str, LENGTHS))})",
     )
     parser.add_argument("--prompts", type=int, default=16, help="clips per method (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("result/bench_demo"), help="result folder")
@@ -130,11 +150,16 @@ def compare(options: argparse.Namespace) -> None:
         {i: prompt for i, prompt in prompts.items() if i % num_parts == part - 1},
         source=source,
         log=options.out / f"rows-{part}.jsonl",
+        probe_of=LongProbe if options.table == "long" else None,
     )
     chosen = {(method.name, index) for method in methods for index in prompts}
     rows = [row for row in read_rows(options.out) if (row["method"], row["index"]) in chosen]
     if len(rows) < len(chosen):
         print(f"{len(rows)} of {len(chosen)} clips are there: other parts are still at work")
+        return
+    if options.table == "long":
+        table = summarize_long(rows, methods)
+        write_table(options, table, text=long_markdown(table) + EXPLAINED)
         return
     table = summarize(rows, methods)
     if options.table == "quantized":
@@ -157,6 +182,10 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
         return comparison
     if options.table == "quantized":
         return replace(comparison, methods=quantized_methods(comparison), base_label="16 bits")
+    if options.table == "long":
+        key = load_model(options.architecture).keys["num_frames"]
+        methods = long_methods(comparison, options.lengths, key=key)
+        return replace(comparison, methods=methods)
     model, is_rivals = options.architecture, options.table == "rivals"
     levels = RIVAL_LEVELS if is_rivals else tuple(LEVELS)
     budgets = read_budgets(options.profiles, model=model, checkpoint=options.model, levels=levels)

@@ -46,7 +46,7 @@ from flowcache.tuning.methods import (
     whole_window,
 )
 from flowcache.tuning.plan import Constraints, Plan, choose, parse_target
-from flowcache.tuning.runs import Prompt, Runs, choose_prompts
+from flowcache.tuning.runs import Prompt, Runs, choose_prompts, words_of
 from flowcache.tuning.study import (
     MEASURED_SHARES,
     NUM_MEASURED_CLIPS,
@@ -91,7 +91,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint(parser)
     parser.add_argument(
-        "--preset", default="flowcache_fast", help="whose attention and KV cache are tuned for"
+        "--preset", help="whose attention and KV cache are tuned for (default: FlowCache-fast)"
     )
     parser.add_argument(
         "--target",
@@ -148,8 +148,10 @@ def command(options: argparse.Namespace) -> None:
     target = parse_target(options.target)
     constraints = Constraints()
     check_search(options)
+    model = load_model(options.architecture)
+    options.preset = options.preset or words_of(model).preset
     runs = Runs(
-        load_model(options.architecture),
+        model,
         options.model,
         options.preset,
         options.settings,
