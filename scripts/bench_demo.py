@@ -8,11 +8,16 @@ it with a second method, so that what reuse does is not mixed with what else dif
 
     skyreels_v2   vanilla with causal attention
     magi1         the same passes and the same KV cache with every step computed
+    self_forcing  vanilla, for many steps; few steps as published, for few steps
 
 `--table methods` has the published methods. `--table reuse` has every reuse policy with the
 predictors that make sense at three budgets, from what scripts/tune_budgets.py made, and says
-whether a tuned plan keeps what is claimed of it. `--table quantized` has KV caches in 8, 4 and 2
-bits, whole and compressed, compared with the same caches in the dtype of the model.
+whether a tuned plan keeps what is claimed of it. `--table rivals` has every rule at the FLOPs of
+FlowCache-slow, FlowCache-fast and half of the latter (scripts/rivals.sh makes all that it needs),
+with intervals, drift, seams, published figures, and a drawing. `--table quantized` has KV caches in
+8, 4 and 2 bits, whole and compressed, compared with the same caches in the dtype of the model.
+`--table long` has ways to bound the KV cache of long videos (self_forcing) at several lengths,
+without references.
 """
 
 import argparse
@@ -28,6 +33,14 @@ start_quietly(__name__)
 
 import torch
 
+from flowcache.bench.long import (
+    EXPLAINED,
+    LENGTHS,
+    LongProbe,
+    long_markdown,
+    long_methods,
+    summarize_long,
+)
 from flowcache.bench.methods import (
     Comparison,
     Source,
@@ -43,8 +56,20 @@ from flowcache.bench.methods import (
     unseen_prompts,
 )
 from flowcache.bench.quantized import quantized_markdown, quantized_methods
-from flowcache.bench.reuse import claims, read_budgets, reuse_methods
+from flowcache.bench.reuse import LEVELS, claims, read_budgets, reuse_methods
+from flowcache.bench.rivals import (
+    PUBLISHED,
+    RIVAL_LEVELS,
+    figure_rows,
+    frontier,
+    rival_claims,
+    rival_markdown,
+    rival_methods,
+    rival_rules,
+    rival_table,
+)
 from flowcache.errors import UserError
+from flowcache.report.figures import draw_rivals
 from flowcache.runtime.cli import add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import load_model
@@ -56,6 +81,7 @@ EXAMPLES = """examples:
   python scripts/bench_demo.py --model demo-base --out result/bench_base
   python scripts/bench_demo.py --table reuse \\
       --profiles result/reuse_skyreels_v2 --prompts 64 --out result/bench_reuse num_frames=37
+  python scripts/bench_demo.py --architecture self_forcing --table long --out result/bench_long
 """
 
 
@@ -67,12 +93,23 @@ def parse_options() -> argparse.Namespace:
     add_checkpoint(parser)
     parser.add_argument(
         "--table",
-        choices=("methods", "reuse", "quantized"),
+        choices=("methods", "reuse", "quantized", "rivals", "long"),
         default="methods",
         help="which (default: methods)",
     )
     parser.add_argument(
-        "--profiles", type=Path, metavar="DIR", help="of --table reuse: tune_budgets.py's folder"
+        "--profiles",
+        type=Path,
+        metavar="DIR",
+        help="of --table reuse and rivals: tune_budgets.py's folder",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=LENGTHS,
+        metavar="N",
+        help=f"of --table long: latent frames (default: {' '.join(map(str, LENGTHS))})",
     )
     parser.add_argument("--prompts", type=int, default=16, help="clips per method (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("result/bench_demo"), help="result folder")
@@ -113,16 +150,23 @@ def compare(options: argparse.Namespace) -> None:
         {i: prompt for i, prompt in prompts.items() if i % num_parts == part - 1},
         source=source,
         log=options.out / f"rows-{part}.jsonl",
+        probe_of=LongProbe if options.table == "long" else None,
     )
     chosen = {(method.name, index) for method in methods for index in prompts}
     rows = [row for row in read_rows(options.out) if (row["method"], row["index"]) in chosen]
     if len(rows) < len(chosen):
         print(f"{len(rows)} of {len(chosen)} clips are there: other parts are still at work")
         return
+    if options.table == "long":
+        table = summarize_long(rows, methods)
+        write_table(options, table, text=long_markdown(table) + EXPLAINED)
+        return
     table = summarize(rows, methods)
     if options.table == "quantized":
         kv_bytes = {m.name: prepare_method(m, source).work.kv_bytes for m in methods}
         write_table(options, table, text=quantized_markdown(table, kv_bytes), kv_bytes=kv_bytes)
+    elif options.table == "rivals":
+        write_rivals(options, rival_table(rows, methods))
     elif options.table == "reuse":
         lines = claims(table)
         text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in lines)])
@@ -138,8 +182,31 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
         return comparison
     if options.table == "quantized":
         return replace(comparison, methods=quantized_methods(comparison), base_label="16 bits")
-    budgets = read_budgets(options.profiles, model=options.architecture, checkpoint=options.model)
-    return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
+    if options.table == "long":
+        key = load_model(options.architecture).keys["num_frames"]
+        methods = long_methods(comparison, options.lengths, key=key)
+        return replace(comparison, methods=methods)
+    model, is_rivals = options.architecture, options.table == "rivals"
+    levels = RIVAL_LEVELS if is_rivals else tuple(LEVELS)
+    budgets = read_budgets(options.profiles, model=model, checkpoint=options.model, levels=levels)
+    if not is_rivals:
+        return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
+    rules = rival_rules(comparison, load_model(model).presets)
+    methods = rival_methods(comparison, budgets, options.profiles, rules=rules)
+    return replace(comparison, methods=methods)
+
+
+def write_rivals(options: argparse.Namespace, table: Sequence[dict[str, Any]]) -> None:
+    """Write the table of rivals and its drawing."""
+    lines = rival_claims(table)
+    published = PUBLISHED.get(options.architecture, ())
+    said = "".join(f"- {line}\n" for line in lines)
+    text = f"{rival_markdown(table, published)}\n{said}"
+    write_table(options, table, text=text, claims=lines)
+    name = f"{options.architecture} {options.model}"
+    figure = draw_rivals(figure_rows(table), frontier(table), model=name)
+    write_text(options.out / "rivals.svg", figure)
+    print(f"wrote {options.out / 'rivals.svg'}")
 
 
 def write_table(

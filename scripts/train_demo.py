@@ -6,7 +6,8 @@
 Every stage saves what it has reached under --out and goes on from there when it is started again,
 also after a kill; a finished stage is a no-op. A longer --vae-steps or --dit-steps prolongs a
 training that is not yet finished. Nothing is downloaded. One thread trains a checkpoint in about
-two hours on one CPU core.
+two hours on one CPU core. self_forcing takes VAE, text encoder and first weights of the transformer
+from the demo of skyreels_v2.
 
 The stages of a model are in the `demo.py` of its package; `export` writes the checkpoint folder and
 its training.json.
@@ -28,14 +29,14 @@ from flowcache.demo.recipe import Recipe, Training, write_record
 from flowcache.runtime.cli import run_command
 
 logger = logging.getLogger("train_demo")
-MODELS = ("magi1", "skyreels_v2")
+MODELS = ("magi1", "self_forcing", "skyreels_v2")
 EXPORT, ALL = "export", "all"
 STEP_NAMES = {
     "vae": "steps of the VAE",
     "decoder": "further steps of its decoder alone",
     "dit": "steps of the transformer",
     "refine": "further steps of it on smaller batches",
-    "distill": "steps that distil guidance into the transformer",
+    "distill": "steps of the distilled transformer",
 }
 
 

@@ -63,6 +63,7 @@ ELSEWHERE = {
     "scripts/quantize_error.py": ("tests/scripts/test_quantize_error.py", "quantize_error"),
     "bash serve.sh": ("tests/serve/test_app.py", "serve.sh"),
     "scripts/test.sh": (".ci/run", "test.sh"),
+    "scripts/rivals.sh": ("tests/demo/test_rivals.py", "rivals"),
     "scripts/reproduce": ("tests/scripts/test_table.py", "reproduce_"),
     "scripts/bench_demo.py": ("tests/demo/test_bench.py", "bench_demo"),
     "scripts/make_tables.py": ("tests/scripts/test_make_tables.py", "make_tables"),

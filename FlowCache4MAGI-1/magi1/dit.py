@@ -538,6 +538,7 @@ class DiT(nn.Module):
         is_null: bool = False,
         step_width: float | None = None,
         split: TokenSplit | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Send neighbouring chunks through the embedding and all layers: `[B, S, D]`.
 
@@ -545,6 +546,7 @@ class DiT(nn.Module):
             t_BN: see `embed`, as are `is_null` and `step_width`.
             first_frame: where they start, in latent frames from the start of the video.
             split: which tokens this process computes; None: all.
+            rows: tokens that go through the layers, the others stay as embedded; None: all.
         """
         num_frames, height, width = x_BCFhw.shape[2:]
         embedded = self.embed(x_BCFhw, t_BN, is_null=is_null, step_width=step_width)
@@ -554,6 +556,10 @@ class DiT(nn.Module):
             latent_height=height,
             latent_width=width,
         )
+        if rows is not None:
+            some = Embedded(embedded.tokens[:, rows], embedded.condition)
+            made = self.run_blocks(some, rope[rows], context, self_attend=self_attend)
+            return embedded.tokens.index_copy(1, rows, made)
         if split is None:
             return self.run_blocks(embedded, rope, context, self_attend=self_attend)
         hidden = self.run_blocks(

@@ -23,7 +23,8 @@ _ORIGINAL = PARTS["original"]
 FOLDERS = Folders(
     "Wan model",
     demo=DEMO,
-    no_demo="there is no demo yet; give --model, a folder or hub id",
+    no_demo="there is no demo yet: make it with scripts/train_demo.py --model self_forcing, or "
+    "give --model, a folder or hub id",
     real=REAL_MODEL,
     released=RELEASED,
     has_dit=False,  # the checkpoint replaces it

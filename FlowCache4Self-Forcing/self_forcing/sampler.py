@@ -161,6 +161,7 @@ class Sampler:
                     self._take_many(tick)
                 for chunk in tick.finishing:
                     self._finish(chunk, is_last=tick.is_last)
+                self.cached.trace_tokens(tick)
             yield tick, tick.finishing
 
     def _begin_scene(self, chunk: int) -> None:

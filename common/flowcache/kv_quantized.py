@@ -246,9 +246,12 @@ class QuantizedKVCache(KVCache):
 
     # Writing ----------------------------------------------------------------------------------
 
-    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor) -> None:
-        """Write a chunk's keys and values `offset` tokens behind the clean ones."""
+    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor, *, rows: Tensor | None = None) -> None:
+        """Write a chunk's keys and values `offset` tokens behind the clean ones; see `KVCache`."""
         start = self.clean + offset
+        if rows is not None:
+            self._overwrite(start - self.packed + rows, k_SGC, v_SGC)
+            return
         stop = start + len(k_SGC)
         assert start <= self.filled, f"a gap in the buffer: {self.filled} filled, put at {start}"
         tail = slice(start - self.packed, stop - self.packed)

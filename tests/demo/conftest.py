@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from self_forcing import demo
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -23,3 +25,13 @@ def load_script() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def self_forcing_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Self-Forcing demo whose transformers are the one that training starts from."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "demo"
+    dit = demo.new_dit()
+    demo.write_checkpoint(dit, dit, folder)
+    demo.write_presets(folder)
+    return folder

@@ -180,7 +180,7 @@ def test_the_reuse_table_has_every_policy_at_the_middle_budget_in_less_than_30_r
     assert len(rows) < 30
     groups = [row.group for row in rows if row.group is not None]
     wanted = {"FlowCache", "TeaCache", "MagCache", "stride", "planned", "guarded"}
-    wanted |= {"FlowCache, content signal"} if model == "skyreels_v2" else set()
+    wanted |= {"FlowCache, content signal"} if model != "magi1" else set()
     assert {group.policy for group in groups if group.level == "mid"} == wanted
     for policy in ("FlowCache", "stride", "planned"):
         assert {group.level for group in groups if group.policy == policy} == set(LEVELS)

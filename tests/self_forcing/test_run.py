@@ -139,6 +139,26 @@ def test_a_record_replays_to_the_same_video_with_what_it_reused(make: Make, repl
     assert np.array_equal(*videos)
 
 
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [((), 24), (("window=6", "sink=1"), 12), (("window=6", "kv.compress=importance"), 12)],
+)
+def test_a_record_says_how_many_tokens_of_each_chunk_the_caches_hold(
+    replica: Path, tmp_path: Path, settings: tuple[str, ...], most: int
+):
+    """Frames of 2 tokens: 15 frames, the last chunk of which is never fed."""
+    given = ["prompt=a cat", *TINY, "num_frames=57", *settings]
+    job = prepare(
+        MODEL, Request("self_forcing", str(replica), given, str(tmp_path), stem="a", record=True)
+    )
+    run(job)
+    rows = json.loads((tmp_path / "a.record.json").read_text())["kv"]
+    totals = [sum(row["tokens"].values()) for row in rows]
+    assert max(totals) == most
+    assert totals[0] == 0
+    assert len(rows) == 5 * 4
+
+
 def test_the_same_seed_makes_the_same_video_whatever_ran_before(make: Make):
     first = make(*TINY, "seed=1", preset="self_forcing").frames
     other = make(*TINY, "seed=2", preset="self_forcing").frames

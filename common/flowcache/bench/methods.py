@@ -4,20 +4,21 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from flowcache.bench.continuity import borders_of, drift, seams
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
 from flowcache.errors import UserError
 from flowcache.runtime.config import to_dict
 from flowcache.runtime.metrics import psnr, ssim
-from flowcache.runtime.model import Job, Loaded, Request, VideoModel, load_bench
+from flowcache.runtime.model import Job, Loaded, Progress, Request, VideoModel, load_bench
 from flowcache.runtime.ops import seeded_noise
 from flowcache.runtime.run import Clip, collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
@@ -85,6 +86,15 @@ class Comparison:
     """Whether a step has a pass without text, which can be left out."""
     longer: str | None = None
     """What to change where a clip is too short to be compressed; None: such rows are allowed."""
+    compression: tuple[str, ...] = ("kv.compress=importance",)
+    """Settings of compressed caches in the table of quantised ones."""
+    long: tuple[Method, ...] = ()
+    """Ways to bound the KV cache of a video of any length."""
+
+    @property
+    def slow_preset(self) -> str:
+        """FlowCache-slow of the same attention and passes."""
+        return self.preset.replace("_fast", "_slow")
 
     def chosen(self, names: Iterable[str]) -> list[Method]:
         """Return methods by name and those that they are compared with, in the table's order."""
@@ -132,7 +142,27 @@ def load(job: Job) -> Loaded:
     return load_networks(job, stats=RunStats(job.device))
 
 
-def render(job: Job, networks: Loaded, prompt: str, seed: int, *, noise: float = 0.0) -> Clip:
+class Probe(Protocol):
+    """Follows a run and says more of its clip than every table does."""
+
+    def follow(self, progress: Iterable[Progress], stats: RunStats, /) -> Iterable[Progress]:
+        """Pass on what the run shows."""
+        ...
+
+    def figures(self, clip: Clip, /) -> Mapping[str, Any]:
+        """Return figures of the clip."""
+        ...
+
+
+def render(
+    job: Job,
+    networks: Loaded,
+    prompt: str,
+    seed: int,
+    *,
+    noise: float = 0.0,
+    probe: Probe | None = None,
+) -> Clip:
     """Make a clip in memory.
 
     Args:
@@ -155,7 +185,7 @@ def render(job: Job, networks: Loaded, prompt: str, seed: int, *, noise: float =
         work=job.work,
         draw=disturbed if noise else None,
     )
-    return collect(shown, stats)
+    return collect(shown if probe is None else probe.follow(shown, stats), stats)
 
 
 # The clips of one process -------------------------------------------------------------------------
@@ -195,13 +225,19 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(
-    clip: Clip, attributes: Attributes, *, reference: Tensor | None, base: Tensor | None
+    clip: Clip,
+    attributes: Attributes,
+    *,
+    reference: Tensor | None,
+    base: Tensor | None,
+    borders: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the figures of one clip.
 
     Args:
         reference: frames of the method that all are compared with; None: this is it.
         base: frames of the second method that this one is compared with, if there is one.
+        borders: the first frame of each chunk but the first.
     """
     stats, agrees = clip.stats, judge(clip.frames.numpy()).agrees(attributes)
     times = stats.stage_times()
@@ -220,6 +256,11 @@ def measure(
             value = psnr(clip.frames, other)
             row[f"psnr{suffix}"] = value if math.isfinite(value) else None
             row[f"ssim{suffix}"] = ssim(clip.frames, other)
+    if base is not None:
+        row["drift"] = drift(clip.frames, base)
+        row["seams"] = seams(clip.frames, base, borders=borders)
+    if stats.device.type == "cuda":  # a process's own peak would be that of all methods so far
+        row["peak_bytes"] = stats.peak_memory_bytes()
     return row
 
 
@@ -230,6 +271,7 @@ def render_missing(
     *,
     source: Source,
     log: Path,
+    probe_of: Callable[[Job, Attributes], Probe] | None = None,
 ) -> None:
     """Render and measure what the folder does not hold yet; every clip is a line of the log."""
     jobs = {
@@ -244,7 +286,7 @@ def render_missing(
                 f"{log.parent} holds rows of {name!r} with other settings: choose another --out"
             )
         done.add((name, row["index"]))
-    networks = load(jobs[REFERENCE])
+    loaded = dict[Hashable, Loaded]()
     with log.open("a", encoding="utf-8") as stream:
         for index, (attributes, seed) in prompts.items():
             missing = [m for m in methods if (m.name, index) not in done]
@@ -253,8 +295,18 @@ def render_missing(
             for method in methods:
                 if method not in missing and method.name not in needed:
                     continue
+                job = jobs[method.name]
+                weights = source.model.identity(job)
+                if weights not in loaded:
+                    loaded[weights] = load(job)
+                probe = None if probe_of is None else probe_of(job, attributes)
                 clip = render(
-                    jobs[method.name], networks, attributes.caption, seed, noise=method.noise
+                    job,
+                    loaded[weights],
+                    attributes.caption,
+                    seed,
+                    noise=method.noise,
+                    probe=probe,
                 )
                 if method in missing:
                     figures = measure(
@@ -262,7 +314,9 @@ def render_missing(
                         attributes,
                         reference=frames.get(REFERENCE),
                         base=None if method.base is None else frames[method.base],
+                        borders=borders_of(jobs[method.name].work.segments),
                     )
+                    figures |= {} if probe is None else probe.figures(clip)
                     row = {"method": method.name, "index": index, "seed": seed, **figures}
                     stream.write(json.dumps({**row, "settings": settings[method.name]}) + "\n")
                     stream.flush()

@@ -28,15 +28,16 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 }
 """Ways to quantise to 4 and 2 bits."""
 OF_COMPRESSED = ("centred", "k-means")
-COMPRESSION = ("kv.compress=importance",)
 
 
 def quantized_methods(comparison: Comparison) -> tuple[Method, ...]:
     """Return the rows of a model: vanilla, then KV caches whole and compressed, without reuse."""
-    vanilla, *_, computed = comparison.computed
+    vanilla, computed = comparison.computed[0], comparison.computed[-1]
     whole = replace(computed, name="16 bits", base=None)
     small = replace(
-        whole, name="compressed, 16 bits", overrides=(*computed.overrides, *COMPRESSION)
+        whole,
+        name="compressed, 16 bits",
+        overrides=(*computed.overrides, *comparison.compression),
     )
     noisy = replace(whole, name=f"noise + {NOISE:g}", noise=NOISE, base=whole.name)
     return (

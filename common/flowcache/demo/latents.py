@@ -6,7 +6,7 @@ Axes: N clips, C latent channels, F latent frames, h/w latent rows/columns.
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,12 @@ def drop_some(rng: np.random.Generator, captions: list[str]) -> list[str]:
 
 
 def encode_bank(
-    encode: Callable[[Tensor], Tensor], *, num_clips: int, num_frames: int, folder: Path
+    encode: Callable[[Tensor], Tensor],
+    *,
+    num_clips: int,
+    num_frames: int,
+    folder: Path,
+    known: Statistics | None = None,
 ) -> None:
     """Encode the shards that `folder` lacks, and measure the latents of the first ones.
 
@@ -63,6 +68,7 @@ def encode_bank(
         num_clips: clips wanted in all, rounded up to whole shards.
         num_frames: length of each clip in pixel frames.
         folder: of the training; its `latents` holds the shards.
+        known: statistics of a VAE that was trained before; None: they are measured.
     """
     shards = folder / "latents"
     shards.mkdir(parents=True, exist_ok=True)
@@ -73,10 +79,14 @@ def encode_bank(
             if not path.exists():
                 _write_shard(encode, path, index=index, num_frames=num_frames)
         if not statistics.exists():
-            first_NCFhw = torch.cat([latents for latents, _ in _shards(folder)])
-            values = first_NCFhw.half()[:STATISTICS_CLIPS].double()
-            mean, std = (measure((0, 2, 3, 4)).tolist() for measure in (values.mean, values.std))
-            statistics.write_text(json.dumps({"mean": mean, "std": std}))
+            statistics.write_text(json.dumps(asdict(known or _measured(folder))))
+
+
+def _measured(folder: Path) -> Statistics:
+    first_NCFhw = torch.cat([latents for latents, _ in _shards(folder)])
+    values = first_NCFhw.half()[:STATISTICS_CLIPS].double()
+    mean, std = (measure((0, 2, 3, 4)).tolist() for measure in (values.mean, values.std))
+    return Statistics(mean, std)
 
 
 def _write_shard(

@@ -3,12 +3,15 @@
 Axes: B batch, T frames, H rows, W columns, C latent channels, F latent frames.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from flowcache.demo.optim import new_optimizers
 from flowcache.demo.vae import BatchShape
+from flowcache.wan.vae import original_key
 
 # Frames are 1 + 4 k. Long clips teach that a clip goes on as it began.
 BATCH_SHAPES = tuple(
@@ -83,6 +86,28 @@ def vae_optimizers(vae: AutoencoderKLWan, *, rate: float = 1.0) -> list[torch.op
     return new_optimizers(
         trained, matrices_under=inside, matrix_rate=0.01 * rate, rate=1.5e-3 * rate
     )
+
+
+def original_weights(vae: AutoencoderKLWan) -> dict[str, Tensor]:
+    """Return the weights under the names of `Wan2.1_VAE.pth`, which has no statistics.
+
+    All that read such a file take those of the released VAE. So the convolutions next to the
+    latents are changed: latents that are normalised with these are what they were.
+    """
+    config: Any = vae.config
+    with torch.device("meta"):
+        released: Any = AutoencoderKLWan().config
+    scale = torch.tensor(config.latents_std) / torch.tensor(released.latents_std)
+    mean, shown = torch.tensor(config.latents_mean), torch.tensor(released.latents_mean)
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    weight, bias = (weights[f"quant_conv.{name}"][: len(scale)] for name in ("weight", "bias"))
+    bias.sub_(mean).div_(scale).add_(shown)
+    weight.div_(scale.view(-1, 1, 1, 1, 1))
+    weight, bias = (weights[f"post_quant_conv.{name}"] for name in ("weight", "bias"))
+    bias.add_(weight[..., 0, 0, 0] @ (mean - scale * shown))
+    weight.mul_(scale.view(1, -1, 1, 1, 1))
+    num_blocks = config.num_res_blocks
+    return {original_key(key, num_res_blocks=num_blocks): x for key, x in weights.items()}
 
 
 class WanCodec:

@@ -29,7 +29,7 @@ from flowcache.runtime.files import check_free, check_writable, fresh_path, writ
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
 from flowcache.runtime.offload import stream_blocks
-from flowcache.runtime.ops import release_cache, set_float32_precision
+from flowcache.runtime.ops import release_cache, set_float32_precision, usable_bytes
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
 from flowcache.runtime.plan import per_process
@@ -171,7 +171,7 @@ def prepare(
         check_tuned_for(config.reuse, partial(model.fingerprint, found))
     limit = parse_limit(config.memory_limit)
     if config.memory_limit.lower() == "auto" and device.type == "cuda":
-        limit = torch.cuda.mem_get_info(device)[0]  # what is free
+        limit = usable_bytes(device)
     if config.memory_limit == "none" or not (limit or request.is_dry):
         return job
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
@@ -207,6 +207,7 @@ def job_of(
         replay = read_record(Path(request.replay))
         check_replay(
             replay,
+            chooses_tokens=config.reuse.tokens.is_on,
             ticks={number: segment.ticks for number, segment in enumerate(work.segments)},
             branches=work.branches,
             is_whole_window=work.is_whole,
@@ -424,12 +425,15 @@ class KeptNetworks:
         # what is free, without an explicit limit, depends on what is kept
         asked = job.residence if parse_limit(config.memory_limit) else model.residence(config)
         amounts = (asked.blocks_on_device, asked.vae_strips)
-        choices = (offload, config.attention_kernel, config.compile, amounts)
+        # several processes compile for the tokens that each of them has
+        layout = job.ranks.layout
+        choices = (offload, config.attention_kernel, config.compile, amounts, layout)
         identity = (model.name, job.device, job.dtype, choices, model.identity(job))
         if self._kept is None or self._kept.identity != identity:
             self._kept = None  # frees the memory first
             networks = load_networks(job, stats=RunStats(job.device))
-            self._kept = Kept(identity, networks, None if offload else model.load_text(job))
+            keeps_text = job.ranks.is_first and not offload
+            self._kept = Kept(identity, networks, model.load_text(job) if keeps_text else None)
         return self._kept
 
 

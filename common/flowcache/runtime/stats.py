@@ -332,6 +332,8 @@ class RunStats:
         self.num_reused = 0
         self.computed_flops = 0
         self.flops_without_reuse = 0
+        self.kv_bytes = 0
+        """Of the KV caches of this process, when a chunk was last finished; 0: not known."""
         self._spans: list[_Span] = []
         self._open_stages: list[str] = []
         self._start_seconds = time.perf_counter()

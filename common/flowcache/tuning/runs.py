@@ -55,6 +55,8 @@ class Words:
     """Pixel frames of a tuning clip on the demo: four chunks."""
     token_elements: int
     """Numbers of the latent in a token of the transformer."""
+    preset: str = "flowcache_fast"
+    """Preset that is tuned where none is named."""
 
 
 def words_of(model: VideoModel) -> Words:

@@ -13,6 +13,7 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, S tokens, H h
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -20,13 +21,21 @@ from torch import Tensor
 
 from flowcache.block_reuse import BlockReuse
 from flowcache.compress import KVRule
-from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
+from flowcache.kv import (
+    Attend,
+    KVCache,
+    cached_attention,
+    caches_for,
+    prefetcher_for,
+    tokens_per_chunk,
+)
 from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.quantization import attend_wide, format_of
 from flowcache.runtime.model import SegmentWork
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
+from flowcache.schedule import Tick
 from flowcache.wan.dit import (
     PATCH,
     Around,
@@ -208,15 +217,17 @@ class CachedDiT:
         self.prefetcher = prefetcher_for(self._caches)
         self.kept = dict[str, KeptKeys]()
         """Of own branches, where tokens stay by a budget."""
-        if budget is not None:
-            for name, branch in self.own.items():
-                self.kept[name] = KeptKeys(
-                    dit, budget, caches=branch.caches, ranks=ranks, size=size
-                )
+        self._tracked = dict[str, list[KVCache]]()
+        """Of own branches, where a record says what the caches hold."""
+        for name, branch in self.own.items():
+            caches = branch.caches
+            if budget is not None:
+                self.kept[name] = KeptKeys(dit, budget, caches=caches, ranks=ranks, size=size)
                 branch.caches = []  # they may be replaced
-        elif stats.trace is not None:
-            for cache in self._caches:
-                cache.track(num_chunks)
+            if stats.trace is not None and (budget is None or not self.kept[name].classes):
+                self._tracked[name] = caches
+                for cache in caches:
+                    cache.track(num_chunks)
 
     @property
     def _caches(self) -> list[KVCache]:
@@ -348,6 +359,17 @@ class CachedDiT:
             cache.pack()
         for kept in self.kept.values():
             kept.settle(num_frames * self.frame_tokens, chunk=chunk)
+        self.stats.kv_bytes = self.kv_bytes
+
+    def trace_tokens(self, tick: Tick) -> None:
+        """Trace the clean tokens of each chunk after a tick; classes of heads are left out."""
+
+        def tokens(caches: Sequence[KVCache]) -> Tensor:
+            sequence = self.ranks.sequence
+            return sequence.all_reduce(tokens_per_chunk(caches)) / sequence.size
+
+        for name, caches in self._tracked.items():
+            self.stats.keep_tokens(0, tick.index, branch=name, tokens=partial(tokens, caches))
 
     def switch(self, name: str, text_1LD: Tensor) -> None:
         """Give a branch another prompt from now on; keys that were made stay."""
