@@ -17,7 +17,7 @@ from flowcache.api import Pipeline
 from flowcache.serve.app import make_app
 from flowcache.serve.jobs import Jobs
 
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 @pytest.fixture(scope="session")
