@@ -12,9 +12,12 @@ it with a second method, so that what reuse does is not mixed with what else dif
 
 `--table methods` has the published methods. `--table reuse` has every reuse policy with the
 predictors that make sense at three budgets, from what scripts/tune_budgets.py made, and says
-whether a tuned plan keeps what is claimed of it. `--table quantized` has KV caches in 8, 4 and 2
-bits, whole and compressed, compared with the same caches in the dtype of the model. `--table long`
-has ways to bound the KV cache of long videos (self_forcing) at several lengths, without references.
+whether a tuned plan keeps what is claimed of it. `--table rivals` has every rule at the FLOPs of
+FlowCache-slow, FlowCache-fast and half of the latter (scripts/rivals.sh makes all that it needs),
+with intervals, drift, seams, published figures, and a drawing. `--table quantized` has KV caches in
+8, 4 and 2 bits, whole and compressed, compared with the same caches in the dtype of the model.
+`--table long` has ways to bound the KV cache of long videos (self_forcing) at several lengths,
+without references.
 """
 
 import argparse
@@ -53,8 +56,20 @@ from flowcache.bench.methods import (
     unseen_prompts,
 )
 from flowcache.bench.quantized import quantized_markdown, quantized_methods
-from flowcache.bench.reuse import claims, read_budgets, reuse_methods
+from flowcache.bench.reuse import LEVELS, claims, read_budgets, reuse_methods
+from flowcache.bench.rivals import (
+    PUBLISHED,
+    RIVAL_LEVELS,
+    figure_rows,
+    frontier,
+    rival_claims,
+    rival_markdown,
+    rival_methods,
+    rival_rules,
+    rival_table,
+)
 from flowcache.errors import UserError
+from flowcache.report.figures import draw_rivals
 from flowcache.runtime.cli import add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import load_model
@@ -78,12 +93,15 @@ def parse_options() -> argparse.Namespace:
     add_checkpoint(parser)
     parser.add_argument(
         "--table",
-        choices=("methods", "reuse", "quantized", "long"),
+        choices=("methods", "reuse", "quantized", "rivals", "long"),
         default="methods",
         help="which (default: methods)",
     )
     parser.add_argument(
-        "--profiles", type=Path, metavar="DIR", help="of --table reuse: tune_budgets.py's folder"
+        "--profiles",
+        type=Path,
+        metavar="DIR",
+        help="of --table reuse and rivals: tune_budgets.py's folder",
     )
     parser.add_argument(
         "--lengths",
@@ -147,6 +165,8 @@ def compare(options: argparse.Namespace) -> None:
     if options.table == "quantized":
         kv_bytes = {m.name: prepare_method(m, source).work.kv_bytes for m in methods}
         write_table(options, table, text=quantized_markdown(table, kv_bytes), kv_bytes=kv_bytes)
+    elif options.table == "rivals":
+        write_rivals(options, rival_table(rows, methods))
     elif options.table == "reuse":
         lines = claims(table)
         text = "\n".join([reuse_markdown(table), *(f"- {line}" for line in lines)])
@@ -166,8 +186,27 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
         key = load_model(options.architecture).keys["num_frames"]
         methods = long_methods(comparison, options.lengths, key=key)
         return replace(comparison, methods=methods)
-    budgets = read_budgets(options.profiles, model=options.architecture, checkpoint=options.model)
-    return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
+    model, is_rivals = options.architecture, options.table == "rivals"
+    levels = RIVAL_LEVELS if is_rivals else tuple(LEVELS)
+    budgets = read_budgets(options.profiles, model=model, checkpoint=options.model, levels=levels)
+    if not is_rivals:
+        return replace(comparison, methods=reuse_methods(comparison, budgets, options.profiles))
+    rules = rival_rules(comparison, load_model(model).presets)
+    methods = rival_methods(comparison, budgets, options.profiles, rules=rules)
+    return replace(comparison, methods=methods)
+
+
+def write_rivals(options: argparse.Namespace, table: Sequence[dict[str, Any]]) -> None:
+    """Write the table of rivals and its drawing."""
+    lines = rival_claims(table)
+    published = PUBLISHED.get(options.architecture, ())
+    said = "".join(f"- {line}\n" for line in lines)
+    text = f"{rival_markdown(table, published)}\n{said}"
+    write_table(options, table, text=text, claims=lines)
+    name = f"{options.architecture} {options.model}"
+    figure = draw_rivals(figure_rows(table), frontier(table), model=name)
+    write_text(options.out / "rivals.svg", figure)
+    print(f"wrote {options.out / 'rivals.svg'}")
 
 
 def write_table(

@@ -13,15 +13,18 @@ Results are kept row by row under --work; a second start goes on where the first
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
 
 start_quietly(__name__)
 
+from flowcache.errors import UserError
 from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_free, check_writable, write_json, write_text
@@ -57,6 +60,7 @@ from flowcache.tuning.study import (
     markdown,
     measure,
     random_plans,
+    search,
     summarize,
 )
 
@@ -108,6 +112,21 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="plans may also run the conditional guidance pass alone in some computed steps",
     )
     parser.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="TRIALS",
+        help="so many plans near the best one are tried on finished calibration clips, and the one "
+        "with the least error is taken (default: 0)",
+    )
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        help="of --search: standard deviations of the errors of frames that are added to their "
+        "mean (default: 0)",
+    )
+    parser.add_argument(
         "--work", type=Path, default=Path("result/tune"), help="folder of the measured rows"
     )
     parser.add_argument("--out", type=Path, help="profile to write (default: WORK/profile.yaml)")
@@ -130,6 +149,7 @@ def command(options: argparse.Namespace) -> None:
     constraints = Constraints()
     model = load_model(options.architecture)
     options.preset = options.preset or words_of(model).preset
+    check_search(options)
     runs = Runs(
         model,
         options.model,
@@ -177,13 +197,55 @@ def command(options: argparse.Namespace) -> None:
         f"gentlest     {gentlest.cost:g} of {num_steps} steps: {gentlest.psnr:.1f} dB expected; "
         "no plan is better"
     )
+    before = plan
+    if options.search:
+        plan = improved(runs, rows, calibrating, found, plan, constraints, options=options)
     name = f"{options.architecture} {options.model}"
     write_profile(make_profile(runs, calibrating, found, plan, model=name), out)
     print(f"profile      {out}: {plan.num_computed} of {num_steps} steps are computed")
     print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
-    check(runs, rows, unseen, found, plan, profile=out.resolve(), options=options)
+    check(runs, rows, unseen, found, plan, before=before, profile=out.resolve(), options=options)
+
+
+def check_search(options: argparse.Namespace) -> None:
+    """Refuse what no search can do."""
+    if options.search < 0:
+        raise UserError(f"--search must be 0 or more trials, not {options.search}")
+    if not 0 <= options.spread < math.inf:
+        raise UserError(f"--spread must be 0 or more, not {options.spread:g}")
+    if options.spread and not options.search:
+        raise UserError("--spread weighs what --search looks for: give --search TRIALS, too")
+
+
+def improved(
+    runs: Runs,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    found: Found,
+    plan: Plan,
+    constraints: Constraints,
+    *,
+    options: argparse.Namespace,
+) -> Plan:
+    """Search for a better plan of the same cost; say what came of it."""
+    result = search(
+        runs,
+        rows,
+        prompts,
+        found,
+        plan,
+        constraints=constraints,
+        num_trials=options.search,
+        spread=options.spread,
+    )
+    what = f"mean + {options.spread:g} sd" if options.spread else "mean"
+    print(
+        f"search       {result.num_tried} plans on {len(prompts)} clips: the {what} error of a "
+        f"frame was {result.first_cost:.4g} pixel levels and is {result.cost:.4g}"
+    )
+    return result.plan
 
 
 def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
@@ -192,9 +254,10 @@ def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     width = size.sketch_width
     held_as = "as they are" if width is None else f"as sketches of {width} numbers"
     num_measured = NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
+    tried = f", at most {options.clips * (options.search + 2)} to search" if options.search else ""
     return [
         f"clips        {options.clips} to calibrate on, {num_measured} to measure what an error "
-        f"means, {options.check_prompts} with every method to compare",
+        f"means{tried}, {options.check_prompts} with every method to compare",
         f"FLOPs        {scaled(size.flops, 'FLOP')} per clip with every step computed",
         f"velocities   {size.num_elements} numbers per chunk and step, {size.num_active} chunks at "
         f"once, held {held_as}",
@@ -209,10 +272,15 @@ def check(
     found: Found,
     plan: Plan,
     *,
+    before: Plan,
     profile: Path,
     options: argparse.Namespace,
 ) -> None:
-    """Compare the plan with everything else on unseen prompts; print and draw the table."""
+    """Compare the plan with everything else on unseen prompts; print and draw the table.
+
+    Args:
+        before: the plan that a search began with.
+    """
     if not prompts:
         return
     num_steps, words, work, size = runs.size().num_steps, runs.words, options.work, runs.size()
@@ -220,6 +288,9 @@ def check(
     methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
     expected = dict[str, float]()
     shared = {min(found.plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES}
+    if plan != before:
+        name = f"searched {plan.num_computed}, {predictor_name(plan)}"
+        methods.append(replace(planned(plan), name=name))
     for cost in sorted({plan.cost, *shared}):
         own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(

@@ -2,10 +2,11 @@
 """Make what `bench_demo.py --table reuse` compares: three budgets, and every rule set to meet them.
 
 FlowCache-fast, as published, is measured on calibration clips. Its FLOPs are the middle budget; 0.6
-and 1.3 times as many are the others. Then one calibration gives a profile for each budget, by
+and 1.3 times as many are the others (`--levels rivals`: those of FlowCache-slow and half of
+FlowCache-fast's, for --table rivals). Then one calibration gives a profile for each budget, by
 scripts/tune.py, and a search on two of the clips gives the thresholds of the adaptive rules:
 
-    OUT/flops_0.37.yaml, ...   profiles
+    OUT/flops_0.37.yaml, ...   profiles; with --search also those of searched plans
     OUT/budgets.yaml           thresholds, even steps, fitted factors, and the command
 
 What is measured is kept in OUT/work; a second start goes on where the first one stopped.
@@ -39,6 +40,14 @@ from flowcache.bench.reuse import (
     suiting_factor,
     write_budgets,
 )
+from flowcache.bench.rivals import (
+    FAST,
+    HALF,
+    RIVAL_LEVELS,
+    SLOW,
+    rival_rules,
+    searched_profile,
+)
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable
@@ -53,7 +62,13 @@ from flowcache.tuning.study import Rows
 NUM_SEARCH_CLIPS = 2
 HALF_A_STEP = 0.55
 """How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
-STARTS = {"flowcache": 0.15, "content": 0.15, "teacache": 0.1, "magcache": 0.2}
+STARTS = {
+    "flowcache": 0.15,
+    "content": 0.15,
+    "teacache": 0.1,
+    "magcache": 0.2,
+    "motioncache": 0.15,
+}
 """Thresholds that the search begins with."""
 EXAMPLES = """examples:
   python scripts/tune_budgets.py --out result/reuse_skyreels_v2
@@ -82,6 +97,19 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_checkpoint(parser)
     parser.add_argument("--clips", type=int, default=8, help="to calibrate on (default: 8)")
+    parser.add_argument(
+        "--levels",
+        choices=("reuse", "rivals"),
+        default="reuse",
+        help="the budgets of which table (default: reuse)",
+    )
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="TRIALS",
+        help="of --levels rivals: plans tried on finished clips, see tune.py (default: 0)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of profiles and budgets")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all runs")
     return parser.parse_intermixed_args(argv)
@@ -96,21 +124,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     settle_checkpoint(options)
+    check_search(options)
     check_writable(options.out)
     bench = open_bench(options)
     words, preset = bench.comparison.words, bench.comparison.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
     print(f"FlowCache-fast spends {fast:.4f} of the FLOPs of every step")
-    profiles = {level: tuned(bench, min(times * fast, 1)) for level, times in LEVELS.items()}
+    multiples = rival_multiples(bench, fast) if options.levels == "rivals" else LEVELS
+    wanted = {level: min(times * fast, 1) for level, times in multiples.items()}
+    profiles = {level: tuned(bench, flops) for level, flops in wanted.items()}
+    if options.search:
+        for level, flops in wanted.items():
+            tuned(bench, flops, searched=searched_profile(profiles[level]))
     model = error_model(bench.work)
     levels = {
         level: make_level(path, read_profile(path), model) for level, path in profiles.items()
     }
-    wanted = [(rule, MID) for rule in rule_names(words)]
-    wanted += [("flowcache", level) for level in LEVELS if level != MID]
     adaptive = [
-        make_adaptive(bench, rule, level, levels[level], fast=fast, model=model)
-        for rule, level in wanted
+        make_adaptive(bench, rule, level, levels[level], wanted=wanted[level], model=model)
+        for rule, level in rules_of(bench)
     ]
     budgets = Budgets(
         command=shlex.join(["python", *sys.argv]),
@@ -146,15 +178,48 @@ def open_bench(options: argparse.Namespace) -> Bench:
     return Bench(comparison, Trials(runs, rows, prompts[:NUM_SEARCH_CLIPS]), options)
 
 
-def tuned(bench: Bench, flops: float) -> Path:
-    """Return the profile of a budget; it is made if it isn't there."""
+def check_search(options: argparse.Namespace) -> None:
+    """Refuse what no search can do."""
+    if options.search < 0:
+        raise UserError(f"--search must be 0 or more trials, not {options.search}")
+    if options.search and options.levels != "rivals":
+        raise UserError("--search makes the searched plans of --levels rivals: give that, too")
+
+
+def rival_multiples(bench: Bench, fast: float) -> dict[str, float]:
+    """Return the budgets of --table rivals as multiples of FlowCache-fast's FLOPs."""
+    comparison = bench.comparison
+    own = published(comparison.words)
+    slow = bench.trials.outcome(own, preset=comparison.slow_preset).flops
+    print(f"FlowCache-slow spends {slow:.4f}")
+    return {SLOW: slow / fast, FAST: 1.0, HALF: 0.5}
+
+
+def rules_of(bench: Bench) -> list[tuple[str, str]]:
+    """Return the adaptive rules, each with the level that it is set to."""
+    words = bench.comparison.words
+    if bench.options.levels == "rivals":
+        rules = rival_rules(bench.comparison, bench.trials.runs.model.presets)
+        return [(rule, level) for level in RIVAL_LEVELS for rule in rules]
+    every = [(rule, MID) for rule in rule_names(words)]
+    return every + [("flowcache", level) for level in LEVELS if level != MID]
+
+
+def tuned(bench: Bench, flops: float, *, searched: Path | None = None) -> Path:
+    """Return the profile of a budget; it is made if it isn't there.
+
+    Args:
+        searched: where that of the searched plan is wanted; None: the planned one is.
+    """
     options = bench.options
-    path = options.out / f"flops_{flops:.2f}.yaml"
+    path = searched or options.out / f"flops_{flops:.2f}.yaml"
     if path.is_file():
         return path
     line = ["--model", options.model, "--architecture", options.architecture]
     line += ["--preset", bench.comparison.preset, "--target", f"flops={flops:.4f}"]
     line += ["--clips", str(options.clips), "--check-prompts", "0"]
+    if searched is not None:
+        line += ["--search", str(options.search)]
     line += ["--work", str(bench.work), "--out", str(path), *options.settings]
     tune.command(tune.parse_options(line))
     return path
@@ -184,10 +249,10 @@ def make_level(path: Path, profile: Profile, model: ErrorModel) -> Level:
 
 
 def make_adaptive(
-    bench: Bench, rule: str, level: str, own: Level, *, fast: float, model: ErrorModel
+    bench: Bench, rule: str, level: str, own: Level, *, wanted: float, model: ErrorModel
 ) -> Adaptive:
     """Return an adaptive rule with the threshold that comes nearest to a budget."""
-    words, wanted = bench.comparison.words, fast * LEVELS[level]
+    words, is_rivals = bench.comparison.words, bench.options.levels == "rivals"
     preset, settings = rule_settings(
         rule, words, preset=bench.comparison.preset, profile=bench.options.out / own.profile
     )
@@ -198,12 +263,13 @@ def make_adaptive(
         return bench.trials.outcome([*settings, *given], preset=preset)
 
     threshold = None
-    if (rule, level) != ("flowcache", MID):
+    if (rule, level) not in (("flowcache", MID), ("flowcache", FAST)):
         threshold = find_threshold(
             lambda value: outcome(value).flops,
             wanted,
             start=STARTS[rule],
             tolerance=HALF_A_STEP / bench.trials.runs.size().num_steps,
+            takes_nearest=is_rivals,
         )
     found = outcome(threshold)
     print(f"{rule:10} {level:5} threshold {threshold} spends {found.flops:.4f} of {wanted:.4f}")

@@ -45,7 +45,7 @@ OPENED = (*MODELS, "scripts")
 NOTHING_HERE = {
     *(f"docs/{name}.md" for name in ("architecture", "development", "glossary", "install")),
     *(f"docs/{name}.md" for name in ("magi1", "output", "python", "reproduction", "results")),
-    *(f"docs/{name}.md" for name in ("serving", "skyreels_v2", "speed")),
+    *(f"docs/{name}.md" for name in ("serving", "skyreels_v2", "small_cards", "speed")),
 }
 """Pages whose commands, if any, are all run elsewhere."""
 SHORT = (
@@ -55,6 +55,7 @@ SHORT = (
 """What makes a video -> settings behind it that make it short."""
 ELSEWHERE = {
     "scripts/setup.sh": ("tests/runtime/test_setup.py", "setup.sh"),
+    "scripts/memory_tables.py": ("tests/scripts/test_memory_tables.py", "memory_tables"),
     "scripts/gpu_check.sh": ("tests/scripts/test_gpu_check.py", "gpu_check.sh"),
     "scripts/bench_gpu.py": ("tests/scripts/test_bench_gpu.py", "flowcache.gpu"),
     "scripts/bench_peers.py": ("tests/scripts/test_bench_peers.py", "bench_peers"),
@@ -62,6 +63,7 @@ ELSEWHERE = {
     "scripts/quantize_error.py": ("tests/scripts/test_quantize_error.py", "quantize_error"),
     "bash serve.sh": ("tests/serve/test_app.py", "serve.sh"),
     "scripts/test.sh": (".ci/run", "test.sh"),
+    "scripts/rivals.sh": ("tests/demo/test_rivals.py", "rivals"),
     "scripts/reproduce": ("tests/scripts/test_table.py", "reproduce_"),
     "scripts/bench_demo.py": ("tests/demo/test_bench.py", "bench_demo"),
     "scripts/make_tables.py": ("tests/scripts/test_make_tables.py", "make_tables"),

@@ -28,18 +28,21 @@ from flowcache.bounds import (
     Threshold,
     check_values,
 )
-from flowcache.compress import KVRule, strategy_of
+from flowcache.compress import KVRule, PlainStrategy, strategy_of
 from flowcache.errors import UserError
 from flowcache.policies import ReuseRule, check_guidance, check_reuse
+from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import (
     MAX_PROCESSES,
     KernelName,
+    NumBlocks,
     ParallelRule,
     check_prompt,
     describe,
     load_config,
     parse_limit,
 )
+from flowcache.tokens import PUBLISHED_FOR_LATENTS, TokenRule, check_tokens
 from magi1.released import FIELDS, PRESETS
 
 if TYPE_CHECKING:
@@ -303,12 +306,14 @@ class ReuseConfig(ReuseRule):
     threshold: Threshold = 0.01
     compute_last_step: bool = False
     predict: Quantity = "latent_update"
+    tokens: TokenRule = PUBLISHED_FOR_LATENTS
 
 
 @dataclass(frozen=True)
 class KVConfig(KVRule):
     """How many chunks the KV cache holds, and which clean tokens stay."""
 
+    compress: PlainStrategy = "none"
     total_chunks: Annotated[int, Bounds(1, MAX_FRAMES)] = 5
 
 
@@ -339,6 +344,7 @@ class RunConfig(ReleaseConfig):
     device: str = "auto"
     offload: bool = False
     memory_limit: str = "auto"
+    blocks_on_device: NumBlocks = None
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
@@ -366,6 +372,7 @@ class RunConfig(ReleaseConfig):
         check_prompt("prompt", self.prompt)
         check_reuse(self.reuse, num_steps=self.runtime_config.num_steps, least_warmup=0)
         check_guidance(self.reuse, num_passes=self.runtime_config.cfg_number)
+        self._check_tokens()
         self._check_scales()
         self._check_given()
         self._check_decoding()
@@ -376,6 +383,11 @@ class RunConfig(ReleaseConfig):
                 f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
                 "leave dtype at auto"
             )
+
+    def _check_tokens(self) -> None:
+        rule, num_steps = self.reuse, self.runtime_config.num_steps
+        level = PREDICTORS[rule.predict].level
+        check_tokens(rule, num_steps=num_steps, level=level, compress=self.kv.compress)
 
     def _check_scales(self) -> None:
         if self.guidance is None:

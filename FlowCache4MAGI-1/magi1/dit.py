@@ -24,6 +24,7 @@ from torch.nn import functional
 from flowcache.attention import SDPA, Kernel
 from flowcache.kv import Attend
 from flowcache.runtime.compile import Compilation, compiled
+from flowcache.runtime.offload import BlockStream, in_turn
 from flowcache.runtime.ops import Linear, attention_flops, linear_flops, linear_in_float32
 from flowcache.runtime.parallel import TokenSplit
 from magi1.config import PROJECTION_GROUPS, ModelConfig
@@ -425,6 +426,8 @@ class DiT(nn.Module):
         self.config = config
         self.kernel = self.cross_kernel = kernel
         self.parts = LayerParts()
+        self.stream: BlockStream | None = None
+        """Brings the layers that do not stay on the device; None: all stay."""
         self.patch = (config.t_patch_size, config.patch_size, config.patch_size)
         volume = config.t_patch_size * config.patch_size**2
         self.x_embedder = nn.Conv3d(
@@ -481,7 +484,8 @@ class DiT(nn.Module):
             mask_RL: which tokens count (bool); None: all.
         """
         text_RLD = self.y_embedder.y_proj_xattn(text_RLC).to(self.dtype)
-        return [layer.self_attention.encode(text_RLD, mask_RL) for layer in self._layers]
+        layers = in_turn(self._layers, self.stream)
+        return [layer.self_attention.encode(text_RLD, mask_RL) for layer in layers]
 
     def rope_table(
         self, *, first_frame: int, num_frames: int, latent_height: int, latent_width: int
@@ -510,7 +514,7 @@ class DiT(nn.Module):
             self_attend: decides what the tokens may see.
         """
         x = embedded.tokens
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(in_turn(self._layers, self.stream)):
             x = layer(
                 x,
                 embedded.condition,
@@ -534,6 +538,7 @@ class DiT(nn.Module):
         is_null: bool = False,
         step_width: float | None = None,
         split: TokenSplit | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Send neighbouring chunks through the embedding and all layers: `[B, S, D]`.
 
@@ -541,6 +546,7 @@ class DiT(nn.Module):
             t_BN: see `embed`, as are `is_null` and `step_width`.
             first_frame: where they start, in latent frames from the start of the video.
             split: which tokens this process computes; None: all.
+            rows: tokens that go through the layers, the others stay as embedded; None: all.
         """
         num_frames, height, width = x_BCFhw.shape[2:]
         embedded = self.embed(x_BCFhw, t_BN, is_null=is_null, step_width=step_width)
@@ -550,6 +556,10 @@ class DiT(nn.Module):
             latent_height=height,
             latent_width=width,
         )
+        if rows is not None:
+            some = Embedded(embedded.tokens[:, rows], embedded.condition)
+            made = self.run_blocks(some, rope[rows], context, self_attend=self_attend)
+            return embedded.tokens.index_copy(1, rows, made)
         if split is None:
             return self.run_blocks(embedded, rope, context, self_attend=self_attend)
         hidden = self.run_blocks(
@@ -617,7 +627,7 @@ class DiT(nn.Module):
         condition = x.new_zeros(1, 1, config.condition_width)
         rope = torch.zeros(num_tokens, ROPE_AXES * len(bands), 2, device=bands.device)
         # the first layer is never 8-bit, the second is if any is
-        for layer in self._layers[:2]:
+        for layer in in_turn(self._layers[:2], self.stream):
             q, _, _, qx = self.parts.before(layer, x, rope)
             self.parts.after(layer, x, q, qx, condition)
 

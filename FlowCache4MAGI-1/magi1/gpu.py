@@ -91,7 +91,7 @@ def magi1_vae(job: Job, size: Size, fill: Fill) -> VAE:
     fill(network)
     scale = job.config.runtime_config.scale_factor
     return VAE(
-        network.to("cpu") if job.config.offload else network,
+        network.to("cpu") if job.placed.offload else network,
         scale=scale,
         tiling=tiling_of(job.config),
     )

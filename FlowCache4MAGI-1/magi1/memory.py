@@ -95,7 +95,7 @@ class ClipMemory(Footprint):
     def stages(self, residence: Residence) -> list[Stage]:
         """Return the stages of the run, given what is kept on the host."""
         is_dit_here = not residence.dit_aside
-        dit, codec = self._dit(is_dit_here), self._vae(is_here=True)
+        dit, codec = self.dit_part(residence), self._vae(is_here=True)
         size_remedy = "lower video_size_h and video_size_w"
         made = [self.text_stage(residence, scratch=self.text_scratch)]
         if self.encode_scratch:
@@ -104,7 +104,7 @@ class ClipMemory(Footprint):
         kept = [self.kv_part(residence), *self._held()]
         decoding = self.decode_scratch * (self.overlaps and is_dit_here)
         denoise = (
-            *(self._dit(True), *kept, self._shown(is_held=True)),
+            *(self.dit_part(residence, is_at_work=True), *kept, self._shown(is_held=True)),
             Part("activations", self.dit_scratch, "lower runtime_config.chunk_width"),
             self.scoring_part(residence),
             self._vae(is_here=is_dit_here),
@@ -120,8 +120,17 @@ class ClipMemory(Footprint):
         )
         return [*made, Stage("denoise", denoise), Stage("decode", decode)]
 
-    def _dit(self, is_here: bool) -> Part:
-        return Part("the transformer", self.work.weight_bytes * is_here, "use a smaller model")
+    def decode_flops(self, residence: Residence) -> float:
+        """Return the FLOPs of decoding: two per weight of the decoder, which has half of all, and
+        latent position; where tiles overlap, once.
+        """
+        parameters = sum(parameter.numel() for parameter in self.networks.vae.model.parameters())
+        latents = self.clip.num_latents * self.size[0] * self.size[1]
+        return parameters * latents
+
+    def text_flops(self) -> float:
+        """Return the FLOPs of encoding the prompt: two per weight and token."""
+        return 2 * self.work.text_tokens * self._text_bytes / self.networks.text_dtype.itemsize
 
     def _vae(self, *, is_here: bool) -> Part:
         return Part("the VAE", self.vae_bytes * is_here, "set offload=true")

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
@@ -237,7 +237,10 @@ class Magi(VideoModel):
                 "cp_size and pp_size of the config are left out: several GPUs are used with "
                 "torchrun and divided by parallel.branch and parallel.sequence"
             )
-        return job.source.files.load_dit(device=job.device, dtype=job.dtype)
+        return job.source.files.load_dit(device=job.dit_device, dtype=job.dtype)
+
+    def blocks(self, dit: DiT) -> Sequence[nn.Module]:
+        return list(dit.videodit_blocks.layers)
 
     def compile(self, job: Job, dit: DiT) -> None:
         dit.parts = compiled_parts()

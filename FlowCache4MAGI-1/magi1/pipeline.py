@@ -8,14 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowcache.policies import Observe, Policies, guidance_of, store_of
+from flowcache.policies import Calibration, Observe, Policies, guidance_of, store_of
 from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.memory import HostWeights, aside
 from flowcache.runtime.model import Progress, Work
+from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
+from flowcache.tokens import check_one_process, tokens_of
 from magi1.config import RunConfig
 from magi1.dit import DiT
 from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
@@ -57,6 +58,7 @@ def generate_clip(
     """
     device = dit.x_embedder.weight.device
     ranks = Ranks() if ranks is None else ranks
+    check_one_process(config.reuse.tokens, num_processes=ranks.place.size)
     policy = policy_of(config) if policies is None else policies(segment=0, branch=ALL_BRANCHES)
     codec = _Codec(vae, dit, takes_turns=config.offload, stats=stats, ranks=ranks)
     prefix = None if conditioning.prefix is None else codec.encode(conditioning.prefix)
@@ -93,7 +95,10 @@ def generate_clip(
             kv_storage=torch.device("cpu") if config.engine_config.kv_offload else None,
         ),
         reuse=Reuse(
-            ranks.decided_by(policy, branch=0), store_of(config.reuse), guidance_of(config.reuse)
+            ranks.decided_by(policy, branch=0),
+            store_of(config.reuse),
+            guidance_of(config.reuse),
+            tokens_of(config.reuse, Calibration()),
         ),
         stats=stats,
         observe=observe,
@@ -118,8 +123,10 @@ class _Codec:
     ) -> None:
         self.vae, self.stats, self.ranks = vae, stats, ranks
         self.device = dit.x_embedder.weight.device
-        self.dit_weights = HostWeights(dit, self.device) if takes_turns else None
-        self.vae_weights = HostWeights(vae.model, self.device) if takes_turns else None
+        self.dit_weights = self.vae_weights = None
+        if takes_turns:
+            self.dit_weights = HostWeights(dit, self.device, stream=dit.stream)
+            self.vae_weights = HostWeights(vae.model, self.device)
 
     def encode(self, pixels_3THW: Tensor) -> Tensor:
         """Return float32 latents `[C, F, h, w]`."""

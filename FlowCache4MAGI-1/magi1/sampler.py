@@ -31,6 +31,7 @@ from flowcache.quantization import KVFormat
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
+from flowcache.tokens import TokenChoice, patches_of, pixels_of
 from magi1.config import Quantity, ReleaseConfig
 from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops, rotate
 from magi1.schedule import Clip, Clock
@@ -188,6 +189,8 @@ class Reuse:
     """One decision serves all guidance passes: their signal is the same."""
     results: ResultStore = field(default_factory=ResultStore)
     held_guidance: HeldGuidance = field(default_factory=HeldGuidance)
+    tokens: TokenChoice | None = None
+    """Which tokens of a chunk are computed; None: all."""
 
 
 @dataclass
@@ -249,6 +252,8 @@ class ClipSampler:
         """Clean tokens in each cache."""
         self.waiting: tuple[int, ...] = ()
         """Chunks that became clean in the last tick; the next one makes their keys final."""
+        self.rows: dict[int, Tensor] = {}
+        """Chunks of which, in this tick, some tokens alone are computed, and which."""
         self.num_unshared = 0
         """Chunks whose clean keys the branches don't share yet, see `_share`."""
 
@@ -321,10 +326,14 @@ class ClipSampler:
 
     def _computed(self, tick: Tick, *, held: Collection[int]) -> list[int]:
         """Ask the policy which chunks are computed, and record its answer."""
-        policy, signals = self.reuse.policy, dict[int, Tensor]()
+        policy, signals, tokens = self.reuse.policy, dict[int, Tensor](), self.reuse.tokens
         if policy.needs_signals:
             signals = {chunk: self._signal(chunk, step) for chunk, step in tick.steps.items()}
-        plan = policy.plan(tick, signals, stored=self.reuse.results.units())
+        stored = self.reuse.results.units()
+        plan = policy.plan(tick, signals, stored=stored)
+        if tokens is not None:
+            plan = tokens.choose(tick, plan, stored=stored)
+        self.rows = {c: decision.rows for c, decision in plan.items() if decision.rows is not None}
         for chunk, decision in plan.items():
             rows = {ALL_BRANCHES: decision}
             if self.reuse.held_guidance.is_on:
@@ -382,7 +391,20 @@ class ClipSampler:
                 step_size=self.timesteps[step + 1] - t,
                 results=self.reuse.results,
                 quantity=self.sampling.quantity,
+                where=self._computed_pixels(chunk),
             )
+            if self.reuse.tokens is not None:
+                patch = self.dit.config.patch_size
+                self.reuse.tokens.see(chunk, patches_of(latents, size=patch))
+
+    def _computed_pixels(self, chunk: int) -> Tensor | None:
+        """Return which latent pixels of a chunk are computed, `[F, 1, h, w]`; None: all."""
+        if chunk not in self.rows:
+            return None
+        like, width = self.inputs.frames(chunk), self.clip.chunk_width
+        none = torch.zeros(self.chunk_tokens, dtype=torch.bool, device=like.device)
+        is_own_FP = none.index_fill(0, self.rows[chunk], True).unflatten(0, (width, -1))
+        return pixels_of(is_own_FP, size=self.dit.config.patch_size, like=like).movedim(1, 0)
 
     def _finish(self, tick: Tick) -> None:
         self._share()
@@ -390,6 +412,8 @@ class ClipSampler:
         for chunk in tick.finishing:
             self.reuse.results.drop(chunk)
             self.reuse.held_guidance.drop(chunk)
+            if self.reuse.tokens is not None:
+                self.reuse.tokens.drop(chunk)
             del self.contexts[chunk]
 
     # The keys of clean chunks ---------------------------------------------------------------------
@@ -511,11 +535,23 @@ class ClipSampler:
             offset=list(tick.steps).index(chunk) * self.chunk_tokens,
             reach=self.clock.reach(tick.steps[chunk]),
             keeps_queries=self.sampling.budget is not None,
+            rows=self.rows.get(chunk),
         )
-        return self._pass(name, tick, chunk, position=chunk, is_null=branch.is_null, attend=attend)
+        return self._pass(
+            name,
+            tick,
+            chunk,
+            position=chunk,
+            is_null=branch.is_null,
+            attend=attend,
+            rows=self.rows.get(chunk),
+        )
 
     def _alone(self, name: str, tick: Tick, chunk: int, *, position: int) -> Tensor:
-        """Compute a chunk's velocity without the chunks before it; as "alone" without its text."""
+        """Compute a chunk's velocity without the chunks before it; as "alone" without its text.
+
+        Nothing is kept of it, so that all tokens are computed even where some are enough.
+        """
 
         def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.dit.kernel(q, k, v)
@@ -524,9 +560,21 @@ class ClipSampler:
         return self._pass(name, tick, chunk, position=position, is_null=is_null, attend=attend)
 
     def _pass(
-        self, name: str, tick: Tick, chunk: int, *, position: int, is_null: bool, attend: Attend
+        self,
+        name: str,
+        tick: Tick,
+        chunk: int,
+        *,
+        position: int,
+        is_null: bool,
+        attend: Attend,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Compute a chunk's velocity `[C, F, h, w]` as `name`, and show it."""
+        """Compute a chunk's velocity `[C, F, h, w]` as `name`, and show it.
+
+        Args:
+            rows: tokens whose velocities are computed; the others mean nothing. None: all.
+        """
         with self.stats.timed_pass([self._pass_id(tick, chunk, is_text=not is_null)]):
             hidden = self._hidden(
                 self.inputs.frames(chunk),
@@ -536,6 +584,7 @@ class ClipSampler:
                 is_null=is_null,
                 context=self.null_context if is_null else self.contexts[chunk],
                 attend=attend,
+                rows=rows,
             )
             velocity = self.dit.velocity(
                 hidden, latent_height=self.size[0], latent_width=self.size[1]
@@ -553,6 +602,7 @@ class ClipSampler:
         is_null: bool,
         context: Sequence[ContextKV],
         attend: Attend,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Send one chunk, placed as chunk `position`, through all layers."""
         return self.dit.hidden(
@@ -564,10 +614,17 @@ class ClipSampler:
             is_null=is_null,
             step_width=self.clock.step_width(tick) if self.sampling.is_distilled else None,
             split=self.split,
+            rows=rows,
         )
 
     def _attend(
-        self, branch: CachedPass, *, offset: int, reach: int | None, keeps_queries: bool
+        self,
+        branch: CachedPass,
+        *,
+        offset: int,
+        reach: int | None,
+        keeps_queries: bool,
+        rows: Tensor | None = None,
     ) -> Attend:
         """Return the attention of one chunk: store its keys, attend to the last `reach` chunks.
 
@@ -575,6 +632,7 @@ class ClipSampler:
             offset: tokens of the active chunks before this one.
             reach: chunks of the cache that are seen, this one included; None: all.
             keeps_queries: whether the queries are kept for the compression of the cache.
+            rows: tokens of the chunk that are computed; None: all.
         """
         budget = self.sampling.budget
 
@@ -589,6 +647,7 @@ class ClipSampler:
             reach_tokens=None if reach is None else reach * self.chunk_tokens,
             prefetcher=self.prefetcher,
             remember=remember if keeps_queries else None,
+            rows=rows,
         )
 
     def _caches(self) -> list[KVCache]:
@@ -658,16 +717,21 @@ class ClipSampler:
             own, costs = self.contexts[chunk], {True: 0, False: 0}
             before = self.num_clean + place * self.chunk_tokens
             keys = self._num_keys(before, reach=self.clock.reach(step))
+            rows, spared = self.rows.get(chunk), {True: 0, False: 0}
             for name, branch in self.branches.items():
                 context = self.null_context if branch.is_null else own
-                costs[name == "cond"] += self._flops(context, keys=keys)
+                costs[name == "cond"] += (whole := self._flops(context, keys=keys))
+                if rows is not None:
+                    some = self._flops(context, keys=keys, queries=len(rows))
+                    spared[name == "cond"] += whole - some
             if self.sampling.has_pass_alone(self.timesteps[step]):
                 costs[False] += self._flops(self.null_context, keys=self.chunk_tokens)
             if place == 0 and self.sampling.is_computed_twice(step):
                 costs[True] += self._flops(own, keys=self.chunk_tokens)
             for is_text, cost in costs.items():
+                done = cost - spared[is_text]
                 self.stats.add_flops(
-                    computed=cost if chunk in (computed if is_text else full) else 0,
+                    computed=done if chunk in (computed if is_text else full) else 0,
                     without_reuse=cost,
                     passes=[self._pass_id(tick, chunk, is_text=is_text)],
                 )
@@ -677,11 +741,23 @@ class ClipSampler:
         seen = before + self.chunk_tokens
         return seen if reach is None else min(seen, reach * self.chunk_tokens)
 
-    def _flops(self, context: Sequence[ContextKV], *, keys: int, has_head: bool = True) -> int:
-        """Return the FLOPs of one chunk through embedding, layers and, if asked, the head."""
+    def _flops(
+        self,
+        context: Sequence[ContextKV],
+        *,
+        keys: int,
+        queries: int | None = None,
+        has_head: bool = True,
+    ) -> int:
+        """Return the FLOPs of one chunk through embedding, layers and, if asked, the head.
+
+        Args:
+            queries: tokens that go through the layers; None: all.
+        """
         config, tokens = self.dit.config, self.chunk_tokens
         cost = embed_flops(config, tokens=tokens, is_distilled=self.sampling.is_distilled)
-        cost += block_flops(config, queries=tokens, keys=keys, text=context[0].k.shape[1])
+        own = tokens if queries is None else queries
+        cost += block_flops(config, queries=own, keys=keys, text=context[0].k.shape[1])
         return cost + (head_flops(config, queries=tokens) if has_head else 0)
 
     def _pass_id(self, tick: Tick, chunk: int, *, is_text: bool) -> PassId:
@@ -725,6 +801,7 @@ def euler_step_(
     step_size: float,
     results: ResultStore,
     quantity: Quantity,
+    where: Tensor | None = None,
 ) -> None:
     """Move a chunk's latents `[F, ...]` in place, and store what later steps reuse.
 
@@ -733,18 +810,25 @@ def euler_step_(
             predict the change.
         t: timestep, 0 noise to 1 clean.
         step_size: to the next timestep.
+        where: which elements of the velocity were computed, bool, broadcast to it; the others are
+            predicted. None: all.
     """
     sigma = latents.new_full((len(latents),), 1 - t)
     predictor = PREDICTORS[quantity]
-    if velocity is None:
-        change = results.predict(chunk, sigma=sigma)
+    predicted = None
+    if velocity is None or where is not None:
+        predicted = results.predict(chunk, sigma=sigma)
         if predictor.level == "velocity":
             # predictors have velocities of the other sign: noise minus data
-            change = -predictor.velocity(change, latents, sigma) * step_size
-        latents += change
+            predicted = -predictor.velocity(predicted, latents, sigma) * step_size
+    if velocity is None:
+        assert predicted is not None
+        latents += predicted
         return
     change = velocity * step_size
     is_whole_step = predictor.level == "step"
     stored = change if is_whole_step else predictor.stored(-velocity, latents, sigma)
-    results.put(chunk, stored, sigma=sigma)
+    results.put(chunk, stored, sigma=sigma, where=where)
+    if where is not None and predicted is not None:
+        change = change.where(where, predicted)
     latents += change

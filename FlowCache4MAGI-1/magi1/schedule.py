@@ -98,8 +98,11 @@ class Clip:
 
     def __post_init__(self) -> None:
         if self.num_frames < self.temporal_stride:
-            rule = f"must make a latent of {self.temporal_stride} frames"
-            raise UserError(f"num_frames is {self.num_frames}, but {rule}")
+            least, chunk = self.temporal_stride, self.chunk_width * self.temporal_stride
+            raise UserError(
+                f"num_frames must be at least {least}, which make one latent frame, not "
+                f"{self.num_frames}: use {chunk}, a whole chunk, or a multiple"
+            )
 
     @property
     def num_chunks(self) -> int:

@@ -129,6 +129,7 @@ def clip_work(
         dtype: type of the weights inside the blocks.
     """
     model = replace(config.model_config, params_dtype=str(dtype))
+    dit = _empty_dit(config, dtype)
     sampling, layout = loop_of(config), layout_of(config)
     budget, chunk_tokens, width = sampling.budget, layout.chunk_tokens, dtype.itemsize
     check_pass(chunk_tokens, sizes="video_size_h, video_size_w or chunk_width")
@@ -167,8 +168,9 @@ def clip_work(
         pass_tokens=chunk_tokens,
         text_tokens=text_tokens,
         attention=attention,
-        flops=_flops(model, sampling, segment, text_tokens=text_tokens, num_caches=num_caches),
-        weight_bytes=_weight_bytes(config, dtype),
+        **_cost(model, sampling, segment, text_tokens=text_tokens, num_caches=num_caches),
+        weight_bytes=memory.weight_bytes(dit),
+        block_bytes=[memory.weight_bytes(layer) for layer in dit.videodit_blocks.layers],
         stored_bytes=_stored_bytes(
             config, chunk_tokens * model.hidden_size * width, num_chunks=clip.num_chunks
         ),
@@ -200,15 +202,18 @@ def _limit(budget: KVBudget | None) -> Limit:
     return limit
 
 
-def _flops(
+def _cost(
     model: ModelConfig,
     sampling: Sampling,
     segment: SegmentWork,
     *,
     text_tokens: int,
     num_caches: int,
-) -> int:
-    """Return the FLOPs of a clip: each pass sees as many chunks as its reach allows."""
+) -> dict[str, int]:
+    """Return `flops`, `num_passes` and `read_tokens` of a clip, as `Work` has them.
+
+    Each pass sees as many chunks as its reach allows.
+    """
     clock, guidance, tokens = sampling.clock, sampling.guidance, segment.tokens[0]
     null_text = min(NULL_TOKENS, model.caption_max_length)
     times = clock.timesteps().tolist()
@@ -218,23 +223,19 @@ def _flops(
         cost = embed_flops(model, tokens=tokens, is_distilled=sampling.is_distilled)
         return cost + block_flops(model, queries=tokens, keys=keys, text=words)
 
-    def step(own: Pass, number: int) -> int:
-        """Return the cost of all guidance passes of a step."""
-        head = head_flops(model, queries=tokens)
+    def step(own: Pass, number: int) -> list[tuple[int, int]]:
+        """Return the keys and words that each guidance pass of a step sees."""
         keys = _seen(own, clock.reach(number), tokens)
-        cost = layers(keys, text_tokens) + head
-        cost += context_flops(model, text=text_tokens) if number == 0 else 0
+        made = [(keys, text_tokens)]
         if guidance is None:
             may_be_twice = sampling.nearly_clean_pass and own.is_oldest
-            if may_be_twice and clock.is_nearly_clean(number):
-                cost += layers(tokens, text_tokens) + head
-            return cost
-        has_alone = sampling.has_pass_alone(times[number])
-        return (
-            cost + layers(keys, null_text) + head + has_alone * (layers(tokens, null_text) + head)
-        )
+            twice = may_be_twice and clock.is_nearly_clean(number)
+            return [*made, (tokens, text_tokens)] if twice else made
+        made.append((keys, null_text))
+        return [*made, (tokens, null_text)] if sampling.has_pass_alone(times[number]) else made
 
-    total = context_flops(model, text=null_text)
+    head = head_flops(model, queries=tokens)
+    flops, seen, num_texts = context_flops(model, text=null_text), list[int](), 1
     passes = walk(
         segment,
         limit=_limit(sampling.budget),
@@ -243,12 +244,19 @@ def _flops(
     )
     for own in (own for group in passes for own in group):
         if own.step is not None:
-            total += step(own, own.step)
+            made = step(own, own.step)
+            flops += len(made) * head
+            if own.step == 0:
+                flops += context_flops(model, text=text_tokens)
+                num_texts += 1
         elif own.is_given:
-            total += layers(_seen(own, clock.reach_given(), tokens), null_text)
+            made = [(_seen(own, clock.reach_given(), tokens), null_text)]
         else:
-            total += num_caches * layers(_seen(own, clock.reach_clean(), tokens), null_text)
-    return total
+            made = [(_seen(own, clock.reach_clean(), tokens), null_text)] * num_caches
+        flops += sum(layers(*pair) for pair in made)
+        seen += [keys for keys, _ in made]
+    # the words of a text go through all layers, too, each as one projection
+    return {"flops": flops, "num_passes": num_texts + len(seen), "read_tokens": sum(seen)}
 
 
 def _seen(own: Pass, reach: int | None, chunk_tokens: int) -> int:
@@ -256,11 +264,12 @@ def _seen(own: Pass, reach: int | None, chunk_tokens: int) -> int:
     return own.keys if reach is None else min(own.keys, reach * chunk_tokens)
 
 
-def _weight_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+def _empty_dit(config: RunConfig, dtype: torch.dtype) -> DiT:
+    """Return a transformer without values, whose weights have their types."""
     with META:
         dit = DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)
     set_precision(dit, dtype)
-    return memory.weight_bytes(dit)
+    return dit
 
 
 def _stored_bytes(config: RunConfig, signals: int, *, num_chunks: int) -> int:

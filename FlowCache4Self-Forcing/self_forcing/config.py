@@ -20,6 +20,8 @@ from flowcache.head_classes import HeadClasses
 from flowcache.policies import guidance_of
 from flowcache.runtime.config import (
     KernelName,
+    NumBlocks,
+    NumStrips,
     ParallelRule,
     describe,
     parse_limit,
@@ -83,6 +85,8 @@ class RunConfig:
     offload: bool = False
     text_on_host: bool = False
     kv_on_host: bool = False
+    blocks_on_device: NumBlocks = None
+    vae_strips: NumStrips = None
     memory_limit: str = "auto"
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
@@ -143,6 +147,11 @@ class RunConfig:
             raise UserError("first_chunk_step_list needs a step_list for the other chunks")
 
     def _check_reuse(self) -> None:
+        if self.reuse.tokens.is_on:
+            raise UserError(
+                f"reuse.tokens.choice={self.reuse.tokens.choice} saves where several chunks are "
+                "denoised at once (SkyReels-V2, MAGI-1): set reuse.tokens.choice=all"
+            )
         if self.step_list is None:
             num_passes = 2 if self.scale > 1 else 1
             check_rule(self.reuse, num_steps=self.num_steps or 50, num_passes=num_passes)

@@ -9,8 +9,8 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.policies import Observe, Policies
-from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, Work
+from flowcache.runtime.offload import HostWeights
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks
@@ -52,7 +52,7 @@ def generate(
     (part,) = work.segments
     chunks = part.cut
     num_given = chunks[len(part.given)].start
-    dit_weights = HostWeights(dit, device) if config.offload else None
+    dit_weights = HostWeights(dit, device, stream=dit.stream) if config.offload else None
     size = (dit.config.in_dim, config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
     # frames before channels, in the transformer's type: the same seed gives upstream's noise
     noise = draw((chunks[-1].stop - num_given, *size), dit.dtype)

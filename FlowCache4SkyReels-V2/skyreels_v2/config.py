@@ -15,17 +15,21 @@ from flowcache.bounds import (
     Seed,
     check_values,
 )
-from flowcache.compress import KVRule
+from flowcache.compress import KVRule, PlainStrategy
 from flowcache.errors import UserError
 from flowcache.policies import guidance_of
+from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import (
     KernelName,
+    NumBlocks,
+    NumStrips,
     ParallelRule,
     QuantizeName,
     check_prompt,
     describe,
     parse_limit,
 )
+from flowcache.tokens import check_tokens
 from flowcache.wan.calibration import ReuseConfig, check_rule
 from skyreels_v2.released import PRESETS
 
@@ -45,6 +49,7 @@ MAX_SCALE = 1000
 class KVConfig(KVRule):
     """How many clean tokens the KV cache keeps, and which."""
 
+    compress: PlainStrategy = "none"
     budget_chunks: Annotated[float, Bounds(0, MAX_FRAMES)] = 1.0
 
 
@@ -83,6 +88,8 @@ class RunConfig:
     offload: bool = False
     text_on_host: bool = False
     kv_on_host: bool = False
+    blocks_on_device: NumBlocks = None
+    vae_strips: NumStrips = None
     memory_limit: str = "auto"
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
@@ -101,12 +108,30 @@ class RunConfig:
         check_prompt("prompt", self.prompt)
         num_passes = 2 if self.guidance > 1 else 1
         check_rule(self.reuse, num_steps=self.num_steps, num_passes=num_passes)
+        check_tokens(
+            self.reuse,
+            num_steps=self.num_steps,
+            level=PREDICTORS[self.reuse.predict].level,
+            compress=self.kv.compress,
+        )
         parse_limit(self.memory_limit)
         self._check_causal()
 
     def _check_causal(self) -> None:
+        tokens = self.reuse.tokens
+        if tokens.is_on and PREDICTORS[self.reuse.predict].level == "step":
+            raise UserError(
+                f"reuse.tokens.choice={tokens.choice} with a solver of higher order needs a "
+                "velocity of every token: set reuse.predict to residual, velocity or clean, not "
+                f"{self.reuse.predict}"
+            )
         if self.attention == "causal":
             return
+        if tokens.is_on:
+            raise UserError(
+                f"reuse.tokens.choice={tokens.choice} needs a KV cache, which attention=full does "
+                "not have: set attention=causal"
+            )
         if guidance_of(self.reuse).is_on:
             raise UserError(
                 "reuse.guidance_every and reuse.guidance_steps work chunk by chunk: set "

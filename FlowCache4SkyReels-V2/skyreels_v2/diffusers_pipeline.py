@@ -233,7 +233,8 @@ class _Given(SkyReels):
         return Media()
 
     def load_dit(self, job: Job) -> DiT:
-        return self.components.dit.to(job.device)
+        dit = self.components.dit  # of an earlier call: what streams stays on the host
+        return dit.to(job.dit_device) if dit.stream is None else dit
 
     def load_vae(self, job: Job) -> VAE:
         return self.components.vae.to(job.device)

@@ -90,11 +90,11 @@ def wan_dit(job: Job, fill: Fill) -> DiT:
         dit = DiT(job.source.sizes).to(job.dtype)
     fill(dit)
     if job.config.quantize is not None:
-        quantize.quantize(dit, job.config.quantize, device=job.device)
+        quantize.quantize(dit, job.config.quantize, device=job.device, rest=job.dit_device)
     return dit
 
 
-def wan_vae(_job: Job, size: Size, fill: Fill) -> VAE | GreyVAE:
+def wan_vae(job: Job, size: Size, fill: Fill) -> VAE | GreyVAE:
     """Make the VAE in float32, as loaded; a grey one where diffusers is missing."""
     if not is_installed(VAE_PACKAGE):
         return GreyVAE()
@@ -103,7 +103,9 @@ def wan_vae(_job: Job, size: Size, fill: Fill) -> VAE | GreyVAE:
         with torch.device("meta"):
             network = type(network)(base_dim=TINY_VAE_WIDTH)
     fill(network)
-    return VAE(network)
+    made = VAE(network)
+    made.num_strips = job.residence.vae_strips or 1
+    return made
 
 
 def wan_inputs(job: Job, draw: torch.Generator) -> Conditioning:
@@ -249,6 +251,7 @@ BENCHMARK = Benchmark(
             "overlap_history=null",
         ),
         keys_on_host=("kv_on_host=true",),
+        strips=("vae_strips=3",),
         half_vae=("vae_dtype=bfloat16",),
         half_tolerance=0.06,
     ),

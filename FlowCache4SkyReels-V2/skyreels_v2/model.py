@@ -148,10 +148,10 @@ class SkyReels(WanModel):
 
     def load_dit(self, job: Job) -> DiT:
         mode = job.config.quantize
-        device = job.device if mode is None else torch.device("cpu")
+        device = job.dit_device if mode is None else torch.device("cpu")
         dit = job.source.files.dit.load(dtype=job.dtype, device=device)
         if mode is not None:
-            quantize.quantize(dit, mode, device=job.device)
+            quantize.quantize(dit, mode, device=job.device, rest=job.dit_device)
         return dit
 
     def compile(self, job: Job, dit: DiT) -> None:

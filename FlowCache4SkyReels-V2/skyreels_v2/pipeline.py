@@ -11,18 +11,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowcache.policies import Observe, Policies, guidance_of, store_of
+from flowcache.policies import Calibration, Observe, Policies, guidance_of, identity, store_of
 from flowcache.runtime.checks import Decoded
 from flowcache.runtime.compile import compiled_scoring
-from flowcache.runtime.memory import HostWeights
 from flowcache.runtime.model import Progress, SegmentWork, Work
+from flowcache.runtime.offload import HostWeights
 from flowcache.runtime.ops import Draw, seeded_noise
 from flowcache.runtime.overlap import Worker, done, should_overlap
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
+from flowcache.tokens import check_one_process, tokens_of
 from flowcache.wan.cached import add_flops_of_others, encode_contexts, kv_layout, open_caches
-from flowcache.wan.calibration import policy_maker
+from flowcache.wan.calibration import policy_maker, rescale_for
 from flowcache.wan.codec import Codec, LatentCodec
 from flowcache.wan.dit import ContextKV, DiT
 from flowcache.wan.given import Conditioning
@@ -79,7 +80,7 @@ def generate(
         observe=observe,
         ranks=ranks or Ranks(),
     )
-    dit_weights = HostWeights(dit, device) if config.offload else None
+    dit_weights = HostWeights(dit, device, stream=dit.stream) if config.offload else None
     contexts = encode_contexts(
         dit, conditioning.text, conditioning.image_features, stats=stats, ranks=run.ranks
     )
@@ -207,6 +208,10 @@ def _branches(
         chunks=part.cut.chunks,
         size=(config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE),
     )
+    rescale = identity
+    if config.reuse.tokens.is_on:
+        check_one_process(config.reuse.tokens, num_processes=run.ranks.place.size)
+        _, rescale = rescale_for(config, run.dit.config)
     for branch, (name, context) in enumerate(contexts.items()):
         policy = policies(segment=number, branch=name)
         has_caches = config.attention == "causal" and run.ranks.computes(branch)
@@ -223,6 +228,7 @@ def _branches(
             )
             if has_caches
             else [],
+            tokens_of(config.reuse, Calibration(rescale)),
         )
     return branches
 

@@ -18,14 +18,23 @@ import torch
 from torch import Tensor
 
 from flowcache.kv import Compression, KVCache, cached_attention, prefetcher_for, tokens_per_chunk
-from flowcache.policies import Decision, Observe, ReusePolicy, agree, compute_together
+from flowcache.policies import (
+    Decision,
+    Decisions,
+    Observe,
+    ReusePolicy,
+    agree,
+    compute_together,
+)
 from flowcache.predict import PREDICTORS, HeldGuidance, Level, Quantity, ResultStore
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick, staggered
+from flowcache.tokens import TokenChoice, patches_of, pixels_of
 from flowcache.wan.calibration import Signal
 from flowcache.wan.dit import (
+    PATCH,
     ContextKV,
     DiT,
     Embedded,
@@ -107,6 +116,8 @@ class Branch:
     results: ResultStore
     caches: list[KVCache]
     """One per layer; empty with full attention."""
+    tokens: TokenChoice | None = None
+    """Which tokens of a chunk are computed; None: all."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +139,19 @@ class NoisyChunk:
     """Branches in which it goes through the blocks, those of other processes included."""
     is_held: bool = False
     """Whether "cond" alone goes through the blocks, and the others' difference to it is held."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Branches in which some tokens alone go through the blocks, and which."""
 
     @property
     def num_tokens(self) -> int:
         return self.embedded.tokens.shape[1]
+
+    def computed_tokens(self, branch: str) -> Tensor | None:
+        """Return which of its tokens are computed, `[F, P]` bool; None: all."""
+        if branch not in self.rows:
+            return None
+        none = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.latents.device)
+        return none.index_fill(0, self.rows[branch], True).unflatten(0, (len(self.sigma), -1))
 
 
 class WindowSampler:
@@ -228,6 +248,9 @@ class WindowSampler:
             solver.advance_(latents, velocity=velocities[chunk])
             if before is not None:
                 self.updates.put(chunk, (latents - before).movedim(1, 0), sigma=sigma)
+            for branch in self.own.values():
+                if branch.tokens is not None and branch.tokens.weighed == "latent":
+                    branch.tokens.see(chunk, patches_of(latents, size=PATCH[1]))
 
     def _finish(self, tick: Tick) -> None:
         """Make the chunks clean that took their last step: results dropped, keys settled."""
@@ -237,6 +260,8 @@ class WindowSampler:
             self.guidance.drop(chunk)
             for branch in self.branches.values():
                 branch.results.drop(chunk)
+                if branch.tokens is not None:
+                    branch.tokens.drop(chunk)
             if self.sampling.attention == "causal" and self.sampling.clean_pass:
                 if not tick.is_last:  # else nobody would see the keys
                     self._feed_clean(chunk, timestep=0)
@@ -314,10 +339,12 @@ class WindowSampler:
         """Return the chunks with the branches in which each is computed."""
         sampling, signals = self.sampling, self._signals(chunks)
         policies = {name: branch.policy for name, branch in self.branches.items()}
-        plans = {
-            name: branch.policy.plan(tick, signals, stored=self._stored(branch, chunks=tick.steps))
-            for name, branch in self.branches.items()
-        }
+        plans = dict[str, Decisions]()
+        for name, branch in self.branches.items():
+            stored = self._stored(branch, chunks=tick.steps)
+            plans[name] = branch.policy.plan(tick, signals, stored=stored)
+            if branch.tokens is not None:
+                plans[name] = branch.tokens.choose(tick, plans[name], stored=stored)
         if sampling.attention == "full":
             plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
         held = {
@@ -338,7 +365,9 @@ class WindowSampler:
                 if any(plan[active].is_computed for active in chunk.active)
             )
             is_held = chunk.id in held and "cond" in computed
-            decided.append(replace(chunk, computed=computed, is_held=is_held))
+            own = {n: plans[n][c].rows for n in computed for c in chunk.active if c == chunk.id}
+            rows = {name: part for name, part in own.items() if part is not None}
+            decided.append(replace(chunk, computed=computed, is_held=is_held, rows=rows))
         return decided
 
     def _signals(self, chunks: Sequence[NoisyChunk]) -> dict[int, Tensor]:
@@ -381,7 +410,7 @@ class WindowSampler:
             return {}
         names = [n for n in self.branches if n in chunk.computed or not chunk.is_held]
         own = {
-            name: self._store_computed(branch, chunk, *computed[name])
+            name: self._store_computed(name, chunk, *computed[name])
             if name in computed
             else self._predict(branch, chunk)
             for name, branch in self.own.items()
@@ -409,29 +438,44 @@ class WindowSampler:
     # Stored results ---------------------------------------------------------------------------
 
     def _store_computed(
-        self, branch: Branch, chunk: NoisyChunk, hidden_BSD: Tensor, velocity: Tensor
+        self, name: str, chunk: NoisyChunk, hidden_BSD: Tensor, velocity: Tensor
     ) -> Tensor:
-        """Store what a branch computed; return its velocity."""
+        """Store what a branch computed; return its velocity, predicted for tokens left out."""
+        branch, is_own_FP = self.own[name], chunk.computed_tokens(name)
         if self.sampling.level == "tokens":
             change = (hidden_BSD - chunk.embedded.tokens)[0].unflatten(0, (len(chunk.sigma), -1))
-            branch.results.put(chunk.id, change, sigma=chunk.sigma)
-        else:
+            where = None if is_own_FP is None else is_own_FP.unsqueeze(-1)
+            branch.results.put(chunk.id, change, sigma=chunk.sigma, where=where)
+            self._see(branch, chunk, hidden_BSD)
+        elif is_own_FP is None:
             self._store(branch, chunk, velocity)
+        else:
+            where = pixels_of(is_own_FP, size=PATCH[1], like=velocity)
+            velocity = velocity.where(where, self._predict(branch, chunk))
+            self._store(branch, chunk, velocity, where=where.movedim(1, 0))
         return velocity
 
-    def _store(self, branch: Branch, chunk: NoisyChunk, velocity: Tensor) -> None:
+    def _store(
+        self, branch: Branch, chunk: NoisyChunk, velocity: Tensor, *, where: Tensor | None = None
+    ) -> None:
         """Store a velocity of one branch, or what the predictor makes of it."""
         if self.sampling.level == "step":  # stored of the guided latent, by `_advance`
             return
         stored = PREDICTORS[self.sampling.quantity].stored
         value = stored(velocity.movedim(1, 0), chunk.latents.movedim(1, 0), chunk.sigma)
-        branch.results.put(chunk.id, value, sigma=chunk.sigma)
+        branch.results.put(chunk.id, value, sigma=chunk.sigma, where=where)
+
+    def _see(self, branch: Branch, chunk: NoisyChunk, hidden_BSD: Tensor) -> None:
+        """Show the choice of tokens what the blocks, or a prediction, made of a chunk."""
+        if branch.tokens is not None and branch.tokens.weighed == "hidden":
+            branch.tokens.see(chunk.id, hidden_BSD[0].unflatten(0, (len(chunk.sigma), -1)))
 
     def _predict(self, branch: Branch, chunk: NoisyChunk) -> Tensor:
         """Predict a velocity of one branch, `[C, F, h, w]`, from what is stored."""
         predicted = branch.results.predict(chunk.id, sigma=chunk.sigma)
         if self.sampling.level == "tokens":
             hidden = chunk.embedded.tokens + predicted.flatten(0, 1)
+            self._see(branch, chunk, hidden)
             return self._read_velocity(hidden, chunk.embedded)
         velocity = PREDICTORS[self.sampling.quantity].velocity
         return velocity(predicted, chunk.latents.movedim(1, 0), chunk.sigma).movedim(0, 1)
@@ -443,7 +487,13 @@ class WindowSampler:
         for chunk in chunks:
             for name, branch in self.own.items():
                 passes = self._passes(tick, chunk, name)
-                self._count(branch, chunk, is_computed=name in chunk.computed, passes=passes)
+                self._count(
+                    branch,
+                    chunk,
+                    is_computed=name in chunk.computed,
+                    rows=chunk.rows.get(name),
+                    passes=passes,
+                )
         made: dict[int, Computed] = {chunk.id: {} for chunk in chunks}
         for batch in self._together(chunks):
             names = [name for name in batch[0].computed if name in self.own]
@@ -470,7 +520,10 @@ class WindowSampler:
                 continue
             tokens = sum(other.num_tokens for other in (*batch, chunk))
             if batch and (
-                chunk.computed != batch[0].computed or tokens > self.sampling.together_tokens
+                chunk.computed != batch[0].computed
+                or tokens > self.sampling.together_tokens
+                or chunk.rows
+                or batch[0].rows
             ):
                 yield batch
                 batch = []
@@ -482,12 +535,36 @@ class WindowSampler:
         self, names: Sequence[str], chunks: Sequence[NoisyChunk], embedded: Embedded
     ) -> dict[str, Tensor]:
         """Run the blocks for the tokens of all chunks in some branches: `[1, S, D]` each."""
-        if self.batched_context and len(names) == len(self.own):
+        if self.batched_context and len(names) == len(self.own) and not chunks[0].rows:
             return self._run_batch(names, self.batched_context, chunks, embedded)
         hidden: dict[str, Tensor] = {}
         for name in names:
-            hidden |= self._run_batch([name], self.own[name].context, chunks, embedded)
+            if name in chunks[0].rows:
+                hidden[name] = self._run_some(name, chunks[0])
+            else:
+                hidden |= self._run_batch([name], self.own[name].context, chunks, embedded)
         return hidden
+
+    def _run_some(self, name: str, chunk: NoisyChunk) -> Tensor:
+        """Run the blocks for some tokens of a chunk in one branch: `[1, S, D]`.
+
+        The other tokens get what is stored of them, where that is of tokens.
+        """
+        branch, rows, embedded = self.own[name], chunk.rows[name], chunk.embedded
+        attend = cached_attention(
+            [branch.caches],
+            active=[range(chunk.offset, chunk.offset + chunk.num_tokens)],
+            kernel=self.run.dit.kernel,
+            rows=rows,
+        )
+        # all frames of a chunk are at one noise level, so one modulation serves any of its tokens
+        some = Embedded(embedded.tokens[:, rows], embedded.time[:, :1], embedded.modulation[:, :1])
+        rope = self.rope.unflatten(0, (-1, self.frame_tokens))[self._frames(chunk.id)].flatten(0, 1)
+        made = self.run.dit.run_blocks(some, rope[rows], branch.context, self_attend=attend)
+        whole = embedded.tokens
+        if self.sampling.level == "tokens":
+            whole = whole + branch.results.predict(chunk.id, sigma=chunk.sigma).flatten(0, 1)
+        return whole.to(made.dtype).index_copy(1, rows, made)
 
     def _run_batch(
         self,
@@ -536,9 +613,14 @@ class WindowSampler:
         *,
         is_computed: bool,
         has_head: bool = True,
+        rows: Tensor | None = None,
         passes: Sequence[PassId] = (),
     ) -> None:
-        """Add the FLOPs of blocks and head of one branch, as done and as without reuse."""
+        """Add the FLOPs of blocks and head of one branch, as done and as without reuse.
+
+        Args:
+            rows: tokens that go through the blocks; None: all.
+        """
         config, queries = self.run.dit.config, chunk.num_tokens
         keys = queries
         if branch.caches:
@@ -547,10 +629,11 @@ class WindowSampler:
                 clean = min(clean, self.run.compression.budget)
             keys += clean + chunk.offset
         blocks = blocks_flops(config, queries=queries, keys=keys)
+        own = blocks if rows is None else blocks_flops(config, queries=len(rows), keys=keys)
         head = head_flops(config, queries=queries) if has_head else 0
         reads_head = is_computed or self.sampling.level == "tokens"
         self.stats.add_flops(
-            computed=(blocks if is_computed else 0) + (head if reads_head else 0),
+            computed=(own if is_computed else 0) + (head if reads_head else 0),
             without_reuse=blocks + head,
             passes=passes,
         )

@@ -1,5 +1,6 @@
 """What a SkyReels-V2 run does, derived once from its settings: segments, ticks, FLOPs, bytes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,16 +116,25 @@ class Loop:
         """Return how many clean tokens stay, in every tick as many; None: all."""
         return None if self.compression is None else self.compression.budget
 
-    def flops(self, sizes: DiTConfig, segment: SegmentWork, *, num_branches: int) -> int:
-        """Return the FLOPs of a segment: embeddings once, blocks and head in every branch."""
+    def groups(self, segment: SegmentWork) -> Iterable[list[Pass]]:
+        """Return the passes of a segment in one branch; those of a group are embedded together."""
         if self.sampling.attention == "full":
             tokens = segment.cut.num_frames * self.frame_tokens
-            groups = [[Pass(WHOLE_WINDOW, tick.index, tokens, tokens)] for tick in segment.ticks]
-        else:
-            clean_pass = self.sampling.clean_pass
-            groups = walk(segment, limit=self.limit, clean_pass=clean_pass, settles_at_once=True)
+            return [[Pass(WHOLE_WINDOW, tick.index, tokens, tokens)] for tick in segment.ticks]
+        clean_pass = self.sampling.clean_pass
+        return walk(segment, limit=self.limit, clean_pass=clean_pass, settles_at_once=True)
+
+    def passes(self, segment: SegmentWork, *, num_branches: int) -> tuple[int, int]:
+        """Return how often a segment runs the blocks, and the cached tokens that are then read."""
+        made = [own for group in self.groups(segment) for own in group]
+        keys = 0 if self.sampling.attention == "full" else sum(own.keys for own in made)
+        together = num_branches if self.sampling.batch_branches else 1
+        return len(made) * num_branches // together, num_branches * keys
+
+    def flops(self, sizes: DiTConfig, segment: SegmentWork, *, num_branches: int) -> int:
+        """Return the FLOPs of a segment: embeddings once, blocks and head in every branch."""
         total = 0
-        for group in groups:
+        for group in self.groups(segment):
             num_frames = sum(own.tokens for own in group) // self.frame_tokens
             total += embed_flops(sizes, num_frames=num_frames, frame_tokens=self.frame_tokens)
             for own in group:
@@ -162,6 +172,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     scored = min(scoring_queries(strategy_of(config.kv), layout), queries)
     # results are stored whether a policy will ask for them or not
     stored = num_branches * result_bytes(sizes, config.reuse, window_tokens, dtype)
+    counts = [loop.passes(part, num_branches=num_branches) for part in segments]
     return wan_work(
         sizes,
         segments,
@@ -178,6 +189,8 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         num_scored=scored,
         stored_bytes=stored,
         mode=config.quantize,
+        num_passes=sum(count for count, _ in counts),
+        read_tokens=sum(read for _, read in counts),
     )
 
 

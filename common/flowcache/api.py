@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,6 +46,7 @@ from flowcache.runtime.model import (
     architecture_of,
     load_model,
 )
+from flowcache.runtime.parallel import Layout, Ranks, ReportedElsewhereError
 from flowcache.runtime.profile import Profile, write_profile
 from flowcache.runtime.record import Record
 from flowcache.runtime.run import (
@@ -59,8 +60,9 @@ from flowcache.runtime.run import (
     read_settings,
     record_of,
     report_of,
+    traced_by_all,
 )
-from flowcache.runtime.stats import Pass, RunStats
+from flowcache.runtime.stats import Pass, RunStats, Traced
 from flowcache.runtime.video import LiveWriter, VideoWriter
 from flowcache.tuning.plan import Constraints, Forecast, choose, parse_target
 from flowcache.tuning.runs import Runs, numbered
@@ -147,6 +149,7 @@ class Video:
         """Decisions, FLOPs and seconds of the run."""
         return self.report["stats"]
 
+    @from_python()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the mp4, its JSON, and its record if there is one; return the path of the mp4.
 
@@ -156,6 +159,8 @@ class Video:
         Raises:
             UserError: a file exists and must not be replaced, or cannot be written.
         """
+        _check_path("path", path)
+        _check_flag("overwrite", overwrite)
         _, height, width, _ = self.frames.shape
         request = Request(out=str(path), overwrite=overwrite, record=self.record is not None)
         target = claim_output(request, stem=Path(self.report["video"]).stem)
@@ -197,6 +202,7 @@ class Comparison:
     """FLOPs of the reference / FLOPs of the video; None where one is a file."""
 
 
+@from_python()
 def compare(
     video: Video | Frames | str | Path, reference: Video | Frames | str | Path
 ) -> Comparison:
@@ -223,6 +229,7 @@ def _clip(given: Any) -> Tensor:
     return torch.from_numpy(frames)
 
 
+@from_python()
 def load(
     model: str | Path = "auto",
     *,
@@ -257,15 +264,18 @@ def unloaded(
     preset: str | Path,
     architecture: str | None,
     progress_bar: bool,
+    ranks: Ranks | None = None,
     **settings: Any,
 ) -> Pipeline:
-    """Return a pipeline that has loaded nothing yet; see `load`."""
+    """Return a pipeline that has loaded nothing yet; see `load` and `Pipeline`."""
     name = str(model)
+    _check_flag("progress_bar", progress_bar)
     return Pipeline(
         load_model(architecture_of(name) if architecture is None else _known(architecture)),
         Request(preset=_preset(preset), model=name),
         settings,
         progress_bar=progress_bar,
+        ranks=ranks,
     )
 
 
@@ -278,19 +288,22 @@ class Tuned:
     forecast: Forecast
     """What is expected: `.speedup`, `.flops` (share), `.psnr` (dB), `.seconds`."""
 
+    @from_python()
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a YAML file, which `profile=` takes; return its path.
 
         Raises:
             UserError: the file exists and must not be replaced, or cannot be written.
         """
-        path = Path(path)
-        check_free(path, overwrite=overwrite, advice="choose another name, or give overwrite")
+        path = _check_path("path", path)
+        _check_flag("overwrite", overwrite)
+        check_free(path, overwrite=overwrite)
         check_writable(path.parent)
         write_profile(self.profile, path)
         return path
 
 
+@from_python()
 def tune(
     pipe: Pipeline,
     prompts: str | Sequence[str],
@@ -311,7 +324,13 @@ def tune(
     Raises:
         UserError: the target, a prompt or a setting is wrong, or no plan meets the target.
     """
+    if not isinstance(pipe, Pipeline):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"pipe must be what flowcache.load returns, not {pipe!r:.80}")
     wanted, constraints = parse_target(str(target)), Constraints()
+    if folder is not None:
+        folder = _check_path("folder", folder)
+    if not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"prompts must be a text or a list of texts, not {prompts!r:.80}")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise UserError("prompts is empty: give some texts to calibrate on")
@@ -362,16 +381,25 @@ class Pipeline:
         settings: Mapping[str, Any],
         *,
         progress_bar: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Keep what the calls share; see `load`."""
+        """Keep what the calls share; see `load`.
+
+        Args:
+            ranks: the processes that make each video; None: this one. The first one is called, the
+                others `follow`. Those that have not met yet can `plan`.
+        """
         self.model = model
         self.request = request
         self.settings = dict(settings)
         self.progress_bar = progress_bar
+        self.ranks = Ranks() if ranks is None else ranks
+        self._divided: dict[tuple[Layout, torch.device], Ranks] = {}
         self.networks = KeptNetworks()
         self._lock = threading.Lock()
         self._holder: int | None = None
 
+    @from_python()
     def __call__(
         self,
         prompt: str | None = None,
@@ -395,14 +423,17 @@ class Pipeline:
         Raises:
             UserError: a setting is wrong; nothing large was loaded or computed.
         """
-        run = _Run(self, self._job(prompt, settings, preset=preset, record=record), on_tick)
-        parts: list[Frames] = []
-        for part in run.parts():
-            parts.append(part.frames)
-            if on_part is not None:
-                on_part(part)
-        return run.video(np.concatenate(parts))
+        _check_callable("on_part", on_part)
+        run = self._run(prompt, settings, preset=preset, record=record, on_tick=on_tick)
+        frames: list[Frames] = []
+        with closing(run.parts()) as parts:
+            for part in parts:
+                frames.append(part.frames)
+                if on_part is not None:
+                    on_part(part)
+        return run.video(np.concatenate(frames))
 
+    @from_python()
     def stream(
         self,
         prompt: str | None = None,
@@ -415,8 +446,22 @@ class Pipeline:
 
         See `__call__` for the arguments, which are checked at once.
         """
-        return _Run(self, self._job(prompt, settings, preset=preset), on_tick).parts()
+        return self._run(prompt, settings, preset=preset, on_tick=on_tick).parts()
 
+    def follow(
+        self,
+        prompt: str | None = None,
+        *,
+        preset: str | None = None,
+        record: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Take part in a call of the first of several processes; what is wrong is said there."""
+        with suppress(UserError, ReportedElsewhereError):
+            for _ in self._run(prompt, settings, preset=preset, record=record).parts():
+                pass
+
+    @from_python()
     def plan(
         self, prompt: str | None = None, *, preset: str | None = None, **settings: Any
     ) -> Plan:
@@ -438,10 +483,12 @@ class Pipeline:
             activation_bytes=work.activation_bytes,
         )
 
+    @from_python()
     def load(self) -> None:
         """Load the networks now; a call does it if need be."""
         with self._held():
-            self.networks.load(self._job("any", self._placeholders()))
+            load, given = self.networks.load, self._placeholders()
+            self.ranks.together(lambda: load(self._job("any", given)))
 
     def _placeholders(self) -> dict[str, Image.Image]:
         """Return grey pictures in place of those that a call must give."""
@@ -449,6 +496,23 @@ class Pipeline:
         return {name: _GREY for name in required if name not in self.settings}
 
     # What a run needs --------------------------------------------------------------------------
+
+    def _run(
+        self,
+        prompt: str | None,
+        settings: Mapping[str, Any],
+        *,
+        preset: str | None,
+        record: bool = False,
+        on_tick: Callable[[Tick], None] | None = None,
+    ) -> _Run:
+        _check_callable("on_tick", on_tick)
+        _check_flag("record", record)
+        job = self.ranks.together(lambda: self._job(prompt, settings, preset=preset, record=record))
+        key = job.ranks.layout, job.device
+        if key not in self._divided:  # groups of processes are made once
+            self._divided[key] = job.ranks.divided(job.device)
+        return _Run(self, replace(job, ranks=self._divided[key]), on_tick)
 
     def _job(
         self,
@@ -466,12 +530,13 @@ class Pipeline:
             if not isinstance(profile, (str, Path)):
                 raise UserError(f"profile must be a file that tune has saved, not {profile!r:.80}")
             given = {"reuse.policy": "planned", "reuse.profile": profile, **given}
-        request = self.request if preset is None else replace(self.request, preset=preset)
+        request = self.request
+        if preset is not None:
+            request = replace(request, preset=_preset(preset))
         with self._as_files(given, request) as (named, shown):
             overrides = list(overrides_of(named, keys=self.model.keys))
             request = replace(request, overrides=overrides, record=record)
-            with from_python():
-                return prepare(self.model, request, writes=False).changed(**shown)
+            return prepare(self.model, request, self.ranks, writes=False).changed(**shown)
 
     @contextmanager
     def _as_files(
@@ -538,25 +603,32 @@ class _Run:
         self.check = DegenerateCheck()
         self.num_frames = 0
         self.first_frames_seconds: float | None = None
+        self.traced: Traced | None = None
 
     def parts(self) -> Generator[Part]:
         """Carry out the run; yield what is finished as soon as it is."""
-        with self.pipe._held():  # pyright: ignore[reportPrivateUsage]
-            kept = self.pipe.networks.load(self.job)
+        with from_python(), self.pipe._held():  # pyright: ignore[reportPrivateUsage]
+            job = self.job
+            kept = job.ranks.together(lambda: self.pipe.networks.load(job))
             self.loaded = kept.networks
-            self.stats = RunStats(self.job.device, records=self.job.request.record)
-            inputs = encode_inputs(self.job, stats=self.stats, encoder=kept.encoder)
-            if self.job.before is not None:
-                yield self._part(self.job.before.numpy(), ())
-            waiting: deque[Progress] = deque()
-            for progress in self._ticks(inputs):
-                if progress.later is not None:
-                    waiting.append(progress)
-                # a decoder that runs concurrently is not waited for while there is more to denoise
-                while waiting and waiting[0].later is not None and waiting[0].later.done():
+            self.stats = RunStats(job.device, records=job.request.record)
+            with job.ranks.in_step() as end_step:
+                inputs = encode_inputs(job, stats=self.stats, encoder=kept.encoder)
+                if job.before is not None:
+                    yield self._part(job.before.numpy(), ())
+                end_step()
+                waiting: deque[Progress] = deque()
+                for progress in self._ticks(inputs):
+                    if progress.later is not None:
+                        waiting.append(progress)
+                    # a decoder that runs concurrently is not waited for while there is more to do
+                    while waiting and waiting[0].later is not None and waiting[0].later.done():
+                        yield self._finished(waiting.popleft())
+                    end_step()
+                while waiting:
                     yield self._finished(waiting.popleft())
-            while waiting:
-                yield self._finished(waiting.popleft())
+                end_step()
+                self.traced = traced_by_all(self.stats, job.ranks)
 
     def _ticks(self, inputs: Any) -> Iterator[Progress]:
         job, work = self.job, self.job.work
@@ -613,8 +685,8 @@ class _Run:
         report["alarms"] = self.check.alarms()
         report["first_frames_seconds"] = self.first_frames_seconds
         record = None
-        if stats.trace is not None:
-            record = record_of(job, report, stats, stats.traced())
+        if self.traced is not None:
+            record = record_of(job, report, stats, self.traced)
         return Video(frames, job.value("fps"), report, record)
 
 
@@ -625,6 +697,22 @@ def _preset(given: Any) -> str:
     if not isinstance(given, (str, Path)):
         raise UserError(f"preset must be a name or a YAML file, not {given!r:.80}")
     return str(given)
+
+
+def _check_callable(name: str, given: Any) -> None:
+    if given is not None and not callable(given):
+        raise UserError(f"{name} must be a function of one argument, not {given!r:.80}")
+
+
+def _check_flag(name: str, given: Any) -> None:
+    if not isinstance(given, (bool, np.bool_)):
+        raise UserError(f"{name} must be True or False, not {given!r:.80}")
+
+
+def _check_path(name: str, given: Any) -> Path:
+    if not isinstance(given, (str, Path)):
+        raise UserError(f"{name} must be a path, not {given!r:.80}")
+    return Path(given)
 
 
 def _check_text(name: str, given: Any) -> str:

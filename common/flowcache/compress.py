@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias, TypeGuard
 
-from flowcache.bounds import MAX_FRAMES, Bounds, OneOf, Share, made_of
+from flowcache.bounds import MAX_FRAMES, Bounds, OneOf, Share, made_of, names_of
 from flowcache.errors import UserError
 from flowcache.head_classes import DummyForcing, ForcingKV, HeadClasses
 from flowcache.scores import (
@@ -451,6 +451,17 @@ STRATEGIES: Mapping[str, type[CompressionStrategy] | type[HeadClasses] | None] =
 )
 """What `kv.compress` names."""
 
+
+def _is_plain(strategy: type[object]) -> TypeGuard[type[CompressionStrategy]]:
+    """Tell whether keys and queries are all that a strategy needs of a cache."""
+    return strategy is not Density and not issubclass(strategy, HeadClasses)
+
+
+PlainStrategy: TypeAlias = Annotated[
+    str, OneOf(tuple(name for name, made in STRATEGIES.items() if made is None or _is_plain(made)))
+]
+"""What `kv.compress` names where a cache holds rotated keys, for all heads alike."""
+
 KV_DTYPES = ("model", "fp8", "int8", "int4", "int2")
 QUANTIZERS = ("token", "kivi", "hadamard", "kmeans")
 """What `kv.dtype` and `kv.quantizer` name, see `quantization`."""
@@ -485,11 +496,6 @@ class KVRule:
     bias_correction: bool = False
 
 
-def _is_plain(strategy: type[object]) -> TypeGuard[type[CompressionStrategy]]:
-    """Tell whether keys and queries are all that a strategy needs of a cache."""
-    return strategy is not Density and not issubclass(strategy, HeadClasses)
-
-
 def strategy_of(rule: KVRule, *, received: Received | None = None) -> CompressionStrategy | None:
     """Return what picks the clean tokens that stay, or None where all do.
 
@@ -503,7 +509,7 @@ def strategy_of(rule: KVRule, *, received: Received | None = None) -> Compressio
     if strategy is None:
         return None
     if not _is_plain(strategy):
-        others = [name for name, made in STRATEGIES.items() if made is None or _is_plain(made)]
+        others = names_of(PlainStrategy) or ()
         raise UserError(
             f"kv.compress={rule.compress} needs more than this model's cache holds (keys before "
             f"rotation, or a cache per class of heads): use one of {', '.join(others)}"

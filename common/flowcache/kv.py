@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowcache.attention import Kernel
 from flowcache.compress import gather
+from flowcache.pinned import PINNED_BYTES, Packer, aligned, host_memory, piece_for
 from flowcache.quantization import attend_wide
 from flowcache.schedule import Tick
 
@@ -80,18 +81,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         storage: torch.device | None = None,
+        packer: Packer | None = None,
     ) -> None:
         self.device, self.storage, self.capacity = device, storage, capacity
-        self.kv = torch.empty(
-            2,
-            capacity,
-            num_heads,
-            head_width,
-            dtype=dtype,
-            device=storage or device,
-            # pinned: copies to and from CUDA are several times faster
-            pin_memory=storage is not None and storage.type == "cpu" and device.type == "cuda",
-        )
+        self.kv = memory_for((2, capacity, num_heads, head_width), dtype, storage or device, packer)
         self.clean = self.filled = 0
         self.origins: TokenOrigins | None = None
 
@@ -105,9 +98,17 @@ class KVCache:
             device=self.device,
         )
 
-    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor) -> None:
-        """Write a chunk's keys and values `offset` tokens behind the clean ones."""
+    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor, *, rows: Tensor | None = None) -> None:
+        """Write a chunk's keys and values `offset` tokens behind the clean ones.
+
+        Args:
+            rows: which of the chunk's tokens these are, ascending; those of the others stay as
+                they were put last. None: all.
+        """
         start = self.clean + offset
+        if rows is not None:
+            self._overwrite(start + rows, k_SGC, v_SGC)
+            return
         stop = start + len(k_SGC)
         assert start <= self.filled, f"a gap in the buffer: {self.filled} filled, put at {start}"
         assert stop <= self.kv.shape[1], f"{stop} tokens do not fit {self.kv.shape[1]}"
@@ -115,6 +116,12 @@ class KVCache:
         self.kv[0, start:stop].copy_(k_SGC, non_blocking=True)
         self.kv[1, start:stop].copy_(v_SGC, non_blocking=True)
         self.filled = max(self.filled, stop)
+
+    def _overwrite(self, rows: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> None:
+        """Replace some rows of the buffer, which were put before."""
+        device, width = self.kv.device, self.kv.shape[-1]
+        for half, x in zip(self.kv, (k_SGC, v_SGC), strict=True):
+            half.index_copy_(0, rows.to(device), x[..., :width].to(device))
 
     def prefix(self, offset: int, *, reach_tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the rows that `seen` names, `[T, G, C]` each."""
@@ -185,6 +192,15 @@ class KVCache:
     def _read(self, half: int, start: int, stop: int) -> Tensor:
         """Return rows of the keys (0) or values (1), `[T, G, C]`: a view, or a copy."""
         return self.kv[half, start:stop].to(self.device, non_blocking=True)
+
+
+def memory_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, packer: Packer | None
+) -> Tensor:
+    """Return memory without values on a device, or from a packer."""
+    if packer is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return packer.like(torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def tokens_per_chunk(caches: Sequence[KVCache]) -> Tensor:
@@ -269,7 +285,16 @@ def caches_for(
     storage: torch.device | None = None,
     make: Callable[..., KVCache] = KVCache,
 ) -> list[KVCache]:
-    """Allocate the caches of all layers of one branch, `capacity` tokens each; see `KVCache`."""
+    """Allocate the caches of all layers of one branch, `capacity` tokens each; see `KVCache`.
+
+    On the host they lie in pinned memory if the device is CUDA: copies are several times faster.
+    """
+    packer = None
+    if storage is not None and storage.type == "cpu" and device.type == "cuda":
+        size = 2 * capacity * num_heads * head_width * dtype.itemsize
+        total = num_layers * aligned(size) if make is KVCache else None
+        piece_bytes = piece_for(size) if make is KVCache else PINNED_BYTES
+        packer = Packer(host_memory(is_pinned=True), total_bytes=total, piece_bytes=piece_bytes)
     return [
         make(
             capacity,
@@ -278,6 +303,7 @@ def caches_for(
             dtype=dtype,
             device=device,
             storage=storage,
+            packer=packer,
         )
         for _ in range(num_layers)
     ]
@@ -297,6 +323,7 @@ def cached_attention(
     prefetcher: Prefetcher | None = None,
     timing: Callable[[], AbstractContextManager[object]] = nullcontext,
     remember: Callable[[int, Tensor], None] | None = None,
+    rows: Tensor | None = None,
 ) -> Attend:
     """Return the self-attention of active chunks: store their keys, attend to all up to their own.
 
@@ -312,8 +339,10 @@ def cached_attention(
         prefetcher: reads caches that lie on the host; the layers must then come in order.
         timing: makes a context in which the compression runs.
         remember: is given each layer's index and queries `[B, S, H, C]`.
+        rows: of the one active chunk's tokens, those that are computed; the keys of the others are
+            those that were put last. None: all.
     """
-    sizes = [len(own) for own in active]
+    sizes = [len(own) for own in active] if rows is None else [len(rows)]
 
     def is_full(cache: KVCache) -> bool:
         return compression is not None and cache.clean > compression.budget
@@ -325,7 +354,7 @@ def cached_attention(
     def read(
         cache: KVCache, own: range, kv: tuple[Tensor, Tensor], *, then: Sequence[_Read]
     ) -> tuple[Tensor, Tensor]:
-        if prefetcher is None:
+        if prefetcher is None or rows is not None:
             return cache.prefix(own.stop, reach_tokens=reach_tokens)
         seen = prefetcher.take(cache, before(cache, own), own=kv)
         for other, chunk in then[:1]:
@@ -349,7 +378,7 @@ def cached_attention(
             if compression is not None and is_full(cache):
                 with timing():  # first: the tokens that leave make room for the new ones
                     cache.compress(q[0], compression.keep)
-            cache.put(own.start, k[0], v[0])
+            cache.put(own.start, k[0], v[0], rows=rows)
             seen_k, seen_v = read(cache, own, (k[0], v[0]), then=upcoming[number + 1 :])
             seen = seen_k.unsqueeze(0), seen_v.unsqueeze(0)
             outputs.append(attend_wide(kernel, q, *seen, num_groups=cache.bias_groups))

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from flowcache.compress import gather
-from flowcache.kv import KVCache
+from flowcache.kv import KVCache, memory_for
+from flowcache.pinned import Packer
 from flowcache.quantization import (
     ENCODING_BYTES,
     ENCODING_COPIES,
@@ -212,6 +213,7 @@ class QuantizedKVCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         storage: torch.device | None = None,
+        packer: Packer | None = None,
     ) -> None:
         super().__init__(
             min(layout.sizes.dense_tokens, capacity),
@@ -233,11 +235,8 @@ class QuantizedKVCache(KVCache):
         """Of keys and of values; a slot that no token needs is used again."""
         self.slot, self.free_slots = 0, list[int]()
 
-        is_pinned = storage is not None and storage.type == "cpu" and device.type == "cuda"
-
         def empty(width: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-            shape = (capacity, num_heads, width)
-            return torch.empty(shape, dtype=dtype, device=storage or device, pin_memory=is_pinned)
+            return memory_for((capacity, num_heads, width), dtype, storage or device, packer)
 
         keys, values = (
             Codes(*map(empty, layout.made.code_bytes(head_width, is_key=is_key)))
@@ -247,9 +246,12 @@ class QuantizedKVCache(KVCache):
 
     # Writing ----------------------------------------------------------------------------------
 
-    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor) -> None:
-        """Write a chunk's keys and values `offset` tokens behind the clean ones."""
+    def put(self, offset: int, k_SGC: Tensor, v_SGC: Tensor, *, rows: Tensor | None = None) -> None:
+        """Write a chunk's keys and values `offset` tokens behind the clean ones; see `KVCache`."""
         start = self.clean + offset
+        if rows is not None:
+            self._overwrite(start - self.packed + rows, k_SGC, v_SGC)
+            return
         stop = start + len(k_SGC)
         assert start <= self.filled, f"a gap in the buffer: {self.filled} filled, put at {start}"
         tail = slice(start - self.packed, stop - self.packed)

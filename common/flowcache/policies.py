@@ -33,6 +33,7 @@ from flowcache.bounds import (
 from flowcache.errors import UserError
 from flowcache.predict import MAX_ORDER, HeldGuidance, ResultStore
 from flowcache.schedule import Tick
+from flowcache.tokens import TokenRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,8 @@ class Decision:
     """Relative L1 distance of the signal to the previous tick; None where none was measured."""
     accumulated: float | None = None
     """Sum of the rescaled distances since the last computed step, this tick included."""
+    rows: Tensor | None = field(default=None, compare=False)
+    """Tokens of the chunk that are computed, ascending; None: all, or none. See `tokens`."""
 
 
 Decisions: TypeAlias = dict[int, Decision]
@@ -410,6 +413,7 @@ class ReuseRule:
     order: Annotated[int, Bounds(1, MAX_ORDER)] = 1
     guidance_every: Annotated[int, Bounds(1, MAX_STEPS)] = 1
     guidance_steps: OwnSteps = None
+    tokens: TokenRule = field(default_factory=TokenRule)
 
     @property
     def kind(self) -> type[ReusePolicy]:

@@ -80,10 +80,23 @@ class ResultStore:
         """Return the units that `predict` can be asked for."""
         return self.history.keys()
 
-    def put(self, unit: int, value: Tensor, *, sigma: Tensor) -> None:
-        """Store a result computed at noise level `sigma`."""
-        older = self.history.get(unit, [])[-self.order :] if self.factor else []
-        self.history[unit] = [*older, (value, sigma)]
+    def put(self, unit: int, value: Tensor, *, sigma: Tensor, where: Tensor | None = None) -> None:
+        """Store a result computed at noise level `sigma`.
+
+        Args:
+            where: which elements were computed, bool, broadcast to `value`; the others keep the
+                results that they have. None: all.
+        """
+        known, at = self.history.get(unit, []), _per_frame(sigma, value)
+        results = [*(known[-self.order :] if self.factor else []), (value, at)]
+        if where is not None:
+            kept = known[-len(results) :]
+            kept = [kept[0]] * (len(results) - len(kept)) + kept  # twice the same: no trend
+            results = [
+                (new.where(where, old), level.where(where, before))
+                for (new, level), (old, before) in zip(results, kept, strict=True)
+            ]
+        self.history[unit] = results
 
     def predict(self, unit: int, *, sigma: Tensor) -> Tensor:
         """Predict the result at noise level `sigma`.
@@ -94,6 +107,7 @@ class ResultStore:
         *older, (last, at) = self.history[unit]
         if not older:
             return last
+        sigma = _per_frame(sigma, last)
         middle, between = older[-1]
         moved = last + self.factor * _share(sigma - at, at - between, last) * (last - middle)
         if len(older) == MAX_ORDER:
@@ -124,13 +138,14 @@ def _slope(change: Tensor, span: Tensor) -> Tensor:
 
 
 def _share(part: Tensor, whole: Tensor, like: Tensor) -> Tensor:
-    """Return part / whole by frame; 0 where the noise level did not change: there is no trend."""
+    """Return part / whole; 0 where the noise level did not change: there is no trend."""
     share = (part / whole.where(whole != 0, 1.0)).where(whole != 0, 0.0)
     return _per_frame(share, like)
 
 
 def _per_frame(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
+    """Give `[F]` the axes of `like`; what has them already, levels of single elements, has."""
+    return values if values.ndim == like.ndim else values.view(-1, *[1] * (like.ndim - 1))
 
 
 # Held guidance ------------------------------------------------------------------------------------

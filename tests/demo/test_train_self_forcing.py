@@ -262,7 +262,16 @@ def test_a_training_does_not_go_on_with_another_base(
     training: Training, capsys: pytest.CaptureFixture[str], load_script: Callable[..., ModuleType]
 ):
     (training.out / "base.json").write_text('{"vae": "another"}')
-    line = ["--model", "self_forcing", "--out", str(training.out), "--stage", "dit", "--dit-steps", "1"]
+    line = [
+        "--model",
+        "self_forcing",
+        "--out",
+        str(training.out),
+        "--stage",
+        "dit",
+        "--dit-steps",
+        "1",
+    ]
     assert load_script("train_demo").main(line) == 2
     assert "was begun with another demo" in capsys.readouterr().err
 

@@ -103,7 +103,10 @@ WRONG = {
         ("model_config.kv_channels=64", "kv_channels is 64, but 24 heads must make 3072"),
         ("model_config.layernorm_epsilon=.inf", "layernorm_epsilon must be a finite number"),
         ("model_config.apply_layernorm_1p=false", "apply_layernorm_1p is False, but only True"),
-        ("model_config.num_layers=many", "model_config.num_layers is 'many', but must be int"),
+        (
+            "model_config.num_layers=many",
+            "model_config.num_layers is 'many', but must be a whole number",
+        ),
         ("model_config.num_layers=0", "num_layers must be in 1..256, not 0"),
         ("model_config.num_layers=1000000000", "num_layers must be in 1..256, not 1000000000"),
         ("model_config.hidden_size=1000000000000", "hidden_size must be in 1..131072, not 10"),
@@ -179,7 +182,11 @@ def test_guidance_is_the_largest_scale_of_the_text(configure: Configure, tmp_pat
     [
         ("4.5B_distill", ["guidance=5"], "guidance is 5, but a distilled model makes one pass"),
         ("4.5B_base", ["guidance=0.5"], r"guidance must be in 1\.\.1000, not 0.5"),
-        ("4.5B_base", ["guidance=nan"], "guidance is 'nan', but must be float or null"),
+        (
+            "4.5B_base",
+            ["guidance=nan"],
+            "guidance is 'nan', but must be a number or null, in 1..1000",
+        ),
         (
             "4.5B_base",
             ["guidance=5", "runtime_config.text_scales=[0, 0, 0, 0, 0]"],

@@ -21,8 +21,9 @@ from flowcache.runtime.ending import EXIT_USER_ERROR
 from flowcache.runtime.record import build_record, read_record, replay_policies
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.video import read_video
+from flowcache.tokens import TokenChoice, TopTokens
 from magi1.__main__ import main
-from magi1.config import TokenChoice
+from magi1.config import TokenChoice as SpecialChoice
 from magi1.dit import DiT
 from magi1.sampler import (
     ClipInputs,
@@ -58,7 +59,7 @@ def reference_sampler(want: Any, policy: ReusePolicy, sampling: Sampling) -> Cli
         want["emb"][0, 0][want["mask"][0].bool()],
         num_chunks=clip.num_chunks,
         tokens=tokens,
-        choice=TokenChoice(),
+        choice=SpecialChoice(),
         max_length=config.model_config.caption_max_length,
     )
     noise, null = want["noise"][0].clone(), null_caption(dit.null_caption)
@@ -106,6 +107,7 @@ def make(
     policy: ReusePolicy | None = None,
     sampling: Sampling = DISTILLED,
     held: HeldGuidance | None = None,
+    tokens: TokenChoice | None = None,
     records: bool = False,
     observe: Any = None,
     **changes: Any,
@@ -130,7 +132,7 @@ def make(
         dit,
         inputs,
         replace(sampling, **changes),
-        reuse=Reuse(policy or Vanilla(), held_guidance=held or HeldGuidance()),
+        reuse=Reuse(policy or Vanilla(), held_guidance=held or HeldGuidance(), tokens=tokens),
         stats=RunStats(torch.device("cpu"), records=records),
         observe=observe,
     )
@@ -277,6 +279,45 @@ def test_the_closed_form_flops_are_those_torch_counts(dit: DiT, sampling: Sampli
     assert sampler.stats.computed_flops == counter.get_total_flops()
     assert sampler.stats.computed_flops < sampler.stats.flops_without_reuse
     assert sampler.stats.num_reused > 0
+
+
+@each_sampling
+def test_chunks_computed_in_part_cost_what_torch_counts(dit: DiT, sampling: Sampling):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sampler = make(
+            dit,
+            sampling=sampling,
+            policy=Stride(steps=[1, 2, 3, 5]),
+            tokens=TopTokens("latent", 0.6, steps=[2, 3, 5], share=0.4),
+            records=True,
+        )
+        finished(sampler)
+    assert sampler.stats.computed_flops == counter.get_total_flops()
+    assert sampler.stats.trace is not None
+    spent = sampler.stats.trace.flops.items()
+    flops = {each.tick: row.spent for each, row in spent if each.chunk == 0}
+    assert flops[4] < flops[2] < flops[1]  # reused, in part, whole
+
+
+@pytest.mark.parametrize("quantity", ["latent_update", "velocity", "clean"])
+def test_pixels_that_are_left_out_move_as_in_a_reused_step(dit: DiT, quantity: Any):
+    """At step 2, half of the pixels move as in a run that reuses the step, the others do not."""
+    published = replace(DISTILLED, clean_pass=False, nearly_clean_pass=False, quantity=quantity)
+    states: list[Tensor] = []
+    for steps in ([1, 2], [1]):
+        sampler = make(
+            dit,
+            num_chunks=1,
+            sampling=published,
+            policy=Stride(steps=steps),
+            tokens=TopTokens("latent", 0.6, steps=[2], share=0.5),
+        )
+        for tick, _ in sampler.run():
+            if tick.index in (1, 2):
+                states.append(sampler.latents.clone())
+    assert torch.equal(states[0], states[2])
+    is_equal = (states[1] == states[3]).all(dim=0)
+    assert is_equal.sum() == is_equal.numel() // 2
 
 
 def test_the_planned_cache_is_the_one_allocated(dit: DiT):

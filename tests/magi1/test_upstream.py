@@ -241,7 +241,7 @@ WRONG = [
         (("--mode", "t2v", "--additional_config", text), message)
         for text, message in (
             ("rel_l1_tresh: 0.1", "unknown key 'rel_l1_tresh', did you mean rel_l1_thresh?"),
-            ("warmup_steps: many", "warmup_steps is 'many', but must be int"),
+            ("warmup_steps: many", "warmup_steps is 'many', but must be a whole number"),
             ("reuse_strategy: none", "is 'none', but must be one of chunkwise, all"),
         )
     ),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_plan_says_what_a_dry_run_prints(pipe: Pipeline):
     ("settings", "message"),
     [
         pytest.param({"num_framez": 3}, "unknown key 'num_framez', did you mean", id="key"),
-        pytest.param({"seed": "x"}, "seed is 'x', but must be int", id="type"),
+        pytest.param({"seed": "x"}, "seed is 'x', but must be a whole number", id="type"),
         pytest.param({"reuse": {"threshold": -1}}, "threshold", id="in a section"),
         pytest.param({"image": np.zeros((4, 4))}, r"image must be a file or uint8", id="pixels"),
         pytest.param({"image": "nowhere.png"}, "nowhere.png", id="file"),
@@ -185,6 +186,71 @@ def test_a_wrong_setting_is_one_line(pipe: Pipeline, settings: dict[str, Any], m
         with pytest.raises(UserError, match=message) as error:
             call(PROMPT, **settings)
         assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_and_where_all_are(pipe: Pipeline):
+    with pytest.raises(UserError) as error:
+        flowcache.load("demo", architecture=pipe.model.name, foo=3)
+    line = str(error.value)
+    assert line.startswith("unknown key 'foo'; the nearest are ")
+    assert line.endswith("; the command line's --list-settings shows all")
+    assert len(line) < 200
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"on_tick": 3}, "on_tick must be a function of one argument, not 3"),
+        ({"on_part": "x"}, "on_part must be a function of one argument, not 'x'"),
+        ({"record": "x"}, "record must be True or False, not 'x'"),
+        ({"preset": 3}, "preset must be a name or a YAML file, not 3"),
+    ],
+)
+def test_what_a_call_cannot_use_is_refused_before_any_work(
+    pipe: Pipeline, given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipe, "networks", None)  # of which nothing is asked
+    with pytest.raises(UserError, match=f"^{said}$"):
+        pipe(PROMPT, **given)
+
+
+def test_arguments_of_other_calls_are_refused_by_their_names(
+    pipe: Pipeline, video: flowcache.Video, tmp_path: Path
+):
+    wrong: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = [
+        (flowcache.load, ("demo",), {"progress_bar": "x"}, "progress_bar must be True or False"),
+        (flowcache.tune, (3, [PROMPT]), {}, "pipe must be what flowcache.load returns, not 3"),
+        (flowcache.tune, (pipe, 3), {}, "prompts must be a text or a list of texts, not 3"),
+        (flowcache.tune, (pipe, [PROMPT]), {"folder": 3}, "folder must be a path, not 3"),
+        (video.save, (None,), {}, "path must be a path, not None"),
+        (video.save, (tmp_path / "a.mp4",), {"overwrite": "no"}, "overwrite must be True or"),
+    ]
+    for call, args, named, said in wrong:
+        with pytest.raises(UserError, match=said):
+            call(*args, **named)
+
+
+def test_messages_name_arguments_of_python_and_no_flags(
+    pipe: Pipeline, video: flowcache.Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = video.save(tmp_path / "a.mp4")
+    monkeypatch.setattr(pipe, "settings", {**pipe.settings, "profile": "no.yaml"})
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: video.save(path), "or give overwrite=True$"),
+        (lambda: video.save(""), "^path is empty"),
+        (pipe.plan, r"demo/no.yaml: no such profile, nor /\S+/no.yaml: make one with flowcache.tu"),
+        (
+            lambda: flowcache.load("4.5B_distill", device="cpu"),
+            "use the command line's --download with a released model, or model demo$",
+        ),
+        (
+            lambda: flowcache.load("df-1.3b-540p", device="cpu"),
+            "names sizes, for the command line's --dry-run: ",
+        ),
+    ]
+    for call, said in wrong:
+        with pytest.raises(UserError, match=said):
+            call()
 
 
 @pytest.mark.parametrize("prompt", [3, ["a cat"], b"a cat", "", " \n"])

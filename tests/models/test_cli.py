@@ -89,7 +89,7 @@ WRONG_IN_SKYREELS = [
     ("reuse.predict=future", "must be one of"),
     ("attention=sparse", "must be one of full, causal"),
     ("attention_kernel=flash", "attention_kernel=flash is not available on cpu with float32"),
-    ("num_steps=many", "num_steps is 'many', but must be int"),
+    ("num_steps=many", "num_steps is 'many', but must be a whole number"),
     ("num_steps=2.5", "num_steps"),
     ("offload=maybe", "must be true or false"),
     ("=3", "is not an override"),
@@ -141,7 +141,10 @@ WRONG_IN_MAGI = [
     ("runtime_config.num_steps=5", "num_steps is 5, but must divide by 2"),
     ("runtime_config.noise2clean_kvrange=[3,2,1]", "must divide by the 3 entries"),
     ("runtime_config.video_size_w=40", "video_size_w is 40, but must be a positive multiple"),
-    ("runtime_config.num_frames=3", "num_frames is 3, but must make a latent of 4 frames"),
+    (
+        "runtime_config.num_frames=3",
+        "num_frames must be at least 4, which make one latent frame, not 3: use 12",
+    ),
     ("runtime_config.cfg_number=3", "must be 1 for a distilled model"),
     ("kv.total_chunks=2", "kv.total_chunks must be above runtime_config.window_size 2"),
     ("seedd=3", "unknown key 'seedd', did you mean runtime_config.seed?"),
@@ -239,7 +242,7 @@ def test_a_missing_or_unknown_field_is_named(refused: Refused, edited: Callable[
     assert "edited.json: unknown key 'engine_config.distil'" in line
     assert "did you mean engine_config.distill?" in line
     line = refused("--model", edited("model_config", num_layers="many"))
-    assert "model_config.num_layers is 'many', but must be int" in line
+    assert "model_config.num_layers is 'many', but must be a whole number" in line
 
 
 def test_a_preset_file_with_an_unknown_key_is_named(refused: Refused, tmp_path: Path):

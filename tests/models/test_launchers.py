@@ -166,8 +166,9 @@ def test_the_tuned_launcher_hands_on_its_profile_and_a_missing_one_is_told(
     ]
     assert tiny.main(*launch(name, "--dry-run", MODEL=str(tiny.folder))) == 2
     path = tiny.folder / "profiles/flowcache_tuned.yaml"
-    told = f"error: {path}: no such profile: make one with scripts/tune.py --out {path}\n"
-    assert capsys.readouterr().err == told
+    here = Path("profiles/flowcache_tuned.yaml").absolute()
+    said = f"no such profile, nor {here}: make one with scripts/tune.py --out {path}"
+    assert capsys.readouterr().err == f"error: {path}: {said}\n"
 
 
 def test_the_demo_has_a_profile_for_the_tuned_launcher(

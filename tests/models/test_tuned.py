@@ -176,7 +176,7 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
         for checkpoint in CHECKPOINTS
         for changes, settings, message in (
             ({"fingerprint": "other"}, (), "was tuned for another model (small): tune this one"),
-            ({}, ("reuse.profile=no.yaml",), "no.yaml: no such profile: make one with"),
+            ({}, ("reuse.profile=no.yaml",), "no.yaml: no such profile, nor "),
             ({}, ("reuse.profile=null",), "reuse.policy=planned needs a profile"),
         )
     ),

@@ -137,9 +137,7 @@ def test_a_missing_compiler_is_an_error_only_where_compiling_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(
-        UserError, match=r"compile=true needs a C\+\+ compiler.*--no-compile, or compile=false"
-    ):
+    with pytest.raises(UserError, match=r"compile=true needs a C\+\+ compiler.*give compile=false"):
         should_compile(True, torch.device("cpu"))
     assert not should_compile(None, torch.device("cuda"))
     assert "a C++ compiler is missing" in caplog.text

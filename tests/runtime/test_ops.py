@@ -234,3 +234,9 @@ def test_only_plain_float32_products_take_the_other_library(changed: dict[str, A
         )
     found = [name for name in watch.made if "linear_pointwise" in name or "mkldnn_conv" in name]
     assert len(found) == (2 if is_own and torch.backends.mkldnn.is_available() else 0)
+
+
+def test_memory_that_a_loaded_model_holds_counts_as_usable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 50)
+    assert ops.usable_bytes(torch.device("cuda")) == 70

@@ -229,7 +229,11 @@ def test_a_profile_is_found_beside_the_checkpoint_then_from_here(load: Load, tmp
     ("overrides", "change", "message"),
     [
         ((), {}, r"^reuse\.policy=planned needs a profile: set reuse\.profile=PATH"),
-        (("reuse.profile=no.yaml",), {}, r"checkpoint/no\.yaml: no such profile: make one with"),
+        (
+            ("reuse.profile=no.yaml",),
+            {},
+            r"checkpoint/no\.yaml: no such profile, nor /\S+/no\.yaml: make one with",
+        ),
         (("reuse.profile=profiles/p.yaml",), {"num_steps": 30}, "with num_steps 4, but this run"),
         (("reuse.profile=profiles/p.yaml",), {"shift": 3.0}, "with shift 5.0, but this run has 3"),
         (("reuse.profile=profiles/p.yaml",), {"lag": 0}, "with lag 2, but this run has 0"),

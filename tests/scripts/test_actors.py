@@ -135,38 +135,54 @@ def test_an_address_at_which_no_cluster_listens_is_one_line(
         pass
 
 
+CORES, GPUS = [{"CPU": 4.0}], [{"CPU": 4.0, "GPU": 2.0}]
+
+
 @pytest.mark.parametrize(
-    ("resources", "num_replicas", "expected"),
+    ("machines", "num_replicas", "group_size", "expected"),
     [
-        ({"CPU": 4.0}, None, (1, 0)),
-        ({"CPU": 4.0}, 4, (4, 0)),
-        ({"CPU": 4.0}, 5, "--replicas 5 is above the 4 cores of the cluster"),
-        ({"CPU": 4.0, "GPU": 2.0}, None, (2, 1)),
-        ({"CPU": 4.0, "GPU": 2.0}, 3, "--replicas 3 is above the 2 GPUs of the cluster"),
+        (CORES, None, 1, (1, 1, 0)),
+        (CORES, 4, 1, (4, 1, 0)),
+        (CORES, 2, 2, (2, 2, 0)),
+        (CORES, 5, 1, "--replicas 5 is above the 4 cores of the cluster"),
+        (CORES, 3, 2, "--replicas 3 of 2 cores each is above the 4 cores of the cluster"),
+        (GPUS, None, 1, (2, 1, 1)),
+        (GPUS, None, 2, (1, 1, 2)),
+        (GPUS, 3, 1, "--replicas 3 is above the 2 GPUs of the cluster"),
+        (GPUS * 2, None, 2, (2, 1, 2)),
+        (GPUS * 2, None, 4, "--gpus-per-replica 4 is above the 2 GPUs that a machine of the clus"),
+        ([{"CPU": 4.0, "GPU": 5.0}], 2, 2, (2, 1, 2)),
+        ([{"CPU": 4.0, "GPU": 5.0}], None, 2, "--gpus-per-replica 2 does not divide the 5 GPUs of"),
     ],
 )
-def test_a_replica_takes_a_gpu_where_there_are_some_else_a_core(
-    resources: dict[str, float],
+def test_a_replica_takes_gpus_where_there_are_some_else_cores(
+    machines: list[dict[str, float]],
     num_replicas: int | None,
-    expected: tuple[int, int] | str,
+    group_size: int,
+    expected: tuple[int, int, int] | str,
     monkeypatch: pytest.MonkeyPatch,
 ):
     """The cluster is one that is running; whose signal handlers stay as they were."""
     ended: list[bool] = []
+    lost = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
     ray = SimpleNamespace(
         init=lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN),
-        cluster_resources=lambda: resources,
+        nodes=lambda: [lost, *({"Alive": True, "Resources": each} for each in machines)],
         shutdown=lambda: ended.append(True),
     )
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setitem(sys.modules, "ray", ray)
     before = signal.getsignal(signal.SIGTERM)
     if isinstance(expected, str):
-        with pytest.raises(UserError, match=expected), cluster(num_replicas):
+        with (
+            pytest.raises(UserError, match=expected),
+            cluster(num_replicas, group_size=group_size),
+        ):
             pass
     else:
-        with cluster(num_replicas) as found:
-            assert (found.num_replicas, found.resources["num_gpus"]) == expected
+        with cluster(num_replicas, group_size=group_size) as found:
+            numbers = found.resources["num_cpus"], found.resources["num_gpus"]
+            assert (found.num_replicas, *numbers) == expected
             assert signal.getsignal(signal.SIGTERM) == before
             assert not found.is_own
     assert ended == [True]

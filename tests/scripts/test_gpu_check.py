@@ -16,7 +16,9 @@ import torch
 
 from flowcache.gpu import check, paths
 from flowcache.gpu.benchmark import load_benchmark, load_benchmarks
+from flowcache.gpu.fake_cuda import CUDA, pretended_cuda
 from flowcache.predict import ResultStore
+from flowcache.wan.vae import released
 
 ROOT = Path(__file__).parents[2]
 LEAN = ("torch", "transformers", "einops", "accelerate", "safetensors")
@@ -261,3 +263,17 @@ def test_help_loads_neither_transformers_nor_diffusers(command: str):
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_memory_limit_is_measured_where_there_is_cuda():
+    """On fake tensors; the text encoder is that of the released models, all else is tiny."""
+    benchmark = load_benchmark("skyreels_v2")
+    with pytest.raises(paths.AbsentError):
+        paths.limit_holds(torch.device("cpu"), benchmark)
+    released()  # imports what can't be imported while CUDA is pretended
+    with pretended_cuda():
+        found = paths.limit_holds(CUDA, benchmark, size="tiny", limit_bytes=10**9)
+    assert 0 < found.error < 1
+    assert found.is_right
+    for words in ("limit 1 GB, planned", "allocated", "reserved", "text encoder runs on the host"):
+        assert words in found.note

@@ -11,11 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flowcache.attention import choose_kernel
 from flowcache.gpu.benchmark import load_benchmark
 from flowcache.gpu.fake_cuda import CUDA, Ledger, pretended_cuda
-from flowcache.gpu.rehearsal import FRAMES, Case, Rehearsed, rehearse
+from flowcache.gpu.rehearsal import FRAMES, KERNEL, Case, LedgerStats, Rehearsed, rehearse
+from flowcache.runtime.config import parse_limit
 from flowcache.runtime.ending import Place
+from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.parallel import Group, Ranks
+from flowcache.runtime.run import job_of, plan_memory, read_settings, stream_if_asked
+from flowcache.runtime.video import to_uint8
+from flowcache.wan.dit import DiT
+from flowcache.wan.given import Conditioning
+from flowcache.wan.vae import VAE, released
 
 TOLERANCE = 0.15
 """Of the memory plan."""
@@ -321,3 +329,69 @@ def test_nothing_is_pretended_afterwards():
 def test_nothing_is_pretended_after_an_error():
     with pytest.raises(ZeroDivisionError):
         entered(lambda: 1 / 0)
+
+
+# Limits -------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "skyreels fast": (case(SKYREELS, "FlowCache-fast", num_layers=8), "5.2GB", 4),
+    "magi fast": (case(MAGI, "FlowCache-fast", num_layers=8), "4.6GB", None),
+}
+"""Runs of some layers, a limit, and the strips in which pictures are then decoded."""
+LIMIT_OF_SELF_FORCING = 3_800_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_holds(name: str):
+    made, limit, num_strips = LIMITS[name]
+    limit_bytes = parse_limit(limit)
+    assert limit_bytes is not None
+    run = rehearse(made, limit_bytes=limit_bytes)
+    residence = run.memory.residence
+    assert residence.vae_strips == num_strips
+    assert residence.blocks_on_device is not None
+    assert residence.blocks_on_device < made.benchmark.num_layers(made.job)
+    assert run.planned_bytes <= run.memory.peak_bytes <= limit_bytes
+    assert run.ledger.peak_bytes <= limit_bytes
+    # more blocks save time where they have room
+    assert run.ledger.peak_bytes >= 0.85 * limit_bytes
+    # copies of blocks and keys keep nobody waiting
+    for stage in ("dit", "caching", "kv_compression", "vae"):
+        assert run.ledger.waits_in(stage) == 0, run.ledger.waits
+    assert run.ledger.copies
+
+
+@pytest.mark.slow
+def test_a_limit_holds_for_self_forcing():
+    """Some layers of Rolling Forcing at the released size, without FlowCache's benchmark."""
+    model = load_model("self_forcing")
+    source = model.find("wan2.1-t2v-1.3b", is_dry=True)
+    source = replace(source, sizes=replace(source.sizes, num_layers=8))
+    settings = ("prompt=-", "num_frames=33", "overlap=false", "compile=false", "dtype=bfloat16")
+    request = Request("long", "wan2.1-t2v-1.3b", settings)
+    config = read_settings(model, request, source)
+    media = model.media(config, source)
+    dtype, ranks = torch.bfloat16, Ranks()
+    job = job_of(model, request, config, source, media, device=CUDA, dtype=dtype, ranks=ranks)
+    job = replace(job, memory=plan_memory(job, limit=LIMIT_OF_SELF_FORCING))
+    assert job.residence.blocks_on_device is not None
+    with pretended_cuda() as ledger:
+        with torch.device("meta"):
+            dit = DiT(source.sizes).to(job.dtype)
+        dit.to_empty(device=job.dit_device).eval().requires_grad_(False)
+        stream_if_asked(job, dit)
+        dit.kernel = dit.cross_kernel = choose_kernel(CUDA, dtype=job.dtype, wanted=KERNEL)
+        vae = released()
+        vae.model.to_empty(device=CUDA).eval().requires_grad_(False)
+        vae = VAE(vae.model)
+        vae.num_strips = job.residence.vae_strips or 1
+        prompt = torch.empty(1, source.sizes.text_len, source.sizes.text_dim, device=CUDA)
+        inputs = Conditioning({"cond": prompt.to(job.dtype)})
+        stats = LedgerStats(ledger)
+        for shown in model.generate(dit, vae, job.placed, inputs, stats=stats, work=job.work):
+            if shown.later is not None:
+                to_uint8(shown.later.result().frames).cpu()
+    assert 0.85 * LIMIT_OF_SELF_FORCING <= ledger.peak_bytes <= LIMIT_OF_SELF_FORCING
+    planned = max(stage.peak_bytes for stage in job.memory.stages if stage.name != "text")
+    assert planned == pytest.approx(ledger.peak_bytes, rel=TOLERANCE)

@@ -50,6 +50,8 @@ class Toy:
         self.num_passes = 1
         self.compresses_kv = False
         self.holds_guidance = False
+        self.needed: int | None = None
+        """A step that plans of few steps must compute, which no sum of local errors shows."""
 
     def load(self) -> None:
         """Nothing to load."""
@@ -130,7 +132,8 @@ class Toy:
             stats.add_flops(computed=spent, without_reuse=10 * NUM_STEPS)
             whole = values.get("kv.compress") == "none"
             stats.add_flops(computed=10 * NUM_STEPS if whole else 0, without_reuse=0)
-        latent = latent + 0.1 * whole
+        is_poor = self.needed is not None and self.needed not in computed and len(computed) < 6
+        latent = latent + 0.1 * whole + 0.5 * is_poor
         pixels = (128 + 40 * latent).clamp(0, 255).to(torch.uint8)
         return Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
 
@@ -242,9 +245,34 @@ def test_a_second_start_measures_nothing_again(tune: Tune, toy: Toy):
     assert "other settings" in tune("--check-prompts", "0", "--overwrite", "seed=3", code=2)
 
 
+def test_a_search_finds_a_plan_with_less_error_and_goes_on_where_it_stopped(
+    tune: Tune, toy: Toy, tmp_path: Path
+):
+    toy.needed = 1
+    tune("--target", "flops=0.4", "--check-prompts", "0")
+    ((before,),) = (read_profile(tmp_path / "work" / "profile.yaml").reuse.plans,)
+    few = ("--target", "flops=0.4", "--check-prompts", "2", "--overwrite", "--search")
+    printed = tune(*few, "40")
+    line = next(line for line in printed.splitlines() if line.startswith("search"))
+    tried, clips, first, last = map(float, re.findall(r"(?<= )[\d.]+", line))
+    assert (0 < tried <= 40, clips) == (True, 3)
+    ((after,),) = (read_profile(tmp_path / "work" / "profile.yaml").reuse.plans,)
+    assert len(after) == len(before)
+    assert (after != before) == (last < first)
+    assert last < first
+    assert (1 in before, 1 in after) == (False, True)
+    assert f"| searched {len(after)}" in printed
+    count = toy.num_renders
+    tune(*few, "40")
+    assert toy.num_renders == count
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--search", "-1"], "--search must be 0 or more"),
+        (["--search", "3", "--spread", "-1"], "--spread must be 0 or more"),
+        (["--spread", "1"], "give --search TRIALS"),
         (["--target", "psnr=500"], "cannot be reached"),
         (["--target", "flops=0.001", "--dry-run"], "cannot be reached: at least "),
         (["--target", "speedup=300", "--dry-run"], "cannot be reached: at least "),

@@ -223,9 +223,9 @@ def test_metrics_count_videos_and_first_chunks(start: Start, client_of: ClientOf
     assert "flowcache_video_frames_sum 33.0" in lines
 
 
-@pytest.mark.parametrize("folder", ["FlowCache4SkyReels-V2", "FlowCache4MAGI-1"])
+@pytest.mark.parametrize("folder", ["SkyReels-V2", "MAGI-1", "Self-Forcing"])
 def test_the_launcher_hands_its_variables_to_the_service(folder: str):
-    launcher = Path(__file__).resolve().parents[2] / folder / "serve.sh"
+    launcher = Path(__file__).resolve().parents[2] / f"FlowCache4{folder}" / "serve.sh"
     command = ["bash", str(launcher), "num_frames"]
     environment = {**os.environ, "MODEL": "demo", "PORT": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

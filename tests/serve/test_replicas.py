@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ import pytest
 
 from flowcache.api import Pipeline, Tick
 from flowcache.errors import UserError
+from flowcache.runtime.ending import EXIT_LOST
 from flowcache.runtime.video import read_video
 from flowcache.serve.__main__ import main
 from flowcache.serve.jobs import (
@@ -84,7 +87,7 @@ def replicas_of(*responses: Response) -> Replicas:
     """Return replicas that answer one call after the other."""
     left = list(responses)
     handle = SimpleNamespace(make=SimpleNamespace(remote=lambda _job, _folder: left.pop(0)))
-    return Replicas(handle, FailedError, (DiedError,), 2)
+    return Replicas(handle, 2)
 
 
 @pytest.fixture(name="no_waits")
@@ -99,9 +102,9 @@ def make_job(folder: Path) -> Job:
 
 
 @pytest.mark.usefixtures("no_waits")
-@pytest.mark.parametrize("end", [DiedError(), FailedError(DiedError())], ids=["it", "a part"])
+@pytest.mark.parametrize("end", [DiedError(), FailedError(DiedError()), None])
 def test_a_job_whose_replica_died_begins_again_without_what_was_unfinished(
-    end: Exception, tmp_path: Path
+    end: Exception | None, tmp_path: Path
 ):
     job, events = make_job(tmp_path), list[Event]()
     died, good = Response([TICK], end), Response([TICK, Made(1.0, 2.0)], None)
@@ -113,7 +116,9 @@ def test_a_job_whose_replica_died_begins_again_without_what_was_unfinished(
 @pytest.mark.usefixtures("no_waits")
 def test_a_job_whose_replicas_die_again_and_again_fails(tmp_path: Path):
     calls = [Response([], DiedError()) for _ in range(3)]
-    with pytest.raises(UserError, match="the replica that made the video died 3 times"):
+    with pytest.raises(
+        UserError, match="the replica that made the video failed 3 times, at last with: DiedError"
+    ):
         replicas_of(*calls).make(make_job(tmp_path), tmp_path, lambda _: None)
 
 
@@ -160,7 +165,7 @@ def test_the_queue_gives_jobs_to_as_many_replicas_and_forgets_what_was_lost(
 def test_a_replica_ends_a_video_that_nobody_wants_before_it_takes_the_next(
     pipe: Pipeline, tmp_path: Path
 ):
-    replica = Replica(lambda: pipe)
+    replica = Replica(lambda _: pipe)
     job = Job("a", PROMPT, "flowcache_fast", {"num_frames": 177}, 24, "64x64", 0)
 
     async def leave() -> int:
@@ -180,6 +185,14 @@ def test_a_replica_ends_a_video_that_nobody_wants_before_it_takes_the_next(
     [
         (["--replicas", "2"], "--replicas is how many models --ray loads: give --ray, too"),
         (["--ray", "--replicas", "0"], "--replicas must be 1 to 10000, not 0"),
+        (
+            ["--gpus-per-replica", "2"],
+            "--gpus-per-replica is how many GPUs --ray gives to each model: give --ray, too",
+        ),
+        (
+            ["--ray", "--gpus-per-replica", "-1"],
+            "--gpus-per-replica must be 1 to 10000, not -1",
+        ),
         (["--ray"], "ray is not installed: pip install 'flowcache[ray]', or in the repository"),
     ],
 )
@@ -195,6 +208,64 @@ def test_what_is_wrong_with_replicas_is_one_line(
     assert line.startswith(f"error: {said}")
 
 
+def test_a_model_that_a_group_cannot_divide_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # of which nothing is asked
+    given = ["--model", "demo", "device=cpu", "--ray", "--gpus-per-replica", "5"]
+    assert main(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: parallel.sequence=5 does not divide the ")
+
+
+@pytest.mark.parametrize(
+    ("victim", "when"),
+    [
+        ("other", "idle"),
+        pytest.param("first", "idle", marks=pytest.mark.slow),
+        pytest.param("other", "at work", marks=pytest.mark.slow),
+        pytest.param("first", "at work", marks=pytest.mark.slow),
+    ],
+)
+def test_a_group_makes_what_one_process_makes_stays_in_step_and_ends_as_a_whole(
+    victim: str, when: str, pipe: Pipeline, tmp_path: Path
+):
+    script = Path(__file__).with_name("group_run.py")
+    command = [sys.executable, str(script), str(tmp_path), victim, when]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    expected = EXIT_LOST if victim == "other" else -signal.SIGKILL
+    assert ended.returncode == expected, ended.stderr
+    assert has_ended(int((tmp_path / "pid.txt").read_text()))
+    assert "num_frames" in (tmp_path / "wrong.txt").read_text()
+    alone = pipe(PROMPT, preset="flowcache_fast", record=True)
+    assert alone.record is not None
+    alone.save(tmp_path / "alone.mp4")
+    frames = read_video(tmp_path / "alone.mp4")[0].astype(float)
+    for name, branch in (("first", 2), ("after", 2), ("tokens", 1)):
+        video = read_video(tmp_path / name / "video.mp4")[0]
+        # of 255: sums in another order, then the codec
+        assert np.abs(video - frames).mean() < 0.1
+        report = json.loads((tmp_path / name / "video.json").read_text())
+        assert report["processes"] == {"branch": branch, "sequence": 2 // branch}
+        assert report["stats"]["passes"] == alone.stats["passes"]
+        flops = alone.stats["flops"]["computed"]
+        assert report["stats"]["flops"]["computed"] == pytest.approx(flops)
+        record = json.loads((tmp_path / name / "video.record.json").read_text())
+        assert len(record["decisions"]) == len(alone.record["decisions"])
+    assert not (tmp_path / "killed" / "video.mp4").exists()
+
+
+def has_ended(pid: int) -> bool:
+    """Wait for the end of a process."""
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        time.sleep(0.1)
+    return not psutil.pid_exists(pid)
+
+
 def ask(address: str, path: str, fields: dict[str, Any] | None = None) -> Any:
     data = None if fields is None else json.dumps(fields).encode()
     request = urllib.request.Request(
@@ -203,13 +274,22 @@ def ask(address: str, path: str, fields: dict[str, Any] | None = None) -> Any:
     return json.load(urllib.request.urlopen(request, timeout=60))
 
 
-def running_replicas() -> list[psutil.Process]:
+def running(name: str) -> list[psutil.Process]:
+    """Return the processes below this one whose command holds a name."""
     found: list[psutil.Process] = []
     for each in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # ended since
-            if "ServeReplica" in "".join(each.cmdline()):
+            if name in "".join(each.cmdline()):
                 found.append(each)
     return found
+
+
+REPLICA, SERVICE = "ServeReplica", "flowcache.serve"
+
+
+def others(replica: psutil.Process) -> list[psutil.Process]:
+    """Return the further processes of a replica."""
+    return [each for each in replica.children() if "spawn_main" in "".join(each.cmdline())]
 
 
 @needs_ray
@@ -234,7 +314,7 @@ def test_a_service_with_a_killed_replica_loses_no_job_and_makes_what_one_model_m
         if not killed and sum(state["progress"] > 5 for state in states) >= 2:
             # two have worked; the first one at work now dies
             at_work = [state for state in states if state["status"] == RUNNING]
-            replicas = running_replicas()
+            replicas = running(REPLICA)
             if len(replicas) == 2 and len(at_work) == 2:
                 replicas[0].kill()
                 killed.append(replicas[0].pid)
@@ -263,3 +343,43 @@ def test_a_service_with_a_killed_replica_loses_no_job_and_makes_what_one_model_m
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert state["status"] == CANCELLED
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_replica_of_two_processes_of_which_one_is_killed_loses_no_job_and_leaves_nothing(
+    pipe: Pipeline, service: Callable[..., str], tmp_path: Path
+):
+    settings = {"num_frames": 177, "num_steps": 20}
+    given = [f"{name}={value}" for name, value in settings.items()]
+    address = service(*given, "--ray", "--gpus-per-replica", "2")
+    (replica,) = running(REPLICA)
+    (other,) = others(replica)
+    ids = [ask(address, "/v1/videos", {"prompt": PROMPT, "seed": n})["id"] for n in range(3)]
+    deadline = time.monotonic() + 400
+    while ask(address, f"/v1/videos/{ids[0]}")["progress"] < 10:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    other.kill()
+    assert has_ended(replica.pid)
+    states: list[dict[str, Any]] = []
+    while not states or any(state["status"] in WAITING for state in states):
+        assert time.monotonic() < deadline, states
+        time.sleep(0.2)
+        states = [ask(address, f"/v1/videos/{each}") for each in ids]
+    assert [state["status"] for state in states] == [DONE] * len(ids), states
+    for number, video_id in enumerate(ids):
+        folder = tmp_path / "jobs" / video_id
+        assert json.loads((folder / "video.json").read_text())["processes"]["branch"] == 2
+        alone = pipe(PROMPT, seed=number, **settings).save(tmp_path / f"{number}.mp4")
+        whole = read_video(alone)[0].astype(float)
+        # of 255: sums in another order, then the codec
+        assert np.abs(read_video(folder / "video.mp4")[0] - whole).mean() < 0.1
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    (replica,) = running(REPLICA)
+    left = [replica, *others(replica)]
+    assert len(left) == 2
+    (process,) = running(SERVICE)
+    process.terminate()
+    assert all(has_ended(each.pid) for each in left)

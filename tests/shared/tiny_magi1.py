@@ -77,11 +77,13 @@ VAE_CONFIG: dict[str, Any] = {
 }
 
 
-def config_document(*, is_base: bool = False, is_fp8: bool = False) -> dict[str, Any]:
+def config_document(
+    *, is_base: bool = False, is_fp8: bool = False, num_layers: int | None = None
+) -> dict[str, Any]:
     """Return a JSON config for a model that makes a clip of two chunks in a second."""
     model = replace(
         MODEL_4_5B,
-        num_layers=3 if is_fp8 else 2,
+        num_layers=num_layers or (3 if is_fp8 else 2),
         hidden_size=32,
         ffn_hidden_size=48,
         num_attention_heads=4,
@@ -133,7 +135,7 @@ def config_document(*, is_base: bool = False, is_fp8: bool = False) -> dict[str,
     return {"model_config": asdict(model), "runtime_config": runtime, "engine_config": engine}
 
 
-def write_checkpoint(folder: Path, **kind: bool) -> Path:
+def write_checkpoint(folder: Path, **kind: Any) -> Path:
     """Write random weights in the layout of the release, and special tokens."""
     document = config_document(**kind)
     folder.mkdir(parents=True)

@@ -23,7 +23,7 @@ checkpoint: checkpoints/tiny.pt
 """The settings that the checkpoint brings: 9 latent frames."""
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, *, num_layers: int = 2) -> Path:
     """Write a random transformer, as upstream saves it, with a demo's VAE and text encoder."""
     shutil.copytree(
         DEMO, folder, ignore=shutil.ignore_patterns("presets", "profiles", "transformer")
@@ -31,7 +31,7 @@ def write_checkpoint(folder: Path) -> Path:
     (folder / "presets").mkdir()
     (folder / "presets/base.yaml").write_text(SMALL)
     text_dim = json.loads((folder / "text_encoder/config.json").read_text())["d_model"]
-    sizes = replace(SIZES, text_dim=text_dim)
+    sizes = replace(SIZES, text_dim=text_dim, num_layers=num_layers)
     stored = {
         "attention_head_dim": sizes.head_width,
         "ffn_dim": sizes.ffn_dim,

@@ -32,22 +32,28 @@ reuse:
 """The settings that the checkpoint brings."""
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, *, num_layers: int = 2) -> Path:
     """Write a random transformer with the demo's VAE and text encoder."""
     shutil.copytree(
         DEMO, folder, ignore=shutil.ignore_patterns("presets", "profiles", "transformer")
     )
     (folder / "presets").mkdir()
     (folder / "presets/base.yaml").write_text(SMALL)
-    write_dit(folder, DiTConfig(in_dim=16, inject_sample_info=True))
+    write_dit(folder, DiTConfig(in_dim=16, inject_sample_info=True), num_layers=num_layers)
     return folder
 
 
-def write_dit(folder: Path, kind: DiTConfig) -> None:
+def write_dit(folder: Path, kind: DiTConfig, *, num_layers: int = 2) -> None:
     """Write a random transformer of a kind, in the `*-Diffusers` layout."""
     text_dim = json.loads((folder / "text_encoder/config.json").read_text())["d_model"]
     config = replace(
-        kind, dim=48, ffn_dim=64, freq_dim=32, num_heads=4, num_layers=2, text_dim=text_dim
+        kind,
+        dim=48,
+        ffn_dim=64,
+        freq_dim=32,
+        num_heads=4,
+        num_layers=num_layers,
+        text_dim=text_dim,
     )
     torch.manual_seed(0)
     weights = DiT(config).state_dict()

@@ -13,6 +13,7 @@ from flowcache.kv import Compression, caches_for
 from flowcache.policies import ReusePolicy, Vanilla
 from flowcache.predict import HeldGuidance, Quantity, ResultStore
 from flowcache.runtime.stats import RunStats
+from flowcache.tokens import TokenChoice
 from flowcache.wan.dit import DiT
 from skyreels_v2.sampler import Branch, Run, Sampling, WindowSampler
 from skyreels_v2.window import Window, cut_window
@@ -75,6 +76,7 @@ def denoise(
     storage: torch.device | None = None,
     store: Callable[[], ResultStore] = ResultStore,
     guidance: HeldGuidance | None = None,
+    tokens: Callable[[], TokenChoice] | None = None,
     **options: Any,
 ) -> Denoised:
     """Denoise a window with random prompts, or the given ones.
@@ -99,6 +101,7 @@ def denoise(
                 device=moving.device,
                 storage=storage,
             ),
+            None if tokens is None else tokens(),
         )
         for name in names
     }

@@ -48,6 +48,24 @@ def test_strips_put_together_are_the_whole_picture(
     assert_close(together, whole, ulps=512)
 
 
+@pytest.mark.parametrize("num_shares", [1, 2])
+@pytest.mark.parametrize("num_strips", [2, 3])
+def test_strips_decoded_one_after_the_other_are_the_whole_picture(
+    lone_shares: Callable[[int], list[Ranks]], num_strips: int, num_shares: int
+):
+    model, latents = tiny_vae(), latents_of(2, 37)
+    whole = model.decode(latents)
+    model.num_strips = num_strips
+    together = torch.zeros_like(whole)
+    for ranks in lone_shares(num_shares):
+        stream = model.stream(ranks)
+        parts = [stream.decode(part) for part in latents.split((2, 1, 1), dim=2)]
+        together += torch.cat(parts, dim=2)
+        assert len(stream.strip_bytes()) == num_strips
+        assert 0 < sum(stream.strip_bytes()) < stream.state_bytes()
+    assert_close(together, whole, ulps=512)
+
+
 def test_a_strip_keeps_less_than_the_whole_picture(lone_shares: Callable[[int], list[Ranks]]):
     model, latents = tiny_vae(), latents_of(2, 60, num_frames=2)
     streams = [model.stream(ranks) for ranks in lone_shares(3)]

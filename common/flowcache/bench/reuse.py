@@ -9,7 +9,7 @@ compression and full attention (`--table methods` has them).
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Adaptive:
     """An adaptive rule at one budget."""
 
     rule: str
-    """flowcache, content, teacache or magcache."""
+    """flowcache, content, teacache, magcache or motioncache."""
     level: str
     threshold: float | None
     """None: that of the preset."""
@@ -89,10 +89,12 @@ def write_budgets(budgets: Budgets, folder: Path) -> Path:
     return path
 
 
-def read_budgets(folder: Path | None, *, model: str, checkpoint: str) -> Budgets:
-    """Read the budgets of a folder, which must have been made for this model."""
+def read_budgets(
+    folder: Path | None, *, model: str, checkpoint: str, levels: Collection[str] = tuple(LEVELS)
+) -> Budgets:
+    """Read the budgets of a folder, which must have been made for this model and these levels."""
     if folder is None:
-        raise UserError(f"--table reuse needs --profiles DIR: a folder that {MAKE_WITH} made")
+        raise UserError(f"this table needs --profiles DIR: a folder that {MAKE_WITH} made")
     path = folder / BUDGETS_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file: make it with {MAKE_WITH} --out {folder}")
@@ -102,8 +104,11 @@ def read_budgets(folder: Path | None, *, model: str, checkpoint: str) -> Budgets
             f"{path} was made for {budgets.model} {budgets.checkpoint}, not for {model} "
             f"{checkpoint}: choose another --profiles"
         )
-    if set(budgets.levels) != set(LEVELS):
-        raise UserError(f"{path} must have the levels {', '.join(LEVELS)}: make it again")
+    if set(budgets.levels) != set(levels):
+        raise UserError(
+            f"{path} must have the levels {', '.join(levels)}, but has "
+            f"{', '.join(budgets.levels)}: make it again with {MAKE_WITH} --levels"
+        )
     return budgets
 
 
@@ -119,6 +124,7 @@ NAMES = {
     "content": "FlowCache, content signal",
     "teacache": "TeaCache",
     "magcache": "MagCache",
+    "motioncache": "MotionCache",
 }
 
 
@@ -128,14 +134,17 @@ def trend(factor: float, *, order: int = 1) -> tuple[str, ...]:
 
 
 def rule_names(words: Words) -> list[str]:
-    """Return the adaptive rules of a model; a content signal may be the published one."""
-    return [name for name in NAMES if name != "content" or words.content]
+    """Return the adaptive rules of chunks; a content signal may be the published one."""
+    every = [name for name in NAMES if name != "motioncache"]
+    return [name for name in every if name != "content" or words.content]
 
 
 def rule_settings(rule: str, words: Words, *, preset: str, profile: Path) -> tuple[str, list[str]]:
     """Return the preset of an adaptive rule and its settings but the threshold."""
     if rule == "teacache":
         return words.whole_window, []
+    if rule == "motioncache":
+        return rule, []
     if rule == "magcache":
         return preset, ["reuse.policy=magcache", f"reuse.profile={profile}"]
     return preset, list(words.content) if rule == "content" else []
@@ -147,7 +156,7 @@ def reuse_methods(comparison: Comparison, budgets: Budgets, folder: Path) -> tup
     Args:
         folder: where the budgets' profiles are.
     """
-    rows = _Rows(comparison, budgets, folder)
+    rows = RowMaker(comparison, budgets, folder)
     parabola = trend(budgets.levels[MID].parabola_factor, order=2)
     return (
         *comparison.computed,
@@ -174,7 +183,7 @@ def reuse_methods(comparison: Comparison, budgets: Budgets, folder: Path) -> tup
 
 
 @dataclass(frozen=True)
-class _Rows:
+class RowMaker:
     """Makes rows of one table."""
 
     comparison: Comparison
@@ -182,6 +191,7 @@ class _Rows:
     folder: Path
 
     def adaptive(self, rule: str, level: str, *, is_published: bool) -> Method:
+        """Return an adaptive rule with the published predictor, or a velocity along its trend."""
         words, found = self.comparison.words, self.budgets.rule(rule, level)
         preset, settings = rule_settings(
             rule, words, preset=self.comparison.preset, profile=self._profile(level)
@@ -195,6 +205,7 @@ class _Rows:
         return self._row(name, Group(NAMES[rule], predictor, level), settings, preset=preset)
 
     def stride(self, level: str) -> Method:
+        """Return evenly spread steps, as many as the plan computes."""
         own = self.budgets.levels[level]
         steps = f"reuse.steps=[{','.join(map(str, own.even_steps))}]"
         settings = ("reuse.policy=stride", steps, *trend(own.even_factor))
@@ -203,7 +214,11 @@ class _Rows:
     def profiled(
         self, policy: str, level: str, predictor: str, settings: Sequence[str] = ()
     ) -> Method:
-        given = (f"reuse.policy={policy}", f"reuse.profile={self._profile(level)}", *settings)
+        """Return what follows the profile of a level; a searched plan has one of its own."""
+        planned = self._profile(level)
+        profile = planned.with_name(f"searched_{planned.name}") if policy == "searched" else planned
+        followed = "planned" if policy == "searched" else policy
+        given = (f"reuse.policy={followed}", f"reuse.profile={profile}", *settings)
         return self._row(f"{policy} ({level})", Group(policy, predictor, level), given)
 
     def _profile(self, level: str) -> Path:
@@ -279,7 +294,12 @@ def computed_steps(clip: Clip) -> list[list[int]]:
 
 
 def find_threshold(
-    flops_of: Callable[[float], float], wanted: float, *, start: float, tolerance: float
+    flops_of: Callable[[float], float],
+    wanted: float,
+    *,
+    start: float,
+    tolerance: float,
+    takes_nearest: bool = False,
 ) -> float:
     """Return the threshold whose share of FLOPs is nearest to a wanted one.
 
@@ -289,6 +309,8 @@ def find_threshold(
     Args:
         flops_of: measures the share of a threshold.
         tolerance: of the share; the search ends there.
+        takes_nearest: whether the nearest threshold is taken where no one comes so near; else that
+            is an error.
     """
     tried = {start: flops_of(start)}
 
@@ -303,6 +325,8 @@ def find_threshold(
         else:
             threshold = max(tried) * WIDEST if below else min(tried) / WIDEST
         if not LEAST_THRESHOLD < threshold < MOST_THRESHOLD:
+            if takes_nearest:
+                break
             raise UserError(
                 f"no threshold between {LEAST_THRESHOLD:g} and {MOST_THRESHOLD:g} makes a rule "
                 f"spend {wanted:.3f} of the FLOPs: the nearest is {tried[nearest()]:.3f}"

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -17,13 +18,13 @@ from flowcache.runtime.compile import Compilation, should_compile
 from flowcache.runtime.model import Job, Progress, Request, Source, VideoModel, models_with
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
-from flowcache.runtime.run import job_of, read_settings
+from flowcache.runtime.run import job_of, read_settings, stream_if_asked
 from flowcache.runtime.stats import RunStats
 
 Size = Literal["paper", "tiny"]
 """The published experiments, or one that a CPU runs in seconds to test the code."""
 Speed = Literal["slow", "fast"]
-Fill = Callable[[nn.Module], None]
+Fill = Callable[..., None]
 """Gives a network on the meta device weights on a real one."""
 INIT_STD = 0.02
 WARMUP_STEPS = 5
@@ -109,6 +110,8 @@ class Demo:
     """Settings of a VAE in 16 bits; none: it is always that of the run."""
     half_tolerance: float
     """Twice the error that bfloat16 makes on a CPU in the same runs."""
+    strips: tuple[str, ...] = ()
+    """Settings with which pictures are decoded in strips; empty: there are none."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,9 @@ class Benchmark:
 
     def build(self, job: Job, size: Size, fill: Fill) -> Models:
         """Make all networks; blocks are compiled as the settings say."""
-        dit, vae = self.make_dit(job, fill), self.make_vae(job, size, fill)
+        dit = self.make_dit(job, partial(fill, at=job.dit_device))
+        stream_if_asked(job, dit)
+        vae = self.make_vae(job, size, fill)
         set_float32_precision(job.dtype)
         if should_compile(job.config.compile, job.device):
             self.model.compile(job, dit)
@@ -221,7 +226,7 @@ class Benchmark:
         return self.model.generate(
             models.dit,
             models.vae,
-            job.config,
+            job.placed,
             models.inputs,
             stats=stats,
             work=job.work,
@@ -264,14 +269,14 @@ def is_installed(package: str) -> bool:
 
 
 def random_weights(device: torch.device) -> Fill:
-    """Return what gives a network random weights: normal, 0.02 wide.
+    """Return what gives a network random weights, there or elsewhere: normal, 0.02 wide.
 
     Random, not zero: matrix products of zeros need less power and run faster than real ones.
     """
 
-    def fill(network: nn.Module) -> None:
-        network.to_empty(device=device)
-        draw = torch.Generator(device=device).manual_seed(0)
+    def fill(network: nn.Module, at: torch.device = device) -> None:
+        network.to_empty(device=at)
+        draw = torch.Generator(device=at).manual_seed(0)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.normal_(std=INIT_STD, generator=draw)

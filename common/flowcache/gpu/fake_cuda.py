@@ -389,6 +389,9 @@ def pretended_cuda() -> Generator[Ledger, None, None]:
         "get_device_capability": lambda _device=None: CAPABILITY,
         "reset_peak_memory_stats": lambda _device=None: None,
         "max_memory_allocated": lambda _device=None: ledger.peak_bytes,
+        "max_memory_reserved": lambda _device=None: ledger.peak_bytes,
+        "memory_reserved": lambda _device=None: ledger.live_bytes,
+        "empty_cache": lambda: None,
     }
 
     def tolist(tensor: FakeTensor) -> Any:

@@ -5,22 +5,29 @@ compared are latents, so that no VAE blurs a difference, or pixels where decodin
 error is `|found - wanted| / |wanted|`, by Euclidean norms (dimensionless).
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowcache.attention import SDPA, AttentionShape, Kernel, available_kernels
 from flowcache.errors import UserError
-from flowcache.gpu.benchmark import Benchmark, NoVAE, load_benchmark, load_benchmarks
+from flowcache.gpu.benchmark import Benchmark, Fill, NoVAE, Size, load_benchmark, load_benchmarks
 from flowcache.runtime.compile import should_compile
 from flowcache.runtime.model import Job, Progress, Request
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
-from flowcache.runtime.run import choose_attention, job_of, read_settings
-from flowcache.runtime.stats import RunStats
+from flowcache.runtime.run import (
+    choose_attention,
+    job_of,
+    plan_memory,
+    read_settings,
+    stream_if_asked,
+)
+from flowcache.runtime.stats import RunStats, scaled
 
 CPU = torch.device("cpu")
 FLOAT32 = 2e-4
@@ -32,6 +39,8 @@ COARSE_KERNEL = 2**-4
 """Of one that multiplies in 8 bits: 1 of 127 steps of the largest query and key of a block."""
 CERTAIN = ("reuse.warmup_steps=1", "reuse.threshold=100")
 """Every step between the forced ones is reused, whichever way signals are rounded."""
+LIMIT_BYTES = 8 * 10**9
+"""A limit that the released models keep."""
 NUM_STEPS = {"cuda": 8, "cpu": 4}
 """Of a demo's chunk. On a CPU the same code is tried, no device."""
 SHAPES: Mapping[str, AttentionShape] = {
@@ -156,6 +165,7 @@ def demo_checks(benchmark: Benchmark, device: torch.device) -> list[Check]:
         "demo, every step": Way("vanilla"),
         "KV compression": Way(demo.compressed),
         "keys on the host, prefetched": Way(demo.fast, demo.keys_on_host),
+        "blocks of the transformer stream": Way(demo.fast, ("blocks_on_device=1",)),
         "transformer and VAE take turns": Way(demo.fast, ("offload=true",)),
         "decoded, float32": Way(demo.fast, ("overlap=false",), is_decoded=True),
         "decoded while denoising goes on": Way(demo.fast, ("overlap=true",), is_decoded=True),
@@ -166,11 +176,18 @@ def demo_checks(benchmark: Benchmark, device: torch.device) -> list[Check]:
         ways["decoded, VAE in bfloat16"] = Way(
             demo.fast, settings, is_decoded=True, has_half_vae=True
         )
+    if demo.strips:
+        settings = ("overlap=false", *demo.strips)
+        ways["decoded in strips"] = Way(demo.fast, settings, is_decoded=True)
     if is_cuda:  # elsewhere importance is summed block by block either way
         ways["KV compression, compiled"] = Way(demo.compressed, is_compiled=True)
-    return [
+    checks = [
         Check(f"{demo.title}: {name}", partial(compare, way, device, benchmark))
         for name, way in ways.items()
+    ]
+    return [
+        *checks,
+        Check(f"{demo.title}: a memory limit", partial(limit_holds, device, benchmark)),
     ]
 
 
@@ -221,6 +238,7 @@ def make(benchmark: Benchmark, way: Way, device: torch.device, *, num_steps: int
     job = open_demo(benchmark, way, device, num_steps=num_steps)
     set_float32_precision(way.dtype)
     dit = model.load_dit(job)
+    stream_if_asked(job, dit)
     if device.type == "cuda":
         choose_attention(dit, job)
     if way.is_compiled:
@@ -242,6 +260,56 @@ def make(benchmark: Benchmark, way: Way, device: torch.device, *, num_steps: int
     if way.is_compiled and dit.parts.compilation.failure is not None:
         raise RuntimeError(f"not compiled: {dit.parts.compilation.failure}")
     return result
+
+
+@torch.no_grad()
+def limit_holds(
+    device: torch.device,
+    benchmark: Benchmark,
+    *,
+    size: Size = "paper",
+    limit_bytes: int = LIMIT_BYTES,
+) -> Outcome:
+    """Measure what a run under a memory limit takes until its first frames, as part of the limit.
+
+    The weights are zeros of the released sizes. Counted is what PyTorch reserves on the device, so
+    that holes between tensors count, but not the CUDA context.
+    """
+    if device.type != "cuda":
+        raise AbsentError("only CUDA counts its memory")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    method = next(each for each in benchmark.methods if each.name == benchmark.checked[0])
+    thin, settings = max(benchmark.thin[size], default=1), ("overlap=false", "compile=false")
+    job = benchmark.plan_method(method, size, thin, settings, device=device)
+    job = replace(job, memory=plan_memory(job, limit=limit_bytes))
+    models = benchmark.build(job, size, zeros(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    for shown in benchmark.generate(models, job, RunStats(device), None):
+        if shown.later is not None:
+            shown.later.result()
+            break
+    allocated = torch.cuda.max_memory_allocated(device)
+    reserved = torch.cuda.max_memory_reserved(device) - before
+    assert job.memory is not None
+    planned = max(stage.peak_bytes for stage in job.memory.stages if stage.name != "text")
+    note = (
+        f"limit {scaled(limit_bytes, 'B')}, planned {scaled(planned, 'B')}, allocated "
+        f"{scaled(allocated, 'B')}, reserved {scaled(reserved, 'B')}: {job.residence.describe()}"
+    )
+    return Outcome(reserved / limit_bytes, 1.0, note)
+
+
+def zeros(device: torch.device) -> Fill:
+    """Return what gives a network weights of zeros, there or elsewhere."""
+
+    def fill(network: nn.Module, at: torch.device = device) -> None:
+        network.to_empty(device=at).eval().requires_grad_(False)
+        for parameter in network.parameters():
+            parameter.zero_()
+
+    return fill
 
 
 def _frames(shown: Iterator[Progress]) -> Iterator[Tensor]:

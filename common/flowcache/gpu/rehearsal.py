@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import torch
 from torch import nn
 
 from flowcache.attention import choose_kernel
@@ -112,10 +113,11 @@ class LedgerStats(RunStats):
             yield
 
 
-def rehearse(case: Case) -> Rehearsed:
-    """Run a case on fake CUDA tensors."""
+def rehearse(case: Case, *, limit_bytes: int | None = None) -> Rehearsed:
+    """Run a case on fake CUDA tensors, with as much on the host as a limit asks for."""
     job, benchmark, speed = case.job, case.benchmark, case.method.speed
-    planned = plan_memory(job, limit=None)
+    planned = plan_memory(job, limit=limit_bytes)
+    job = replace(job, memory=planned)
     steps: list[Step] = []
     with pretended_cuda() as ledger:
         stats, policies = LedgerStats(ledger), None
@@ -148,5 +150,5 @@ def _skip_layers(network: nn.Module) -> None:
             module.blocks, module.skipped = blocks[:1], blocks[1:]
 
 
-def _to_cuda(network: nn.Module) -> None:
-    network.to_empty(device=CUDA).eval().requires_grad_(False)
+def _to_cuda(network: nn.Module, at: torch.device = CUDA) -> None:
+    network.to_empty(device=at).eval().requires_grad_(False)

@@ -36,9 +36,10 @@ DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
 CACHE = ("reuse.", "kv.")
 """Settings that two runs may differ in when the cache is judged."""
 WHERE = re.compile(
-    r"(.+\.)?(device|offload|text_on_host|kv_on_host|kv_offload|memory_limit|embedding_cache"
-    r"|attention_kernel|compile|overlap|batch_branches|together_tokens|enable_cuda_graph|load"
-    r"|t5_device|\w+_pretrained|distributed_\w+|[cp]p_size|cp_strategy|ulysses_\w+)|parallel\..*"
+    r"(.+\.)?(device|offload|text_on_host|kv_on_host|kv_offload|memory_limit|blocks_on_device"
+    r"|vae_strips|embedding_cache|attention_kernel|compile|overlap|batch_branches"
+    r"|together_tokens|enable_cuda_graph|load|t5_device|\w+_pretrained|distributed_\w+"
+    r"|[cp]p_size|cp_strategy|ulysses_\w+)|parallel\..*"
 )
 """Settings that say where and how fast a run computes, not what."""
 LONGEST_VALUE = 40

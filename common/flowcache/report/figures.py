@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -338,6 +338,16 @@ RULES = Table(
         "planned": ("#a0337f", "#f08bcf"),
     },
 )
+RIVALS = replace(
+    RULES,
+    command="bash scripts/rivals.sh",
+    looks={
+        **RULES.looks,
+        "searched": Look("planned", "circle"),
+        "MotionCache": Look("motion", "square"),
+    },
+    colours={**RULES.colours, "motion": ("#1d6b52", "#7fd3b4")},
+)
 
 
 def _mark(
@@ -597,19 +607,40 @@ def draw_tuning(table: Rows, front: Sequence[tuple[float, float]], *, model: str
         front: what the calibration expects of each number of computed steps, as (share of the
             FLOPs, PSNR in dB).
     """
+    return _draw_measured(RULES, table, front, model=model, name="plans, as calibration expects")
+
+
+def draw_rivals(table: Rows, front: Sequence[tuple[float, float]], *, model: str) -> str:
+    """Return the drawing of every rule at three budgets.
+
+    Args:
+        front: the rules that no cheaper one beats, as (share of the FLOPs, PSNR in dB).
+    """
+    return _draw_measured(RIVALS, table, front, model=model, name="frontier of all rules")
+
+
+def _draw_measured(
+    kind: Table, table: Rows, front: Sequence[tuple[float, float]], *, model: str, name: str
+) -> str:
     measured = [row for row in table if row["psnr"] is not None]
     if not measured:
         raise UserError("all methods make the same frames: nothing to draw")
     points = [_rule(row, row, row["flops"], row["psnr"]) for row in measured]
     expected = [(100 * share, decibel) for share, decibel in front]
-    return _draw_rules(points, title=f"{model}: quality against computation", front=expected)
+    title = f"{model}: quality against computation"
+    return _draw_rules(points, kind, title=title, front=expected, front_name=name)
 
 
 def _draw_rules(
-    points: Sequence[Point], *, title: str, front: Sequence[tuple[float, float]] = ()
+    points: Sequence[Point],
+    table: Table = RULES,
+    *,
+    title: str,
+    front: Sequence[tuple[float, float]] = (),
+    front_name: str = "",
 ) -> str:
     """Draw rules; of the front, a line behind the points, what lies beyond them is left out."""
-    chart = _Chart(RULES, points)
+    chart = _Chart(table, points)
     x, y = chart.axes
     seen = [
         (x(share), y(decibel))
@@ -620,10 +651,10 @@ def _draw_rules(
         chart.marks.append(path(polyline(seen), class_="dashed", style=FRONT))
     if seen:
         key = f"M{chart.place[0] - 8} {chart.place[1]}h16"
-        chart.explain("plans, as calibration expects", path(key, class_="dashed", style=FRONT))
+        chart.explain(front_name, path(key, class_="dashed", style=FRONT))
     _join_budgets(chart, points)
     for point in points:
-        at, style = x(point.share), f"stroke:var(--{RULES.looks[point.policy].colour});opacity:.55"
+        at, style = x(point.share), f"stroke:var(--{table.looks[point.policy].colour});opacity:.55"
         low, high = y(point.decibel - point.error), y(point.decibel + point.error)
         chart.marks.append(line(at, at, low, high, style=style))
     for point in points:
@@ -647,7 +678,8 @@ def _join_budgets(chart: _Chart, points: Sequence[Point]) -> None:
         return point.policy, point.label
 
     for (policy, _), group in groupby(sorted(points, key=rule), key=rule):
-        style = f"stroke:var(--{RULES.looks[policy].colour});fill:none;stroke-width:1.5;opacity:.55"
+        colour = chart.table.looks[policy].colour
+        style = f"stroke:var(--{colour});fill:none;stroke-width:1.5;opacity:.55"
         chart.join(sorted(map(chart.at, group)), style=style)
 
 

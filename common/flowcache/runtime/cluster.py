@@ -22,6 +22,7 @@ ADDRESS = "RAY_ADDRESS"
 MAX_RETRIES = 2
 """Of a video whose replica died: after so many it is the video's own fault."""
 MAX_REPLICAS = 10_000
+"""Also of the GPUs of a replica."""
 ANSWER_SECONDS = 10.0
 OBJECT_STORE_BYTES = 10**8
 """Only messages go through Ray's memory; videos are files."""
@@ -40,15 +41,22 @@ class Cluster:
     """Whether it ends with this command."""
 
 
-def check_replicas(num_replicas: int | None, *, is_wanted: bool) -> None:
+def check_replicas(
+    num_replicas: int | None, *, is_wanted: bool, group_size: int | None = None
+) -> None:
     """Check what the command line says of replicas, and that Ray is there if it is wanted."""
-    if not is_wanted:
-        if num_replicas is not None:
-            raise UserError("--replicas is how many models --ray loads: give --ray, too")
-        return
-    if num_replicas is not None and not 1 <= num_replicas <= MAX_REPLICAS:
-        raise UserError(f"--replicas must be 1 to {MAX_REPLICAS}, not {num_replicas}")
-    import_ray()
+    for option, number, meaning in (
+        ("--replicas", num_replicas, "how many models --ray loads"),
+        ("--gpus-per-replica", group_size, "how many GPUs --ray gives to each model"),
+    ):
+        if number is None:
+            continue
+        if not is_wanted:
+            raise UserError(f"{option} is {meaning}: give --ray, too")
+        if not 1 <= number <= MAX_REPLICAS:
+            raise UserError(f"{option} must be 1 to {MAX_REPLICAS}, not {number}")
+    if is_wanted:
+        import_ray()
 
 
 def import_ray(module: str = "ray") -> Any:
@@ -66,11 +74,12 @@ def import_ray(module: str = "ray") -> Any:
 
 
 @contextmanager
-def cluster(num_replicas: int | None) -> Generator[Cluster, None, None]:
+def cluster(num_replicas: int | None, *, group_size: int = 1) -> Generator[Cluster, None, None]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine.
 
     Args:
-        num_replicas: None: one per GPU of the cluster; without GPUs one.
+        num_replicas: None: as many as the cluster has GPUs for; without GPUs one.
+        group_size: GPUs of a replica, all of one machine; without GPUs cores.
     """
     ray = import_ray()
     given: dict[str, Any] = {"address": os.environ.get(ADDRESS, "local")}
@@ -78,7 +87,7 @@ def cluster(num_replicas: int | None) -> Generator[Cluster, None, None]:
     if not is_own:
         _check_address(given["address"])
     else:
-        given["num_cpus"] = max(num_replicas or 1, os.cpu_count() or 1)
+        given["num_cpus"] = max((num_replicas or 1) * group_size, os.cpu_count() or 1)
         given["include_dashboard"] = False
         given["object_store_memory"] = OBJECT_STORE_BYTES
     is_main = threading.current_thread() is threading.main_thread()
@@ -91,7 +100,7 @@ def cluster(num_replicas: int | None) -> Generator[Cluster, None, None]:
         if is_main:  # Ray takes the signal for itself
             signal.signal(signal.SIGTERM, handler)
     try:
-        yield _chosen(ray, num_replicas, is_own=is_own)
+        yield _chosen(ray, num_replicas, group_size, is_own=is_own)
     finally:
         ray.shutdown()
 
@@ -109,12 +118,37 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def _chosen(ray: Any, num_replicas: int | None, *, is_own: bool) -> Cluster:
+def _chosen(ray: Any, num_replicas: int | None, group_size: int, *, is_own: bool) -> Cluster:
     """Return how many replicas the cluster gets, and what each takes."""
-    resources: Mapping[str, float] = ray.cluster_resources()
-    num_gpus, num_cpus = (int(resources.get(name, 0)) for name in ("GPU", "CPU"))
-    most, noun = (num_gpus, "GPUs") if num_gpus else (num_cpus, "cores")
+    machines: list[Mapping[str, float]] = [
+        each["Resources"] for each in ray.nodes() if each["Alive"]
+    ]
+    has_gpus = any(each.get("GPU", 0) for each in machines)
+    kind, noun = ("GPU", "GPUs") if has_gpus else ("CPU", "cores")
+    found = [int(each.get(kind, 0)) for each in machines]
+    most = sum(number // group_size for number in found)
+    if not most:
+        raise UserError(
+            f"--gpus-per-replica {group_size} is above the {max(found, default=0)} {noun} that a "
+            "machine of the cluster has"
+        )
+    if num_replicas is None and has_gpus and any(number % group_size for number in found):
+        numbers = ", ".join(map(str, dict.fromkeys(found)))
+        raise UserError(
+            f"--gpus-per-replica {group_size} does not divide the {numbers} GPUs of a machine: "
+            "give a number that does, or say by --replicas how many are to be used"
+        )
     if num_replicas is not None and num_replicas > most:
-        raise UserError(f"--replicas {num_replicas} is above the {most} {noun} of the cluster")
-    reserved = {"num_cpus": 1, "num_gpus": int(num_gpus > 0)}
-    return Cluster(ray, num_replicas or max(num_gpus, 1), reserved, is_own)
+        each = "" if group_size == 1 else f" of {group_size} {noun} each"
+        raise UserError(
+            f"--replicas {num_replicas}{each} is above the {sum(found)} {noun} of the cluster"
+        )
+    reserved = (
+        {"num_cpus": 1, "num_gpus": group_size}
+        if has_gpus
+        else {
+            "num_cpus": group_size,
+            "num_gpus": 0,
+        }
+    )
+    return Cluster(ray, num_replicas or (most if has_gpus else 1), reserved, is_own)

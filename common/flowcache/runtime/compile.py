@@ -131,9 +131,7 @@ def should_compile(wanted: bool | None, device: torch.device) -> bool:
     if missing is None:
         return True
     if wanted:
-        raise UserError(
-            f"compile=true needs {missing}: install it, or give --no-compile, or compile=false"
-        )
+        raise UserError(f"compile=true needs {missing}: install it, or give compile=false")
     logger.warning("the blocks are not compiled: %s is missing; install it for more speed", missing)
     return False
 

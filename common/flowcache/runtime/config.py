@@ -43,11 +43,17 @@ T = TypeVar("T")
 
 COMMAND_LINE = "command line"
 VALUE_CHARACTERS = 80  # of a wrong value shown in an error
+MAX_KEYS_SHOWN = 15  # of a section; of a longer one the nearest
+NUM_NEAREST = 5
 KEY_CHARACTERS = 200  # no key is longer
 MAX_YAML_CHARACTERS = 1_000_000
 """Of a file; the longest that is read here, a profile of many clips, has some ten thousand."""
 MAX_YAML_DEPTH = 20
 """Nested lists and mappings; none that is read here has more than 5."""
+MAX_BLOCKS = 1000
+"""Of a transformer; released ones have 48 at most."""
+MAX_STRIPS = 64
+"""Of a picture; from about 16 on neighbours repeat more than they save."""
 MISSING = "???"
 """A default that is none: a value must be given."""
 
@@ -98,16 +104,29 @@ def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[s
         _merge_(values, schema, cast("dict[str, Any]", value), source=COMMAND_LINE)
 
 
+IN_PYTHON = {
+    "scripts/tune.py --out": "flowcache.tune, saved as",
+    "--overwrite": "overwrite=True",
+    "--out": "path",
+    **{f"--{name.replace('_', '-')}": name for name in ("model", "memory_limit")},
+    **{
+        flag: f"the command line's {flag}"
+        for flag in ("--download", "--dry-run", "--list-settings", "--record")
+    },
+}
+"""What messages of the command line and of Python call the same thing."""
+_FLAG = re.compile(rf"(?<!command line's )(?:{'|'.join(map(re.escape, IN_PYTHON))})(?![\w-])")
+
+
 @contextmanager
 def from_python() -> Generator[None, None, None]:
-    """Say of wrong values from Python nothing of a command line."""
+    """Say what is wrong in the words of a caller from Python, who has no command line."""
     try:
         yield
     except UserError as error:
         text = str(error).removeprefix(f"{COMMAND_LINE}: ")
-        if text == str(error):
-            raise
-        raise UserError(text) from None
+        error.args = (_FLAG.sub(lambda found: IN_PYTHON[found[0]], text),)
+        raise
 
 
 def overrides_of(
@@ -140,6 +159,8 @@ def _as_yaml(key: str, value: Any) -> str:
             return float(value)
         raise UserError(f"{key} must be a text, a number, a list or a mapping, not {_shown(value)}")
 
+    if isinstance(value, numbers.Real) and not math.isfinite(value):
+        return f".{str(float(value)).replace('-', '')}"  # which JSON lacks
     return json.dumps(value, default=number)
 
 
@@ -284,7 +305,7 @@ def _merge_(
         try:
             made = _converted(hints[name], value)
         except _UNFIT:
-            problem = f"{source}: {key} is {_shown(value)}, but must be {_expected(hints[name])}"
+            problem = f"{source}: {key} is {_shown(value)}, but must be {_rule(hints[name])}"
             raise UserError(problem) from None
         if isinstance(made, dict) and isinstance(values.get(name), dict):
             values[name].update(made)
@@ -301,7 +322,13 @@ def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
     # the same name in another section is meant before one that looks alike here
     close = [leaves[name]] if name in leaves else difflib.get_close_matches(key, valid, n=1)
     close = close or [leaves[like] for like in difflib.get_close_matches(name, leaves, n=1)]
-    hint = f", did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
+    if close:
+        hint = f", did you mean {close[0]}?"
+    elif len(valid) <= MAX_KEYS_SHOWN:
+        hint = f"; valid: {', '.join(valid)}"
+    else:
+        near = difflib.get_close_matches(key, valid, n=NUM_NEAREST, cutoff=0)
+        hint = f"; the nearest are {', '.join(near)}; --list-settings shows all"
     return f"{source}: unknown key {_shown(key)}{hint}"
 
 
@@ -423,6 +450,13 @@ def _section(hint: Any) -> type | None:
     )
 
 
+def _rule(hint: Any) -> str:
+    """Return in a sentence's words what values a type allows."""
+    words, bounds = {"int": "a whole number", "float": "a number"}, bounds_of(hint)
+    text = " or ".join(words.get(each, each) for each in _expected(hint).split(" or "))
+    return text if bounds is None else f"{text}, {bounds.rule()}"
+
+
 def _expected(hint: Any) -> str:
     """Return in words what values a type allows: `int or null`, `one of full, causal`."""
     names, options = names_of(hint), _options(hint)
@@ -520,6 +554,11 @@ KernelName: TypeAlias = Literal[
 """What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
 QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]
 """weight: 8-bit weights, widened for each product; dynamic: 8-bit activations and products, too."""
+
+NumBlocks: TypeAlias = Annotated[int | None, Bounds(0, MAX_BLOCKS)]
+"""Of a transformer."""
+NumStrips: TypeAlias = Annotated[int | None, Bounds(1, MAX_STRIPS)]
+"""Of a picture."""
 
 MEMORY_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 _LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)

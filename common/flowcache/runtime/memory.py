@@ -6,39 +6,52 @@ counted by running it on the meta device, where tensors have shapes but no value
 """
 
 import copy
+import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    is_traceable_wrapper_subclass,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowcache.errors import UserError
 from flowcache.kv import PREFETCHED_LAYERS, KVCache, caches_for
+from flowcache.pinned import PINNED_BYTES, packed_pinned_bytes, piece_for
 from flowcache.runtime.model import Residence, Work
+from flowcache.runtime.offload import NUM_SLOTS, slots_bytes, streamed_places
 from flowcache.runtime.parallel import Group, Layout, Ranks, branches_per_process
 from flowcache.runtime.stats import scaled
 
 RESERVED_SHARE = 0.05
 """Of the limit: holes between tensors, scratch memory inside kernels, the CUDA context."""
+LIMIT_STEP = 10**8
+"""Bytes to which the smallest limit that fits is rounded up."""
 PIXEL_BYTES = 3 * 4
 """Of an RGB pixel in float32."""
 META = torch.device("meta")
-BLOCK_BYTES = 2**28
-"""Of pinned memory that are asked for at once: PyTorch rounds what it pins up to a power of two."""
-ALIGNMENT = 64
-"""Bytes at whose multiples a weight starts in a block."""
 SCORING_REMEDY = "set kv.queries=frame"
+
+PCIE_RATE = 25e9
+"""Bytes per second from pinned memory of the host to a GPU, or back; assumed.
+
+Source: PCIe 4.0 x16 carries 31.5 GB/s in each direction, of which copies reach about 80 %."""
+MATMUL_RATE = 1e14
+"""FLOPs per second of a transformer on a card with 12 to 24 GB; assumed.
+
+Source: 165 TFLOP/s in bfloat16 of a GeForce RTX 4090 (NVIDIA, Ada whitepaper), of which about 60 %
+is reached."""
+VAE_RATE = 4e13
+"""The same of a VAE, whose products are in TF32: half as fast, and with more work in between."""
+HOST_RATE = 5e11
+"""The same of the host, on which a text encoder may run: 16 cores; assumed."""
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -195,6 +208,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a run takes by arithmetic if every step is computed: assumed rates, nothing measured."""
+
+    seconds: float = 0.0
+    """Of denoising and decoding with everything on the device."""
+    added_seconds: float = 0.0
+    """Because something is not."""
+    host_bytes: int = 0
+    """Of the host's memory: pinned weights, keys and values, states of the VAE; text encoder."""
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What is kept where, and what each stage then takes of the device's memory."""
 
@@ -202,6 +227,7 @@ class MemoryPlan:
     stages: tuple[Stage, ...]
     limit_bytes: int | None
     """None: nothing is known of how much there is."""
+    cost: "Cost"
 
     @property
     def peak_bytes(self) -> int:
@@ -213,6 +239,9 @@ class MemoryPlan:
         return {
             "limit_bytes": self.limit_bytes,
             "planned_peak_bytes": self.peak_bytes,
+            "planned_host_bytes": self.cost.host_bytes,
+            "planned_seconds": self.cost.seconds,
+            "planned_added_seconds": self.cost.added_seconds,
             "residence": self.residence.describe(),
             "stages": {
                 stage.name: {part.name: part.num_bytes for part in stage.parts}
@@ -231,6 +260,26 @@ class MemoryPlan:
             parts = ", ".join(f"{p.name} {_size(p.num_bytes)}" for p in stage.parts if p.num_bytes)
             peak = _size(stage.peak_bytes)
             rows.append(f"  {stage.name:<10} {peak}: {parts or 'nothing of this size'}")
+        return [*rows, *self._cost_lines()]
+
+    def _cost_lines(self) -> list[str]:
+        """Say what it costs that something is not on the device."""
+        cost, rows = self.cost, list[str]()
+        amounts = (self.residence.blocks_on_device, self.residence.vae_strips)
+        is_chosen = self.limit_bytes is not None or amounts != (None, None)
+        if not (is_chosen and self.residence.moved):
+            return rows
+        rows.append(
+            f"  host       {_size(cost.host_bytes)} pinned, or of the text encoder, in each process"
+        )
+        rows.append(
+            f"  seconds    about {cost.seconds + cost.added_seconds:,.0f} of denoising and "
+            f"decoding, {cost.added_seconds:,.0f} more than with all on the device: arithmetic for "
+            f"{MATMUL_RATE / 1e12:.0f} TFLOP/s and {PCIE_RATE / 1e9:.0f} GB/s, every step computed"
+        )
+        if self.residence.rounds_otherwise:
+            what = " and ".join(self.residence.rounds_otherwise)
+            rows.append(f"  rounding   sums of the {what} are made in another order")
         return rows
 
 
@@ -256,6 +305,8 @@ class Footprint(ABC):
     kv_remedy: str
     num_layers: int
     """Of the transformer."""
+    strip_choices: Sequence[int | None] = (None,)
+    """In how many strips pictures may be decoded, see `Residence`."""
 
     def __init__(
         self,
@@ -283,12 +334,93 @@ class Footprint(ABC):
     def stages(self, residence: Residence) -> list[Stage]:
         """Return the stages of the run, given what is kept on the host."""
 
+    @abstractmethod
+    def decode_flops(self, residence: Residence) -> float:
+        """Return the FLOPs of decoding the video."""
+
+    @abstractmethod
+    def text_flops(self) -> float:
+        """Return the FLOPs of encoding the prompts."""
+
+    def strip_state_bytes(self, residence: Residence) -> tuple[int, int]:
+        """Return what of the VAE's memory of strips is on the host, and what is copied in all."""
+        return 0, 0
+
+    @property
+    def block_bytes(self) -> Sequence[int]:
+        """Return the weights of each block of the transformer."""
+        return self.work.block_bytes
+
+    def dit_part(self, residence: Residence, *, is_at_work: bool = False) -> Part:
+        """Return what of the transformer is on the device, at work or while the VAE is."""
+        work, streamed = self.work, self.streamed_bytes(residence)
+        size = 0 if residence.dit_aside and not is_at_work else work.weight_bytes - sum(streamed)
+        remedy = "use a smaller model, or dtype=bfloat16"
+        return Part("the transformer", size + slots_bytes(streamed), remedy)
+
+    def streamed_bytes(self, residence: Residence) -> list[int]:
+        """Return the weights of each block that streams."""
+        if residence.blocks_on_device is None:
+            return []
+        sizes, num_resident = self.work.block_bytes, residence.blocks_on_device
+        return [sizes[at] for at in streamed_places(len(sizes), num_resident=num_resident)]
+
+    def cost(self, residence: Residence) -> Cost:
+        """Return what a run takes of time and of the host's memory."""
+        work, streamed = self.work, sum(self.streamed_bytes(residence))
+        share = self.num_own / work.num_caches
+        computing = work.flops * share / self.ranks.layout.sequence / MATMUL_RATE
+        copied = work.num_passes * share * streamed
+        if residence.kv_on_host:
+            copied += work.read_tokens * share * self._token_bytes
+        added = max(0.0, copied / PCIE_RATE - computing)  # what does not hide behind products
+        decoding = self.decode_flops(replace(residence, vae_strips=None)) / VAE_RATE
+        added += self.decode_flops(residence) / VAE_RATE - decoding
+        state_bytes, state_copies = self.strip_state_bytes(residence)
+        added += state_copies / PCIE_RATE
+        if residence.dit_aside:
+            finishing = sum(bool(tick.finishing) for part in work.segments for tick in part.ticks)
+            added += finishing * (work.weight_bytes - streamed) / PCIE_RATE
+            added += decoding * self.overlaps  # no more concurrently with denoising
+        if residence.text_on_host:
+            added += self.text_flops() / HOST_RATE
+        return Cost(
+            computing + decoding * (not self.overlaps), added, state_bytes + self._host(residence)
+        )
+
+    def _host(self, residence: Residence) -> int:
+        """Return what of weights, keys and values is on the host."""
+        size = packed_pinned_bytes(self.streamed_bytes(residence))
+        if residence.dit_aside:
+            blocks = self.work.block_bytes
+            size = packed_pinned_bytes([*blocks, self.work.weight_bytes - sum(blocks)])
+        if residence.text_on_host:
+            size += self._text_bytes
+        if residence.kv_on_host:
+            size += self.num_own * self._pinned_kv_bytes
+        return size
+
+    @property
+    def _pinned_kv_bytes(self) -> int:
+        """Return what the caches of a branch take of the host's memory."""
+        piece = piece_for(self.layer_bytes) if not self.work.kv_read_bytes else PINNED_BYTES
+        return packed_pinned_bytes([self.layer_bytes] * self.num_layers, piece_bytes=piece)
+
+    @property
+    def _token_bytes(self) -> float:
+        """Return the keys and values of a token in all layers of a branch."""
+        kv_tokens = max(part.kv_tokens for part in self.work.segments)
+        return self.work.kv_bytes / (max(kv_tokens, 1) * self.num_own)
+
+    @property
+    def _text_bytes(self) -> int:
+        numbers = sum(parameter.numel() for parameter in self.networks.text.parameters())
+        return numbers * self.networks.text_dtype.itemsize
+
     def text_stage(self, residence: Residence, *, scratch: int) -> Stage:
         """Return what encoding the prompts and a start image holds."""
         is_here, networks = not residence.text_on_host, self.networks
-        numbers = sum(parameter.numel() for parameter in networks.text.parameters())
-        size = numbers * networks.text_dtype.itemsize
-        parts = [Part("the text encoder", size * is_here, self.text_remedy)]
+        parts = [Part("the text encoder", self._text_bytes * is_here, self.text_remedy)]
         if networks.vision_bytes is not None:
             parts.append(Part("the image encoder", networks.vision_bytes, "use a smaller dtype"))
         parts.append(Part("text activations", scratch * is_here, self.text_remedy))
@@ -332,129 +464,112 @@ class Footprint(ABC):
         )
 
 
-StagesOf = Callable[[Residence], Sequence[Stage]]
-"""The stages of a run, given what is kept where."""
+class Planned(Protocol):
+    """What a memory plan is made from; see `Footprint`."""
+
+    strip_choices: Sequence[int | None]
+
+    @property
+    def block_bytes(self) -> Sequence[int]:
+        """Return the weights of each block of the transformer."""
+        ...
+
+    def stages(self, residence: Residence, /) -> Sequence[Stage]:
+        """Return the stages of the run, given what is kept where."""
+        ...
+
+    def cost(self, residence: Residence, /) -> Cost:
+        """Return what a run takes of time and of the host's memory."""
+        ...
 
 
 def make_memory_plan(
-    stages_of: StagesOf, *, wanted: Residence, limit_bytes: int | None, has_host: bool
+    needs: Planned, *, wanted: Residence, limit_bytes: int | None, has_host: bool
 ) -> MemoryPlan:
-    """Find the fastest residence whose stages all fit.
+    """Find the fastest residence whose stages all fit, by arithmetic.
+
+    Of blocks as many stay on the device as fit. What changes numbers beyond rounding (8-bit weights
+    or keys, a VAE in 16 bits) is never chosen here: that is up to the settings.
 
     Args:
-        wanted: what the settings ask to be on the host; it stays there in any case.
+        wanted: what the settings ask to be on the host, and in which amounts; it stays so.
         limit_bytes: memory of the device that the run may use; None: nothing is moved.
         has_host: whether the device is another one than the host, so that moving helps.
     """
-    plans = [
-        MemoryPlan(residence, tuple(stages_of(residence)), limit_bytes)
-        for residence in (_candidates(wanted) if has_host and limit_bytes else [wanted])
-    ]
+
+    def plan(residence: Residence) -> MemoryPlan:
+        stages = tuple(needs.stages(residence))
+        return MemoryPlan(residence, stages, limit_bytes, needs.cost(residence))
+
     if limit_bytes is None:
-        return plans[0]
-    usable = int(limit_bytes * (1 - RESERVED_SHARE))
-    for plan in plans:
-        if plan.peak_bytes <= usable:
-            return plan
-    stage = max(plans[-1].stages, key=lambda stage: stage.peak_bytes)
-    part = stage.largest
-    raise UserError(
-        f"memory_limit is {_size(limit_bytes)}, of which {_size(usable)} can be planned, but "
-        f"{stage.name} needs {_size(stage.peak_bytes)} with everything on the host that can be; "
-        f"most of it, {_size(part.num_bytes)}, is {part.name}: {part.remedy}"
+        return plan(wanted)
+    usable, smallest = int(limit_bytes * (1 - RESERVED_SHARE)), list[MemoryPlan]()
+    fitting: list[MemoryPlan] = []
+    for choice in _choices(wanted, needs.strip_choices) if has_host else [wanted]:
+        if fitting and not fitting[0].cost.added_seconds:
+            break  # the first that fits with nothing lost: others move more
+        amounts = [choice.blocks_on_device]
+        if has_host and wanted.blocks_on_device is None:
+            # fewer than two that stream would take as much in the slots
+            amounts += reversed(range(max(0, len(needs.block_bytes) - NUM_SLOTS)))
+        found = _first_that_fits(
+            [replace(choice, blocks_on_device=amount) for amount in amounts], plan, usable
+        )
+        (fitting if found.peak_bytes <= usable else smallest).append(found)
+    if fitting:
+        return min(fitting, key=lambda made: made.cost.added_seconds)
+    raise _no_plan(
+        min(reversed(smallest), key=lambda made: made.peak_bytes), wanted=wanted, usable=usable
     )
 
 
-def _candidates(wanted: Residence) -> list[Residence]:
-    """List the residences that keep on the host what is wanted there, the fastest first."""
+def _first_that_fits(
+    residences: Sequence[Residence], plan: Callable[[Residence], MemoryPlan], usable: int
+) -> MemoryPlan:
+    """Return the plan of the first residence that fits, or else of the last.
+
+    Args:
+        residences: each takes less than the one before it.
+    """
+    place = bisect_left(residences, True, key=lambda each: plan(each).peak_bytes <= usable)
+    return plan(residences[min(place, len(residences) - 1)])
+
+
+def _choices(wanted: Residence, strips: Sequence[int | None]) -> Iterator[Residence]:
+    """Yield the residences that keep on the host what is wanted there, those that move less first.
+
+    The number of blocks is the wanted one.
+    """
     made: list[Residence] = []
-    for kv_on_host in (False, True):
-        for dit_aside in (False, True):
-            for text_on_host in (False, True):
-                made.append(
-                    Residence(
-                        text_on_host=text_on_host or wanted.text_on_host,
-                        dit_aside=dit_aside or wanted.dit_aside,
-                        kv_on_host=kv_on_host or wanted.kv_on_host,
-                    )
+    for num_strips in strips if wanted.vae_strips is None else (wanted.vae_strips,):
+        for kv_on_host, dit_aside, text_on_host in product((False, True), repeat=3):
+            made.append(
+                replace(
+                    wanted,
+                    text_on_host=text_on_host or wanted.text_on_host,
+                    dit_aside=dit_aside or wanted.dit_aside,
+                    kv_on_host=kv_on_host or wanted.kv_on_host,
+                    vae_strips=num_strips,
                 )
-    return list(dict.fromkeys(made))
+            )
+    yield from dict.fromkeys(made)
+
+
+def _no_plan(least: MemoryPlan, *, wanted: Residence, usable: int) -> UserError:
+    """Say why nothing fits, and what would."""
+    stage = max(least.stages, key=lambda stage: stage.peak_bytes)
+    part = stage.largest
+    amounts = {"blocks_on_device": wanted.blocks_on_device, "vae_strips": wanted.vae_strips}
+    given = [f"{name}={value}" for name, value in amounts.items() if value is not None]
+    fixed = f" by {', '.join(given)} (leave that out to have it chosen)" if given else ""
+    needed = math.ceil(least.peak_bytes / (1 - RESERVED_SHARE) / LIMIT_STEP) * LIMIT_STEP
+    return UserError(
+        f"memory_limit is {_size(least.limit_bytes or 0)}, of which {_size(usable)} can be "
+        f"planned, but {stage.name} needs {_size(stage.peak_bytes)} with everything on the host "
+        f"that can be{fixed}: the smallest limit that fits is {_size(needed)}; most of it, "
+        f"{_size(part.num_bytes)}, is {part.name}: {part.remedy}"
+    )
 
 
 def _size(num_bytes: int) -> str:
     return scaled(num_bytes, "B")
-
-
-# On the host --------------------------------------------------------------------------------------
-
-
-class HostWeights:
-    """The weights of a network on the host, from which it comes back to its device.
-
-    A run changes no weight, so that leaving the device copies nothing. Coming back is one copy,
-    from pinned memory where the device is CUDA, which keeps the host waiting for nothing.
-    """
-
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        """Copy the weights to the host; the network stays where it is.
-
-        Args:
-            device: where the network works; on the host itself nothing is copied, now or later.
-        """
-        self._device = device
-        owners = [
-            (module, name, parameter)
-            for module in network.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
-        on_host = [parameter.data for *_, parameter in owners]
-        if device.type != "cpu":
-            on_host = _on_host(on_host, is_pinned=device.type == "cuda")
-        self._held = [
-            (module, name, nn.Parameter(copy, requires_grad=False))
-            for (module, name, _), copy in zip(owners, on_host, strict=True)
-        ]
-
-    def leave(self) -> None:
-        """Put the network on the host."""
-        for module, name, parameter in self._held:
-            setattr(module, name, parameter)
-
-    def come(self) -> None:
-        """Put the network on its device."""
-        for module, name, parameter in self._held:
-            moved = parameter.data.to(self._device, non_blocking=True)
-            setattr(module, name, nn.Parameter(moved, requires_grad=False))
-
-
-@contextmanager
-def aside(weights: HostWeights | None) -> Generator[None, None, None]:
-    """Keep a network off its device while the body runs; None: nothing is moved."""
-    if weights is None:
-        yield
-        return
-    weights.leave()
-    try:
-        yield
-    finally:
-        weights.come()
-
-
-def _on_host(tensors: Sequence[Tensor], *, is_pinned: bool) -> list[Tensor]:
-    """Return copies in the memory of the host, many in each block of it.
-
-    Tensors that consist of several, as quantised ones, are copied as they are, not pinned.
-    """
-    copies: list[Tensor] = []
-    block, used = torch.empty(0, dtype=torch.uint8), 0
-    for tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
-            copies.append(tensor.to("cpu"))
-            continue
-        if used + tensor.nbytes > len(block):
-            size = max(BLOCK_BYTES, tensor.nbytes)
-            block, used = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned), 0
-        view = block[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        copies.append(view.copy_(tensor))
-        used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return copies

@@ -197,6 +197,12 @@ class Work:
     """Of quantised KV caches: what stays on the device where keys are on the host."""
     kv_read_bytes: int = 0
     """Of quantised KV caches: the layer that is read, and the scratch of quantising."""
+    block_bytes: Sequence[int] = ()
+    """The weights of each of the transformer's blocks."""
+    num_passes: int = 0
+    """How often the blocks are run, one after the other, in all branches."""
+    read_tokens: int = 0
+    """Tokens of KV caches that each layer reads in all these passes together."""
 
     @property
     def num_ticks(self) -> int:
@@ -247,12 +253,23 @@ class Job:
         return self.model.placed(self.config, self.memory.residence)
 
     @property
+    def residence(self) -> Residence:
+        """What is kept on the host."""
+        return self.model.residence(self.placed)
+
+    @property
+    def dit_device(self) -> torch.device:
+        """Where the transformer is loaded: on the host, if blocks of it stay there."""
+        import torch
+
+        return self.device if self.residence.blocks_on_device is None else torch.device("cpu")
+
+    @property
     def text_device(self) -> torch.device:
         """Where the text encoder runs."""
         import torch
 
-        is_on_host = self.model.residence(self.placed).text_on_host
-        return torch.device("cpu") if is_on_host else self.device
+        return torch.device("cpu") if self.residence.text_on_host else self.device
 
     def changed(self, **values: Any) -> Job:
         """Return the job with other settings, by arguments of the command line, such as `seed`."""
@@ -304,8 +321,8 @@ class Progress:
 class Residence:
     """What is kept in the memory of the host while the device does not need it.
 
-    Ordered from the fastest to the slowest. Each costs copies and leaves the video as it is, except
-    for the text encoder, whose sums the host may round in another order.
+    Each costs copies and leaves the video as it is, up to rounding: the text encoder's sums are
+    rounded in another order on the host, those of a convolution by the size of a strip.
     """
 
     text_on_host: bool = False
@@ -314,15 +331,34 @@ class Residence:
     """The transformer leaves the device while the VAE works."""
     kv_on_host: bool = False
     """Keys and values lie on the host and are copied when they are read."""
+    blocks_on_device: int | None = None
+    """Blocks of the transformer that stay; the others are copied when they are run. None: all."""
+    vae_strips: int | None = None
+    """Strips in which pictures are decoded, one after the other; what the decoder remembers of the
+    others is on the host. None: whole pictures."""
 
-    def describe(self) -> str:
-        """Say what is where."""
-        moved = {
+    @property
+    def moved(self) -> list[str]:
+        """What is not simply on the device."""
+        found = {
             "the text encoder runs on the host": self.text_on_host,
             "transformer and VAE take turns": self.dit_aside,
             "keys and values lie on the host": self.kv_on_host,
+            f"{self.blocks_on_device} blocks of the transformer stay, the others are copied when "
+            "they are run": self.blocks_on_device is not None,
+            f"pictures are decoded in {self.vae_strips} strips": (self.vae_strips or 1) > 1,
         }
-        return ", ".join(name for name, is_so in moved.items() if is_so) or "all on the device"
+        return [name for name, is_so in found.items() if is_so]
+
+    @property
+    def rounds_otherwise(self) -> list[str]:
+        """What makes sums in another order than a run with everything on the device."""
+        found = {"text encoder": self.text_on_host, "VAE": (self.vae_strips or 1) > 1}
+        return [name for name, is_so in found.items() if is_so]
+
+    def describe(self) -> str:
+        """Say what is where."""
+        return ", ".join(self.moved) or "all on the device"
 
 
 class VideoModel(Protocol):
@@ -350,6 +386,8 @@ class VideoModel(Protocol):
     """Names of settings, in any section, that say where files of the model are."""
     on_host: Mapping[str, tuple[str, Any]]
     """Field of `Residence` -> the setting that asks for it, and the value with which it does."""
+    amounts: Collection[str] = ("blocks_on_device",)
+    """Fields of `Residence` that are settings of the same name; null leaves them to the plan."""
 
     # Files and settings -----------------------------------------------------------------------
 
@@ -443,15 +481,16 @@ class VideoModel(Protocol):
 
     def residence(self, config: Any, /) -> Residence:
         """Return what the settings ask to be on the host."""
-        return Residence(
-            **{part: attrgetter(key)(config) == at for part, (key, at) in self.on_host.items()}
-        )
+        asked: dict[str, Any] = {
+            part: attrgetter(key)(config) == at for part, (key, at) in self.on_host.items()
+        }
+        return Residence(**asked, **{name: getattr(config, name) for name in self.amounts})
 
     def placed(self, config: Any, residence: Residence, /) -> Any:
         """Return the settings with things where a memory plan puts them."""
         for part, (key, value) in self.on_host.items():
             config = _changed(config, key, value) if getattr(residence, part) else config
-        return config
+        return replace(config, **{name: getattr(residence, name) for name in self.amounts})
 
     # Running ----------------------------------------------------------------------------------
 
@@ -472,7 +511,14 @@ class VideoModel(Protocol):
         ...
 
     def load_dit(self, job: Job, /) -> Any:
-        """Load the transformer; its `kernel`, `cross_kernel` and `parts` are set afterwards."""
+        """Load the transformer to `job.dit_device`.
+
+        Its `kernel`, `cross_kernel`, `parts` and `stream` are set afterwards.
+        """
+        ...
+
+    def blocks(self, dit: Any, /) -> Sequence[nn.Module]:
+        """Return the blocks of the transformer, in the order in which they are run."""
         ...
 
     def compile(self, job: Job, dit: Any, /) -> None:

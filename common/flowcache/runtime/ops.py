@@ -164,6 +164,12 @@ def set_allocator() -> None:
     getattr(importlib.import_module("torch._C"), f"_{name}")(ALLOCATOR)
 
 
+def usable_bytes(device: torch.device) -> int:
+    """Return what of a GPU's memory this process may use: what is free, and what it holds."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)  # of a model that stays loaded, for example
+
+
 def release_cache(device: torch.device) -> None:
     """Give back GPU memory that no tensor uses, between stages of a run."""
     if device.type == "cuda":

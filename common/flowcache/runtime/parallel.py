@@ -23,7 +23,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -336,6 +336,28 @@ class Ranks:
             raise values[0] if self.is_first else ReportedElsewhereError(str(values[0]))
         return cast(T, values[0])
 
+    @contextmanager
+    def in_step(self) -> Generator[Callable[[], None], None, None]:
+        """Go through steps of equal number in all processes; one that raises ends it for all.
+
+        Yields what every process calls at the end of a step: it raises `ReportedElsewhereError`
+        where another process has raised something in that step.
+        """
+
+        def end_step(*, has_failed: bool = False) -> None:
+            num_failed = int(self.world.all_reduce(torch.tensor(int(has_failed))))
+            if num_failed and not has_failed:
+                raise ReportedElsewhereError("another process has left")
+
+        try:
+            yield end_step
+        except (ReportedElsewhereError, LostProcessError):
+            raise
+        except BaseException:
+            with suppress(LostProcessError):  # the reason counts for more
+                end_step(has_failed=True)
+            raise
+
     def confirm(self) -> None:
         """Check that all exchanges on the device came about: one after a failure raises."""
         for group in (self.branches, self.sequence):
@@ -461,17 +483,21 @@ class TokenSplit:
 
 
 @contextmanager
-def process_group(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ranks, None, None]:
+def process_group(
+    place: Place, *, timeout: timedelta = TIMEOUT, listener: int | None = None
+) -> Generator[Ranks, None, None]:
     """Meet the other processes.
 
     Args:
         timeout: how long to wait for them, now and whenever something is exchanged.
+        listener: of the first process: the descriptor of a socket that listens at the place to
+            meet; None: as the launcher says, else one is made.
     """
     if place.size == 1:
         yield Ranks()
         return
     with contact():
-        store = _store(place, os.environ, timeout=timeout)
+        store = _store(place, os.environ, timeout=timeout, listener=listener)
         dist.init_process_group(
             "gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout
         )
@@ -483,7 +509,11 @@ def process_group(place: Place, *, timeout: timedelta = TIMEOUT) -> Generator[Ra
 
 
 def _store(
-    place: Place, variables: MutableMapping[str, str], *, timeout: timedelta
+    place: Place,
+    variables: MutableMapping[str, str],
+    *,
+    timeout: timedelta,
+    listener: int | None = None,
 ) -> dist.TCPStore | None:
     """Return where the processes meet; None: where torchrun listens, as the environment says.
 
@@ -504,11 +534,9 @@ def _store(
             variables.setdefault(f"{library}_SOCKET_IFNAME", loopback)
     if host not in LOOPBACK or variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    listener: int | None = None
-    if place.rank == 0 and LAUNCHER in variables:
-        listener = int(variables[LAUNCHER].split(",")[2])
-    elif place.rank == 0:
-        listener = _listen(host, int(port))
+    if place.rank == 0 and listener is None:
+        is_given = LAUNCHER in variables
+        listener = int(variables[LAUNCHER].split(",")[2]) if is_given else _listen(host, int(port))
     return dist.TCPStore(
         host,
         int(port),

@@ -237,16 +237,22 @@ def load_with_profile(
 
 
 def find_profile(rule: ReuseRule, *, folder: Path | None) -> Path:
-    """Return where a run's profile is, whether or not it exists."""
+    """Return where a run's profile is; a place that was given in full may hold none."""
     if rule.profile is None:
         raise UserError(
             f"reuse.policy={rule.policy} needs a profile: set reuse.profile=PATH to one that "
             "scripts/tune.py made"
         )
     path = given_path(rule.profile, name="reuse.profile")
-    if folder is not None and ((folder / path).exists() or not path.exists()):
-        return folder / path
-    return path
+    if folder is None or path.is_absolute():
+        return path
+    own = folder / path
+    if not own.exists() and not path.exists():
+        raise UserError(
+            f"{own}: no such profile, nor {path.absolute()}: make one with scripts/tune.py --out "
+            f"{own}"
+        )
+    return own if own.exists() else path
 
 
 def check_tuned_for(rule: ReuseRule, fingerprint: Callable[[], str]) -> None:

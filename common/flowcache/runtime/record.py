@@ -258,12 +258,22 @@ def check_replay(
     ticks: Mapping[int, Sequence[Tick]],
     branches: Collection[str],
     is_whole_window: bool = False,
+    chooses_tokens: bool = False,
 ) -> None:
-    """Check that a run can make the decisions of a record.
+    """Check that a run can make the decisions of a record, which names no tokens.
 
     Args:
         is_whole_window: whether the run computes all chunks of a tick, or none.
+        chooses_tokens: whether it computes chunks in part.
     """
+    found = record["config"]
+    for key in ("reuse", "tokens", "choice"):  # older records have none
+        found = cast("Record", found).get(key) if isinstance(found, dict) else None
+    if chooses_tokens or found not in (None, "all"):
+        raise UserError(
+            "a record does not say which tokens of a chunk were computed: replay one that was made "
+            "with reuse.tokens.choice=all, and with that setting"
+        )
     rows = record["decisions"]
     more = {(row["segment"], row["branch"]) for row in rows}
     more -= {(segment, branch) for segment in ticks for branch in branches}

@@ -28,7 +28,8 @@ from flowcache.runtime.ending import check_stopped, undisturbed
 from flowcache.runtime.files import check_free, check_writable, fresh_path, write_json
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
-from flowcache.runtime.ops import release_cache, set_float32_precision
+from flowcache.runtime.offload import stream_blocks
+from flowcache.runtime.ops import release_cache, set_float32_precision, usable_bytes
 from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
 from flowcache.runtime.plan import per_process
@@ -170,7 +171,7 @@ def prepare(
         check_tuned_for(config.reuse, partial(model.fingerprint, found))
     limit = parse_limit(config.memory_limit)
     if config.memory_limit.lower() == "auto" and device.type == "cuda":
-        limit = torch.cuda.mem_get_info(device)[0]  # what is free
+        limit = usable_bytes(device)
     if config.memory_limit == "none" or not (limit or request.is_dry):
         return job
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
@@ -189,6 +190,11 @@ def job_of(
 ) -> Job:
     """Derive what the run does, and how the processes divide it."""
     work = model.work(config, source, media, dtype)
+    if (config.blocks_on_device or 0) > len(work.block_bytes):
+        raise UserError(
+            f"blocks_on_device is {config.blocks_on_device}, but the transformer has "
+            f"{len(work.block_bytes)} blocks: lower it, or leave it out to keep all on the GPU"
+        )
     layout = process_layout(
         config.parallel,
         ranks.place.size,
@@ -201,6 +207,7 @@ def job_of(
         replay = read_record(Path(request.replay))
         check_replay(
             replay,
+            chooses_tokens=config.reuse.tokens.is_on,
             ticks={number: segment.ticks for number, segment in enumerate(work.segments)},
             branches=work.branches,
             is_whole_window=work.is_whole,
@@ -231,7 +238,7 @@ def plan_memory(job: Job, *, limit: int | None, has_host: bool = True) -> Memory
     wanted = has_host if job.config.overlap is None else job.config.overlap
     footprint = job.model.footprint(job, overlaps=wanted and job.ranks.layout.size == 1)
     return make_memory_plan(
-        footprint.stages,
+        footprint,
         wanted=job.model.residence(job.config),
         limit_bytes=limit,
         has_host=has_host,
@@ -365,11 +372,19 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
     set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
         dit = job.model.load_dit(job)
+        stream_if_asked(job, dit)
         logger.info("%s", describe_choice(*choose_attention(dit, job)))
         if should_compile(job.config.compile, job.device):
             # here, where processes may differ by minutes; in the first tick they may not
             job.model.compile(job, dit)
         return Loaded(dit, job.model.load_vae(job))
+
+
+def stream_if_asked(job: Job, dit: Any) -> None:
+    """Bring a transformer that was loaded to the host to its device, but for what stays there."""
+    num_resident, blocks = job.residence.blocks_on_device, job.model.blocks(dit)
+    if num_resident is not None and dit.stream is None:
+        dit.stream = stream_blocks(dit, blocks, job.device, num_resident=num_resident)
 
 
 def choose_attention(dit: Any, job: Job) -> tuple[Kernel, Kernel]:
@@ -407,12 +422,18 @@ class KeptNetworks:
     def load(self, job: Job) -> Kept:
         """Return what the job needs, loaded now unless the last job needed the same."""
         model, config, offload = job.model, job.config, job.config.offload
-        choices = (offload, config.attention_kernel, config.compile)
+        # what is free, without an explicit limit, depends on what is kept
+        asked = job.residence if parse_limit(config.memory_limit) else model.residence(config)
+        amounts = (asked.blocks_on_device, asked.vae_strips)
+        # several processes compile for the tokens that each of them has
+        layout = job.ranks.layout
+        choices = (offload, config.attention_kernel, config.compile, amounts, layout)
         identity = (model.name, job.device, job.dtype, choices, model.identity(job))
         if self._kept is None or self._kept.identity != identity:
             self._kept = None  # frees the memory first
             networks = load_networks(job, stats=RunStats(job.device))
-            self._kept = Kept(identity, networks, None if offload else model.load_text(job))
+            keeps_text = job.ranks.is_first and not offload
+            self._kept = Kept(identity, networks, model.load_text(job) if keeps_text else None)
         return self._kept
 
 

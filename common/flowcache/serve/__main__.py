@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python -m flowcache.serve --model Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers \\
       --preset flowcache_fast num_frames=97
   python -m flowcache.serve --model demo --ray --replicas 2
+  python -m flowcache.serve --model demo --ray --gpus-per-replica 2
   curl http://127.0.0.1:8000/v1/videos -H 'content-type: application/json' \\
       -d '{"prompt": "a red circle moving right on a black background"}'
 
@@ -61,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="at most (default: one per GPU of the cluster; on CPUs 1)",
     )
+    parser.add_argument(
+        "--gpus-per-replica",
+        type=int,
+        metavar="K",
+        help="of one machine, which make each video together (default: 1; on CPUs processes)",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of all videos")
     options = parser.parse_intermixed_args(arguments)
     return run_command(lambda: serve(options))
@@ -76,7 +83,8 @@ def serve(options: argparse.Namespace) -> None:
     pairs = [text.partition("=") for text in options.settings]
     if not all(equals for _, equals, _ in pairs):
         raise UserError("settings are given as key=value, as in num_frames=97")
-    check_replicas(options.replicas, is_wanted=options.ray)
+    group_size: int | None = options.gpus_per_replica
+    check_replicas(options.replicas, is_wanted=options.ray, group_size=group_size)
     try:
         import uvicorn
 
@@ -117,12 +125,17 @@ def start_jobs(options: argparse.Namespace, given: dict[str, Any], stack: ExitSt
     limits: dict[str, Any] = {"max_waiting": options.queue, "max_bytes": int(options.disk_gb * 1e9)}
     if not options.ray:
         return Jobs(load(**given), options.folder, **limits)
+    from flowcache.runtime.ending import Place
+    from flowcache.runtime.parallel import Ranks
+    from flowcache.serve.group import load_in
     from flowcache.serve.replicas import replicas
 
-    pipe = unloaded(**given)
+    size = options.gpus_per_replica or 1
+    pipe = unloaded(**given, ranks=Ranks(Place(size=size)))
     pipe.plan()  # what is wrong with the settings is known before anything starts
-    found = stack.enter_context(replicas(partial(load, **given), options.replicas))
-    return Jobs(pipe, options.folder, make=found.make, num_at_once=found.num_replicas, **limits)
+    found = replicas(partial(load_in, given=given), options.replicas, group_size=size)
+    made = stack.enter_context(found)
+    return Jobs(pipe, options.folder, make=made.make, num_at_once=made.num_replicas, **limits)
 
 
 if __name__ == "__main__":

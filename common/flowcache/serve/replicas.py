@@ -1,26 +1,25 @@
 """Replicas of a service's model: a deployment of Ray Serve.
 
-HTTP, page and the queue of jobs stay in one process, as without Ray. A replica holds one model,
-on a GPU of its own where there is one, and makes one video at a time in the folder of its job; what
-happens comes back as a stream of events. Ray starts replicas while jobs wait, ends idle ones, and
-replaces those that died; a job whose replica died begins again in another one.
+HTTP, page and the queue of jobs stay in one process, as without Ray. A replica holds one model, on
+a GPU or several of its own where there are some, and makes one video at a time in the folder of its
+job; what happens comes back as a stream of events. Ray starts replicas while jobs wait, ends idle
+ones, and replaces those that died; a job whose replica failed begins again in another one.
 """
 
 import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowcache.api import Pipeline
 from flowcache.errors import UserError, first_line
 from flowcache.runtime.cluster import cluster, import_ray
-from flowcache.serve.jobs import INPUT, JOB, BegunAgain, CancelledError, Event, Job, Report
-from flowcache.serve.jobs import make_video as make_here
+from flowcache.serve.group import Group, Load
+from flowcache.serve.jobs import INPUT, JOB, BegunAgain, CancelledError, Event, Job, Made, Report
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +36,11 @@ MAX_LOADS = 3
 
 
 class Replica:
-    """A process with a loaded model."""
+    """A process with a loaded model, or the first of several."""
 
-    def __init__(self, load: Callable[[], Pipeline]) -> None:
+    def __init__(self, load: Load, group_size: int = 1) -> None:
         """Load the model."""
-        self.pipe = load()
+        self.group = Group(load, group_size)
 
     async def make(self, job: Job, folder: Path) -> AsyncGenerator[Event, None]:
         """Make a job's video in a folder; yield what happens. Closing the generator ends it."""
@@ -54,7 +53,7 @@ class Replica:
                 raise CancelledError
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        work = loop.run_in_executor(None, make_here, self.pipe, job, folder, report)
+        work = loop.run_in_executor(None, self.group.make, job, folder, report)
         work.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
@@ -71,10 +70,6 @@ class Replicas:
 
     handle: Any
     """Of the deployment, for streams."""
-    failed: type[Exception]
-    """Holds as its `cause` what a replica raised."""
-    died: tuple[type[Exception], ...]
-    """What Ray raises where a replica did not end the job."""
     num_replicas: int
     """At most."""
 
@@ -83,37 +78,43 @@ class Replicas:
         asyncio.run(self._make(job, folder, report))
 
     async def _make(self, job: Job, folder: Path, report: Report) -> None:
+        reason: Exception = UserError("the stream of its events ended early")
         for seconds in (*RETRY_SECONDS, None):
             try:
-                await self._try(job, folder, report)
-                # a dead replica's encoder may have begun its file after the removal below
-                _remove(folder.glob(".*.part.mp4"))
-                return
-            except self.failed as error:
-                cause: Exception = getattr(error, "cause", error)
-                if not isinstance(cause, self.died):
-                    raise cause from None
-                reason = cause
-            except self.died as error:
-                reason = error
-            logger.warning("job %s: its replica died (%s)", job.id, first_line(reason))
+                if await self._try(job, folder, report):
+                    # a dead replica's encoder may have begun its file after the removal below
+                    _remove(folder.glob(".*.part.mp4"))
+                    return
+            except CancelledError:
+                raise
+            except Exception as error:  # what Ray reports of a lost replica has many types
+                reason = getattr(error, "cause", error)
+                if isinstance(reason, UserError):
+                    raise reason from None
+                logger.warning("job %s: its replica failed", job.id, exc_info=True)
             _remove(path for path in folder.iterdir() if path.name != JOB and path.stem != INPUT)
             report(BegunAgain())
             if seconds is not None:
                 await asyncio.sleep(seconds)
-        raise UserError(f"the replica that made the video died {len(RETRY_SECONDS) + 1} times")
+        raise UserError(
+            f"the replica that made the video failed {len(RETRY_SECONDS) + 1} times, at last with: "
+            f"{first_line(reason)}"
+        )
 
-    async def _try(self, job: Job, folder: Path, report: Report) -> None:
+    async def _try(self, job: Job, folder: Path, report: Report) -> bool:
+        """Return whether the video is finished."""
         response = self.handle.make.remote(job, folder)
+        is_made = False
         try:
             while True:
                 event = asyncio.ensure_future(anext(response))
                 while not (await asyncio.wait([event], timeout=POLL_SECONDS))[0]:
                     if job.is_cancelled:
                         raise CancelledError
+                is_made = isinstance(event.result(), Made)
                 report(event.result())
         except StopAsyncIteration:
-            return
+            return is_made
         except CancelledError:
             response.cancel()
             raise
@@ -126,16 +127,17 @@ def _remove(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def replicas(
-    load: Callable[[], Pipeline], num_replicas: int | None
+    load: Load, num_replicas: int | None, *, group_size: int = 1
 ) -> Generator[Replicas, None, None]:
     """Deploy replicas of a model; none is left at the end.
 
     Args:
-        load: loads the model, in the process of a replica.
+        load: loads the model, in every process of a replica.
         num_replicas: at most; None: as `cluster` says.
+        group_size: processes of a replica, each on a GPU where there are some.
     """
     serve = import_ray("ray.serve")
-    with cluster(num_replicas) as found:
+    with cluster(num_replicas, group_size=group_size) as found:
         name = f"flowcache-{uuid.uuid4().hex[:8]}"  # a cluster may have several services
         most = found.num_replicas
         deployment = serve.deployment(
@@ -152,15 +154,13 @@ def replicas(
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         try:
-            handle = serve.run(deployment.bind(load), name=name, route_prefix=None)
+            handle = serve.run(deployment.bind(load, group_size), name=name, route_prefix=None)
         except RuntimeError:
             state = serve.status().applications[name].deployments["model"]
             reason = state.message.rstrip().rpartition("\n")[2]  # the last line of a traceback
             raise UserError(f"no replica could load the model: {reason}") from None
         try:
-            errors = found.ray.exceptions
-            died = (errors.RayError, serve.exceptions.RayServeException)
-            yield Replicas(handle.options(stream=True), errors.RayTaskError, died, most)
+            yield Replicas(handle.options(stream=True), most)
         finally:
             if not found.is_own:
                 serve.delete(name)

@@ -74,6 +74,12 @@ def planned(plan: Plan) -> Method:
     )
 
 
+def searched(plan: Plan) -> Method:
+    """Return a plan that a search has tried, under a name that no other plan has."""
+    method = planned(plan)
+    return replace(method, name=f"searched {' '.join(method.settings)}")
+
+
 def predictor_name(plan: Plan) -> str:
     """Say what replaces a reused step, and how many steps run the conditional pass alone."""
     predictor, name = plan.predictor, plan.predictor.quantity

@@ -18,6 +18,7 @@ from typing import Any
 from flowcache.errors import UserError
 from flowcache.runtime.metrics import PIXEL_MAX
 from flowcache.runtime.profile import VERSION, Observed, Prediction, Profile, Reuse, Source
+from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped
 from flowcache.tuning.gap import ErrorModel, Predictor, interpolated_gains
@@ -37,6 +38,7 @@ from flowcache.tuning.methods import (
     guidance_steps,
     held,
     planned,
+    searched,
     whole_kv,
 )
 from flowcache.tuning.plan import (
@@ -51,6 +53,7 @@ from flowcache.tuning.plan import (
     to_psnr,
 )
 from flowcache.tuning.runs import CONDITIONAL, GUIDED, Prompt, Runs, Size
+from flowcache.tuning.search import Search, climb
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +153,18 @@ def _record(runs: Runs, rows: Rows, prompt: Prompt, sketch: Sketch | None) -> No
 
 
 def measure(
-    runs: Runs, rows: Rows, prompts: Sequence[Prompt], methods: Sequence[Method], *, kind: str
+    runs: Runs,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method],
+    *,
+    kind: str,
+    references: dict[int, Clip] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Make the clips that were not made yet, each method against the reference of its clip.
+
+    Args:
+        references: clips with every step computed, by prompt; new ones are put there.
 
     Returns:
         method -> its rows, one per prompt; the reference among them.
@@ -162,7 +174,10 @@ def measure(
         missing = [method for method in methods if method.name not in done]
         if not missing and REFERENCE in done:
             continue
-        reference = runs.render(OWN_SIGNAL, prompt=prompt.text, seed=prompt.seed)
+        reference = None if references is None else references.get(prompt.index)
+        reference = reference or runs.render(OWN_SIGNAL, prompt=prompt.text, seed=prompt.seed)
+        if references is not None:
+            references[prompt.index] = reference
         where = {"kind": kind, "index": prompt.index}
         if REFERENCE not in done:
             row = _costs(reference.stats, reference.stats)
@@ -172,9 +187,14 @@ def measure(
             clip = runs.render(
                 method.settings, prompt=prompt.text, seed=prompt.seed, preset=method.preset
             )
-            mse = (clip.frames.double() - reference.frames.double()).square().mean().item()
-            psnr = _decibel(mse) if mse else None
-            row = {"mse": mse, "psnr": psnr, **_costs(clip.stats, reference.stats)}
+            squares = (clip.frames.double() - reference.frames.double()).square()
+            mse = squares.mean().item()
+            row = {
+                "mse": mse,
+                "psnr": _decibel(mse) if mse else None,
+                "frame_rmse": squares.flatten(1).mean(dim=1).sqrt().tolist(),
+                **_costs(clip.stats, reference.stats),
+            }
             rows.add({**where, "method": method.name, **row})
         logger.info("%s: %d methods on clip %d", kind, len(missing), prompt.index + 1)
     wanted = {prompt.index for prompt in prompts}
@@ -355,6 +375,36 @@ def random_plans(
             predictor = Predictor(1, 0.5) if len(plans) % 2 else Predictor(0)
             plans.append(Plan(steps, predictor, model.plan(steps, predictor)))
     return plans
+
+
+def search(
+    runs: Runs,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    found: Found,
+    plan: Plan,
+    *,
+    constraints: Constraints,
+    num_trials: int,
+    spread: float,
+) -> Search:
+    """Look for a better plan of the same cost, by the finished clips of some prompts."""
+    references: dict[int, Clip] = {}
+
+    def errors(candidate: Plan, number: int) -> list[float]:
+        method, own = searched(candidate), [prompts[number]]
+        made = measure(runs, rows, own, [method], kind="search", references=references)
+        return made[method.name][0]["frame_rmse"]
+
+    return climb(
+        plan,
+        errors,
+        model=found.model,
+        num_clips=len(prompts),
+        constraints=constraints,
+        num_trials=num_trials,
+        spread=spread,
+    )
 
 
 def make_profile(

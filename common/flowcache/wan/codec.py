@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowcache.runtime.checks import Decoded, all_finite
-from flowcache.runtime.memory import HostWeights, aside
+from flowcache.runtime.offload import HostWeights, aside
 from flowcache.runtime.overlap import Worker
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.stats import RunStats

@@ -28,6 +28,7 @@ from torch.nn import functional
 from flowcache.attention import SDPA, Kernel
 from flowcache.runtime import ops
 from flowcache.runtime.compile import Compilation, compiled
+from flowcache.runtime.offload import BlockStream, in_turn
 from flowcache.runtime.ops import Linear, linear_in_float32, on_device
 
 PATCH = (1, 2, 2)
@@ -413,6 +414,8 @@ class DiT(nn.Module):
         self.config = config
         self.kernel = self.cross_kernel = SDPA
         self.parts = BlockParts()
+        self.stream: BlockStream | None = None
+        """Brings the blocks that do not stay on the device; None: all stay."""
         dim, has_image = config.dim, config.model_type == "i2v"
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
         self.text_embedding = nn.Sequential(
@@ -486,7 +489,7 @@ class DiT(nn.Module):
         text = self.text_embedding(text_BLD.to(self.dtype))
         image = None if image_BLD is None else self.img_emb(image_BLD.to(self.dtype))
         contexts: list[ContextKV] = []
-        for block in self.blocks:
+        for block in in_turn(self.blocks, self.stream):
             assert isinstance(block, Block)
             contexts.append(block.cross_attn.encode(text, image))
         return contexts
@@ -518,7 +521,7 @@ class DiT(nn.Module):
         if modulation.shape[1] == 1 and x.shape[1] % 2 == 0:
             # code is compiled apart for lengths of 1: a single frame counts as two halves
             modulation = modulation.expand(-1, 2, -1, -1)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(in_turn(self.blocks, self.stream)):
             compute = partial(
                 block,
                 x,
@@ -541,7 +544,8 @@ class DiT(nn.Module):
             num_frames: of a large forward; kernels are chosen by the first length that they see.
             frame_tokens: of this process.
         """
-        block, device = self.blocks[0], self.head.modulation.device
+        device = self.head.modulation.device
+        (block,) = in_turn(self.blocks[:1], self.stream)
         assert isinstance(block, Block)
         frames = max(num_frames, 2)  # as in `run_blocks`
         tokens, dim = frames * frame_tokens, self.config.dim

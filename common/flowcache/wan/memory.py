@@ -1,16 +1,19 @@
 """What a run of a Wan model keeps in memory, stage by stage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowcache.kv import cached_attention
 from flowcache.runtime.memory import (
     META,
     PIXEL_BYTES,
     Footprint,
+    LeanAttention,
     Networks,
     Part,
     Stage,
@@ -68,16 +71,32 @@ class Held:
     is_batched: bool = False
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What decoding takes in some number of strips."""
+
+    peak_bytes: int
+    """On the device while a chunk is decoded, its pixels included."""
+    state_bytes: int
+    """Between two chunks."""
+    strip_bytes: Sequence[int]
+    """What is kept of each strip."""
+    flops: int
+    """Of a latent frame."""
+
+
 class WanMemory(Footprint):
     """Counts what a run of a Wan model needs; all but the VAE in the run's type."""
 
     text_remedy = "set text_on_host=true"
+    strip_choices = (None, 4, 8)
 
     def __init__(self, sizes: DiTConfig, held: Held, *run: Any, **options: Any) -> None:
         """Count for a transformer of such sizes; see `Footprint`."""
         super().__init__(*run, **options)
         self.sizes, self.held, self.num_layers = sizes, held, sizes.num_layers
         self.kv_remedy = held.kv_remedy
+        self._decodings: dict[int, Decoding] = {}
         self.batch = self.num_own if held.is_batched else 1
         self.size = (self.config.height // SPATIAL_STRIDE, self.config.width // SPATIAL_STRIDE)
         self.text_scratch = text_scratch_bytes(
@@ -87,12 +106,12 @@ class WanMemory(Footprint):
             dtype=self.networks.text_dtype,
         )
         self.dit_scratch = self._dit_scratch()
-        self.decode_scratch, self.decoder_state = self._decoding()
         self.encode_scratch = self._encoding()
 
     def stages(self, residence: Residence) -> list[Stage]:
         """Return the stages of the run, given what is kept on the host."""
-        is_dit_here, prompts = not residence.dit_aside, self._prompts()
+        prompts, decoding = self._prompts(), self.decoding(residence.vae_strips or 1)
+        dit = self.dit_part(residence)
         latents = Part("latents", self.held.latent_bytes, "lower num_frames")
         vae_part = Part("the VAE", self.vae_bytes, "use a larger GPU")
         own = self.work.stored_bytes * self.num_own // self.work.num_caches
@@ -101,25 +120,42 @@ class WanMemory(Footprint):
         made = [self.text_stage(residence, scratch=self.text_scratch)]
         if self.encode_scratch:
             scratch = Part("VAE activations", self.encode_scratch, SIZE_REMEDY)
-            parts = (self._dit(is_dit_here), prompts, vae_part, scratch, latents)
+            parts = (dit, prompts, vae_part, scratch, latents)
             made.append(Stage("encode", parts))
-        decoding = Part("VAE state", self.decoder_state, SIZE_REMEDY)
-        if self.overlaps and is_dit_here:
-            decoding = Part("VAE activations", self.decode_scratch, "set overlap=false")
+        held = Part("VAE state", decoding.state_bytes, SIZE_REMEDY)
+        if self.overlaps and not residence.dit_aside:
+            held = Part("VAE activations", decoding.peak_bytes, "set overlap=false")
         lower = f"lower {self.held.chunk_key}, or the size"
         denoise = (
-            *(self._dit(True), *kept),
+            *(self.dit_part(residence, is_at_work=True), *kept),
             Part("activations", self._activations(), lower),
             self.scoring_part(residence),
-            *(vae_part, decoding),
+            *(vae_part, held),
         )
-        scratch = Part("VAE activations", self.decode_scratch, SIZE_REMEDY)
-        decode = (self._dit(is_dit_here), *kept, vae_part, scratch)
+        scratch = Part("VAE activations", decoding.peak_bytes, SIZE_REMEDY)
+        decode = (dit, *kept, vae_part, scratch)
         return [*made, Stage("denoise", denoise), Stage("decode", decode)]
 
-    def _dit(self, is_here: bool) -> Part:
-        size = self.work.weight_bytes * is_here
-        return Part("the transformer", size, "use a smaller model or dtype")
+    def decode_flops(self, residence: Residence) -> float:
+        """Return the FLOPs of decoding the video: from the third latent on all cost the same."""
+        return self._num_latents * self.decoding(residence.vae_strips or 1).flops
+
+    def text_flops(self) -> float:
+        """Return the FLOPs of encoding the prompts: two per weight and token."""
+        tokens = len(self.work.branches) * self.sizes.text_len
+        return 2 * tokens * self._text_bytes / self.networks.text_dtype.itemsize
+
+    def strip_state_bytes(self, residence: Residence) -> tuple[int, int]:
+        """Return what of the VAE's memory of strips is on the host, and what is copied in all."""
+        if (residence.vae_strips or 1) == 1:
+            return 0, 0
+        state = sum(self.decoding(residence.vae_strips or 1).strip_bytes)
+        return state, 2 * state * self._num_latents
+
+    @property
+    def _num_latents(self) -> int:
+        pairs = [ends for part in self.work.segments for ends in part.frames]
+        return sum(stop - first for first, stop in pairs) // vae.TEMPORAL_STRIDE
 
     def _prompts(self) -> Part:
         """Return the keys and values of the prompts in all layers, and of the start image."""
@@ -138,21 +174,37 @@ class WanMemory(Footprint):
     def _latent(self, num_frames: int) -> Tensor:
         return torch.empty(1, self.sizes.out_dim, num_frames, *self.size, device=META)
 
-    def _decoding(self) -> tuple[int, int]:
-        """Return what the decoder holds at most, and between two chunks.
+    def decoding(self, num_strips: int) -> "Decoding":
+        """Return what the decoder needs, which is traced once for each number of strips.
 
-        One of several processes has a strip of the picture.
+        One of several processes has a strip of the picture, which it divides further.
         """
-        decoder = self.networks.vae.stream(self.ranks)
+        if num_strips not in self._decodings:
+            self._decodings[num_strips] = self._trace_decoding(num_strips)
+        return self._decodings[num_strips]
+
+    def _trace_decoding(self, num_strips: int) -> "Decoding":
+        decoder = vae.VAEStream(self.networks.vae, self.ranks, num_strips=num_strips)
+        counter = FlopCounterMode(display=False)
 
         def decode() -> None:
             for num_frames in (1, 2):  # from the third latent on every latent costs the same
                 decoder.decode(self._latent(num_frames))
 
-        peak, state = scratch_bytes(decode), decoder.state_bytes()
+        peak, strips = scratch_bytes(decode), decoder.strip_bytes()
+        with LeanAttention(), counter:
+            decoder.decode(self._latent(1))
+        # of several strips one is here at a time, none between two chunks
+        gone = sum(strips) if num_strips > 1 else 0
+        largest = max(strips) if num_strips > 1 else 0
         pixels = self.config.height * self.config.width * PIXEL_BYTES
         shown = self.held.shown_frames * pixels
-        return peak + shown, state + shown
+        return Decoding(
+            peak - gone + largest + shown,
+            decoder.state_bytes() - gone + shown,
+            tuple(strips),
+            counter.get_total_flops(),
+        )
 
     def _encoding(self) -> int:
         """Return what the encoder holds at most, 0 if nothing is encoded."""

@@ -1,12 +1,12 @@
 """What all models on Wan's backbone have in common of a `flowcache.runtime.model.VideoModel`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowcache.errors import UserError
 from flowcache.runtime.checks import check_finite
@@ -44,6 +44,7 @@ class WanModel(VideoModel):
             "kv_on_host": ("kv_on_host", True),
         }
     )
+    amounts: Collection[str] = ("blocks_on_device", "vae_strips")
 
     folders: Folders
     """Where its checkpoints are found."""
@@ -140,6 +141,9 @@ class WanModel(VideoModel):
         modules = {"text encoder": encoder.model}
         return check_finite(made, "the embeddings of the prompts", modules=modules)
 
+    def blocks(self, dit: DiT) -> Sequence[nn.Module]:
+        return list(dit.blocks)
+
     def compile(self, job: Job, dit: DiT) -> None:
         dit.parts, work = compiled_parts(), job.work
         dit.compile_ahead(
@@ -183,6 +187,7 @@ class WanModel(VideoModel):
     def load_vae(self, job: Job) -> vae.VAE:
         config, device = job.config, job.device
         made = vae.load(job.source.files.vae, dtype=vae_dtype(config), device=device)
+        made.num_strips = job.residence.vae_strips or 1
         compiles = config.vae_compile and should_compile(True, device)
         return made.quicken(compiles=compiles) if compiles or made.dtype != torch.float32 else made
 

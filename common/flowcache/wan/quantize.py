@@ -8,7 +8,7 @@ Every row of a weight (an output channel) has a float32 scale of its own; where 
 
 import importlib
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -40,10 +40,16 @@ def check(
     _torchao(mode)
 
 
-def quantize(dit: DiT, mode: QuantizeName, *, device: torch.device) -> None:
+def quantize(
+    dit: DiT, mode: QuantizeName, *, device: torch.device, rest: torch.device | None = None
+) -> None:
     """Replace the blocks' linear weights by 8-bit ones, in place, and move all to a device.
 
     One weight at a time is on the device in full width.
+
+    Args:
+        device: that quantises.
+        rest: where all lies afterwards; None: there, too.
     """
     own = {id(layer) for layer in linears(dit)}
 
@@ -51,10 +57,12 @@ def quantize(dit: DiT, mode: QuantizeName, *, device: torch.device) -> None:
         return id(module) in own
 
     torchao = _torchao(mode)
-    torchao.quantize_(dit, _rule(torchao, mode), filter_fn=is_own, device=device)
+    for block in dit.blocks:  # what is done leaves the device before the next block comes
+        torchao.quantize_(block, _rule(torchao, mode), filter_fn=is_own, device=device)
+        block.to(rest or device)
     for layer in linears(dit):
         assert type(layer.weight.data) is not torch.Tensor, "torchao left out a layer"
-    dit.to(device)
+    dit.to(rest or device)
 
 
 def linears(dit: DiT) -> Iterator[nn.Linear]:
@@ -71,11 +79,25 @@ def weight_bytes(dit: DiT, mode: QuantizeName | None, *, dtype: torch.dtype) -> 
     total = sum(parameter.numel() for parameter in dit.parameters()) * dtype.itemsize
     if mode is None:
         return total
-    saved = sum(
+    return total - _saved_bytes(linears(dit), dtype)
+
+
+def block_bytes(dit: DiT, mode: QuantizeName | None, *, dtype: torch.dtype) -> list[int]:
+    """Return what the weights of each block take, see `weight_bytes`."""
+    made: list[int] = []
+    for block in dit.blocks:
+        layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+        saved = 0 if mode is None else _saved_bytes(layers, dtype)
+        numbers = sum(parameter.numel() for parameter in block.parameters())
+        made.append(numbers * dtype.itemsize - saved)
+    return made
+
+
+def _saved_bytes(layers: Iterable[nn.Linear], dtype: torch.dtype) -> int:
+    return sum(
         layer.weight.numel() * (dtype.itemsize - 1) - layer.out_features * SCALE_BYTES
-        for layer in linears(dit)
+        for layer in layers
     )
-    return total - saved
 
 
 def _check_fp8_products(sizes: DiTConfig, *, device: torch.device, dtype: torch.dtype) -> None:

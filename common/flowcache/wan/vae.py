@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError, first_line
 from flowcache.runtime.compile import compiled
+from flowcache.runtime.offload import host_packer
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import (
     Origin,
@@ -87,6 +88,8 @@ class VAE:
         like = self.model.quant_conv.weight
         self.mean = like.new_tensor(self.model.config.latents_mean).view(shape)
         self.std = like.new_tensor(self.model.config.latents_std).view(shape)
+        self.num_strips = 1
+        """In which a picture is decoded, one after the other."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,7 +143,7 @@ class VAE:
 
     def stream(self, ranks: Ranks | None = None) -> VAEStream:
         """Begin to decode one video whose latents come bit by bit, divided among processes."""
-        return VAEStream(self, Ranks() if ranks is None else ranks)
+        return VAEStream(self, Ranks() if ranks is None else ranks, num_strips=self.num_strips)
 
 
 class VAEStream:
@@ -148,37 +151,85 @@ class VAEStream:
 
     Feeding latents in any portions gives the same pixels, bit for bit, as feeding them at once.
     Example: 5 latents fed as 2 + 3 come out as 5 + 12 = 17 frames. Each of several processes, which
-    feed the same, decodes a strip of the picture and gets the others' pixels.
+    feed the same, decodes a strip of the picture and gets the others' pixels. A process may decode
+    its own in several strips, one after the other: what was seen of the others is on the host.
     """
 
-    def __init__(self, vae: VAE, ranks: Ranks) -> None:
+    def __init__(self, vae: VAE, ranks: Ranks, *, num_strips: int = 1) -> None:
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-        self._vae, self._ranks = vae, ranks
+        self._vae, self._ranks, self._num_strips = vae, ranks, num_strips
         decoder = vae.network.decoder
         num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
         self._seen: Seen = [None] * num_convs
+        """Of the whole picture."""
+        self._strips: list[Seen] = [[None] * num_convs for _ in range(num_strips)]
+        """Of each strip."""
 
     def state_bytes(self) -> int:
         """Return what the decoder keeps until the next latents come, in bytes."""
-        return sum(seen.nbytes for seen in self._seen if isinstance(seen, Tensor))
+        return _bytes_of(self._seen) + sum(self.strip_bytes())
+
+    def strip_bytes(self) -> list[int]:
+        """Return what it keeps of each strip, in bytes."""
+        return [_bytes_of(seen) for seen in self._strips]
 
     @torch.no_grad()
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Decode the next normalised latents to their pixels `[B, 3, T, H, W]` in -1..1."""
         vae, ranks = self._vae, self._ranks
-        height, width = latents_BCFhw.shape[-2:]
-        strip = Strip.of(height=height, width=width, share=ranks.share, num_shares=ranks.num_shares)
         latents = latents_BCFhw.to(device=vae.device, dtype=vae.dtype)
         z_BCFhw = latents * vae.std + vae.mean
-        parts = [
-            decode_latent(vae.network, z_BC1hw, self._seen, strip=strip).clamp(-1, 1)
-            for z_BC1hw in z_BCFhw.split(1, dim=2)
-        ]
-        pixels = torch.cat(parts, dim=2)
+        pixels = torch.cat([self._decode(z_BC1hw) for z_BC1hw in z_BCFhw.split(1, dim=2)], dim=2)
         if ranks.num_shares == 1:
             return pixels
-        return ranks.all_reduce(strip.placed(pixels, scale=vae.spatial_stride))
+        (own,) = self._cut(latents, num_strips=1)
+        return ranks.all_reduce(own.placed(pixels, scale=vae.spatial_stride))
+
+    def _decode(self, z_BC1hw: Tensor) -> Tensor:
+        """Decode the next latent to the pixels of this process."""
+        network = self._vae.network
+        hidden, place = decode_middle(network, z_BC1hw, self._seen)
+        strips = self._cut(z_BC1hw, num_strips=self._num_strips)
+        parts: list[Tensor] = []
+        for number, strip in enumerate(strips):
+            if self._num_strips > 1:
+                self._come(number)
+            seen = self._strips[number]
+            parts.append(decode_hidden(network.decoder, hidden, seen, [place], strip=strip))
+            if self._num_strips > 1:
+                self._leave(number)
+        return torch.cat(parts, dim=strips[0].axis).clamp_(-1, 1)
+
+    def _cut(self, latents: Tensor, *, num_strips: int) -> list[Strip]:
+        """Return the strips of this process."""
+        height, width = latents.shape[-2:]
+        first, num_shares = self._ranks.share * num_strips, self._ranks.num_shares * num_strips
+        return [
+            Strip.of(height=height, width=width, share=share, num_shares=num_shares)
+            for share in range(first, first + num_strips)
+        ]
+
+    def _leave(self, number: int) -> None:
+        """Put what was seen of a strip on the host; nothing is copied where it is there anyway."""
+        seen, device = self._strips[number], self._vae.device
+        if device.type != "cuda":
+            return
+        packer = host_packer([x for x in seen if isinstance(x, Tensor)], is_pinned=True)
+        self._strips[number] = [
+            packer.like(x).copy_(x, non_blocking=True) if isinstance(x, Tensor) else x for x in seen
+        ]
+
+    def _come(self, number: int) -> None:
+        """Put what was seen of a strip on the device."""
+        self._strips[number] = [
+            x.to(self._vae.device, non_blocking=True) if isinstance(x, Tensor) else x
+            for x in self._strips[number]
+        ]
+
+
+def _bytes_of(seen: Seen) -> int:
+    return sum(part.nbytes for part in seen if isinstance(part, Tensor))
 
 
 # One latent, for a strip of the picture -----------------------------------------------------------
@@ -223,11 +274,19 @@ class Strip:
 
 def decode_latent(model: Any, z_BC1hw: Tensor, seen: Seen, *, strip: Strip) -> Tensor:
     """Decode the next latent of the whole picture to the pixels of a strip, `[B, 3, T, H, W]`."""
-    decoder = model.decoder
-    place = [0]  # counts the decoder's convolutions
+    hidden, place = decode_middle(model, z_BC1hw, seen)
+    return decode_hidden(model.decoder, hidden, seen, [place], strip=strip)
+
+
+def decode_middle(model: Any, z_BC1hw: Tensor, seen: Seen) -> tuple[Tensor, int]:
+    """Decode the next latent up to the attention, which sees all of it.
+
+    Returns:
+        What the attention returns, and how many of the decoder's convolutions have been called.
+    """
+    decoder, place = model.decoder, [0]
     hidden = _convolve(decoder.conv_in, model.post_quant_conv(z_BC1hw), seen, place)
-    hidden = decoder.mid_block(hidden, feat_cache=seen, feat_idx=place)
-    return decode_hidden(decoder, hidden, seen, place, strip=strip)
+    return decoder.mid_block(hidden, feat_cache=seen, feat_idx=place), place[0]
 
 
 def decode_hidden(

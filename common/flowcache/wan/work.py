@@ -18,7 +18,7 @@ from flowcache.runtime.plan import held_bytes, most_active
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.calibration import ReuseConfig
 from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
-from flowcache.wan.quantize import weight_bytes
+from flowcache.wan.quantize import block_bytes, weight_bytes
 from flowcache.wan.vae import SPATIAL_STRIDE
 
 
@@ -40,6 +40,8 @@ def wan_work(
     stored_bytes: int = 0,
     mode: Any = None,
     waits: bool = False,
+    num_passes: int,
+    read_tokens: int,
 ) -> Work:
     """Put together what a run costs.
 
@@ -54,13 +56,14 @@ def wan_work(
         num_scored: queries that score the keys when the KV cache is compressed.
         mode: of quantised weights.
         waits: see `plan.kv_bytes`.
+        num_passes: see `Work`, as is `read_tokens`; those of the prompts are added.
     """
     num_branches, heads = len(branches), sizes.num_heads
     kv_tokens = max(part.kv_tokens for part in segments)
     keys = queries if is_whole else kv_tokens
     attention = AttentionShape(queries, keys, heads, heads, sizes.head_width)
     with META:
-        weights = weight_bytes(DiT(sizes), mode, dtype=dtype)
+        dit = DiT(sizes)
     return Work(
         segments=tuple(segments),
         branches=branches,
@@ -73,7 +76,10 @@ def wan_work(
         text_tokens=sizes.text_len,
         attention=attention,
         flops=num_branches * context_flops(sizes) + flops,
-        weight_bytes=weights,
+        weight_bytes=weight_bytes(dit, mode, dtype=dtype),
+        block_bytes=block_bytes(dit, mode, dtype=dtype),
+        num_passes=num_branches + num_passes,
+        read_tokens=read_tokens,
         stored_bytes=stored_bytes,
         loop=loop,
         **held_bytes(
@@ -134,7 +140,10 @@ def chunk_work(
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
     check_pass(queries, sizes="height, width or the frames of a chunk")
     flops = (num_prompts - 1) * context_flops(sizes)
+    num_passes, read_tokens = num_prompts - 1, 0
     for call in calls:
+        num_passes += len(branches)
+        read_tokens += len(branches) * (call.seen + call.num_frames) * frame_tokens
         flops += embed_flops(sizes, num_frames=call.num_frames, frame_tokens=frame_tokens)
         flops += len(branches) * pass_flops(
             sizes,
@@ -160,6 +169,8 @@ def chunk_work(
         loop=loop,
         kv=kv,
         waits=waits,
+        num_passes=num_passes,
+        read_tokens=read_tokens,
     )
 
 

@@ -1,0 +1,155 @@
+"""Blocks that stream and pictures decoded in strips, in whole runs of all models."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowcache.errors import UserError
+from flowcache.runtime.model import Request, load_model
+from flowcache.runtime.offload import BlockStream
+from flowcache.runtime.run import load_networks, prepare
+from flowcache.runtime.stats import RunStats
+
+pytestmark = pytest.mark.numeric
+
+NUM_LAYERS = 5
+"""More than the slots hold, and odd: from pass to pass a block has another slot."""
+RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "skyreels_v2": ("flowcache_fast", ("num_frames=17", "num_steps=6")),
+    "magi1": ("flowcache_fast", ()),
+    "self_forcing": ("self_forcing", ("checkpoint=checkpoints/tiny.pt", "num_frames=33")),
+}
+"""Preset, and settings of a short run."""
+WAN = ["skyreels_v2", "self_forcing"]
+EIGHT_BITS = {"is_fp8": True}
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return what writes a random checkpoint of a model with some layers, once."""
+    written: dict[str, Path] = {}
+
+    def write(name: str, **kind: bool) -> Path:
+        key = f"{name}{kind}"
+        if key not in written:
+            folder = tmp_path_factory.mktemp("deep") / name
+            builder = importlib.import_module(f"tiny_{name}")
+            written[key] = builder.write_checkpoint(folder, num_layers=NUM_LAYERS, **kind)
+        return written[key]
+
+    return write
+
+
+@pytest.fixture
+def make_deep(maker: Callable[..., Any], deep: Callable[..., Path]) -> Callable[..., Any]:
+    """Return what makes a short video of a model with some layers."""
+
+    def make(name: str, *settings: str, **kind: bool) -> Any:
+        preset, usual = RUNS[name]
+        make_video = maker(load_model(name), deep(name, **kind))
+        return make_video(*usual, *settings, preset=preset)
+
+    return make
+
+
+@pytest.mark.parametrize("num_resident", [0, 2])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_video_whose_blocks_stream_is_the_same(
+    make_deep: Callable[..., Any], name: str, num_resident: int
+):
+    plain = make_deep(name)
+    streamed = make_deep(name, f"blocks_on_device={num_resident}")
+    assert streamed.path.read_bytes() == plain.path.read_bytes()
+    assert streamed.report["config"]["blocks_on_device"] == num_resident
+    streamed.check_costs()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("engine_config.kv_offload=true",),
+        ("offload=true",),
+        ("kv.dtype=int8",),
+    ],
+    ids=["keys on the host", "taking turns", "quantised keys"],
+)
+def test_streaming_composes(make_deep: Callable[..., Any], settings: tuple[str, ...]):
+    plain = make_deep("magi1", *settings)
+    streamed = make_deep("magi1", *settings, "blocks_on_device=1")
+    assert streamed.path.read_bytes() == plain.path.read_bytes()
+
+
+def test_layers_of_8_bits_stream(make_deep: Callable[..., Any]):
+    plain = make_deep("magi1", **EIGHT_BITS)
+    streamed = make_deep("magi1", "blocks_on_device=0", **EIGHT_BITS)
+    assert streamed.path.read_bytes() == plain.path.read_bytes()
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("mode", ["int8_weight", "fp8_weight", "int8_dynamic"])
+def test_quantised_linears_stream(make_deep: Callable[..., Any], mode: str):
+    plain = make_deep("skyreels_v2", f"quantize={mode}")
+    streamed = make_deep("skyreels_v2", f"quantize={mode}", "blocks_on_device=1")
+    assert streamed.path.read_bytes() == plain.path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skyreels_v2", "magi1"])
+def test_compiled_blocks_stream_and_are_compiled_once(make_deep: Callable[..., Any], name: str):
+    from torch._dynamo.utils import counters
+
+    def made(*settings: str) -> tuple[bytes, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        found = make_deep(name, "compile=true", *settings)
+        assert found.report["compilation"]["failure"] is None
+        return found.path.read_bytes(), counters["stats"]["unique_graphs"]
+
+    plain, num_graphs = made()
+    assert made("blocks_on_device=1") == (plain, num_graphs)
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_pictures_decoded_in_strips_are_those_decoded_whole(
+    make_deep: Callable[..., Any], name: str
+):
+    plain, strips = make_deep(name), make_deep(name, "vae_strips=3")
+    difference = np.abs(strips.frames.astype(int) - plain.frames.astype(int))
+    # a convolution over another width rounds otherwise, and the mp4 is lossy
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_more_blocks_than_there_are_is_one_line(deep: Callable[..., Path], name: str):
+    preset, usual = RUNS[name]
+    settings = ["prompt=a red circle", *usual, f"blocks_on_device={NUM_LAYERS + 1}"]
+    with pytest.raises(UserError, match=r"blocks_on_device is 6, but the transformer has 5 blocks"):
+        prepare(load_model(name), Request(preset, str(deep(name)), settings), writes=False)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_plan_knows_the_bytes_and_passes_of_blocks(
+    deep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, maker: Any, name: str
+):
+    """A run with every step computed takes each streamed block as often as planned."""
+    taken: list[int] = []
+    take = BlockStream._take
+
+    def counted(stream: BlockStream, number: int) -> None:
+        taken.append(number)
+        take(stream, number)
+
+    monkeypatch.setattr(BlockStream, "_take", counted)
+    model, (_, usual) = load_model(name), RUNS[name]
+    preset = "self_forcing" if name == "self_forcing" else "vanilla"
+    made = maker(model, deep(name))(*usual, "blocks_on_device=0", preset=preset)
+    assert len(taken) == NUM_LAYERS * made.job.work.num_passes
+    loaded = load_networks(made.job, stats=RunStats(torch.device("cpu")))
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in model.blocks(loaded.dit)]
+    assert list(made.job.work.block_bytes) == sizes

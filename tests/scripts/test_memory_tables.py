@@ -1,0 +1,45 @@
+"""The table of cards: what fits, what does not, and what is refused."""
+
+import importlib
+
+import pytest
+
+
+def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[list[str]], str]:
+    code = importlib.import_module("memory_tables").main(arguments)
+    out, err = capsys.readouterr()
+    return code, [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines()], err
+
+
+def test_a_row_says_what_fits_and_how(capsys: pytest.CaptureFixture[str]):
+    code, (head, _, *rows), _ = table(
+        capsys, "--runs", "MAGI-1 4.5B", "--limits", "4GB", "8GB", "12GB"
+    )
+    assert code == 0
+    none, small, larger = rows
+    assert len(head) == len(none) == len(small) == 6
+    assert none[2] == "does not fit"
+    assert "the smallest limit that fits is" in none[-1]
+    for row, limit in ((small, 8.0), (larger, 12.0)):
+        peak, unit = row[2].split()
+        assert unit == "GB"
+        assert 0.85 * limit <= float(peak) <= limit
+        assert row[4].startswith("x1.")
+        assert "blocks of the transformer stay" in row[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--limits", "auto"), "--limits takes amounts such as 24GB, not auto"),
+        (("--limits", "12"), "memory_limit must be auto, none or an amount"),
+        (("--runs", "Sora"), "--runs 'Sora' is none of: SkyReels-V2 1.3B"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+):
+    code, rows, err = table(capsys, *arguments)
+    assert (code, rows) == (2, [])
+    assert said in err
+    assert err.count("\n") == 1
