@@ -147,9 +147,9 @@ def command(options: argparse.Namespace) -> None:
     settle_checkpoint(options)
     target = parse_target(options.target)
     constraints = Constraints()
+    check_search(options)
     model = load_model(options.architecture)
     options.preset = options.preset or words_of(model).preset
-    check_search(options)
     runs = Runs(
         model,
         options.model,
