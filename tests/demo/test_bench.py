@@ -314,7 +314,7 @@ def damaged_row(folder: Path) -> list[str]:
             ["--methods", "vanilla + KV compression", "--", "runtime_config.num_frames=96"],
             "nothing would be dropped, since the clip has 4 chunks and the KV cache holds 5: raise",
         ),
-        (["--table", "reuse"], "--table reuse needs --profiles"),
+        (["--table", "reuse"], "this table needs --profiles"),
         (["--table", "reuse", "--profiles", "none"], "none/budgets.yaml: no such file"),
         (
             lambda folder: [
