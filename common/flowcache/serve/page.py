@@ -75,7 +75,11 @@ def make_page(jobs: Jobs) -> gr.Blocks:
                     image = gr.File(label="Start picture", file_types=["image"], height=120)
                 make = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Row():
-                    compare = gr.Button("Compare with vanilla", elem_id="compare")
+                    # few-step models have no preset of that name
+                    has_vanilla = VANILLA in presets(jobs)
+                    compare = gr.Button(
+                        "Compare with vanilla", elem_id="compare", visible=has_vanilla
+                    )
                     cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=3):
                 with gr.Row():
