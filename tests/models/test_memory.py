@@ -226,7 +226,7 @@ LIMITED = [
     (
         "magi1",  # its text encoder takes 19 GB
         ("4.5B_distill", "memory_limit=16GB", "runtime_config.t5_device=cuda"),
-        ("limit 16 GB", "the text encoder runs on the host", "blocks of the transformer stay"),
+        ("limit 16 GB", "the text encoder runs on the host", "of the transformer's blocks stay"),
     ),
 ]
 

@@ -25,7 +25,7 @@ def test_a_row_says_what_fits_and_how(capsys: pytest.CaptureFixture[str]):
         assert unit == "GB"
         assert 0.85 * limit <= float(peak) <= limit
         assert row[4].startswith("x1.")
-        assert "blocks of the transformer stay" in row[-1]
+        assert "of the transformer's blocks stay" in row[-1]
 
 
 @pytest.mark.parametrize(

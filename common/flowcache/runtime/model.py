@@ -344,7 +344,7 @@ class Residence:
             "the text encoder runs on the host": self.text_on_host,
             "transformer and VAE take turns": self.dit_aside,
             "keys and values lie on the host": self.kv_on_host,
-            f"{self.blocks_on_device} blocks of the transformer stay, the others are copied when "
+            f"{self.blocks_on_device} of the transformer's blocks stay, the others are copied when "
             "they are run": self.blocks_on_device is not None,
             f"pictures are decoded in {self.vae_strips} strips": (self.vae_strips or 1) > 1,
         }
