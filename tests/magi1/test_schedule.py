@@ -146,7 +146,9 @@ def test_frames_come_in_whole_chunks():
     assert Clip(100).num_frames_out == 120
     assert Clip(96, num_prefix=1, is_image=True).num_frames_out == 120
     assert Clip(72, num_prefix=8).num_frames_out == 88
-    with pytest.raises(UserError, match="num_frames is 3"):
+    with pytest.raises(
+        UserError, match="num_frames must be at least 4, which make one latent frame, not 3"
+    ):
         Clip(3)
 
 

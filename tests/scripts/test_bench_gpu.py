@@ -247,7 +247,8 @@ def test_the_next_tick_goes_on_while_frames_are_decoded():
 
 
 def test_grey_frames_are_as_many_and_as_large_as_decoded_ones(monkeypatch: pytest.MonkeyPatch):
-    gpu, job = importlib.import_module("skyreels_v2.gpu"), SimpleNamespace()
+    gpu = importlib.import_module("skyreels_v2.gpu")
+    job = SimpleNamespace(residence=SimpleNamespace(vae_strips=None))
     real = gpu.wan_vae(job, "tiny", random_weights(CPU))
     monkeypatch.setattr(gpu, "is_installed", lambda _: False)
     grey = gpu.wan_vae(job, "tiny", random_weights(CPU))

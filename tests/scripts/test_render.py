@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from flowcache.bench import render as renderer
 from flowcache.bench.render import Renderer
 from flowcache.bench.tasks import sketch_of
 from flowcache.runtime.model import load_model
+from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import read_settings
 from magi1.checkpoint import Checkpoint
 from skyreels_v2.model import FOLDERS as CHECKPOINTS
@@ -33,6 +34,7 @@ class Job:
     work: Any
     before: None = None
     keeps_partial: bool = True
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
@@ -45,6 +47,7 @@ def test_a_model_is_loaded_once_for_all_prompts_seeds_and_methods(
         config = read_settings(model, request)
         files = Checkpoint(config, (Path("dit"),), Path("vae"), Path("t5"))
         encoder = {"name": "magi1", "load_text": lambda _job: None, "identity": model.identity}
+        encoder["residence"] = model.residence
         source, work = SimpleNamespace(files=files), SimpleNamespace(kv_bytes=1)
         device, own = torch.device("cpu"), SimpleNamespace(**encoder)
         return Job(config, source, own, device, torch.float32, work)

@@ -125,7 +125,10 @@ def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
     policies = ("vanilla", "teacache", "flowcache", "stride")
     base = config_of(preset)
     for policy, quantity in product(policies, PREDICTORS):
-        config = replace(base, reuse=replace(base.reuse, policy=policy, predict=quantity))
+        # which tokens are computed is chosen with some policies and predictors alone
+        tokens = replace(base.reuse.tokens, choice="all")
+        reuse = replace(base.reuse, policy=policy, predict=quantity, tokens=tokens)
+        config = replace(base, reuse=reuse)
         plan = work_of(config, TWO_LAYERS, dtype=torch.bfloat16)
         assert plan.num_ticks == 135
         assert (plan.kv_bytes > 0) == (config.attention == "causal")

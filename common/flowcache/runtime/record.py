@@ -266,8 +266,8 @@ def check_replay(
         is_whole_window: whether the run computes all chunks of a tick, or none.
         chooses_tokens: whether it computes chunks in part.
     """
-    found = record["config"]
-    for key in ("reuse", "tokens", "choice"):  # older records have none
+    found: Any = record
+    for key in ("config", "reuse", "tokens", "choice"):  # traces and older records have none
         found = cast("Record", found).get(key) if isinstance(found, dict) else None
     if chooses_tokens or found not in (None, "all"):
         raise UserError(
