@@ -51,9 +51,8 @@ run=("$VBENCH_VENV/bin/python")
 if [[ $GPUS != 1 ]]; then
     run+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 fi
-for dimension in $DIMENSIONS; do
-    "${run[@]}" "$here/score.py" "$given" "$results/$dimension" "$dimension"
-done
+# shellcheck disable=SC2086 # DIMENSIONS holds several words
+"${run[@]}" "$here/score.py" "$given" "$results" $DIMENSIONS
 # shellcheck disable=SC2086 # DIMENSIONS holds several words
 "$VBENCH_VENV/bin/python" "$here/collect.py" "$results" "$folder/vbench.json" $DIMENSIONS
 if [[ $# -gt 1 ]]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score the videos of a folder in one dimension of VBench: `score.py VIDEOS OUT DIMENSION`.
+"""Score the videos of a folder in dimensions of VBench: `score.py VIDEOS OUT DIMENSION...`.
 
 Runs in VBench's environment and calls its Python interface, as its own command works on CUDA alone:
 here a single process needs no NCCL, and dimensions without a model can be scored on a CPU. With
@@ -42,17 +42,19 @@ def full_info(videos: Path, out: Path, dimension: str) -> Path:
 
 def main() -> None:
     """Run the command line."""
-    videos, out, dimension = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    videos, out = Path(sys.argv[1]), Path(sys.argv[2])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist_init()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge = vbench.VBench(device, str(full_info(videos, out, dimension)), str(out))
-    judge.evaluate(
-        videos_path=str(videos / "videos"),
-        name=f"results_{datetime.now():%Y-%m-%d-%H:%M:%S}",
-        dimension_list=[dimension],
-        imaging_quality_preprocessing_mode="longer",  # VBench's own choice
-    )
+    for dimension in sys.argv[3:]:
+        folder = out / dimension
+        judge = vbench.VBench(device, str(full_info(videos, folder, dimension)), str(folder))
+        judge.evaluate(
+            videos_path=str(videos / "videos"),
+            name=f"results_{datetime.now():%Y-%m-%d-%H:%M:%S}",
+            dimension_list=[dimension],
+            imaging_quality_preprocessing_mode="longer",  # VBench's own choice
+        )
 
 
 if __name__ == "__main__":
