@@ -70,7 +70,7 @@ from flowcache.bench.rivals import (
 )
 from flowcache.errors import UserError
 from flowcache.report.figures import draw_rivals
-from flowcache.runtime.cli import add_checkpoint, run_command, settle_checkpoint
+from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_writable, write_json, write_text
 from flowcache.runtime.model import load_model
 from flowcache.runtime.stats import environment
@@ -87,7 +87,7 @@ EXAMPLES = """examples:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
     )
     add_checkpoint(parser)

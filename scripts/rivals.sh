@@ -15,6 +15,10 @@ SEARCH=${SEARCH:-24}  # plans tried on finished clips, per budget; 0: none
 CLIPS=${CLIPS:-8}     # to calibrate on
 PART=${PART:-1/1}
 OUT=${OUT:-$here/../result/rivals_$MODEL}
+if [[ ! $PROMPTS =~ ^[1-9][0-9]*$ ]]; then # here, as the budgets take hours
+    echo "error: the number of prompts must be 1 or more, not $PROMPTS" >&2
+    exit 2
+fi
 
 python "$here/tune_budgets.py" --architecture "$MODEL" --levels rivals --search "$SEARCH" \
     --clips "$CLIPS" --out "$OUT/budgets" "${@:3}"

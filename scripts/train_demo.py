@@ -26,7 +26,7 @@ start_quietly(__name__)
 import torch
 
 from flowcache.demo.recipe import Recipe, Training, write_record
-from flowcache.runtime.cli import run_command
+from flowcache.runtime.cli import Parser, run_command
 
 logger = logging.getLogger("train_demo")
 MODELS = ("magi1", "self_forcing", "skyreels_v2")
@@ -76,9 +76,7 @@ def train(options: argparse.Namespace) -> None:
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--architecture", choices=MODELS, help="package of the model")
     # as the commands of the shipped demos name it

@@ -551,3 +551,11 @@ def test_a_setting_written_as_a_flag_is_answered_with_the_right_form(
         tiny.main(flag)
     assert ended.value.code == 2
     assert f"settings are given as {form}" in capsys.readouterr().err
+
+
+@only("skyreels_v2")
+def test_a_refusal_names_no_predictor_that_nobody_set(refused: Refused):
+    tokens = ["attention=causal", "reuse.policy=flowcache", "reuse.tokens.choice=motion"]
+    line = refused(*tokens, "kv.compress=importance")
+    assert "set kv.compress=none, or reuse.tokens.choice=all" in line
+    assert "reuse.predict" not in line

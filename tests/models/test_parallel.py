@@ -255,14 +255,28 @@ def test_all_processes_end_within_a_minute_when_one_dies(small: Path, tmp_path: 
     assert list(tmp_path.iterdir()) == [told]
 
 
+@pytest.mark.parametrize(
+    ("num", "settings", "error"),
+    [
+        (
+            3,
+            ["parallel.branch=1"],
+            "parallel.sequence=3 does not divide the 4 key/value heads of the model: "
+            "start 1 or 2 processes instead of 3 (a launcher: GPUS=1 or 2)",
+        ),
+        (
+            2,
+            [*SKYREELS_FLOWCACHE, "reuse.tokens.choice=motion"],
+            "reuse.tokens.choice=motion needs all tokens of a chunk in one process, but 2 run: "
+            "start one, or set reuse.tokens.choice=all",
+        ),
+    ],
+)
 def test_what_can_not_be_divided_is_told_once_before_anything_is_loaded(
-    small: Path, tmp_path: Path
+    small: Path, tmp_path: Path, num: int, settings: list[str], error: str
 ):
-    command = launch(small, tmp_path / "a.mp4", "parallel.branch=1", num=3)
+    command = launch(small, tmp_path / "a.mp4", *settings, num=num)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: parallel.sequence=3 does not divide the 4 key/value heads of the model: "
-        "start 1 or 2 processes instead of 3 (a launcher: GPUS=1 or 2)\n"
-    )
+    assert done.stderr == f"error: {error}\n"
     assert not list(tmp_path.iterdir())

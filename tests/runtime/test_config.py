@@ -11,6 +11,7 @@ from flowcache.runtime.config import (
     MISSING,
     describe,
     find_preset,
+    from_python,
     load_config,
     read_yaml,
     to_dict,
@@ -279,3 +280,10 @@ def test_describe_shows_type_value_and_comment_of_every_key(layer: WriteLayer):
     assert "offload: true or false = true" in lines
     assert "negative: text or null = null" in lines
     assert len(lines) == 13
+
+
+def test_python_is_told_flags_of_a_script_as_they_are_and_arguments_by_name():
+    said = "make it with scripts/train_demo.py --model self_forcing, or give --model"
+    with pytest.raises(UserError) as caught, from_python():
+        raise UserError(said)
+    assert str(caught.value) == said.replace("give --model", "give model")

@@ -153,6 +153,14 @@ def test_the_smallest_limit_of_a_refusal_fits():
     assert make_memory_plan(NEEDS, wanted=Residence(), limit_bytes=limit, has_host=True)
 
 
+def test_the_smallest_limit_of_a_small_run_is_not_that_of_a_large_one():
+    needs = Needs(lambda _: [Stage("denoise", (Part("activations", 20 * 10**6, "lower it"),))])
+    # 20 / 0.95, rounded up
+    with pytest.raises(UserError, match=r"smallest limit that fits is 22 MB"):
+        make_memory_plan(needs, wanted=Residence(), limit_bytes=10**6, has_host=True)
+    assert make_memory_plan(needs, wanted=Residence(), limit_bytes=22 * 10**6, has_host=True)
+
+
 BLOCK = GB // 2
 
 

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,13 @@ def test_a_vae_that_does_not_fit_its_config_names_file_and_key(model: VAE, tmp_p
     state = load_file(path)
     save_file(state | {"quant_conv.bias": torch.ones(5)}, path)
     _refuses(tmp_path, path.name, "key quant_conv.bias has shape [5], expected [32]")
+
+
+def test_an_empty_vae_is_converted_without_a_word(original: Path, caplog: pytest.LogCaptureFixture):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert vae.empty(original, torch.bfloat16).dtype == torch.bfloat16
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -235,7 +235,7 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
         if (device.index or 0) >= count:
             raise UserError(
                 f"device={device} was asked for, but PyTorch sees {count} CUDA devices here: "
-                "use device=cpu, or mend the driver"
+                "use device=cpu, or fix the driver"
             )
     return device
 

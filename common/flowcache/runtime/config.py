@@ -106,6 +106,7 @@ def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[s
 
 IN_PYTHON = {
     "scripts/tune.py --out": "flowcache.tune, saved as",
+    "scripts/train_demo.py --model": "scripts/train_demo.py --model",
     "--overwrite": "overwrite=True",
     "--out": "path",
     **{f"--{name.replace('_', '-')}": name for name in ("model", "memory_limit")},

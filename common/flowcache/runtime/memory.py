@@ -33,7 +33,7 @@ from flowcache.runtime.stats import scaled
 RESERVED_SHARE = 0.05
 """Of the limit: holes between tensors, scratch memory inside kernels, the CUDA context."""
 LIMIT_STEP = 10**8
-"""Bytes to which the smallest limit that fits is rounded up."""
+"""Bytes to which the smallest limit that fits is rounded up, or else to two digits."""
 PIXEL_BYTES = 3 * 4
 """Of an RGB pixel in float32."""
 META = torch.device("meta")
@@ -562,7 +562,9 @@ def _no_plan(least: MemoryPlan, *, wanted: Residence, usable: int) -> UserError:
     amounts = {"blocks_on_device": wanted.blocks_on_device, "vae_strips": wanted.vae_strips}
     given = [f"{name}={value}" for name, value in amounts.items() if value is not None]
     fixed = f" by {', '.join(given)} (leave that out to have it chosen)" if given else ""
-    needed = math.ceil(least.peak_bytes / (1 - RESERVED_SHARE) / LIMIT_STEP) * LIMIT_STEP
+    needed = math.ceil(least.peak_bytes / (1 - RESERVED_SHARE))
+    step = min(LIMIT_STEP, 10 ** max(len(str(needed)) - 2, 0))
+    needed = math.ceil(needed / step) * step
     return UserError(
         f"memory_limit is {_size(least.limit_bytes or 0)}, of which {_size(usable)} can be "
         f"planned, but {stage.name} needs {_size(stage.peak_bytes)} with everything on the host "

@@ -37,7 +37,7 @@ HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here
 FITTED = tuple(name for name, each in PREDICTORS.items() if each.level == "velocity")
 """Predictors that plans are made for."""
 PLACEHOLDER = "reuse.predict=velocity"
-"""Replaces what a profile sets, until it is read: a predictor that all other settings go with."""
+"""Replaces what a profile sets, until it is read: a predictor that most other settings go with."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,12 @@ def load_with_profile(
         rule = config.reuse
         if not rule.needs_profile:
             return config
-    except UserError:
+    except UserError as refusal:
         # they may go with the predictor of a profile
-        rule = load(overrides=[PLACEHOLDER, *overrides]).reuse
+        try:
+            rule = load(overrides=[PLACEHOLDER, *overrides]).reuse
+        except UserError:
+            raise refusal from None  # not what the placeholder, which nobody set, does not go with
         if not rule.needs_profile:
             raise
     path = find_profile(rule, folder=folder)

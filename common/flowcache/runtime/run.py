@@ -44,6 +44,7 @@ from flowcache.runtime.record import (
 )
 from flowcache.runtime.stats import RunStats, Traced, environment, merged
 from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
+from flowcache.tokens import check_one_process
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +196,7 @@ def job_of(
             f"blocks_on_device is {config.blocks_on_device}, but the transformer has "
             f"{len(work.block_bytes)} blocks: lower it, or leave it out to keep all on the GPU"
         )
+    check_one_process(config.reuse.tokens, num_processes=ranks.place.size)
     layout = process_layout(
         config.parallel,
         ranks.place.size,

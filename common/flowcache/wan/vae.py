@@ -110,7 +110,8 @@ class VAE:
         self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None
     ) -> VAE:
         """Move or convert the weights; returns the VAE itself."""
-        self.model.to(device=device, dtype=dtype)
+        # that of diffusers warns of layers to keep in float32, of which there are none
+        torch.nn.Module.to(self.model, device=device, dtype=dtype)
         self.mean, self.std = (x.to(device=device, dtype=dtype) for x in (self.mean, self.std))
         return self
 
