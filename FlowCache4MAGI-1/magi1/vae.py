@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from flowcache.attention import SDPA
 from flowcache.errors import UserError
-from flowcache.runtime.ops import Linear, conv3d
+from flowcache.runtime.ops import Conv3d, Linear
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.weights import check_files, find_shards, load_files, read_model_config
 
@@ -212,7 +212,7 @@ class Decoder(Transformer):
         if config.use_final_proj:
             self.final_proj = Linear(config.embed_dim, config.decoded_width)
             self.final_norm = nn.LayerNorm(config.decoded_width, eps=NORM_EPS)
-        self.last_layer = nn.Conv3d(channels, config.in_chans, 3, padding=1)
+        self.last_layer = Conv3d(channels, config.in_chans, 3, padding=1)
 
     def forward(self, z_BCFhw: Tensor) -> Tensor:
         num_latents, height, width = z_BCFhw.shape[2:]
@@ -228,8 +228,7 @@ class Decoder(Transformer):
             p=self.config.patch_size,
             q=self.config.patch_size,
         )
-        last = self.last_layer
-        return conv3d(video, last.weight, last.bias, stride=(1, 1, 1), padding=(1, 1, 1))
+        return self.last_layer(video)
 
 
 class ViTVAE(nn.Module):

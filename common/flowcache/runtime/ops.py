@@ -115,6 +115,14 @@ def conv3d(
     return functional.conv3d(x, weight, bias, tuple(stride), tuple(padding))
 
 
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d` that calls `conv3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        padding = cast("tuple[int, ...]", self.padding)
+        return conv3d(input, self.weight, self.bias, stride=self.stride, padding=padding)
+
+
 def _has_onednn(x: Tensor, weight: Tensor) -> bool:
     """Tell whether oneDNN can multiply plain float32 tensors of a CPU, without gradients."""
     return (
