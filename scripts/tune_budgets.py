@@ -37,6 +37,7 @@ from flowcache.bench.reuse import (
     find_threshold,
     rule_names,
     rule_settings,
+    searched_profile,
     suiting_factor,
     write_budgets,
 )
@@ -46,7 +47,6 @@ from flowcache.bench.rivals import (
     RIVAL_LEVELS,
     SLOW,
     rival_rules,
-    searched_profile,
 )
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint

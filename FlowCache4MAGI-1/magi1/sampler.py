@@ -31,7 +31,7 @@ from flowcache.quantization import KVFormat
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
-from flowcache.tokens import TokenChoice, patches_of, pixels_of
+from flowcache.tokens import TokenChoice, chosen_tokens, patches_of, pixels_of
 from magi1.config import Quantity, ReleaseConfig
 from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops, rotate
 from magi1.schedule import Clip, Clock
@@ -401,9 +401,10 @@ class ClipSampler:
         """Return which latent pixels of a chunk are computed, `[F, 1, h, w]`; None: all."""
         if chunk not in self.rows:
             return None
-        like, width = self.inputs.frames(chunk), self.clip.chunk_width
-        none = torch.zeros(self.chunk_tokens, dtype=torch.bool, device=like.device)
-        is_own_FP = none.index_fill(0, self.rows[chunk], True).unflatten(0, (width, -1))
+        like, num_frames = self.inputs.frames(chunk), self.clip.chunk_width
+        is_own_FP = chosen_tokens(
+            self.rows[chunk], num_frames=num_frames, num_tokens=self.chunk_tokens
+        )
         return pixels_of(is_own_FP, size=self.dit.config.patch_size, like=like).movedim(1, 0)
 
     def _finish(self, tick: Tick) -> None:

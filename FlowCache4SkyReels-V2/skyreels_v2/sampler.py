@@ -31,7 +31,7 @@ from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick, staggered
-from flowcache.tokens import TokenChoice, patches_of, pixels_of
+from flowcache.tokens import TokenChoice, chosen_tokens, patches_of, pixels_of
 from flowcache.wan.calibration import Signal
 from flowcache.wan.dit import (
     PATCH,
@@ -150,8 +150,8 @@ class NoisyChunk:
         """Return which of its tokens are computed, `[F, P]` bool; None: all."""
         if branch not in self.rows:
             return None
-        none = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.latents.device)
-        return none.index_fill(0, self.rows[branch], True).unflatten(0, (len(self.sigma), -1))
+        num_frames, num_tokens = len(self.sigma), self.num_tokens
+        return chosen_tokens(self.rows[branch], num_frames=num_frames, num_tokens=num_tokens)
 
 
 class WindowSampler:

@@ -223,6 +223,16 @@ def patches_of(latents_CFhw: Tensor, *, size: int) -> Tensor:
     return parts.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(1, 2)
 
 
+def chosen_tokens(rows: Tensor, *, num_frames: int, num_tokens: int) -> Tensor:
+    """Return for each token of a chunk whether it is one of some, `[F, P]`.
+
+    Args:
+        rows: their places among the `num_tokens` of the chunk.
+    """
+    none = rows.new_zeros(num_tokens).bool()
+    return none.index_fill(0, rows, True).unflatten(0, (num_frames, -1))
+
+
 def pixels_of(is_own_FP: Tensor, *, size: int, like: Tensor) -> Tensor:
     """Return for each latent pixel whether its token is one of some, `[1, F, h, w]`.
 

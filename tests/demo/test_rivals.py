@@ -13,7 +13,14 @@ from refusals import refuses
 
 from flowcache.bench.continuity import borders_of, drift, seams
 from flowcache.bench.methods import Group, Method, comparison_of
-from flowcache.bench.reuse import Adaptive, Budgets, Level, find_threshold, read_budgets
+from flowcache.bench.reuse import (
+    Adaptive,
+    Budgets,
+    Level,
+    find_threshold,
+    read_budgets,
+    searched_profile,
+)
 from flowcache.bench.rivals import (
     PUBLISHED,
     RIVAL_LEVELS,
@@ -23,7 +30,6 @@ from flowcache.bench.rivals import (
     rival_methods,
     rival_rules,
     rival_table,
-    searched_profile,
 )
 from flowcache.runtime.model import SegmentWork, load_model
 

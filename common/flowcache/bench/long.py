@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowcache.bench.continuity import EDGE_SHARE
 from flowcache.bench.methods import Comparison, Method, shown
 from flowcache.demo.clips import Attributes
 from flowcache.demo.judge import judge, judge_steadiness
@@ -28,8 +29,6 @@ from flowcache.wan.vae import TEMPORAL_STRIDE
 
 LENGTHS = (21, 120, 480)
 """Latent frames."""
-END_SHARE = 0.15
-"""Of a clip, at its beginning and at its end, that are compared."""
 FILLED_SHARE = 0.25
 """Of a clip's chunks, after which the cache is full."""
 MIN_CHUNKS = 3
@@ -108,7 +107,7 @@ def growth(values: Sequence[float]) -> float | None:
     and the next value taken, which other work on the machine disturbs least. Example: of 160
     chunks the third lowest of chunks 136 to 159 over that of chunks 40 to 63.
     """
-    count, first = round(END_SHARE * len(values)), round(FILLED_SHARE * len(values))
+    count, first = round(EDGE_SHARE * len(values)), round(FILLED_SHARE * len(values))
     if count < MIN_CHUNKS:
         return None
     last, full = (sorted(part)[count // 10] for part in (values[-count:], values[first:][:count]))
@@ -123,7 +122,7 @@ def drift(frames_THW3: NDArray[np.uint8], attributes: Attributes) -> dict[str, A
         drift_levels: the change of the mean colour, in grey levels.
         judge_end: whether the end alone agrees with the caption.
     """
-    count = max(round(END_SHARE * len(frames_THW3)), TEMPORAL_STRIDE + 1)
+    count = max(round(EDGE_SHARE * len(frames_THW3)), TEMPORAL_STRIDE + 1)
     first, last = frames_THW3[:count], frames_THW3[-count:]
     kept = [judge_steadiness(part).kept_share for part in (first, last)]
     colors = [part.mean(axis=(0, 1, 2), dtype=np.float64) for part in (first, last)]

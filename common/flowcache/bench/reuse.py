@@ -116,6 +116,7 @@ def read_budgets(
 
 FAITHFUL, TUNED = "FlowCache-fast", "planned"
 TREND = "velocity + trend"
+SEARCHED = "searched"
 HELD_GUIDANCE = ("reuse.guidance_steps=null", "reuse.guidance_every=2")
 """Every second computed step runs the pass with text alone: a plan costs a quarter less."""
 CLEAN = ("reuse.predict=clean", "reuse.extrapolate=0")
@@ -126,6 +127,11 @@ NAMES = {
     "magcache": "MagCache",
     "motioncache": "MotionCache",
 }
+
+
+def searched_profile(planned: Path) -> Path:
+    """Return where the profile of a searched plan is, next to that of the planned one."""
+    return planned.with_name(f"{SEARCHED}_{planned.name}")
 
 
 def trend(factor: float, *, order: int = 1) -> tuple[str, ...]:
@@ -216,8 +222,9 @@ class RowMaker:
     ) -> Method:
         """Return what follows the profile of a level; a searched plan has one of its own."""
         planned = self._profile(level)
-        profile = planned.with_name(f"searched_{planned.name}") if policy == "searched" else planned
-        followed = "planned" if policy == "searched" else policy
+        is_searched = policy == SEARCHED
+        profile = searched_profile(planned) if is_searched else planned
+        followed = TUNED if is_searched else policy
         given = (f"reuse.policy={followed}", f"reuse.profile={profile}", *settings)
         return self._row(f"{policy} ({level})", Group(policy, predictor, level), given)
 

@@ -16,11 +16,13 @@ from flowcache.bench.methods import Comparison, Method, shown, summarize
 from flowcache.bench.quantized import NOISE
 from flowcache.bench.reuse import (
     SAME_FLOPS,
+    SEARCHED,
     TREND,
     TUNED,
     Budgets,
     RowMaker,
     rule_names,
+    searched_profile,
 )
 from flowcache.runtime.metrics import average
 from flowcache.runtime.text_files import escaped, table_row
@@ -30,7 +32,6 @@ SLOW, FAST, HALF = "slow", "fast", "half"
 RIVAL_LEVELS = (SLOW, FAST, HALF)
 MOTION = "motioncache"
 """Rule and preset of MotionCache."""
-SEARCHED = "searched"
 MORE_DECIBEL, MORE_THAN_RIVALS = 10.0, 3.0
 """At FlowCache-fast's FLOPs, our best plan is to be better by this than FlowCache as published, and
 than the best rule of others."""
@@ -66,11 +67,6 @@ def rival_methods(
         if searched_profile(folder / budgets.levels[level].profile).is_file():
             made.append(rows.profiled(SEARCHED, level, AS_TUNED))
     return tuple(made)
-
-
-def searched_profile(planned: Path) -> Path:
-    """Return where the profile of a searched plan is, next to that of the planned one."""
-    return planned.with_name(f"{SEARCHED}_{planned.name}")
 
 
 # Table --------------------------------------------------------------------------------------------
