@@ -1,5 +1,6 @@
 """How commands end: real signals to real processes, which import nothing large."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -91,9 +92,14 @@ def start(code: str, folder: Path) -> "subprocess.Popen[str]":
         cwd=folder,
         preexec_fn=heed_signals,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    assert says(process, "ready\n")
     return process
+
+
+def says(process: "subprocess.Popen[str]", text: str) -> bool:
+    """Wait for the next words of a process; what `readline` buffers, `communicate` would lose."""
+    assert process.stdout is not None
+    return all(os.read(process.stdout.fileno(), 1).decode() == letter for letter in text)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -155,10 +161,9 @@ run(command)
 """
     process = start(code, tmp_path)
     process.terminate()
-    assert process.stdout is not None
-    assert process.stdout.readline() == "cleans\n"
+    assert says(process, "cleans\n")
     process.terminate()  # as `timeout` does
-    assert process.stdout.readline() == "cleaned\n"
+    assert says(process, "cleaned\n")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGINT
