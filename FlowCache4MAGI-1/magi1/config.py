@@ -37,6 +37,8 @@ from flowcache.runtime.config import (
     KernelName,
     NumBlocks,
     ParallelRule,
+    QuantizeName,
+    TextQuantizeName,
     check_prompt,
     describe,
     load_config,
@@ -345,6 +347,8 @@ class RunConfig(ReleaseConfig):
     offload: bool = False
     memory_limit: str = "auto"
     blocks_on_device: NumBlocks = None
+    quantize: QuantizeName | None = None
+    text_quantize: TextQuantizeName | None = None
     embedding_cache: Place = None
     attention_kernel: KernelName = "auto"
     compile: bool | None = None
@@ -382,6 +386,11 @@ class RunConfig(ReleaseConfig):
             raise UserError(
                 f"dtype is {self.dtype}, but an 8-bit checkpoint (fp8_quant) works in bfloat16: "
                 "leave dtype at auto"
+            )
+        if self.engine_config.fp8_quant and self.quantize is not None:
+            raise UserError(
+                f"quantize is {self.quantize}, but the weights of an 8-bit checkpoint (fp8_quant) "
+                "are 8-bit already: leave quantize at null, or take a checkpoint in bfloat16"
             )
 
     def _check_tokens(self) -> None:

@@ -12,7 +12,7 @@ S tokens (F * h/2 * w/2, frame-major), D model width, E condition width, H query
 G key/value heads, R text rows (B * N), L text tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -658,6 +658,16 @@ def set_precision(dit: DiT, dtype: torch.dtype) -> None:
     for name, parameter in dit.named_parameters():
         if not isinstance(dit.get_submodule(name.rpartition(".")[0]), Fp8Linear):
             parameter.data = parameter.data.to(torch.float32 if is_float32(name) else dtype)
+
+
+def quantised_parts(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the parts of layers whose linear layers can be 8-bit: attention and MLP.
+
+    Gates multiply all that a branch adds, and are small; the released 8-bit checkpoints leave them
+    as they are, too.
+    """
+    whole = cast("Iterable[Layer]", layers)
+    return [part for layer in whole for part in (layer.self_attention, layer.mlp)]
 
 
 # FLOPs, equal to what torch's counter counts ------------------------------------------------------

@@ -21,10 +21,11 @@ from flowcache.runtime.memory import (
 )
 from flowcache.runtime.model import Residence
 from flowcache.runtime.parallel import Ranks, TokenSplit
+from flowcache.runtime.quantize import quantize_empty
 from magi1 import text, vae
 from magi1.checkpoint import Checkpoint
 from magi1.config import ModelConfig, RunConfig
-from magi1.dit import DiT, Embedded, set_precision
+from magi1.dit import DiT, Embedded, quantised_parts, set_precision
 from magi1.schedule import Clip
 from magi1.text import NULL_TOKENS
 from magi1.vae import ViTVAE
@@ -87,6 +88,7 @@ class ClipMemory(Footprint):
             batch=1,
             num_tokens=max(self.work.text_tokens, 1),
             dtype=self.networks.text_dtype,
+            mode=self.config.text_quantize,
         )
         self.dit_scratch = self._dit_scratch()
         self.decode_scratch = self._decode_scratch()
@@ -130,7 +132,7 @@ class ClipMemory(Footprint):
 
     def text_flops(self) -> float:
         """Return the FLOPs of encoding the prompt: two per weight and token."""
-        return 2 * self.work.text_tokens * self._text_bytes / self.networks.text_dtype.itemsize
+        return 2 * self.work.text_tokens * self.text_numbers
 
     def _vae(self, *, is_here: bool) -> Part:
         return Part("the VAE", self.vae_bytes * is_here, "set offload=true")
@@ -172,6 +174,9 @@ class ClipMemory(Footprint):
         with META:
             dit = DiT(model, is_fp8=is_fp8)
         set_precision(dit, self.dtype)
+        if self.config.quantize is not None:
+            layers = dit.videodit_blocks.layers
+            quantize_empty(dit, quantised_parts(layers), self.config.quantize)
         width = self.config.runtime_config.chunk_width
         tokens = self.work.pass_tokens
         caches = self.empty_caches(model.num_layers, num_tokens=tokens)

@@ -16,12 +16,13 @@ from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Progress, Source, VideoModel, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
+from flowcache.runtime.quantize import check
 from flowcache.runtime.stats import scaled
 from magi1 import checkpoint as checkpoints
 from magi1 import released, text, vae
 from magi1 import work as works
 from magi1.config import PIXELS_PER_LATENT, RunConfig
-from magi1.dit import DiT, compiled_parts
+from magi1.dit import DiT, compiled_parts, quantised_parts
 from magi1.fp8 import has_fp8_gemm
 from magi1.inputs import Media, num_latents
 from magi1.memory import ClipMemory, networks_for
@@ -72,6 +73,13 @@ class Magi(VideoModel):
     def dtype(self, config: RunConfig, device: torch.device) -> torch.dtype:
         return works.dtype_of(config, device)
 
+    def check_device(
+        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if config.quantize is not None:
+            parts = self.quantised(works.empty_dit(config, dtype))
+            check(config.quantize, parts, device=device, dtype=dtype)
+
     def missing(self, config: RunConfig, source: Source) -> Missing | None:
         if not checkpoints.is_released(source) or not _may_download(config, source):
             return None
@@ -106,6 +114,7 @@ class Magi(VideoModel):
             *(files.dit_files, files.vae, files.text_encoder),
             *(str(config.model_config), str(config.engine_config)),
             *(run.scale_factor, run.fps, run.t5_device),
+            *(config.quantize, config.text_quantize),
         )
 
     def ingredients(self, job: Job) -> dict[str, Path | Sequence[Tensor]]:
@@ -211,7 +220,7 @@ class Magi(VideoModel):
         return text.load(
             job.source.files.text_encoder,
             max_length=job.config.model_config.caption_max_length,
-            device=job.text_device,
+            device=job.text_source_device,
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
@@ -241,6 +250,9 @@ class Magi(VideoModel):
 
     def blocks(self, dit: DiT) -> Sequence[nn.Module]:
         return list(dit.videodit_blocks.layers)
+
+    def quantised(self, dit: DiT) -> Sequence[nn.Module]:
+        return quantised_parts(dit.videodit_blocks.layers)
 
     def compile(self, job: Job, dit: DiT) -> None:
         dit.parts = compiled_parts()

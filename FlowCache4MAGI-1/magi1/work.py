@@ -22,9 +22,18 @@ from flowcache.runtime.plan import (
     walk,
 )
 from flowcache.runtime.profile import policy_maker
+from flowcache.runtime.quantize import saved_bytes
 from flowcache.schedule import Tick
 from magi1.config import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, ModelConfig, RunConfig
-from magi1.dit import DiT, block_flops, context_flops, embed_flops, head_flops, set_precision
+from magi1.dit import (
+    DiT,
+    block_flops,
+    context_flops,
+    embed_flops,
+    head_flops,
+    quantised_parts,
+    set_precision,
+)
 from magi1.sampler import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip
 from magi1.text import NULL_TOKENS
@@ -129,7 +138,8 @@ def clip_work(
         dtype: type of the weights inside the blocks.
     """
     model = replace(config.model_config, params_dtype=str(dtype))
-    dit = _empty_dit(config, dtype)
+    layers = (dit := empty_dit(config, dtype)).videodit_blocks.layers
+    saved = [saved_bytes(quantised_parts([x]), config.quantize, dtype=dtype) for x in layers]
     sampling, layout = loop_of(config), layout_of(config)
     budget, chunk_tokens, width = sampling.budget, layout.chunk_tokens, dtype.itemsize
     check_pass(chunk_tokens, sizes="video_size_h, video_size_w or chunk_width")
@@ -169,8 +179,8 @@ def clip_work(
         text_tokens=text_tokens,
         attention=attention,
         **_cost(model, sampling, segment, text_tokens=text_tokens, num_caches=num_caches),
-        weight_bytes=memory.weight_bytes(dit),
-        block_bytes=[memory.weight_bytes(layer) for layer in dit.videodit_blocks.layers],
+        weight_bytes=memory.weight_bytes(dit) - sum(saved),
+        block_bytes=[memory.weight_bytes(x) - less for x, less in zip(layers, saved, strict=True)],
         stored_bytes=_stored_bytes(
             config, chunk_tokens * model.hidden_size * width, num_chunks=clip.num_chunks
         ),
@@ -264,7 +274,7 @@ def _seen(own: Pass, reach: int | None, chunk_tokens: int) -> int:
     return own.keys if reach is None else min(own.keys, reach * chunk_tokens)
 
 
-def _empty_dit(config: RunConfig, dtype: torch.dtype) -> DiT:
+def empty_dit(config: RunConfig, dtype: torch.dtype) -> DiT:
     """Return a transformer without values, whose weights have their types."""
     with META:
         dit = DiT(config.model_config, is_fp8=config.engine_config.fp8_quant)

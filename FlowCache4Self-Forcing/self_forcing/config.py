@@ -23,6 +23,8 @@ from flowcache.runtime.config import (
     NumBlocks,
     NumStrips,
     ParallelRule,
+    QuantizeName,
+    TextQuantizeName,
     describe,
     parse_limit,
 )
@@ -93,6 +95,8 @@ class RunConfig:
     compile: bool | None = None
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     vae_compile: bool = False
+    quantize: QuantizeName | None = None
+    text_quantize: TextQuantizeName | None = None
     overlap: bool | None = None
 
     def lines(self) -> list[str]:

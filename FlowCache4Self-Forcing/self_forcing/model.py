@@ -59,9 +59,10 @@ class SelfForcing(WanModel):
         config, source = super().fetch(config, source)
         return config, source_of(with_weights(config, source.files))
 
-    def identity(self, job: Job) -> str:
+    def identity(self, job: Job) -> tuple[object, ...]:
         config = job.config
-        return f"{job.source.files} {config.precision} {config.vae_dtype} {config.vae_compile}"
+        modes = (config.quantize, config.text_quantize, config.precision)
+        return str(job.source.files), *modes, config.vae_dtype, config.vae_compile
 
     def setting(self, config: RunConfig) -> Setting:
         num_steps = config.num_steps or 50

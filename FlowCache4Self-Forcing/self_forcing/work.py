@@ -119,6 +119,7 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         reuse=None if sampling.steps else config.reuse,
         stored_steps=len({*sampling.steps, *sampling.first_steps}) * sampling.reuses_blocks,
         num_prompts=1 + len(switches),
+        mode=config.quantize,
         num_scoring=0 if sampling.budget is None else sampling.budget.num_scoring,
     )
 

@@ -25,6 +25,7 @@ from flowcache.runtime.config import (
     NumStrips,
     ParallelRule,
     QuantizeName,
+    TextQuantizeName,
     check_prompt,
     describe,
     parse_limit,
@@ -97,6 +98,7 @@ class RunConfig:
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     vae_compile: bool = False
     quantize: QuantizeName | None = None
+    text_quantize: TextQuantizeName | None = None
     overlap: bool | None = None
 
     def lines(self) -> list[str]:

@@ -25,8 +25,8 @@ from flowcache.gpu.traces import Curve
 from flowcache.runtime.model import Job, Source
 from flowcache.runtime.ops import linear_flops, set_float32_precision
 from flowcache.runtime.parallel import Ranks
-from flowcache.wan import quantize
-from flowcache.wan.dit import DiT, DiTConfig, blocks_flops
+from flowcache.runtime.quantize import check, check_package, quantize
+from flowcache.wan.dit import DiT, DiTConfig, blocks_flops, empty_dit
 from flowcache.wan.given import Conditioning
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE, released
 from skyreels_v2.model import MODEL, released_sizes
@@ -85,12 +85,9 @@ class GreyVAE:
 
 
 def wan_dit(job: Job, fill: Fill) -> DiT:
-    """Make the transformer, with 8-bit linears where the settings say so."""
-    with torch.device("meta"):
-        dit = DiT(job.source.sizes).to(job.dtype)
+    """Make the transformer."""
+    dit = empty_dit(job.source.sizes, job.dtype)
     fill(dit)
-    if job.config.quantize is not None:
-        quantize.quantize(dit, job.config.quantize, device=job.device, rest=job.dit_device)
     return dit
 
 
@@ -128,7 +125,8 @@ def quantized(mode: Any, device: torch.device) -> Outcome:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = SIZES["tiny"]
     try:
-        quantize.check(mode, sizes, device=device, dtype=dtype)
+        check_package("quantize", mode)
+        check(mode, empty_dit(sizes, dtype).blocks, device=device, dtype=dtype)
     except UserError as error:
         raise AbsentError(str(error)) from None
     set_float32_precision(dtype)
@@ -138,7 +136,7 @@ def quantized(mode: Any, device: torch.device) -> Outcome:
     with torch.no_grad():
         wanted = dit(*inputs)
         dit = dit.to(dtype)
-        quantize.quantize(dit, mode, device=device)
+        quantize(dit, dit.blocks, mode, device=device)
         found = dit(*(x.to(device) for x in inputs))
     return Outcome(relative_error(found, wanted), QUANTIZED[mode])
 

@@ -11,7 +11,6 @@ from flowcache.runtime.model import Job, Source, Work
 from flowcache.runtime.plan import cost_lines
 from flowcache.runtime.profile import Setting
 from flowcache.runtime.stats import scaled
-from flowcache.wan import quantize
 from flowcache.wan.calibration import rescale_for
 from flowcache.wan.codec import LatentCodec
 from flowcache.wan.dit import CLIP_WIDTH, DiT, DiTConfig, compiled_parts
@@ -81,14 +80,10 @@ class SkyReels(WanModel):
             rescale_for(config, source.sizes)
         return config
 
-    def check_device(
-        self, config: RunConfig, source: Source, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        quantize.check(config.quantize, source.sizes, device=device, dtype=dtype)
-
     def identity(self, job: Job) -> tuple[object, ...]:
         config = job.config
-        return str(job.source.files), config.quantize, config.vae_dtype, config.vae_compile
+        modes = (config.quantize, config.text_quantize)
+        return str(job.source.files), *modes, config.vae_dtype, config.vae_compile
 
     def setting(self, config: RunConfig) -> Setting:
         return Setting(
@@ -147,12 +142,7 @@ class SkyReels(WanModel):
     # Running ----------------------------------------------------------------------------------
 
     def load_dit(self, job: Job) -> DiT:
-        mode = job.config.quantize
-        device = job.dit_device if mode is None else torch.device("cpu")
-        dit = job.source.files.dit.load(dtype=job.dtype, device=device)
-        if mode is not None:
-            quantize.quantize(dit, mode, device=job.device, rest=job.dit_device)
-        return dit
+        return job.source.files.dit.load(dtype=job.dtype, device=job.dit_device)
 
     def compile(self, job: Job, dit: DiT) -> None:
         work, num_own = job.work, len(job.ranks.local_branches(job.work.branches))

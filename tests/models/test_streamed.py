@@ -11,8 +11,8 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.runtime.model import Request, load_model
-from flowcache.runtime.offload import BlockStream
-from flowcache.runtime.run import load_networks, prepare
+from flowcache.runtime.offload import BlockStream, plain_tensors
+from flowcache.runtime.run import load_networks, load_text, plan_memory, prepare
 from flowcache.runtime.stats import RunStats
 
 pytestmark = pytest.mark.numeric
@@ -91,11 +91,57 @@ def test_layers_of_8_bits_stream(make_deep: Callable[..., Any]):
 
 
 @pytest.mark.usefixtures("torchao")
-@pytest.mark.parametrize("mode", ["int8_weight", "fp8_weight", "int8_dynamic"])
-def test_quantised_linears_stream(make_deep: Callable[..., Any], mode: str):
-    plain = make_deep("skyreels_v2", f"quantize={mode}")
-    streamed = make_deep("skyreels_v2", f"quantize={mode}", "blocks_on_device=1")
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *(("skyreels_v2", mode) for mode in ("int8_weight", "fp8_weight", "int8_dynamic")),
+        *(("magi1", mode) for mode in ("int8_weight", "fp8_weight", "int8_dynamic")),
+        ("self_forcing", "int8_weight"),
+    ],
+)
+def test_quantised_linears_stream(make_deep: Callable[..., Any], name: str, mode: str):
+    plain = make_deep(name, f"quantize={mode}")
+    streamed = make_deep(name, f"quantize={mode}", "blocks_on_device=1")
     assert streamed.path.read_bytes() == plain.path.read_bytes()
+    assert streamed.report["config"]["quantize"] == mode
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("name", RUNS)
+def test_8_bit_weights_leave_the_device_and_come_back(make_deep: Callable[..., Any], name: str):
+    wide, plain, moved = (
+        make_deep(name, *settings)
+        for settings in ((), ("quantize=int8_weight",), ("quantize=int8_weight", "offload=true"))
+    )
+    assert moved.path.read_bytes() == plain.path.read_bytes() != wide.path.read_bytes()
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_plan_knows_the_bytes_of_8_bit_weights(make_deep: Callable[..., Any], name: str):
+    common = ["dtype=bfloat16", *(["runtime_config.t5_device=cuda"] * (name == "magi1"))]
+    settings = ("quantize=int8_weight", "text_quantize=int8_weight")
+    plain, job = make_deep(name, *common).job, make_deep(name, *common, *settings).job
+    loaded = load_networks(job, stats=RunStats(torch.device("cpu")))
+    blocks = job.model.blocks(loaded.dit)
+    assert list(job.work.block_bytes) == [held_bytes(block) for block in blocks]
+    assert job.work.weight_bytes == held_bytes(loaded.dit) < plain.work.weight_bytes
+    wide, planned = (
+        {part.name: part.num_bytes for part in stage.parts}["the text encoder"]
+        for each in (plain, job)
+        for stage in plan_memory(each, limit=None).stages
+        if stage.name == "text"
+    )
+    assert planned == held_bytes(load_text(job).model) < wide
+
+
+def held_bytes(network: torch.nn.Module) -> int:
+    """Return what the weights of a network take."""
+    return sum(
+        tensor.nbytes
+        for parameter in network.parameters()
+        for tensor in plain_tensors(parameter.data)
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from flowcache.runtime.config import parse_limit
 from flowcache.runtime.ending import Place
 from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.parallel import Group, Ranks
-from flowcache.runtime.run import job_of, plan_memory, read_settings, stream_if_asked
+from flowcache.runtime.run import bring_to_device, job_of, plan_memory, read_settings
 from flowcache.runtime.video import to_uint8
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning
@@ -380,7 +380,7 @@ def test_a_limit_holds_for_self_forcing():
         with torch.device("meta"):
             dit = DiT(source.sizes).to(job.dtype)
         dit.to_empty(device=job.dit_device).eval().requires_grad_(False)
-        stream_if_asked(job, dit)
+        bring_to_device(job, dit)
         dit.kernel = dit.cross_kernel = choose_kernel(CUDA, dtype=job.dtype, wanted=KERNEL)
         vae = released()
         vae.model.to_empty(device=CUDA).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from flowcache.runtime.compile import Compilation, should_compile
 from flowcache.runtime.model import Job, Progress, Request, Source, VideoModel, models_with
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
-from flowcache.runtime.run import job_of, read_settings, stream_if_asked
+from flowcache.runtime.run import bring_to_device, job_of, read_settings
 from flowcache.runtime.stats import RunStats
 
 Size = Literal["paper", "tiny"]
@@ -212,7 +212,7 @@ class Benchmark:
     def build(self, job: Job, size: Size, fill: Fill) -> Models:
         """Make all networks; blocks are compiled as the settings say."""
         dit = self.make_dit(job, partial(fill, at=job.dit_device))
-        stream_if_asked(job, dit)
+        bring_to_device(job, dit)
         vae = self.make_vae(job, size, fill)
         set_float32_precision(job.dtype)
         if should_compile(job.config.compile, job.device):

@@ -21,11 +21,11 @@ from flowcache.runtime.model import Job, Progress, Request
 from flowcache.runtime.ops import set_float32_precision
 from flowcache.runtime.parallel import Ranks
 from flowcache.runtime.run import (
+    bring_to_device,
     choose_attention,
     job_of,
     plan_memory,
     read_settings,
-    stream_if_asked,
 )
 from flowcache.runtime.stats import RunStats, scaled
 
@@ -238,7 +238,7 @@ def make(benchmark: Benchmark, way: Way, device: torch.device, *, num_steps: int
     job = open_demo(benchmark, way, device, num_steps=num_steps)
     set_float32_precision(way.dtype)
     dit = model.load_dit(job)
-    stream_if_asked(job, dit)
+    bring_to_device(job, dit)
     if device.type == "cuda":
         choose_attention(dit, job)
     if way.is_compiled:

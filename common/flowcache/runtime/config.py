@@ -555,6 +555,8 @@ KernelName: TypeAlias = Literal[
 """What `attention_kernel` may be: auto probes; torch leaves the choice to PyTorch."""
 QuantizeName: TypeAlias = Literal["int8_weight", "int8_dynamic", "fp8_weight", "fp8_dynamic"]
 """weight: 8-bit weights, widened for each product; dynamic: 8-bit activations and products, too."""
+TextQuantizeName: TypeAlias = Literal["int8_weight", "fp8_weight"]
+"""The same of a text encoder, which may run on the host and encodes once: products stay wide."""
 
 NumBlocks: TypeAlias = Annotated[int | None, Bounds(0, MAX_BLOCKS)]
 """Of a transformer."""

@@ -25,9 +25,11 @@ from torch.utils._pytree import tree_leaves
 from flowcache.errors import UserError
 from flowcache.kv import PREFETCHED_LAYERS, KVCache, caches_for
 from flowcache.pinned import PINNED_BYTES, packed_pinned_bytes, piece_for
+from flowcache.runtime.config import QuantizeName
 from flowcache.runtime.model import Residence, Work
 from flowcache.runtime.offload import NUM_SLOTS, slots_bytes, streamed_places
 from flowcache.runtime.parallel import Group, Layout, Ranks, branches_per_process
+from flowcache.runtime.quantize import quantize_empty, saved_bytes
 from flowcache.runtime.stats import scaled
 
 RESERVED_SHARE = 0.05
@@ -124,10 +126,23 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def text_scratch_bytes(encoder: Any, *, batch: int, num_tokens: int, dtype: torch.dtype) -> int:
-    """Return what encoding prompts holds in addition to the weights: one layer is as all."""
+def text_scratch_bytes(
+    encoder: Any,
+    *,
+    batch: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    mode: QuantizeName | None = None,
+) -> int:
+    """Return what encoding prompts holds in addition to the weights: one layer is as all.
+
+    Args:
+        mode: of 8-bit weights.
+    """
     ids = torch.empty(batch, num_tokens, dtype=torch.int64, device=META)
     model = one_layer(encoder).to(dtype)
+    if mode is not None:
+        quantize_empty(model, model.encoder.block, mode)
     # without a mask: transformers would look at its values
     return scratch_bytes(lambda: model(input_ids=ids).last_hidden_state)
 
@@ -413,9 +428,15 @@ class Footprint(ABC):
         return self.work.kv_bytes / (max(kv_tokens, 1) * self.num_own)
 
     @property
+    def text_numbers(self) -> int:
+        """Return the parameters of the text encoder."""
+        return sum(parameter.numel() for parameter in self.networks.text.parameters())
+
+    @property
     def _text_bytes(self) -> int:
-        numbers = sum(parameter.numel() for parameter in self.networks.text.parameters())
-        return numbers * self.networks.text_dtype.itemsize
+        dtype, blocks = self.networks.text_dtype, self.networks.text.encoder.block
+        saved = saved_bytes(blocks, self.config.text_quantize, dtype=dtype)
+        return self.text_numbers * dtype.itemsize - saved
 
     def text_stage(self, residence: Residence, *, scratch: int) -> Stage:
         """Return what encoding the prompts and a start image holds."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -259,10 +259,12 @@ class Job:
 
     @property
     def dit_device(self) -> torch.device:
-        """Where the transformer is loaded: on the host, if blocks of it stay there."""
+        """Where the transformer is loaded: on the host, if blocks of it stay there, or if weights
+        in full width must not all be on the device."""
         import torch
 
-        return self.device if self.residence.blocks_on_device is None else torch.device("cpu")
+        is_whole = self.residence.blocks_on_device is None and self.config.quantize is None
+        return self.device if is_whole else torch.device("cpu")
 
     @property
     def text_device(self) -> torch.device:
@@ -270,6 +272,13 @@ class Job:
         import torch
 
         return torch.device("cpu") if self.residence.text_on_host else self.device
+
+    @property
+    def text_source_device(self) -> torch.device:
+        """Where the text encoder is loaded: on the host, if it is then quantised."""
+        import torch
+
+        return self.text_device if self.config.text_quantize is None else torch.device("cpu")
 
     def changed(self, **values: Any) -> Job:
         """Return the job with other settings, by arguments of the command line, such as `seed`."""
@@ -365,8 +374,8 @@ class VideoModel(Protocol):
     """What a run needs of a model.
 
     The settings of all models share the sections `reuse`, `kv`, `parallel` and the keys `prompt
-    device compile overlap offload memory_limit embedding_cache attention_kernel`; others are
-    reached through `keys`.
+    device compile overlap offload memory_limit embedding_cache attention_kernel quantize
+    text_quantize`; others are reached through `keys`.
     """
 
     name: str
@@ -499,7 +508,7 @@ class VideoModel(Protocol):
         ...
 
     def load_text(self, job: Job, /) -> Any:
-        """Load the text encoder."""
+        """Load the text encoder, whose network is `model`, to `job.text_source_device`."""
         ...
 
     def encode_text(self, job: Job, encoder: Any, /) -> Tensor:
@@ -520,6 +529,10 @@ class VideoModel(Protocol):
     def blocks(self, dit: Any, /) -> Sequence[nn.Module]:
         """Return the blocks of the transformer, in the order in which they are run."""
         ...
+
+    def quantised(self, dit: Any, /) -> Iterable[nn.Module]:
+        """Return the parts of the transformer whose linear layers `quantize` makes 8-bit."""
+        return self.blocks(dit)
 
     def compile(self, job: Job, dit: Any, /) -> None:
         """Compile the transformer's blocks for the lengths that the run has."""

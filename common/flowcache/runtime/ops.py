@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -92,6 +93,8 @@ def linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """
     assert isinstance(layer, nn.Linear)
     bias = cast("Tensor | None", layer.bias)
+    if is_traceable_wrapper_subclass(layer.weight):  # 8-bit weights: a product of their own, in
+        return functional.linear(x, layer.weight, bias).float()  # the type of x
     wide_bias = None if bias is None else bias.float()
     is_half = x.dtype == layer.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     if not (HAS_WIDE_PRODUCT and x.is_cuda and is_half and x.ndim > 1):

@@ -34,6 +34,7 @@ from flowcache.runtime.overlap import Worker, should_overlap
 from flowcache.runtime.parallel import Ranks, ReportedElsewhereError, process_layout
 from flowcache.runtime.plan import per_process
 from flowcache.runtime.profile import check_tuned_for, load_with_profile, profile_line
+from flowcache.runtime.quantize import check_package, quantize
 from flowcache.runtime.record import (
     REPLAY,
     Record,
@@ -162,6 +163,8 @@ def prepare(
     config, found = model.fetch(config, source)
     if found.folder != source.folder:
         config = read_settings(model, request, found)  # it may bring presets of its own
+    check_package("quantize", config.quantize)
+    check_package("text_quantize", config.text_quantize)
     model.check_device(config, found, device, dtype)
     job = job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     if writes:
@@ -358,10 +361,12 @@ def encode_inputs(job: Job, *, stats: RunStats, encoder: Any = None) -> Any:
     """Encode the prompts and given pictures; what is loaded for it is gone when this returns."""
 
     def encode() -> Tensor:
-        return job.model.encode_text(job, encoder or job.model.load_text(job)).cpu()
+        return job.model.encode_text(job, encoder or load_text(job)).cpu()
 
     def known_or_encoded() -> Tensor:
         facts = {**job.model.text_facts(job), "device": job.text_device.type}
+        if job.config.text_quantize is not None:
+            facts["quantize"] = job.config.text_quantize
         return cached_embedding(job.config.embedding_cache, facts, encode)
 
     make = encode if job.config.embedding_cache is None else known_or_encoded
@@ -374,7 +379,7 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
     set_float32_precision(job.dtype)
     with stats.stage("load", is_on_host=True):
         dit = job.model.load_dit(job)
-        stream_if_asked(job, dit)
+        bring_to_device(job, dit)
         logger.info("%s", describe_choice(*choose_attention(dit, job)))
         if should_compile(job.config.compile, job.device):
             # here, where processes may differ by minutes; in the first tick they may not
@@ -382,9 +387,23 @@ def load_networks(job: Job, *, stats: RunStats) -> Loaded:
         return Loaded(dit, job.model.load_vae(job))
 
 
-def stream_if_asked(job: Job, dit: Any) -> None:
-    """Bring a transformer that was loaded to the host to its device, but for what stays there."""
+def load_text(job: Job) -> Any:
+    """Load the text encoder, in 8 bits where asked."""
+    encoder, mode = job.model.load_text(job), job.config.text_quantize
+    if mode is not None:
+        quantize(encoder.model, encoder.model.encoder.block, mode, device=job.text_device)
+    return encoder
+
+
+def bring_to_device(job: Job, dit: Any) -> None:
+    """Bring a transformer from `job.dit_device` to where it works, in 8 bits where asked.
+
+    Blocks that stream stay on the host.
+    """
     num_resident, blocks = job.residence.blocks_on_device, job.model.blocks(dit)
+    mode, rest = job.config.quantize, job.device if num_resident is None else torch.device("cpu")
+    if mode is not None:
+        quantize(dit, job.model.quantised(dit), mode, device=job.device, rest=rest)
     if num_resident is not None and dit.stream is None:
         dit.stream = stream_blocks(dit, blocks, job.device, num_resident=num_resident)
 
@@ -435,7 +454,7 @@ class KeptNetworks:
             self._kept = None  # frees the memory first
             networks = load_networks(job, stats=RunStats(job.device))
             keeps_text = job.ranks.is_first and not offload
-            self._kept = Kept(identity, networks, model.load_text(job) if keeps_text else None)
+            self._kept = Kept(identity, networks, load_text(job) if keeps_text else None)
         return self._kept
 
 

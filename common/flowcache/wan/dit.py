@@ -406,6 +406,12 @@ class ImageMLP(nn.Module):
         return self.proj(x)
 
 
+def empty_dit(config: DiTConfig, dtype: torch.dtype) -> "DiT":
+    """Build a transformer without values, whose weights have a type."""
+    with torch.device("meta"):
+        return DiT(config).to(dtype)
+
+
 class DiT(nn.Module):
     """The transformer: a reused chunk skips `run_blocks`, which the caller gives self-attention."""
 

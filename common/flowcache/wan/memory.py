@@ -22,8 +22,16 @@ from flowcache.runtime.memory import (
 )
 from flowcache.runtime.model import Residence
 from flowcache.runtime.parallel import TokenSplit
+from flowcache.runtime.quantize import quantize_empty
 from flowcache.wan import text, vae
-from flowcache.wan.dit import IMAGE_TOKENS, DiT, DiTConfig, Embedded, join_contexts, whole_window
+from flowcache.wan.dit import (
+    IMAGE_TOKENS,
+    DiTConfig,
+    Embedded,
+    empty_dit,
+    join_contexts,
+    whole_window,
+)
 from flowcache.wan.folder import WanFolder
 from flowcache.wan.vae import SPATIAL_STRIDE
 
@@ -104,6 +112,7 @@ class WanMemory(Footprint):
             batch=len(self.work.branches),
             num_tokens=sizes.text_len,
             dtype=self.networks.text_dtype,
+            mode=self.config.text_quantize,
         )
         self.dit_scratch = self._dit_scratch()
         self.encode_scratch = self._encoding()
@@ -143,7 +152,7 @@ class WanMemory(Footprint):
     def text_flops(self) -> float:
         """Return the FLOPs of encoding the prompts: two per weight and token."""
         tokens = len(self.work.branches) * self.sizes.text_len
-        return 2 * tokens * self._text_bytes / self.networks.text_dtype.itemsize
+        return 2 * tokens * self.text_numbers
 
     def strip_state_bytes(self, residence: Residence) -> tuple[int, int]:
         """Return what of the VAE's memory of strips is on the host, and what is copied in all."""
@@ -218,8 +227,9 @@ class WanMemory(Footprint):
         sizes, batch = self.sizes, self.batch
         frames = self.work.pass_tokens // self.work.frame_tokens
         tokens = frames * self.work.frame_tokens
-        with META:
-            model = DiT(replace(sizes, num_layers=1)).to(self.dtype)
+        model = empty_dit(replace(sizes, num_layers=1), self.dtype)
+        if self.config.quantize is not None:
+            quantize_empty(model, model.blocks, self.config.quantize)
         caches = [self.empty_caches(1, num_tokens=tokens) for _ in range(batch)]
         attend = whole_window(model.kernel)
         if not self.work.is_whole:

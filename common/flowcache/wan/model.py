@@ -14,9 +14,10 @@ from flowcache.runtime.cli import choose_dtype
 from flowcache.runtime.compile import should_compile
 from flowcache.runtime.hub import Missing
 from flowcache.runtime.model import Job, Source, VideoModel
+from flowcache.runtime.quantize import check
 from flowcache.runtime.video import to_pixels
 from flowcache.wan import text, vae
-from flowcache.wan.dit import DiT, DiTConfig, compiled_parts
+from flowcache.wan.dit import DiT, DiTConfig, compiled_parts, empty_dit
 from flowcache.wan.folder import Folders, WanFolder
 from flowcache.wan.given import Conditioning, Media, read_media
 from flowcache.wan.memory import Held, WanMemory, networks_of
@@ -91,6 +92,13 @@ class WanModel(VideoModel):
     def dtype(self, config: Any, device: torch.device) -> torch.dtype:
         return choose_dtype(config.dtype, device)
 
+    def check_device(
+        self, config: Any, source: Source, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if config.quantize is not None:
+            blocks = empty_dit(source.sizes, dtype).blocks
+            check(config.quantize, blocks, device=device, dtype=dtype)
+
     def footprint(self, job: Job, *, overlaps: bool) -> WanMemory:
         sizes = job.source.sizes
         return WanMemory(
@@ -133,7 +141,7 @@ class WanModel(VideoModel):
             tokenizer=folder.tokenizer,
             text_len=folder.config.text_len,
             dtype=job.dtype,
-            device=job.text_device,
+            device=job.text_source_device,
         )
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:

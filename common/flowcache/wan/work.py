@@ -11,14 +11,14 @@ from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import stored_results
 from flowcache.predict import PREDICTORS
-from flowcache.runtime.config import check_pass
-from flowcache.runtime.memory import META
+from flowcache.runtime.config import QuantizeName, check_pass
+from flowcache.runtime.memory import weight_bytes
 from flowcache.runtime.model import SegmentWork, Work
 from flowcache.runtime.plan import held_bytes, most_active
+from flowcache.runtime.quantize import saved_bytes
 from flowcache.wan.cached import pass_flops
 from flowcache.wan.calibration import ReuseConfig
-from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
-from flowcache.wan.quantize import block_bytes, weight_bytes
+from flowcache.wan.dit import PATCH, DiTConfig, context_flops, embed_flops, empty_dit
 from flowcache.wan.vae import SPATIAL_STRIDE
 
 
@@ -38,7 +38,7 @@ def wan_work(
     batch: int = 1,
     num_scored: int = 0,
     stored_bytes: int = 0,
-    mode: Any = None,
+    mode: QuantizeName | None = None,
     waits: bool = False,
     num_passes: int,
     read_tokens: int,
@@ -62,8 +62,8 @@ def wan_work(
     kv_tokens = max(part.kv_tokens for part in segments)
     keys = queries if is_whole else kv_tokens
     attention = AttentionShape(queries, keys, heads, heads, sizes.head_width)
-    with META:
-        dit = DiT(sizes)
+    dit = empty_dit(sizes, dtype)
+    saved = [saved_bytes([block], mode, dtype=dtype) for block in dit.blocks]
     return Work(
         segments=tuple(segments),
         branches=branches,
@@ -76,8 +76,10 @@ def wan_work(
         text_tokens=sizes.text_len,
         attention=attention,
         flops=num_branches * context_flops(sizes) + flops,
-        weight_bytes=weight_bytes(dit, mode, dtype=dtype),
-        block_bytes=block_bytes(dit, mode, dtype=dtype),
+        weight_bytes=weight_bytes(dit) - sum(saved),
+        block_bytes=[
+            weight_bytes(block) - less for block, less in zip(dit.blocks, saved, strict=True)
+        ],
         num_passes=num_branches + num_passes,
         read_tokens=read_tokens,
         stored_bytes=stored_bytes,
@@ -123,6 +125,7 @@ def chunk_work(
     num_scoring: int = 0,
     num_prompts: int = 1,
     stored_steps: int = 0,
+    mode: QuantizeName | None = None,
     waits: bool = False,
 ) -> Work:
     """Work out what a video of one segment costs that goes chunk by chunk through a KV cache.
@@ -135,6 +138,7 @@ def chunk_work(
         num_scoring: queries that score keys when some of these leave.
         num_prompts: that follow each other in the first branch.
         stored_steps: of a chunk, at which what every block changes is stored.
+        mode: of quantised weights.
         waits: see `plan.kv_bytes`.
     """
     queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
@@ -168,6 +172,7 @@ def chunk_work(
         stored_bytes=stored,
         loop=loop,
         kv=kv,
+        mode=mode,
         waits=waits,
         num_passes=num_passes,
         read_tokens=read_tokens,
