@@ -63,6 +63,12 @@ RUNS = {
         "flowcache_fast",
         ("num_frames=177", "base_num_frames=177", "overlap_history=null"),
     ),
+    "SkyReels-V2 1.3B, 544x960, 177 frames in two windows": Run(
+        "skyreels_v2", "df-1.3b-540p", "flowcache_fast", ("num_frames=177",)
+    ),
+    "SkyReels-V2 1.3B, 544x960, 257 frames in two windows": Run(
+        "skyreels_v2", "df-1.3b-540p", "flowcache_fast", ("num_frames=257", "base_num_frames=137")
+    ),
     "SkyReels-V2 14B, 720x1280, 97 frames": Run(
         "skyreels_v2",
         "df-14b-720p",

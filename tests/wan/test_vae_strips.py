@@ -9,9 +9,20 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowcache.runtime.memory import META, scratch_bytes
 from flowcache.runtime.parallel import Ranks
 from flowcache.wan import vae
-from flowcache.wan.vae import VAE, Seen, Strip, decode_hidden, decode_latent, margins_of
+from flowcache.wan.vae import (
+    VAE,
+    Seen,
+    Strip,
+    decode_hidden,
+    decode_latent,
+    encode_in_strips,
+    encode_strip,
+    encoder_margins,
+    margins_of,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -152,3 +163,68 @@ def test_a_strip_depends_on_its_margin_and_on_nothing_else(settings: dict[str, o
         ]
     assert seen[0].min() == start - margin
     assert seen[1].max() == stop + margin - 1
+
+
+# Frames to latents --------------------------------------------------------------------------------
+
+
+def pixels_of(height: int, width: int, *, num_frames: int = 9) -> Tensor:
+    draw = torch.Generator().manual_seed(2)
+    return 2 * torch.rand(1, 3, num_frames, 8 * height, 8 * width, generator=draw) - 1
+
+
+@pytest.mark.parametrize("num_strips", [2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [(2, 37), (41, 3), (3, 2)], ids=lambda size: f"{size[0]}x{size[1]}"
+)
+@pytest.mark.parametrize("num_frames", [1, 5, 13])
+def test_strips_encoded_one_after_the_other_are_the_whole_picture(
+    num_frames: int, size: tuple[int, int], num_strips: int
+):
+    model, pixels = tiny_vae(), pixels_of(*size, num_frames=num_frames)
+    whole = model.encode(pixels)
+    assert whole.std(dim=(-2, -1)).min() > 0.001
+    model.num_strips = num_strips
+    assert_close(model.encode(pixels), whole, ulps=512)
+
+
+def test_a_single_strip_is_encoded_as_by_diffusers_bit_for_bit():
+    model, pixels = tiny_vae().model, pixels_of(3, 4)
+    hidden = encode_in_strips(model.encoder, pixels, num_strips=1, stride=8)
+    want = model.encode(pixels).latent_dist.mode()
+    assert torch.equal(model.quant_conv(hidden).chunk(2, dim=1)[0], want)
+
+
+def test_the_released_encoder_looks_75_pixels_beyond_a_strip():
+    for axis in (-1, -2):
+        found = encoder_margins(vae.released().model.encoder, axis=axis)
+        assert found == [75, 74, 72, 70, 34, 32, 30, 14, 12, 10, 4, 2]
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_strip_is_encoded_from_its_margin_and_from_nothing_else(axis: int):
+    encoder = tiny_vae(num_res_blocks=2).model.encoder.double()
+    margin, size, column = encoder_margins(encoder, axis=axis)[0], [1, 1], 10
+    size[axis] = 2 * column + 1
+    whole = Strip.of(height=size[0], width=size[1], share=0, num_shares=1)
+    shape = (1, 3, 1, 8 * size[0], 8 * size[1])
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        hidden = encode_strip(encoder, x, [None] * NUM_CONVS, strip=whole, stride=8)
+        (seen,) = torch.autograd.grad(hidden.select(axis, column).sum(), x)
+    places = seen.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+    beyond = (8 * column - int(places.min()), int(places.max()) - (8 * column + 7))
+    # halvings look further to the right by 1, and are even: 2 + 4 + 8 pixels of the margin
+    assert beyond[0] == margin - 14
+    assert beyond[1] == margin - 7
+
+
+def test_strips_take_much_less_memory_to_encode():
+    model = vae.released()
+    peaks = dict[int, int]()
+    for model.num_strips in (1, 4, 8):
+        pixels = torch.empty(1, 3, 17, 544, 960, device=META)
+        peaks[model.num_strips] = scratch_bytes(lambda pixels=pixels: model.encode(pixels))
+    # 240 and 120 of 960 columns, 150 more
+    assert peaks[4] < 0.5 * peaks[1]
+    assert peaks[8] < 0.38 * peaks[1]

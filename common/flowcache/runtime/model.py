@@ -343,8 +343,8 @@ class Residence:
     blocks_on_device: int | None = None
     """Blocks of the transformer that stay; the others are copied when they are run. None: all."""
     vae_strips: int | None = None
-    """Strips in which pictures are decoded, one after the other; what the decoder remembers of the
-    others is on the host. None: whole pictures."""
+    """Strips in which pictures are encoded and decoded, one after the other; what the decoder
+    remembers of the others is on the host. None: whole pictures."""
 
     @property
     def moved(self) -> list[str]:

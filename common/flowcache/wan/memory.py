@@ -1,7 +1,9 @@
 """What a run of a Wan model keeps in memory, stage by stage."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,7 +117,7 @@ class WanMemory(Footprint):
             mode=self.config.text_quantize,
         )
         self.dit_scratch = self._dit_scratch()
-        self.encode_scratch = self._encoding()
+        self._encodings: dict[int, int] = {}
 
     def stages(self, residence: Residence) -> list[Stage]:
         """Return the stages of the run, given what is kept on the host."""
@@ -127,8 +129,9 @@ class WanMemory(Footprint):
         stored = Part("stored results", own, "set reuse.predict=velocity")
         kept = [prompts, self.kv_part(residence), stored, latents]
         made = [self.text_stage(residence, scratch=self.text_scratch)]
-        if self.encode_scratch:
-            scratch = Part("VAE activations", self.encode_scratch, SIZE_REMEDY)
+        if self.held.encoded_frames:
+            peak = self.encoding(residence.vae_strips or 1)
+            scratch = Part("VAE activations", peak, SIZE_REMEDY)
             parts = (dit, prompts, vae_part, scratch, latents)
             made.append(Stage("encode", parts))
         held = Part("VAE state", decoding.state_bytes, SIZE_REMEDY)
@@ -215,12 +218,15 @@ class WanMemory(Footprint):
             counter.get_total_flops(),
         )
 
-    def _encoding(self) -> int:
-        """Return what the encoder holds at most, 0 if nothing is encoded."""
-        if not self.held.encoded_frames:
-            return 0
-        shape = (1, 3, self.held.encoded_frames, self.config.height, self.config.width)
-        return scratch_bytes(lambda: self.networks.vae.encode(torch.empty(shape, device=META)))
+    def encoding(self, num_strips: int) -> int:
+        """Return what the encoder holds at most, which is traced once for each number of strips."""
+        if num_strips not in self._encodings:
+            codec = copy.copy(self.networks.vae)
+            codec.num_strips = num_strips
+            shape = (1, 3, self.held.encoded_frames, self.config.height, self.config.width)
+            work = partial(codec.encode, torch.empty(shape, device=META))
+            self._encodings[num_strips] = scratch_bytes(work)
+        return self._encodings[num_strips]
 
     def _dit_scratch(self) -> int:
         """Return what one forward holds in addition to weights and caches: one layer is as all."""

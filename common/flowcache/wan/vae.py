@@ -4,7 +4,7 @@ The first frame makes one latent, every four more make another: T frames, (T - 1
 The network is diffusers' `AutoencoderKLWan`. Its decoder is called one latent at a time, for the
 whole picture or a strip of it. Up to its attention, which sees all positions, it works at the
 latents' size and takes little: 2 % of the FLOPs at 544x960. What follows is local, so a strip
-needs only what lies close to it.
+needs only what lies close to it. The encoder is local up to its attention.
 
 Axes: B batch, C channels, T frames, H/W rows/columns of pixels, F latents, h/w rows/columns of
 latents or of a level between the two.
@@ -49,7 +49,7 @@ MEMORY_FRAMES = 2
 """Frames that a causal convolution over three of them remembers."""
 
 Seen = list[Tensor | str | None]
-"""What each convolution of the decoder has seen so far, in the order of their calls."""
+"""What each convolution of encoder or decoder has seen so far, in the order of their calls."""
 
 # Key of diffusers -> key of the original file, except for the decoder's blocks.
 # diffusers' own `convert_wan_vae_to_diffusers` goes the other way, and for two residual blocks on
@@ -89,7 +89,7 @@ class VAE:
         self.mean = like.new_tensor(self.model.config.latents_mean).view(shape)
         self.std = like.new_tensor(self.model.config.latents_std).view(shape)
         self.num_strips = 1
-        """In which a picture is decoded, one after the other."""
+        """In which a picture is encoded and decoded, one after the other."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,7 +135,13 @@ class VAE:
         if height % stride or width % stride:
             raise ValueError(f"height and width must be multiples of {stride}: {height}x{width}")
         pixels = pixels_B3THW.to(device=self.device, dtype=self.dtype)
-        mu_BCFhw = self.network.encode(pixels).latent_dist.mode()
+        if self.num_strips == 1:
+            mu_BCFhw = self.network.encode(pixels).latent_dist.mode()
+        else:
+            hidden = encode_in_strips(
+                self.network.encoder, pixels, num_strips=self.num_strips, stride=stride
+            )
+            mu_BCFhw = self.network.quant_conv(hidden).chunk(2, dim=1)[0]
         return (mu_BCFhw - self.mean) / self.std
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
@@ -157,14 +163,11 @@ class VAEStream:
     """
 
     def __init__(self, vae: VAE, ranks: Ranks, *, num_strips: int = 1) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
         self._vae, self._ranks, self._num_strips = vae, ranks, num_strips
         decoder = vae.network.decoder
-        num_convs = sum(isinstance(part, WanCausalConv3d) for part in decoder.modules())
-        self._seen: Seen = [None] * num_convs
+        self._seen = nothing_seen(decoder)
         """Of the whole picture."""
-        self._strips: list[Seen] = [[None] * num_convs for _ in range(num_strips)]
+        self._strips = [nothing_seen(decoder) for _ in range(num_strips)]
         """Of each strip."""
 
     def state_bytes(self) -> int:
@@ -227,6 +230,13 @@ class VAEStream:
             x.to(self._vae.device, non_blocking=True) if isinstance(x, Tensor) else x
             for x in self._strips[number]
         ]
+
+
+def nothing_seen(network: Any) -> Seen:
+    """Return what the convolutions of an encoder or decoder have seen before the first frame."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return [None] * sum(isinstance(part, WanCausalConv3d) for part in network.modules())
 
 
 def _bytes_of(seen: Seen) -> int:
@@ -332,6 +342,82 @@ def margins_of(decoder: Any, *, axis: int) -> list[int]:
         convs = [conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)]
         margins.append(margin + sum(_reach(conv, axis) for conv in convs))
     return margins[::-1]
+
+
+# Frames to latents, strip by strip ----------------------------------------------------------------
+
+
+def encode_in_strips(encoder: Any, pixels_B3THW: Tensor, *, num_strips: int, stride: int) -> Tensor:
+    """Return what the encoder makes of all frames, `[B, C, F, h, w]`.
+
+    Up to its attention each strip goes through all frames before the next one begins, so that what
+    convolutions have seen is there of one strip at a time.
+
+    Args:
+        stride: pixels per latent.
+    """
+    num_frames, height, width = pixels_B3THW.shape[2:]
+    pieces = pixels_B3THW.split([1, *[TEMPORAL_STRIDE] * (num_frames // TEMPORAL_STRIDE)], dim=2)
+    strips = [
+        Strip.of(height=height // stride, width=width // stride, share=share, num_shares=num_strips)
+        for share in range(num_strips)
+    ]
+    columns: list[Tensor] = []
+    for strip in strips:
+        seen = nothing_seen(encoder)
+        made = [encode_strip(encoder, piece, seen, strip=strip, stride=stride) for piece in pieces]
+        columns.append(torch.cat(made, dim=2))
+    hidden, seen = torch.cat(columns, dim=strips[0].axis), nothing_seen(encoder)
+    del columns
+    latents: list[Tensor] = []
+    for hidden_BC1hw in hidden.split(1, dim=2):
+        place = [0]
+        x = encoder.mid_block(hidden_BC1hw, feat_cache=seen, feat_idx=place)
+        x = encoder.nonlinearity(encoder.norm_out(x))
+        latents.append(_convolve(encoder.conv_out, x, seen, place))
+    return torch.cat(latents, dim=2)
+
+
+def encode_strip(
+    encoder: Any, pixels_B3THW: Tensor, seen: Seen, *, strip: Strip, stride: int
+) -> Tensor:
+    """Turn the next frames of the whole picture into what the attention gets of a strip."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+
+    first, *margins = encoder_margins(encoder, axis=strip.axis)
+    place, scale, held = [0], stride, strip.span(scale=stride, margin=first)
+    x = _cut(pixels_B3THW, range(strip.size * stride), held, strip.axis)
+    x = _convolve(encoder.conv_in, x, seen, place)
+    for part, margin in zip(encoder.down_blocks, margins, strict=True):
+        if isinstance(part, WanResample):
+            needed = strip.span(scale=scale, margin=margin)
+            x = _cut(x, held, needed, strip.axis)
+            scale, held = scale // 2, range(needed.start // 2, needed.stop // 2)
+        x = part(x, feat_cache=seen, feat_idx=place)
+    return _cut(x, held, strip.span(scale=scale, margin=0), strip.axis)
+
+
+def encoder_margins(encoder: Any, *, axis: int) -> list[int]:
+    """Return how far beyond a strip it depends on the input of the first layer and each down block.
+
+    Counted from the attention back, in places of the level: a convolution over k places looks
+    k // 2 further. Halving makes place i of 2 i to 2 i + 2, so a margin m becomes 2 m + 1; one more
+    keeps it even, so that a strip begins where the picture's own pairs do.
+
+    Example: the released VAE has two residual blocks of two convolutions on each of four levels and
+    a halving after the first three, all over three places. Level 3: 4, 2; halving: 2 x 4 + 2 = 10;
+    level 2: 14, 12; halving: 30; level 1: 34, 32; halving: 70; level 0: 74, 72; first layer: 75.
+    That is [75, 74, 72, 70, 34, 32, 30, 14, 12, 10, 4, 2].
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+
+    margins = [0]
+    for part in reversed(encoder.down_blocks):
+        if isinstance(part, WanResample):
+            margins.append(2 * margins[-1] + 2)
+        else:
+            margins.append(margins[-1] + _reach(part.conv1, axis) + _reach(part.conv2, axis))
+    return [margins[-1] + _reach(encoder.conv_in, axis), *margins[:0:-1]]
 
 
 def _reach(conv: Any, axis: int) -> int:
