@@ -331,6 +331,17 @@ class RunConfig(ReleaseConfig):
         }
     )
 
+    ABSENT: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "vae_strips": "whose VAE decodes tiles anyway: leave it out",
+            "vae_dtype": "whose VAE has the type of the transformer: set dtype",
+            "vae_compile": "whose VAE is run as it is: leave it out",
+            "text_on_host": "which asks for it otherwise: set runtime_config.t5_device=cpu",
+            "kv_on_host": "which asks for it otherwise: set engine_config.kv_offload=true",
+        }
+    )
+    """Settings of other models: why they are none here, and what to do instead."""
+
     prompt: str = ""
     image: Place = None
     video: Place = None

@@ -209,8 +209,9 @@ class _Given(SkyReels):
         return config, source
 
     def check(self, config: RunConfig, source: Source) -> RunConfig:
-        if config.quantize is not None:
-            raise UserError("quantize is not supported here: use flowcache.load")
+        for key in ("quantize", "text_quantize"):
+            if getattr(config, key) is not None:
+                raise UserError(f"{key} is not supported here: use flowcache.load")
         marks = dict.fromkeys(self.pictures, "given")  # what cuts a video asks whether there is one
         config = replace(config, **cast("dict[str, Any]", marks))
         check_mode(config, source.sizes)

@@ -559,3 +559,72 @@ def test_a_refusal_names_no_predictor_that_nobody_set(refused: Refused):
     line = refused(*tokens, "kv.compress=importance")
     assert "set kv.compress=none, or reuse.tokens.choice=all" in line
     assert "reuse.predict" not in line
+
+
+# Values that begin with a minus sign, settings of other models -----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--memory-limit", "-1GB"), "memory_limit must be auto, none or an amount such as 24GB"),
+        (("--memory-limit", "-1GB"), "not -1GB"),
+        (("--seed", "-1e3"), "seed is -1000.0, but must be a whole number"),
+        (("--image", "-x.png"), "-x.png"),
+        (("--preset", "-base"), "preset '-base' is unknown"),
+        (("--replay", "-x"), "-x"),
+        (("-presets", "base"), "-presets"),
+    ],
+)
+def test_a_value_with_a_minus_sign_is_refused_by_its_own_rule(
+    refused: Refused, given: tuple[str, ...], said: str
+):
+    line = refused(*given)
+    assert said in line
+    assert "expected one argument" not in line
+
+
+def test_a_prompt_may_begin_with_a_minus_sign(tiny: Any, capsys: pytest.CaptureFixture[str]):
+    assert tiny.main("--model", str(tiny.folder), "--prompt", "-x", "--dry-run") == 0
+    assert "compute" in capsys.readouterr().out
+
+
+@only("magi1")
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("vae_strips=4", "whose VAE decodes tiles anyway: leave it out"),
+        ("vae_dtype=bfloat16", "set dtype"),
+        ("vae_compile=true", "leave it out"),
+        ("text_on_host=true", "set runtime_config.t5_device=cpu"),
+        ("kv_on_host=true", "set engine_config.kv_offload=true"),
+    ],
+)
+def test_a_setting_of_other_models_is_refused_with_what_to_do(
+    refused: Refused, setting: str, remedy: str
+):
+    line = refused(setting)
+    assert f"{setting.partition('=')[0]} is no setting of this model, " in line
+    assert line.endswith(remedy)
+    assert "did you mean" not in line
+
+
+@only("magi1")
+def test_8_bit_checkpoints_are_not_quantised_again(refused: Refused):
+    line = refused("engine_config.fp8_quant=true", "quantize=int8_weight")
+    assert "are 8-bit already: leave quantize at null" in line
+
+
+def test_a_text_encoder_has_no_8_bit_products(refused: Refused):
+    assert "text_quantize is 'int8_dynamic', but must be one of int8_weight, fp8_weight" in refused(
+        "text_quantize=int8_dynamic"
+    )
+
+
+@pytest.mark.parametrize("key", ["quantize", "text_quantize"])
+def test_without_torchao_nothing_is_quantised(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused, key: str
+):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    line = refused(f"{key}=int8_weight")
+    assert f"{key}=int8_weight needs the package torchao: pip install torchao==" in line

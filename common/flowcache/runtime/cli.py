@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowcache.errors import UserError, no_memory, one_line
 from flowcache.runtime.config import preset_names
@@ -42,7 +42,15 @@ LOG_INTERVAL_SECONDS = 15
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2, as all errors of a user."""
+    """An argument parser whose errors are one line and exit code 2, as all errors of a user.
+
+    What begins with one minus sign and is no flag, as -1GB, is a value: the rule it breaks is said.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # argparse takes numbers alone for values
+        self._negative_number_matcher = re.compile(r"-[^-]")
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and end; of several processes one says it."""

@@ -315,7 +315,13 @@ def _merge_(
 
 
 def _unknown_key(key: str, section: type, *, prefix: str, source: str) -> str:
-    """Name an unknown key and the closest valid one, also when the section was left out."""
+    """Name an unknown key and the closest valid one, also when the section was left out.
+
+    `ABSENT` of a schema says why it lacks some settings of other models, and what to do instead.
+    """
+    reason = vars(section).get("ABSENT", {}).get(key)
+    if reason is not None:
+        return f"{source}: {key} is no setting of this model, {reason}"
     valid = [f"{prefix}{field.name}" for field in dataclasses.fields(section)]
     inside = [leaf for leaf, _ in _leaves(section)]
     leaves = {leaf.rpartition(".")[2]: f"{prefix}{leaf}" for leaf in reversed(inside)}

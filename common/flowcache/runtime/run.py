@@ -163,9 +163,9 @@ def prepare(
     config, found = model.fetch(config, source)
     if found.folder != source.folder:
         config = read_settings(model, request, found)  # it may bring presets of its own
+    model.check_device(config, found, device, dtype)
     check_package("quantize", config.quantize)
     check_package("text_quantize", config.text_quantize)
-    model.check_device(config, found, device, dtype)
     job = job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     if writes:
         job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
