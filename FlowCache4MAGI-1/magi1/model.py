@@ -246,7 +246,7 @@ class Magi(VideoModel):
                 "cp_size and pp_size of the config are left out: several GPUs are used with "
                 "torchrun and divided by parallel.branch and parallel.sequence"
             )
-        return job.source.files.load_dit(device=job.dit_device, dtype=job.dtype)
+        return job.source.files.load_dit(device=job.dit_source_device, dtype=job.dtype)
 
     def blocks(self, dit: DiT) -> Sequence[nn.Module]:
         return list(dit.videodit_blocks.layers)

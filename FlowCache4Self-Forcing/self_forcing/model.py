@@ -118,7 +118,7 @@ class SelfForcing(WanModel):
 
     def load_dit(self, job: Job) -> DiT:
         kind = RoundedDiT if job.config.precision == "reference" else DiT
-        return job.source.files.dit.load(dtype=job.dtype, device=job.dit_device, kind=kind)
+        return job.source.files.dit.load(dtype=job.dtype, device=job.dit_source_device, kind=kind)
 
     def compile(self, job: Job, dit: DiT) -> None:
         if job.config.precision != "reference":  # its parts are others

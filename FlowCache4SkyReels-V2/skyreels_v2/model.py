@@ -142,7 +142,7 @@ class SkyReels(WanModel):
     # Running ----------------------------------------------------------------------------------
 
     def load_dit(self, job: Job) -> DiT:
-        return job.source.files.dit.load(dtype=job.dtype, device=job.dit_device)
+        return job.source.files.dit.load(dtype=job.dtype, device=job.dit_source_device)
 
     def compile(self, job: Job, dit: DiT) -> None:
         work, num_own = job.work, len(job.ranks.local_branches(job.work.branches))

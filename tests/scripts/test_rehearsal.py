@@ -185,10 +185,13 @@ def test_reuse_saves_operations(name: str):
 @pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("mode", ["int8_weight", "fp8_weight", "int8_dynamic"])
-def test_quantised_linears_run_and_fit_the_plan(mode: str):
-    run = rehearse(case(SKYREELS, "FlowCache-fast", f"quantize={mode}"))
-    assert run.planned_bytes == pytest.approx(run.ledger.peak_bytes, rel=TOLERANCE)
-    assert max(step.reads for step in run.steps) == 2
+@pytest.mark.parametrize("name", [SKYREELS, MAGI])
+def test_quantised_linears_run_and_fit_the_plan(name: str, mode: str):
+    run = rehearse(case(name, "FlowCache-fast", f"quantize={mode}"))
+    assert run.planned_bytes == pytest.approx(run.ledger.peak_bytes, rel=0.05)
+    # where the transformer has the peak, its widened weights and 32-bit sums count
+    assert run.ledger.peak_stage == {SKYREELS: "vae", MAGI: "dit"}[name]
+    assert max(step.reads for step in run.steps) <= 2
 
 
 # The table ----------------------------------------------------------------------------------------

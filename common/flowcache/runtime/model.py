@@ -259,12 +259,17 @@ class Job:
 
     @property
     def dit_device(self) -> torch.device:
-        """Where the transformer is loaded: on the host, if blocks of it stay there, or if weights
-        in full width must not all be on the device."""
+        """Where the transformer is before blocks stream: on the host, if some of them stay there."""
         import torch
 
-        is_whole = self.residence.blocks_on_device is None and self.config.quantize is None
-        return self.device if is_whole else torch.device("cpu")
+        return self.device if self.residence.blocks_on_device is None else torch.device("cpu")
+
+    @property
+    def dit_source_device(self) -> torch.device:
+        """Where the transformer is loaded: on the host, if it is then quantised."""
+        import torch
+
+        return self.dit_device if self.config.quantize is None else torch.device("cpu")
 
     @property
     def text_device(self) -> torch.device:
@@ -520,7 +525,7 @@ class VideoModel(Protocol):
         ...
 
     def load_dit(self, job: Job, /) -> Any:
-        """Load the transformer to `job.dit_device`.
+        """Load the transformer to `job.dit_source_device`.
 
         Its `kernel`, `cross_kernel`, `parts` and `stream` are set afterwards.
         """

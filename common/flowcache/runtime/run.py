@@ -396,14 +396,11 @@ def load_text(job: Job) -> Any:
 
 
 def bring_to_device(job: Job, dit: Any) -> None:
-    """Bring a transformer from `job.dit_device` to where it works, in 8 bits where asked.
-
-    Blocks that stream stay on the host.
-    """
+    """Bring a loaded transformer to its device, in 8 bits where asked, but for what streams."""
     num_resident, blocks = job.residence.blocks_on_device, job.model.blocks(dit)
-    mode, rest = job.config.quantize, job.device if num_resident is None else torch.device("cpu")
+    mode, parts = job.config.quantize, job.model.quantised(dit)
     if mode is not None:
-        quantize(dit, job.model.quantised(dit), mode, device=job.device, rest=rest)
+        quantize(dit, parts, mode, device=job.device, rest=job.dit_device)
     if num_resident is not None and dit.stream is None:
         dit.stream = stream_blocks(dit, blocks, job.device, num_resident=num_resident)
 
