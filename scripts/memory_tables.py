@@ -24,6 +24,7 @@ from flowcache.runtime.stats import scaled
 EXAMPLES = """examples:
   python scripts/memory_tables.py
   python scripts/memory_tables.py --limits 24GB 48GB --runs "MAGI-1 24B"
+  python scripts/memory_tables.py quantize=int8_weight --limits 8GB --runs "SkyReels-V2"
 """
 LIMITS = ("8GB", "12GB", "16GB", "24GB", "48GB", "80GB")
 GPU = torch.device("cuda")
@@ -39,11 +40,10 @@ class Run:
     preset: str
     settings: tuple[str, ...] = ()
 
-    @property
-    def job(self) -> Job:
-        """The run, by the sizes of the checkpoint."""
+    def job(self, *settings: str) -> Job:
+        """Return the run with more settings, by the sizes of the checkpoint."""
         model = load_model(self.model)
-        overrides = ["prompt=a swan", *self.settings]
+        overrides = ["prompt=a swan", *self.settings, *settings]
         request = Request(self.preset, self.checkpoint, overrides, is_dry=True)
         source = model.find(self.checkpoint, is_dry=True)
         config = read_settings(model, request, source)
@@ -128,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runs", nargs="+", default=("",), metavar="START", help="runs whose names begin so"
     )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all runs")
     options = parser.parse_args(arguments)
 
     def command() -> None:
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--runs {options.runs[0]!r} is none of: {'; '.join(RUNS)}")
         print(f"{HEAD}\n|---|---:|---:|---:|---:|---|", flush=True)
         for name in chosen:
-            job = RUNS[name].job
+            job = RUNS[name].job(*options.settings)
             needs = job.model.footprint(job, overlaps=True)
             for limit in options.limits:
                 print(line(name, limit, needs, job), flush=True)

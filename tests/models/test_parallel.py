@@ -175,6 +175,39 @@ def test_processes_make_the_video_of_one(made: Make, model: str, num: int):
                 assert difference < ULPS, f"{name}, {kind}, {layout}: {difference} ulps"
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize(("model", "checkpoint"), [("skyreels_v2", "small"), ("magi1", "base")])
+def test_processes_with_8_bit_weights_make_the_video_of_one(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    run_in_ranks: Callable[..., None],
+    model: str,
+    checkpoint: str,
+):
+    paths = [str(Path(sys.prefix) / "quantize"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    case = {
+        "checkpoint": str(request.getfixturevalue(checkpoint)),
+        "common": [*KINDS[model][checkpoint]["common"], "quantize=int8_weight"],
+        "cases": {"vanilla": []},
+        "recorded": None,
+        "has_branches": True,
+    }
+    (tmp_path / "cases.json").write_text(json.dumps({"model": model, "kinds": {"8-bit": case}}))
+    made: dict[str, torch.Tensor] = {}
+    for num in (1, 2):
+        layouts = LAYOUTS[model][num]
+        run_in_ranks(SCRIPT, str(tmp_path / "cases.json"), str(tmp_path), *layouts, num=num)
+        found = torch.load(tmp_path / f"{num - 1}.pt", weights_only=False)
+        made |= {layout: found["8-bit", layout]["vanilla"]["frames"] for layout in layouts}
+    alone = made.pop("1x1")
+    for layout, frames in made.items():
+        assert num_ulps(frames, alone, size=1.0) < ULPS, layout
+
+
 @pytest.mark.parametrize(("model", "num"), DIVIDED)
 def test_processes_decide_and_count_as_one(made: Make, model: str, num: int):
     [alone] = made(model, 1)

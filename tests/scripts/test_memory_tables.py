@@ -28,6 +28,29 @@ def test_a_row_says_what_fits_and_how(capsys: pytest.CaptureFixture[str]):
         assert "of the transformer's blocks stay" in row[-1]
 
 
+@pytest.mark.usefixtures("torchao")
+def test_settings_go_to_all_runs(capsys: pytest.CaptureFixture[str]):
+    """8-bit weights and text encoders: all blocks stay, and the encoder is on the device."""
+    chosen = ("--runs", "SkyReels-V2 1.3B, 544x960, 97", "--limits", "8GB")
+    eight = ("quantize=int8_weight", "text_quantize=int8_weight")
+    (_, (*_, wide), _), (code, (*_, narrow), _) = (
+        table(capsys, *settings, *chosen) for settings in ((), eight)
+    )
+    assert code == 0
+    assert "the text encoder runs on the host" in wide[-1]
+    assert "blocks stay" in wide[-1]
+    assert "text encoder" not in narrow[-1]
+    assert "blocks stay" not in narrow[-1]
+
+
+def test_two_windows_fit_8_gb(capsys: pytest.CaptureFixture[str]):
+    code, (*_, row), _ = table(
+        capsys, "--runs", "SkyReels-V2 1.3B, 544x960, 177 frames in two", "--limits", "8GB"
+    )
+    assert code == 0
+    assert float(row[2].removesuffix(" GB")) < 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

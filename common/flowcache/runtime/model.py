@@ -259,7 +259,7 @@ class Job:
 
     @property
     def dit_device(self) -> torch.device:
-        """Where the transformer is before blocks stream: on the host, if some of them stay there."""
+        """Where the transformer lies before blocks stream: on the host, if some stay there."""
         import torch
 
         return self.device if self.residence.blocks_on_device is None else torch.device("cpu")
