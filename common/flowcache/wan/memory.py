@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -224,8 +223,9 @@ class WanMemory(Footprint):
             codec = copy.copy(self.networks.vae)
             codec.num_strips = num_strips
             shape = (1, 3, self.held.encoded_frames, self.config.height, self.config.width)
-            work = partial(codec.encode, torch.empty(shape, device=META))
-            self._encodings[num_strips] = scratch_bytes(work)
+            self._encodings[num_strips] = scratch_bytes(
+                lambda: codec.encode(torch.empty(shape, device=META))  # the pixels are held, too
+            )
         return self._encodings[num_strips]
 
     def _dit_scratch(self) -> int:
