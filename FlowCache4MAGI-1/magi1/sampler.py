@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from flowcache.compress import SCORED, CompressionStrategy, TokenLayout
-from flowcache.kv import (
-    Attend,
-    KVCache,
-    cached_attention,
-    caches_for,
-    prefetcher_for,
-    tokens_per_chunk,
-)
+from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
 from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.policies import Decision, Observe, ReusePolicy
 from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
@@ -271,7 +264,8 @@ class ClipSampler:
                 self._compress(tick)
                 self._advance(tick, self._velocities(tick))
                 self._finish(tick)
-            self._trace_tokens(tick)
+            caches = {name: branch.caches for name, branch in self.own.items()}
+            self.stats.keep_tokens(0, tick.index, caches, sequence=self.ranks.sequence)
             yield tick, tick.finishing
 
     # One tick -------------------------------------------------------------------------------------
@@ -780,17 +774,6 @@ class ClipSampler:
             velocity=velocity,
             sigma=1 - self.timesteps[step],
         )
-
-    def _trace_tokens(self, tick: Tick) -> None:
-        """Trace the clean tokens in the caches after a tick."""
-        for name, branch in self.own.items():
-            tokens = partial(self._tokens_per_chunk, branch)
-            self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
-
-    def _tokens_per_chunk(self, branch: CachedPass) -> Tensor:
-        """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
-        sequence = self.ranks.sequence
-        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
 
 def euler_step_(

@@ -22,10 +22,11 @@ from flowcache.scores import (
 )
 from flowcache.wan.dit import DiTConfig, blocks_flops, embed_flops, head_flops
 from flowcache.wan.memory import Held
+from flowcache.wan.reuse import WHOLE_WINDOW
 from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from flowcache.wan.work import result_bytes, tokens_per_frame, wan_work
 from skyreels_v2.config import RunConfig
-from skyreels_v2.sampler import WHOLE_WINDOW, Sampling
+from skyreels_v2.sampler import Sampling
 from skyreels_v2.window import Segment, latent_frames, pixel_frames, segments_of, window_of
 
 

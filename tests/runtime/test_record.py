@@ -46,7 +46,8 @@ def recorded(*, policy: str = "flowcache", threshold: float | None = 0.25) -> di
                 if is_computed:
                     with stats.timed_pass(each):
                         pass
-        stats.keep_tokens(0, tick.index, branch="cond", tokens=lambda: torch.tensor([0.0, 2.5]))
+        assert stats.trace is not None
+        stats.trace.keep_tokens(TickId(0, tick.index), "cond", torch.tensor([0.0, 2.5]))
     return build_record(
         stats,
         stats.traced(),

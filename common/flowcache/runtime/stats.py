@@ -14,17 +14,21 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowcache.errors import memory_named
+from flowcache.kv import KVCache, tokens_per_chunk
 from flowcache.policies import Decision
+
+if TYPE_CHECKING:
+    from flowcache.runtime.parallel import Group
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
@@ -375,11 +379,19 @@ class RunStats:
         return self.trace.timed_tick(TickId(segment, tick))
 
     def keep_tokens(
-        self, segment: int, tick: int, *, branch: str, tokens: Callable[[], Tensor]
+        self, segment: int, tick: int, caches: Mapping[str, Sequence[KVCache]], *, sequence: "Group"
     ) -> None:
-        """Trace the clean tokens of each chunk in a branch after a tick; see `tokens_per_chunk`."""
-        if self.trace is not None:
-            self.trace.keep_tokens(TickId(segment, tick), branch, tokens())
+        """Trace the clean tokens of each chunk in each branch after a tick.
+
+        Args:
+            caches: of the branches of this process, by layer.
+            sequence: processes over whose heads the mean is taken.
+        """
+        if self.trace is None:
+            return
+        for branch, own in caches.items():
+            tokens_N = sequence.all_reduce(tokens_per_chunk(own)) / sequence.size
+            self.trace.keep_tokens(TickId(segment, tick), branch, tokens_N)
 
     def traced(self) -> Traced:
         """Return what this process traced. Waits for the device."""

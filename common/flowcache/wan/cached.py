@@ -13,7 +13,6 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, S tokens, H h
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 
 import torch
@@ -21,14 +20,7 @@ from torch import Tensor
 
 from flowcache.block_reuse import BlockReuse
 from flowcache.compress import KVRule
-from flowcache.kv import (
-    Attend,
-    KVCache,
-    cached_attention,
-    caches_for,
-    prefetcher_for,
-    tokens_per_chunk,
-)
+from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
 from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.quantization import attend_wide, format_of
 from flowcache.runtime.model import SegmentWork
@@ -363,13 +355,7 @@ class CachedDiT:
 
     def trace_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens of each chunk after a tick; classes of heads are left out."""
-
-        def tokens(caches: Sequence[KVCache]) -> Tensor:
-            sequence = self.ranks.sequence
-            return sequence.all_reduce(tokens_per_chunk(caches)) / sequence.size
-
-        for name, caches in self._tracked.items():
-            self.stats.keep_tokens(0, tick.index, branch=name, tokens=partial(tokens, caches))
+        self.stats.keep_tokens(0, tick.index, self._tracked, sequence=self.ranks.sequence)
 
     def switch(self, name: str, text_1LD: Tensor) -> None:
         """Give a branch another prompt from now on; keys that were made stay."""
