@@ -220,6 +220,10 @@ def test_magi1_is_compared_and_the_rows_are_kept(
     before = rows_of(tmp_path)
     assert bench(*line) == 0
     assert rows_of(tmp_path) == before, "a second start found all rows"
+    log = tmp_path / "out/rows-1.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])  # an interrupted write
+    assert bench(*line) == 0
+    assert [row["flops"] for row in rows_of(tmp_path)] == [row["flops"] for row in before]
     assert bench(*line, "reuse.every=2") == 2
     assert "other settings" in capsys.readouterr().err
 
@@ -299,7 +303,7 @@ def test_plan_and_stride_are_compared_at_the_same_cost(
 
 def damaged_row(folder: Path) -> list[str]:
     (folder / "out").mkdir()
-    (folder / "out/rows-1.jsonl").write_text('{"method": "vani')
+    (folder / "out/rows-1.jsonl").write_text('{"method": "vani\n{}\n')
     return ["--architecture", "skyreels_v2", "--methods", "vanilla"]
 
 
@@ -315,6 +319,10 @@ def damaged_row(folder: Path) -> list[str]:
             "nothing would be dropped, since the clip has 4 chunks and the KV cache holds 5: raise",
         ),
         (["--table", "reuse"], "this table needs --profiles"),
+        (["--lengths", "21"], "--lengths is of --table long, not methods: leave it out"),
+        (["--profiles", "a"], "--profiles is of --table reuse and rivals, not methods: leave it"),
+        (["--table", "reuse", "--lengths", "9"], "--lengths is of --table long, not reuse"),
+        (["--table", "long", "--profiles", "a"], "--profiles is of --table reuse and rivals"),
         (["--table", "reuse", "--profiles", "none"], "none/budgets.yaml: no such file"),
         (
             lambda folder: [
@@ -342,6 +350,17 @@ def test_what_is_given_wrong_is_one_line(
     message = capsys.readouterr().err.strip()
     assert said in message
     assert len(message.splitlines()) == 1
+    assert arguments is damaged_row or not (tmp_path / "out").exists()
+
+
+def test_budgets_that_cannot_be_made_leave_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for given, said in (("--clips=0", "--clips must be 1"), ("attention=full", "attention=full")):
+        line = ["--architecture", "skyreels_v2", "--out", str(tmp_path / "new"), given]
+        assert tune_budgets.main(line) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
 
 
 # Figures by hand
