@@ -27,10 +27,10 @@ from flowcache.wan.calibration import policy_maker, rescale_for
 from flowcache.wan.codec import Codec, LatentCodec
 from flowcache.wan.dit import ContextKV, DiT
 from flowcache.wan.given import Conditioning
-from flowcache.wan.vae import SPATIAL_STRIDE
+from flowcache.wan.vae import SPATIAL_STRIDE, pixel_frames
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
-from skyreels_v2.window import Segment, Window, pixel_frames
+from skyreels_v2.window import Segment, Window
 from skyreels_v2.work import compression_of, work_of
 
 MASK_CHANNELS = 4

@@ -22,10 +22,10 @@ from flowcache.runtime.parallel import Ranks, run_in_ranks
 from flowcache.runtime.run import describe, plan_without_files, prepare, run
 from flowcache.wan.calibration import coefficients_for
 from flowcache.wan.dit import DiTConfig
+from flowcache.wan.vae import latent_frames
 from skyreels_v2.enhance import enhance
 from skyreels_v2.model import FOLDERS, MODEL, released_sizes
 from skyreels_v2.released import released_name
-from skyreels_v2.window import latent_frames
 
 logger = logging.getLogger(__name__)
 

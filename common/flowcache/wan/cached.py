@@ -33,7 +33,6 @@ from flowcache.wan.dit import (
     Around,
     ContextKV,
     DiT,
-    DiTConfig,
     Embedded,
     blocks_flops,
     context_flops,
@@ -505,19 +504,6 @@ class CachedDiT:
     @property
     def _device(self) -> torch.device:
         return self.dit.patch_embedding.weight.device
-
-
-def pass_flops(
-    sizes: DiTConfig, num_frames: int, *, seen: int, frame_tokens: int, is_clean: bool
-) -> int:
-    """Return the FLOPs of one branch's blocks and, but for a clean chunk that is fed, head.
-
-    Args:
-        seen: clean frames that these attend to in addition to themselves.
-    """
-    queries = num_frames * frame_tokens
-    cost = blocks_flops(sizes, queries=queries, keys=queries + seen * frame_tokens)
-    return cost if is_clean else cost + head_flops(sizes, queries=queries)
 
 
 def add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:
