@@ -333,14 +333,7 @@ class ClipSampler:
             if self.reuse.held_guidance.is_on:
                 rows[GUIDANCE] = Decision(decision.is_computed and chunk not in held)
             for branch, row in rows.items():
-                self.stats.record(
-                    segment=0,
-                    tick=tick.index,
-                    chunk=chunk,
-                    step=tick.steps[chunk],
-                    branch=branch,
-                    decision=row,
-                )
+                self.stats.record(tick, chunk, branch, row)
         return [chunk for chunk, decision in plan.items() if decision.is_computed]
 
     def _guided(
@@ -451,16 +444,15 @@ class ClipSampler:
         cost = self._flops(self.null_context, keys=keys, has_head=False)
         self.stats.add_flops(computed=cost, without_reuse=cost)
         if branch.caches:
+            attend = self._attend(branch, offset=0, reach=reach, keeps_queries=not branch.queries)
             self._hidden(
                 self.inputs.fixed(chunk),
+                self.null_context,
+                attend,
                 t=self.sampling.clean_t,
                 tick=tick,
                 position=chunk,
                 is_null=is_null,
-                context=self.null_context,
-                attend=self._attend(
-                    branch, offset=0, reach=reach, keeps_queries=not branch.queries
-                ),
             )
 
     def _settle(self, chunk: int) -> None:
@@ -524,23 +516,15 @@ class ClipSampler:
 
     def _through_cache(self, name: str, tick: Tick, chunk: int) -> Tensor:
         """Compute a chunk's velocity with the keys of those before it."""
-        branch = self.branches[name]
+        branch, rows = self.branches[name], self.rows.get(chunk)
         attend = self._attend(
             branch,
             offset=list(tick.steps).index(chunk) * self.chunk_tokens,
             reach=self.clock.reach(tick.steps[chunk]),
             keeps_queries=self.sampling.budget is not None,
-            rows=self.rows.get(chunk),
+            rows=rows,
         )
-        return self._pass(
-            name,
-            tick,
-            chunk,
-            position=chunk,
-            is_null=branch.is_null,
-            attend=attend,
-            rows=self.rows.get(chunk),
-        )
+        return self._pass(name, tick, chunk, attend, is_null=branch.is_null, rows=rows)
 
     def _alone(self, name: str, tick: Tick, chunk: int, *, position: int) -> Tensor:
         """Compute a chunk's velocity without the chunks before it; as "alone" without its text.
@@ -551,34 +535,34 @@ class ClipSampler:
         def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.dit.kernel(q, k, v)
 
-        is_null = name == "alone"
-        return self._pass(name, tick, chunk, position=position, is_null=is_null, attend=attend)
+        return self._pass(name, tick, chunk, attend, is_null=name == "alone", position=position)
 
     def _pass(
         self,
         name: str,
         tick: Tick,
         chunk: int,
-        *,
-        position: int,
-        is_null: bool,
         attend: Attend,
+        *,
+        is_null: bool,
+        position: int | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Compute a chunk's velocity `[C, F, h, w]` as `name`, and show it.
 
         Args:
+            position: chunk in whose place it stands; None: its own.
             rows: tokens whose velocities are computed; the others mean nothing. None: all.
         """
         with self.stats.timed_pass([self._pass_id(tick, chunk, is_text=not is_null)]):
             hidden = self._hidden(
                 self.inputs.frames(chunk),
+                self.null_context if is_null else self.contexts[chunk],
+                attend,
                 t=self.timesteps[tick.steps[chunk]],
                 tick=tick,
-                position=position,
+                position=chunk if position is None else position,
                 is_null=is_null,
-                context=self.null_context if is_null else self.contexts[chunk],
-                attend=attend,
                 rows=rows,
             )
             velocity = self.dit.velocity(
@@ -590,13 +574,13 @@ class ClipSampler:
     def _hidden(
         self,
         x_CFhw: Tensor,
+        context: Sequence[ContextKV],
+        attend: Attend,
         *,
         t: float,
         tick: Tick,
         position: int,
         is_null: bool,
-        context: Sequence[ContextKV],
-        attend: Attend,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Send one chunk, placed as chunk `position`, through all layers."""

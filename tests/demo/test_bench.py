@@ -41,6 +41,7 @@ from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.model import Request, models_with
 from flowcache.runtime.run import Clip, config_layers, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.schedule import Tick
 from flowcache.tuning.methods import even_steps
 from magi1 import demo
 from magi1.checkpoint import find_model
@@ -370,7 +371,7 @@ def clip(level: int, *, is_computed: bool) -> Clip:
     stats = RunStats(torch.device("cpu"))
     for computed in (True, is_computed):
         decision = Decision(computed, None, None)
-        stats.record(segment=0, tick=0, chunk=0, step=0, branch="all", decision=decision)
+        stats.record(Tick(0, 1, 1, {0: 0}), 0, "all", decision)
     with stats.stage("dit"), stats.stage("vae"):
         stats.add_flops(computed=2 * 10**9, without_reuse=4 * 10**9)
     return Clip(torch.full((9, 64, 64, 3), level, dtype=torch.uint8), stats)

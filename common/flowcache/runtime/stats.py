@@ -26,6 +26,7 @@ from torch import Tensor
 from flowcache.errors import memory_named
 from flowcache.kv import KVCache, tokens_per_chunk
 from flowcache.policies import Decision
+from flowcache.schedule import Tick
 
 if TYPE_CHECKING:
     from flowcache.runtime.parallel import Group
@@ -346,13 +347,14 @@ class RunStats:
             torch.cuda.reset_peak_memory_stats(device)
 
     def record(
-        self, *, segment: int, tick: int, chunk: int, step: int, branch: str, decision: Decision
+        self, tick: Tick, chunk: int, branch: str, decision: Decision, *, segment: int = 0
     ) -> None:
         """Add what a policy decided for one chunk in one guidance branch."""
         self.num_computed += decision.is_computed
         self.num_reused += not decision.is_computed
         distances = decision.distance, decision.accumulated
-        row = Pass(segment, tick, chunk, step, branch, decision.is_computed, *distances)
+        step, is_computed = tick.steps[chunk], decision.is_computed
+        row = Pass(segment, tick.index, chunk, step, branch, is_computed, *distances)
         self.passes.append(row)
 
     def add_flops(

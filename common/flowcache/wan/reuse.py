@@ -134,9 +134,7 @@ class BranchReuse:
             plan.update({c: replace(plan[c], is_computed=False) for c in held})
         for name, plan in plans.items():
             for chunk, decision in plan.items():
-                place = {"segment": self.segment, "tick": tick.index, "chunk": chunk}
-                step = tick.steps[chunk]
-                self.stats.record(**place, step=step, branch=name, decision=decision)
+                self.stats.record(tick, chunk, name, decision, segment=self.segment)
         decided: list[NoisyChunk] = []
         for chunk in chunks:
             computed = tuple(
