@@ -19,7 +19,7 @@ from flowcache.runtime.config import read_yaml
 from flowcache.runtime.files import prompt_stem
 from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import Ranks, run_in_ranks
-from flowcache.runtime.run import describe, plan_without_files, prepare, run
+from flowcache.runtime.run import planned, prepare, run
 from flowcache.wan.calibration import coefficients_for
 from flowcache.wan.dit import DiTConfig
 from flowcache.wan.vae import latent_frames
@@ -392,16 +392,9 @@ def main(script: Script, arguments: Sequence[str] | None = None) -> int:
 def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
     options.seed = ranks.from_first(lambda: _seed_of(options))
     request = ranks.together(lambda: _request(script, options, ranks))
-    planned = replace(request, is_dry=options.dry_run)
-    plan = ranks.together(lambda: plan_without_files(MODEL, planned, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
-    job = ranks.together(lambda: _prepare(script, request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if options.dry_run:
+    asked = replace(request, is_dry=options.dry_run)
+    job = planned(MODEL, asked, ranks, lambda: _prepare(script, request, ranks))
+    if job is None:
         return
     if options.prompt_enhancer and options.image is not None:
         logger.warning(

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -77,17 +77,22 @@ def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
 
 def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
     """Check, describe what will be done, and do it unless the run is dry."""
-    if request.is_dry:
-        plan = ranks.together(lambda: plan_without_files(model, request, ranks))
-        if plan is not None:
-            if ranks.is_first:
-                print(plan)
-            return
-    job = ranks.together(lambda: prepare(model, request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if not request.is_dry:
+    job = planned(model, request, ranks, lambda: prepare(model, request, ranks))
+    if job is not None:
         run(job)
+
+
+def planned(
+    model: VideoModel, request: Request, ranks: Ranks, ready: Callable[[], Job]
+) -> Job | None:
+    """Check and describe what will be done; return it unless the run is dry."""
+    plan, job = ranks.together(lambda: plan_without_files(model, request, ranks)), None
+    if plan is None:
+        job = ranks.together(ready)
+        plan = describe(job)
+    if ranks.is_first:
+        print(plan, flush=True)
+    return None if request.is_dry else job
 
 
 # Settings -----------------------------------------------------------------------------------------
