@@ -169,7 +169,7 @@ def passes_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Pass]:
 def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
     """Return what the loop keeps in memory."""
     (part,) = work.segments
-    given = 1 if config.image is not None else (config.overlap_history or 0) * bool(config.video)
+    given = 1 if config.image is not None else config.hidden_frames
     pixels = config.height * config.width
     num_latents = part.cut[-1].stop * pixels // SPATIAL_STRIDE**2
     return Held(
@@ -210,10 +210,9 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
         held = min(num_frames, sampling.window + own)
     if sampling.budget is not None:
         held = min(num_frames, -(-sampling.budget.held_tokens // frame_tokens))
-    hidden = config.overlap_history or 0 if config.video else 0
 
     def shown(latent: int) -> int:
-        return max(pixel_frames(latent) - hidden, 0) if latent else 0
+        return max(pixel_frames(latent) - config.hidden_frames, 0) if latent else 0
 
     return SegmentWork(
         ticks=sampling.ticks(range(num_given, len(chunks))),

@@ -401,10 +401,9 @@ def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
             "--prompt_enhancer is left out: it writes prompts for videos without --image"
         )
     elif options.prompt_enhancer:
+        short, device = job.config.prompt, job.device
         prompt = ranks.from_first(
-            lambda: enhance(
-                job.config.prompt, model=options.prompt_enhancer_model, device=job.device
-            )
+            lambda: enhance(short, model=options.prompt_enhancer_model, device=device)
         )
         if ranks.is_first:
             print(f"prompt       {prompt}", flush=True)

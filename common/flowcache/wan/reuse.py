@@ -35,7 +35,7 @@ from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
 from flowcache.tokens import TokenChoice, chosen_tokens, pixels_of
 from flowcache.wan.cached import CachedDiT, View
-from flowcache.wan.calibration import ReuseConfig, Signal, policy_maker
+from flowcache.wan.calibration import ReuseConfig, Signal, policies_of
 from flowcache.wan.dit import PATCH, Embedded
 
 WHOLE_WINDOW = -1
@@ -320,14 +320,12 @@ class StepReuse(BranchReuse):
         policies: Policies | None = None,
         observe: Observe | None = None,
     ) -> "StepReuse":
-        """Decide by the settings, see `policy_maker`, if not by other policies."""
-        made = dict[str, ReusePolicy]()
-        for number, name in enumerate(cached.names):
-            if policies is None:
-                policy = policy_maker(config, cached.dit.config)()
-            else:
-                policy = policies(segment=0, branch=name)
-            made[name] = cached.ranks.decided_by(policy, branch=number)
+        """Decide by the settings, if not by other policies."""
+        policies = policies or policies_of(config, cached.dit.config)
+        made = {
+            name: cached.ranks.decided_by(policies(segment=0, branch=name), branch=number)
+            for number, name in enumerate(cached.names)
+        }
         return cls(cached, config.reuse, policies=made, guidance=guidance, observe=observe)
 
     def velocity(
