@@ -27,7 +27,7 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
-from flowcache.runtime.files import check_free, check_writable, write_json, write_text
+from flowcache.runtime.files import check_free, check_writable, made_folder, write_json, write_text
 from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import write_profile
 from flowcache.runtime.stats import scaled
@@ -171,8 +171,6 @@ def command(options: argparse.Namespace) -> None:
         num_clips=options.clips,
         num_checks=options.check_prompts,
     )
-    check_writable(options.work)
-    check_writable(out.parent)
     identity = {
         "model": options.architecture,
         "checkpoint": options.model,
@@ -181,8 +179,9 @@ def command(options: argparse.Namespace) -> None:
         "prompts": None if options.prompts is None else options.prompts.name,
         "hold_guidance": options.hold_guidance,
     }
-    rows = Rows(options.work, identity=identity)
-    runs.load()
+    with made_folder(options.work), made_folder(out.parent):
+        rows = Rows(options.work, identity=identity)
+        runs.load()
     found = investigate(runs, rows, calibrating, constraints)
     if options.store_check is not None:
         store_check(runs, rows, calibrating, found, constraints, folder=options.store_check)

@@ -34,7 +34,7 @@ from magi1.dit import (
     quantised_parts,
     set_precision,
 )
-from magi1.sampler import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_chunks
+from magi1.sampling import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip
 from magi1.text import NULL_TOKENS
 from magi1.vae import Tiling
