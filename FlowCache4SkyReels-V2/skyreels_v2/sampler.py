@@ -337,11 +337,15 @@ class WindowSampler:
 
     def _decide(self, tick: Tick, chunks: Sequence[NoisyChunk]) -> list[NoisyChunk]:
         """Return the chunks with the branches in which each is computed."""
-        sampling, signals = self.sampling, self._signals(chunks)
+        sampling, compared = self.sampling, self._signals(chunks)
         policies = {name: branch.policy for name, branch in self.branches.items()}
         plans = dict[str, Decisions]()
         for name, branch in self.branches.items():
             stored = self._stored(branch, chunks=tick.steps)
+            signals = compared
+            if branch.policy.needs_forecasts:
+                results = self.updates if sampling.level == "step" else branch.results
+                signals = results.forecasts({chunk.id: chunk.sigma for chunk in chunks})
             plans[name] = branch.policy.plan(tick, signals, stored=stored)
             if branch.tokens is not None:
                 plans[name] = branch.tokens.choose(tick, plans[name], stored=stored)

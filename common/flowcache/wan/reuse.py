@@ -156,7 +156,10 @@ class StepReuse:
         for name, policy in self.policies.items():
             at_step = self.predictor.level == "step"
             store = self.updates if at_step else self.results[name]
-            plans[name] = policy.plan(tick, {chunk: signal}, stored={*store.units()} & {chunk})
+            signals = {chunk: signal}
+            if policy.needs_forecasts:
+                signals = store.forecasts({chunk: noisy.sigma})
+            plans[name] = policy.plan(tick, signals, stored={*store.units()} & {chunk})
         if self.predictor.level == "step":
             plans = agree(self.policies, plans, apart={chunk} if is_held else ())
         for name, plan in plans.items():
