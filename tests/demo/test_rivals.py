@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import bench_demo
 import tune_budgets
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "rivals.sh"
 
 
 def clip(*levels: float) -> torch.Tensor:
@@ -205,6 +209,32 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert tune_budgets.main([*line, "--out", str(tmp_path)]) == 2
         (message,) = capsys.readouterr().err.strip().splitlines()
         assert said in message
+
+
+@pytest.mark.parametrize(
+    ("prompts", "part", "said"),
+    [
+        ("0", "1/1", "the number of prompts must be in 1..99999, not 0"),
+        ("100000", "1/1", "the number of prompts must be in 1..99999, not 100000"),
+        ("many", "1/1", "the number of prompts must be in 1..99999, not many"),
+        ("2", "3/2", "PART must be I/N with I in 1..N, as in 1/2, not 3/2"),
+        ("2", "0/2", "PART must be I/N with I in 1..N, as in 1/2, not 0/2"),
+        ("2", "2", "PART must be I/N with I in 1..N, as in 1/2, not 2"),
+    ],
+)
+def test_the_script_refuses_what_its_table_would_before_it_begins(
+    prompts: str, part: str, said: str, tmp_path: Path
+):
+    ended = subprocess.run(
+        ["bash", str(SCRIPT), "skyreels_v2", prompts],
+        env=os.environ | {"PART": part, "OUT": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {said}\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -84,7 +84,10 @@ DISTILLED = {
         "vanilla": ["runtime_config.noise2clean_kvrange=[3,2]"],
         "flowcache": [*MAGI_FLOWCACHE, "reuse.predict=velocity", "passes.clean_pass=false"],
         "teacache": [*MAGI_FLOWCACHE, "reuse.policy=teacache", *MAGI_COMPRESSED],
-        "racer": ["reuse.policy=racer", "reuse.warmup_steps=1", "reuse.threshold=0.5"],
+        "racer": [
+            *("reuse.policy=racer", "reuse.warmup_steps=1", "reuse.threshold=2"),
+            *("runtime_config.num_steps=12", "runtime_config.num_frames=36"),
+        ],
         "compression": [
             *(*MAGI_FLOWCACHE, *MAGI_COMPRESSED),
             *("kv.queries=frame", "passes.clean_pass=false"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowcache.bench.continuity import borders_of, drift, seams
+from flowcache.bounds import number
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
 from flowcache.errors import UserError
@@ -191,6 +192,8 @@ def render(
 # The clips of one process -------------------------------------------------------------------------
 
 FIRST_SEED = 5000
+MAX_PROMPTS = 99_999
+"""Clips of a table."""
 
 Prompts = Mapping[int, tuple[Attributes, int]]
 """Index of a clip -> what it shows, and its seed."""
@@ -198,6 +201,8 @@ Prompts = Mapping[int, tuple[Attributes, int]]
 
 def unseen_prompts(count: int) -> Prompts:
     """Return captions that the demos were not trained on, each with a seed of its own."""
+    if not 1 <= count <= MAX_PROMPTS:
+        raise UserError(f"--prompts must be in 1..{MAX_PROMPTS}, not {number(count)}")
     _, held_out = split_attributes()
     return {i: (held_out[i % len(held_out)], FIRST_SEED + i) for i in range(count)}
 
@@ -214,12 +219,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of all processes that share a folder."""
     rows: list[dict[str, Any]] = []
     for log in sorted(folder.glob("rows-*.jsonl")):
-        for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
+        for place, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError):
                 raise UserError(
-                    f"{log}: line {number} is damaged (a run was cut short): delete the line"
+                    f"{log}: line {place} is damaged (a run was cut short): delete the line"
                 ) from None
     return rows
 
