@@ -184,15 +184,7 @@ def command(options: argparse.Namespace) -> None:
     )
     check_writable(options.work)
     check_writable(out.parent)
-    identity = {
-        "model": options.architecture,
-        "checkpoint": options.model,
-        "preset": options.preset,
-        "settings": list(options.settings),
-        "prompts": None if options.prompts is None else options.prompts.name,
-        "hold_guidance": options.hold_guidance,
-    }
-    rows = Rows(options.work, identity=identity)
+    rows = open_rows(options)
     runs.load()
     found = investigate(runs, rows, calibrating, constraints)
     if options.store_check is not None:
@@ -211,11 +203,12 @@ def command(options: argparse.Namespace) -> None:
     before = plan
     if options.search:
         plan = improved(runs, rows, calibrating, found, plan, constraints, options=options)
-    choice = chosen(runs, rows, calibrating, plan) if options.choose_predictor else None
+    choice = best_quantity(runs, rows, calibrating, plan) if options.choose_predictor else None
     name = f"{options.architecture} {options.model}"
     write_profile(make_profile(runs, calibrating, found, plan, model=name, choice=choice), out)
     print(f"profile      {out}: {plan.num_computed} of {num_steps} steps are computed")
-    print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
+    reused = predictor_name(plan) if choice is None else f"{choice.quantity} by its error"
+    print(f"plan         {' '.join(map(str, plan.steps))}; {reused}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
     check(
@@ -229,6 +222,19 @@ def command(options: argparse.Namespace) -> None:
         profile=out.resolve(),
         options=options,
     )
+
+
+def open_rows(options: argparse.Namespace) -> Rows:
+    """Return what was measured before with these settings."""
+    identity = {
+        "model": options.architecture,
+        "checkpoint": options.model,
+        "preset": options.preset,
+        "settings": list(options.settings),
+        "prompts": None if options.prompts is None else options.prompts.name,
+        "hold_guidance": options.hold_guidance,
+    }
+    return Rows(options.work, identity=identity)
 
 
 def check_search(options: argparse.Namespace) -> None:
@@ -270,7 +276,7 @@ def improved(
     return result.plan
 
 
-def chosen(runs: Runs, rows: Rows, prompts: Sequence[Prompt], plan: Plan) -> Choice | None:
+def best_quantity(runs: Runs, rows: Rows, prompts: Sequence[Prompt], plan: Plan) -> Choice | None:
     """Try what a plan had better reuse; return what is taken instead of its own, or None."""
     quantities = runs.size().quantities
     if plan.conditional:  # whose difference is one of velocities

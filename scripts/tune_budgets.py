@@ -7,7 +7,8 @@ FlowCache-fast's, for --table rivals). Then one calibration gives a profile for 
 scripts/tune.py, and a search on two of the clips gives the thresholds of the adaptive rules:
 
     OUT/flops_0.37.yaml, ...   profiles; of --levels rivals also those whose predictor was chosen by
-                               its error, and with --search those of searched plans
+                               its error, and with --search those of searched plans (by the
+                               mean error, and with its spread)
     OUT/budgets.yaml           thresholds, even steps, fitted factors, and the command
 
 What is measured is kept in OUT/work; a second start goes on where the first one stopped.
@@ -32,6 +33,7 @@ from flowcache.bench.reuse import (
     LEVELS,
     MID,
     SEARCHED,
+    STEADY,
     Adaptive,
     Budgets,
     Level,
@@ -63,6 +65,8 @@ from flowcache.tuning.runs import Runs, choose_prompts
 from flowcache.tuning.study import Rows
 
 NUM_SEARCH_CLIPS = 2
+SPREAD = 1.0
+"""Standard deviations of the error that TRAC's cost adds to its mean."""
 HALF_A_STEP = 0.55
 """How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
 STARTS = {
@@ -142,7 +146,9 @@ def command(options: argparse.Namespace) -> None:
     for flops in wanted.values() if options.levels == "rivals" else ():
         tuned(bench, flops, policy=CHOSEN, given=["--choose-predictor"])
         if options.search:
-            tuned(bench, flops, policy=SEARCHED, given=["--search", str(options.search)])
+            searching = ["--search", str(options.search)]
+            tuned(bench, flops, policy=SEARCHED, given=searching)
+            tuned(bench, flops, policy=STEADY, given=[*searching, "--spread", f"{SPREAD:g}"])
     model = error_model(bench.work)
     levels = {
         level: make_level(path, read_profile(path), model) for level, path in profiles.items()

@@ -258,7 +258,7 @@ def test_the_table_is_made_from_nothing_and_found_again(
         tables.append(json.loads((tmp_path / "out" / "table.json").read_text())["table"])
     assert tables[0] == tables[1]
     policies = {entry["group"]["policy"] for entry in tables[0] if entry["group"]}
-    assert {"searched", "planned", "AutoTarget", "RA-CFG", "RACER", "MotionCache"} <= policies
+    assert {*OWN_PROFILES, "planned", "RA-CFG", "RACER", "MotionCache"} <= policies
     (rows,) = [list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))]
     assert len(rows) == len(tables[0])
     assert "frontier of all rules" in (tmp_path / "out" / "rivals.svg").read_text()

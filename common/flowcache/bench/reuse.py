@@ -116,9 +116,10 @@ def read_budgets(
 
 FAITHFUL, TUNED = "FlowCache-fast", "planned"
 TREND = "velocity + trend"
-SEARCHED, CHOSEN = "searched", "AutoTarget"
-OWN_PROFILES = (SEARCHED, CHOSEN)
-"""Plans that were searched, and those whose predictor was chosen by its error."""
+SEARCHED, STEADY, CHOSEN = "searched", "TRAC", "AutoTarget"
+OWN_PROFILES = (SEARCHED, STEADY, CHOSEN)
+"""Plans that were searched, by the mean error or with its spread, and those whose predictor was
+chosen by its error."""
 HELD_GUIDANCE = ("reuse.guidance_steps=null", "reuse.guidance_every=2")
 """Every second computed step runs the pass with text alone: a plan costs a quarter less."""
 CLEAN = ("reuse.predict=clean", "reuse.extrapolate=0")

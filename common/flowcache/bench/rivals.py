@@ -37,7 +37,7 @@ MORE_DECIBEL, MORE_THAN_RIVALS = 10.0, 3.0
 """At FlowCache-fast's FLOPs, our best plan is to be better by this than FlowCache as published, and
 than the best rule of others."""
 OWN = (TUNED, *OWN_PROFILES, "guarded", "stride")
-"""Policies that are no rule of others; that of AutoTarget goes with our plans."""
+"""Policies that are no rule of others; those of TRAC and AutoTarget improve our plans."""
 
 
 def rival_rules(comparison: Comparison, presets: Path) -> list[str]:

@@ -344,6 +344,7 @@ RIVALS = replace(
     looks={
         **RULES.looks,
         "searched": Look("planned", "circle"),
+        "TRAC": Look("planned", "up"),
         "AutoTarget": Look("planned", "square"),
         "MotionCache": Look("motion", "square"),
         "MagCache, published bounds": Look("magcache", "diamond"),
