@@ -79,6 +79,9 @@ def test_a_line_and_a_parabola_forecast_while_the_last_result_is_held():
         assert store.forecasts(at) == {}, "three results are needed"
         store.put(0, signal(value), sigma=signal(sigma))
         assert store.predict(0, sigma=signal(0.4)).tolist() == [value]
+    # a prediction along the line looks at no more than before
+    line = ResultStore(1.0, is_forecasting=True, history=store.history)
+    assert_close(line.predict(0, sigma=signal(0.4)), signal(5.0), ulps=64)
     made = store.forecasts(at)
     made = store.forecasts(at)
     assert list(made) == [0]
