@@ -71,7 +71,7 @@ from flowcache.bench.rivals import (
 from flowcache.errors import UserError
 from flowcache.report.figures import draw_rivals
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
-from flowcache.runtime.files import check_writable, write_json, write_text
+from flowcache.runtime.files import made_folder, write_json, write_text
 from flowcache.runtime.model import load_model
 from flowcache.runtime.stats import environment
 
@@ -107,7 +107,6 @@ def parse_options() -> argparse.Namespace:
         "--lengths",
         type=int,
         nargs="+",
-        default=LENGTHS,
         metavar="N",
         help=f"of --table long: latent frames (default: {' '.join(map(str, LENGTHS))})",
     )
@@ -129,6 +128,11 @@ def compare(options: argparse.Namespace) -> None:
     """Render what is missing, and write the table if nothing is missing any more."""
     settle_checkpoint(options)
     prompts, (part, num_parts) = unseen_prompts(options.prompts), parse_part(options.part)
+    for name, tables in (("lengths", ("long",)), ("profiles", ("reuse", "rivals"))):
+        if getattr(options, name) is not None and options.table not in tables:
+            raise UserError(
+                f"--{name} is of --table {' and '.join(tables)}, not {options.table}: leave it out"
+            )
     comparison = chosen_comparison(options)
     names = [method.name for method in comparison.methods]
     unknown = set(options.methods or ()) - set(names)
@@ -136,7 +140,6 @@ def compare(options: argparse.Namespace) -> None:
         raise UserError(
             f"--methods: {min(unknown)!r} is no row of the table: use some of {', '.join(names)}"
         )
-    check_writable(options.out)
     methods = comparison.chosen(options.methods or names)
     source = Source(
         load_model(options.architecture), options.model, tuple(options.settings), options.out
@@ -181,7 +184,7 @@ def chosen_comparison(options: argparse.Namespace) -> Comparison:
         return replace(comparison, methods=quantized_methods(comparison), base_label="16 bits")
     if options.table == "long":
         key = load_model(options.architecture).keys["num_frames"]
-        methods = long_methods(comparison, options.lengths, key=key)
+        methods = long_methods(comparison, options.lengths or LENGTHS, key=key)
         return replace(comparison, methods=methods)
     model, is_rivals = options.architecture, options.table == "rivals"
     levels = RIVAL_LEVELS if is_rivals else tuple(LEVELS)
@@ -225,7 +228,12 @@ def write_table(
 def main() -> int:
     """Run the command line."""
     options = parse_options()
-    return run_command(lambda: compare(options))
+
+    def command() -> None:
+        with made_folder(options.out):
+            compare(options)
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

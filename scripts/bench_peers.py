@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.files import check_writable, fresh_path, write_json
+from flowcache.runtime.files import fresh_path, made_folder, write_json
 from flowcache.runtime.metrics import psnr
 from flowcache.runtime.stats import environment
 from flowcache.runtime.text_files import table_row
@@ -168,9 +168,9 @@ def measure(options: argparse.Namespace) -> bool:
     """Print and write all comparisons; return whether the results are equal that must be."""
     if options.runs < 1:
         raise UserError(f"--runs must be 1 or more, not {options.runs}")
-    check_writable(options.out)
     torch.set_num_threads(1)
-    found = rows(options)
+    with made_folder(options.out):
+        found = rows(options)
     path = fresh_path(options.out, "bench_peers", ".json")
     report = {"command": " ".join(["python", *sys.argv]), "environment": environment(CPU)}
     write_json(path, {**report, "rows": [{**asdict(row), "ratios": row.ratios} for row in found]})

@@ -18,6 +18,7 @@ by Student's t.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from flowcache.runtime.ending import start_quietly
@@ -27,7 +28,7 @@ start_quietly(__name__)
 from flowcache.errors import UserError
 from flowcache.report.comparison import FILES, compare, text_table, write_files
 from flowcache.runtime.cli import Parser, choose_device, run_command
-from flowcache.runtime.files import check_free, check_writable
+from flowcache.runtime.files import check_free, made_folder
 from flowcache.runtime.metrics import METRICS
 
 EXIT_SOME_FAILED = 1
@@ -58,18 +59,18 @@ def execute(options: argparse.Namespace) -> int:
     metrics = parse_metrics(options.metrics)
     out: Path | None = options.out
     if out is not None:
-        check_writable(out)
         for name in FILES:
             advice = "choose another --out, or --overwrite"
             check_free(out / name, overwrite=options.overwrite, advice=advice)
     device = choose_device(options.device)
-    found = compare(
-        options.a,
-        options.b,
-        metrics=metrics,
-        weights=options.lpips_weights,
-        device=device,
-    )
+    with nullcontext() if out is None else made_folder(out):
+        found = compare(
+            options.a,
+            options.b,
+            metrics=metrics,
+            weights=options.lpips_weights,
+            device=device,
+        )
     print(text_table(found) if found.clips else "no clip could be compared")
     if out is not None:
         write_files(found, out, (options.a, options.b), device=device)

@@ -25,7 +25,7 @@ from flowcache.errors import UserError
 from flowcache.report.page import measure, read_clip, summary, with_video_alarms, write_page
 from flowcache.report.run import SUFFIX, find_record, load_run
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.files import check_free, check_writable, fresh_path, write_text
+from flowcache.runtime.files import check_free, fresh_path, made_folder, write_text
 
 EXIT_ALARM = 1
 MAX_PAGE_BYTES = 5_000_000
@@ -42,12 +42,10 @@ def choose_page(out: Path | None, records: Sequence[Path], *, overwrite: bool) -
     """Return where the page goes: `out`, or a fresh name in the folder of the first record."""
     names = [path.name.removesuffix(SUFFIX) for path in records]
     if out is None:
-        check_writable(records[0].parent)
         return fresh_path(records[0].parent, "-and-".join(names), ".html")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: the page is written as .html: change the name")
     check_free(out, overwrite=overwrite and not out.is_dir())
-    check_writable(out.parent)
     return out
 
 
@@ -88,11 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"one run or two can be explained, {len(options.runs)} were given")
         records = [find_record(path) for path in options.runs]
         path = choose_page(options.out, records, overwrite=options.overwrite)
-        runs = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
-        clips = [read_clip(run.video) for run in runs]
-        runs = [with_video_alarms(run, clip) for run, clip in zip(runs, clips, strict=True)]
-        metrics = measure(clips) if len(runs) == 2 else None
-        write_whole(path, write_page(runs, clips, metrics))
+        with made_folder(path.parent):
+            runs = [load_run(record, letter) for record, letter in zip(records, "AB", strict=False)]
+            clips = [read_clip(run.video) for run in runs]
+            runs = [with_video_alarms(run, clip) for run, clip in zip(runs, clips, strict=True)]
+            metrics = measure(clips) if len(runs) == 2 else None
+            write_whole(path, write_page(runs, clips, metrics))
         print(summary(runs, metrics))
         print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
         alarms.extend(alarm for run in runs for alarm in run.alarms)

@@ -119,7 +119,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--dimensions",
-        default=",".join(VBENCH_DIMENSIONS),
         help="of VBench (default: the 11 of the published tables)",
     )
     parser.add_argument(
@@ -136,8 +135,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def list_tasks(options: argparse.Namespace) -> list[Task]:
-    """Return everything that is to be made."""
+def list_tasks(options: argparse.Namespace, prompts: Mapping[str, Sequence[str]]) -> list[Task]:
+    """Return everything that is to be made.
+
+    Args:
+        prompts: of VBench, if it is that.
+    """
     settings: list[str] = options.settings
     family: str | None = options.family
     if options.protocol is not None:
@@ -162,7 +165,7 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
     if options.prompts is not None:
         tasks = from_lines(options.prompts, run)
     elif options.vbench is not None:
-        tasks = from_vbench(vbench_prompts(options), run)
+        tasks = from_vbench(prompts, run)
     else:
         tasks = from_physics_iq(options.physics_iq, run, table=options.descriptions)
     check_names(tasks)
@@ -170,8 +173,12 @@ def list_tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def vbench_prompts(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the prompts of each of VBench's dimensions that count."""
-    dimensions = options.dimensions.split(",")
+    """Return the prompts of each of VBench's dimensions that count, if it is that."""
+    if options.vbench is None:
+        if options.dimensions is not None:
+            raise UserError("--dimensions are of VBench: give --vbench, too")
+        return {}
+    dimensions = options.dimensions.split(",") if options.dimensions else VBENCH_DIMENSIONS
     return read_vbench_prompts(options.vbench, dimensions, num_prompts=options.num_prompts)
 
 
@@ -189,12 +196,12 @@ def check_numbers(per_prompt: int, seed: int) -> None:
         )
 
 
-def prepare_folder(options: argparse.Namespace) -> Path:
+def prepare_folder(options: argparse.Namespace, prompts: Mapping[str, Sequence[str]]) -> Path:
     """Return the folder of the videos; that of a protocol gets its copy first."""
     check_writable(options.out)
     if options.vbench is not None:
         is_part = options.num_prompts is not None
-        keep_vbench_prompts(vbench_prompts(options), options.out, is_part=is_part)
+        keep_vbench_prompts(prompts, options.out, is_part=is_part)
     if options.physics_iq is not None:  # which benchmark it is; a submission needs it
         keep_descriptions(options.descriptions or physics_iq_table(options.physics_iq), options.out)
     if options.protocol is None:
@@ -224,10 +231,10 @@ def prepare(
     if options.ray and place.size > 1:
         raise UserError("--ray starts its processes itself: start one, without a launcher")
     check_replicas(options.replicas, is_wanted=options.ray)
-    tasks = list_tasks(options)
-    out = prepare_folder(options)
-    renderer = Renderer(_device(place))
-    return tasks, out, renderer, check_kinds(tasks, renderer, options.protocol)
+    prompts = vbench_prompts(options)
+    tasks, renderer = list_tasks(options, prompts), Renderer(_device(place))
+    origins = check_kinds(tasks, renderer, options.protocol)
+    return tasks, prepare_folder(options, prompts), renderer, origins
 
 
 def execute(options: argparse.Namespace, ranks: Ranks) -> int:

@@ -28,7 +28,7 @@ from flowcache.errors import UserError
 from flowcache.predict import PREDICTORS
 from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
-from flowcache.runtime.files import check_free, check_writable, write_json, write_text
+from flowcache.runtime.files import check_free, check_writable, made_folder, write_json, write_text
 from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import write_profile
 from flowcache.runtime.stats import scaled
@@ -182,10 +182,9 @@ def command(options: argparse.Namespace) -> None:
         num_clips=options.clips,
         num_checks=options.check_prompts,
     )
-    check_writable(options.work)
-    check_writable(out.parent)
-    rows = open_rows(options)
-    runs.load()
+    with made_folder(options.work), made_folder(out.parent):
+        rows = open_rows(options)
+        runs.load()
     found = investigate(runs, rows, calibrating, constraints)
     if options.store_check is not None:
         store_check(runs, rows, calibrating, found, constraints, folder=options.store_check)

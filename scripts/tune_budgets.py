@@ -55,7 +55,7 @@ from flowcache.bench.rivals import (
 )
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
-from flowcache.runtime.files import check_writable
+from flowcache.runtime.files import made_folder
 from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import Profile, read_profile
 from flowcache.tuning.gap import ErrorModel
@@ -128,14 +128,18 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse_options(argv)
-    return run_command(lambda: command(options))
+
+    def made() -> None:
+        with made_folder(options.out):
+            command(options)
+
+    return run_command(made)
 
 
 def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     settle_checkpoint(options)
     check_search(options)
-    check_writable(options.out)
     bench = open_bench(options)
     words, preset = bench.comparison.words, bench.comparison.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops

@@ -39,7 +39,7 @@ from flowcache.demo.vae import BatchShape, ClipMixture
 from flowcache.kv import Attend
 from magi1.config import ModelConfig, TokenChoice
 from magi1.dit import DiT, Layer
-from magi1.sampler import Guidance
+from magi1.sampling import Guidance
 from magi1.schedule import step_width
 from magi1.text import NULL_TOKENS, NUM_OTHER, SpecialTokens, chunk_captions
 from magi1.vae import Block, VAEConfig, ViTVAE

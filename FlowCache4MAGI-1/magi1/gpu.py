@@ -27,7 +27,7 @@ from magi1.model import MODEL
 from magi1.pipeline import Conditioning
 from magi1.released import CONFIGS
 from magi1.schedule import Clip, Clock, visible
-from magi1.vae import RELEASED, VAE, VAEConfig, ViTVAE
+from magi1.vae import RELEASED, VAE, ViTVAE
 from magi1.work import latent_size, layout_of, tiling_of
 
 RELEASED_NAME = "4.5B_distill"
@@ -35,17 +35,14 @@ WINDOWS = (5, 4, 3, 2)
 """The released KV window: chunks seen in each quarter of a chunk's steps."""
 CHUNK_TOKENS = 6 * 45 * 45
 """Of 6 latent frames of 720 x 720 pixels."""
-TINY_VAE = VAEConfig(
+TINY_VAE = replace(
+    RELEASED,
     video_size=32,
     video_length=12,
-    z_chans=16,
     embed_dim=16,
     depth=1,
     num_heads=2,
     mlp_ratio=2,
-    qkv_bias=True,
-    ln_in_attn=True,
-    conv_last_layer=True,
     use_final_proj=True,
 )
 FP8_PRODUCT = 2**-7

@@ -19,7 +19,8 @@ from flowcache.runtime.stats import RunStats
 from flowcache.tokens import check_one_process, tokens_of
 from magi1.config import RunConfig
 from magi1.dit import DiT
-from magi1.sampler import ALL_BRANCHES, ClipInputs, ClipSampler, Reuse
+from magi1.sampler import ClipInputs, ClipSampler, Reuse
+from magi1.sampling import ALL_BRANCHES
 from magi1.schedule import Clip
 from magi1.text import NO_TOKENS, SpecialTokens, chunk_captions, null_caption
 from magi1.vae import VAE

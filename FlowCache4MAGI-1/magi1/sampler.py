@@ -15,142 +15,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowcache.compress import SCORED, CompressionStrategy, TokenLayout
-from flowcache.kv import (
-    Attend,
-    KVCache,
-    cached_attention,
-    caches_for,
-    prefetcher_for,
-    tokens_per_chunk,
-)
+from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
 from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.policies import Decision, Observe, ReusePolicy
 from flowcache.predict import PREDICTORS, HeldGuidance, ResultStore
-from flowcache.quantization import KVFormat
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick
 from flowcache.tokens import TokenChoice, chosen_tokens, patches_of, pixels_of
-from magi1.config import Quantity, ReleaseConfig
+from magi1.config import Quantity
 from magi1.dit import ContextKV, DiT, block_flops, context_flops, embed_flops, head_flops, rotate
-from magi1.schedule import Clip, Clock
-
-ALL_BRANCHES = "all"
-"""Branch under which the one decision for all guidance passes is recorded."""
-GUIDANCE = "guidance"
-"""Branch under which the passes without text are recorded where they are held."""
-RANGE_SLACK = 1e-7
-"""A timestep this little below a range's lower end belongs to it."""
-
-
-# Settings -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How the three passes of a base model are weighted, by timestep.
-
-    `(1 - prev) * alone + (prev - text) * no_text + text * with_text`: the chunk alone and without
-    text, with the chunks before it, and with its text as well.
-    """
-
-    t_range: tuple[float, ...]
-    """Lower ends of the ranges of timesteps in which the scales are these."""
-    prev_scales: tuple[float, ...]
-    text_scales: tuple[float, ...]
-
-    def scales(self, t: float) -> tuple[float, float]:
-        """Return `prev` and `text` at a timestep."""
-        place = sum(low - RANGE_SLACK < t for low in self.t_range) - 1
-        return self.prev_scales[place], self.text_scales[place]
-
-
-@dataclass(frozen=True)
-class KVBudget:
-    """A bound on the KV cache and the rule that picks which clean tokens stay."""
-
-    total_chunks: int
-    """Chunks that the cache holds, active ones included."""
-    strategy: CompressionStrategy
-    layout: TokenLayout
-
-    def seen_queries(self, q_SHC: Tensor) -> Tensor:
-        """Return a copy of the queries that the strategy looks at (none, if it looks at none)."""
-        if isinstance(self.strategy, SCORED):
-            return self.strategy.seen_queries(q_SHC, self.layout).clone()
-        return q_SHC[:0]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a clip is denoised.
-
-    Attributes:
-        clock: when each chunk takes which step.
-        guidance: three passes with these weights; None: one pass (distilled models).
-        is_distilled: whether the model is given the step size.
-        clean_t: timestep at which clean chunks are shown to the model.
-        clean_pass: whether a chunk that became clean goes through the model once more, without its
-            text, for its keys. Else they stay those of its last computed step, as in FlowCache.
-        nearly_clean_pass: whether the oldest chunk, once nearly clean, is computed a second time
-            without the chunks before it (one pass only).
-        prev_share: weight of the chunk that saw the ones before it in the mean with the copy that
-            saw none.
-        quantity: what a reused chunk gets again.
-        budget: bound of the KV cache; None: all chunks stay.
-        kv_format: how clean keys and values are quantised; None: they stay as they are.
-        kv_storage: where the KV cache lies; None: on the device.
-    """
-
-    clock: Clock
-    guidance: Guidance | None
-    is_distilled: bool
-    clean_t: float = 0.9999
-    clean_pass: bool = True
-    nearly_clean_pass: bool = True
-    prev_share: float = 0.7
-    quantity: Quantity = "latent_update"
-    budget: KVBudget | None = None
-    kv_format: KVFormat | None = None
-    kv_storage: torch.device | None = None
-
-    @classmethod
-    def of(cls, config: ReleaseConfig) -> "Sampling":
-        """Return what a config of the release describes."""
-        run = config.runtime_config
-        guidance = Guidance(run.cfg_t_range, run.prev_chunk_scales, run.text_scales)
-        return cls(
-            clock=Clock.of(config),
-            guidance=guidance if run.cfg_number > 1 else None,
-            is_distilled=config.engine_config.distill,
-            clean_t=run.clean_t,
-        )
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        """The guidance passes by name: with text; without; the chunk alone and without."""
-        return ("cond",) if self.guidance is None else ("cond", "prev", "alone")
-
-    def has_pass_alone(self, t: float) -> bool:
-        """Tell whether the pass of a chunk alone has any weight in the guidance at a timestep."""
-        return self.guidance is not None and self.guidance.scales(t)[0] != 1
-
-    def is_computed_twice(self, step: int) -> bool:
-        """Tell whether the oldest chunk is also computed without the chunks before it."""
-        is_on = self.nearly_clean_pass and self.guidance is None
-        return is_on and self.clock.is_nearly_clean(step)
-
-
-def cache_chunks(clip: Clip, *, total_chunks: int | None) -> int:
-    """Return how many chunks a KV cache must hold; `total_chunks` is the budget, None: all."""
-    if total_chunks is None:
-        return clip.num_chunks
-    # given chunks go in all at once
-    return max(clip.num_given, min(clip.num_chunks, total_chunks))
-
-
-# What one clip has --------------------------------------------------------------------------------
+from magi1.sampling import ALL_BRANCHES, GUIDANCE, Sampling, cache_chunks
+from magi1.schedule import Clip
 
 
 @dataclass(frozen=True)
@@ -271,7 +147,8 @@ class ClipSampler:
                 self._compress(tick)
                 self._advance(tick, self._velocities(tick))
                 self._finish(tick)
-            self._trace_tokens(tick)
+            caches = {name: branch.caches for name, branch in self.own.items()}
+            self.stats.keep_tokens(0, tick.index, caches, sequence=self.ranks.sequence)
             yield tick, tick.finishing
 
     # One tick -------------------------------------------------------------------------------------
@@ -346,14 +223,7 @@ class ClipSampler:
             if self.reuse.held_guidance.is_on:
                 rows[GUIDANCE] = Decision(decision.is_computed and chunk not in held)
             for branch, row in rows.items():
-                self.stats.record(
-                    segment=0,
-                    tick=tick.index,
-                    chunk=chunk,
-                    step=tick.steps[chunk],
-                    branch=branch,
-                    decision=row,
-                )
+                self.stats.record(tick, chunk, branch, row)
         return [chunk for chunk, decision in plan.items() if decision.is_computed]
 
     def _guided(
@@ -464,16 +334,15 @@ class ClipSampler:
         cost = self._flops(self.null_context, keys=keys, has_head=False)
         self.stats.add_flops(computed=cost, without_reuse=cost)
         if branch.caches:
+            attend = self._attend(branch, offset=0, reach=reach, keeps_queries=not branch.queries)
             self._hidden(
                 self.inputs.fixed(chunk),
+                self.null_context,
+                attend,
                 t=self.sampling.clean_t,
                 tick=tick,
                 position=chunk,
                 is_null=is_null,
-                context=self.null_context,
-                attend=self._attend(
-                    branch, offset=0, reach=reach, keeps_queries=not branch.queries
-                ),
             )
 
     def _settle(self, chunk: int) -> None:
@@ -537,23 +406,15 @@ class ClipSampler:
 
     def _through_cache(self, name: str, tick: Tick, chunk: int) -> Tensor:
         """Compute a chunk's velocity with the keys of those before it."""
-        branch = self.branches[name]
+        branch, rows = self.branches[name], self.rows.get(chunk)
         attend = self._attend(
             branch,
             offset=list(tick.steps).index(chunk) * self.chunk_tokens,
             reach=self.clock.reach(tick.steps[chunk]),
             keeps_queries=self.sampling.budget is not None,
-            rows=self.rows.get(chunk),
+            rows=rows,
         )
-        return self._pass(
-            name,
-            tick,
-            chunk,
-            position=chunk,
-            is_null=branch.is_null,
-            attend=attend,
-            rows=self.rows.get(chunk),
-        )
+        return self._pass(name, tick, chunk, attend, is_null=branch.is_null, rows=rows)
 
     def _alone(self, name: str, tick: Tick, chunk: int, *, position: int) -> Tensor:
         """Compute a chunk's velocity without the chunks before it; as "alone" without its text.
@@ -564,34 +425,34 @@ class ClipSampler:
         def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.dit.kernel(q, k, v)
 
-        is_null = name == "alone"
-        return self._pass(name, tick, chunk, position=position, is_null=is_null, attend=attend)
+        return self._pass(name, tick, chunk, attend, is_null=name == "alone", position=position)
 
     def _pass(
         self,
         name: str,
         tick: Tick,
         chunk: int,
-        *,
-        position: int,
-        is_null: bool,
         attend: Attend,
+        *,
+        is_null: bool,
+        position: int | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Compute a chunk's velocity `[C, F, h, w]` as `name`, and show it.
 
         Args:
+            position: chunk in whose place it stands; None: its own.
             rows: tokens whose velocities are computed; the others mean nothing. None: all.
         """
         with self.stats.timed_pass([self._pass_id(tick, chunk, is_text=not is_null)]):
             hidden = self._hidden(
                 self.inputs.frames(chunk),
+                self.null_context if is_null else self.contexts[chunk],
+                attend,
                 t=self.timesteps[tick.steps[chunk]],
                 tick=tick,
-                position=position,
+                position=chunk if position is None else position,
                 is_null=is_null,
-                context=self.null_context if is_null else self.contexts[chunk],
-                attend=attend,
                 rows=rows,
             )
             velocity = self.dit.velocity(
@@ -603,13 +464,13 @@ class ClipSampler:
     def _hidden(
         self,
         x_CFhw: Tensor,
+        context: Sequence[ContextKV],
+        attend: Attend,
         *,
         t: float,
         tick: Tick,
         position: int,
         is_null: bool,
-        context: Sequence[ContextKV],
-        attend: Attend,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Send one chunk, placed as chunk `position`, through all layers."""
@@ -787,17 +648,6 @@ class ClipSampler:
             velocity=velocity,
             sigma=1 - self.timesteps[step],
         )
-
-    def _trace_tokens(self, tick: Tick) -> None:
-        """Trace the clean tokens in the caches after a tick."""
-        for name, branch in self.own.items():
-            tokens = partial(self._tokens_per_chunk, branch)
-            self.stats.keep_tokens(0, tick.index, branch=name, tokens=tokens)
-
-    def _tokens_per_chunk(self, branch: CachedPass) -> Tensor:
-        """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
-        sequence = self.ranks.sequence
-        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
 
 def noise_levels(t: float, *, like: Tensor) -> Tensor:

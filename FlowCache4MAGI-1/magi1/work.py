@@ -25,7 +25,7 @@ from flowcache.runtime.profile import policy_maker
 from flowcache.schedule import Tick
 from magi1.config import PIXELS_PER_LATENT, PIXELS_PER_TOKEN, ModelConfig, RunConfig
 from magi1.dit import DiT, block_flops, context_flops, embed_flops, head_flops, set_precision
-from magi1.sampler import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_chunks
+from magi1.sampling import ALL_BRANCHES, GUIDANCE, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip
 from magi1.text import NULL_TOKENS
 from magi1.vae import Tiling

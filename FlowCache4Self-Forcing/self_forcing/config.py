@@ -114,6 +114,11 @@ class RunConfig:
         return 3.0 if self.guidance is None else self.guidance
 
     @property
+    def hidden_frames(self) -> int:
+        """Pixel frames of the given video that the new ones go on from, which were shown before."""
+        return self.overlap_history or 0 if self.video else 0
+
+    @property
     def scenes(self) -> Scenes:
         """Prompts, each with the latent frame from which on it holds; the first one with 0."""
         return scenes_of(self.prompt) if self.prompts is None else self.prompts

@@ -64,14 +64,7 @@ def new_dit() -> DiT:
 
 def load_encoder() -> text.TextEncoder:
     """Load the base's text encoder."""
-    base = find_base()
-    return text.load_encoder(
-        base.text_encoder,
-        tokenizer=base.tokenizer,
-        text_len=base.config.text_len,
-        dtype=torch.float32,
-        device="cpu",
-    )
+    return find_base().load_text(dtype=torch.float32, device="cpu")
 
 
 def base_hashes(training: Training) -> dict[str, str]:

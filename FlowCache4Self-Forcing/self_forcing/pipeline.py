@@ -105,8 +105,7 @@ def generate(
             scenes=conditioning.scenes,
         )
         # the frames of a video that goes on were shown before; its decoder needs them all the same
-        hidden = 0 if config.video is None else config.overlap_history or 0
-        waiting = [(latents[:, :num_given], hidden)] if num_given else []
+        waiting = [(latents[:, :num_given], config.hidden_frames)] if num_given else []
         for tick, finished in sampler.denoise():
             if finished:
                 own = slice(chunks[finished[0]].start, chunks[finished[-1]].stop)

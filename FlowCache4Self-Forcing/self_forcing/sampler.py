@@ -271,9 +271,8 @@ class Sampler:
         """
         own, computed = self._frames(list(times)), Decision(is_computed=True)
         for name in self.cached.names:
-            for chunk, step in tick.steps.items():
-                place = {"segment": 0, "tick": tick.index, "chunk": chunk, "step": step}
-                self.cached.stats.record(**place, branch=name, decision=computed)
+            for chunk in tick.steps:
+                self.cached.stats.record(tick, chunk, name, computed)
         if self.unfed is not None:
             return self._with_clean_pass(self.unfed, tick, times)
         return self.cached.velocities(

@@ -7,15 +7,16 @@ import torch
 
 from flowcache.compress import TokenLayout
 from flowcache.errors import UserError
-from flowcache.runtime.config import check_work
+from flowcache.runtime.config import check_pass, check_work
 from flowcache.runtime.model import SegmentWork, Work
+from flowcache.runtime.plan import Pass, most_active
 from flowcache.wan.dit import DiTConfig
 from flowcache.wan.flow_match import levels_of
 from flowcache.wan.kept import Budget
 from flowcache.wan.memory import Held
 from flowcache.wan.scenes import switches_of
-from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from flowcache.wan.work import Call, chunk_work, tokens_per_frame
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames, pixel_frames
+from flowcache.wan.work import result_bytes, tokens_per_frame, wan_work
 from self_forcing.config import MAX_POSITIONS, RunConfig
 from self_forcing.sampler import Sampling
 
@@ -65,17 +66,17 @@ def chunks_of(num_frames: int, *, size: int, is_first_alone: bool = False) -> li
     return [range(a, b) for a, b in zip(starts, [*starts[1:], num_frames], strict=True)]
 
 
-def latent_frames(config: RunConfig, name: str, value: int) -> int:
+def whole_frames(config: RunConfig, name: str, value: int) -> int:
     """Return the latent frames of some pixel frames, which must fill chunks."""
     first = 1 if config.first_frame_alone else config.chunk_frames
-    low, step = TEMPORAL_STRIDE * (first - 1) + 1, TEMPORAL_STRIDE * config.chunk_frames
+    low, step = pixel_frames(first), TEMPORAL_STRIDE * config.chunk_frames
     near = low + max(round((value - low) / step), 0) * step
     if value != near:
         raise UserError(
             f"{name} is {value}, which does not fill chunks of {config.chunk_frames} latent frames"
             f"{' after a single one' if config.first_frame_alone else ''}: use {near}"
         )
-    return (value - 1) // TEMPORAL_STRIDE + 1
+    return latent_frames(value)
 
 
 def given_frames(config: RunConfig) -> int:
@@ -83,7 +84,7 @@ def given_frames(config: RunConfig) -> int:
     if config.video is not None:
         if config.overlap_history is None or config.image is not None:
             raise UserError("video needs overlap_history, and goes without image")
-        return latent_frames(config, "overlap_history", config.overlap_history)
+        return whole_frames(config, "overlap_history", config.overlap_history)
     if config.image is None:
         return 0
     if config.chunk_frames > 1 and not config.first_frame_alone:
@@ -106,57 +107,69 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     segment = _segment(config, sampling, frame_tokens)
     switches = switches_of(config.scenes, chunks=segment.cut, generated=segment.generated)
     sampling = replace(sampling, switches=switches, recaches=config.recache)
-    return chunk_work(
+    branches = ("cond",) if sampling.steps or sampling.guidance <= 1 else ("cond", "uncond")
+    queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
+    check_pass(queries, sizes="height, width or the frames of a chunk")
+    # what every block changes, at each step of a chunk
+    num_stored = len({*sampling.steps, *sampling.first_steps}) * sampling.reuses_blocks
+    stored = num_stored * sizes.num_layers * queries * sizes.dim * dtype.itemsize
+    if not sampling.steps:
+        stored += len(branches) * result_bytes(sizes, config.reuse, queries, dtype)
+    return wan_work(
         sizes,
-        segment,
-        calls_of(sampling, segment),
-        branches=("cond",) if sampling.steps or sampling.guidance <= 1 else ("cond", "uncond"),
+        [segment],
+        ([own] for own in passes_of(sampling, segment)),
+        branches=branches,
+        queries=queries,
+        pass_tokens=queries,
         frame_tokens=frame_tokens,
         dtype=dtype,
         loop=sampling,
         kv=config.kv,
+        num_scored=0 if sampling.budget is None else sampling.budget.num_scoring,
+        stored_bytes=stored,
         waits=sampling.clean_pass == "merged",
-        reuse=None if sampling.steps else config.reuse,
-        stored_steps=len({*sampling.steps, *sampling.first_steps}) * sampling.reuses_blocks,
-        num_prompts=1 + len(switches),
-        num_scoring=0 if sampling.budget is None else sampling.budget.num_scoring,
+        num_scenes=1 + len(switches),
     )
 
 
-def calls_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Call]:
-    """Yield all calls of a run."""
-    chunks, clean, sink = segment.cut, 0, len(segment.cut[0])
+def passes_of(sampling: Sampling, segment: SegmentWork) -> Iterator[Pass]:
+    """Yield all passes of a run; of chunks that are denoised together one, with the first's id."""
+    tokens, chunks, clean, sink = segment.tokens, segment.cut, 0, len(segment.cut[0])
+    frame_tokens = tokens[0] // sink
 
-    def call(active: list[int], *, is_clean: bool, has_head: bool = False) -> Call:
+    def made(active: list[int], *, is_clean: bool, has_head: bool = False) -> Pass:
         nonlocal clean
         size = sum(len(chunks[chunk]) for chunk in active)
         clean = sampling.room(size, clean)
         seen = sum(sampling.reach(size, clean, sink=sink, is_clean=is_clean))
         clean += size if is_clean else 0
-        return Call(size, seen, is_clean and not has_head)
+        queries = sum(tokens[chunk] for chunk in active)
+        keys = queries + seen * frame_tokens
+        return Pass(active[0], None if is_clean and not has_head else 0, queries, keys)
 
     for chunk in segment.given:
-        yield call([chunk], is_clean=True)
+        yield made([chunk], is_clean=True)
     for tick in segment.ticks:
         for entering in tick.entering:
             anew = sampling.recached(entering, chunks=chunks, clean=clean)
             clean -= sum(len(chunks[chunk]) for chunk in anew)
             for chunk in anew:
-                yield call([chunk], is_clean=True)
-        yield call(list(tick.steps), is_clean=False)
+                yield made([chunk], is_clean=True)
+        yield made(list(tick.steps), is_clean=False)
         for chunk in tick.finishing:
             if sampling.clean_pass == "skipped":
                 clean += len(chunks[chunk])
             elif sampling.clean_pass == "refined":
-                yield call([chunk], is_clean=True, has_head=True)
+                yield made([chunk], is_clean=True, has_head=True)
             elif not tick.is_last:
-                yield call([chunk], is_clean=True)
+                yield made([chunk], is_clean=True)
 
 
 def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
     """Return what the loop keeps in memory."""
     (part,) = work.segments
-    given = 1 if config.image is not None else (config.overlap_history or 0) * bool(config.video)
+    given = 1 if config.image is not None else config.hidden_frames
     pixels = config.height * config.width
     num_latents = part.cut[-1].stop * pixels // SPATIAL_STRIDE**2
     return Held(
@@ -171,7 +184,7 @@ def held_of(config: RunConfig, work: Work, sizes: DiTConfig) -> Held:
 
 def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> SegmentWork:
     """Return the ticks and chunks of a video."""
-    num_frames = latent_frames(config, "num_frames", config.num_frames)
+    num_frames = whole_frames(config, "num_frames", config.num_frames)
     given = given_frames(config)
     limit = num_frames
     if sampling.is_relative:
@@ -197,11 +210,9 @@ def _segment(config: RunConfig, sampling: Sampling, frame_tokens: int) -> Segmen
         held = min(num_frames, sampling.window + own)
     if sampling.budget is not None:
         held = min(num_frames, -(-sampling.budget.held_tokens // frame_tokens))
-    hidden = config.overlap_history or 0 if config.video else 0
 
     def shown(latent: int) -> int:
-        pixels = TEMPORAL_STRIDE * (latent - 1) + 1 if latent else 0
-        return max(pixels - hidden, 0)
+        return max(pixel_frames(latent) - config.hidden_frames, 0) if latent else 0
 
     return SegmentWork(
         ticks=sampling.ticks(range(num_given, len(chunks))),

@@ -67,13 +67,7 @@ def load_components(
         MODEL.find(str(found.folder)),
         found.dit.load(dtype=dtype, device=host),
         own,
-        text.load_encoder(
-            found.text_encoder,
-            tokenizer=found.tokenizer,
-            text_len=found.config.text_len,
-            dtype=dtype,
-            device=host,
-        ),
+        found.load_text(dtype=dtype, device=host),
         scheduler,
     )
 

@@ -40,14 +40,14 @@ from flowcache.wan.calibration import rescale_for
 from flowcache.wan.dit import DiT
 from flowcache.wan.given import Conditioning, Media
 from flowcache.wan.unipc import timestep_grid
-from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE, latent_frames
 from skyreels_v2.components import Components, components_of, load_components
 from skyreels_v2.config import RunConfig
 from skyreels_v2.inputs import check_mode
 from skyreels_v2.model import SkyReels
 from skyreels_v2.pipeline import SegmentProgress, generate
 from skyreels_v2.sampler import WAITING_TIMESTEP
-from skyreels_v2.window import Window, latent_frames
+from skyreels_v2.window import Window
 
 __all__ = [
     "SkyReelsV2FlowCacheImageToVideoPipeline",

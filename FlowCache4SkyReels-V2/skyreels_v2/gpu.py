@@ -28,7 +28,7 @@ from flowcache.runtime.parallel import Ranks
 from flowcache.wan import quantize
 from flowcache.wan.dit import DiT, DiTConfig, blocks_flops
 from flowcache.wan.given import Conditioning
-from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE, released
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAE, latent_frames, released
 from skyreels_v2.model import MODEL, released_sizes
 
 RELEASED = released_sizes("df-1.3b-540p")
@@ -59,7 +59,7 @@ class GreyVAE:
     def encode(self, pixels_B3THW: Tensor, /) -> Tensor:
         """Return latents of zeros."""
         batch, _, num_frames, height, width = pixels_B3THW.shape
-        num_latents = (num_frames - 1) // TEMPORAL_STRIDE + 1
+        num_latents = latent_frames(num_frames)
         shape = (
             batch,
             RELEASED.out_dim,

@@ -23,14 +23,14 @@ from flowcache.runtime.stats import RunStats
 from flowcache.schedule import Tick
 from flowcache.tokens import check_one_process, tokens_of
 from flowcache.wan.cached import add_flops_of_others, encode_contexts, kv_layout, open_caches
-from flowcache.wan.calibration import policy_maker, rescale_for
+from flowcache.wan.calibration import policies_of, rescale_for
 from flowcache.wan.codec import Codec, LatentCodec
 from flowcache.wan.dit import ContextKV, DiT
 from flowcache.wan.given import Conditioning
-from flowcache.wan.vae import SPATIAL_STRIDE
+from flowcache.wan.vae import SPATIAL_STRIDE, pixel_frames
 from skyreels_v2.config import RunConfig
 from skyreels_v2.sampler import Branch, Run, WindowSampler
-from skyreels_v2.window import Segment, Window, pixel_frames
+from skyreels_v2.window import Segment, Window
 from skyreels_v2.work import compression_of, work_of
 
 MASK_CHANNELS = 4
@@ -63,7 +63,7 @@ def generate(
     """Make a video with a transformer on the device of the run; see `VideoModel.generate`."""
     device = dit.patch_embedding.weight.device
     draw = seeded_noise(config.seed, device=device) if draw is None else draw
-    policies = policies or _settings_policies(config, dit)
+    policies = policies or policies_of(config, dit.config)
     work = work or work_of(config, dit.config, dtype=dit.dtype)
     compression = work.loop.compression
     if device.type == "cuda" and dit.parts.compilation is not None:
@@ -120,11 +120,6 @@ def generate(
 
 
 # Before the first segment -------------------------------------------------------------------------
-
-
-def _settings_policies(config: RunConfig, dit: DiT) -> Policies:
-    make_policy = policy_maker(config, dit.config)
-    return lambda *, segment, branch: make_policy()  # noqa: ARG005
 
 
 def _draw_noise(draw: Draw, config: RunConfig, segment: Segment, *, dit: DiT) -> Tensor:

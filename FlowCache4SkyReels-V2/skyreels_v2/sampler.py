@@ -10,28 +10,20 @@ batch is 1, or has one entry per guidance branch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flowcache.kv import Compression, KVCache, cached_attention, prefetcher_for, tokens_per_chunk
-from flowcache.policies import (
-    Decision,
-    Decisions,
-    Observe,
-    ReusePolicy,
-    agree,
-    compute_together,
-)
+from flowcache.kv import Compression, KVCache, cached_attention, prefetcher_for
+from flowcache.policies import Observe, ReusePolicy
 from flowcache.predict import PREDICTORS, HeldGuidance, Level, Quantity, ResultStore
 from flowcache.runtime.ops import on_device
 from flowcache.runtime.parallel import Ranks, TokenSplit
 from flowcache.runtime.stats import PassId, RunStats
 from flowcache.schedule import Tick, staggered
-from flowcache.tokens import TokenChoice, chosen_tokens, patches_of, pixels_of
+from flowcache.tokens import TokenChoice, patches_of
 from flowcache.wan.calibration import Signal
 from flowcache.wan.dit import (
     PATCH,
@@ -44,16 +36,12 @@ from flowcache.wan.dit import (
     join_contexts,
     whole_window,
 )
+from flowcache.wan.reuse import WHOLE_WINDOW, BranchReuse, Computed, NoisyChunk
 from flowcache.wan.unipc import UniPC, timestep_grid
 from skyreels_v2.window import Window
 
 WAITING_TIMESTEP = 999
 """Timestep shown to the model for chunks that are still pure noise."""
-WHOLE_WINDOW = -1
-"""Id under which results of the whole window are stored, which full attention computes at once."""
-
-Computed = dict[str, tuple[Tensor, Tensor]]
-"""Branch -> a chunk's tokens after the blocks, `[1, S, D]`, and its velocity `[C, F, h, w]`."""
 
 
 @dataclass(frozen=True)
@@ -120,40 +108,6 @@ class Branch:
     """Which tokens of a chunk are computed; None: all."""
 
 
-@dataclass(frozen=True)
-class NoisyChunk:
-    """A chunk in one tick, noisy and embedded; with full attention the whole window."""
-
-    id: int
-    """The chunk, or `WHOLE_WINDOW`."""
-    active: tuple[int, ...]
-    """The active chunks in it."""
-    latents: Tensor
-    """`[C, F, h, w]`."""
-    sigma: Tensor
-    """Noise level of each frame, `[F]`."""
-    embedded: Embedded
-    offset: int = 0
-    """Tokens of the active chunks before it."""
-    computed: tuple[str, ...] = ()
-    """Branches in which it goes through the blocks, those of other processes included."""
-    is_held: bool = False
-    """Whether "cond" alone goes through the blocks, and the others' difference to it is held."""
-    rows: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Branches in which some tokens alone go through the blocks, and which."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.embedded.tokens.shape[1]
-
-    def computed_tokens(self, branch: str) -> Tensor | None:
-        """Return which of its tokens are computed, `[F, P]` bool; None: all."""
-        if branch not in self.rows:
-            return None
-        num_frames, num_tokens = len(self.sigma), self.num_tokens
-        return chosen_tokens(self.rows[branch], num_frames=num_frames, num_tokens=num_tokens)
-
-
 class WindowSampler:
     """Denoises one window; lives as long as it does.
 
@@ -180,9 +134,28 @@ class WindowSampler:
         self.branches = branches
         # of this process
         self.own = {name: branches[name] for name in run.ranks.local_branches(list(branches))}
-        # of the guided latents, where their updates are what is reused
-        self.updates = run.new_store()
-        self.guidance = run.new_guidance()
+        height, width = latents.shape[-2:]
+
+        # no method: a cycle would keep the caches of a window that is done
+        def read(hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
+            size = {"latent_height": height, "latent_width": width}
+            return run.dit.velocity(hidden_BSD, embedded, **size)[0]
+
+        self.reuse = BranchReuse(
+            signal=self.sampling.signal,
+            quantity=self.sampling.quantity,
+            scale=self.sampling.guidance,
+            policies={name: branch.policy for name, branch in branches.items()},
+            results={name: branch.results for name, branch in branches.items()},
+            tokens={name: b.tokens for name, b in branches.items() if b.tokens is not None},
+            updates=run.new_store(),
+            guidance=run.new_guidance(),
+            stats=run.stats,
+            ranks=run.ranks,
+            read=read,
+            observe=run.observe,
+            segment=segment,
+        )
         num_steps, shift = self.sampling.num_steps, self.sampling.shift
         self.timesteps, self.sigmas = timestep_grid(num_steps, shift=shift)
         self.solvers = {chunk: UniPC(num_steps, shift=shift) for chunk in window.generated}
@@ -193,8 +166,8 @@ class WindowSampler:
             self.batched_context = join_contexts([branch.context for branch in self.own.values()])
         self.rope = run.dit.rope(
             torch.arange(window.num_frames, device=latents.device),
-            latent_height=latents.shape[-2],
-            latent_width=latents.shape[-1],
+            latent_height=height,
+            latent_width=width,
         )
         self.frame_tokens = len(self.rope) // window.num_frames
         if self.stats.trace is not None:
@@ -210,7 +183,10 @@ class WindowSampler:
             with self.stats.timed_tick(self.segment, tick.index), self.stats.stage("dit"):
                 self._advance(tick, self._velocities(tick))
                 self._finish(tick)
-            self._trace_tokens(tick)
+            caches = {name: own.caches for name, own in self.own.items() if own.caches}
+            self.stats.keep_tokens(
+                self.segment, tick.index, caches, sequence=self.run.ranks.sequence
+            )
             yield tick, tick.finishing
 
     # One tick ---------------------------------------------------------------------------------
@@ -220,14 +196,13 @@ class WindowSampler:
         is_causal = self.sampling.attention == "causal"
         noisy = self._embed_active(tick) if is_causal else [self._embed_window(tick)]
         guided: dict[int, Tensor] = {}
-        for group in self._until_settled(tick, self._decide(tick, noisy)):
+        decided = self.reuse.decide(tick, noisy, self._signals(noisy))
+        for group in self._until_settled(tick, decided):
             computed = self._compute(tick, group)
             for chunk in group:
-                velocities = self._by_branch(tick, chunk, computed.get(chunk.id, {}))
-                if velocities:
-                    guided[chunk.id] = velocity = self._guide(velocities)
-                    if len(chunk.computed) == len(self.branches):
-                        self._show(tick, chunk, "guided", velocity)
+                velocity = self.reuse.guided(tick, chunk, computed[chunk.id])
+                if velocity is not None:
+                    guided[chunk.id] = velocity
             if self._settles(tick, group[-1].id):
                 self._settle(group[-1].id)
         if WHOLE_WINDOW in guided:
@@ -239,15 +214,15 @@ class WindowSampler:
         """Take one solver step with every active chunk."""
         for chunk, step in tick.steps.items():
             latents, solver = self.latents[:, self._frames(chunk)], self.solvers[chunk]
-            sigma = self._tensor([self.sigmas[step]] * latents.shape[1])
+            sigma = self.sigmas[step]
             if chunk not in velocities:
-                latents += self.updates.predict(chunk, sigma=sigma).movedim(0, 1)
+                latents += self.reuse.predicted_update(chunk, sigma=sigma, like=latents)
                 solver.skip()
                 continue
             before = latents.clone() if self.sampling.level == "step" else None
             solver.advance_(latents, velocity=velocities[chunk])
             if before is not None:
-                self.updates.put(chunk, (latents - before).movedim(1, 0), sigma=sigma)
+                self.reuse.put_update(chunk, latents - before, sigma=sigma)
             for branch in self.own.values():
                 if branch.tokens is not None and branch.tokens.weighed == "latent":
                     branch.tokens.see(chunk, patches_of(latents, size=PATCH[1]))
@@ -256,12 +231,7 @@ class WindowSampler:
         """Make the chunks clean that took their last step: results dropped, keys settled."""
         for chunk in tick.finishing:
             self.clean.add(chunk)
-            self.updates.drop(chunk)
-            self.guidance.drop(chunk)
-            for branch in self.branches.values():
-                branch.results.drop(chunk)
-                if branch.tokens is not None:
-                    branch.tokens.drop(chunk)
+            self.reuse.drop(chunk)
             if self.sampling.attention == "causal" and self.sampling.clean_pass:
                 if not tick.is_last:  # else nobody would see the keys
                     self._feed_clean(chunk, timestep=0)
@@ -277,7 +247,8 @@ class WindowSampler:
             latents[:, :prefix] = self._noised(latents[:, :prefix])
             times[:prefix] = [self.sampling.addnoise] * prefix
         embedded = self._embed(latents, frames=list(range(self.window.num_frames)), times=times)
-        return NoisyChunk(WHOLE_WINDOW, tuple(tick.steps), latents, sigma, embedded)
+        active = {c: (self._frames(c), self.sigmas[step]) for c, step in tick.steps.items()}
+        return NoisyChunk(WHOLE_WINDOW, active, latents, sigma, embedded)
 
     def _embed_active(self, tick: Tick) -> list[NoisyChunk]:
         """Embed the active chunks, all at once, and take them apart again."""
@@ -287,10 +258,11 @@ class WindowSampler:
         embedded = self._embed(latents, frames=frames, times=times)
         chunks: list[NoisyChunk] = []
         start = offset = 0
-        for chunk in tick.steps:
+        for chunk, step in tick.steps.items():
             stop = start + len(self.window.chunks[chunk])
             own, part = slice(start, stop), embedded.frames(start, stop)
-            chunks.append(NoisyChunk(chunk, (chunk,), latents[:, own], sigma[own], part, offset))
+            active = {chunk: (slice(None), self.sigmas[step])}
+            chunks.append(NoisyChunk(chunk, active, latents[:, own], sigma[own], part, offset))
             # the keys of one that settles in this tick count as clean for those behind it
             offset += 0 if self._settles(tick, chunk) else chunks[-1].num_tokens
             start = stop
@@ -335,63 +307,14 @@ class WindowSampler:
 
     # What is computed -------------------------------------------------------------------------
 
-    def _decide(self, tick: Tick, chunks: Sequence[NoisyChunk]) -> list[NoisyChunk]:
-        """Return the chunks with the branches in which each is computed."""
-        sampling, compared = self.sampling, self._signals(chunks)
-        policies = {name: branch.policy for name, branch in self.branches.items()}
-        plans = dict[str, Decisions]()
-        for name, branch in self.branches.items():
-            stored = self._stored(branch, chunks=tick.steps)
-            signals = compared
-            if branch.policy.needs_forecasts:
-                results = self.updates if sampling.level == "step" else branch.results
-                signals = results.forecasts({chunk.id: chunk.sigma for chunk in chunks})
-            plans[name] = branch.policy.plan(tick, signals, stored=stored)
-            if branch.tokens is not None:
-                plans[name] = branch.tokens.choose(tick, plans[name], stored=stored)
-        if sampling.attention == "full":
-            plans = {n: compute_together(policies[n], plan) for n, plan in plans.items()}
-        held = {
-            chunk
-            for chunk, step in tick.steps.items()
-            if self.guidance.is_held(chunk, step, num_steps=sampling.num_steps)
-        }
-        if sampling.level == "step":
-            plans = agree(policies, plans, apart=held)
-        for plan in (plan for name, plan in plans.items() if name != "cond"):
-            plan.update({c: replace(plan[c], is_computed=False) for c in held})
-        self._record(tick, plans)
-        decided: list[NoisyChunk] = []
-        for chunk in chunks:
-            computed = tuple(
-                name
-                for name, plan in plans.items()
-                if any(plan[active].is_computed for active in chunk.active)
-            )
-            is_held = chunk.id in held and "cond" in computed
-            own = {n: plans[n][c].rows for n in computed for c in chunk.active if c == chunk.id}
-            rows = {name: part for name, part in own.items() if part is not None}
-            decided.append(replace(chunk, computed=computed, is_held=is_held, rows=rows))
-        return decided
-
     def _signals(self, chunks: Sequence[NoisyChunk]) -> dict[int, Tensor]:
         """Return what the policies compare: of the active chunks, or of all in the window."""
         if self.sampling.attention == "causal":
-            return {chunk.id: self._signal(chunk.embedded) for chunk in chunks}
+            return {chunk.id: self.reuse.signal_of(chunk.embedded) for chunk in chunks}
         (whole,) = chunks
         bounds = {chunk: self.window.chunks[chunk] for chunk in self._in_time()}
-        return {c: self._signal(whole.embedded.frames(b.start, b.stop)) for c, b in bounds.items()}
-
-    def _signal(self, part: Embedded) -> Tensor:
-        parts = {"timestep": part.modulation, "timestep_embedding": part.time}
-        return (parts | {"content": part.tokens})[self.sampling.signal]
-
-    def _stored(self, branch: Branch, *, chunks: Mapping[int, int]) -> set[int]:
-        """Return the active chunks that have a stored result."""
-        if self.sampling.level == "step":
-            return set(chunks) & set(self.updates.units())
-        units = branch.results.units()
-        return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
+        parts = {c: whole.embedded.frames(b.start, b.stop) for c, b in bounds.items()}
+        return {chunk: self.reuse.signal_of(part) for chunk, part in parts.items()}
 
     # Velocities -------------------------------------------------------------------------------
 
@@ -407,82 +330,6 @@ class WindowSampler:
             if self._settles(tick, chunk.id) or number == len(chunks):
                 yield chunks[start:number]
                 start = number
-
-    def _by_branch(self, tick: Tick, chunk: NoisyChunk, computed: Computed) -> dict[str, Tensor]:
-        """Return a chunk's velocity in each branch: computed, predicted, or by held guidance."""
-        if not chunk.computed and self.sampling.level == "step":
-            return {}
-        names = [n for n in self.branches if n in chunk.computed or not chunk.is_held]
-        own = {
-            name: self._store_computed(name, chunk, *computed[name])
-            if name in computed
-            else self._predict(branch, chunk)
-            for name, branch in self.own.items()
-            if name in names
-        }
-        velocities = self.run.ranks.gather_branches(own, names=names, like=chunk.latents)
-        for name in chunk.computed:
-            self._show(tick, chunk, name, velocities[name])
-        for name in self.branches:
-            if name not in names:
-                velocities[name] = velocities["cond"] + self.guidance.take(chunk.id)
-                if name in self.own:
-                    self._store(self.own[name], chunk, velocities[name])
-        if len(chunk.computed) == 2:
-            self.guidance.put(chunk.id, velocities["uncond"] - velocities["cond"])
-        return velocities
-
-    def _guide(self, velocities: Mapping[str, Tensor]) -> Tensor:
-        """Move a velocity away from that of the branch without the prompt."""
-        if "uncond" not in velocities:
-            return velocities["cond"]
-        uncond = velocities["uncond"]
-        return uncond + self.sampling.guidance * (velocities["cond"] - uncond)
-
-    # Stored results ---------------------------------------------------------------------------
-
-    def _store_computed(
-        self, name: str, chunk: NoisyChunk, hidden_BSD: Tensor, velocity: Tensor
-    ) -> Tensor:
-        """Store what a branch computed; return its velocity, predicted for tokens left out."""
-        branch, is_own_FP = self.own[name], chunk.computed_tokens(name)
-        if self.sampling.level == "tokens":
-            change = (hidden_BSD - chunk.embedded.tokens)[0].unflatten(0, (len(chunk.sigma), -1))
-            where = None if is_own_FP is None else is_own_FP.unsqueeze(-1)
-            branch.results.put(chunk.id, change, sigma=chunk.sigma, where=where)
-            self._see(branch, chunk, hidden_BSD)
-        elif is_own_FP is None:
-            self._store(branch, chunk, velocity)
-        else:
-            where = pixels_of(is_own_FP, size=PATCH[1], like=velocity)
-            velocity = velocity.where(where, self._predict(branch, chunk))
-            self._store(branch, chunk, velocity, where=where.movedim(1, 0))
-        return velocity
-
-    def _store(
-        self, branch: Branch, chunk: NoisyChunk, velocity: Tensor, *, where: Tensor | None = None
-    ) -> None:
-        """Store a velocity of one branch, or what the predictor makes of it."""
-        if self.sampling.level == "step":  # stored of the guided latent, by `_advance`
-            return
-        stored = PREDICTORS[self.sampling.quantity].stored
-        value = stored(velocity.movedim(1, 0), chunk.latents.movedim(1, 0), chunk.sigma)
-        branch.results.put(chunk.id, value, sigma=chunk.sigma, where=where)
-
-    def _see(self, branch: Branch, chunk: NoisyChunk, hidden_BSD: Tensor) -> None:
-        """Show the choice of tokens what the blocks, or a prediction, made of a chunk."""
-        if branch.tokens is not None and branch.tokens.weighed == "hidden":
-            branch.tokens.see(chunk.id, hidden_BSD[0].unflatten(0, (len(chunk.sigma), -1)))
-
-    def _predict(self, branch: Branch, chunk: NoisyChunk) -> Tensor:
-        """Predict a velocity of one branch, `[C, F, h, w]`, from what is stored."""
-        predicted = branch.results.predict(chunk.id, sigma=chunk.sigma)
-        if self.sampling.level == "tokens":
-            hidden = chunk.embedded.tokens + predicted.flatten(0, 1)
-            self._see(branch, chunk, hidden)
-            return self._read_velocity(hidden, chunk.embedded)
-        velocity = PREDICTORS[self.sampling.quantity].velocity
-        return velocity(predicted, chunk.latents.movedim(1, 0), chunk.sigma).movedim(0, 1)
 
     # Through the blocks -----------------------------------------------------------------------
 
@@ -510,7 +357,7 @@ class WindowSampler:
             frames = [len(chunk.sigma) for chunk in batch]
             tokens = [chunk.num_tokens for chunk in batch]
             for name, whole in hidden.items():
-                velocities = self._read_velocity(whole, embedded).split(frames, dim=1)
+                velocities = self.reuse.read(whole, embedded).split(frames, dim=1)
                 parts = whole.split(tokens, dim=1)
                 for chunk, part, velocity in zip(batch, parts, velocities, strict=True):
                     made[chunk.id][name] = (part, velocity)
@@ -603,13 +450,6 @@ class WindowSampler:
         )
         return dict(zip(names, split.gather(hidden).split(1), strict=True))
 
-    def _read_velocity(self, hidden_BSD: Tensor, embedded: Embedded) -> Tensor:
-        """Read the velocity `[C, F, h, w]` out of what the blocks made of one branch."""
-        height, width = self.latents.shape[-2:]
-        return self.run.dit.velocity(
-            hidden_BSD, embedded, latent_height=height, latent_width=width
-        )[0]
-
     def _count(
         self,
         branch: Branch,
@@ -660,7 +500,7 @@ class WindowSampler:
             latents = self._noised(latents)
         embedded = self._embed(latents, frames=list(frames), times=[timestep] * len(frames))
         sigma = self._tensor([timestep / 1000] * len(frames))
-        clean = NoisyChunk(chunk, (), latents, sigma, embedded)
+        clean = NoisyChunk(chunk, {}, latents, sigma, embedded)
         for branch in self.own.values():
             self._count(branch, clean, is_computed=True, has_head=False)
         self._run_blocks(list(self.own), [clean], embedded)
@@ -679,49 +519,8 @@ class WindowSampler:
 
     # What is recorded and shown ---------------------------------------------------------------
 
-    def _record(self, tick: Tick, plans: Mapping[str, Mapping[int, Decision]]) -> None:
-        for name, plan in plans.items():
-            for chunk, decision in plan.items():
-                self.stats.record(
-                    segment=self.segment,
-                    tick=tick.index,
-                    chunk=chunk,
-                    step=tick.steps[chunk],
-                    branch=name,
-                    decision=decision,
-                )
-
-    def _show(self, tick: Tick, chunk: NoisyChunk, branch: str, velocity: Tensor) -> None:
-        """Show the observer, if there is one, a computed velocity, chunk by chunk."""
-        if self.run.observe is None:
-            return
-        for active in chunk.active:
-            step = tick.steps[active]
-            is_whole = chunk.id == WHOLE_WINDOW
-            self.run.observe(
-                segment=self.segment,
-                tick=tick.index,
-                chunk=active,
-                step=step,
-                branch=branch,
-                velocity=velocity[:, self._frames(active)] if is_whole else velocity,
-                sigma=self.sigmas[step],
-            )
-
     def _passes(self, tick: Tick, chunk: NoisyChunk, branch: str) -> list[PassId]:
         return [PassId(self.segment, tick.index, active, branch) for active in chunk.active]
-
-    def _trace_tokens(self, tick: Tick) -> None:
-        """Trace the clean tokens in the caches after a tick."""
-        for name, branch in self.branches.items():
-            if branch.caches:
-                tokens = partial(self._tokens_per_chunk, branch)
-                self.stats.keep_tokens(self.segment, tick.index, branch=name, tokens=tokens)
-
-    def _tokens_per_chunk(self, branch: Branch) -> Tensor:
-        """Return the clean tokens of each chunk, mean over layers and the heads of all ranks."""
-        sequence = self.run.ranks.sequence
-        return sequence.all_reduce(tokens_per_chunk(branch.caches)) / sequence.size
 
     # Places in the window ---------------------------------------------------------------------
 

@@ -19,13 +19,13 @@ from flowcache.runtime.config import read_yaml
 from flowcache.runtime.files import prompt_stem
 from flowcache.runtime.model import Job, Request
 from flowcache.runtime.parallel import Ranks, run_in_ranks
-from flowcache.runtime.run import describe, plan_without_files, prepare, run
+from flowcache.runtime.run import planned, prepare, run
 from flowcache.wan.calibration import coefficients_for
 from flowcache.wan.dit import DiTConfig
+from flowcache.wan.vae import latent_frames
 from skyreels_v2.enhance import enhance
 from skyreels_v2.model import FOLDERS, MODEL, released_sizes
 from skyreels_v2.released import released_name
-from skyreels_v2.window import latent_frames
 
 logger = logging.getLogger(__name__)
 
@@ -392,26 +392,18 @@ def main(script: Script, arguments: Sequence[str] | None = None) -> int:
 def _execute(script: Script, options: Namespace, ranks: Ranks) -> None:
     options.seed = ranks.from_first(lambda: _seed_of(options))
     request = ranks.together(lambda: _request(script, options, ranks))
-    planned = replace(request, is_dry=options.dry_run)
-    plan = ranks.together(lambda: plan_without_files(MODEL, planned, ranks))
-    if plan is not None:
-        if ranks.is_first:
-            print(plan)
-        return
-    job = ranks.together(lambda: _prepare(script, request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if options.dry_run:
+    asked = replace(request, is_dry=options.dry_run)
+    job = planned(MODEL, asked, ranks, lambda: _prepare(script, request, ranks))
+    if job is None:
         return
     if options.prompt_enhancer and options.image is not None:
         logger.warning(
             "--prompt_enhancer is left out: it writes prompts for videos without --image"
         )
     elif options.prompt_enhancer:
+        short, device = job.config.prompt, job.device
         prompt = ranks.from_first(
-            lambda: enhance(
-                job.config.prompt, model=options.prompt_enhancer_model, device=job.device
-            )
+            lambda: enhance(short, model=options.prompt_enhancer_model, device=device)
         )
         if ranks.is_first:
             print(f"prompt       {prompt}", flush=True)

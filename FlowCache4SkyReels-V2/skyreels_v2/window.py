@@ -9,18 +9,8 @@ from dataclasses import dataclass
 
 from flowcache.errors import UserError
 from flowcache.runtime.config import check_work
-from flowcache.wan.vae import TEMPORAL_STRIDE
+from flowcache.wan.vae import TEMPORAL_STRIDE, latent_frames, pixel_frames
 from skyreels_v2.config import RunConfig
-
-
-def latent_frames(pixel_frames: int) -> int:
-    """Return the number of latent frames of a clip."""
-    return (pixel_frames - 1) // TEMPORAL_STRIDE + 1
-
-
-def pixel_frames(latents: int) -> int:
-    """Return the number of pixel frames that so many latent frames decode to."""
-    return (latents - 1) * TEMPORAL_STRIDE + 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -20,13 +21,14 @@ from flowcache.schedule import Tick
 from flowcache.scores import (
     Received,
 )
-from flowcache.wan.dit import DiTConfig, blocks_flops, embed_flops, head_flops
+from flowcache.wan.dit import DiTConfig
 from flowcache.wan.memory import Held
-from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from flowcache.wan.reuse import WHOLE_WINDOW
+from flowcache.wan.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames, pixel_frames
 from flowcache.wan.work import result_bytes, tokens_per_frame, wan_work
 from skyreels_v2.config import RunConfig
-from skyreels_v2.sampler import WHOLE_WINDOW, Sampling
-from skyreels_v2.window import Segment, latent_frames, pixel_frames, segments_of, window_of
+from skyreels_v2.sampler import Sampling
+from skyreels_v2.window import Segment, segments_of, window_of
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -124,25 +126,6 @@ class Loop:
         clean_pass = self.sampling.clean_pass
         return walk(segment, limit=self.limit, clean_pass=clean_pass, settles_at_once=True)
 
-    def passes(self, segment: SegmentWork, *, num_branches: int) -> tuple[int, int]:
-        """Return how often a segment runs the blocks, and the cached tokens that are then read."""
-        made = [own for group in self.groups(segment) for own in group]
-        keys = 0 if self.sampling.attention == "full" else sum(own.keys for own in made)
-        together = num_branches if self.sampling.batch_branches else 1
-        return len(made) * num_branches // together, num_branches * keys
-
-    def flops(self, sizes: DiTConfig, segment: SegmentWork, *, num_branches: int) -> int:
-        """Return the FLOPs of a segment: embeddings once, blocks and head in every branch."""
-        total = 0
-        for group in self.groups(segment):
-            num_frames = sum(own.tokens for own in group) // self.frame_tokens
-            total += embed_flops(sizes, num_frames=num_frames, frame_tokens=self.frame_tokens)
-            for own in group:
-                cost = blocks_flops(sizes, queries=own.tokens, keys=own.keys)
-                cost += 0 if own.step is None else head_flops(sizes, queries=own.tokens)
-                total += num_branches * cost
-        return total
-
 
 def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     """Work out what a run does if every step is computed.
@@ -172,15 +155,14 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
     scored = min(scoring_queries(strategy_of(config.kv), layout), queries)
     # results are stored whether a policy will ask for them or not
     stored = num_branches * result_bytes(sizes, config.reuse, window_tokens, dtype)
-    counts = [loop.passes(part, num_branches=num_branches) for part in segments]
     return wan_work(
         sizes,
         segments,
+        chain.from_iterable(map(loop.groups, segments)),
         branches=passes,
         queries=queries,
         pass_tokens=pass_tokens,
         frame_tokens=per_frame,
-        flops=sum(loop.flops(sizes, part, num_branches=num_branches) for part in segments),
         dtype=dtype,
         loop=loop,
         kv=config.kv,
@@ -189,8 +171,6 @@ def work_of(config: RunConfig, sizes: DiTConfig, *, dtype: torch.dtype) -> Work:
         num_scored=scored,
         stored_bytes=stored,
         mode=config.quantize,
-        num_passes=sum(count for count, _ in counts),
-        read_tokens=sum(read for _, read in counts),
     )
 
 

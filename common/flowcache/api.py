@@ -34,7 +34,7 @@ from flowcache.errors import UserError
 from flowcache.runtime.checks import DegenerateCheck
 from flowcache.runtime.cli import ProgressBar
 from flowcache.runtime.config import check_prompt, from_python, overrides_of
-from flowcache.runtime.files import check_free, check_writable
+from flowcache.runtime.files import check_free, check_writable, made_folder
 from flowcache.runtime.metrics import open_clip, psnr, ssim
 from flowcache.runtime.model import (
     MODELS,
@@ -353,10 +353,10 @@ def tune(
             "settings": list(overrides_of({**named, **shown}, keys=model.keys)),
             "prompts": texts,
         }
-        check_writable(work)
-        rows = Rows(work, identity=identity)
-        stack.enter_context(pipe._held())  # pyright: ignore[reportPrivateUsage]
-        runs.load(pipe.networks)
+        with made_folder(work):
+            rows = Rows(work, identity=identity)
+            stack.enter_context(pipe._held())  # pyright: ignore[reportPrivateUsage]
+            runs.load(pipe.networks)
         clips = numbered(texts, len(texts))
         found = investigate(runs, rows, clips, constraints)
         forecast = choose(wanted, found.forecasts())

@@ -208,12 +208,14 @@ class FlowCache(ReusePolicy):
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         distances = _changes(self.previous, signals, tick)
         decisions: Decisions = {}
-        for chunk, step in tick.steps.items():
-            is_own_last = self.compute_last_step and step == tick.num_steps - 1
+        for chunk in tick.steps:
+            is_forced = tick.is_forced(
+                chunk, warmup_steps=self.warmup_steps, with_last=self.compute_last_step
+            )
             decisions[chunk] = self._decide(
                 chunk,
                 distances.get(chunk),
-                is_forced=step < self.warmup_steps or is_own_last or chunk not in stored,
+                is_forced=is_forced or chunk not in stored,
                 is_run_end=tick.is_last,
             )
         return decisions

@@ -35,6 +35,11 @@ class Tick:
         """Chunks that take their last step in this tick and are clean after it."""
         return tuple(chunk for chunk, step in self.steps.items() if step == self.num_steps - 1)
 
+    def is_forced(self, chunk: int, *, warmup_steps: int, with_last: bool) -> bool:
+        """Tell whether a chunk takes one of its first own steps, or its last one if that counts."""
+        step = self.steps[chunk]
+        return step < warmup_steps or (with_last and step == self.num_steps - 1)
+
 
 def staggered(chunks: Sequence[int], *, num_steps: int, lag: int) -> list[Tick]:
     """Return the ticks that denoise `chunks`, each `lag` steps behind the one before it.

@@ -129,19 +129,14 @@ class MotionTokens(TokenChoice):
     """Chunk -> how often it was computed after the warm-up while it was coarse."""
 
     def choose(self, tick: Tick, plan: Decisions, *, stored: Collection[int]) -> Decisions:
-        last = tick.num_steps - 1
-        return {
-            chunk: self._decide(
-                chunk,
-                step,
-                plan[chunk],
-                is_forced=step < self.warmup_steps
-                or (self.compute_last_step and step == last)
-                or chunk not in stored
-                or tick.is_last,
+        made: Decisions = {}
+        for chunk, step in tick.steps.items():
+            is_forced = tick.is_forced(
+                chunk, warmup_steps=self.warmup_steps, with_last=self.compute_last_step
             )
-            for chunk, step in tick.steps.items()
-        }
+            is_forced |= chunk not in stored or tick.is_last
+            made[chunk] = self._decide(chunk, step, plan[chunk], is_forced=is_forced)
+        return made
 
     def drop(self, chunk: int) -> None:
         super().drop(chunk)

@@ -23,7 +23,8 @@ from magi1.config import (
 )
 from magi1.dit import DiT, set_precision
 from magi1.fp8 import FP8, Fp8Linear, SmoothFp8Linear, emulated_product
-from magi1.sampler import ClipInputs, ClipSampler, KVBudget, Reuse, Sampling
+from magi1.sampler import ClipInputs, ClipSampler, Reuse
+from magi1.sampling import KVBudget, Sampling
 from magi1.schedule import Clip, Clock, interval_table, step_width, timestep_table, visible
 from magi1.text import SpecialTokens, chunk_captions, clean, clean_once, null_caption
 from magi1.vae import VAE, Tiling, ViTVAE, parse_config

@@ -41,6 +41,7 @@ from flowcache.runtime.config import find_preset, load_config, to_dict
 from flowcache.runtime.model import Request, models_with
 from flowcache.runtime.run import Clip, config_layers, prepare
 from flowcache.runtime.stats import RunStats
+from flowcache.schedule import Tick
 from flowcache.tuning.methods import even_steps
 from magi1 import demo
 from magi1.checkpoint import find_model
@@ -220,6 +221,10 @@ def test_magi1_is_compared_and_the_rows_are_kept(
     before = rows_of(tmp_path)
     assert bench(*line) == 0
     assert rows_of(tmp_path) == before, "a second start found all rows"
+    log = tmp_path / "out/rows-1.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])  # an interrupted write
+    assert bench(*line) == 0
+    assert [row["flops"] for row in rows_of(tmp_path)] == [row["flops"] for row in before]
     assert bench(*line, "reuse.every=2") == 2
     assert "other settings" in capsys.readouterr().err
 
@@ -299,7 +304,7 @@ def test_plan_and_stride_are_compared_at_the_same_cost(
 
 def damaged_row(folder: Path) -> list[str]:
     (folder / "out").mkdir()
-    (folder / "out/rows-1.jsonl").write_text('{"method": "vani')
+    (folder / "out/rows-1.jsonl").write_text('{"method": "vani\n{}\n')
     return ["--architecture", "skyreels_v2", "--methods", "vanilla"]
 
 
@@ -316,6 +321,10 @@ def damaged_row(folder: Path) -> list[str]:
             "nothing would be dropped, since the clip has 4 chunks and the KV cache holds 5: raise",
         ),
         (["--table", "reuse"], "this table needs --profiles"),
+        (["--lengths", "21"], "--lengths is of --table long, not methods: leave it out"),
+        (["--profiles", "a"], "--profiles is of --table reuse and rivals, not methods: leave it"),
+        (["--table", "reuse", "--lengths", "9"], "--lengths is of --table long, not reuse"),
+        (["--table", "long", "--profiles", "a"], "--profiles is of --table reuse and rivals"),
         (["--table", "reuse", "--profiles", "none"], "none/budgets.yaml: no such file"),
         (
             lambda folder: [
@@ -343,6 +352,17 @@ def test_what_is_given_wrong_is_one_line(
     message = capsys.readouterr().err.strip()
     assert said in message
     assert len(message.splitlines()) == 1
+    assert arguments is damaged_row or not (tmp_path / "out").exists()
+
+
+def test_budgets_that_cannot_be_made_leave_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for given, said in (("--clips=0", "--clips must be 1"), ("attention=full", "attention=full")):
+        line = ["--architecture", "skyreels_v2", "--out", str(tmp_path / "new"), given]
+        assert tune_budgets.main(line) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
 
 
 # Figures by hand
@@ -352,7 +372,7 @@ def clip(level: int, *, is_computed: bool) -> Clip:
     stats = RunStats(torch.device("cpu"))
     for computed in (True, is_computed):
         decision = Decision(computed, None, None)
-        stats.record(segment=0, tick=0, chunk=0, step=0, branch="all", decision=decision)
+        stats.record(Tick(0, 1, 1, {0: 0}), 0, "all", decision)
     with stats.stage("dit"), stats.stage("vae"):
         stats.add_flops(computed=2 * 10**9, without_reuse=4 * 10**9)
     return Clip(torch.full((9, 64, 64, 3), level, dtype=torch.uint8), stats)

@@ -25,16 +25,8 @@ from flowcache.tokens import TokenChoice, TopTokens
 from magi1.__main__ import main
 from magi1.config import TokenChoice as SpecialChoice
 from magi1.dit import DiT
-from magi1.sampler import (
-    ClipInputs,
-    ClipSampler,
-    Guidance,
-    KVBudget,
-    Reuse,
-    Sampling,
-    cache_chunks,
-    euler_step_,
-)
+from magi1.sampler import ClipInputs, ClipSampler, Reuse, euler_step_
+from magi1.sampling import Guidance, KVBudget, Sampling, cache_chunks
 from magi1.schedule import Clip, Clock
 from magi1.text import SpecialTokens, chunk_captions, null_caption
 

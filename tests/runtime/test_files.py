@@ -9,8 +9,10 @@ from flowcache.runtime.files import (
     MAX_JSON_DEPTH,
     check_writable,
     fresh_path,
+    made_folder,
     parse_json,
     read_json,
+    read_json_lines,
     write_json,
     write_text,
 )
@@ -31,6 +33,34 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"cannot write in folder {folder}: "):
             check_writable(folder)
+
+
+def test_a_new_folder_is_removed_if_a_refusal_leaves_it_empty(tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "a" / "b"
+    old.mkdir()
+    for folder in (old, new):
+        with pytest.raises(UserError, match="no"), made_folder(folder):
+            assert folder.is_dir()
+            raise UserError("no")
+    assert os.listdir(tmp_path) == ["old"]
+    with pytest.raises(UserError, match="no"), made_folder(new):
+        (new / "result").touch()
+        raise UserError("no")
+    assert (new / "result").is_file()
+
+
+def test_of_json_lines_only_a_last_one_that_was_cut_short_is_left_out(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    assert read_json_lines(path, advice="delete it") == []
+    for end in ('{"n": 3', '{"n": 3}', '{"n": \n', "\0\0\n"):
+        path.write_text('{"n": 1}\n{"n": 2}\n' + end)
+        assert read_json_lines(path, advice="delete it") == [{"n": 1}, {"n": 2}]
+        assert path.read_text().endswith(end)
+        assert read_json_lines(path, advice="", repairs=True) == [{"n": 1}, {"n": 2}]
+        assert path.read_text() == '{"n": 1}\n{"n": 2}\n'
+    path.write_text('{"n": 1}\n{"n": \n{"n": 3}\n')
+    with pytest.raises(UserError, match="line 2 is damaged: delete it"):
+        read_json_lines(path, advice="delete it")
 
 
 def test_json_is_readable_with_tables_in_rows(tmp_path: Path):

@@ -33,20 +33,15 @@ def recorded(*, policy: str = "flowcache", threshold: float | None = 0.25) -> di
             for chunk, step in tick.steps.items():
                 is_computed = step in (0, 1, 3, 5)
                 distance = None if step == 0 else 0.1 + 0.01 * step
-                stats.record(
-                    segment=0,
-                    tick=tick.index,
-                    chunk=chunk,
-                    step=step,
-                    branch="cond",
-                    decision=Decision(is_computed, distance, None if step == 0 else 0.1 * step),
-                )
+                decision = Decision(is_computed, distance, None if step == 0 else 0.1 * step)
+                stats.record(tick, chunk, "cond", decision)
                 each = [PassId(0, tick.index, chunk, "cond")]
                 stats.add_flops(computed=10 if is_computed else 3, without_reuse=10, passes=each)
                 if is_computed:
                     with stats.timed_pass(each):
                         pass
-        stats.keep_tokens(0, tick.index, branch="cond", tokens=lambda: torch.tensor([0.0, 2.5]))
+        assert stats.trace is not None
+        stats.trace.keep_tokens(TickId(0, tick.index), "cond", torch.tensor([0.0, 2.5]))
     return build_record(
         stats,
         stats.traced(),

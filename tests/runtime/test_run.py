@@ -69,7 +69,7 @@ def test_a_folder_gets_a_fresh_name(tmp_path: Path):
     assert claim_output(request, stem="fast-3") == tmp_path / "fast-3-001.mp4"
     named = Request(folder=tmp_path / "new", stem="mine")
     assert claim_output(named, stem="fast-3") == tmp_path / "new/mine.mp4"
-    assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_collected_clip_holds_the_frames_of_all_ticks_in_order():

@@ -6,6 +6,7 @@ import torch
 
 from flowcache.policies import Decision
 from flowcache.runtime.stats import Period, RunStats, environment, merged_periods, scaled
+from flowcache.schedule import Tick
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ class Clock:
 
 def record(stats: RunStats, *, chunk: int, is_computed: bool, branch: str = "cond") -> None:
     decision = Decision(is_computed, distance=0.25, accumulated=float("inf"))
-    stats.record(segment=0, tick=3, chunk=chunk, step=2, branch=branch, decision=decision)
+    stats.record(Tick(3, 4, 3, {chunk: 2}), chunk, branch, decision)
 
 
 def test_decisions_are_counted_in_all_and_per_branch():

@@ -299,9 +299,10 @@ def test_a_pair_that_cannot_be_compared_is_one_line_and_exit_code_2(
     np.save("float.npy", clip().astype(np.float32))
     Path("text.mp4").write_text("no video")
     Path("text.npy").write_text("no array")
-    code, out, err = compare(*arguments.split())
+    code, out, err = compare(*arguments.split(), "--out", "made/here")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
+    assert not Path("made").exists()
 
 
 def test_without_weights_the_column_is_empty_and_one_line_says_why(compare: Compare):

@@ -138,6 +138,7 @@ def test_of_two_processes_one_says_what_is_wrong(prompts: Path, tmp_path: Path):
         assert run.returncode == 2
         (line,) = [line for line in run.stderr.splitlines() if line.startswith("error:")]
         assert said in line
+        assert not (tmp_path / "out").exists()
 
 
 def test_every_example_runs(fake: list[Task], tmp_path: Path):

@@ -14,7 +14,8 @@ from flowcache.bench.tasks import alarms, check_names
 
 
 def list_tasks(*arguments: str) -> list[Task]:
-    return sample.list_tasks(sample.make_parser().parse_intermixed_args([*arguments, "--out", "o"]))
+    options = sample.make_parser().parse_intermixed_args([*arguments, "--out", "o"])
+    return sample.list_tasks(options, sample.vbench_prompts(options))
 
 
 def test_videos_of_vbench_have_its_names_and_a_prompt_of_two_dimensions_once(tmp_path: Path):
@@ -139,6 +140,7 @@ PROMPTS = ("magi1", "--prompts", "p.txt")
         ([*PROMPTS, "--replicas", "2"], "--replicas is how many models --ray loads: give --ray"),
         ([*PROMPTS, "--ray", "--replicas", "0"], "--replicas must be 1 to 10000, not 0"),
         ([*PROMPTS, "--num-prompts", "1"], "--num-prompts is of a protocol"),
+        ([*PROMPTS, "--dimensions", "color"], "--dimensions are of VBench: give --vbench, too"),
         (["magi1", "--protocol", "x.yaml"], "--protocol says family and settings"),
         (["--protocol", "x.yaml"], "x.yaml: no such file"),
         (["--protocol", "x.yaml", "--seed", "3"], "--protocol says the seed: leave out --seed"),

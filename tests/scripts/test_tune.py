@@ -21,6 +21,7 @@ from flowcache.predict import HeldGuidance, ResultStore, clean_estimate, velocit
 from flowcache.runtime.profile import Setting, read_profile
 from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
+from flowcache.schedule import Tick
 from flowcache.tuning.gap import ErrorModel, Predictor
 from flowcache.tuning.gram import Calibration
 from flowcache.tuning.methods import closest_magcache, closest_threshold
@@ -104,7 +105,7 @@ class Toy:
         shown["cond"] -= self._velocities(seed + 100).flip(0) / 10
         for step in range(NUM_STEPS):
             decision = Decision(step in computed, 0.1 if step else None, 0.1 if step else None)
-            stats.record(segment=0, tick=step, chunk=0, step=step, branch="cond", decision=decision)
+            stats.record(Tick(step, NUM_STEPS, NUM_STEPS, {0: step}), 0, "cond", decision)
             at = torch.full((4,), SIGMAS[step]).float()
             if step in computed:
                 velocity = shown["guided"][step]

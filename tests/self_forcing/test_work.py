@@ -9,7 +9,7 @@ import torch
 from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.model import Work
-from flowcache.wan.cached import pass_flops
+from flowcache.wan.dit import blocks_flops
 from self_forcing.checkpoint import SIZES
 from self_forcing.config import RunConfig
 from self_forcing.released import PRESETS
@@ -31,7 +31,7 @@ def last_clean_pass(work: Work) -> int:
     """Return what upstream adds: the last chunk's clean pass, which nobody sees."""
     (part,) = work.segments
     frames, size = part.cut[-1].stop, len(part.cut[-1])
-    cost = pass_flops(SIZES, size, seen=frames - size, frame_tokens=FRAME_TOKENS, is_clean=True)
+    cost = blocks_flops(SIZES, queries=size * FRAME_TOKENS, keys=frames * FRAME_TOKENS)
     return cost * len(work.branches)
 
 
@@ -52,7 +52,7 @@ def test_flops_are_the_published_ones(preset: str, teraflops: int):
 
 def test_one_call_of_every_chunk_is_198_teraflops():
     calls = [
-        pass_flops(SIZES, 3, seen=3 * chunk, frame_tokens=FRAME_TOKENS, is_clean=True)
+        blocks_flops(SIZES, queries=3 * FRAME_TOKENS, keys=(3 * chunk + 3) * FRAME_TOKENS)
         for chunk in range(7)
     ]
     assert [round(call / 1e12, 1) for call in calls] == [16.2, 20.2, 24.3, 28.3, 32.3, 36.4, 40.4]

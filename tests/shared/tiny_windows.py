@@ -118,4 +118,4 @@ def denoise(
     )
     sampler = WindowSampler(run, moving, window=window, branches=branches, condition=condition)
     rows = [moving.clone() for _ in sampler.denoise()]
-    return Denoised(rows, stats, branches, sampler.updates)
+    return Denoised(rows, stats, branches, sampler.reuse.updates)

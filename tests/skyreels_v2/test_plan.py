@@ -8,7 +8,7 @@ from flowcache.policies import FlowCache
 from flowcache.predict import PREDICTORS
 from flowcache.runtime.config import find_preset, load_config
 from flowcache.runtime.model import Work
-from flowcache.wan.calibration import policy_maker
+from flowcache.wan.calibration import policies_of
 from flowcache.wan.dit import DiTConfig, blocks_flops, context_flops, embed_flops, head_flops
 from skyreels_v2.config import RunConfig
 from skyreels_v2.model import MODEL
@@ -135,16 +135,17 @@ def test_every_preset_plans_with_every_policy_and_predictor(preset: str):
         assert plan.stored_bytes > 0  # also where none is asked for
         compression = compression_of(config, frame_tokens=plan.frame_tokens)
         assert (compression is None) == (config.kv.compress == "none")
-        made = policy_maker(config, TWO_LAYERS)
-        assert made() is not made()  # no state is shared
+        made = policies_of(config, TWO_LAYERS)
+        first, second = (made(segment=0, branch=name) for name in ("cond", "uncond"))
+        assert first is not second  # no state is shared
 
 
 @pytest.mark.parametrize("is_forced", [True, False])
 def test_a_chunks_own_last_step_is_computed_unless_asked_otherwise(is_forced: bool):
     settings = ["reuse.policy=flowcache", "reuse.rescale=none"]
     settings += [] if is_forced else ["reuse.compute_last_step=false"]
-    made = policy_maker(config_of("vanilla_causal", *settings), TWO_LAYERS)()
-    assert made == FlowCache(0.1, 5, compute_last_step=is_forced)
+    made = policies_of(config_of("vanilla_causal", *settings), TWO_LAYERS)
+    assert made(segment=0, branch="cond") == FlowCache(0.1, 5, compute_last_step=is_forced)
 
 
 @pytest.mark.parametrize("preset", NAMES)

@@ -25,7 +25,7 @@ from flowcache.runtime.model import Job, Progress
 from flowcache.runtime.run import Clip
 from flowcache.runtime.stats import RunStats
 from flowcache.runtime.text_files import escaped, table_row
-from flowcache.wan.vae import TEMPORAL_STRIDE
+from flowcache.wan.vae import TEMPORAL_STRIDE, pixel_frames
 
 LENGTHS = (21, 120, 480)
 """Latent frames."""
@@ -50,7 +50,7 @@ def long_methods(comparison: Comparison, lengths: Sequence[int], *, key: str) ->
         replace(
             method,
             name=f"{method.name}, {length}",
-            overrides=(*method.overrides, f"{key}={TEMPORAL_STRIDE * (length - 1) + 1}"),
+            overrides=(*method.overrides, f"{key}={pixel_frames(length)}"),
         )
         for length in lengths
         for method in comparison.long

@@ -18,6 +18,7 @@ from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
 from flowcache.errors import UserError
 from flowcache.runtime.config import to_dict
+from flowcache.runtime.files import read_json_lines
 from flowcache.runtime.metrics import psnr, ssim
 from flowcache.runtime.model import Job, Loaded, Progress, Request, VideoModel, load_bench
 from flowcache.runtime.ops import seeded_noise
@@ -215,18 +216,15 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(part), int(num_parts)
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of all processes that share a folder."""
-    rows: list[dict[str, Any]] = []
-    for log in sorted(folder.glob("rows-*.jsonl")):
-        for place, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                raise UserError(
-                    f"{log}: line {place} is damaged (a run was cut short): delete the line"
-                ) from None
-    return rows
+def read_rows(folder: Path, *, own: Path | None = None) -> list[dict[str, Any]]:
+    """Return the rows of all processes that share a folder.
+
+    Args:
+        own: log of this process, to which rows are added afterwards.
+    """
+    logs = sorted(folder.glob("rows-*.jsonl"))
+    advice = "delete the line"
+    return [row for log in logs for row in read_json_lines(log, advice=advice, repairs=log == own)]
 
 
 def measure(
@@ -284,7 +282,7 @@ def render_missing(
     }
     settings = {name: json.loads(json.dumps(to_dict(job.config))) for name, job in jobs.items()}
     done: set[tuple[str, int]] = set()
-    for row in read_rows(log.parent):
+    for row in read_rows(log.parent, own=log):
         name = row["method"]
         if name in settings and row["settings"] != settings[name]:
             raise UserError(

@@ -11,7 +11,7 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +73,20 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write in folder {folder}: {reason}") from None
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Generator[None, None, None]:
+    """Make a folder that can be written, if need be; a refusal that leaves it empty removes it."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        check_writable(folder)
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):  # something was written
+            for each in new:
+                each.rmdir()
+        raise
 
 
 def remove_stale_parts(folder: Path, *, before: str, after: str) -> None:
@@ -147,6 +161,27 @@ def parse_json(text: str, *, source: str, advice: str = "") -> Any:
         return content
     except ValueError as error:
         raise UserError(f"{source}: not a readable JSON file ({error}){end}") from None
+
+
+def read_json_lines(path: Path, *, advice: str, repairs: bool = False) -> list[Any]:
+    """Read a file of JSON lines, if there is one; a last line that was cut short is left out.
+
+    Args:
+        advice: what to do about a damaged line before it.
+        repairs: whether such a last line is removed from the file, so that others may follow.
+    """
+    rows, num_bytes = list[Any](), 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line if line.endswith(b"\n") else b""))
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is damaged: {advice}") from None
+            if repairs:
+                os.truncate(path, num_bytes)
+        num_bytes += len(line)
+    return rows
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from flowcache.runtime.compile import should_compile
 from flowcache.runtime.config import find_preset, load_config, parse_limit, to_dict
 from flowcache.runtime.embeddings import cached_embedding, check_cache
 from flowcache.runtime.ending import check_stopped, undisturbed
-from flowcache.runtime.files import check_free, check_writable, fresh_path, write_json
+from flowcache.runtime.files import check_free, fresh_path, made_folder, write_json
 from flowcache.runtime.memory import MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Loaded, Progress, Request, Source, VideoModel
 from flowcache.runtime.offload import stream_blocks
@@ -77,17 +77,22 @@ def request_of(options: argparse.Namespace, keys: Mapping[str, str]) -> Request:
 
 def execute(model: VideoModel, request: Request, ranks: Ranks) -> None:
     """Check, describe what will be done, and do it unless the run is dry."""
-    if request.is_dry:
-        plan = ranks.together(lambda: plan_without_files(model, request, ranks))
-        if plan is not None:
-            if ranks.is_first:
-                print(plan)
-            return
-    job = ranks.together(lambda: prepare(model, request, ranks))
-    if ranks.is_first:
-        print(describe(job), flush=True)
-    if not request.is_dry:
+    job = planned(model, request, ranks, lambda: prepare(model, request, ranks))
+    if job is not None:
         run(job)
+
+
+def planned(
+    model: VideoModel, request: Request, ranks: Ranks, ready: Callable[[], Job]
+) -> Job | None:
+    """Check and describe what will be done; return it unless the run is dry."""
+    plan, job = ranks.together(lambda: plan_without_files(model, request, ranks)), None
+    if plan is None:
+        job = ranks.together(ready)
+        plan = describe(job)
+    if ranks.is_first:
+        print(plan, flush=True)
+    return None if request.is_dry else job
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -165,15 +170,26 @@ def prepare(
     model.check_device(config, found, device, dtype)
     job = job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     if writes:
-        job = replace(job, path=claim_output(request, stem=f"{job.preset}-{job.value('seed')}"))
-        check_ffmpeg()
-    model.check_files(config, found)
+        path = claim_output(request, stem=f"{job.preset}-{job.value('seed')}")
+        folder = path.parent
+        if request.is_dry:  # which makes nothing
+            folder = next(each for each in (folder, *folder.parents) if each.exists())
+        with made_folder(folder):
+            check_ffmpeg()
+            return _with_memory(replace(job, path=path))
+    return _with_memory(job)
+
+
+def _with_memory(job: Job) -> Job:
+    """Check the files of a run, and plan its memory."""
+    config, device = job.config, job.device
+    job.model.check_files(config, job.source)
     if config.reuse.needs_profile:
-        check_tuned_for(config.reuse, partial(model.fingerprint, found))
+        check_tuned_for(config.reuse, partial(job.model.fingerprint, job.source))
     limit = parse_limit(config.memory_limit)
     if config.memory_limit.lower() == "auto" and device.type == "cuda":
         limit = usable_bytes(device)
-    if config.memory_limit == "none" or not (limit or request.is_dry):
+    if config.memory_limit == "none" or not (limit or job.request.is_dry):
         return job
     return replace(job, memory=plan_memory(job, limit=limit, has_host=device.type != "cpu"))
 
@@ -308,7 +324,7 @@ def describe(job: Job) -> str:
 
 
 def claim_output(request: Request, *, stem: str) -> Path:
-    """Return where the video goes: never over a file that is to be kept, in a writable folder.
+    """Return where the video goes: never over a file that is to be kept.
 
     Args:
         stem: name in a folder, if the request has none; a number is added if it is taken.
@@ -333,7 +349,6 @@ def claim_output(request: Request, *, stem: str) -> Path:
         raise UserError(f"{path}: the video is written as .mp4, not {path.suffix}: change the name")
     for suffix in (path.suffix, ".json", *([RECORD_SUFFIX] if request.record else [])):
         check_free(path.with_suffix(suffix), overwrite=request.overwrite)
-    check_writable(path.parent)
     return path
 
 

@@ -14,17 +14,22 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowcache.errors import memory_named
+from flowcache.kv import KVCache, tokens_per_chunk
 from flowcache.policies import Decision
+from flowcache.schedule import Tick
+
+if TYPE_CHECKING:
+    from flowcache.runtime.parallel import Group
 
 SCHEMA_VERSION = 1  # of the dictionary that `RunStats.to_dict` returns
 REPORTED_PACKAGES = ("flowcache", "torch", "transformers", "diffusers", "numpy", "flash-attn")
@@ -342,13 +347,14 @@ class RunStats:
             torch.cuda.reset_peak_memory_stats(device)
 
     def record(
-        self, *, segment: int, tick: int, chunk: int, step: int, branch: str, decision: Decision
+        self, tick: Tick, chunk: int, branch: str, decision: Decision, *, segment: int = 0
     ) -> None:
         """Add what a policy decided for one chunk in one guidance branch."""
         self.num_computed += decision.is_computed
         self.num_reused += not decision.is_computed
         distances = decision.distance, decision.accumulated
-        row = Pass(segment, tick, chunk, step, branch, decision.is_computed, *distances)
+        step, is_computed = tick.steps[chunk], decision.is_computed
+        row = Pass(segment, tick.index, chunk, step, branch, is_computed, *distances)
         self.passes.append(row)
 
     def add_flops(
@@ -375,11 +381,19 @@ class RunStats:
         return self.trace.timed_tick(TickId(segment, tick))
 
     def keep_tokens(
-        self, segment: int, tick: int, *, branch: str, tokens: Callable[[], Tensor]
+        self, segment: int, tick: int, caches: Mapping[str, Sequence[KVCache]], *, sequence: "Group"
     ) -> None:
-        """Trace the clean tokens of each chunk in a branch after a tick; see `tokens_per_chunk`."""
-        if self.trace is not None:
-            self.trace.keep_tokens(TickId(segment, tick), branch, tokens())
+        """Trace the clean tokens of each chunk in each branch after a tick.
+
+        Args:
+            caches: of the branches of this process, by layer.
+            sequence: processes over whose heads the mean is taken.
+        """
+        if self.trace is None:
+            return
+        for branch, own in caches.items():
+            tokens_N = sequence.all_reduce(tokens_per_chunk(own)) / sequence.size
+            self.trace.keep_tokens(TickId(segment, tick), branch, tokens_N)
 
     def traced(self) -> Traced:
         """Return what this process traced. Waits for the device."""

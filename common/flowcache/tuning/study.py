@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from flowcache.errors import UserError
+from flowcache.runtime.files import read_json_lines
 from flowcache.runtime.metrics import PIXEL_MAX
 from flowcache.runtime.profile import VERSION, Observed, Prediction, Profile, Reuse, Source
 from flowcache.runtime.run import Clip
@@ -79,32 +80,24 @@ class Rows:
     """A file of JSON lines in a working folder that belongs to one set of settings."""
 
     def __init__(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._path = folder / "rows.jsonl"
-        self._rows: list[dict[str, Any]] = []
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                self._rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                raise UserError(
-                    f"{self._path}: line {number} is damaged: delete it, or choose another --work "
-                    "folder"
-                ) from None
-        wanted = json.loads(json.dumps(identity))
-        if not self._rows:
-            self.add(wanted)
-        elif self._rows[0] != wanted:
+        advice, wanted = "delete it, or choose another --work folder", dict(identity)
+        self._rows: list[dict[str, Any]] = read_json_lines(self._path, advice=advice, repairs=True)
+        self._unwritten = [] if self._rows else [wanted]
+        self._rows = self._rows or [wanted]
+        if self._rows[0] != json.loads(json.dumps(wanted)):
             raise UserError(
                 f"{folder} holds the results of other settings: choose another --work folder, or "
                 "delete it"
             )
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a row."""
+        """Keep a row; before the first one nothing is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.writelines(json.dumps(each) + "\n" for each in (*self._unwritten, row))
+        self._unwritten = []
         self._rows.append(dict(row))
 
     def find(self, **values: Any) -> list[dict[str, Any]]:

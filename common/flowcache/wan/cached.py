@@ -13,7 +13,6 @@ Axes: C latent channels, F latent frames, h/w latent rows/columns, S tokens, H h
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 
 import torch
@@ -21,14 +20,7 @@ from torch import Tensor
 
 from flowcache.block_reuse import BlockReuse
 from flowcache.compress import KVRule
-from flowcache.kv import (
-    Attend,
-    KVCache,
-    cached_attention,
-    caches_for,
-    prefetcher_for,
-    tokens_per_chunk,
-)
+from flowcache.kv import Attend, KVCache, cached_attention, caches_for, prefetcher_for
 from flowcache.kv_quantized import KVLayout, KVSizes, Rotary, cache_maker
 from flowcache.quantization import attend_wide, format_of
 from flowcache.runtime.model import SegmentWork
@@ -41,7 +33,6 @@ from flowcache.wan.dit import (
     Around,
     ContextKV,
     DiT,
-    DiTConfig,
     Embedded,
     blocks_flops,
     context_flops,
@@ -363,13 +354,7 @@ class CachedDiT:
 
     def trace_tokens(self, tick: Tick) -> None:
         """Trace the clean tokens of each chunk after a tick; classes of heads are left out."""
-
-        def tokens(caches: Sequence[KVCache]) -> Tensor:
-            sequence = self.ranks.sequence
-            return sequence.all_reduce(tokens_per_chunk(caches)) / sequence.size
-
-        for name, caches in self._tracked.items():
-            self.stats.keep_tokens(0, tick.index, branch=name, tokens=partial(tokens, caches))
+        self.stats.keep_tokens(0, tick.index, self._tracked, sequence=self.ranks.sequence)
 
     def switch(self, name: str, text_1LD: Tensor) -> None:
         """Give a branch another prompt from now on; keys that were made stay."""
@@ -519,19 +504,6 @@ class CachedDiT:
     @property
     def _device(self) -> torch.device:
         return self.dit.patch_embedding.weight.device
-
-
-def pass_flops(
-    sizes: DiTConfig, num_frames: int, *, seen: int, frame_tokens: int, is_clean: bool
-) -> int:
-    """Return the FLOPs of one branch's blocks and, but for a clean chunk that is fed, head.
-
-    Args:
-        seen: clean frames that these attend to in addition to themselves.
-    """
-    queries = num_frames * frame_tokens
-    cost = blocks_flops(sizes, queries=queries, keys=queries + seen * frame_tokens)
-    return cost if is_clean else cost + head_flops(sizes, queries=queries)
 
 
 def add_flops_of_others(stats: RunStats, ranks: Ranks) -> None:

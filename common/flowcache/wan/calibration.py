@@ -7,15 +7,15 @@ of SkyReels-V2 share, and the many-step models of Causal-Forcing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flowcache.errors import UserError
 from flowcache.policies import (
+    Policies,
     Rescale,
-    ReusePolicy,
     ReuseRule,
     check_guidance,
     check_reuse,
@@ -122,9 +122,9 @@ def rescale_for(config: Any, dit: DiTConfig) -> tuple[str, Rescale]:
     return name, polynomial(COEFFICIENTS[name])
 
 
-def policy_maker(config: Any, dit: DiTConfig) -> Callable[[], ReusePolicy]:
-    """Return what makes the reuse policy of a guidance branch; see `rescale_for`."""
-    if not config.reuse.kind.takes("rescale"):
-        return profile.policy_maker(config.reuse)
-    _, rescale = rescale_for(config, dit)
-    return profile.policy_maker(config.reuse, rescale=rescale)
+def policies_of(config: Any, dit: DiTConfig) -> Policies:
+    """Return what makes the policies that the settings ask for; see `rescale_for`."""
+    takes_rescale = config.reuse.kind.takes("rescale")
+    rescale = rescale_for(config, dit)[1] if takes_rescale else identity
+    make_policy = profile.policy_maker(config.reuse, rescale=rescale)
+    return lambda *, segment, branch: make_policy()  # noqa: ARG005

@@ -71,6 +71,16 @@ class WanFolder:
         if self.image_encoder is not None:
             text.check_vision(self.image_encoder, width=self.config.image_dim)
 
+    def load_text(self, *, dtype: torch.dtype, device: torch.device | str) -> text.TextEncoder:
+        """Load the text encoder."""
+        return text.load_encoder(
+            self.text_encoder,
+            tokenizer=self.tokenizer,
+            text_len=self.config.text_len,
+            dtype=dtype,
+            device=device,
+        )
+
 
 @dataclass(frozen=True)
 class Folders:

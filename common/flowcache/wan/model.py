@@ -127,14 +127,7 @@ class WanModel(VideoModel):
         }
 
     def load_text(self, job: Job) -> text.TextEncoder:
-        folder = job.source.files
-        return text.load_encoder(
-            folder.text_encoder,
-            tokenizer=folder.tokenizer,
-            text_len=folder.config.text_len,
-            dtype=job.dtype,
-            device=job.text_device,
-        )
+        return job.source.files.load_text(dtype=job.dtype, device=job.text_device)
 
     def encode_text(self, job: Job, encoder: text.TextEncoder) -> Tensor:
         made = encoder.encode(self.prompts(job))

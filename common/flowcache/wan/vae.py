@@ -74,6 +74,16 @@ _ORIGINAL_KEYS = (
 _UP_BLOCK = re.compile(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
 
 
+def latent_frames(pixel_frames: int) -> int:
+    """Return the number of latent frames of a clip."""
+    return (pixel_frames - 1) // TEMPORAL_STRIDE + 1
+
+
+def pixel_frames(latents: int) -> int:
+    """Return the number of pixel frames that so many latent frames decode to."""
+    return (latents - 1) * TEMPORAL_STRIDE + 1
+
+
 class VAE:
     """A Wan VAE with the statistics that normalise its latents."""
 

@@ -1,7 +1,6 @@
 """What a run of a Wan model costs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +10,19 @@ from flowcache.compress import KVRule
 from flowcache.errors import UserError
 from flowcache.policies import stored_results
 from flowcache.predict import PREDICTORS
-from flowcache.runtime.config import check_pass
 from flowcache.runtime.memory import META
 from flowcache.runtime.model import SegmentWork, Work
-from flowcache.runtime.plan import held_bytes, most_active
-from flowcache.wan.cached import pass_flops
+from flowcache.runtime.plan import Pass, held_bytes
 from flowcache.wan.calibration import ReuseConfig
-from flowcache.wan.dit import PATCH, DiT, DiTConfig, context_flops, embed_flops
+from flowcache.wan.dit import (
+    PATCH,
+    DiT,
+    DiTConfig,
+    blocks_flops,
+    context_flops,
+    embed_flops,
+    head_flops,
+)
 from flowcache.wan.quantize import block_bytes, weight_bytes
 from flowcache.wan.vae import SPATIAL_STRIDE
 
@@ -25,12 +30,12 @@ from flowcache.wan.vae import SPATIAL_STRIDE
 def wan_work(
     sizes: DiTConfig,
     segments: Sequence[SegmentWork],
+    passes: Iterable[Sequence[Pass]],
     *,
     branches: tuple[str, ...],
     queries: int,
     pass_tokens: int,
     frame_tokens: int,
-    flops: int,
     dtype: torch.dtype,
     loop: Any,
     kv: KVRule,
@@ -40,25 +45,34 @@ def wan_work(
     stored_bytes: int = 0,
     mode: Any = None,
     waits: bool = False,
-    num_passes: int,
-    read_tokens: int,
+    num_scenes: int = 1,
 ) -> Work:
     """Put together what a run costs.
 
     Args:
         sizes: of the transformer.
+        passes: of one branch; those of a group are embedded together, once for all branches.
         queries: of the largest self-attention.
         pass_tokens: see `Work`.
-        flops: of embeddings, blocks and heads; those of the prompts are added.
         dtype: of the weights.
         loop: see `Work`.
         batch: branches that go through the blocks together.
         num_scored: queries that score the keys when the KV cache is compressed.
         mode: of quantised weights.
         waits: see `plan.kv_bytes`.
-        num_passes: see `Work`, as is `read_tokens`; those of the prompts are added.
+        num_scenes: prompts that follow each other in the first branch.
     """
     num_branches, heads = len(branches), sizes.num_heads
+    num_texts, made = num_branches + num_scenes - 1, list[Pass]()
+    flops = num_texts * context_flops(sizes)
+    for group in passes:
+        made += group
+        num_frames = sum(own.tokens for own in group) // frame_tokens
+        flops += embed_flops(sizes, num_frames=num_frames, frame_tokens=frame_tokens)
+    for own in made:
+        cost = blocks_flops(sizes, queries=own.tokens, keys=own.keys)
+        cost += 0 if own.step is None else head_flops(sizes, queries=own.tokens)
+        flops += num_branches * cost
     kv_tokens = max(part.kv_tokens for part in segments)
     keys = queries if is_whole else kv_tokens
     attention = AttentionShape(queries, keys, heads, heads, sizes.head_width)
@@ -75,11 +89,11 @@ def wan_work(
         pass_tokens=pass_tokens,
         text_tokens=sizes.text_len,
         attention=attention,
-        flops=num_branches * context_flops(sizes) + flops,
+        flops=flops,
         weight_bytes=weight_bytes(dit, mode, dtype=dtype),
         block_bytes=block_bytes(dit, mode, dtype=dtype),
-        num_passes=num_branches + num_passes,
-        read_tokens=read_tokens,
+        num_passes=num_texts + len(made) * num_branches // batch,
+        read_tokens=0 if is_whole else num_branches * sum(own.keys for own in made),
         stored_bytes=stored_bytes,
         loop=loop,
         **held_bytes(
@@ -95,82 +109,6 @@ def wan_work(
             kv=kv,
             waits=waits,
         ),
-    )
-
-
-@dataclass(frozen=True)
-class Call:
-    """One pass of every guidance branch."""
-
-    num_frames: int
-    seen: int
-    """Clean frames that these attend to in addition to themselves."""
-    is_clean: bool
-    """Whether they are fed for their keys alone."""
-
-
-def chunk_work(
-    sizes: DiTConfig,
-    segment: SegmentWork,
-    calls: Iterable[Call],
-    *,
-    branches: tuple[str, ...],
-    frame_tokens: int,
-    dtype: torch.dtype,
-    loop: Any,
-    kv: KVRule,
-    reuse: ReuseConfig | None = None,
-    num_scoring: int = 0,
-    num_prompts: int = 1,
-    stored_steps: int = 0,
-    waits: bool = False,
-) -> Work:
-    """Work out what a video of one segment costs that goes chunk by chunk through a KV cache.
-
-    Args:
-        sizes: of the transformer.
-        dtype: of its weights.
-        loop: see `Work`.
-        reuse: of whose steps results are stored; None: none are.
-        num_scoring: queries that score keys when some of these leave.
-        num_prompts: that follow each other in the first branch.
-        stored_steps: of a chunk, at which what every block changes is stored.
-        waits: see `plan.kv_bytes`.
-    """
-    queries = max(*segment.tokens.values(), most_active(segment.ticks, segment.tokens))
-    check_pass(queries, sizes="height, width or the frames of a chunk")
-    flops = (num_prompts - 1) * context_flops(sizes)
-    num_passes, read_tokens = num_prompts - 1, 0
-    for call in calls:
-        num_passes += len(branches)
-        read_tokens += len(branches) * (call.seen + call.num_frames) * frame_tokens
-        flops += embed_flops(sizes, num_frames=call.num_frames, frame_tokens=frame_tokens)
-        flops += len(branches) * pass_flops(
-            sizes,
-            call.num_frames,
-            seen=call.seen,
-            frame_tokens=frame_tokens,
-            is_clean=call.is_clean,
-        )
-    stored = stored_steps * sizes.num_layers * queries * sizes.dim * dtype.itemsize
-    if reuse is not None:
-        stored += len(branches) * result_bytes(sizes, reuse, queries, dtype)
-    return wan_work(
-        sizes,
-        [segment],
-        branches=branches,
-        queries=queries,
-        pass_tokens=queries,
-        frame_tokens=frame_tokens,
-        flops=flops,
-        dtype=dtype,
-        num_scored=num_scoring,
-        stored_bytes=stored,
-        loop=loop,
-        kv=kv,
-        waits=waits,
-        num_passes=num_passes,
-        read_tokens=read_tokens,
     )
 
 
