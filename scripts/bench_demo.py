@@ -127,6 +127,7 @@ def parse_options() -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> None:
     """Render what is missing, and write the table if nothing is missing any more."""
     settle_checkpoint(options)
+    prompts, (part, num_parts) = unseen_prompts(options.prompts), parse_part(options.part)
     for name, tables in (("lengths", ("long",)), ("profiles", ("reuse", "rivals"))):
         if getattr(options, name) is not None and options.table not in tables:
             raise UserError(
@@ -134,16 +135,12 @@ def compare(options: argparse.Namespace) -> None:
             )
     comparison = chosen_comparison(options)
     names = [method.name for method in comparison.methods]
-    if options.prompts < 1:
-        raise UserError(f"--prompts must be 1 or more, not {options.prompts}")
     unknown = set(options.methods or ()) - set(names)
     if unknown:
         raise UserError(
             f"--methods: {min(unknown)!r} is no row of the table: use some of {', '.join(names)}"
         )
-    part, num_parts = parse_part(options.part)
     methods = comparison.chosen(options.methods or names)
-    prompts = unseen_prompts(options.prompts)
     source = Source(
         load_model(options.architecture), options.model, tuple(options.settings), options.out
     )

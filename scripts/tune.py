@@ -25,6 +25,7 @@ from flowcache.runtime.ending import start_quietly
 start_quietly(__name__)
 
 from flowcache.errors import UserError
+from flowcache.predict import PREDICTORS
 from flowcache.report.figures import draw_tuning
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.files import check_free, check_writable, made_folder, write_json, write_text
@@ -42,6 +43,7 @@ from flowcache.tuning.methods import (
     magcache,
     planned,
     predictor_name,
+    reusing,
     strides,
     whole_window,
 )
@@ -51,9 +53,11 @@ from flowcache.tuning.study import (
     MEASURED_SHARES,
     NUM_MEASURED_CLIPS,
     NUM_PROBES,
+    Choice,
     Found,
     Rows,
     check_possible,
+    choose_quantity,
     investigate,
     kv_effect,
     make_profile,
@@ -127,6 +131,13 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "mean (default: 0)",
     )
     parser.add_argument(
+        "--choose-predictor",
+        action="store_true",
+        help="what is reused (residual, velocity, clean estimate, latent update) is tried on "
+        "finished calibration clips, and the one with the least error is taken if the next one's "
+        "is at least 1.1 times as large",
+    )
+    parser.add_argument(
         "--work", type=Path, default=Path("result/tune"), help="folder of the measured rows"
     )
     parser.add_argument("--out", type=Path, help="profile to write (default: WORK/profile.yaml)")
@@ -171,16 +182,8 @@ def command(options: argparse.Namespace) -> None:
         num_clips=options.clips,
         num_checks=options.check_prompts,
     )
-    identity = {
-        "model": options.architecture,
-        "checkpoint": options.model,
-        "preset": options.preset,
-        "settings": list(options.settings),
-        "prompts": None if options.prompts is None else options.prompts.name,
-        "hold_guidance": options.hold_guidance,
-    }
     with made_folder(options.work), made_folder(out.parent):
-        rows = Rows(options.work, identity=identity)
+        rows = open_rows(options)
         runs.load()
     found = investigate(runs, rows, calibrating, constraints)
     if options.store_check is not None:
@@ -199,13 +202,38 @@ def command(options: argparse.Namespace) -> None:
     before = plan
     if options.search:
         plan = improved(runs, rows, calibrating, found, plan, constraints, options=options)
+    choice = best_quantity(runs, rows, calibrating, plan) if options.choose_predictor else None
     name = f"{options.architecture} {options.model}"
-    write_profile(make_profile(runs, calibrating, found, plan, model=name), out)
+    write_profile(make_profile(runs, calibrating, found, plan, model=name, choice=choice), out)
     print(f"profile      {out}: {plan.num_computed} of {num_steps} steps are computed")
-    print(f"plan         {' '.join(map(str, plan.steps))}; {predictor_name(plan)}")
+    reused = predictor_name(plan) if choice is None else f"{choice.quantity} by its error"
+    print(f"plan         {' '.join(map(str, plan.steps))}; {reused}")
     if plan.conditional:
         print(f"conditional  {' '.join(map(str, plan.conditional))} run that pass alone")
-    check(runs, rows, unseen, found, plan, before=before, profile=out.resolve(), options=options)
+    check(
+        runs,
+        rows,
+        unseen,
+        found,
+        plan,
+        before=before,
+        choice=choice,
+        profile=out.resolve(),
+        options=options,
+    )
+
+
+def open_rows(options: argparse.Namespace) -> Rows:
+    """Return what was measured before with these settings."""
+    identity = {
+        "model": options.architecture,
+        "checkpoint": options.model,
+        "preset": options.preset,
+        "settings": list(options.settings),
+        "prompts": None if options.prompts is None else options.prompts.name,
+        "hold_guidance": options.hold_guidance,
+    }
+    return Rows(options.work, identity=identity)
 
 
 def check_search(options: argparse.Namespace) -> None:
@@ -247,6 +275,21 @@ def improved(
     return result.plan
 
 
+def best_quantity(runs: Runs, rows: Rows, prompts: Sequence[Prompt], plan: Plan) -> Choice | None:
+    """Try what a plan had better reuse; return what is taken instead of its own, or None."""
+    quantities = runs.size().quantities
+    if plan.conditional:  # whose difference is one of velocities
+        quantities = [name for name in quantities if PREDICTORS[name].level != "tokens"]
+    choice = choose_quantity(runs, rows, prompts, plan, quantities)
+    decibels = ", ".join(f"{name} {error:.4g}" for name, error in choice.errors.items())
+    verdict = "taken" if choice.is_clear else f"not clearly, {plan.predictor.quantity} stays"
+    print(
+        f"predictor    squared error of {decibels}: {choice.quantity} is best by "
+        f"{choice.ratio:.3g}, {verdict}"
+    )
+    return choice if choice.is_clear else None
+
+
 def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     """Say what tuning will cost, by arithmetic."""
     size = runs.size()
@@ -254,6 +297,8 @@ def describe(runs: Runs, options: argparse.Namespace) -> list[str]:
     held_as = "as they are" if width is None else f"as sketches of {width} numbers"
     num_measured = NUM_MEASURED_CLIPS * (2 + NUM_PROBES + len(MEASURED_SHARES))
     tried = f", at most {options.clips * (options.search + 2)} to search" if options.search else ""
+    if options.choose_predictor:
+        tried += f", {options.clips * len(size.quantities)} to choose what is reused"
     return [
         f"clips        {options.clips} to calibrate on, {num_measured} to measure what an error "
         f"means{tried}, {options.check_prompts} with every method to compare",
@@ -272,6 +317,7 @@ def check(
     plan: Plan,
     *,
     before: Plan,
+    choice: Choice | None,
     profile: Path,
     options: argparse.Namespace,
 ) -> None:
@@ -279,17 +325,24 @@ def check(
 
     Args:
         before: the plan that a search began with.
+        choice: of what the plan reuses instead of its own quantity.
     """
     if not prompts:
         return
     num_steps, words, work, size = runs.size().num_steps, runs.words, options.work, runs.size()
     ratios = magnitude_ratios(found.model.gram)
-    methods: list[Method] = [*whole_window(words), guarded(plan, profile, words)]
+    guard = guarded(plan, profile, words)
+    if choice is not None:
+        guard = replace(guard, name=f"guarded {plan.num_computed}, {choice.quantity} by its error")
+    methods: list[Method] = [*whole_window(words), guard]
     expected = dict[str, float]()
     shared = {min(found.plans, key=lambda c: abs(c - share * num_steps)) for share in TABLE_SHARES}
     if plan != before:
         name = f"searched {plan.num_computed}, {predictor_name(plan)}"
         methods.append(replace(planned(plan), name=name))
+    if choice is not None:
+        name = f"planned {plan.num_computed}, {choice.quantity} by its error"
+        methods.append(replace(reusing(plan, choice.quantity), name=name))
     for cost in sorted({plan.cost, *shared}):
         own, count = found.plans[cost], max(round(cost), 2)
         threshold, computed = closest_threshold(

@@ -6,7 +6,9 @@ and 1.3 times as many are the others (`--levels rivals`: those of FlowCache-slow
 FlowCache-fast's, for --table rivals). Then one calibration gives a profile for each budget, by
 scripts/tune.py, and a search on two of the clips gives the thresholds of the adaptive rules:
 
-    OUT/flops_0.37.yaml, ...   profiles; with --search also those of searched plans
+    OUT/flops_0.37.yaml, ...   profiles; of --levels rivals also those whose predictor was chosen by
+                               its error, and with --search those of searched plans (by the
+                               mean error, and with its spread)
     OUT/budgets.yaml           thresholds, even steps, fitted factors, and the command
 
 What is measured is kept in OUT/work; a second start goes on where the first one stopped.
@@ -27,17 +29,20 @@ import tune
 
 from flowcache.bench.methods import Comparison, comparison_of
 from flowcache.bench.reuse import (
+    CHOSEN,
     LEVELS,
     MID,
+    SEARCHED,
+    STEADY,
     Adaptive,
     Budgets,
     Level,
     Outcome,
     Trials,
     find_threshold,
+    profile_next_to,
     rule_names,
     rule_settings,
-    searched_profile,
     suiting_factor,
     write_budgets,
 )
@@ -60,6 +65,8 @@ from flowcache.tuning.runs import Runs, choose_prompts
 from flowcache.tuning.study import Rows
 
 NUM_SEARCH_CLIPS = 2
+SPREAD = 1.0
+"""Standard deviations of the error that TRAC's cost adds to its mean."""
 HALF_A_STEP = 0.55
 """How near to a budget a rule must come, in own steps: the step that is nearest, and rounding."""
 STARTS = {
@@ -67,6 +74,9 @@ STARTS = {
     "content": 0.15,
     "teacache": 0.1,
     "magcache": 0.2,
+    "magcache_bounded": 0.12,
+    "racfg": 1.0,
+    "racer": 0.05,
     "motioncache": 0.15,
 }
 """Thresholds that the search begins with."""
@@ -137,9 +147,12 @@ def command(options: argparse.Namespace) -> None:
     multiples = rival_multiples(bench, fast) if options.levels == "rivals" else LEVELS
     wanted = {level: min(times * fast, 1) for level, times in multiples.items()}
     profiles = {level: tuned(bench, flops) for level, flops in wanted.items()}
-    if options.search:
-        for level, flops in wanted.items():
-            tuned(bench, flops, searched=searched_profile(profiles[level]))
+    for flops in wanted.values() if options.levels == "rivals" else ():
+        tuned(bench, flops, policy=CHOSEN, given=["--choose-predictor"])
+        if options.search:
+            searching = ["--search", str(options.search)]
+            tuned(bench, flops, policy=SEARCHED, given=searching)
+            tuned(bench, flops, policy=STEADY, given=[*searching, "--spread", f"{SPREAD:g}"])
     model = error_model(bench.work)
     levels = {
         level: make_level(path, read_profile(path), model) for level, path in profiles.items()
@@ -209,21 +222,23 @@ def rules_of(bench: Bench) -> list[tuple[str, str]]:
     return every + [("flowcache", level) for level in LEVELS if level != MID]
 
 
-def tuned(bench: Bench, flops: float, *, searched: Path | None = None) -> Path:
+def tuned(
+    bench: Bench, flops: float, *, policy: str | None = None, given: Sequence[str] = ()
+) -> Path:
     """Return the profile of a budget; it is made if it isn't there.
 
     Args:
-        searched: where that of the searched plan is wanted; None: the planned one is.
+        policy: one of `OWN_PROFILES`, made with what is `given` to tune.py; None: planned alone.
     """
     options = bench.options
-    path = searched or options.out / f"flops_{flops:.2f}.yaml"
+    path = options.out / f"flops_{flops:.2f}.yaml"
+    if policy is not None:
+        path = profile_next_to(path, policy)
     if path.is_file():
         return path
     line = ["--model", options.model, "--architecture", options.architecture]
     line += ["--preset", bench.comparison.preset, "--target", f"flops={flops:.4f}"]
-    line += ["--clips", str(options.clips), "--check-prompts", "0"]
-    if searched is not None:
-        line += ["--search", str(options.search)]
+    line += ["--clips", str(options.clips), "--check-prompts", "0", *given]
     line += ["--work", str(bench.work), "--out", str(path), *options.settings]
     tune.command(tune.parse_options(line))
     return path
@@ -276,7 +291,7 @@ def make_adaptive(
             takes_nearest=is_rivals,
         )
     found = outcome(threshold)
-    print(f"{rule:10} {level:5} threshold {threshold} spends {found.flops:.4f} of {wanted:.4f}")
+    print(f"{rule:16} {level:5} threshold {threshold} spends {found.flops:.4f} of {wanted:.4f}")
     return Adaptive(rule, level, threshold, found.flops, suiting_factor(model, found.steps))
 
 

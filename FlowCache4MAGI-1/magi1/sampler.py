@@ -206,6 +206,13 @@ class ClipSampler:
         policy, signals, tokens = self.reuse.policy, dict[int, Tensor](), self.reuse.tokens
         if policy.needs_signals:
             signals = {chunk: self._signal(chunk, step) for chunk, step in tick.steps.items()}
+        elif policy.needs_forecasts:
+            signals = self.reuse.results.forecasts(
+                {
+                    chunk: noise_levels(self.timesteps[step], like=self.inputs.frames(chunk)[0])
+                    for chunk, step in tick.steps.items()
+                }
+            )
         stored = self.reuse.results.units()
         plan = policy.plan(tick, signals, stored=stored)
         if tokens is not None:
@@ -643,6 +650,11 @@ class ClipSampler:
         )
 
 
+def noise_levels(t: float, *, like: Tensor) -> Tensor:
+    """Return the noise level of each latent frame of `like`, `[F]`, at a timestep."""
+    return like.new_full((len(like),), 1 - t)
+
+
 def euler_step_(
     latents: Tensor,
     velocity: Tensor | None,
@@ -664,7 +676,7 @@ def euler_step_(
         where: which elements of the velocity were computed, bool, broadcast to it; the others are
             predicted. None: all.
     """
-    sigma = latents.new_full((len(latents),), 1 - t)
+    sigma = noise_levels(t, like=latents)
     predictor = PREDICTORS[quantity]
     predicted = None
     if velocity is None or where is not None:

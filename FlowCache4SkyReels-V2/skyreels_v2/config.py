@@ -134,6 +134,11 @@ class RunConfig:
                 f"reuse.tokens.choice={tokens.choice} needs a KV cache, which attention=full does "
                 "not have: set attention=causal"
             )
+        if self.reuse.kind.needs_forecasts:
+            raise UserError(
+                f"reuse.policy={self.reuse.policy} compares forecasts chunk by chunk: set "
+                "attention=causal, or another policy"
+            )
         if guidance_of(self.reuse).is_on:
             raise UserError(
                 "reuse.guidance_every and reuse.guidance_steps work chunk by chunk: set "

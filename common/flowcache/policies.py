@@ -26,6 +26,7 @@ from flowcache.bounds import (
     OneOf,
     OwnSteps,
     Place,
+    Share,
     Threshold,
     made_of,
     sources_of,
@@ -93,6 +94,8 @@ class Calibration:
     """Least distance of signals seen at each own step, widened."""
     distance_high: Sequence[float] = ()
     """Largest distance of signals seen at each own step, widened."""
+    guidance_risks: Sequence[Sequence[float]] = ()
+    """By own step: risk of reusing a result that is one step old, two, ...; see `GuidanceRisk`."""
 
 
 class ReusePolicy(ABC):
@@ -103,6 +106,8 @@ class ReusePolicy(ABC):
 
     needs_signals = True
     """Whether `plan` reads its signals; where not, the caller may pass none."""
+    needs_forecasts = False
+    """Whether the signals are forecasts instead, see `ResultStore.forecasts`."""
 
     @abstractmethod
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
@@ -298,34 +303,34 @@ class GuardedPlan(Planned):
         return decisions
 
 
-@dataclass
-class MagCache(ReusePolicy):
-    """Reuse while the magnitudes of the skipped results stay near that of the stored one.
+class ErrorBound(ReusePolicy):
+    """Reuses while the calibrated errors of the skipped steps stay below a threshold in sum.
 
-    Each skipped step multiplies the chunk's ratio by the calibrated one of that step, and adds
-    ``|1 - ratio|`` to its error. The chunk is computed when the error reaches `threshold` or
-    `most_reuses` steps were skipped. Example with ratios 0.9 and threshold 0.25: the errors are
-    0.1 after one reuse and 0.1 + 0.19 = 0.29 with a second one, which is computed instead.
-
-    Source: MagCache (arXiv 2506.09045), here with every chunk for itself.
+    A chunk is computed in its first `warmup_steps` own steps and in its last one, after
+    `most_reuses` skipped ones, and when the errors of reusing its result since it was computed add
+    up to `threshold`. They are known before the run, so that no signal is compared.
     """
 
-    ratios: Sequence[float] = field(metadata={SETTING: "magnitude_ratios"})
     threshold: float
     warmup_steps: int
     most_reuses: int
-    skipped: dict[int, tuple[float, float, int]] = field(default_factory=dict)
-    """Chunk -> ratio, error and steps since its last computed one."""
+    skipped: dict[int, tuple[int, float]]
+    """Chunk -> the own step whose result is reused, and the errors since."""
     needs_signals = False
 
+    @abstractmethod
+    def error(self, source: int, step: int) -> float | None:
+        """Return the error of reusing the result of own step `source` at `step`; None: never."""
+
+    def num_first(self, num_steps: int) -> int:
+        """Return how many own steps are always computed at the start."""
+        return self.warmup_steps
+
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        num_first, last = self.num_first(tick.num_steps), tick.num_steps - 1
         return {
             chunk: self._decide(
-                chunk,
-                step,
-                is_forced=step < self.warmup_steps
-                or step == tick.num_steps - 1
-                or chunk not in stored,
+                chunk, step, is_forced=step < num_first or step == last or chunk not in stored
             )
             for chunk, step in tick.steps.items()
         }
@@ -335,15 +340,101 @@ class MagCache(ReusePolicy):
             self.skipped.pop(chunk, None)
 
     def _decide(self, chunk: int, step: int, *, is_forced: bool) -> Decision:
-        ratio, error, count = self.skipped.get(chunk, (1.0, 0.0, 0))
-        ratio *= self.ratios[step]
-        error += abs(1 - ratio)
-        is_computed = is_forced or not error < self.threshold or count >= self.most_reuses
-        if is_computed:
+        source, before = self.skipped.get(chunk, (step - 1, 0.0))
+        error = self.error(source, step)
+        total = None if error is None else before + error
+        is_too_old = step - source > self.most_reuses
+        # "not below": an error that is not a number must lead to a computation
+        if is_forced or is_too_old or total is None or not total < self.threshold:
             self.skipped.pop(chunk, None)
-        else:
-            self.skipped[chunk] = (ratio, error, count + 1)
-        return Decision(is_computed, accumulated=error)
+            return Decision(True, accumulated=total)
+        self.skipped[chunk] = (source, total)
+        return Decision(False, accumulated=total)
+
+
+@dataclass
+class MagCache(ErrorBound):
+    """Reuse while the magnitudes of the skipped results stay near that of the stored one.
+
+    The error of a skipped step is ``|1 - ratio|``, where the calibrated ratios of the steps since
+    the computed one are multiplied. None is skipped in the first share `retention` of the steps.
+    Example with ratios 0.9 and threshold 0.25: the errors are 0.1 after one reuse and 0.1 + 0.19 =
+    0.29 with a second one, which is computed instead.
+
+    Source: MagCache (arXiv 2506.09045), here with every chunk for itself. As published, threshold
+    0.12, at most 2 reuses and a retention of 0.2, the ratios being those of residuals; here they
+    are those of the guided velocity.
+    """
+
+    ratios: Sequence[float] = field(metadata={SETTING: "magnitude_ratios"})
+    threshold: float
+    warmup_steps: int
+    most_reuses: int
+    retention: float = 0.0
+    skipped: dict[int, tuple[int, float]] = field(default_factory=dict, init=False)
+
+    def error(self, source: int, step: int) -> float:
+        return abs(1 - math.prod(self.ratios[source + 1 : step + 1]))
+
+    def num_first(self, num_steps: int) -> int:
+        return max(self.warmup_steps, int(self.retention * num_steps))
+
+
+@dataclass
+class GuidanceRisk(ErrorBound):
+    """Reuse all guidance passes together while what that changes after guidance stays small.
+
+    The risk of reusing the results of step a at step b is ``g_b r_g``: the change of the guided
+    velocity between the two steps, times how much a change at step b grows until the end. Both are
+    calibrated, see `flowcache.tuning.gram`, which has the formula and an example. All passes of a
+    chunk have the same risk, so they are computed together.
+
+    Source: RA-CFGCache (arXiv 2609.36433).
+    """
+
+    risks: Sequence[Sequence[float]] = field(metadata={SETTING: "guidance_risks"})
+    """By own step: of reusing a result that is one step old, two, ...; older ones are not."""
+    threshold: float
+    warmup_steps: int
+    most_reuses: int
+    skipped: dict[int, tuple[int, float]] = field(default_factory=dict, init=False)
+
+    def error(self, source: int, step: int) -> float | None:
+        age, risks = step - source, self.risks[step]
+        return risks[age - 1] if age <= len(risks) else None
+
+
+@dataclass
+class Disagreement(ReusePolicy):
+    """Compute a chunk when two forecasts of its result disagree.
+
+    The distance is the mean difference of a parabola through the last three computed results to the
+    line through the last two, over the mean size of that line. A chunk is computed in its first
+    `warmup_steps` own steps and in its last one, as long as it has no three results, and when the
+    distance reaches `threshold`. Example: results 1, 3, 4 at noise 1.0, 0.8, 0.6 give 5 and 4 at
+    noise 0.4: the distance is 0.2.
+
+    Source: RACER (arXiv 2608.01740), its signal alone. How far it draws a forecast back to the last
+    result is not published in what we know; the threshold meets a budget, where RACER skips a
+    planned step for each one that it adds.
+    """
+
+    threshold: float
+    warmup_steps: int
+    needs_signals = False
+    needs_forecasts = True
+
+    def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
+        pairs = {chunk: (parabola, line) for chunk, (line, parabola) in signals.items()}
+        distances, last = relative_l1(pairs), tick.num_steps - 1
+        decisions: Decisions = {}
+        for chunk, step in tick.steps.items():
+            is_forced = step < self.warmup_steps or step == last or chunk not in stored
+            distance = distances.get(chunk)
+            # "not below": a distance that is not a number must lead to a computation
+            is_computed = is_forced or distance is None or not distance < self.threshold
+            decisions[chunk] = Decision(is_computed, distance)
+        return decisions
 
 
 @dataclass
@@ -382,7 +473,7 @@ def _unfit(reason: str) -> UserError:
 
 # Settings -----------------------------------------------------------------------------------------
 
-PROFILED = ("plans", "magnitude_ratios", "distance_low", "distance_high")
+PROFILED = ("plans", "magnitude_ratios", "distance_low", "distance_high", "guidance_risks")
 """The values of a `Calibration` that a profile holds."""
 
 POLICIES: Mapping[str, type[ReusePolicy]] = MappingProxyType(
@@ -394,6 +485,8 @@ POLICIES: Mapping[str, type[ReusePolicy]] = MappingProxyType(
         "planned": Planned,
         "guarded": GuardedPlan,
         "magcache": MagCache,
+        "racfg": GuidanceRisk,
+        "racer": Disagreement,
     }
 )
 """What `reuse.policy` names."""
@@ -410,6 +503,7 @@ class ReuseRule:
     every: Annotated[int, Bounds(1, MAX_STEPS)] = 2
     steps: OwnSteps = None
     most_reuses: Annotated[int, Bounds(0, MAX_STEPS)] = 8
+    retention: Share = 0.0
     compute_last_step: bool = True
     extrapolate: Annotated[float, Bounds(-100, 100)] = 0.0
     order: Annotated[int, Bounds(1, MAX_ORDER)] = 1
@@ -435,12 +529,12 @@ def threshold_of(rule: ReuseRule) -> float | None:
 
 def store_of(rule: ReuseRule) -> ResultStore:
     """Return a new store of the results that reused steps are made from."""
-    return ResultStore(rule.extrapolate, order=rule.order)
+    return ResultStore(rule.extrapolate, order=rule.order, is_forecasting=rule.kind.needs_forecasts)
 
 
 def stored_results(rule: ReuseRule) -> int:
     """Return how many results of a chunk such a store holds."""
-    return 1 + rule.order if rule.extrapolate else 1
+    return store_of(rule).most_results
 
 
 def guidance_of(rule: ReuseRule) -> HeldGuidance:
@@ -453,6 +547,11 @@ def check_reuse(rule: ReuseRule, *, num_steps: int, least_warmup: int) -> None:
     if rule.warmup_steps < least_warmup:
         raise UserError(
             f"reuse.warmup_steps must be {least_warmup} or more, not {rule.warmup_steps}"
+        )
+    if rule.kind.takes("guidance_risks") and guidance_of(rule).is_on:
+        raise UserError(
+            f"reuse.policy={rule.policy} reuses all guidance passes together: leave out "
+            "reuse.guidance_every and reuse.guidance_steps"
         )
     if rule.guidance_every > 1 and rule.guidance_steps is not None:
         raise UserError(

@@ -11,7 +11,7 @@ In computed steps, too, guidance may be predicted: `HeldGuidance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -74,7 +74,19 @@ class ResultStore:
 
     factor: float = 0.0
     order: int = 1
+    is_forecasting: bool = False
+    """Whether `forecasts` is asked for, which takes more results than a prediction may."""
     history: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def most_results(self) -> int:
+        """The most results that are kept of a unit."""
+        return MAX_ORDER + 1 if self.is_forecasting else self._num_used
+
+    @property
+    def _num_used(self) -> int:
+        """The most results that a prediction is made from."""
+        return 1 + self.order if self.factor else 1
 
     def units(self) -> Collection[int]:
         """Return the units that `predict` can be asked for."""
@@ -88,7 +100,7 @@ class ResultStore:
                 results that they have. None: all.
         """
         known, at = self.history.get(unit, []), _per_frame(sigma, value)
-        results = [*(known[-self.order :] if self.factor else []), (value, at)]
+        results = [*known, (value, at)][-self.most_results :]
         if where is not None:
             kept = known[-len(results) :]
             kept = [kept[0]] * (len(results) - len(kept)) + kept  # twice the same: no trend
@@ -104,23 +116,49 @@ class ResultStore:
         Example: results 1, 3, 4 at noise 1.0, 0.8, 0.6 and a noise of 0.4. The line through the
         last two gives 5; their parabola bends down and gives 4.
         """
-        *older, (last, at) = self.history[unit]
-        if not older:
-            return last
-        sigma = _per_frame(sigma, last)
-        middle, between = older[-1]
-        moved = last + self.factor * _share(sigma - at, at - between, last) * (last - middle)
-        if len(older) == MAX_ORDER:
-            first, start = older[0]
-            bend = _slope(last - middle, at - between) - _slope(middle - first, between - start)
-            is_bent = (at != between) & (between != start)
-            width = (at - start).where(is_bent, 0.0)
-            moved += self.factor * _share((sigma - at) * (sigma - between), width, last) * bend
-        return moved
+        results = self.history[unit][-self._num_used :]
+        return _moved_on(results, sigma=sigma, factor=self.factor)
+
+    def forecasts(self, sigmas: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return what the line and the parabola forecast for each unit, `[2, F, ...]`.
+
+        Those without three results are left out.
+
+        Args:
+            sigmas: unit -> noise levels now.
+        """
+        import torch
+
+        made: dict[int, Tensor] = {}
+        for unit, sigma in sigmas.items():
+            results = self.history.get(unit, [])
+            if len(results) > MAX_ORDER:
+                each = [_moved_on(known, sigma=sigma) for known in (results[-2:], results)]
+                made[unit] = torch.stack(each)
+        return made
 
     def drop(self, unit: int) -> None:
         """Forget a unit that is clean."""
         self.history.pop(unit, None)
+
+
+def _moved_on(
+    results: Sequence[tuple[Tensor, Tensor]], *, sigma: Tensor, factor: float = 1.0
+) -> Tensor:
+    """Return the last result plus `factor` times what the polynomial through all adds to it."""
+    *older, (last, at) = results
+    if not older:
+        return last
+    sigma = _per_frame(sigma, last)
+    middle, between = older[-1]
+    moved = last + factor * _share(sigma - at, at - between, last) * (last - middle)
+    if len(older) == MAX_ORDER:
+        first, start = older[0]
+        bend = _slope(last - middle, at - between) - _slope(middle - first, between - start)
+        is_bent = (at != between) & (between != start)
+        width = (at - start).where(is_bent, 0.0)
+        moved += factor * _share((sigma - at) * (sigma - between), width, last) * bend
+    return moved
 
 
 def clean_estimate(noisy: Tensor, velocity: Tensor, *, sigma: Tensor) -> Tensor:

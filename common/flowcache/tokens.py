@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -325,6 +325,20 @@ def check_tokens(rule: Any, *, num_steps: int, level: str, compress: str) -> Non
             f"{name} computes some tokens in every guidance pass: leave out reuse.guidance_every "
             "and reuse.guidance_steps"
         )
+
+
+def unused_settings(rule: TokenRule, default: TokenRule) -> str | None:
+    """Say which settings were given that change nothing, since all tokens are computed; or None."""
+    if rule.is_on:
+        return None
+    own, usual = asdict(rule), asdict(default)
+    names = [f"reuse.tokens.{name}" for name in own if own[name] != usual[name]]
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)} changes nothing, as reuse.tokens.choice={rule.choice} computes all "
+        "tokens: choose motion or top, or leave them out"
+    )
 
 
 def check_one_process(rule: TokenRule, *, num_processes: int) -> None:

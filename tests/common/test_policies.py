@@ -12,8 +12,10 @@ from torch import Tensor
 
 from flowcache.policies import (
     Decision,
+    Disagreement,
     FlowCache,
     GuardedPlan,
+    GuidanceRisk,
     MagCache,
     Planned,
     ReusePolicy,
@@ -84,6 +86,9 @@ def guarded(low: float, high: float, *steps: int) -> GuardedPlan:
     return GuardedPlan([steps or [0, 3]], low=[0.0] + [low] * 5, high=[high] * 6)
 
 
+RISKS = [[1.0, 3.0, 5.0][:step] for step in range(8)]
+"""Of reusing a result that is one, two or three steps old; an older one has none."""
+
 TABLE: list[tuple[str, ReusePolicy, Rows, int, str]] = [
     # sums with a warm-up of 2: -, 0.1 (warm-up), 0.1, 0.2, 0.3 (computed), 0.1, ...
     ("flowcache accumulates", FlowCache(0.25, 2), GROWING, 0, "110010011"),
@@ -114,6 +119,15 @@ TABLE: list[tuple[str, ReusePolicy, Rows, int, str]] = [
     # errors after a computed step: 0.1, then 0.1 + 0.19 = 0.29: one reuse at a time
     ("magcache", MagCache([1.0] + [0.9] * 7, 0.25, 1, 5), one(*[0] * 8), 0, "10101011"),
     ("most reuses in a row", MagCache([1.0] * 10, 0.1, 2, 3), one(*[0] * 10), 0, "1100010001"),
+    # half of 8 steps are retained; of the others two in a row may be reused
+    ("retention", MagCache([1.0] * 8, 0.1, 1, 2, 0.5), one(*[0] * 8), 0, "11110011"),
+    ("a warm-up beyond it", MagCache([1.0] * 8, 0.1, 6, 2, 0.5), one(*[0] * 8), 0, "11111101"),
+    # a result one step old costs 1, two 3, three 5; sums 1, 4: so one reuse below 4, two below 5
+    ("risks", GuidanceRisk(RISKS, 4.0, 1, 8), one(*[0] * 8), 0, "10101011"),
+    ("more risk is taken", GuidanceRisk(RISKS, 4.1, 1, 8), one(*[0] * 8), 0, "10010011"),
+    ("no risk of older results", GuidanceRisk(RISKS, 1e9, 1, 8), one(*[0] * 8), 0, "10001001"),
+    ("most reuses of a risk", GuidanceRisk(RISKS, 1e9, 2, 1), one(*[0] * 8), 0, "11010101"),
+    ("risks with threshold 0", GuidanceRisk(RISKS, 0.0, 1, 8), one(*[0] * 8), 0, "11111111"),
     ("magcache with threshold 0", MagCache([1.0] * 5, 0.0, 1, 3), one(*[0] * 5), 0, "11111"),
 ]
 """Name, policy, signals, lag, and by chunk which of its own steps are computed."""
@@ -206,6 +220,21 @@ def test_flowcache_starts_anew_where_a_chunk_was_computed_anyway():
         sums.append(decision.accumulated)
     assert not decision.is_computed
     assert_close(sums[2:], [0.2, 0.1], ulps=64, dtype=torch.float32)
+
+
+def test_a_forecast_is_followed_as_long_as_two_agree():
+    """Line 5 and parabola 4 are 0.2 apart; 5 and 5 agree; an unknown distance computes."""
+    tick = Tick(4, 9, 9, {0: 4, 1: 4, 2: 4, 3: 4})
+    pairs = {0: signal(5, 4), 1: signal(5, 5), 3: signal(math.nan, 5)}
+    for threshold, want in ((0.2, [1, 0, 1, 1]), (0.21, [0, 0, 1, 1])):
+        plan = Disagreement(threshold, 2).plan(tick, pairs, stored=range(4))
+        assert [decision.is_computed for decision in plan.values()] == want
+        assert plan[0].distance == pytest.approx(0.2)
+        assert plan[2].distance is None
+    policy = Disagreement(9.0, 2)
+    for step, stored, want in ((1, [0], True), (2, [0], False), (2, [], True), (8, [0], True)):
+        plan = policy.plan(Tick(step, 9, 9, {0: step}), {0: signal(5, 4)}, stored=stored)
+        assert plan[0].is_computed is want
 
 
 def test_magcache_starts_anew_where_a_chunk_was_computed_anyway():

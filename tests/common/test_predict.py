@@ -72,6 +72,22 @@ def test_predictions_are_those_worked_by_hand(
     assert_close(store.predict(0, sigma=signal(at)), signal(expected), ulps=64)
 
 
+def test_a_line_and_a_parabola_forecast_while_the_last_result_is_held():
+    store, at = ResultStore(is_forecasting=True), {0: signal(0.4), 1: signal(0.4)}
+    assert (store.most_results, ResultStore().most_results) == (3, 1)
+    for value, sigma in ((1.0, 1.0), (3.0, 0.8), (4.0, 0.6)):
+        assert store.forecasts(at) == {}, "three results are needed"
+        store.put(0, signal(value), sigma=signal(sigma))
+        assert store.predict(0, sigma=signal(0.4)).tolist() == [value]
+    # a prediction along the line looks at no more than before
+    line = ResultStore(1.0, is_forecasting=True, history=store.history)
+    assert_close(line.predict(0, sigma=signal(0.4)), signal(5.0), ulps=64)
+    made = store.forecasts(at)
+    made = store.forecasts(at)
+    assert list(made) == [0]
+    assert_close(made[0], torch.tensor([[5.0], [4.0]]), ulps=64)
+
+
 def test_frames_at_their_own_noise_levels_have_trends_of_their_own():
     """The second frame stood still between the results: it is held."""
     store = ResultStore(1.0)

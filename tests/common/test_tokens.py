@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from flowcache.tokens import (
     patches_of,
     pixels_of,
     tokens_of,
+    unused_settings,
 )
 
 pytestmark = pytest.mark.numeric
@@ -278,6 +280,15 @@ def test_what_makes_no_sense_is_refused(
     check({}, {})()
     check({"tokens": TokenRule()}, {"compress": "recent"})()
     refuses(check(rule, changes), message)
+
+
+def test_settings_that_change_nothing_are_named():
+    usual = TokenRule(weighed="latent", vote=None)
+    assert unused_settings(usual, usual) is None
+    assert unused_settings(TokenRule("motion", share=0.3), TokenRule()) is None
+    said = unused_settings(replace(usual, share=0.3, vote=0.5), usual)
+    assert said is not None
+    assert said.startswith("reuse.tokens.vote, reuse.tokens.share changes nothing, as reuse.tok")
 
 
 def test_a_divided_run_is_refused():

@@ -15,7 +15,9 @@ from flowcache.tuning.gram import (
     GramCollector,
     Sketch,
     calibration_bytes,
+    guidance_risks,
     merge,
+    propagation_gains,
 )
 
 pytestmark = pytest.mark.numeric
@@ -196,3 +198,51 @@ def test_the_collector_holds_no_more_than_the_arithmetic_says():
     exact, sketched = (calibration_bytes(**size, width=width) for width in (None, 16384))
     assert exact > 1e9 > 100e6 > sketched
     assert sketched == 5 * 100 * 16384 * 4 + 2 * 16384 * 8 + 652_800 * 20 + 5 * 100**2 * 8
+
+
+# Risks of guidance --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "cosine", "want"),
+    [
+        # (1-s)^2 r_u^2 + s^2 r_c^2 + 2 s (1-s) rho r_u r_c with r_u = 1, r_c = 2
+        (3.0, 0.5, 4 + 36 - 12),
+        (3.0, 1.0, 4 + 36 - 24),
+        (3.0, -1.0, 4 + 36 + 24),
+        (1.0, 0.5, 4),
+        (0.0, 0.5, 1),
+    ],
+)
+def test_the_joint_risk_is_that_of_the_formula(scale: float, cosine: float, want: float):
+    """Both branches begin at 0: their changes are their velocities in step 1."""
+    uncond, cond = np.zeros((2, 2)), np.zeros((2, 2))
+    uncond[1], cond[1] = (1, 0), (2 * cosine, 2 * np.sqrt(1 - cosine**2))
+    rows = np.concatenate([uncond, cond])
+    calibration = Calibration(
+        np.array([1.0, 0.5, 0.0]), ("uncond", "cond"), {0: rows @ rows.T}, {0: 1}
+    )
+    model = calibration.error_model({"uncond": 1 - scale, "cond": scale})
+    first, (risk,) = guidance_risks(model.gram, np.array([7.0, 2.0]))
+    assert first == []
+    assert risk == pytest.approx(2 * np.sqrt(want))
+
+
+def test_older_results_have_risks_of_their_own_up_to_an_age():
+    """A velocity of step k is k: reusing one that is a steps old changes a, times the gain."""
+    steps = np.arange(12.0)
+    risks = guidance_risks(np.outer(steps, steps), np.full(12, 0.5))
+    assert [len(row) for row in risks] == [*range(9), 8, 8, 8]
+    assert risks[11] == pytest.approx([0.5 * age for age in range(1, 9)])
+
+
+@pytest.mark.parametrize(("scale", "exponent", "floor"), [(5.0, 2.0, 0.5), (0.3, 0.75, 0.0)])
+def test_gains_find_the_law_that_they_follow(scale: float, exponent: float, floor: float):
+    left = 1 - np.arange(30) / 30
+    assert propagation_gains(scale * left**exponent + floor) == pytest.approx(
+        scale * left**exponent + floor
+    )
+
+
+def test_gains_are_never_below_zero():
+    assert (propagation_gains(np.linspace(0, 1, 30) ** 4) >= 0).all()

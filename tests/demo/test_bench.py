@@ -312,7 +312,8 @@ def damaged_row(folder: Path) -> list[str]:
     ("arguments", "said"),
     [
         (["--methods", "magic"], "'magic' is no row of the table: use some of vanilla"),
-        (["--prompts", "0"], "--prompts must be 1 or more, not 0"),
+        (["--prompts", "0"], "--prompts must be in 1..99999, not 0"),
+        (["--prompts", "9" * 40], "--prompts must be in 1..99999, not a number of over 30 digits"),
         (["--part", "3/2"], "--part is '3/2', but must be I/N"),
         (["--model", "nowhere"], "nowhere"),
         (

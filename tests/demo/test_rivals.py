@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from refusals import refuses
 from flowcache.bench.continuity import borders_of, drift, seams
 from flowcache.bench.methods import Group, Method, comparison_of
 from flowcache.bench.reuse import (
+    NAMES,
+    OWN_PROFILES,
     Adaptive,
     Budgets,
     Level,
     find_threshold,
+    profile_next_to,
     read_budgets,
-    searched_profile,
 )
 from flowcache.bench.rivals import (
     PUBLISHED,
@@ -37,6 +41,8 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import bench_demo
 import tune_budgets
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "rivals.sh"
 
 
 def clip(*levels: float) -> torch.Tensor:
@@ -102,7 +108,9 @@ def test_every_rule_has_a_row_at_each_budget(model: str, tmp_path: Path):
     names = [method.name for method in made]
     assert len(set(names)) == len(names)
     groups = [method.group for method in made if method.group is not None]
-    for policy in ("FlowCache", "TeaCache", "MagCache", "MotionCache", "stride", "planned"):
+    for policy in (*NAMES.values(), "stride", "planned"):
+        if policy == NAMES["content"] and not comparison.words.content:
+            continue
         levels = {group.level for group in groups if group.policy == policy}
         assert levels == set(RIVAL_LEVELS), policy
     assert not any(group.policy == "searched" for group in groups)
@@ -110,12 +118,15 @@ def test_every_rule_has_a_row_at_each_budget(model: str, tmp_path: Path):
     assert (noise.noise, noise.base) == (1e-3, comparison.computed[-1].name)
     motion = next(m for m in made if m.group and m.group.policy == "MotionCache")
     assert motion.preset == "motioncache"
-    searched_profile(tmp_path / "half.yaml").touch()
-    more = rival_methods(comparison, budgets(model, rules), tmp_path, rules=rules)
-    (own,) = set(more) - set(made)
-    assert own.group == Group("searched", "as tuned", "half")
-    assert f"reuse.profile={tmp_path / 'searched_half.yaml'}" in own.overrides
-    assert "reuse.policy=planned" in own.overrides
+    for policy in OWN_PROFILES:
+        place = profile_next_to(tmp_path / "half.yaml", policy)
+        place.touch()
+        more = rival_methods(comparison, budgets(model, rules), tmp_path, rules=rules)
+        (own,) = set(more) - set(made)
+        assert own.group == Group(policy, "as tuned", "half")
+        assert f"reuse.profile={tmp_path / policy.lower()}_half.yaml" in own.overrides
+        assert "reuse.policy=planned" in own.overrides
+        place.unlink()
 
 
 def test_flowcache_slow_has_the_preset_of_flowcache_fast():
@@ -200,6 +211,32 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert said in message
 
 
+@pytest.mark.parametrize(
+    ("prompts", "part", "said"),
+    [
+        ("0", "1/1", "the number of prompts must be in 1..99999, not 0"),
+        ("100000", "1/1", "the number of prompts must be in 1..99999, not 100000"),
+        ("many", "1/1", "the number of prompts must be in 1..99999, not many"),
+        ("2", "3/2", "PART must be I/N with I in 1..N, as in 1/2, not 3/2"),
+        ("2", "0/2", "PART must be I/N with I in 1..N, as in 1/2, not 0/2"),
+        ("2", "2", "PART must be I/N with I in 1..N, as in 1/2, not 2"),
+    ],
+)
+def test_the_script_refuses_what_its_table_would_before_it_begins(
+    prompts: str, part: str, said: str, tmp_path: Path
+):
+    ended = subprocess.run(
+        ["bash", str(SCRIPT), "skyreels_v2", prompts],
+        env=os.environ | {"PART": part, "OUT": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {said}\n")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_table_is_made_from_nothing_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -221,7 +258,7 @@ def test_the_table_is_made_from_nothing_and_found_again(
         tables.append(json.loads((tmp_path / "out" / "table.json").read_text())["table"])
     assert tables[0] == tables[1]
     policies = {entry["group"]["policy"] for entry in tables[0] if entry["group"]}
-    assert {"searched", "planned", "MotionCache"} <= policies
+    assert {*OWN_PROFILES, "planned", "RA-CFG", "RACER", "MotionCache"} <= policies
     (rows,) = [list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))]
     assert len(rows) == len(tables[0])
     assert "frontier of all rules" in (tmp_path / "out" / "rivals.svg").read_text()

@@ -51,6 +51,10 @@ SKYREELS = {
             *("attention=causal", "reuse.policy=stride", "reuse.warmup_steps=3"),
             *("reuse.predict=velocity", "reuse.guidance_every=2"),
         ],
+        "racer": [
+            *("attention=causal", "reuse.policy=racer", "reuse.warmup_steps=1"),
+            *("num_steps=8", "reuse.threshold=0.5"),
+        ],
         "segments": [
             *(*SKYREELS_FLOWCACHE, "reuse.threshold=0.3", "reuse.extrapolate=0.5"),
             *("batch_branches=true", "num_frames=29", "base_num_frames=17", "overlap_history=5"),
@@ -80,6 +84,10 @@ DISTILLED = {
         "vanilla": ["runtime_config.noise2clean_kvrange=[3,2]"],
         "flowcache": [*MAGI_FLOWCACHE, "reuse.predict=velocity", "passes.clean_pass=false"],
         "teacache": [*MAGI_FLOWCACHE, "reuse.policy=teacache", *MAGI_COMPRESSED],
+        "racer": [
+            *("reuse.policy=racer", "reuse.warmup_steps=1", "reuse.threshold=2"),
+            *("runtime_config.num_steps=12", "runtime_config.num_frames=36"),
+        ],
         "compression": [
             *(*MAGI_FLOWCACHE, *MAGI_COMPRESSED),
             *("kv.queries=frame", "passes.clean_pass=false"),
@@ -111,9 +119,9 @@ KINDS = {
 }
 """Model -> checkpoint -> its cases"""
 REUSING = {
-    "small": ("teacache", "flowcache", "content", "compression", "stride", "segments"),
-    "distilled": ("teacache", "flowcache", "compression"),
-    "base": ("teacache", "flowcache", "compression"),
+    "small": ("teacache", "flowcache", "content", "compression", "stride", "racer", "segments"),
+    "distilled": ("teacache", "flowcache", "racer", "compression"),
+    "base": ("teacache", "flowcache", "racer", "compression"),
 }
 LAYOUTS = {
     "skyreels_v2": {1: ("1x1",), 2: ("1x2", "2x1"), 4: ("1x4", "2x2")},

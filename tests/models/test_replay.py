@@ -60,6 +60,18 @@ def test_a_replayed_run_gives_the_same_frames_whatever_its_policy_would_decide(
     assert not np.array_equal(read_video(tmp_path / "zero.mp4")[0], frames)
 
 
+def test_a_run_that_forecasts_have_decided_is_replayed_without_them(tiny: Any, tmp_path: Path):
+    first, again = tmp_path / "first.mp4", tmp_path / "again.mp4"
+    policy = ("reuse.policy=racer", "reuse.threshold=9", "--record")
+    assert start(tiny, first, *policy) == 0
+    record = read_record(first.with_suffix(".record.json"))
+    assert {computed for *_, computed in decisions(record)} == {True, False}
+    given = ("reuse.policy=vanilla", "--record", "--replay", str(first.with_suffix(".record.json")))
+    assert start(tiny, again, *given) == 0
+    assert np.array_equal(read_video(again)[0], read_video(first)[0])
+    assert decisions(read_record(again.with_suffix(".record.json"))) == decisions(record)
+
+
 MISFITS = [
     ("skyreels_v2", "num_steps=5", "it has 10 ticks, the run 9"),
     ("skyreels_v2", "ar_step=3", "it has 10 ticks, the run 12"),

@@ -170,6 +170,42 @@ def test_magcache_reuses_up_to_its_threshold(ready: Ready, render: Render, write
     assert one == ready.all_of(0, 2, 4, 5)
 
 
+def with_risks(*ages: float) -> dict[str, Any]:
+    """Return what makes a profile have these risks of results that are one step old, two, ..."""
+    risks = [list(ages[:step]) for step in range(NUM_STEPS)]
+    ones, high = [0.9] * NUM_STEPS, [1e9] * NUM_STEPS
+    return {"observed": Observed(ones, [0.0] * NUM_STEPS, high, guidance_risks=risks)}
+
+
+def test_guidance_risk_computes_all_passes_when_its_sum_reaches_the_threshold(
+    ready: Ready, render: Render, write: Write
+):
+    path = write([0, NUM_STEPS - 1], **with_risks(1, 3, 5))
+    given = ("reuse.policy=racfg", f"reuse.profile={path}", "reuse.warmup_steps=1")
+    zero, computed = render(*given, "reuse.threshold=0")
+    assert computed == ready.all_of(*range(NUM_STEPS))
+    assert torch.equal(zero, render("reuse.policy=vanilla")[0])
+    # sums of 1 and of 1 + 3; a fourth step would have no risk
+    assert render(*given, "reuse.threshold=3.5")[1] == ready.all_of(0, 2, 4, 5)
+    listed = ("reuse.policy=stride", "reuse.steps=[0,3,5]", "reuse.predict=velocity")
+    found, computed = render(*given, "reuse.threshold=4.5")
+    assert computed == ready.all_of(0, 3, 5)
+    assert torch.equal(found, render(*listed)[0])
+
+
+def test_forecasts_decide_when_a_chunk_is_computed(ready: Ready, render: Render):
+    given = ("reuse.policy=racer", "reuse.warmup_steps=1")
+    for predictor in ("velocity", "latent_update"):
+        same = (*given, f"reuse.predict={predictor}")
+        zero, computed = render(*same, "reuse.threshold=0")
+        assert computed == ready.all_of(*range(NUM_STEPS))
+        assert torch.equal(zero, render("reuse.policy=vanilla")[0])
+        most, computed = render(*same, "reuse.threshold=1e9")
+        assert computed == ready.all_of(0, 1, 2, NUM_STEPS - 1), "three results are needed"
+        listed = ("reuse.policy=stride", f"reuse.steps=[0,1,2,{NUM_STEPS - 1}]", *same[2:])
+        assert torch.equal(most, render(*listed)[0])
+
+
 REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
     *(
         (checkpoint, changes, settings, message)
@@ -178,6 +214,11 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
             ({"fingerprint": "other"}, (), "was tuned for another model (small): tune this one"),
             ({}, ("reuse.profile=no.yaml",), "no.yaml: no such profile, nor "),
             ({}, ("reuse.profile=null",), "reuse.policy=planned needs a profile"),
+            (
+                {},
+                ("reuse.policy=racfg",),
+                "has no guidance risks, which reuse.policy=racfg adds up",
+            ),
         )
     ),
     *(
@@ -192,6 +233,10 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
         )
     ),
     *(
+        (checkpoint, with_risks(1), ("reuse.policy=racfg", HELD[1]), "all guidance passes together")
+        for checkpoint in ("small", "base")
+    ),
+    *(
         ("small", {}, settings, message)
         for settings, message in (
             (("shift=3",), "was tuned with shift 8.0, but this run has 3.0"),
@@ -204,6 +249,10 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
             (("ar_step=2",), "was tuned with lag 1, but this run has 2"),
             (("guidance=1",), "was tuned with guidance [6.0], but this run has []"),
             (("reuse.policy=guarded",), "set reuse.signal=content, not timestep"),
+            (
+                ("reuse.policy=racer", "attention=full"),
+                "reuse.policy=racer compares forecasts chunk by chunk: set attention=causal",
+            ),
             (
                 (*HELD, "reuse.predict=residual"),
                 "set reuse.predict to velocity, clean or latent_update, not residual",

@@ -174,9 +174,9 @@ def test_methods_of_full_attention_are_measured_against_full_attention(tmp_path:
 def test_the_drawing_knows_the_names_of_the_tables():
     reuse = importlib.import_module("flowcache.bench.reuse")
     methods = importlib.import_module("flowcache.tuning.methods")
-    every = {*reuse.NAMES.values(), reuse.TUNED, "guarded", "stride"}
-    assert set(figures.RULES.looks) == every - {"MotionCache"}
-    assert set(figures.RIVALS.looks) == every | {"searched"}
+    ours = {reuse.TUNED, "guarded", "stride"}
+    assert set(figures.RULES.looks) == ours | {reuse.NAMES[rule] for rule in reuse.RULES}
+    assert set(figures.RIVALS.looks) == ours | {*reuse.NAMES.values(), *reuse.OWN_PROFILES}
     moved = [name for name, settings in methods.TRENDS.items() if settings != methods.VELOCITY]
     assert set(figures.EXTRAPOLATED) == {methods.AS_TUNED, reuse.TREND, *moved}
 

@@ -27,7 +27,7 @@ from flowcache.tuning.gram import Calibration
 from flowcache.tuning.methods import closest_magcache, closest_threshold
 from flowcache.tuning.plan import Constraints, parse_target
 from flowcache.tuning.runs import Size, Words
-from flowcache.tuning.study import check_possible
+from flowcache.tuning.study import Choice, check_possible
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tune"
 """Random plans measured on two clips of the demo; `tune.py --store-check` makes such files anew."""
@@ -53,6 +53,8 @@ class Toy:
         self.holds_guidance = False
         self.needed: int | None = None
         """A step that plans of few steps must compute, which no sum of local errors shows."""
+        self.spoiled = ""
+        """What had better not be reused, which no sum of local errors shows."""
 
     def load(self) -> None:
         """Nothing to load."""
@@ -134,6 +136,7 @@ class Toy:
             whole = values.get("kv.compress") == "none"
             stats.add_flops(computed=10 * NUM_STEPS if whole else 0, without_reuse=0)
         is_poor = self.needed is not None and self.needed not in computed and len(computed) < 6
+        is_poor |= len(computed) < NUM_STEPS and values.get("reuse.predict") == self.spoiled
         latent = latent + 0.1 * whole + 0.5 * is_poor
         pixels = (128 + 40 * latent).clamp(0, 255).to(torch.uint8)
         return Clip(pixels.permute(1, 2, 3, 0)[..., :3], stats)
@@ -266,6 +269,41 @@ def test_a_search_finds_a_plan_with_less_error_and_goes_on_where_it_stopped(
     count = toy.num_renders
     tune(*few, "40")
     assert toy.num_renders == count
+
+
+@pytest.mark.parametrize(("spoiled", "best"), [("velocity", "clean"), ("clean", "velocity")])
+def test_what_is_reused_is_chosen_by_the_error_of_finished_clips(
+    tune: Tune, toy: Toy, tmp_path: Path, spoiled: str, best: str
+):
+    toy.spoiled = spoiled
+    printed = tune("--target", "flops=0.4", "--check-prompts", "2", "--choose-predictor")
+    (line,) = [line for line in printed.splitlines() if line.startswith("predictor")]
+    errors = {name: float(re.findall(rf"{name} ([\d.]+)", line)[0]) for name in (spoiled, best)}
+    ratio = float(re.findall(rf"{best} is best by ([\d.]+), taken", line)[0])
+    assert ratio == pytest.approx(errors[spoiled] / errors[best], rel=0.01)
+    profile = read_profile(tmp_path / "work" / "profile.yaml")
+    assert profile.reuse.predict == best
+    decibel = 10 * np.log10(255**2 / errors[best])
+    assert profile.predicted.psnr == pytest.approx(decibel, abs=0.01)
+    assert f", {best} by its error | " in printed
+    count = toy.num_renders
+    tune("--target", "flops=0.4", "--check-prompts", "2", "--choose-predictor", "--overwrite")
+    assert toy.num_renders == count
+
+
+@pytest.mark.parametrize(
+    ("errors", "quantity", "is_clear"),
+    [
+        ({"a": 4.0, "b": 2.0, "c": 2.1}, "b", False),
+        ({"a": 4.0, "b": 2.0, "c": 2.2}, "b", True),
+        ({"a": 0.0, "b": 2.0}, "a", True),
+        ({"a": 1.0}, "a", True),
+    ],
+)
+def test_a_choice_is_clear_from_a_tenth_more_on(
+    errors: dict[str, float], quantity: str, is_clear: bool
+):
+    assert Choice(quantity, errors).is_clear is is_clear
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ MANY = Sampling(steps=(), num_steps=6, guidance=3.0)
 STRIDE = ReuseConfig(policy="stride", warmup_steps=2, every=2)
 """Own steps 0 1 2 4 5 of 6 are computed."""
 HELD = ReuseConfig(guidance_every=2, predict="velocity")
+FORECAST = ReuseConfig(policy="racer", threshold=1e9, warmup_steps=1)
+"""Own steps 0 1 2 5 of 6 are computed."""
 
 
 def computed_steps(stats: RunStats, branch: str, chunk: int) -> list[int]:
@@ -42,6 +44,7 @@ def computed_steps(stats: RunStats, branch: str, chunk: int) -> list[int]:
         ReuseConfig(policy="flowcache", threshold=0, rescale="none"),
         ReuseConfig(policy="teacache", threshold=0, rescale="none"),
         ReuseConfig(policy="stride", every=1),
+        ReuseConfig(policy="racer", threshold=0, warmup_steps=1),
     ],
     ids=lambda rule: rule.policy,
 )
@@ -55,8 +58,8 @@ def test_a_policy_that_reuses_nothing_changes_no_bit(
 
 @pytest.mark.parametrize(
     "rule",
-    [*(replace(STRIDE, predict=name) for name in PREDICTORS), HELD],
-    ids=[*PREDICTORS, "held guidance"],
+    [*(replace(STRIDE, predict=name) for name in PREDICTORS), HELD, FORECAST],
+    ids=[*PREDICTORS, "held guidance", "forecasts"],
 )
 def test_reuse_costs_what_torch_counts_and_saves_the_rest(
     make_dit: MakeDiT, make_sampler: MakeSampler, rule: ReuseConfig

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowcache.bench.continuity import borders_of, drift, seams
+from flowcache.bounds import number
 from flowcache.demo.clips import Attributes, split_attributes
 from flowcache.demo.judge import judge
 from flowcache.errors import UserError
@@ -192,6 +193,8 @@ def render(
 # The clips of one process -------------------------------------------------------------------------
 
 FIRST_SEED = 5000
+MAX_PROMPTS = 99_999
+"""Clips of a table."""
 
 Prompts = Mapping[int, tuple[Attributes, int]]
 """Index of a clip -> what it shows, and its seed."""
@@ -199,6 +202,8 @@ Prompts = Mapping[int, tuple[Attributes, int]]
 
 def unseen_prompts(count: int) -> Prompts:
     """Return captions that the demos were not trained on, each with a seed of its own."""
+    if not 1 <= count <= MAX_PROMPTS:
+        raise UserError(f"--prompts must be in 1..{MAX_PROMPTS}, not {number(count)}")
     _, held_out = split_attributes()
     return {i: (held_out[i % len(held_out)], FIRST_SEED + i) for i in range(count)}
 

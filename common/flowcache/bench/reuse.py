@@ -9,7 +9,7 @@ compression and full attention (`--table methods` has them).
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Adaptive:
     """An adaptive rule at one budget."""
 
     rule: str
-    """flowcache, content, teacache, magcache or motioncache."""
+    """One of `NAMES`."""
     level: str
     threshold: float | None
     """None: that of the preset."""
@@ -116,7 +116,10 @@ def read_budgets(
 
 FAITHFUL, TUNED = "FlowCache-fast", "planned"
 TREND = "velocity + trend"
-SEARCHED = "searched"
+SEARCHED, STEADY, CHOSEN = "searched", "TRAC", "AutoTarget"
+OWN_PROFILES = (SEARCHED, STEADY, CHOSEN)
+"""Plans that were searched, by the mean error or with its spread, and those whose predictor was
+chosen by its error."""
 HELD_GUIDANCE = ("reuse.guidance_steps=null", "reuse.guidance_every=2")
 """Every second computed step runs the pass with text alone: a plan costs a quarter less."""
 CLEAN = ("reuse.predict=clean", "reuse.extrapolate=0")
@@ -125,13 +128,29 @@ NAMES = {
     "content": "FlowCache, content signal",
     "teacache": "TeaCache",
     "magcache": "MagCache",
+    "magcache_bounded": "MagCache, published bounds",
+    "racfg": "RA-CFG",
+    "racer": "RACER",
     "motioncache": "MotionCache",
 }
+RULES = ("flowcache", "content", "teacache", "magcache")
+"""Those of the table of reuse rules; the table of rivals has all."""
+CALIBRATED: Mapping[str, tuple[str, ...]] = {
+    "magcache": ("reuse.policy=magcache",),
+    "magcache_bounded": (
+        "reuse.policy=magcache",
+        "reuse.warmup_steps=1",
+        "reuse.most_reuses=2",
+        "reuse.retention=0.2",
+    ),
+    "racfg": ("reuse.policy=racfg",),
+}
+"""Settings of the rules that build on a profile."""
 
 
-def searched_profile(planned: Path) -> Path:
-    """Return where the profile of a searched plan is, next to that of the planned one."""
-    return planned.with_name(f"{SEARCHED}_{planned.name}")
+def profile_next_to(planned: Path, policy: str) -> Path:
+    """Return where the profile of a searched plan, or one of a chosen predictor, is."""
+    return planned.with_name(f"{policy.lower()}_{planned.name}")
 
 
 def trend(factor: float, *, order: int = 1) -> tuple[str, ...]:
@@ -139,9 +158,8 @@ def trend(factor: float, *, order: int = 1) -> tuple[str, ...]:
     return ("reuse.predict=velocity", f"reuse.extrapolate={factor:.4g}", f"reuse.order={order}")
 
 
-def rule_names(words: Words) -> list[str]:
-    """Return the adaptive rules of chunks; a content signal may be the published one."""
-    every = [name for name in NAMES if name != "motioncache"]
+def rule_names(words: Words, every: Iterable[str] = RULES) -> list[str]:
+    """Return those of some rules that a model has; a content signal may be the published one."""
     return [name for name in every if name != "content" or words.content]
 
 
@@ -151,8 +169,10 @@ def rule_settings(rule: str, words: Words, *, preset: str, profile: Path) -> tup
         return words.whole_window, []
     if rule == "motioncache":
         return rule, []
-    if rule == "magcache":
-        return preset, ["reuse.policy=magcache", f"reuse.profile={profile}"]
+    if rule in CALIBRATED:
+        return preset, [*CALIBRATED[rule], f"reuse.profile={profile}"]
+    if rule == "racer":
+        return preset, ["reuse.policy=racer"]
     return preset, list(words.content) if rule == "content" else []
 
 
@@ -220,11 +240,10 @@ class RowMaker:
     def profiled(
         self, policy: str, level: str, predictor: str, settings: Sequence[str] = ()
     ) -> Method:
-        """Return what follows the profile of a level; a searched plan has one of its own."""
-        planned = self._profile(level)
-        is_searched = policy == SEARCHED
-        profile = searched_profile(planned) if is_searched else planned
-        followed = TUNED if is_searched else policy
+        """Return what follows the profile of a level; those of `OWN_PROFILES` have another one."""
+        profile, followed = self._profile(level), policy
+        if policy in OWN_PROFILES:
+            profile, followed = profile_next_to(profile, policy), TUNED
         given = (f"reuse.policy={followed}", f"reuse.profile={profile}", *settings)
         return self._row(f"{policy} ({level})", Group(policy, predictor, level), given)
 

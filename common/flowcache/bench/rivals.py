@@ -15,14 +15,15 @@ from flowcache.bench.continuity import EDGE_SHARE
 from flowcache.bench.methods import Comparison, Method, shown, summarize
 from flowcache.bench.quantized import NOISE
 from flowcache.bench.reuse import (
+    NAMES,
+    OWN_PROFILES,
     SAME_FLOPS,
-    SEARCHED,
     TREND,
     TUNED,
     Budgets,
     RowMaker,
+    profile_next_to,
     rule_names,
-    searched_profile,
 )
 from flowcache.runtime.metrics import average
 from flowcache.runtime.text_files import escaped, table_row
@@ -35,14 +36,14 @@ MOTION = "motioncache"
 MORE_DECIBEL, MORE_THAN_RIVALS = 10.0, 3.0
 """At FlowCache-fast's FLOPs, our best plan is to be better by this than FlowCache as published, and
 than the best rule of others."""
-OWN = (TUNED, SEARCHED, "guarded", "stride")
-"""Policies that are no rule of others."""
+OWN = (TUNED, *OWN_PROFILES, "guarded", "stride")
+"""Policies that are no rule of others; those of TRAC and AutoTarget improve our plans."""
 
 
 def rival_rules(comparison: Comparison, presets: Path) -> list[str]:
     """Return the adaptive rules of a model; MotionCache where it has a preset."""
     has_motion = (presets / f"{MOTION}.yaml").is_file()
-    return [*rule_names(comparison.words), *([MOTION] if has_motion else [])]
+    return rule_names(comparison.words, [name for name in NAMES if name != MOTION or has_motion])
 
 
 def rival_methods(
@@ -64,8 +65,9 @@ def rival_methods(
         trending = [rule for rule in rules if rule != MOTION]
         made += [rows.adaptive(rule, level, is_published=False) for rule in trending]
         made += [rows.stride(level), rows.profiled(TUNED, level, AS_TUNED)]
-        if searched_profile(folder / budgets.levels[level].profile).is_file():
-            made.append(rows.profiled(SEARCHED, level, AS_TUNED))
+        for policy in OWN_PROFILES:
+            if profile_next_to(folder / budgets.levels[level].profile, policy).is_file():
+                made.append(rows.profiled(policy, level, AS_TUNED))
     return tuple(made)
 
 

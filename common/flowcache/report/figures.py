@@ -344,9 +344,18 @@ RIVALS = replace(
     looks={
         **RULES.looks,
         "searched": Look("planned", "circle"),
+        "TRAC": Look("planned", "up"),
+        "AutoTarget": Look("planned", "square"),
         "MotionCache": Look("motion", "square"),
+        "MagCache, published bounds": Look("magcache", "diamond"),
+        "RA-CFG": Look("risk", "down"),
+        "RACER": Look("risk", "up"),
     },
-    colours={**RULES.colours, "motion": ("#1d6b52", "#7fd3b4")},
+    colours={
+        **RULES.colours,
+        "motion": ("#1d6b52", "#7fd3b4"),
+        "risk": ("#8a3b12", "#e9a07a"),
+    },
 )
 
 

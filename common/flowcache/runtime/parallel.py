@@ -380,6 +380,7 @@ class SharedPolicy(ReusePolicy):
 
     def __post_init__(self) -> None:
         self.needs_signals = self.policy.needs_signals
+        self.needs_forecasts = self.policy.needs_forecasts
 
     def plan(
         self, tick: Tick, signals: Mapping[int, Tensor], *, stored: Collection[int]

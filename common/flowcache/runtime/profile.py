@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flowcache.bounds import OneOf, given_path
+from flowcache.bounds import given_path
 from flowcache.errors import UserError
 from flowcache.policies import Calibration, Rescale, ReusePolicy, ReuseRule, identity
-from flowcache.predict import MAX_ORDER, PREDICTORS
+from flowcache.predict import MAX_ORDER, Quantity
 from flowcache.runtime.config import load_config
 from flowcache.runtime.files import write_text
 
@@ -34,8 +34,6 @@ FINGERPRINT_NUMBERS = 1024
 HEADER = "# Which steps to compute; made by scripts/tune.py. Change nothing here: tune again.\n"
 
 
-FITTED = tuple(name for name, each in PREDICTORS.items() if each.level == "velocity")
-"""Predictors that plans are made for."""
 PLACEHOLDER = "reuse.predict=velocity"
 """Replaces what a profile sets, until it is read: a predictor that most other settings go with."""
 
@@ -57,7 +55,7 @@ class Reuse:
 
     plans: list[list[int]]
     """Computed own steps by chunk position; chunks behind the last entry use that one."""
-    predict: Annotated[str, OneOf(FITTED)]
+    predict: Quantity
     order: int
     factor: float
     guidance_steps: list[int] | None = None
@@ -85,6 +83,8 @@ class Observed:
     magnitude_ratios: list[float]
     distance_low: list[float]
     distance_high: list[float]
+    guidance_risks: list[list[float]] | None = None
+    """Of reusing a result that is one step old, two, ...; None: not calibrated."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,14 @@ class Profile:
                 f"reuse.guidance_steps must be own steps, 0..{num_steps - 1}, found {wrong[0]}"
             )
         for name, values in dataclasses.asdict(self.observed).items():
-            if len(values) != num_steps:
+            if values is not None and len(values) != num_steps:
                 raise UserError(f"observed.{name} needs {num_steps} values, found {len(values)}")
 
     def calibration(self, rescale: Rescale) -> Calibration:
         """Return what policies build on."""
-        return Calibration(rescale, self.reuse.plans, **dataclasses.asdict(self.observed))
+        observed = dataclasses.asdict(self.observed)
+        known = {name: values for name, values in observed.items() if values is not None}
+        return Calibration(rescale, self.reuse.plans, **known)
 
 
 def write_profile(profile: Profile, path: Path) -> None:
@@ -233,6 +235,11 @@ def load_with_profile(
             raise
     path = find_profile(rule, folder=folder)
     profile = read_profile(path)
+    if rule.kind.takes("guidance_risks") and profile.observed.guidance_risks is None:
+        raise UserError(
+            f"{path} has no guidance risks, which reuse.policy={rule.policy} adds up: make it "
+            "again with scripts/tune.py"
+        )
     wanted = [*profile_settings(profile, rule), *overrides, f"reuse.profile={path}"]
     config = load(overrides=wanted)
     check_fits(profile, setting_of(config), path=path)

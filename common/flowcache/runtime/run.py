@@ -45,7 +45,7 @@ from flowcache.runtime.record import (
 )
 from flowcache.runtime.stats import RunStats, Traced, environment, merged
 from flowcache.runtime.video import VideoWriter, check_ffmpeg, to_uint8
-from flowcache.tokens import check_one_process
+from flowcache.tokens import check_one_process, unused_settings
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +216,9 @@ def job_of(
             f"{len(work.block_bytes)} blocks: lower it, or leave it out to keep all on the GPU"
         )
     check_one_process(config.reuse.tokens, num_processes=ranks.place.size)
+    unused = unused_settings(config.reuse.tokens, type(config.reuse)().tokens)
+    if unused is not None and ranks.is_first:
+        logger.warning("%s", unused)
     layout = process_layout(
         config.parallel,
         ranks.place.size,

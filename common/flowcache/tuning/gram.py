@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from flowcache.errors import UserError
@@ -27,6 +28,10 @@ from flowcache.tuning.gap import Array, ErrorModel
 
 BAND_MARGIN = 0.1
 """Share by which the calibrated band of distances is widened on both sides: few clips are seen."""
+OLDEST_RESULT = 8
+"""Steps between a computed step and the last one for which the risk of its reuse is kept."""
+EXPONENTS = np.linspace(0.25, 8, 32)
+"""Among which the one of the growth of changes is sought."""
 SKETCHING_BYTES = 8 + 4 + 2 * 4
 """Per element of a velocity that is sketched: its place (int64) and its sign, and the element in
 float32 before and after the sign."""
@@ -270,3 +275,47 @@ def magnitude_ratios(gram_NN: Array) -> list[float]:
     """Return |v_k| / |v_{k-1}| for every own step, root mean squares; 1 for the first step."""
     norm_N = np.sqrt(np.diag(gram_NN))
     return [1.0, *(norm_N[1:] / norm_N[:-1]).tolist()]
+
+
+def guidance_risks(gram_NN: Array, gains_N: Array) -> list[list[float]]:
+    """Return the risk ``g_b r_g`` of reusing at own step b a result that is 1, 2, ... steps old.
+
+    With guidance s, ``r_g^2 = (1-s)^2 r_u^2 + s^2 r_c^2 + 2 s (1-s) rho r_u r_c``, where r_u and
+    r_c are the changes of the branches between two steps and rho is their cosine: the squared
+    change of the guided velocity, which its Gram matrix has without taking the branches apart.
+
+    Example with s = 3: both branches change by 1, at a cosine of 0.5. The guided velocity changes
+    by the square root of 4 + 9 - 6 = 7.
+
+    Args:
+        gram_NN: inner products of the guided velocity.
+        gains_N: growth g, see `propagation_gains`.
+
+    Source: RA-CFGCache (arXiv 2609.36433); r_u and r_c are those of the calibration clips here.
+    """
+    square_N = np.diag(gram_NN)
+    change_NN = np.sqrt(np.maximum(square_N[:, None] + square_N - 2 * gram_NN, 0))
+    return [
+        [
+            float(gains_N[b] * change_NN[b, a])
+            for a in range(b - 1, max(b - 1 - OLDEST_RESULT, -1), -1)
+        ]
+        for b in range(len(gram_NN))
+    ]
+
+
+def propagation_gains(growth_N: Array) -> Array:
+    """Return ``scale ((N - k) / N)^a + floor`` of every step, fitted to a measured growth.
+
+    Args:
+        growth_N: error of the finished clip over the change of the velocity that step k makes.
+
+    Source: as above.
+    """
+    left_N = 1 - np.arange(len(growth_N)) / len(growth_N)
+    fits: list[tuple[float, Array]] = []
+    for exponent in EXPONENTS:
+        basis_N2 = np.stack([left_N**exponent, np.ones_like(left_N)], axis=1)
+        weights_2, error = nnls(basis_N2, growth_N)
+        fits.append((float(error), basis_N2 @ weights_2))
+    return min(fits, key=lambda fit: fit[0])[1]

@@ -80,6 +80,16 @@ def searched(plan: Plan) -> Method:
     return replace(method, name=f"searched {' '.join(method.settings)}")
 
 
+def reusing(plan: Plan, quantity: str) -> Method:
+    """Return a plan that reuses another quantity, along the same share of its trend."""
+    method = planned(plan)
+    return replace(
+        method,
+        name=f"reusing {quantity} {' '.join(method.settings)}",
+        settings=(*method.settings, f"reuse.predict={quantity}"),
+    )
+
+
 def predictor_name(plan: Plan) -> str:
     """Say what replaces a reused step, and how many steps run the conditional pass alone."""
     predictor, name = plan.predictor, plan.predictor.quantity

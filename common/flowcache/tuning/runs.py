@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from flowcache.bounds import annotated_hints, names_of
 from flowcache.demo.clips import split_attributes
 from flowcache.errors import UserError
 from flowcache.policies import Observe
@@ -85,6 +86,8 @@ class Size:
     """Whether the KV cache drops clean tokens."""
     holds_guidance: bool = False
     """Whether plans may run the conditional pass alone: its velocities are recorded, too."""
+    quantities: tuple[str, ...] = ("velocity", "clean")
+    """What the model can reuse."""
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -163,6 +166,7 @@ class Runs:
             num_passes=len(work.passes),
             compresses_kv=config.kv.compress != "none",
             holds_guidance=self.holds_guidance,
+            quantities=names_of(annotated_hints(type(config.reuse))["predict"]) or (),
         )
 
     def load(self, kept: KeptNetworks | None = None) -> None:

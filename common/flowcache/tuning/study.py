@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowcache.errors import UserError
 from flowcache.runtime.files import read_json_lines
 from flowcache.runtime.metrics import PIXEL_MAX
@@ -28,8 +30,10 @@ from flowcache.tuning.gram import (
     GramCollector,
     Sketch,
     distance_band,
+    guidance_risks,
     magnitude_ratios,
     merge,
+    propagation_gains,
 )
 from flowcache.tuning.methods import (
     OWN_SIGNAL,
@@ -39,6 +43,7 @@ from flowcache.tuning.methods import (
     guidance_steps,
     held,
     planned,
+    reusing,
     searched,
     whole_kv,
 )
@@ -67,6 +72,8 @@ PROBE_SHARE = 1 / 8
 STEP_SPREAD = 0.8
 """Of the mean cost of a step, what the computed ones cost at least."""
 SKETCH_SEED = 0
+CLEAR_RATIO = 1.10
+"""Error of the next best quantity over that of the best, at least. Source: AutoTarget."""
 
 
 class Rows:
@@ -400,16 +407,68 @@ def search(
     )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What the finished calibration clips say of the quantities that a plan may reuse."""
+
+    quantity: str
+    """Of the least error."""
+    errors: Mapping[str, float]
+    """Quantity -> mean squared error of the clips, in squared pixel levels."""
+
+    @property
+    def ratio(self) -> float:
+        """Error of the second best over that of the best."""
+        best, *others = sorted(self.errors.values())
+        return min(others, default=math.inf) / best if best else math.inf
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the best one is so much better that it is taken."""
+        return self.ratio >= CLEAR_RATIO
+
+    @property
+    def psnr(self) -> float:
+        """PSNR of the best one in dB, of all clips together."""
+        error = self.errors[self.quantity]
+        return _decibel(error) if error else math.inf
+
+
+def choose_quantity(
+    runs: Runs, rows: Rows, prompts: Sequence[Prompt], plan: Plan, quantities: Sequence[str]
+) -> Choice:
+    """Try which of some quantities a plan had better reuse, each along the plan's own trend.
+
+    Example: mean squared errors of 4.0, 2.0 and 2.1 have the ratio 1.05: the second one is best,
+    but not clearly.
+
+    Source: AutoTarget (arXiv 2610.03577).
+    """
+    methods = {name: reusing(plan, name) for name in quantities}
+    measured = measure(runs, rows, prompts, [*methods.values()], kind="quantity")
+    errors = {name: mean(measured[method.name], "mse") for name, method in methods.items()}
+    return Choice(min(errors, key=lambda name: errors[name]), errors)
+
+
 def make_profile(
-    runs: Runs, prompts: Sequence[Prompt], found: Found, plan: Plan, *, model: str
+    runs: Runs,
+    prompts: Sequence[Prompt],
+    found: Found,
+    plan: Plan,
+    *,
+    model: str,
+    choice: Choice | None = None,
 ) -> Profile:
     """Return what a run needs to follow a plan.
 
     Args:
         prompts: that it was calibrated on.
         model: its name, for messages.
+        choice: of what is reused instead of the plan's own quantity.
     """
     forecast = found.forecast(plan)
+    if choice is not None:
+        forecast = replace(forecast, psnr=choice.psnr)
     low, high = distance_band(found.distances, num_steps=found.model.num_steps)
     return Profile(
         version=VERSION,
@@ -417,7 +476,7 @@ def make_profile(
         setting=runs.setting(),
         reuse=Reuse(
             plans=[list(plan.steps)],
-            predict=plan.predictor.quantity,
+            predict=plan.predictor.quantity if choice is None else choice.quantity,
             order=plan.predictor.order,
             factor=plan.predictor.factor,
             guidance_steps=guidance_steps(plan),
@@ -429,6 +488,7 @@ def make_profile(
             magnitude_ratios=magnitude_ratios(found.model.gram),
             distance_low=low,
             distance_high=high,
+            guidance_risks=risks_of(found.model),
         ),
         source=Source(
             model=model,
@@ -438,6 +498,17 @@ def make_profile(
             seeds=[prompt.seed for prompt in prompts],
         ),
     )
+
+
+def risks_of(model: ErrorModel) -> list[list[float]]:
+    """Return by own step the risk of reusing a result that is 1, 2, ... steps old.
+
+    They are in pixel levels where the gains were measured.
+    """
+    growth_N = np.abs(np.diff(model.sigmas))
+    if model.gains is not None:
+        growth_N = growth_N * np.sqrt(model.gains)
+    return guidance_risks(model.gram, propagation_gains(growth_N))
 
 
 # The table ----------------------------------------------------------------------------------------

@@ -117,8 +117,11 @@ class BranchReuse:
         """Return the chunks with the branches in which each is computed, which is recorded."""
         policies, plans = self.policies, dict[str, Decisions]()
         for name, policy in policies.items():
-            stored = self._stored(name, chunks=tick.steps)
-            plans[name] = policy.plan(tick, signals, stored=stored)
+            stored, compared = self._stored(name, chunks=tick.steps), signals
+            if policy.needs_forecasts:
+                store = self._store_of(name)
+                compared = store.forecasts({chunk.id: chunk.sigma for chunk in chunks})
+            plans[name] = policy.plan(tick, compared, stored=stored)
             if name in self.tokens:
                 plans[name] = self.tokens[name].choose(tick, plans[name], stored=stored)
         if chunks[0].id == WHOLE_WINDOW:
@@ -153,10 +156,13 @@ class BranchReuse:
         parts = {"timestep": part.modulation, "timestep_embedding": part.time}
         return (parts | {"content": part.tokens})[self.signal]
 
+    def _store_of(self, name: str) -> ResultStore:
+        """Return the results that a branch's reused steps are predicted from."""
+        return self.updates if self.predictor.level == "step" else self.results[name]
+
     def _stored(self, name: str, *, chunks: Iterable[int]) -> set[int]:
         """Return the active chunks that have a stored result."""
-        store = self.updates if self.predictor.level == "step" else self.results[name]
-        units = store.units()
+        units = self._store_of(name).units()
         return set(chunks) if WHOLE_WINDOW in units else set(chunks) & set(units)
 
     # Velocities -------------------------------------------------------------------------------
