@@ -9,7 +9,7 @@ import torch
 from flowcache.errors import UserError
 from flowcache.runtime.config import load_config
 from flowcache.runtime.model import Work
-from flowcache.wan.dit import blocks_flops
+from flowcache.wan.dit import blocks_flops, embed_flops
 from self_forcing.checkpoint import SIZES
 from self_forcing.config import RunConfig
 from self_forcing.released import PRESETS
@@ -57,6 +57,17 @@ def test_one_call_of_every_chunk_is_198_teraflops():
     ]
     assert [round(call / 1e12, 1) for call in calls] == [16.2, 20.2, 24.3, 28.3, 32.3, 36.4, 40.4]
     assert sum(calls) / 1e12 == pytest.approx(198.1, abs=0.05)
+
+
+def test_a_clean_pass_costs_embedding_and_blocks_alone():
+    tokens = 3 * FRAME_TOKENS
+    whole, skipped = planned("self_forcing"), planned("self_forcing", "clean_pass=skipped")
+    passes = [
+        embed_flops(SIZES, num_frames=3, frame_tokens=FRAME_TOKENS)
+        + blocks_flops(SIZES, queries=tokens, keys=(chunk + 1) * tokens)
+        for chunk in range(6)  # the last one of 7 has none
+    ]
+    assert whole.flops - skipped.flops == sum(passes)
 
 
 def test_the_cache_of_a_clip_has_the_published_size():
