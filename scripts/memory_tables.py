@@ -138,9 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [name for name in RUNS if name.startswith(tuple(options.runs))]
         if not chosen:
             raise UserError(f"--runs {options.runs[0]!r} is none of: {'; '.join(RUNS)}")
+        if any(setting.startswith("memory_limit=") for setting in options.settings):
+            raise UserError("memory_limit is what --limits says here: leave it out")
+        jobs = {name: RUNS[name].job(*options.settings) for name in chosen}
         print(f"{HEAD}\n|---|---:|---:|---:|---:|---|", flush=True)
-        for name in chosen:
-            job = RUNS[name].job(*options.settings)
+        for name, job in jobs.items():
             needs = job.model.footprint(job, overlaps=True)
             for limit in options.limits:
                 print(line(name, limit, needs, job), flush=True)

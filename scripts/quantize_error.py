@@ -35,11 +35,13 @@ from flowcache.runtime.text_files import escaped, table_row
 MODES: tuple[QuantizeName, ...] = get_args(QuantizeName)
 PROMPT = "a red circle moving right on a black background"
 CLIP = (f"prompt={PROMPT}", "num_frames=37", "memory_limit=none", "compile=false")
+COMPARED = {"quantize": ", or take --mode", "dtype": "", "device": ", or take --device"}
+"""Settings of each way -> what can be said instead."""
 COLUMNS = ("", "compared with", "first layer", "all blocks", "clip", "weights")
 EXAMPLES = """examples:
   python scripts/quantize_error.py
   python scripts/quantize_error.py --architecture magi1 --mode int8_weight
-  python scripts/quantize_error.py --model wan2.1-t2v-1.3b --preset self_forcing num_frames=81
+  python scripts/quantize_error.py --model /data/SkyReels-V2-DF-1.3B-540P --mode fp8_weight
 """
 
 
@@ -115,10 +117,12 @@ def row(way: Way, made: Made, base: Made) -> str:
 def measure(options: argparse.Namespace) -> None:
     """Print the table, then what could not run."""
     settle_checkpoint(options)
+    for key, instead in COMPARED.items():
+        if any(setting.startswith(f"{key}=") for setting in options.settings):
+            raise UserError(f"{key} is set by the table: leave it out{instead}")
     model = load_model(options.architecture)
     made: dict[str, Made] = {}
     reasons: dict[str, str] = {}
-    print(f"{table_row(COLUMNS)}\n|---|---|---:|---:|---:|---:|")
     for way in ways([options.mode] if options.mode else MODES):
         try:
             made[way.name] = compute(way, model, options)
@@ -127,7 +131,9 @@ def measure(options: argparse.Namespace) -> None:
                 raise
             reasons[way.name] = str(error)
             continue
-        if way.base is not None:
+        if way.base is None:
+            print(f"{table_row(COLUMNS)}\n|---|---|---:|---:|---:|---:|")
+        else:
             print(row(way, made[way.name], made[way.base]), flush=True)
     if reasons:
         print("\nnot run here:")

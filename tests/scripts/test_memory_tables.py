@@ -1,6 +1,7 @@
 """The table of cards: what fits, what does not, and what is refused."""
 
 import importlib
+import sys
 
 import pytest
 
@@ -57,6 +58,8 @@ def test_two_windows_fit_8_gb(capsys: pytest.CaptureFixture[str]):
         (("--limits", "auto"), "--limits takes amounts such as 24GB, not auto"),
         (("--limits", "12"), "memory_limit must be auto, none or an amount"),
         (("--runs", "Sora"), "--runs 'Sora' is none of: SkyReels-V2 1.3B"),
+        (("vae_strips=4",), "vae_strips"),
+        (("memory_limit=2GB",), "is what --limits says here"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -66,3 +69,13 @@ def test_wrong_arguments_are_one_line(
     assert (code, rows) == (2, [])
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["quantize", "text_quantize"])
+def test_without_torchao_8_bits_are_not_planned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    code, rows, err = table(capsys, f"{key}=int8_weight", "--runs", "MAGI-1 4.5B")
+    assert (code, rows) == (2, [])
+    assert f"{key}=int8_weight needs the package torchao" in err

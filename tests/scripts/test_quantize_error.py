@@ -67,6 +67,9 @@ def test_what_can_not_run_is_named_and_a_mistake_is_one_line(
     shown = capsys.readouterr().out
     assert list(rows(shown)) == ["bfloat16"]
     assert "fp8_dynamic: quantize=fp8_dynamic needs an NVIDIA GPU" in shown
+    for setting in ("quantize=int8_weight", "dtype=float16", "device=cuda"):
+        assert script.main([*TINY, setting]) == 2
+        assert "is set by the table: leave it out" in capsys.readouterr().err
     assert script.main([*TINY, "num_step=3"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert "unknown key 'num_step'" in error[-1]

@@ -540,7 +540,10 @@ def make_memory_plan(
     if fitting:
         return min(fitting, key=lambda made: made.cost.added_seconds)
     raise _no_plan(
-        min(reversed(smallest), key=lambda made: made.peak_bytes), wanted=wanted, usable=usable
+        min(reversed(smallest), key=lambda made: made.peak_bytes),
+        wanted=wanted,
+        usable=usable,
+        has_host=has_host,
     )
 
 
@@ -576,20 +579,21 @@ def _choices(wanted: Residence, strips: Sequence[int | None]) -> Iterator[Reside
     yield from dict.fromkeys(made)
 
 
-def _no_plan(least: MemoryPlan, *, wanted: Residence, usable: int) -> UserError:
+def _no_plan(least: MemoryPlan, *, wanted: Residence, usable: int, has_host: bool) -> UserError:
     """Say why nothing fits, and what would."""
     stage = max(least.stages, key=lambda stage: stage.peak_bytes)
     part = stage.largest
     amounts = {"blocks_on_device": wanted.blocks_on_device, "vae_strips": wanted.vae_strips}
     given = [f"{name}={value}" for name, value in amounts.items() if value is not None]
     fixed = f" by {', '.join(given)} (leave that out to have it chosen)" if given else ""
+    tried = "with everything on the host that can be" if has_host else "as it is set"
     needed = math.ceil(least.peak_bytes / (1 - RESERVED_SHARE))
     step = min(LIMIT_STEP, 10 ** max(len(str(needed)) - 2, 0))
     needed = math.ceil(needed / step) * step
     return UserError(
         f"memory_limit is {_size(least.limit_bytes or 0)}, of which {_size(usable)} can be "
-        f"planned, but {stage.name} needs {_size(stage.peak_bytes)} with everything on the host "
-        f"that can be{fixed}: the smallest limit that fits is {_size(needed)}; most of it, "
+        f"planned, but {stage.name} needs {_size(stage.peak_bytes)} {tried}"
+        f"{fixed}: the smallest limit that fits is {_size(needed)}; most of it, "
         f"{_size(part.num_bytes)}, is {part.name}: {part.remedy}"
     )
 

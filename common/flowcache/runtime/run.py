@@ -169,8 +169,6 @@ def prepare(
     if found.folder != source.folder:
         config = read_settings(model, request, found)  # it may bring presets of its own
     model.check_device(config, found, device, dtype)
-    check_package("quantize", config.quantize)
-    check_package("text_quantize", config.text_quantize)
     job = job_of(model, request, config, found, media, device=device, dtype=dtype, ranks=ranks)
     if writes:
         path = claim_output(request, stem=f"{job.preset}-{job.value('seed')}")
@@ -209,6 +207,8 @@ def job_of(
     ranks: Ranks,
 ) -> Job:
     """Derive what the run does, and how the processes divide it."""
+    check_package("quantize", config.quantize)
+    check_package("text_quantize", config.text_quantize)
     work = model.work(config, source, media, dtype)
     if (config.blocks_on_device or 0) > len(work.block_bytes):
         raise UserError(
