@@ -327,13 +327,12 @@ class ErrorBound(ReusePolicy):
         return self.warmup_steps
 
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
-        num_first, last = self.num_first(tick.num_steps), tick.num_steps - 1
-        return {
-            chunk: self._decide(
-                chunk, step, is_forced=step < num_first or step == last or chunk not in stored
-            )
-            for chunk, step in tick.steps.items()
-        }
+        num_first = self.num_first(tick.num_steps)
+        decisions: Decisions = {}
+        for chunk, step in tick.steps.items():
+            is_forced = tick.is_forced(chunk, warmup_steps=num_first, with_last=True)
+            decisions[chunk] = self._decide(chunk, step, is_forced=is_forced or chunk not in stored)
+        return decisions
 
     def computed_anyway(self, chunks: Collection[int]) -> None:
         for chunk in chunks:
@@ -426,10 +425,11 @@ class Disagreement(ReusePolicy):
 
     def plan(self, tick: Tick, signals: Signals, *, stored: Collection[int]) -> Decisions:
         pairs = {chunk: (parabola, line) for chunk, (line, parabola) in signals.items()}
-        distances, last = relative_l1(pairs), tick.num_steps - 1
+        distances = relative_l1(pairs)
         decisions: Decisions = {}
-        for chunk, step in tick.steps.items():
-            is_forced = step < self.warmup_steps or step == last or chunk not in stored
+        for chunk in tick.steps:
+            is_forced = tick.is_forced(chunk, warmup_steps=self.warmup_steps, with_last=True)
+            is_forced |= chunk not in stored
             distance = distances.get(chunk)
             # "not below": a distance that is not a number must lead to a computation
             is_computed = is_forced or distance is None or not distance < self.threshold

@@ -87,7 +87,9 @@ def planned(
     model: VideoModel, request: Request, ranks: Ranks, ready: Callable[[], Job]
 ) -> Job | None:
     """Check and describe what will be done; return it unless the run is dry."""
-    plan, job = ranks.together(lambda: plan_without_files(model, request, ranks)), None
+    plan = job = None
+    if request.is_dry:
+        plan = ranks.together(lambda: plan_without_files(model, request, ranks))
     if plan is None:
         job = ranks.together(ready)
         plan = describe(job)
@@ -273,8 +275,6 @@ def plan_without_files(
     model: VideoModel, request: Request, ranks: Ranks | None = None
 ) -> str | None:
     """Return the plan of a dry run that has no files to look at; None: it has."""
-    if not request.is_dry:
-        return None
     source = model.find(request.model, is_dry=True, download=request.download)
     config = read_settings(model, request, source)
     missing = model.missing(config, source)
