@@ -26,7 +26,7 @@ from flowcache.gpu.paths import relative_error
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
 from flowcache.runtime.config import QuantizeName
 from flowcache.runtime.metrics import psnr
-from flowcache.runtime.model import Request, VideoModel, load_model
+from flowcache.runtime.model import Job, Request, VideoModel, load_model
 from flowcache.runtime.quantize import linears
 from flowcache.runtime.run import collect, encode_inputs, load_networks, prepare
 from flowcache.runtime.stats import RunStats
@@ -75,12 +75,17 @@ def ways(modes: Sequence[QuantizeName]) -> list[Way]:
     return plain + [Way(mode, "bfloat16", mode, "bfloat16") for mode in modes]
 
 
+def prepare_way(way: Way, model: VideoModel, options: argparse.Namespace) -> Job:
+    """Plan the clip; raises `UserError` where the way can't run."""
+    own = (f"device={options.device}", f"dtype={way.dtype}", f"quantize={way.mode or 'null'}")
+    request = Request(options.preset, options.model, [*CLIP, *options.settings, *own])
+    return prepare(model, request, writes=False)
+
+
 @torch.no_grad()
 def compute(way: Way, model: VideoModel, options: argparse.Namespace) -> Made:
     """Make the clip in memory, and keep what the first pass gives."""
-    own = (f"device={options.device}", f"dtype={way.dtype}", f"quantize={way.mode or 'null'}")
-    request = Request(options.preset, options.model, [*CLIP, *options.settings, *own])
-    job = prepare(model, request, writes=False)
+    job = prepare_way(way, model, options)
     stats = RunStats(job.device)
     loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
     layer = first_output(next(linears(model.quantised(loaded.dit))))
@@ -115,15 +120,22 @@ def row(way: Way, made: Made, base: Made) -> str:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Print the table, then what could not run."""
+    """Print the table, then what could not run.
+
+    Raises:
+        UserError: the one setting that was asked for can't run.
+    """
     settle_checkpoint(options)
     for key, instead in COMPARED.items():
         if any(setting.startswith(f"{key}=") for setting in options.settings):
             raise UserError(f"{key} is set by the table: leave it out{instead}")
     model = load_model(options.architecture)
+    chosen = ways([options.mode] if options.mode else MODES)
+    if options.mode:
+        prepare_way(chosen[-1], model, options)
     made: dict[str, Made] = {}
     reasons: dict[str, str] = {}
-    for way in ways([options.mode] if options.mode else MODES):
+    for way in chosen:
         try:
             made[way.name] = compute(way, model, options)
         except UserError as error:

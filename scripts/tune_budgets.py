@@ -80,6 +80,7 @@ STARTS = {
     "motioncache": 0.15,
 }
 """Thresholds that the search begins with."""
+OWN_SETTINGS = ("profile", "reuse.policy", "reuse.threshold")
 EXAMPLES = """examples:
   python scripts/tune_budgets.py --out result/reuse_skyreels_v2
   python scripts/tune_budgets.py --architecture magi1 --out result/reuse_magi1
@@ -140,6 +141,7 @@ def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     settle_checkpoint(options)
     check_search(options)
+    check_settings(options)
     bench = open_bench(options)
     words, preset = bench.comparison.words, bench.comparison.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
@@ -201,6 +203,14 @@ def check_search(options: argparse.Namespace) -> None:
         raise UserError(f"--search must be 0 or more trials, not {options.search}")
     if options.search and options.levels != "rivals":
         raise UserError("--search makes the searched plans of --levels rivals: give that, too")
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Refuse settings of reuse that the rules and budgets set."""
+    for setting in options.settings:
+        key, _, _ = setting.partition("=")
+        if key in OWN_SETTINGS:
+            raise UserError(f"{key} is set for each rule and budget: leave it out")
 
 
 def rival_multiples(bench: Bench, fast: float) -> dict[str, float]:

@@ -358,7 +358,11 @@ def test_what_is_given_wrong_is_one_line(
 def test_budgets_that_cannot_be_made_leave_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for given, said in (("--clips=0", "--clips must be 1"), ("attention=full", "attention=full")):
+    for given, said in (
+        ("--clips=0", "--clips must be 1"),
+        ("attention=full", "attention=full"),
+        ("reuse.policy=teacache", "reuse.policy is set for each rule and budget: leave it out"),
+    ):
         line = ["--architecture", "skyreels_v2", "--out", str(tmp_path / "new"), given]
         assert tune_budgets.main(line) == 2
         assert said in capsys.readouterr().err

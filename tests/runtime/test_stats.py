@@ -140,6 +140,13 @@ def test_the_summary_says_passes_flops_times_and_memory():
     assert lines[3].startswith("peak memory   ")
 
 
+def test_a_run_that_saves_nothing_is_not_compared_with_one_without_reuse():
+    stats = RunStats(CPU)
+    record(stats, chunk=0, is_computed=True)
+    stats.add_flops(computed=102 * 10**9, without_reuse=101 * 10**9)
+    assert stats.summary().splitlines()[1] == "FLOPs         102 GFLOP"
+
+
 def test_peak_memory_of_the_process_grows_with_what_it_touches():
     stats = RunStats(CPU)
     before = stats.peak_memory_bytes()

@@ -61,9 +61,14 @@ def test_an_error_is_relative_to_what_is_wanted(script: ModuleType):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 def test_what_can_not_run_is_named_and_a_mistake_is_one_line(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    assert script.main([*TINY, "--mode", "fp8_dynamic"]) == 0
+    assert script.main([*TINY, "--mode", "fp8_dynamic"]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert "quantize=fp8_dynamic needs an NVIDIA GPU" in shown.err
+    monkeypatch.setattr(script, "MODES", ("fp8_dynamic",))
+    assert script.main(TINY) == 0
     shown = capsys.readouterr().out
     assert list(rows(shown)) == ["bfloat16"]
     assert "fp8_dynamic: quantize=fp8_dynamic needs an NVIDIA GPU" in shown

@@ -292,7 +292,8 @@ def _figures(runs: Sequence[Run], metrics: Metrics | str | None) -> Element:
 
 def _cards(run: Run) -> Element:
     total = run.flops + run.flops_saved
-    factor = f"{total / run.flops:.2f}× fewer than without reuse" if run.flops else ""
+    is_less = 0 < run.flops < total
+    factor = f"{total / run.flops:.2f}× fewer than without reuse" if is_less else ""
     cards = [
         (percent(run.computed_share), "computed", f"{run.num_computed} of {len(run.rows)} passes"),
         (scaled(run.flops, "FLOP"), "spent on chunk passes", factor),

@@ -516,10 +516,9 @@ class RunStats:
             )
         if self.computed_flops:
             factor = self.flops_without_reuse / self.computed_flops
-            lines.append(
-                f"FLOPs         {scaled(self.computed_flops, 'FLOP')}, {factor:.2f}x fewer than "
-                f"without reuse ({scaled(self.flops_without_reuse, 'FLOP')})"
-            )
+            without = f"without reuse ({scaled(self.flops_without_reuse, 'FLOP')})"
+            fewer = f", {factor:.2f}x fewer than {without}" if factor > 1 else ""
+            lines.append(f"FLOPs         {scaled(self.computed_flops, 'FLOP')}{fewer}")
         lines.append(f"time          {self._time_line()}")
         reserved = self.peak_reserved_bytes()
         owner = "the whole process"
