@@ -26,7 +26,9 @@ def _write(
     path: Path, attributes: Attributes, *, said: str, preset: str = "", image: str | None = None
 ) -> None:
     path.parent.mkdir(exist_ok=True)
-    frames = render(attributes, random_motion(np.random.default_rng(0)), num_frames=FRAMES)
+    frames = render(
+        attributes, random_motion(np.random.default_rng(0), attributes), num_frames=FRAMES
+    )
     with VideoWriter(path, fps=24, size=(64, 64)) as writer:
         writer.append(frames)
     path.with_suffix(".json").write_text(

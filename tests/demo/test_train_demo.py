@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numeric
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export untrained parts whose silent layers are filled, so that an output can differ."""
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = demo.DemoModels.untrained()
+    models = demo.DemoModels.new(None)
     generator = torch.Generator().manual_seed(0)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from closeness import assert_close
 
-from flowcache.demo.clips import draw_scene
+from flowcache.demo.clips import draw_crowd
 from flowcache.demo.latents import LatentBank, Statistics
 from flowcache.demo.trainer import step_randomness
 from magi1 import demo, vae
@@ -23,7 +23,11 @@ CAPTION = "a red circle moving right on a black background"
 @pytest.fixture(scope="module")
 def bank() -> LatentBank:
     generator = torch.Generator().manual_seed(0)
-    return LatentBank(torch.randn(20, 16, 36, 8, 8, generator=generator).half(), [CAPTION] * 20)
+    return LatentBank(
+        torch.randn(20, 16, 36, 8, 8, generator=generator).half(),
+        [CAPTION] * 20,
+        torch.arange(20) < 15,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures():
 
 
 def drawn_pixels(rng: np.random.Generator) -> torch.Tensor:
-    frames = draw_scene(rng, num_frames=12)
+    frames = draw_crowd(rng, num_frames=12)
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

@@ -50,7 +50,9 @@ def words() -> Tensor:
 @pytest.fixture(scope="module")
 def bank() -> LatentBank:
     generator = torch.Generator().manual_seed(0)
-    return LatentBank(torch.randn(8, 16, 7, 8, 8, generator=generator).half(), CAPTIONS * 4)
+    return LatentBank(
+        torch.randn(8, 16, 7, 8, 8, generator=generator).half(), CAPTIONS * 4, torch.arange(8) < 6
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -182,7 +184,8 @@ def test_windows_are_whole_chunks_of_either_size(bank: LatentBank):
     assert all(len(chunks) >= 2 and chunks[-1].stop <= 6 for chunks in drawn)
     x, captions = plan.batch(bank, rng, CHUNKS)
     assert x.shape == (2, 16, 6, 8, 8)
-    assert len(captions) == 2
+    assert captions == ["", ""], "nothing is said of what has turned since"
+    assert set(replace(plan, late_share=0.0).batch(bank, rng, CHUNKS)[1]) <= {*CAPTIONS}
     firsts = {plan.batch(bank, rng, CHUNKS)[0][0, 0, 0, 0, 0].item() for _ in range(40)}
     assert len(firsts & {*bank.latents[:, 0, 1, 0, 0].float().tolist()}) > 0
 
