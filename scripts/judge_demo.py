@@ -14,10 +14,12 @@ preset.
 With --make N it first makes N clips of unseen captions by mode and preset with a demo, in the
 folder, and goes on where an earlier start stopped. Modes: t2v (from text), i2v (from a drawn
 picture), v2v (from the drawn beginning of a clip), pair (from text about two shapes). Writes
-judge.json and a sheet of 8 clips per mode and preset.
+judge.json and a sheet of 8 clips per mode and preset. Rows named "drawn" are of the clips that the
+captions mean: what the judge itself misses.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from flowcache.demo.judge import ATTRIBUTE_NAMES
 from flowcache.demo.modes import (
     MODES,
     STEADY_NAMES,
+    drawn_rows,
     judge_clip,
     make_rows,
     stacked,
@@ -155,24 +158,14 @@ def make_and_judge(options: argparse.Namespace) -> None:
         progress_bar=False,
         **length,
     )
-    groups = summarized(
-        [
-            *make_rows(
-                pipeline,
-                presets=options.presets,
-                modes=options.modes,
-                count=options.make,
-                folder=folder,
-            )
-        ]
-    )
+    count, modes = options.make, options.modes
+    made = make_rows(pipeline, presets=options.presets, modes=modes, count=count, folder=folder)
+    groups = summarized([*drawn_rows(modes, count=count), *made])
     print_modes(groups)
     write_json(folder / "judge.json", {"architecture": options.architecture, "groups": groups})
-    for group in groups:
-        preset, mode = group["preset"], group["mode"]
+    for preset, mode in itertools.product(options.presets, modes):
         paths = [
-            strip_path(folder, preset, mode, index)
-            for index in range(min(SHEET_CLIPS, options.make))
+            strip_path(folder, preset, mode, index) for index in range(min(SHEET_CLIPS, count))
         ]
         stacked([Image.open(path) for path in paths]).save(folder / f"sheet-{preset}-{mode}.png")
 

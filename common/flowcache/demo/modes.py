@@ -21,6 +21,7 @@ from PIL import Image
 from flowcache.api import Pipeline
 from flowcache.demo.clips import (
     Attributes,
+    Motion,
     caption_of,
     draw,
     random_motion,
@@ -34,6 +35,8 @@ MODES = ("t2v", "i2v", "v2v", "pair")
 STEADY_NAMES = ("kept", "smooth", "whole")
 GIVEN_FRAMES = 33
 """Of the beginning in mode `v2v`: one whole chunk or more of every model."""
+DRAWN, DRAWN_FRAMES = "drawn", 97
+"""Preset and length of the clips that the captions mean."""
 SHEET_FRAMES = 12
 SHEET_GAP = 2
 _SEED = 5000
@@ -44,25 +47,37 @@ class Case:
     """A clip to make.
 
     Attributes:
-        scene: the shapes of its caption.
-        given: frames that it begins with, `[T, H, W, 3]`, none for a clip from text.
+        moving: the shapes of its caption, and how they move in a clip that is given or drawn.
         seed: of its noise.
     """
 
     mode: str
     index: int
-    scene: tuple[Attributes, ...]
-    given: NDArray[np.uint8]
+    moving: tuple[tuple[Attributes, Motion], ...]
     seed: int
+
+    @property
+    def scene(self) -> tuple[Attributes, ...]:
+        """The shapes of its caption."""
+        return tuple(attributes for attributes, _ in self.moving)
+
+    @property
+    def num_given(self) -> int:
+        """Frames that it begins with; none for a clip from text."""
+        return {"i2v": 1, "v2v": GIVEN_FRAMES}.get(self.mode, 0)
+
+    def drawn(self, num_frames: int) -> NDArray[np.uint8]:
+        """Draw what the caption means, `[T, H, W, 3]`."""
+        return render_scene(self.moving, num_frames=num_frames)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the pipeline is given."""
         settings: dict[str, Any] = {"prompt": caption_of(self.scene), "seed": self.seed}
         if self.mode == "i2v":
-            settings["image"] = self.given[0]
+            settings["image"] = self.drawn(1)[0]
         if self.mode == "v2v":
-            settings["video"] = self.given
+            settings["video"] = self.drawn(self.num_given)
         return settings
 
 
@@ -73,16 +88,14 @@ def case_of(mode: str, index: int) -> Case:
     scene = (unseen[index % len(unseen)],)
     if mode == "pair":
         scene = draw(rng, unseen, num_frames=1, pair_share=1.0).scene
-    num_given = {"i2v": 1, "v2v": GIVEN_FRAMES}.get(mode, 0)
-    moving = [(attributes, random_motion(rng, attributes)) for attributes in scene]
-    given = render_scene(moving, num_frames=num_given)
-    return Case(mode, index, scene, given, _SEED + index)
+    moving = tuple((attributes, random_motion(rng, attributes)) for attributes in scene)
+    return Case(mode, index, moving, _SEED + index)
 
 
 def judge_case(case: Case, frames_THW3: NDArray[np.uint8]) -> dict[str, Any]:
     """Judge a clip; of one that was given a beginning, what follows it."""
     is_later = case.mode == "v2v"
-    shown = frames_THW3[len(case.given) if is_later else 0 :]
+    shown = frames_THW3[case.num_given if is_later else 0 :]
     return judge_clip(shown, case.scene, either_way=is_later)
 
 
@@ -135,16 +148,27 @@ def make_rows(
             case = case_of(mode, index)
             frames = np.asarray(pipeline(preset=preset, **case.settings).frames)
             strip(frames).save(strip_path(folder, *key))
-            rows[key] = {
-                "preset": preset,
-                "mode": mode,
-                "index": index,
-                "caption": caption_of(case.scene),
-                **judge_case(case, frames),
-            }
+            rows[key] = row_of(case, frames, preset=preset)
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(rows[key]) + "\n")
         yield rows[key]
+
+
+def drawn_rows(modes: Sequence[str], *, count: int) -> list[dict[str, Any]]:
+    """Judge the clips that the captions mean: what is wrong there is the judge's own mistake."""
+    cases = [case_of(mode, index) for mode in modes for index in range(count)]
+    return [row_of(case, case.drawn(DRAWN_FRAMES), preset=DRAWN) for case in cases]
+
+
+def row_of(case: Case, frames_THW3: NDArray[np.uint8], *, preset: str) -> dict[str, Any]:
+    """Return what is kept of a clip."""
+    return {
+        "preset": preset,
+        "mode": case.mode,
+        "index": case.index,
+        "caption": caption_of(case.scene),
+        **judge_case(case, frames_THW3),
+    }
 
 
 def strip_path(folder: Path, preset: str, mode: str, index: int) -> Path:
