@@ -111,7 +111,7 @@ FORCING = ForcingPlan(
     staggered_share=0.7,
     together_share=0.2,
 )
-REFINE_FORCING = replace(FORCING, batch_frames=144)
+REFINE_FORCING = replace(FORCING, batch_frames=96)
 # Shares of the steps without any caption, with given latents in the first noisy chunk, and with a
 # limited reach.
 NULL_SHARE = 0.12

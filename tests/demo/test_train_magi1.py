@@ -54,6 +54,18 @@ def test_the_export_is_a_checkpoint_of_the_release(
     assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 12e6
 
 
+def test_a_training_can_begin_with_the_weights_of_a_checkpoint(exported: Path):
+    written = demo.new_models().state_dict()
+    kept = {key: value.half().float() for key, value in written.items()}
+    kept["tokens"] = written["tokens"]  # in float64, as released
+    begun = demo.new_models(exported).state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in begun.items())
+    folded = demo.new_vae(exported)
+    loaded = vae.load(exported / "ckpt/vae", scale=1.0, dtype=torch.float32, device="cpu")
+    picture = drawn_pixels(np.random.default_rng(1))[None]
+    assert_close(folded.means(picture), loaded.model.means(picture), ulps=64)
+
+
 def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures():
     plain, folded = demo.new_vae(), demo.new_vae()
     rng = np.random.default_rng(0)
