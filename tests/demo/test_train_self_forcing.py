@@ -202,7 +202,11 @@ def training(tmp_path: Path, bank: LatentBank, monkeypatch: pytest.MonkeyPatch) 
 
 def begun(out: Path, bank: LatentBank, *, steps: int) -> Training:
     (out / "latents").mkdir(parents=True)
-    shard = {"latents": bank.latents, "captions": bank.captions}
+    shard = {
+        "latents": bank.latents,
+        "captions": bank.captions,
+        "is_beginning": bank.is_beginning,
+    }
     torch.save(shard, out / "latents/latents-0000.pt")
     (out / "statistics.json").write_text(json.dumps({"mean": [0.0] * 16, "std": [1.0] * 16}))
     return Training(out, 1, len(bank.captions), {"dit": steps, "distill": steps})
@@ -245,7 +249,8 @@ def test_teacher_and_student_learn(
     """On a bank that holds one clip; the loss is that of one step, before and after."""
     monkeypatch.setattr(demo, "TrainPlan", partial(TrainPlan, average_rate=0.3))
     clip = noise(1, 16, 1, 8, 8, seed=7).expand(8, -1, 7, -1, -1).half()
-    bank, encode = LatentBank(clip, CAPTIONS * 4), demo.load_encoder().encode
+    bank = LatentBank(clip, CAPTIONS * 4, torch.ones(8, dtype=torch.bool))
+    encode = demo.load_encoder().encode
     training = begun(tmp_path / "b", bank, steps=25)
 
     def of(loss: Any) -> float:
@@ -259,6 +264,21 @@ def test_teacher_and_student_learn(
         of(StudentLoss(dit, teacher, bank, encode, plan=SMALL)) for dit in (student, teacher)
     )
     assert distilled < 0.9 * copied
+
+
+def test_a_training_can_begin_with_the_weights_of_a_checkpoint(
+    training: Training, self_forcing_demo: Path
+):
+    training = replace(training, start=self_forcing_demo, steps={"dit": 0, "distill": 0})
+    for made, path, name in (
+        (demo.train_teacher(training), demo.TEACHER, "generator"),
+        (demo.distill(training), demo.STUDENT, "generator_ema"),
+    ):
+        kept = torch.load(self_forcing_demo / path, weights_only=True)[name]
+        assert all(
+            torch.equal(value, kept[f"model.{key}"].float())
+            for key, value in made.state_dict().items()
+        )
 
 
 def test_a_training_does_not_go_on_with_another_base(
