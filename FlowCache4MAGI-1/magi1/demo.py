@@ -105,6 +105,8 @@ FORCING = ForcingPlan(
     warp=2.0,
     lag_range=(0.2, 0.32),
     fewest_chunks=1,
+    short_share=0.7,
+    single_share=0.6,
     full_share=0.0,
     odd_chunk_share=0.0,
     image_share=0.0,
@@ -283,7 +285,7 @@ class BaseLoss:
         now = Situation(
             captions=self.encode(rng, captions, num_chunks=num_chunks),
             is_null=bool(rng.random() < NULL_SHARE),
-            reach=int(rng.integers(1, 6)) if rng.random() < LIMITED_SHARE else None,
+            reach=int(rng.integers(2, 6)) if rng.random() < LIMITED_SHARE else None,
         )
         num_fixed = 0
         if rng.random() < FIXED_SHARE:
@@ -320,9 +322,10 @@ class BaseLoss:
 def level_weights(sigma: Tensor) -> Tensor:
     """Return the weight of an error by noise level: what can't be known weighs little.
 
-    Near 1 the place of the shape is open, near 0 the noise is; both would outweigh the rest.
+    Near 1 the place of the shape is open, near 0 the noise is; both would outweigh the rest. At 0.9
+    the place shows and the direction does not: that is where it is learned from the caption.
     """
-    return 4 * sigma * (1 - sigma) + 0.1
+    return (12 * (1 - sigma)).clamp(max=1) * (4 * sigma).clamp(max=1) + 0.1
 
 
 def predict(

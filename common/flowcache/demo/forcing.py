@@ -46,6 +46,7 @@ class ForcingPlan:
         batch_frames: latent frames of a batch, all clips together.
         largest_batch: most clips in a batch.
         short_share: steps on a shorter window, which are cheaper.
+        single_share: of these, steps on one chunk, which knows nothing but the caption.
         full_share: steps without the block-causal limit.
         odd_chunk_share: steps with chunks of one frame or of the whole window.
         image_share: steps whose first frame is a given image.
@@ -65,6 +66,7 @@ class ForcingPlan:
     batch_frames: int = 200
     largest_batch: int = 16
     short_share: float = 0.45
+    single_share: float = 0.0
     full_share: float = 0.45
     odd_chunk_share: float = 0.12
     image_share: float = 0.15
@@ -84,6 +86,8 @@ def draw_window(rng: np.random.Generator, plan: ForcingPlan) -> Window:
     num_frames = plan.num_frames
     if rng.random() < plan.short_share:
         num_chunks = rng.integers(plan.fewest_chunks, num_frames // plan.chunk_frames)
+        if rng.random() < plan.single_share:
+            num_chunks = 1
         num_frames = plan.chunk_frames * int(num_chunks)
     chunk = plan.chunk_frames
     if rng.random() < plan.odd_chunk_share:
