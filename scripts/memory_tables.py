@@ -14,7 +14,7 @@ import torch
 
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, run_command
-from flowcache.runtime.config import parse_limit
+from flowcache.runtime.config import check_left_out, parse_limit
 from flowcache.runtime.memory import Footprint, MemoryPlan, make_memory_plan
 from flowcache.runtime.model import Job, Request, load_model
 from flowcache.runtime.parallel import Ranks
@@ -138,8 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [name for name in RUNS if name.startswith(tuple(options.runs))]
         if not chosen:
             raise UserError(f"--runs {options.runs[0]!r} is none of: {'; '.join(RUNS)}")
-        if any(setting.startswith("memory_limit=") for setting in options.settings):
-            raise UserError("memory_limit is what --limits says here: leave it out")
+        check_left_out(
+            options.settings, {"memory_limit": "is what --limits says here: leave it out"}
+        )
         jobs = {name: RUNS[name].job(*options.settings) for name in chosen}
         print(f"{HEAD}\n|---|---:|---:|---:|---:|---|", flush=True)
         for name, job in jobs.items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flowcache.errors import UserError
 from flowcache.gpu.paths import relative_error
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
-from flowcache.runtime.config import QuantizeName
+from flowcache.runtime.config import QuantizeName, check_left_out
 from flowcache.runtime.metrics import psnr
 from flowcache.runtime.model import Job, Request, VideoModel, load_model
 from flowcache.runtime.quantize import linears
@@ -35,8 +35,13 @@ from flowcache.runtime.text_files import escaped, table_row
 MODES: tuple[QuantizeName, ...] = get_args(QuantizeName)
 PROMPT = "a red circle moving right on a black background"
 CLIP = (f"prompt={PROMPT}", "num_frames=37", "memory_limit=none", "compile=false")
-COMPARED = {"quantize": ", or take --mode", "dtype": "", "device": ", or take --device"}
-"""Settings of each way -> what can be said instead."""
+BY_TABLE = "is set by the table: leave it out"
+COMPARED = {
+    "quantize": f"{BY_TABLE}, or take --mode",
+    "dtype": BY_TABLE,
+    "device": f"{BY_TABLE}, or take --device",
+}
+"""Settings of each way."""
 COLUMNS = ("", "compared with", "first layer", "all blocks", "clip", "weights")
 EXAMPLES = """examples:
   python scripts/quantize_error.py
@@ -83,9 +88,8 @@ def prepare_way(way: Way, model: VideoModel, options: argparse.Namespace) -> Job
 
 
 @torch.no_grad()
-def compute(way: Way, model: VideoModel, options: argparse.Namespace) -> Made:
+def compute(job: Job, model: VideoModel) -> Made:
     """Make the clip in memory, and keep what the first pass gives."""
-    job = prepare_way(way, model, options)
     stats = RunStats(job.device)
     loaded, inputs = load_networks(job, stats=stats), encode_inputs(job, stats=stats)
     layer = first_output(next(linears(model.quantised(loaded.dit))))
@@ -126,23 +130,20 @@ def measure(options: argparse.Namespace) -> None:
         UserError: the one setting that was asked for can't run.
     """
     settle_checkpoint(options)
-    for key, instead in COMPARED.items():
-        if any(setting.startswith(f"{key}=") for setting in options.settings):
-            raise UserError(f"{key} is set by the table: leave it out{instead}")
+    check_left_out(options.settings, COMPARED)
     model = load_model(options.architecture)
-    chosen = ways([options.mode] if options.mode else MODES)
-    if options.mode:
-        prepare_way(chosen[-1], model, options)
-    made: dict[str, Made] = {}
+    jobs: dict[Way, Job] = {}
     reasons: dict[str, str] = {}
-    for way in chosen:
+    for way in ways([options.mode] if options.mode else MODES):
         try:
-            made[way.name] = compute(way, model, options)
+            jobs[way] = prepare_way(way, model, options)
         except UserError as error:
-            if way.mode is None:
+            if way.mode in (None, options.mode):
                 raise
             reasons[way.name] = str(error)
-            continue
+    made: dict[str, Made] = {}
+    for way, job in jobs.items():
+        made[way.name] = compute(job, model)
         if way.base is None:
             print(f"{table_row(COLUMNS)}\n|---|---|---:|---:|---:|---:|")
         else:

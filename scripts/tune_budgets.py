@@ -17,7 +17,7 @@ What is measured is kept in OUT/work; a second start goes on where the first one
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,7 @@ from flowcache.bench.rivals import (
 )
 from flowcache.errors import UserError
 from flowcache.runtime.cli import Parser, add_checkpoint, run_command, settle_checkpoint
+from flowcache.runtime.config import check_left_out
 from flowcache.runtime.files import made_folder
 from flowcache.runtime.model import load_model
 from flowcache.runtime.profile import Profile, read_profile
@@ -80,7 +81,10 @@ STARTS = {
     "motioncache": 0.15,
 }
 """Thresholds that the search begins with."""
-OWN_SETTINGS = ("profile", "reuse.policy", "reuse.threshold")
+OWN_SETTINGS: Mapping[str, str] = dict.fromkeys(
+    ("reuse.policy", "reuse.profile", "reuse.threshold"),
+    "is set for each rule and budget: leave it out",
+)
 EXAMPLES = """examples:
   python scripts/tune_budgets.py --out result/reuse_skyreels_v2
   python scripts/tune_budgets.py --architecture magi1 --out result/reuse_magi1
@@ -141,7 +145,7 @@ def command(options: argparse.Namespace) -> None:
     """Measure FlowCache-fast, tune the profiles, search the thresholds, write the budgets."""
     settle_checkpoint(options)
     check_search(options)
-    check_settings(options)
+    check_left_out(options.settings, OWN_SETTINGS)
     bench = open_bench(options)
     words, preset = bench.comparison.words, bench.comparison.preset
     fast = bench.trials.outcome(published(words), preset=preset).flops
@@ -203,14 +207,6 @@ def check_search(options: argparse.Namespace) -> None:
         raise UserError(f"--search must be 0 or more trials, not {options.search}")
     if options.search and options.levels != "rivals":
         raise UserError("--search makes the searched plans of --levels rivals: give that, too")
-
-
-def check_settings(options: argparse.Namespace) -> None:
-    """Refuse settings of reuse that the rules and budgets set."""
-    for setting in options.settings:
-        key, _, _ = setting.partition("=")
-        if key in OWN_SETTINGS:
-            raise UserError(f"{key} is set for each rule and budget: leave it out")
 
 
 def rival_multiples(bench: Bench, fast: float) -> dict[str, float]:

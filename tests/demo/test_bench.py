@@ -362,6 +362,7 @@ def test_budgets_that_cannot_be_made_leave_no_folder(
         ("--clips=0", "--clips must be 1"),
         ("attention=full", "attention=full"),
         ("reuse.policy=teacache", "reuse.policy is set for each rule and budget: leave it out"),
+        ("reuse.profile=a.yaml", "reuse.profile is set for each rule and budget: leave it out"),
     ):
         line = ["--architecture", "skyreels_v2", "--out", str(tmp_path / "new"), given]
         assert tune_budgets.main(line) == 2

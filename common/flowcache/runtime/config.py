@@ -104,6 +104,18 @@ def merge_overrides_(values: dict[str, Any], schema: type, overrides: Sequence[s
         _merge_(values, schema, cast("dict[str, Any]", value), source=COMMAND_LINE)
 
 
+def check_left_out(settings: Sequence[str], own: Mapping[str, str]) -> None:
+    """Refuse `key=value` settings of a command that sets them itself.
+
+    Args:
+        own: key -> why, and what to do, as "is set by the table: leave it out".
+    """
+    for setting in settings:
+        key, _, _ = setting.partition("=")
+        if key in own:
+            raise UserError(f"{key} {own[key]}")
+
+
 IN_PYTHON = {
     "scripts/tune.py --out": "flowcache.tune, saved as",
     "scripts/train_demo.py --model": "scripts/train_demo.py --model",
