@@ -202,6 +202,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base", is_base=True)
 
 
+@pytest.fixture(scope="session")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Self-Forcing checkpoint in upstream's layout."""
+    from tiny_self_forcing import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "replica")
+
+
 @dataclass(frozen=True)
 class Made:
     """A finished run."""

@@ -1,8 +1,8 @@
 """Make tiny videos in one of several processes: `python parallel_runs.py CASES FOLDER LAYOUT...`.
 
-CASES is a JSON file: `model`, and `kinds` of `checkpoint`, `common` settings, `cases` (name ->
-settings), the `recorded` case, and whether `has_branches`; kinds without them are not made in
-layouts with several branch groups. A layout is "2x1", branch groups by sequence ranks. What came
+CASES is a JSON file: `model`, and `kinds` of `checkpoint`, `preset`, `common` settings, `cases`
+(name -> settings), the `recorded` case, and whether `has_branches`; kinds without them are not made
+in layouts with several branch groups. A layout is "2x1", branch groups by sequence ranks. What came
 out is written to FOLDER/RANK.pt, and a video of each recorded case with its record is made there.
 """
 
@@ -47,11 +47,11 @@ def request_of(kind: dict[str, Any], out: str, layout: Layout) -> Request:
     """Return the request for a run with a record."""
     parallel = [f"parallel.branch={layout.branch}", f"parallel.sequence={layout.sequence}"]
     overrides = [*kind["common"], *kind["cases"][kind["recorded"]], *parallel]
-    return Request("vanilla", kind["checkpoint"], overrides, out, record=True)
+    return Request(kind["preset"], kind["checkpoint"], overrides, out, record=True)
 
 
 def make_videos(model: VideoModel, kind: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    request = Request("vanilla", kind["checkpoint"], kind["common"], "unused.mp4")
+    request = Request(kind["preset"], kind["checkpoint"], kind["common"], "unused.mp4")
     job = prepare(model, request)
     stats = RunStats(job.device)
     inputs, models = encode_inputs(job, stats=stats), load_networks(job, stats=stats)

@@ -65,6 +65,7 @@ SKYREELS = {
         ],
         "wide": ["num_frames=9", "base_num_frames=9", "width=528", "num_steps=2"],
     },
+    "preset": "vanilla",
     "recorded": "compression",
     "has_branches": True,
 }
@@ -96,6 +97,7 @@ DISTILLED = {
         "quantized": [*MAGI_COMPRESSED, "kv.dtype=int4", "kv.bias_correction=true"],
         "wide": ["runtime_config.num_frames=36", "runtime_config.video_size_w=448"],
     },
+    "preset": "vanilla",
     "recorded": None,
     "has_branches": False,
 }
@@ -110,14 +112,50 @@ BASE = {
         "held": ["reuse.guidance_every=2"],
         "held_flowcache": [*MAGI_FLOWCACHE, *MAGI_COMPRESSED, "reuse.guidance_every=2"],
     },
+    "preset": "vanilla",
     "recorded": "held_flowcache",
+    "has_branches": True,
+}
+FEW_STEPS = {
+    "common": [
+        *("prompt=a cat || 6: a dog", "checkpoint=checkpoints/tiny.pt"),
+        *("num_frames=33", "height=16", "width=32"),
+    ],
+    "cases": {
+        "window": ["window=6"],
+        "merged": ["window=6", "clean_pass=merged"],
+        "relative": ["window=6", "kv.compress=window", "positions=relative"],
+    },
+    "preset": "self_forcing",
+    "recorded": None,
+    "has_branches": False,
+}
+"""Each with 2 tokens per frame."""
+ROLLING = FEW_STEPS | {
+    "common": ["prompt=a cat", *FEW_STEPS["common"][1:]],
+    "cases": {"rolling": ["rolling=true", "window=21"]},
+}
+MANY_STEPS = {
+    "common": FEW_STEPS["common"],
+    "cases": {
+        "vanilla": ["num_steps=3"],
+        "flowcache": [
+            *("num_steps=8", "reuse.policy=flowcache", "reuse.threshold=0.4"),
+            "reuse.rescale=none",
+        ],
+    },
+    "preset": "ar_chunkwise",
+    "recorded": "flowcache",
     "has_branches": True,
 }
 KINDS = {
     "skyreels_v2": {"small": SKYREELS},
     "magi1": {"distilled": DISTILLED, "base": BASE},
+    "self_forcing": {"few_steps": FEW_STEPS, "rolling": ROLLING, "many_steps": MANY_STEPS},
 }
 """Model -> checkpoint -> its cases"""
+CHECKPOINTS = dict.fromkeys(KINDS["self_forcing"], "replica")
+"""The fixture of a kind's checkpoint, where it isn't the kind's own name."""
 REUSING = {
     "small": ("teacache", "flowcache", "content", "compression", "stride", "racer", "segments"),
     "distilled": ("teacache", "flowcache", "racer", "compression"),
@@ -126,6 +164,7 @@ REUSING = {
 LAYOUTS = {
     "skyreels_v2": {1: ("1x1",), 2: ("1x2", "2x1"), 4: ("1x4", "2x2")},
     "magi1": {1: ("1x1",), 2: ("1x2", "2x1"), 3: ("3x1",), 4: ("2x2",)},
+    "self_forcing": {1: ("1x1",), 2: ("1x2", "2x1")},
 }
 
 Results = dict[tuple[str, str], dict[str, dict[str, Any]]]
@@ -153,7 +192,8 @@ def made(
         if (model, num) not in known:
             folder = tmp_path_factory.mktemp("ranks")
             kinds = {
-                name: kind | {"checkpoint": str(request.getfixturevalue(name))}
+                name: kind
+                | {"checkpoint": str(request.getfixturevalue(CHECKPOINTS.get(name, name)))}
                 for name, kind in KINDS[model].items()
             }
             path = folder / "cases.json"
@@ -177,8 +217,8 @@ def test_processes_make_the_video_of_one(made: Make, model: str, num: int):
             assert cases.keys() == alone[kind, "1x1"].keys()
             for name, case in cases.items():
                 expected = alone[kind, "1x1"][name]["frames"]
-                # the frames of SkyReels-V2 are compared with white, 1.0
-                size = {"size": 1.0} if model == "skyreels_v2" else {}
+                # the frames of the Wan models are compared with white, 1.0
+                size = {"size": 1.0} if model != "magi1" else {}
                 difference = num_ulps(case["frames"], expected, **size)
                 assert difference < ULPS, f"{name}, {kind}, {layout}: {difference} ulps"
 
@@ -201,6 +241,7 @@ def test_processes_with_8_bit_weights_make_the_video_of_one(
         "checkpoint": str(request.getfixturevalue(checkpoint)),
         "common": [*KINDS[model][checkpoint]["common"], "quantize=int8_weight"],
         "cases": {"vanilla": []},
+        "preset": "vanilla",
         "recorded": None,
         "has_branches": True,
     }

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_self_forcing import write_checkpoint
 from torch import Tensor
 
 from flowcache.policies import Observe
@@ -29,12 +28,6 @@ CPU = torch.device("cpu")
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="session")
-def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint in upstream's layout."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "replica")
 
 
 @pytest.fixture

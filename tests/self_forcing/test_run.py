@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,31 +181,6 @@ def test_a_video_starts_from_an_image_or_goes_on_from_a_video(make: Make, pictur
     assert len(going_on) == 33 + 33 - 9
     change = np.abs(going_on[:33].astype(int) - started.frames.astype(int)).mean()
     assert change < 8  # the same frames, encoded as mp4 twice
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "settings"),
-    [
-        ("ar_chunkwise", ("num_steps=3",)),
-        ("ar_flowcache_fast", ("num_steps=8", "reuse.rescale=none")),
-        ("self_forcing", ("window=6",)),
-        ("self_forcing", ("window=6", "clean_pass=merged", "prompt=a cat || 6: a dog")),
-        ("self_forcing", ("window=6", "kv.compress=window", "positions=relative")),
-        ("long", ()),
-    ],
-)
-def test_two_processes_make_the_video_of_one(
-    replica: Path, tmp_path: Path, preset: str, settings: tuple[str, ...]
-):
-    videos = []
-    for number in (1, 2):
-        out = tmp_path / f"{number}.mp4"
-        command = [sys.executable, "-m", "flowcache.launch", str(number), "-m", "self_forcing"]
-        command += ["--preset", preset, "--prompt", "a cat", "--model", str(replica)]
-        subprocess.run([*command, "--out", str(out), *TINY, *settings], check=True, timeout=300)
-        videos.append(read_video(out)[0].astype(int))
-    assert np.abs(videos[0] - videos[1]).max() <= 2
 
 
 def test_the_command_line_makes_a_video_and_refuses_in_one_line(

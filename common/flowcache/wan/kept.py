@@ -140,6 +140,8 @@ class KeptKeys:
         size: tuple[int, int],
     ) -> None:
         self.dit, self.budget, self.size = dit, budget, size
+        self.sequence = ranks.layout.sequence
+        """Processes that divide the heads."""
         strategies = [any_strategy_of(budget.rule) for _ in caches]
         self.classes = next((s for s in strategies if isinstance(s, HeadClasses)), None)
         if self.classes is not None and ranks.layout.sequence > 1:
@@ -167,7 +169,10 @@ class KeptKeys:
         return sum(each.cache.num_bytes() for heads in self.layers for each in heads)
 
     def flops(self, num_own: int) -> int:
-        """Return the FLOPs of a pass's self-attention to its own tokens and to what then stays."""
+        """Return the FLOPs of a pass's self-attention to its own tokens and to what then stays.
+
+        All heads count, also those that other processes compute.
+        """
         width, seen = self.dit.config.head_width, 0
         for heads in self.layers:
             for each in heads:
@@ -175,7 +180,7 @@ class KeptKeys:
                 if each.strategy is not None:
                     clean = min(clean, self.budget.tokens)
                 seen += (num_own + clean) * each.cache.kv.shape[2]
-        return attention_flops(num_own, keys=1, width=width * seen)
+        return attention_flops(num_own, keys=1, width=width * seen * self.sequence)
 
     def attend(self, num_own: int, *, is_clean: bool) -> Attend:
         """Return the self-attention of a chunk that is denoised, or of a clean one that is fed."""
