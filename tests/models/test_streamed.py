@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import flowcache
 from flowcache.errors import UserError
 from flowcache.runtime.model import Request, load_model
 from flowcache.runtime.offload import BlockStream, plain_tensors
@@ -161,14 +162,19 @@ def test_compiled_blocks_stream_and_are_compiled_once(make_deep: Callable[..., A
 
 
 @pytest.mark.parametrize("name", WAN)
-def test_pictures_decoded_in_strips_are_those_decoded_whole(
-    make_deep: Callable[..., Any], name: str
-):
-    plain, strips = make_deep(name), make_deep(name, "vae_strips=3")
-    difference = np.abs(strips.frames.astype(int) - plain.frames.astype(int))
-    # a convolution over another width rounds otherwise, and the mp4 is lossy
-    assert difference.max() <= 2
-    assert difference.mean() < 0.05
+def test_pictures_decoded_in_strips_are_those_decoded_whole(deep: Callable[..., Path], name: str):
+    """Compared before the lossy mp4, in which one other level can move a whole block."""
+    preset, usual = RUNS[name]
+    settings = dict(each.split("=") for each in usual) | {"seed": 7}
+    pipe = flowcache.load(
+        deep(name), architecture=name, preset=preset, device="cpu", progress_bar=False, **settings
+    )
+    plain, strips = (
+        pipe("a red circle moving right", vae_strips=strips).frames.astype(int) for strips in (1, 3)
+    )
+    assert np.ptp(plain) > 50
+    # a convolution over another width rounds otherwise
+    assert np.abs(strips - plain).max() <= 1
 
 
 @pytest.mark.parametrize("name", RUNS)
