@@ -8,6 +8,7 @@
     decisions_MODEL         from the record of a run that reuses and compresses
     tradeoff_MODEL          from assets/bench/MODEL_demo.json, written by bench_demo.py
     reuse_MODEL             from assets/bench/MODEL_reuse.json, by bench_demo.py --table reuse
+    changes_MODEL           from assets/bench/MODEL_judge.json, by judge_demo.py --make
     growth                  from assets/bench/growth.json, by bench_gpu.py --growth
     moving_MODEL            from clips that the demo makes now (minutes), with their times
     frames_MODEL            from the same clips
@@ -43,6 +44,7 @@ from flowcache.bench.methods import (
 )
 from flowcache.errors import UserError
 from flowcache.report.architecture import draw_architecture
+from flowcache.report.changes import draw_changes
 from flowcache.report.clips import Strip, draw_moving, draw_strips, strip_of
 from flowcache.report.decisions import draw_decisions, draw_mark
 from flowcache.report.figures import draw_distances, draw_growth, draw_reuse, draw_tradeoff
@@ -202,6 +204,7 @@ def drawn_figures(key: str, model: str) -> dict[str, Callable[[], str]]:
         f"decisions_{key}.svg": lambda: draw_decisions(record("decisions"), model=model),
         f"tradeoff_{key}.svg": lambda: draw_tradeoff(TABLES / f"{key}_demo.json", model=model),
         f"reuse_{key}.svg": lambda: draw_reuse(TABLES / f"{key}_reuse.json", model=model),
+        f"changes_{key}.svg": lambda: draw_changes(TABLES / f"{key}_judge.json", model=model),
     }
 
 

@@ -61,7 +61,7 @@ def train(options: argparse.Namespace) -> None:
         name: getattr(options, f"{name}_steps") or default
         for name, default in recipe.default_steps.items()
     }
-    training = Training(options.out, options.threads, options.num_clips, steps)
+    training = Training(options.out, options.threads, options.num_clips, steps, options.start)
     for stage in (*recipe.stages, EXPORT) if options.stage == ALL else (options.stage,):
         logger.info("stage %s", stage)
         if stage == EXPORT:
@@ -84,6 +84,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", default=ALL, help="one stage of the model, export, or all")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the training's own files"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="checkpoint folder whose weights the training begins with"
     )
     parser.add_argument(
         "--export-to", type=Path, help="checkpoint folder to write (default: the shipped one)"

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from flowcache.demo.clips import FPS
-from flowcache.demo.forcing import ForcingPlan, NoisyClips, draw_noisy, draw_window
+from flowcache.demo.forcing import ForcingPlan, NoisyClips, draw_levels, draw_noisy, draw_window
 from flowcache.demo.latents import (
     LatentBank,
     Statistics,
@@ -33,7 +33,7 @@ from flowcache.demo.latents import (
 )
 from flowcache.demo.optim import new_optimizers
 from flowcache.demo.recipe import Recipe, Training, VAERecipe, new_files, write_tokenizer
-from flowcache.demo.text import TEXT_WIDTH, build_tokenizer, new_t5_encoder
+from flowcache.demo.text import TEXT_WIDTH, build_tokenizer, new_t5_encoder, start_encoder
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
 from flowcache.demo.vae import BatchShape, ClipMixture
 from flowcache.kv import Attend
@@ -41,7 +41,13 @@ from magi1.config import ModelConfig, TokenChoice
 from magi1.dit import DiT, Layer
 from magi1.sampling import Guidance
 from magi1.schedule import step_width
-from magi1.text import NULL_TOKENS, NUM_OTHER, SpecialTokens, chunk_captions
+from magi1.text import (
+    NULL_TOKENS,
+    NUM_OTHER,
+    SpecialTokens,
+    chunk_captions,
+    load_special_tokens,
+)
 from magi1.vae import Block, VAEConfig, ViTVAE
 
 TILE_FRAMES = 12
@@ -99,13 +105,15 @@ FORCING = ForcingPlan(
     warp=2.0,
     lag_range=(0.2, 0.32),
     fewest_chunks=1,
+    short_share=0.7,
+    single_share=0.6,
     full_share=0.0,
     odd_chunk_share=0.0,
     image_share=0.0,
     staggered_share=0.7,
     together_share=0.2,
 )
-REFINE_FORCING = replace(FORCING, batch_frames=144)
+REFINE_FORCING = replace(FORCING, batch_frames=96)
 # Shares of the steps without any caption, with given latents in the first noisy chunk, and with a
 # limited reach.
 NULL_SHARE = 0.12
@@ -122,10 +130,19 @@ GUIDANCE = Guidance(
 )
 STEP_COUNTS = (8, 16, 32, 64)
 SCALE_FACTOR = 0.18215
+VAE_FILE = "ckpt/vae/diffusion_pytorch_model.safetensors"
+BASE_FILE = "ckpt/magi/base/inference_weight/model.safetensors"
+TEXT_FOLDER = "ckpt/t5/t5-v1_1-xxl"
+TOKENS_FILE = "special_tokens.npz"
+"""In the exported folder, named as the released files are."""
 
 
-def new_vae() -> ViTVAE:
-    """Make the untrained VAE, the same every time."""
+def new_vae(start: Path | None = None) -> ViTVAE:
+    """Make a VAE to train.
+
+    Args:
+        start: checkpoint folder with its weights; None: untrained, the same every time.
+    """
     torch.manual_seed(0)
     vae = ViTVAE(VAE_CONFIG)
     for half in (vae.encoder, vae.decoder):
@@ -135,6 +152,8 @@ def new_vae() -> ViTVAE:
             for linear in (block.attn.proj, block.mlp.fc2):
                 linear.weight.data.mul_(0.3)
                 nn.init.zeros_(linear.bias)
+    if start is not None:
+        vae.load_state_dict(load_file(start / VAE_FILE))
     return vae
 
 
@@ -168,8 +187,8 @@ VAE = VAERecipe(
     decoder_optimizers=lambda vae: new_optimizers(
         vae.decoder.named_parameters(), matrices_under=("blocks",), matrix_rate=0.015, rate=1.5e-3
     ),
-    clips=ClipMixture(VAE_SHAPES, scene_share=0.1),
-    decoder_clips=ClipMixture(VAE_SHAPES, scene_share=0.05),
+    clips=ClipMixture(VAE_SHAPES, crowd_share=0.1),
+    decoder_clips=ClipMixture(VAE_SHAPES, crowd_share=0.05),
     clip_frames=144,
 )
 
@@ -201,10 +220,21 @@ class DemoModels(nn.Module):
         return SpecialTokens(self.tokens[:1], self.tokens[1:2], self.tokens[2:])
 
 
-def new_models() -> DemoModels:
-    """Make the untrained models, the same every time."""
+def new_models(start: Path | None = None) -> DemoModels:
+    """Make the models to train.
+
+    Args:
+        start: checkpoint folder with their weights; None: untrained, the same every time.
+    """
     torch.manual_seed(0)
-    return DemoModels()
+    models = DemoModels()
+    if start is not None:
+        models.dit.load_state_dict(load_file(start / BASE_FILE))
+        text = start / TEXT_FOLDER
+        start_encoder(models.text, folder=text, tokenizer=text / "tokenizer.json")
+        tokens = load_special_tokens(start / TOKENS_FILE, channels=TEXT_WIDTH)
+        models.tokens.data = torch.cat([tokens.caption, tokens.logo, tokens.other]).float()
+    return models
 
 
 @dataclass(frozen=True)
@@ -250,17 +280,18 @@ class BaseLoss:
         rng = randomness.numpy
         window = draw_window(rng, self.forcing)
         num_chunks = len(window.bounds)
-        latents, captions = self.bank.batch(rng, self.forcing.batch_size(window))
+        levels = draw_levels(rng, window, self.forcing)
+        latents, captions = self.bank.batch(rng, ~levels.shows_motion)
         now = Situation(
             captions=self.encode(rng, captions, num_chunks=num_chunks),
             is_null=bool(rng.random() < NULL_SHARE),
-            reach=int(rng.integers(1, 6)) if rng.random() < LIMITED_SHARE else None,
+            reach=int(rng.integers(2, 6)) if rng.random() < LIMITED_SHARE else None,
         )
         num_fixed = 0
         if rng.random() < FIXED_SHARE:
             num_fixed = int(rng.choice(FIXED_LATENTS if num_chunks > 1 else FIXED_LATENTS[:2]))
         clips = draw_noisy(
-            latents, window, plan=self.forcing, randomness=randomness, num_fixed=num_fixed
+            latents, window, levels=levels, randomness=randomness, num_fixed=num_fixed
         )
         return now, clips
 
@@ -291,9 +322,10 @@ class BaseLoss:
 def level_weights(sigma: Tensor) -> Tensor:
     """Return the weight of an error by noise level: what can't be known weighs little.
 
-    Near 1 the place of the shape is open, near 0 the noise is; both would outweigh the rest.
+    Near 1 the place of the shape is open, near 0 the noise is; both would outweigh the rest. At 0.9
+    the place shows and the direction does not: that is where it is learned from the caption.
     """
-    return 4 * sigma * (1 - sigma) + 0.1
+    return (12 * (1 - sigma)).clamp(max=1) * (4 * sigma).clamp(max=1) + 0.1
 
 
 def predict(
@@ -363,8 +395,13 @@ class DistillLoss(BaseLoss):
 
 def train_dit(training: Training) -> DemoModels:
     """Train the base transformer with its text side, or load it if that is done."""
-    models = new_models()
-    plan = TrainPlan(num_steps=training.steps["dit"], warmup_steps=100, decay_share=0.45)
+    models = new_models(training.start)
+    plan = TrainPlan(
+        num_steps=training.steps["dit"],
+        warmup_steps=100,
+        decay_share=0.45,
+        rate=training.rate("transformer"),
+    )
     _train_base(models, training, "dit", plan=plan, forcing=FORCING)
     return models.eval().requires_grad_(False)
 
@@ -372,7 +409,13 @@ def train_dit(training: Training) -> DemoModels:
 def refine_dit(training: Training) -> DemoModels:
     """Train the base transformer with its text side on, or load it if that is done."""
     models = train_dit(training).requires_grad_(True)
-    plan = TrainPlan(num_steps=training.steps["refine"], warmup_steps=50, decay_share=0.6, seed=3)
+    plan = TrainPlan(
+        num_steps=training.steps["refine"],
+        warmup_steps=50,
+        decay_share=0.6,
+        rate=training.rate("transformer"),
+        seed=3,
+    )
     _train_base(models, training, "refine", plan=plan, forcing=REFINE_FORCING, is_weighted=True)
     return models.eval().requires_grad_(False)
 
@@ -439,14 +482,14 @@ def write_checkpoint(
     vae_config = {"_class_name": "ViTVAE", "model_type": "vit", "ddconfig": asdict(VAE_CONFIG)}
     tokens = models.tokens.detach().double().numpy()
     with new_files(folder) as made:
-        _save(vae, made / "ckpt/vae/diffusion_pytorch_model.safetensors")
+        _save(vae, made / VAE_FILE)
         _write_json(made / "ckpt/vae/config.json", vae_config)
-        _save(models.dit, made / "ckpt/magi/base/inference_weight/model.safetensors")
+        _save(models.dit, made / BASE_FILE)
         _save(student, made / "ckpt/magi/distill/inference_weight.distill/model.safetensors")
         for part in (models.text.half(), build_tokenizer()):
-            part.save_pretrained(made / "ckpt/t5/t5-v1_1-xxl")
+            part.save_pretrained(made / TEXT_FOLDER)
         np.savez_compressed(
-            made / "special_tokens.npz",
+            made / TOKENS_FILE,
             caption_token=tokens[:1],
             logo_token=tokens[1:2],
             other_tokens=tokens[2:],

@@ -96,10 +96,23 @@ def encode_latents(training: Training) -> None:
     )
 
 
+def begun(training: Training, path: str, name: str, *, otherwise: DiT) -> DiT:
+    """Return a transformer to train: of the folder that the training begins with, if there is one.
+
+    Args:
+        path: of its weights in an exported folder.
+        name: of their entry.
+    """
+    if training.start is not None:
+        saved = torch.load(training.start / path, weights_only=True)[name]
+        otherwise.load_state_dict({key.removeprefix("model."): x for key, x in saved.items()})
+    return otherwise.requires_grad_(True)
+
+
 def train_teacher(training: Training) -> DiT:
     """Train the model of many steps, or load it if that is done."""
     base_hashes(training)
-    dit = new_dit()
+    dit = begun(training, TEACHER, "generator", otherwise=new_dit())
     loss = TeacherLoss(dit, read_bank(training.out), load_encoder().encode, plan=PLAN)
     return _train(dit, training, "dit", loss=loss, matrix_rate=0.01)
 
@@ -107,7 +120,7 @@ def train_teacher(training: Training) -> DiT:
 def distill(training: Training) -> DiT:
     """Train the model of few steps, or load it if that is done."""
     teacher = train_teacher(training)
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    student = begun(training, STUDENT, "generator_ema", otherwise=copy.deepcopy(teacher))
     bank, encode = read_bank(training.out), load_encoder().encode
     loss = StudentLoss(student, teacher, bank, encode, plan=PLAN)
     return _train(student, training, "distill", loss=loss, matrix_rate=0.006)
@@ -120,7 +133,12 @@ def _train(dit: DiT, training: Training, stage: str, *, loss: Loss, matrix_rate:
         matrix_rate=matrix_rate,
         rate=0.15 * matrix_rate,
     )
-    plan = TrainPlan(num_steps=training.steps[stage], warmup_steps=30, decay_share=0.6)
+    plan = TrainPlan(
+        num_steps=training.steps[stage],
+        warmup_steps=30,
+        decay_share=0.6,
+        rate=training.rate("transformer"),
+    )
     Trainer(dit, optimizers, plan=plan, checkpoint=training.checkpoint(stage)).run(loss)
     return dit.eval().requires_grad_(False)
 

@@ -1,12 +1,13 @@
 """How the demo checkpoint is trained: Wan VAE, transformer and UMT5, `*-Diffusers` layout.
 
 Stages: `tokenizer`, `vae`, `decoder` (the VAE's decoder alone, on; may run during the next two),
-`latents` (encodes the clips the transformer learns from), `dit` (transformer and text encoder).
+`latents` (encodes the clips the transformer learns from), `dit` (transformer and text encoder),
+`refine` (the same, on, with smaller batches).
 `scripts/train_demo.py` runs them.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowcache.demo.forcing import ForcingPlan, draw_noisy, draw_window
+from flowcache.demo.forcing import ForcingPlan, draw_levels, draw_noisy, draw_window
 from flowcache.demo.latents import (
     LatentBank,
     Statistics,
@@ -35,6 +37,7 @@ from flowcache.demo.text import (
     build_tokenizer,
     encode_captions,
     new_umt5_encoder,
+    start_encoder,
 )
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
 from flowcache.demo.vae import ClipMixture
@@ -43,6 +46,7 @@ from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import Block, DiT, DiTConfig
 
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
+REFINE_FORCING = replace(FORCING, batch_frames=75)
 DIT = DiTConfig(
     dim=128,
     ffn_dim=512,
@@ -65,9 +69,9 @@ VAE = VAERecipe(
     decoder=decoder_of,
     optimizers=vae_optimizers,
     decoder_optimizers=lambda vae: vae_optimizers(vae, rate=0.5),
-    # many-shaped scenes teach fast, the real clips teach exactly
-    clips=ClipMixture(BATCH_SHAPES, scene_share=0.5),
-    decoder_clips=ClipMixture(BATCH_SHAPES, scene_share=0.1),
+    # crowds of shapes teach fast, the real clips teach exactly
+    clips=ClipMixture(BATCH_SHAPES, crowd_share=0.5),
+    decoder_clips=ClipMixture(BATCH_SHAPES, crowd_share=0.1),
     clip_frames=97,
 )
 
@@ -91,27 +95,64 @@ class DemoModels(nn.Module):
             param.data.zero_()
 
     @classmethod
-    def untrained(cls) -> "DemoModels":
-        """Make the untrained models, the same every time."""
+    def new(cls, start: Path | None) -> "DemoModels":
+        """Make the models that training begins with.
+
+        Args:
+            start: checkpoint folder with their weights; None: untrained, the same every time.
+        """
         torch.manual_seed(0)
-        return cls()
+        models = cls()
+        if start is not None:
+            saved = load_file(start / "transformer" / "diffusion_pytorch_model.safetensors")
+            models.dit.load_state_dict(
+                {key: saved[diffusers_key(key)] for key in models.dit.state_dict()}
+            )
+            start_encoder(
+                models.text,
+                folder=start / "text_encoder",
+                tokenizer=start / "tokenizer" / "tokenizer.json",
+            )
+        return models
 
     @classmethod
     def trained(cls, training: Training) -> "DemoModels":
         """Train transformer and text encoder, or load them if that is done; averaged weights."""
-        models = cls.untrained()
-        bank = read_bank(training.out)
+        models = cls.new(training.start)
+        plan = TrainPlan(
+            num_steps=training.steps["dit"],
+            warmup_steps=100,
+            decay_share=0.45,
+            rate=training.rate("transformer"),
+        )
+        return models._train(training, "dit", plan=plan, forcing=FORCING)
+
+    @classmethod
+    def refined(cls, training: Training) -> "DemoModels":
+        """Train them on, on small batches, or load them if that is done; averaged weights."""
+        models = cls.trained(training).requires_grad_(True)
+        plan = TrainPlan(
+            num_steps=training.steps["refine"],
+            warmup_steps=50,
+            decay_share=0.6,
+            rate=training.rate("transformer"),
+            seed=3,
+        )
+        return models._train(training, "refine", plan=plan, forcing=REFINE_FORCING)
+
+    def _train(
+        self, training: Training, stage: str, *, plan: TrainPlan, forcing: ForcingPlan
+    ) -> "DemoModels":
         optimizers = new_optimizers(
-            models.dit.named_parameters(),
+            self.dit.named_parameters(),
             matrices_under=("blocks.",),
             matrix_rate=0.02,
             rate=3e-3,
-            others=[([*models.text.parameters()], 1e-3)],
+            others=[([*self.text.parameters()], 1e-3)],
         )
-        plan = TrainPlan(num_steps=training.steps["dit"], warmup_steps=100, decay_share=0.45)
-        trainer = Trainer(models, optimizers, plan=plan, checkpoint=training.checkpoint("dit"))
-        trainer.run(_DitLoss(models, bank))
-        return models.eval().requires_grad_(False)
+        trainer = Trainer(self, optimizers, plan=plan, checkpoint=training.checkpoint(stage))
+        trainer.run(_DitLoss(self, read_bank(training.out), forcing=forcing))
+        return self.eval().requires_grad_(False)
 
     def write(self, vae: AutoencoderKLWan, *, statistics: Statistics, folder: Path) -> None:
         """Write all parts in float16 in the `*-Diffusers` layout; a reader never sees half a file.
@@ -147,16 +188,17 @@ class DemoModels(nn.Module):
 class _DitLoss:
     """The loss of a training step of the transformer."""
 
-    def __init__(self, models: DemoModels, bank: LatentBank) -> None:
-        self.models, self.bank = models, bank
+    def __init__(self, models: DemoModels, bank: LatentBank, *, forcing: ForcingPlan) -> None:
+        self.models, self.bank, self.forcing = models, bank, forcing
         self.tokenizer = build_tokenizer()
 
     def __call__(self, _step: int, randomness: StepRandomness) -> Tensor:
         rng = randomness.numpy
-        window = draw_window(rng, FORCING)
-        latents_BCFhw, captions = self.bank.batch(rng, FORCING.batch_size(window))
+        window = draw_window(rng, self.forcing)
+        levels = draw_levels(rng, window, self.forcing)
+        latents_BCFhw, captions = self.bank.batch(rng, ~levels.shows_motion)
         text_BLD = encode_captions(self.models.text, self.tokenizer, drop_some(rng, captions))
-        clips = draw_noisy(latents_BCFhw, window, plan=FORCING, randomness=randomness)
+        clips = draw_noisy(latents_BCFhw, window, levels=levels, randomness=randomness)
         bounds = window.bounds if window.is_causal else None
         velocity = self.models.dit(clips.x, 1000 * clips.sigma, text_BLD, causal_chunks=bounds)
         return clips.mean_square(velocity - clips.target)
@@ -164,13 +206,14 @@ class _DitLoss:
 
 def _export(training: Training, folder: Path) -> dict[str, Any]:
     """Write the checkpoint folder from the trained parts; return what the record says of them."""
-    vae, models = VAE.train_decoder(training), DemoModels.trained(training)
+    vae, models = VAE.train_decoder(training), DemoModels.refined(training)
     psnr = VAE.psnr(vae)
     models.write(vae, statistics=read_statistics(training.out), folder=folder)
     return {
         **training.parts_record(
             vae=vae, transformer=models.dit, text_encoder=models.text, psnr=psnr
         ),
+        "refined_transformer": training.record("refine"),
         "mixture": asdict(FORCING),
     }
 
@@ -196,13 +239,14 @@ def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
 
 RECIPE = Recipe(
     shipped=Path(__file__).resolve().parents[1] / "demo",
-    default_steps={"vae": 850, "decoder": 1650, "dit": 3000},
+    default_steps={"vae": 850, "decoder": 1650, "dit": 3000, "refine": 8000},
     stages={
         "tokenizer": write_tokenizer,
         "vae": VAE.train,
         "decoder": VAE.train_decoder,
         "latents": VAE.encode_latents,
         "dit": DemoModels.trained,
+        "refine": DemoModels.refined,
     },
     export=_export,
 )

@@ -4,13 +4,19 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flowcache.demo.clips import Attributes, random_motion, render, split_attributes
+from flowcache.demo.clips import (
+    Attributes,
+    parse_scene,
+    random_motion,
+    render,
+    split_attributes,
+)
 from flowcache.demo.judge import judge
 from flowcache.runtime.video import VideoWriter, read_video
 
@@ -26,7 +32,9 @@ def _write(
     path: Path, attributes: Attributes, *, said: str, preset: str = "", image: str | None = None
 ) -> None:
     path.parent.mkdir(exist_ok=True)
-    frames = render(attributes, random_motion(np.random.default_rng(0)), num_frames=FRAMES)
+    frames = render(
+        attributes, random_motion(np.random.default_rng(0), attributes), num_frames=FRAMES
+    )
     with VideoWriter(path, fps=24, size=(64, 64)) as writer:
         writer.append(frames)
     path.with_suffix(".json").write_text(
@@ -87,6 +95,55 @@ def test_modes_and_presets_have_rows_of_their_own_and_a_sheet_shows_the_frames(
         ["t2v", "vanilla", "1", "100%"],
     ]
     assert Image.open(sheet).size == (12 * 66, 3 * 66)
+
+
+def test_clips_are_made_by_mode_and_their_table_and_sheets_written(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def load(model: str, **given: object) -> object:
+        assert (model, given["architecture"]) == ("demo", "magi1")
+        assert given["num_frames"] == 40
+
+        def make(*, prompt: str, **_: object) -> SimpleNamespace:
+            (attributes,) = parse_scene(prompt)
+            motion = random_motion(np.random.default_rng(0), attributes)
+            return SimpleNamespace(frames=render(attributes, motion, num_frames=40))
+
+        return make
+
+    monkeypatch.setattr(script.api, "load", load)
+    words = ["judge_demo.py", str(tmp_path), "--architecture", "magi1", "--make", "2"]
+    words += ["--presets", "vanilla", "flowcache_fast", "--modes", "t2v", "--num-frames", "40"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert script.main() == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:4] for row in rows[2:]] == [
+        ["t2v", "drawn", "2", "100%"],
+        ["t2v", "vanilla", "2", "100%"],
+        ["t2v", "flowcache_fast", "2", "100%"],
+    ]
+    written = json.loads((tmp_path / "judge.json").read_text())
+    assert written["architecture"] == "magi1"
+    assert [group["preset"] for group in written["groups"]] == [
+        "drawn",
+        "vanilla",
+        "flowcache_fast",
+    ]
+    for preset in ("vanilla", "flowcache_fast"):
+        assert Image.open(tmp_path / f"sheet-{preset}-t2v.png").size == (12 * 66, 2 * 66)
+
+
+def test_no_clips_to_make_is_an_error(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["judge_demo.py", str(tmp_path / "new"), "--make", "0"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_without_videos_is_an_error(

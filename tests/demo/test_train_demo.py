@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from flowcache.demo.latents import Statistics
-from flowcache.demo.text import TEXT_LEN, TEXT_WIDTH
+from flowcache.demo.text import TEXT_LEN, TEXT_WIDTH, new_umt5_encoder, start_encoder
 from flowcache.demo.wan_vae import new_vae
 from skyreels_v2 import demo
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numeric
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export untrained parts whose silent layers are filled, so that an output can differ."""
     folder = tmp_path_factory.mktemp("checkpoint") / "demo"
-    models = demo.DemoModels.untrained()
+    models = demo.DemoModels.new(None)
     generator = torch.Generator().manual_seed(0)
     for param in models.dit.parameters():
         param.data += 0.05 * torch.randn(param.shape, generator=generator)
@@ -68,6 +68,38 @@ def test_the_other_parts_load_with_their_libraries(exported: Path):
     assert len(tokenizer) == encoder.config.vocab_size
     index = json.loads((exported / "model_index.json").read_text())
     assert all((exported / name).is_dir() for name in index if not name.startswith("_"))
+
+
+def test_a_training_can_begin_with_the_weights_of_a_checkpoint(exported: Path):
+    begun = demo.DemoModels.new(exported)
+    kept = torch.load(exported.with_suffix(".pt"), weights_only=True)
+    assert all(torch.equal(value, kept[key]) for key, value in begun.dit.state_dict().items())
+    half = {key: value.half().float() for key, value in new_vae().state_dict().items()}
+    assert all(
+        torch.equal(value, half[key]) for key, value in new_vae(exported).state_dict().items()
+    )
+
+
+def test_words_that_a_tokenizer_did_not_know_keep_their_untrained_rows(
+    exported: Path, tmp_path: Path
+):
+    file = exported / "tokenizer" / "tokenizer.json"
+    tokens = json.loads(file.read_text())
+    words = tokens["model"]["vocab"]
+    known = [word for word in words if word != "and"]
+    tokens["model"]["vocab"] = {word: index for index, word in enumerate(known)}
+    older = tmp_path / "tokenizer.json"
+    older.write_text(json.dumps(tokens))
+    encoder, untrained = new_umt5_encoder(), new_umt5_encoder()
+    untrained.load_state_dict(encoder.state_dict())
+    start_encoder(encoder, folder=exported / "text_encoder", tokenizer=older)
+    rows, before = (each.get_input_embeddings().weight for each in (encoder, untrained))
+    trained = UMT5EncoderModel.from_pretrained(exported / "text_encoder", dtype=torch.float32)
+    assert torch.equal(rows[words["and"]], before[words["and"]])
+    for word in ("red", "</s>"):
+        row = trained.get_input_embeddings().weight[known.index(word)]
+        assert torch.equal(rows[words[word]], row)
+        assert not torch.equal(row, before[words[word]])
 
 
 @pytest.mark.parametrize(

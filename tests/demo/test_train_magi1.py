@@ -7,7 +7,7 @@ import pytest
 import torch
 from closeness import assert_close
 
-from flowcache.demo.clips import draw_scene
+from flowcache.demo.clips import draw_crowd
 from flowcache.demo.latents import LatentBank, Statistics
 from flowcache.demo.trainer import step_randomness
 from magi1 import demo, vae
@@ -23,7 +23,11 @@ CAPTION = "a red circle moving right on a black background"
 @pytest.fixture(scope="module")
 def bank() -> LatentBank:
     generator = torch.Generator().manual_seed(0)
-    return LatentBank(torch.randn(20, 16, 36, 8, 8, generator=generator).half(), [CAPTION] * 20)
+    return LatentBank(
+        torch.randn(20, 16, 36, 8, 8, generator=generator).half(),
+        [CAPTION] * 20,
+        torch.arange(20) < 15,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,18 @@ def test_the_export_is_a_checkpoint_of_the_release(
     assert sum(path.stat().st_size for path in exported.rglob("*") if path.is_file()) < 12e6
 
 
+def test_a_training_can_begin_with_the_weights_of_a_checkpoint(exported: Path):
+    written = demo.new_models().state_dict()
+    kept = {key: value.half().float() for key, value in written.items()}
+    kept["tokens"] = written["tokens"]  # in float64, as released
+    begun = demo.new_models(exported).state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in begun.items())
+    folded = demo.new_vae(exported)
+    loaded = vae.load(exported / "ckpt/vae", scale=1.0, dtype=torch.float32, device="cpu")
+    picture = drawn_pixels(np.random.default_rng(1))[None]
+    assert_close(folded.means(picture), loaded.model.means(picture), ulps=64)
+
+
 def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures():
     plain, folded = demo.new_vae(), demo.new_vae()
     rng = np.random.default_rng(0)
@@ -68,7 +84,7 @@ def test_folding_the_statistics_whitens_the_latents_and_keeps_the_pictures():
 
 
 def drawn_pixels(rng: np.random.Generator) -> torch.Tensor:
-    frames = draw_scene(rng, num_frames=12)
+    frames = draw_crowd(rng, num_frames=12)
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

@@ -50,7 +50,9 @@ def words() -> Tensor:
 @pytest.fixture(scope="module")
 def bank() -> LatentBank:
     generator = torch.Generator().manual_seed(0)
-    return LatentBank(torch.randn(8, 16, 7, 8, 8, generator=generator).half(), CAPTIONS * 4)
+    return LatentBank(
+        torch.randn(8, 16, 7, 8, 8, generator=generator).half(), CAPTIONS * 4, torch.arange(8) < 6
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -182,7 +184,8 @@ def test_windows_are_whole_chunks_of_either_size(bank: LatentBank):
     assert all(len(chunks) >= 2 and chunks[-1].stop <= 6 for chunks in drawn)
     x, captions = plan.batch(bank, rng, CHUNKS)
     assert x.shape == (2, 16, 6, 8, 8)
-    assert len(captions) == 2
+    assert captions == ["", ""], "nothing is said of what has turned since"
+    assert set(replace(plan, late_share=0.0).batch(bank, rng, CHUNKS)[1]) <= {*CAPTIONS}
     firsts = {plan.batch(bank, rng, CHUNKS)[0][0, 0, 0, 0, 0].item() for _ in range(40)}
     assert len(firsts & {*bank.latents[:, 0, 1, 0, 0].float().tolist()}) > 0
 
@@ -199,7 +202,11 @@ def training(tmp_path: Path, bank: LatentBank, monkeypatch: pytest.MonkeyPatch) 
 
 def begun(out: Path, bank: LatentBank, *, steps: int) -> Training:
     (out / "latents").mkdir(parents=True)
-    shard = {"latents": bank.latents, "captions": bank.captions}
+    shard = {
+        "latents": bank.latents,
+        "captions": bank.captions,
+        "is_beginning": bank.is_beginning,
+    }
     torch.save(shard, out / "latents/latents-0000.pt")
     (out / "statistics.json").write_text(json.dumps({"mean": [0.0] * 16, "std": [1.0] * 16}))
     return Training(out, 1, len(bank.captions), {"dit": steps, "distill": steps})
@@ -242,7 +249,8 @@ def test_teacher_and_student_learn(
     """On a bank that holds one clip; the loss is that of one step, before and after."""
     monkeypatch.setattr(demo, "TrainPlan", partial(TrainPlan, average_rate=0.3))
     clip = noise(1, 16, 1, 8, 8, seed=7).expand(8, -1, 7, -1, -1).half()
-    bank, encode = LatentBank(clip, CAPTIONS * 4), demo.load_encoder().encode
+    bank = LatentBank(clip, CAPTIONS * 4, torch.ones(8, dtype=torch.bool))
+    encode = demo.load_encoder().encode
     training = begun(tmp_path / "b", bank, steps=25)
 
     def of(loss: Any) -> float:
@@ -256,6 +264,21 @@ def test_teacher_and_student_learn(
         of(StudentLoss(dit, teacher, bank, encode, plan=SMALL)) for dit in (student, teacher)
     )
     assert distilled < 0.9 * copied
+
+
+def test_a_training_can_begin_with_the_weights_of_a_checkpoint(
+    training: Training, self_forcing_demo: Path
+):
+    training = replace(training, start=self_forcing_demo, steps={"dit": 0, "distill": 0})
+    for made, path, name in (
+        (demo.train_teacher(training), demo.TEACHER, "generator"),
+        (demo.distill(training), demo.STUDENT, "generator_ema"),
+    ):
+        kept = torch.load(self_forcing_demo / path, weights_only=True)[name]
+        assert all(
+            torch.equal(value, kept[f"model.{key}"].float())
+            for key, value in made.state_dict().items()
+        )
 
 
 def test_a_training_does_not_go_on_with_another_base(

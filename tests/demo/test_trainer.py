@@ -55,6 +55,17 @@ def test_a_killed_training_ends_as_one_that_never_was(tmp_path: Path):
     assert records[0]["losses"] == records[1]["losses"]
 
 
+def test_a_rate_scales_every_step(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    plan = TrainPlan(num_steps=1, warmup_steps=0, average_rate=1.0, grad_clip=1e9, rate=0.25)
+    trainer = Trainer(model, [optimizer], plan=plan, checkpoint=tmp_path / "a.pt")
+    trainer.run(lambda _step, _randomness: model.weight.sum())
+    assert_close(model.weight, before - 0.25, ulps=4)
+
+
 def test_a_finished_training_is_not_repeated(tmp_path: Path):
     first, trainer = _trainer(tmp_path / "done.pt")
     trainer.run(Loss(first))

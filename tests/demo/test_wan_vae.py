@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from flowcache.demo.clips import draw_scene
+from flowcache.demo.clips import draw_crowd
 from flowcache.demo.vae import to_signed
 from flowcache.demo.wan_vae import WanCodec, new_vae, vae_optimizers
 
@@ -12,7 +12,7 @@ from flowcache.demo.wan_vae import WanCodec, new_vae, vae_optimizers
 def _explained(vae: AutoencoderKLWan) -> float:
     """Return the share of the pictures' variance that a linear map of the latents gives."""
     rng = np.random.default_rng(0)
-    video = torch.stack([to_signed(draw_scene(rng, num_frames=5)) for _ in range(6)])
+    video = torch.stack([to_signed(draw_crowd(rng, num_frames=5)) for _ in range(6)])
     with torch.inference_mode():
         codec = WanCodec(vae)
         latents = codec.encode(video)

@@ -81,7 +81,7 @@ def test_the_codec_hides_no_degenerate_video_and_makes_none(tmp_path: Path):
 def test_no_clip_that_the_demos_were_trained_on_is_degenerate():
     random = np.random.default_rng(0)
     for attributes in all_attributes()[::7]:
-        assert alarms(render(attributes, random_motion(random), num_frames=9)) == []
+        assert alarms(render(attributes, random_motion(random, attributes), num_frames=9)) == []
 
 
 # Finite -------------------------------------------------------------------------------------------

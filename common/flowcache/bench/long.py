@@ -120,7 +120,7 @@ def drift(frames_THW3: NDArray[np.uint8], attributes: Attributes) -> dict[str, A
     Returns:
         drift_kept: the share of frames that keep the shape, less at the end by so much.
         drift_levels: the change of the mean colour, in grey levels.
-        judge_end: whether the end alone agrees with the caption.
+        judge_end: whether the end alone agrees with the caption, in either direction.
     """
     count = max(round(EDGE_SHARE * len(frames_THW3)), TEMPORAL_STRIDE + 1)
     first, last = frames_THW3[:count], frames_THW3[-count:]
@@ -129,7 +129,7 @@ def drift(frames_THW3: NDArray[np.uint8], attributes: Attributes) -> dict[str, A
     return {
         "drift_kept": kept[0] - kept[1],
         "drift_levels": float(np.abs(colors[0] - colors[1]).mean()),
-        "judge_end": all(judge(last).agrees(attributes).values()),
+        "judge_end": all(judge(last).agrees(attributes, either_way=True).values()),
     }
 
 

@@ -83,10 +83,14 @@ class CausalPlan:
     ) -> tuple[Tensor, list[str]]:
         """Draw windows of clips, `[B, C, F, h, w]`, and their captions."""
         num_frames = chunks[-1].stop
-        latents_BCFhw, captions = bank.batch(rng, max(1, self.batch_frames // num_frames))
-        most = latents_BCFhw.shape[2] - num_frames
-        first = int(rng.integers(most + 1)) if rng.random() < self.late_share else 0
-        return latents_BCFhw[:, :, first : first + num_frames], captions
+        is_late = rng.random() < self.late_share
+        size = max(1, self.batch_frames // num_frames)
+        latents_BCFhw, captions = bank.batch(rng, np.full(size, not is_late))
+        if is_late:  # the shapes have turned since: nothing is said of them
+            most = latents_BCFhw.shape[2] - num_frames
+            first = int(rng.integers(most + 1))
+            return latents_BCFhw[:, :, first : first + num_frames], [""] * size
+        return latents_BCFhw[:, :, :num_frames], captions
 
 
 class CleanFrames:

@@ -1,11 +1,13 @@
-"""Draw the demo's clips: one coloured shape that moves over a plain background, with its caption.
+"""Draw the demo's clips: one or two shaded shapes over a plain background, with their caption.
 
-The picture is a torus: a shape that leaves on one side comes back on the other, so a clip may have
-any length and every moment of it looks like any other. Axes: T frames, H rows, W columns.
+A shape moves along one axis and bounces off the picture's edges; of two, the one the caption names
+first is in front. The caption names the direction in which a shape sets out. Axes: T frames,
+H rows, W columns.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,15 +27,27 @@ DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 # Radii at which the shapes cover about the same area, in units of the circle's radius.
 SQUARE_HALF_SIDE = 0.89
 TRIANGLE_INRADIUS = 0.72
-RADIUS_RANGE = (11.0, 14.0)
+RADIUS_RANGE = (9.5, 12.5)
 SPEED_RANGE = (0.4, 0.7)
+OPENING_FRAMES = 16
+"""Frames for which every shape keeps the direction that its caption names."""
+PAIR_SHARE = 0.2
+"""Share of the clips with two shapes."""
 HELD_OUT_EVERY = 5
 _MOST_SHAPES = 6
+# Light from the upper left: brightness at that side of a shape and at the other.
+_LIGHT, _SHADE = 1.12, 0.68
+# How far a shape reaches from its centre to the left and right, up, and down, in radii.
+_REACH = {
+    "circle": (1.0, 1.0, 1.0),
+    "square": (SQUARE_HALF_SIDE,) * 3,
+    "triangle": (math.sqrt(3) * TRIANGLE_INRADIUS, 2 * TRIANGLE_INRADIUS, TRIANGLE_INRADIUS),
+}
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says about a clip."""
+    """What a caption says about a shape and the background."""
 
     color: str
     shape: str
@@ -41,21 +55,45 @@ class Attributes:
     background: str
 
     @property
+    def phrase(self) -> str:
+        """Say what moves where."""
+        return f"a {self.color} {self.shape} moving {self.direction}"
+
+    @property
     def caption(self) -> str:
         """Say the attributes in a sentence."""
-        return (
-            f"a {self.color} {self.shape} moving {self.direction} on a {self.background} background"
-        )
+        return caption_of([self])
 
 
 @dataclass(frozen=True)
 class Motion:
-    """Where a shape is and how fast it goes: centre and radius in pixels, speed in pixels/frame."""
+    """How a shape sets out: centre and radius in pixels, speed in pixels/frame."""
 
     x: float
     y: float
     radius: float
     speed: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A drawn clip.
+
+    Attributes:
+        scene: the shapes, the one in front first.
+        frames: uint8 `[T, H, W, 3]`.
+        is_beginning: whether the shapes set out in its first frame; else it is a later part.
+    """
+
+    scene: tuple[Attributes, ...]
+    frames: np.ndarray
+    is_beginning: bool
+
+
+def caption_of(scene: Sequence[Attributes]) -> str:
+    """Say in a sentence what a scene of one or two shapes shows."""
+    phrases = " and ".join(attributes.phrase for attributes in scene)
+    return f"{phrases} on a {scene[0].background} background"
 
 
 def all_attributes() -> list[Attributes]:
@@ -84,42 +122,76 @@ def split_attributes() -> tuple[list[Attributes], list[Attributes]]:
     return seen, unseen
 
 
+def parse_scene(caption: str) -> tuple[Attributes, ...]:
+    """Read the shapes back from a caption.
+
+    Raises:
+        ValueError: the caption is not one that `caption_of` writes.
+    """
+    words = caption.lower().replace(".", "").split()
+    if len(words) in (9, 15):
+        starts = range(0, len(words) - 4, 6)
+        scene = tuple(
+            Attributes(words[i + 1], words[i + 2], words[i + 4], words[-2]) for i in starts
+        )
+        if set(scene) <= set(all_attributes()) and caption_of(scene) == " ".join(words):
+            return scene
+    raise ValueError(
+        "caption must read 'a COLOR SHAPE moving DIRECTION on a BACKGROUND background', or name "
+        f"two shapes with 'and' between them, not {caption!r}"
+    )
+
+
 def parse_caption(caption: str) -> Attributes:
-    """Read the attributes back from a caption.
+    """Read the attributes back from a caption of one shape.
 
     Raises:
         ValueError: the caption is not one that `Attributes.caption` writes.
     """
-    words = caption.lower().replace(".", "").split()
-    if len(words) == 9:
-        attributes = Attributes(words[1], words[2], words[4], words[7])
-        if attributes in all_attributes() and attributes.caption == " ".join(words):
-            return attributes
-    raise ValueError(
-        "caption must read 'a COLOR SHAPE moving DIRECTION on a BACKGROUND background', "
-        f"not {caption!r}"
-    )
+    scene = parse_scene(caption)
+    if len(scene) > 1:
+        raise ValueError(f"caption must name one shape, not {len(scene)}: {caption!r}")
+    return scene[0]
 
 
-def random_motion(rng: np.random.Generator) -> Motion:
-    """Draw a start, a radius and a speed."""
-    x, y = rng.uniform(0, SIZE, 2)
-    return Motion(x, y, rng.uniform(*RADIUS_RANGE), rng.uniform(*SPEED_RANGE))
+def random_motion(rng: np.random.Generator, attributes: Attributes) -> Motion:
+    """Draw a start, a radius and a speed, so that the first bounce is after the opening."""
+    radius, speed = rng.uniform(*RADIUS_RANGE), rng.uniform(*SPEED_RANGE)
+    centre: list[float] = []
+    ranges = _centre_ranges(attributes.shape, radius)
+    for (low, high), step in zip(ranges, DIRECTIONS[attributes.direction], strict=True):
+        way = step * OPENING_FRAMES * speed
+        centre.append(rng.uniform(low - min(way, 0.0), high - max(way, 0.0)))
+    return Motion(*centre, radius, speed)
 
 
-def render(attributes: Attributes, motion: Motion, *, num_frames: int) -> np.ndarray:
-    """Draw a clip, edges smoothed over one pixel.
+def render(
+    attributes: Attributes, motion: Motion, *, num_frames: int, first_frame: int = 0
+) -> np.ndarray:
+    """Draw a clip of one shape, its edge smoothed over one pixel.
+
+    Args:
+        first_frame: frames since the shape set out.
 
     Returns:
         uint8 `[T, H, W, 3]`.
     """
-    cover_THW1 = _moving_coverage(attributes, motion, num_frames=num_frames)
-    color = np.array(COLORS[attributes.color], dtype=np.float64)
-    background = np.array(BACKGROUNDS[attributes.background], dtype=np.float64)
-    return np.rint(background + cover_THW1 * (color - background)).astype(np.uint8)
+    return render_scene([(attributes, motion)], num_frames=num_frames, first_frame=first_frame)
 
 
-def draw_scene(rng: np.random.Generator, *, num_frames: int) -> np.ndarray:
+def render_scene(
+    moving: Sequence[tuple[Attributes, Motion]], *, num_frames: int, first_frame: int = 0
+) -> np.ndarray:
+    """Draw a clip of shapes, the first of them in front; see `render`."""
+    shade = np.array(BACKGROUNDS[moving[0][0].background], dtype=np.float64)
+    frames_THW3 = np.broadcast_to(shade, (num_frames, SIZE, SIZE, 3))
+    for attributes, motion in reversed(moving):
+        cover, light = _moving(attributes, motion, num_frames=num_frames, first_frame=first_frame)
+        frames_THW3 = _paint(frames_THW3, cover, light * np.array(COLORS[attributes.color]))
+    return np.rint(frames_THW3).astype(np.uint8)
+
+
+def draw_crowd(rng: np.random.Generator, *, num_frames: int) -> np.ndarray:
     """Draw several shapes of any colour over each other, for training an autoencoder.
 
     Far more of the picture changes than in a clip, so that far fewer steps teach the same.
@@ -128,24 +200,45 @@ def draw_scene(rng: np.random.Generator, *, num_frames: int) -> np.ndarray:
         uint8 `[T, H, W, 3]`.
     """
     pool = all_attributes()
-    frames = np.broadcast_to(rng.uniform(0, 255, 3), (num_frames, SIZE, SIZE, 3))
+    frames_THW3 = np.broadcast_to(rng.uniform(0, 255, 3), (num_frames, SIZE, SIZE, 3))
     for _ in range(rng.integers(2, _MOST_SHAPES + 1)):
         attributes = pool[rng.integers(len(pool))]
         color = rng.uniform(0, 255, 3) if rng.random() < 0.5 else COLORS[attributes.color]
-        cover_THW1 = _moving_coverage(attributes, random_motion(rng), num_frames=num_frames)
-        frames = frames + cover_THW1 * (np.array(color) - frames)
-    return np.rint(frames).astype(np.uint8)
+        motion = random_motion(rng, attributes)
+        cover, light = _moving(attributes, motion, num_frames=num_frames)
+        frames_THW3 = _paint(frames_THW3, cover, light * np.array(color))
+    return np.rint(frames_THW3).astype(np.uint8)
 
 
-def _moving_coverage(attributes: Attributes, motion: Motion, *, num_frames: int) -> np.ndarray:
-    """Tell how much of each pixel the moving shape covers: `[T, H, W, 1]`, 0 to 1."""
-    step_x, step_y = DIRECTIONS[attributes.direction]
-    time_T = np.arange(num_frames) * motion.speed
-    grid = np.arange(SIZE)
-    dx_TW = _wrap(grid[None] - (motion.x + step_x * time_T)[:, None])
-    dy_TH = _wrap(grid[None] - (motion.y + step_y * time_T)[:, None])
-    shape, radius = attributes.shape, motion.radius
-    return coverage(shape, dx_TW[:, None, :], dy_TH[:, :, None], radius=radius)[..., None]
+def draw(
+    rng: np.random.Generator,
+    pool: list[Attributes],
+    *,
+    num_frames: int,
+    pair_share: float = 0.0,
+    late_share: float = 0.0,
+) -> Clip:
+    """Draw a random clip.
+
+    Args:
+        pool: what its shapes are drawn from.
+        pair_share: chance of two shapes, of two colours.
+        late_share: chance of a part that does not begin where the shapes set out.
+    """
+    scene = [pool[rng.integers(len(pool))]]
+    if rng.random() < pair_share:
+        first = scene[0]
+        others = [
+            each
+            for each in pool
+            if each.background == first.background and each.color != first.color
+        ]
+        scene.append(others[rng.integers(len(others))])
+    moving = [(attributes, random_motion(rng, attributes)) for attributes in scene]
+    is_late = rng.random() < late_share
+    first_frame = int(rng.integers(1, 4 * SIZE)) if is_late else 0
+    frames = render_scene(moving, num_frames=num_frames, first_frame=first_frame)
+    return Clip(tuple(scene), frames, is_beginning=not is_late)
 
 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, *, radius: float) -> np.ndarray:
@@ -167,14 +260,42 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, *, radius: float) -> np
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def draw(
-    rng: np.random.Generator, pool: list[Attributes], *, num_frames: int
-) -> tuple[Attributes, np.ndarray]:
-    """Draw a random clip of a random entry of `pool`: its attributes and uint8 `[T, H, W, 3]`."""
-    attributes = pool[rng.integers(len(pool))]
-    return attributes, render(attributes, random_motion(rng), num_frames=num_frames)
+def _moving(
+    attributes: Attributes, motion: Motion, *, num_frames: int, first_frame: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tell how much of each pixel a moving shape covers, and how it is lit: `[T, H, W, 1]` each."""
+    time_T = first_frame + np.arange(num_frames)
+    ranges = _centre_ranges(attributes.shape, motion.radius)
+    x_T, y_T = (
+        bounce(start + step * motion.speed * time_T, low=low, high=high)
+        for start, step, (low, high) in zip(
+            (motion.x, motion.y), DIRECTIONS[attributes.direction], ranges, strict=True
+        )
+    )
+    grid = np.arange(SIZE)
+    dx_T1W = (grid[None] - x_T[:, None])[:, None, :]
+    dy_TH1 = (grid[None] - y_T[:, None])[:, :, None]
+    cover_THW = coverage(attributes.shape, dx_T1W, dy_TH1, radius=motion.radius)
+    across_THW = ((dx_T1W + dy_TH1) / (2 * motion.radius)).clip(-1, 1)
+    light_THW = (_LIGHT + _SHADE) / 2 - across_THW * (_LIGHT - _SHADE) / 2
+    return cover_THW[..., None], light_THW[..., None]
 
 
-def _wrap(offset: np.ndarray) -> np.ndarray:
-    """Map an offset on the torus to its nearest copy, -SIZE/2 to SIZE/2."""
-    return (offset + SIZE / 2) % SIZE - SIZE / 2
+def _paint(frames_THW3: np.ndarray, cover_THW1: np.ndarray, color: np.ndarray) -> np.ndarray:
+    return frames_THW3 + cover_THW1 * (np.minimum(color, 255) - frames_THW3)
+
+
+def _centre_ranges(shape: str, radius: float) -> list[tuple[float, float]]:
+    """Return where a shape's centre may be across and down, so that all of it is in the picture."""
+    side, above, below = (reach * radius for reach in _REACH[shape])
+    first, last = -0.5, SIZE - 0.5
+    return [(first + side, last - side), (first + above, last - below)]
+
+
+def bounce(way: np.ndarray, *, low: float, high: float) -> np.ndarray:
+    """Fold a straight way into a range, as something goes that bounces off both of its ends.
+
+    Example: on the range 0 to 10, the way 8, 10, 12, 22 becomes 8, 10, 8, 2.
+    """
+    length = high - low
+    return low + length - np.abs((way - low) % (2 * length) - length)

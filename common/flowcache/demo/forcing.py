@@ -6,6 +6,7 @@ Axes: B batch, C latent channels, F latent frames, h/w latent rows/columns.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -45,6 +46,7 @@ class ForcingPlan:
         batch_frames: latent frames of a batch, all clips together.
         largest_batch: most clips in a batch.
         short_share: steps on a shorter window, which are cheaper.
+        single_share: of these, steps on one chunk, which knows nothing but the caption.
         full_share: steps without the block-causal limit.
         odd_chunk_share: steps with chunks of one frame or of the whole window.
         image_share: steps whose first frame is a given image.
@@ -64,6 +66,7 @@ class ForcingPlan:
     batch_frames: int = 200
     largest_batch: int = 16
     short_share: float = 0.45
+    single_share: float = 0.0
     full_share: float = 0.45
     odd_chunk_share: float = 0.12
     image_share: float = 0.15
@@ -83,6 +86,8 @@ def draw_window(rng: np.random.Generator, plan: ForcingPlan) -> Window:
     num_frames = plan.num_frames
     if rng.random() < plan.short_share:
         num_chunks = rng.integers(plan.fewest_chunks, num_frames // plan.chunk_frames)
+        if rng.random() < plan.single_share:
+            num_chunks = 1
         num_frames = plan.chunk_frames * int(num_chunks)
     chunk = plan.chunk_frames
     if rng.random() < plan.odd_chunk_share:
@@ -99,7 +104,28 @@ def draw_window(rng: np.random.Generator, plan: ForcingPlan) -> Window:
     return Window(bounds, is_causal, starts_with_image, ends_with_image)
 
 
-def draw_levels(rng: np.random.Generator, window: Window, plan: ForcingPlan) -> np.ndarray:
+@dataclass(frozen=True)
+class Levels:
+    """Noise levels of the clips of a step.
+
+    Attributes:
+        sigma: of each chunk, `[B, chunks]`, 0 (clean) to 1 (noise).
+        shows_motion: whether given frames show how the clip moves, `[B]`: else its caption must.
+    """
+
+    sigma: np.ndarray
+    shows_motion: npt.NDArray[np.bool_]
+
+
+def draw_levels(rng: np.random.Generator, window: Window, plan: ForcingPlan) -> Levels:
+    """Draw the noise levels of a batch."""
+    clips = [_draw_clip_levels(rng, window, plan) for _ in range(plan.batch_size(window))]
+    sigma = np.stack(clips)
+    first = int(window.starts_with_image)
+    return Levels(sigma, shows_motion=sigma[:, first] <= GIVEN_SIGMA)
+
+
+def _draw_clip_levels(rng: np.random.Generator, window: Window, plan: ForcingPlan) -> np.ndarray:
     """Draw one clip's noise level per chunk, earlier chunks never noisier than later ones.
 
     Returns:
@@ -172,7 +198,7 @@ def draw_noisy(
     data_BCFhw: Tensor,
     window: Window,
     *,
-    plan: ForcingPlan,
+    levels: Levels,
     randomness: StepRandomness,
     num_fixed: int = 0,
 ) -> NoisyClips:
@@ -184,8 +210,7 @@ def draw_noisy(
     """
     data_BCFhw = data_BCFhw[:, :, : window.num_frames]
     lengths = [stop - start for start, stop in window.bounds]
-    levels = [draw_levels(randomness.numpy, window, plan) for _ in range(len(data_BCFhw))]
-    sigma_BF = torch.from_numpy(np.stack([np.repeat(level, lengths) for level in levels])).float()
+    sigma_BF = torch.from_numpy(np.repeat(levels.sigma, lengths, axis=1)).float()
     is_fixed_F = torch.arange(data_BCFhw.shape[2]) < num_fixed
     sigma = sigma_BF.masked_fill(is_fixed_F, 0)[:, None, :, None, None]
     noise = torch.randn(data_BCFhw.shape, generator=randomness.torch)

@@ -1,13 +1,14 @@
 """Read from decoded pixels what a demo clip shows, and compare it with its caption.
 
 Nothing here is learned: the background is the colour most pixels have, the shape is what stands
-out from it, its place is a circular mean (the picture is a torus), its direction is how that place
-moves, its form is the best of a few templates. How steady the clip is follows from the same pixels:
-whether the form stays in every frame, whether the picture changes evenly, whether it is torn. Axes:
-T frames, H rows, W columns.
+out from it, its direction is how its place moves at first, its form is the best of a few templates.
+How steady the clip is follows from the same pixels: whether the form stays in every frame, whether
+the picture changes evenly, whether it is torn. Of two shapes, each is read with the other painted
+over. Places are circular means, so that what leaves on one side and comes back on the other can be
+read, too. Axes: T frames, H rows, W columns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -17,6 +18,7 @@ from flowcache.demo.clips import (
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
+    OPENING_FRAMES,
     SHAPES,
     SIZE,
     Attributes,
@@ -27,7 +29,7 @@ ATTRIBUTE_NAMES = tuple(field.name for field in fields(Attributes))
 UNREADABLE = "unreadable"
 # A pixel belongs to the shape when its colour is this far from the background's (of at most 441).
 _MASK_DISTANCE = 60.0
-# Shares of the picture a shape may cover; the drawn ones cover 9 to 16 %.
+# Shares of the picture a shape may cover; the drawn ones cover 6 to 13 %.
 _AREA_RANGE = (0.045, 0.28)
 # Largest distance of a colour from the one it is named after.
 _COLOR_DISTANCE = 90.0
@@ -37,9 +39,14 @@ _SMALLEST_OVERLAP = 0.6
 # A clip moves when it covers at least this many pixels per frame, mostly along one axis.
 _SLOWEST = 0.2
 _LARGEST_DRIFT = 0.4
-_RADII = np.arange(9.0, 16.6, 0.5)
+_RADII = np.arange(8.5, 16.6, 0.5)
 # Frames the shape is averaged over.
 _NUM_SHAPE_FRAMES = 8
+# Share of the frames that must show about as much of a shape as is drawn; of two shapes, which hide
+# each other, fewer.
+_SHOWN_SHARE, _PAIR_SHOWN_SHARE = 0.9, 0.4
+# Brightest and darkest a shape's colour is shaded.
+_SHADES = np.linspace(0.6, 1.15, 7)
 # A frame keeps the shape if it overlaps the template this much, and a clip if so many frames do.
 _KEPT_OVERLAP = 0.7
 _KEPT_SHARE = 0.95
@@ -68,9 +75,19 @@ class Verdict:
     direction: str
     background: str
 
-    def agrees(self, attributes: Attributes) -> dict[str, bool]:
-        """Tell for each attribute whether the clip shows what the caption says."""
-        return {name: getattr(self, name) == getattr(attributes, name) for name in ATTRIBUTE_NAMES}
+    def agrees(self, attributes: Attributes, *, either_way: bool = False) -> dict[str, bool]:
+        """Tell for each attribute whether the clip shows what the caption says.
+
+        Args:
+            either_way: whether the opposite direction is right, too, as after a bounce.
+        """
+        agrees = {
+            name: getattr(self, name) == getattr(attributes, name) for name in ATTRIBUTE_NAMES
+        }
+        if either_way and self.direction != UNREADABLE:
+            step_x, step_y = DIRECTIONS[attributes.direction]
+            agrees["direction"] |= DIRECTIONS[self.direction] == (-step_x, -step_y)
+        return agrees
 
 
 @dataclass(frozen=True)
@@ -135,13 +152,51 @@ def judge(frames: np.ndarray) -> Verdict:
     Args:
         frames: uint8 `[T, 64, 64, 3]`, at least two frames.
     """
+    return _judge(frames, shown_share=_SHOWN_SHARE)
+
+
+def judge_scene(frames: np.ndarray, scene: Sequence[Attributes]) -> list[Verdict]:
+    """Read every shape of a scene from a clip; see `judge`.
+
+    Args:
+        scene: the shapes of the caption, whose colours tell them apart.
+    """
+    if len(scene) == 1:
+        return [judge(frames)]
+    alone = [only(frames, attributes, scene) for attributes in scene]
+    return [_judge(each, shown_share=_PAIR_SHOWN_SHARE) for each in alone]
+
+
+def only(frames: np.ndarray, attributes: Attributes, scene: Sequence[Attributes]) -> np.ndarray:
+    """Paint the background over all shapes of a scene but one."""
+    pixels = frames.astype(np.float32)
+    own_THW = _shade_distance(pixels, COLORS[attributes.color])
+    background = _commonest_color(frames)
+    away_THW = np.linalg.norm(pixels - background, axis=-1)
+    alone = frames.copy()
+    for other in scene:
+        if other is not attributes:
+            other_THW = _shade_distance(pixels, COLORS[other.color])
+            is_other_THW = (other_THW < own_THW) & (other_THW < away_THW)
+            alone[is_other_THW] = background
+    return alone
+
+
+def _shade_distance(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Return how far pixels are from the nearest shade of a colour, `[T, H, W]`."""
+    shades = (np.array(color, dtype=np.float32) * shade for shade in _SHADES)
+    return np.min([np.linalg.norm(pixels - shade, axis=-1) for shade in shades], axis=0)
+
+
+def _judge(frames: np.ndarray, *, shown_share: float) -> Verdict:
     seen = _look(frames)
     background = _nearest(seen.background, BACKGROUNDS)
-    if seen.is_one_shape.mean() < 0.9:
+    if seen.is_one_shape.mean() < shown_share:
         return Verdict(UNREADABLE, UNREADABLE, UNREADABLE, background)
     color = _nearest(np.median(frames[seen.mask_THW].astype(np.float32), axis=0), COLORS)
     shape, _ = _shape(seen)
-    return Verdict(color, shape, _direction(seen.x_T, seen.y_T), background)
+    opening = slice(OPENING_FRAMES + 1)
+    return Verdict(color, shape, _direction(seen.x_T[opening], seen.y_T[opening]), background)
 
 
 def judge_steadiness(frames: np.ndarray) -> Steadiness:
@@ -207,7 +262,7 @@ def _circular_mean(mass_TL: np.ndarray) -> np.ndarray:
 
 
 def _direction(x_T: np.ndarray, y_T: np.ndarray) -> str:
-    """Name the direction of a path on the torus, from the median of its moves over four frames."""
+    """Name the direction of a path, from the median of its moves over four frames."""
     span = min(4, len(x_T) - 1)
     moves = []
     for place_T in (x_T, y_T):
@@ -221,7 +276,10 @@ def _direction(x_T: np.ndarray, y_T: np.ndarray) -> str:
 
 def _shape(seen: _Seen) -> tuple[str, np.ndarray]:
     """Average a few centred masks; name the template they overlap most, and return it."""
-    times = np.unique(np.linspace(0, len(seen.x_T) - 1, _NUM_SHAPE_FRAMES).round().astype(int))
+    area_T = seen.mask_THW.sum(axis=(1, 2))
+    (whole,) = np.nonzero(area_T >= np.median(area_T))  # the others may be hidden in part
+    chosen = np.linspace(0, len(whole) - 1, _NUM_SHAPE_FRAMES).round().astype(int)
+    times = whole[np.unique(chosen)]
     mean_HW = np.mean(_centred(seen, times), axis=0)
     best, best_overlap, template_HW = UNREADABLE, -1.0, np.zeros((SIZE, SIZE))
     for shape in SHAPES:

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowcache.demo.clips import draw, split_attributes
+from flowcache.demo.clips import PAIR_SHARE, caption_of, draw, split_attributes
 from flowcache.demo.trainer import save_atomically
 from flowcache.demo.vae import to_signed
 
@@ -22,6 +24,8 @@ SHARD_CLIPS = 50
 # Clips the latent statistics are measured on: the first shards.
 STATISTICS_CLIPS = 200
 CAPTION_DROP = 0.1
+LATE_SHARE = 0.3
+"""Share of the clips that begin after their shapes set out, as what follows given frames does."""
 _BATCH_CLIPS = 10
 _BANK_SEED = 1
 
@@ -36,15 +40,33 @@ class Statistics:
 
 @dataclass(frozen=True)
 class LatentBank:
-    """Normalised latents `[N, C, F, h, w]` (float16) with the caption of each."""
+    """Normalised latents `[N, C, F, h, w]` (float16) with the caption of each.
+
+    `is_beginning` says of each whether its caption names how it begins.
+    """
 
     latents: Tensor
     captions: list[str]
+    is_beginning: Tensor
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, list[str]]:
-        """Draw `size` clips: latents in float32 and captions."""
-        chosen = rng.integers(len(self.captions), size=size)
-        return self.latents[torch.from_numpy(chosen)].float(), [self.captions[i] for i in chosen]
+    def batch(
+        self, rng: np.random.Generator, needs_beginning: npt.NDArray[np.bool_]
+    ) -> tuple[Tensor, list[str]]:
+        """Draw clips: latents in float32 and captions.
+
+        Args:
+            needs_beginning: of each clip wanted, whether its caption must name how it begins.
+        """
+        beginnings = np.flatnonzero(self.is_beginning.numpy())
+        chosen = [
+            int(
+                beginnings[rng.integers(len(beginnings))]
+                if needs
+                else rng.integers(len(self.captions))
+            )
+            for needs in needs_beginning
+        ]
+        return self.latents[chosen].float(), [self.captions[index] for index in chosen]
 
 
 def drop_some(rng: np.random.Generator, captions: list[str]) -> list[str]:
@@ -83,7 +105,7 @@ def encode_bank(
 
 
 def _measured(folder: Path) -> Statistics:
-    first_NCFhw = torch.cat([latents for latents, _ in _shards(folder)])
+    first_NCFhw = torch.cat([shard["latents"].float() for shard in _shards(folder)])
     values = first_NCFhw.half()[:STATISTICS_CLIPS].double()
     mean, std = (measure((0, 2, 3, 4)).tolist() for measure in (values.mean, values.std))
     return Statistics(mean, std)
@@ -94,14 +116,21 @@ def _write_shard(
 ) -> None:
     seen, _ = split_attributes()
     rng = np.random.default_rng((_BANK_SEED, index))
-    clips = [draw(rng, seen, num_frames=num_frames) for _ in range(SHARD_CLIPS)]
+    clips = [
+        draw(rng, seen, num_frames=num_frames, pair_share=PAIR_SHARE, late_share=LATE_SHARE)
+        for _ in range(SHARD_CLIPS)
+    ]
     latents: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, SHARD_CLIPS, _BATCH_CLIPS):
             portion = clips[start : start + _BATCH_CLIPS]
-            latents.append(encode(torch.stack([to_signed(frames) for _, frames in portion])))
-    captions = [attributes.caption for attributes, _ in clips]
-    save_atomically({"latents": torch.cat(latents).half(), "captions": captions}, path)
+            latents.append(encode(torch.stack([to_signed(clip.frames) for clip in portion])))
+    shard = {
+        "latents": torch.cat(latents).half(),
+        "captions": [caption_of(clip.scene) for clip in clips],
+        "is_beginning": torch.tensor([clip.is_beginning for clip in clips]),
+    }
+    save_atomically(shard, path)
     logger.info("encoded %s", path.name)
 
 
@@ -116,13 +145,13 @@ def read_bank(folder: Path) -> LatentBank:
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (statistics.mean, statistics.std)
     )
-    latents_NCFhw = (torch.cat([latents for latents, _ in shards]) - mean) / std
-    captions = [caption for _, captions in shards for caption in captions]
+    latents = [((shard["latents"].float() - mean) / std).half() for shard in shards]
+    captions = [caption for shard in shards for caption in shard["captions"]]
     logger.info("%d clips", len(captions))
-    return LatentBank(latents_NCFhw.half(), captions)
+    is_beginning = torch.cat([shard["is_beginning"] for shard in shards])
+    return LatentBank(torch.cat(latents), captions, is_beginning)
 
 
-def _shards(folder: Path) -> list[tuple[Tensor, list[str]]]:
+def _shards(folder: Path) -> list[dict[str, Any]]:
     paths = sorted((folder / "latents").glob("latents-*.pt"))
-    shards = [torch.load(path, weights_only=True) for path in paths]
-    return [(shard["latents"].float(), shard["captions"]) for shard in shards]
+    return [torch.load(path, weights_only=True) for path in paths]

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 RECORD = "training.json"
 NOT_TRAINED = ("presets", RECORD)
 """At the top of a checkpoint folder, what the training does not make."""
+START_RATES = {"vae": 0.25, "transformer": 0.5}
+"""Factors on the learning rates of a training that begins with trained weights, which the rates for
+untrained ones would destroy."""
 # Steps the final loss is averaged over.
 _FINAL_STEPS = 100
 
@@ -38,12 +41,18 @@ class Training:
         threads: CPU threads.
         num_clips: clips that the transformer learns from.
         steps: optimizer steps by stage.
+        start: checkpoint folder whose weights the training begins with; None: it begins anew.
     """
 
     out: Path
     threads: int
     num_clips: int
     steps: Mapping[str, int]
+    start: Path | None = None
+
+    def rate(self, part: str) -> float:
+        """Return the factor on the learning rates of the `vae` or the `transformer`."""
+        return 1.0 if self.start is None else START_RATES[part]
 
     def checkpoint(self, stage: str) -> Path:
         """Return the file that a stage goes on from."""
@@ -88,7 +97,7 @@ class VAERecipe(Generic[VAEType]):
     learns from them. Every stage is loaded if it is done, with averaged weights.
 
     Attributes:
-        new: makes the untrained VAE, the same every time.
+        new: makes the VAE that training begins with, from a checkpoint folder or untrained.
         codec: its two directions, with latents that are not normalised.
         decoder: the part that is trained on.
         optimizers: of the whole VAE.
@@ -98,7 +107,7 @@ class VAERecipe(Generic[VAEType]):
         clip_frames: pixel frames of a clip that the transformer learns from.
     """
 
-    new: Callable[[], VAEType]
+    new: Callable[[Path | None], VAEType]
     codec: Callable[[VAEType], Codec]
     decoder: Callable[[VAEType], nn.Module]
     optimizers: Callable[[VAEType], list[Optimizer]]
@@ -109,12 +118,12 @@ class VAERecipe(Generic[VAEType]):
 
     def train(self, training: Training) -> VAEType:
         """Train the VAE."""
-        vae = self.new()
+        vae = self.new(training.start)
         train_autoencoder(
             vae,
             self.codec(vae),
             self.optimizers(vae),
-            plan=TrainPlan(num_steps=training.steps["vae"]),
+            plan=TrainPlan(num_steps=training.steps["vae"], rate=training.rate("vae")),
             checkpoint=training.checkpoint("vae"),
             clips=self.clips,
         )
@@ -128,7 +137,12 @@ class VAERecipe(Generic[VAEType]):
             decoder,
             self.codec(vae),
             self.decoder_optimizers(vae),
-            plan=TrainPlan(num_steps=training.steps["decoder"], decay_share=0.6, seed=1),
+            plan=TrainPlan(
+                num_steps=training.steps["decoder"],
+                decay_share=0.6,
+                rate=training.rate("vae"),
+                seed=1,
+            ),
             checkpoint=training.checkpoint("decoder"),
             clips=self.decoder_clips,
         )
@@ -194,9 +208,10 @@ def write_record(
         if path.is_file() and path.relative_to(folder).parts[0] not in NOT_TRAINED
     }
     steps = "".join(f" --{name}-steps {value}" for name, value in training.steps.items())
+    start = "" if training.start is None else f" --start {training.start.name}"
     record = {
         "command": f"python scripts/train_demo.py --architecture {model} --out {training.out.name}"
-        f"{steps} --num-clips {training.num_clips} --threads {training.threads}",
+        f"{start}{steps} --num-clips {training.num_clips} --threads {training.threads}",
         **parts,
         "note": note,
         "sha256": files,

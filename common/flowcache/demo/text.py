@@ -3,8 +3,10 @@
 Axes: B batch, L tokens, D text width.
 """
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -15,7 +17,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from flowcache.demo.clips import all_attributes
+from flowcache.demo.clips import all_attributes, caption_of
 
 PAD, END = "<pad>", "</s>"
 TEXT_LEN = 24
@@ -28,7 +30,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Every other word, of any language, is dropped, so that a prompt may be anything.
     Example: "A red Circle, 红色!" becomes the tokens of "a red circle" and the end token.
     """
-    words = sorted({word for entry in all_attributes() for word in entry.caption.split()})
+    words = sorted({word for entry in all_attributes() for word in caption_of([entry] * 2).split()})
     vocabulary = {word: index for index, word in enumerate([PAD, END, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -65,6 +67,28 @@ def new_umt5_encoder() -> UMT5EncoderModel:
 def new_t5_encoder() -> T5EncoderModel:
     """Make an untrained T5 encoder."""
     return T5EncoderModel(T5Config(vocab_size=len(build_tokenizer()), **_ENCODER))
+
+
+@torch.no_grad()
+def start_encoder(
+    encoder: UMT5EncoderModel | T5EncoderModel, *, folder: Path, tokenizer: Path
+) -> None:
+    """Give an encoder trained weights, in place; words that were not known then stay untrained.
+
+    Args:
+        folder: of the trained encoder.
+        tokenizer: file of its tokenizer.
+    """
+    trained = type(encoder).from_pretrained(folder, dtype=torch.float32)
+    weights, rows = trained.state_dict(), encoder.get_input_embeddings().weight.clone()
+    known = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    for word, index in build_tokenizer().get_vocab().items():
+        if word in known:
+            rows[index] = weights["shared.weight"][known[word]]
+    for name in ("shared.weight", "encoder.embed_tokens.weight"):
+        if name in weights:
+            weights[name] = rows
+    encoder.load_state_dict(weights)
 
 
 def encode_captions(

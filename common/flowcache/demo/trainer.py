@@ -32,6 +32,7 @@ class TrainPlan:
         average_rate: share of the new weights in the running average, per step.
         grad_clip: largest norm of all gradients together.
         checkpoint_steps: steps between two checkpoints.
+        rate: factor on the learning rates.
         seed: what the randomness of every step is drawn from.
     """
 
@@ -41,6 +42,7 @@ class TrainPlan:
     average_rate: float = 0.01
     grad_clip: float = 1.0
     checkpoint_steps: int = 100
+    rate: float = 1.0
     seed: int = 0
 
 
@@ -116,7 +118,7 @@ class Trainer:
         )
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * self._plan.rate * factor
         value = loss(self._step, step_randomness(self._plan.seed, self._step))
         self._module.zero_grad(set_to_none=True)
         value.backward()

@@ -14,13 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from flowcache.demo.clips import draw, draw_scene, split_attributes
+from flowcache.demo.clips import PAIR_SHARE, draw, draw_crowd, split_attributes
 from flowcache.demo.trainer import StepRandomness, Trainer, TrainPlan
 
 logger = logging.getLogger(__name__)
 VAE_TEST_CLIPS = 24
 _KL_WEIGHT = 1e-4
 _SQUARE_WEIGHT = 3.0
+# What changes from frame to frame is little of a picture and all of a motion: without a weight of
+# its own, the frames of one latent stand still and the next latent jumps.
+_CHANGE_WEIGHT = 25.0
 # The spread of the posterior is fixed: a learned one starts at 1 and drowns the picture for long.
 # Generation uses the posterior's mean only.
 _POSTERIOR_STD = 0.05
@@ -50,20 +53,22 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class ClipMixture:
-    """What a VAE learns from: batches of these shapes in turn, some of many-shaped scenes."""
+    """What a VAE learns from: batches of these shapes in turn, some of crowds of shapes."""
 
     shapes: Sequence[BatchShape]
-    scene_share: float
-    """Share of `draw_scene` among the clips; the others have seen attributes."""
+    crowd_share: float
+    """Share of `draw_crowd` among the clips; the others have seen attributes."""
 
     def draw(self, step: int, rng: np.random.Generator) -> Tensor:
         """Draw the clips of a step, `[B, 3, T, H, W]` in -1..1."""
         shape = self.shapes[step % len(self.shapes)]
         seen, _ = split_attributes()
         clips = [
-            draw_scene(rng, num_frames=shape.num_frames)
-            if rng.random() < self.scene_share
-            else draw(rng, seen, num_frames=shape.num_frames)[1]
+            draw_crowd(rng, num_frames=shape.num_frames)
+            if rng.random() < self.crowd_share
+            else draw(
+                rng, seen, num_frames=shape.num_frames, pair_share=PAIR_SHARE, late_share=0.5
+            ).frames
             for _ in range(shape.num_clips)
         ]
         video_B3THW = torch.stack([to_signed(clip) for clip in clips])
@@ -87,7 +92,8 @@ def train_autoencoder(
 ) -> None:
     """Train a VAE, or the part of it that `module` is; or load it if that is done.
 
-    The loss is the absolute and the squared error, and a little KL divergence.
+    The loss is the absolute and the squared error of frames, the squared error of their changes,
+    and a little KL divergence.
     """
 
     def loss(step: int, randomness: StepRandomness) -> Tensor:
@@ -96,7 +102,9 @@ def train_autoencoder(
         noise = torch.randn(mean_BCFhw.shape, generator=randomness.torch)
         error = codec.decode(mean_BCFhw + _POSTERIOR_STD * noise) - video_B3THW
         kl = mean_BCFhw.square().mean() / 2
-        return error.abs().mean() + _SQUARE_WEIGHT * error.square().mean() + _KL_WEIGHT * kl
+        changes = error.diff(dim=2).square().mean() if error.shape[2] > 1 else 0.0
+        distance = error.abs().mean() + _SQUARE_WEIGHT * error.square().mean()
+        return distance + _CHANGE_WEIGHT * changes + _KL_WEIGHT * kl
 
     Trainer(module, optimizers, plan=plan, checkpoint=checkpoint).run(loss)
     module.eval().requires_grad_(False)
@@ -108,7 +116,7 @@ def measured_psnr(codec: Codec, *, num_frames: int) -> float:
     values: list[float] = []
     for index in range(VAE_TEST_CLIPS):
         rng = np.random.default_rng((_TEST_SEED, index))
-        video_B3THW = to_signed(draw(rng, unseen, num_frames=num_frames)[1])[None]
+        video_B3THW = to_signed(draw(rng, unseen, num_frames=num_frames).frames)[None]
         with torch.inference_mode():
             decoded_B3THW = codec.decode(codec.encode(video_B3THW))
         # the range -1..1 is 2 wide: a peak's square is 4

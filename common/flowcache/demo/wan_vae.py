@@ -3,10 +3,12 @@
 Axes: B batch, T frames, H rows, W columns, C latent channels, F latent frames.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowcache.demo.optim import new_optimizers
@@ -22,13 +24,19 @@ _BRANCH_GAIN = 0.3
 _TAP_NOISE = 0.1
 
 
-def new_vae() -> AutoencoderKLWan:
-    """Make the untrained VAE, the same every time: 0.7 M parameters, strides 4 x 8 x 8."""
+def new_vae(start: Path | None = None) -> AutoencoderKLWan:
+    """Make a VAE to train, 0.7 M parameters, strides 4 x 8 x 8.
+
+    Args:
+        start: checkpoint folder with its weights; None: untrained, the same every time.
+    """
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)
     for name, part in vae.named_modules():
         if isinstance(part, nn.Conv3d | nn.Conv2d):
             _initialize(name, part)
+    if start is not None:
+        vae.load_state_dict(load_file(start / "vae" / "diffusion_pytorch_model.safetensors"))
     return vae
 
 

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from flowcache.bench.table import table_lines
+from flowcache.demo.judge import ATTRIBUTE_NAMES
+from flowcache.demo.modes import STEADY_NAMES
+from flowcache.demo.recipe import RECORD
 from flowcache.errors import UserError
 from flowcache.report.figures import base_column
 from flowcache.runtime.files import read_json
+from flowcache.runtime.model import load_model
 from flowcache.runtime.text_files import escaped, table_row
 
 Row = Mapping[str, Any]
@@ -65,6 +69,10 @@ PRESETS: Columns = {
     "FLOPs": "flops_share %1",
     "DiT speed-up": "speedup_base x2",
     "PSNR, dB": "psnr_base ±2",
+}
+JUDGED: Columns = {
+    "clips": "clips g",
+    **{name: f"{name} %0" for name in (*ATTRIBUTE_NAMES, "all", *STEADY_NAMES)},
 }
 PUBLISHED_PREDICTOR = {"skyreels_v2": "residual", "magi1": "latent update"}
 BASE = {"skyreels_v2": "vanilla-causal", "magi1": "vanilla, neither pass"}
@@ -192,6 +200,35 @@ def presets(model: str) -> list[str]:
     return lines_of("reuse", rows, PRESETS)
 
 
+def modes(model: str) -> list[str]:
+    """Return the judge's shares by mode and preset."""
+    groups = _kept(f"{model}_judge", command="judge_demo.py --make")["groups"]
+    rows = {f"{group['mode']}, {group['preset']}": group for group in groups}
+    return lines_of("mode, preset", rows, JUDGED)
+
+
+def training(model: str) -> list[str]:
+    """Return how a demo was trained, from its record."""
+    folder = load_model(model).find("demo").folder
+    assert folder is not None
+    record = read_json(folder / RECORD, advice="make it with train_demo.py")
+    sizes = ", ".join(
+        f"{name.replace('_', ' ')} {count / 1e6:.2f} M"
+        for name, count in record["num_parameters"].items()
+    )
+    rows = {"command": f"`{record['command']}`", "parameters": sizes}
+    rows |= {
+        name.replace("_", " "): f"{stage['steps']:,} steps, {stage['seconds'] / 60:.0f} min, "
+        f"final loss {stage['final_loss']:g}"
+        for name, stage in record.items()
+        if isinstance(stage, dict) and "final_loss" in stage
+    }
+    rows["VAE on unseen clips"] = f"{record['vae_psnr_db_on_unseen_clips']:g} dB"
+    if record["note"]:
+        rows["note"] = escaped(record["note"])
+    return ["| | |", "|---|---|", *(table_row([name, value]) for name, value in rows.items())]
+
+
 PLAN = ("planned", "as tuned")
 TABLES: Mapping[str, Callable[[str], list[str]]] = {
     "published": published,
@@ -201,6 +238,8 @@ TABLES: Mapping[str, Callable[[str], list[str]]] = {
     "methods": methods,
     "rules": rules,
     "claims": claims,
+    "modes": modes,
+    "training": training,
     "cost": lambda model: reproduced(model, COST),
     "quality": lambda model: reproduced(model, QUALITY),
 }
