@@ -113,7 +113,7 @@ FORCING = ForcingPlan(
     staggered_share=0.7,
     together_share=0.2,
 )
-REFINE_FORCING = replace(FORCING, batch_frames=96)
+REFINE_FORCING = replace(FORCING, batch_frames=96, short_share=0.8, single_share=0.75)
 # Shares of the steps without any caption, with given latents in the first noisy chunk, and with a
 # limited reach.
 NULL_SHARE = 0.12
@@ -126,7 +126,7 @@ MOST_REMAINING = 4
 GUIDANCE = Guidance(
     t_range=(0.0, 0.0217, 0.1, 0.3, 0.999),
     prev_scales=(1.0, 1.0, 1.0, 1.0, 1.0),
-    text_scales=(3.0, 3.0, 3.0, 1.5, 1.5),
+    text_scales=(3.0, 3.0, 2.0, 1.0, 1.0),
 )
 STEP_COUNTS = (8, 16, 32, 64)
 SCALE_FACTOR = 0.18215

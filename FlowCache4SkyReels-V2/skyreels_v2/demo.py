@@ -46,7 +46,9 @@ from flowcache.wan.checkpoint import diffusers_key
 from flowcache.wan.dit import Block, DiT, DiTConfig
 
 FORCING = ForcingPlan(num_frames=25, chunk_frames=5)
-REFINE_FORCING = replace(FORCING, batch_frames=75)
+REFINE_FORCING = replace(
+    FORCING, batch_frames=75, short_share=0.6, single_share=0.6, full_share=0.35
+)
 DIT = DiTConfig(
     dim=128,
     ffn_dim=512,

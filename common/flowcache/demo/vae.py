@@ -23,7 +23,7 @@ _KL_WEIGHT = 1e-4
 _SQUARE_WEIGHT = 3.0
 # What changes from frame to frame is little of a picture and all of a motion: without a weight of
 # its own, the frames of one latent stand still and the next latent jumps.
-_CHANGE_WEIGHT = 25.0
+_CHANGE_WEIGHT = 60.0
 # The spread of the posterior is fixed: a learned one starts at 1 and drowns the picture for long.
 # Generation uses the posterior's mean only.
 _POSTERIOR_STD = 0.05
