@@ -6,7 +6,7 @@
 Every stage saves what it has reached under --out and goes on from there when it is started again,
 also after a kill; a finished stage is a no-op. A longer --vae-steps or --dit-steps prolongs a
 training that is not yet finished. Nothing is downloaded. One thread trains a checkpoint in about
-two hours on one CPU core. self_forcing takes VAE, text encoder and first weights of the transformer
+three hours on one CPU core. self_forcing takes VAE, text encoder and first weights of the transformer
 from the demo of skyreels_v2.
 
 The stages of a model are in the `demo.py` of its package; `export` writes the checkpoint folder and

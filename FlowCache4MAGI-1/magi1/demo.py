@@ -470,6 +470,7 @@ def export(training: Training, folder: Path) -> dict[str, Any]:
         "refined_transformer": training.record("refine"),
         "distilled_transformer": training.record("distill"),
         "mixture": asdict(FORCING),
+        "refined_mixture": asdict(REFINE_FORCING),
         "guidance_distilled": asdict(GUIDANCE),
     }
 
@@ -573,7 +574,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 RECIPE = Recipe(
     shipped=Path(__file__).resolve().parents[1] / "demo",
-    default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "refine": 9000, "distill": 700},
+    default_steps={"vae": 1500, "decoder": 1800, "dit": 2400, "refine": 14000, "distill": 700},
     stages={
         "tokenizer": write_tokenizer,
         "vae": VAE.train,

@@ -217,6 +217,7 @@ def _export(training: Training, folder: Path) -> dict[str, Any]:
         ),
         "refined_transformer": training.record("refine"),
         "mixture": asdict(FORCING),
+        "refined_mixture": asdict(REFINE_FORCING),
     }
 
 
@@ -241,7 +242,7 @@ def as_diffusers(dit: DiT) -> SkyReelsV2Transformer3DModel:
 
 RECIPE = Recipe(
     shipped=Path(__file__).resolve().parents[1] / "demo",
-    default_steps={"vae": 850, "decoder": 1650, "dit": 3000, "refine": 8000},
+    default_steps={"vae": 850, "decoder": 1650, "dit": 3000, "refine": 14000},
     stages={
         "tokenizer": write_tokenizer,
         "vae": VAE.train,

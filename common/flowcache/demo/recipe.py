@@ -23,7 +23,7 @@ VAEType = TypeVar("VAEType", bound=nn.Module)
 
 logger = logging.getLogger(__name__)
 RECORD = "training.json"
-NOT_TRAINED = ("presets", RECORD)
+NOT_TRAINED = ("presets", "profiles", RECORD)
 """At the top of a checkpoint folder, what the training does not make."""
 START_RATES = {"vae": 0.25, "transformer": 0.5}
 """Factors on the learning rates of a training that begins with trained weights, which the rates for
