@@ -20,7 +20,7 @@ case "$MODEL" in
 skyreels_v2)
     folder=FlowCache4SkyReels-V2 target=flops=0.37
     presets=(vanilla vanilla_causal flowcache_fast)
-    judge_frames=97 judge_clips=64 bench_clips=16 reuse_clips=64
+    judge_frames=97 judge_clips=64 bench_clips=16 reuse_clips=32
     bench_settings=(num_frames=77) reuse_settings=(num_frames=37)
     ;;
 magi1) # several times slower a clip
