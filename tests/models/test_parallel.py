@@ -25,6 +25,7 @@ ULPS = 256
 
 SKYREELS_FLOWCACHE = ["attention=causal", "reuse.policy=flowcache", "reuse.warmup_steps=1"]
 SKYREELS = {
+    "checkpoint": "small",
     "common": ["prompt=a red circle moving right", "height=16", "width=80", "num_steps=4"],
     "cases": {
         "vanilla": [],
@@ -77,6 +78,7 @@ The picture "wide" has 66 columns of latents, so that the VAE's strips are narro
 MAGI_FLOWCACHE = ["reuse.policy=flowcache", "reuse.warmup_steps=1", "reuse.threshold=0.3"]
 MAGI_COMPRESSED = ["kv.compress=importance", "kv.total_chunks=3", "kv.kernel=3"]
 DISTILLED = {
+    "checkpoint": "distilled",
     "common": [
         *("prompt=a red circle moving right", "runtime_config.num_frames=60"),
         *("runtime_config.video_size_h=16", "runtime_config.video_size_w=48"),
@@ -106,6 +108,7 @@ DISTILLED = {
 The VAE decodes each chunk in one tile, those of "wide" in three.
 """
 BASE = {
+    "checkpoint": "base",
     "common": DISTILLED["common"],
     "cases": {
         **DISTILLED["cases"],
@@ -117,6 +120,7 @@ BASE = {
     "has_branches": True,
 }
 FEW_STEPS = {
+    "checkpoint": "replica",
     "common": [
         *("prompt=a cat || 6: a dog", "checkpoint=checkpoints/tiny.pt"),
         *("num_frames=33", "height=16", "width=32"),
@@ -136,6 +140,7 @@ ROLLING = FEW_STEPS | {
     "cases": {"rolling": ["rolling=true", "window=21"]},
 }
 MANY_STEPS = {
+    "checkpoint": "replica",
     "common": FEW_STEPS["common"],
     "cases": {
         "vanilla": ["num_steps=3"],
@@ -153,9 +158,7 @@ KINDS = {
     "magi1": {"distilled": DISTILLED, "base": BASE},
     "self_forcing": {"few_steps": FEW_STEPS, "rolling": ROLLING, "many_steps": MANY_STEPS},
 }
-"""Model -> checkpoint -> its cases"""
-CHECKPOINTS = dict.fromkeys(KINDS["self_forcing"], "replica")
-"""The fixture of a kind's checkpoint, where it isn't the kind's own name."""
+"""Model -> kind of run -> its cases, on the checkpoint of a fixture"""
 REUSING = {
     "small": ("teacache", "flowcache", "content", "compression", "stride", "racer", "segments"),
     "distilled": ("teacache", "flowcache", "racer", "compression"),
@@ -192,8 +195,7 @@ def made(
         if (model, num) not in known:
             folder = tmp_path_factory.mktemp("ranks")
             kinds = {
-                name: kind
-                | {"checkpoint": str(request.getfixturevalue(CHECKPOINTS.get(name, name)))}
+                name: kind | {"checkpoint": str(request.getfixturevalue(kind["checkpoint"]))}
                 for name, kind in KINDS[model].items()
             }
             path = folder / "cases.json"
